@@ -1,0 +1,193 @@
+"""Where tokens meet. Nothing else looks across tokens, and whoever wants to know what attention saw asks here."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import segments
+from .tokens import Layout, PackedTokens
+
+_ROWS = 128  # query rows whose probabilities are held at once: they stay in cache, and no [heads, n, n] is ever made
+
+
+class Stat(enum.Flag):
+    """What attention may be asked to report, per token of the keys.
+
+    SUMMARY   [total, heads]     attention paid by the summary token (CLS; in a causal tower the EOT)
+    RECEIVED  [total]            attention received from unprotected tokens: maximum over heads, summed over queries
+    CONTEXT   [total, heads]     norm of each head's output at the token
+    KEY       [total, head_dim]  head-mean key
+    """
+
+    NONE = 0
+    SUMMARY = enum.auto()
+    RECEIVED = enum.auto()
+    CONTEXT = enum.auto()
+    KEY = enum.auto()
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """The statistics that were asked for; asking for another raises LookupError."""
+
+    asked: Stat = Stat.NONE
+    values: Mapping[Stat, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, stat: Stat) -> Tensor:
+        if stat not in self.values:
+            raise LookupError(
+                f"Stat.{stat.name} was not computed: add it to the part's `needs` (asked for: {self.asked})"
+            )
+        return self.values[stat]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    scale: float,
+    *,
+    key_layout: Layout | None = None,
+    causal: bool = False,
+    key_bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Multi-head attention inside each instance; no padding, no statistics.
+
+    q [total, heads, head_dim]; k, v [key total, heads, head_dim]; key_layout defaults to `layout` (self-attention) and
+    otherwise deals the keys to the same instances. causal: a token sees itself and what stands before it. key_bias
+    [key total] is added to every logit of its key: soft masks, proportional attention. dropout: probability on the
+    attention weights. Returns [total, heads, head_dim].
+    """
+    keys = key_layout or layout
+    if layout.is_uniform and keys.is_uniform:
+        bias = None if key_bias is None else key_bias.view(keys.batch, 1, 1, keys.longest)
+        batched = [_by_head(t, which) for t, which in ((q, layout), (k, keys), (v, keys))]
+        out = _sdpa(*batched, scale, causal, bias, dropout)
+        return out.transpose(1, 2).reshape(q.shape)
+
+    biases = [None] * keys.batch if key_bias is None else [b.view(1, 1, 1, -1) for b in key_bias.split(keys.lengths)]
+    parts = zip(q.split(layout.lengths), k.split(keys.lengths), v.split(keys.lengths), biases, strict=True)
+    out = [
+        _sdpa(*(t.transpose(0, 1).unsqueeze(0) for t in (one_q, one_k, one_v)), scale, causal, bias, dropout)
+        for one_q, one_k, one_v, bias in parts
+    ]
+    return torch.cat([one.squeeze(0).transpose(0, 1) for one in out])
+
+
+def attend_with_stats(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: PackedTokens,
+    scale: float,
+    needs: Stat,
+    *,
+    causal: bool = False,
+    key_bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, AttentionStats]:
+    """Self-attention that also reports the statistics in `needs`, exactly, and computes no other.
+
+    Shapes as in `attend`. `tokens` tells the layout, the unprotected tokens and the summary token. Only RECEIVED needs
+    the whole map: then the probabilities are made once, a block of query rows at a time, and serve the output too.
+    Raises ValueError when SUMMARY is asked for and the tokens have no summary token.
+    """
+    if Stat.SUMMARY in needs and tokens.summary is None:
+        raise ValueError("Stat.SUMMARY needs a summary token, and these tokens have none")
+
+    values: dict[Stat, Tensor] = {}
+    if Stat.RECEIVED in needs:
+        out, values[Stat.RECEIVED] = _attend_by_rows(q, k, v, tokens, scale, causal, key_bias, dropout)
+    else:
+        out = attend(q, k, v, tokens.layout, scale, causal=causal, key_bias=key_bias, dropout=dropout)
+
+    if Stat.SUMMARY in needs:
+        values[Stat.SUMMARY] = _summary_attention(q, k, tokens, scale, causal, key_bias)
+    if Stat.CONTEXT in needs:
+        values[Stat.CONTEXT] = out.norm(dim=-1)
+    if Stat.KEY in needs:
+        values[Stat.KEY] = k.mean(1)
+    return out, AttentionStats(needs, values)
+
+
+def _by_head(t: Tensor, layout: Layout) -> Tensor:
+    """[total, heads, head_dim] of a uniform layout -> [batch, heads, longest, head_dim]."""
+    return t.reshape(layout.batch, layout.longest, *t.shape[1:]).transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None, dropout: float) -> Tensor:
+    """[batch, heads, n, head_dim] each; SDPA takes a mask or `is_causal`, not both, so a bias absorbs the triangle."""
+    if bias is not None and causal:
+        bias = bias.expand(-1, 1, q.shape[2], -1) + _future(q.shape[2], 0, k.shape[2], q)
+        causal = False
+    bias = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale)
+
+
+def _future(rows: int, start: int, keys: int, like: Tensor) -> Tensor:
+    """[rows, keys]: minus infinity where the query, row `start` + i, must not see the key."""
+    hidden = torch.full((rows, keys), float("-inf"), dtype=like.dtype, device=like.device)
+    return hidden.triu(start + 1)
+
+
+def _attend_by_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: PackedTokens,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [total, heads, head_dim] and RECEIVED [total], instance by instance, a block of query rows at a time."""
+    lengths = tokens.layout.lengths
+    biases = [None] * len(lengths) if key_bias is None else key_bias.split(lengths)
+    free = tokens.free.to(q.dtype).split(lengths)
+    outputs, received = [], []
+
+    for one_q, one_k, one_v, seen, bias in zip(
+        q.split(lengths), k.split(lengths), v.split(lengths), free, biases, strict=True
+    ):
+        keys, values = one_k.permute(1, 2, 0), one_v.transpose(0, 1)
+        total = one_q.new_zeros(len(one_q))
+        for start in range(0, len(one_q), _ROWS):
+            rows = one_q[start : start + _ROWS]
+            logits = torch.bmm(rows.transpose(0, 1) * scale, keys)
+            if bias is not None:
+                logits = logits + bias
+            if causal:
+                logits = logits + _future(len(rows), start, len(one_q), logits)
+            weight = logits.softmax(-1)
+            total = total + seen[start : start + _ROWS] @ weight.amax(0)
+            weight = F.dropout(weight, dropout) if dropout else weight
+            outputs.append(torch.bmm(weight, values).transpose(0, 1))
+        received.append(total)
+
+    return torch.cat(outputs), torch.cat(received)
+
+
+def _summary_attention(
+    q: Tensor, k: Tensor, tokens: PackedTokens, scale: float, causal: bool, key_bias: Tensor | None
+) -> Tensor:
+    """The summary token's own row of the map, [total, heads]: one query an instance."""
+    layout = tokens.layout
+    assert tokens.summary is not None
+    query = tokens.with_x(q.flatten(1)).read(tokens.summary).unflatten(1, q.shape[1:])
+    logits = (k * query[layout.instance]).sum(-1) * scale
+    if key_bias is not None:
+        logits = logits + key_bias[:, None]
+
+    seen = torch.ones_like(tokens.protected)
+    if causal:
+        last = segments.pad(torch.where(tokens.summary, layout.slot, -1), layout, -1).amax(1)
+        seen = layout.slot <= last[layout.instance]
+    return segments.softmax(logits, layout, seen)

@@ -1,0 +1,174 @@
+"""What every host must say of its tower, how the right host is found, and the few lines that several hosts share."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.site import Site
+from ..registry import hosts
+from ..tokens import Layout, PackedTokens
+
+if TYPE_CHECKING:
+    from ..pruner import PrunedEncoder
+
+M = TypeVar("M", bound=nn.Module)
+
+_ROOMS = {"timm": "timm", "open_clip": "open_clip", "vltprune": "blip"}  # top-level package -> module of this package
+
+
+class Host(ABC):
+    """Takes towers of one type apart. Stateless; speaks in the tower's own submodules and leaves them as they are.
+
+    A forward pass is `open`, then for each block `qkv`, attention, `mix`, `feed`, then `close`. `beside` is what a block
+    gets besides its tokens: rotary tables, the memory that it cross-attends to, or None.
+    """
+
+    tower: str = "image"
+
+    def check(self, tower: nn.Module) -> None:
+        """TypeError or ValueError, with what is supported, for a tower of the right type with parts we cannot take apart."""
+
+    @abstractmethod
+    def blocks(self, tower: nn.Module) -> Sequence[nn.Module]: ...
+
+    @abstractmethod
+    def site(self, tower: nn.Module, depth: int, name: str) -> Site:
+        """The room of block `depth`; `name` is the tower's name in its model."""
+
+    @abstractmethod
+    def open(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
+        """All before the first block. Returns the tokens, and one `beside` for each block. ValueError for bad input."""
+
+    @abstractmethod
+    def qkv(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key, value, each [total, heads, head_dim], as they enter the dot product."""
+
+    @abstractmethod
+    def scale(self, block: nn.Module) -> float:
+        """What the dot products are multiplied by."""
+
+    @abstractmethod
+    def mix(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+        """Output projection, scale, drop path, residual (and norm): context [total, heads, head_dim]."""
+
+    @abstractmethod
+    def feed(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PackedTokens:
+        """The rest of the block: cross-attention, MLP."""
+
+    @abstractmethod
+    def close(self, tower: nn.Module, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        """Final norm and pooling: what tower(*inputs) returns."""
+
+    def causal(self, tower: nn.Module) -> bool:
+        """Whether a token sees only what stands before it."""
+        return False
+
+    def mixes_affinely(self, block: nn.Module) -> bool:
+        """Whether `mix` is x + A(context) with affine A, so that tokens may be averaged before it."""
+        return False
+
+    def attention_dropout(self, block: nn.Module) -> float:
+        """Dropout on the attention weights, zero outside training."""
+        return 0.0
+
+
+class Composite(ABC):
+    """A model of several towers that share a guide."""
+
+    @abstractmethod
+    def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
+        """The dense towers by name, each with its host."""
+
+    @abstractmethod
+    def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
+        """A model like `model` that runs these towers and shares everything else; `model` stays as it is."""
+
+
+def find_host(tower: nn.Module) -> Host:
+    """The host of a tower, by exact type. TypeError, with what is supported, for a type or block we cannot take apart."""
+    found = _find(tower)
+    if not isinstance(found, Host):
+        raise TypeError(f"cannot prune a {_dotted(tower)}: no host takes it apart. Supported: {supported()}")
+    found.check(tower)
+    return found
+
+
+def find_composite(model: nn.Module) -> Composite | None:
+    """The composite of a model of several towers, None for anything else."""
+    found = _find(model)
+    return found if isinstance(found, Composite) else None
+
+
+def supported() -> str:
+    """The types that have a host, for messages."""
+    for room in _ROOMS.values():
+        importlib.import_module(f"{__package__}.{room}")
+    return ", ".join(hosts.names())
+
+
+def _find(module: nn.Module) -> Host | Composite | None:
+    room = _ROOMS.get(type(module).__module__.partition(".")[0])
+    if room is not None:
+        importlib.import_module(f"{__package__}.{room}")
+    name = _dotted(module)
+    return hosts[name]() if name in hosts else None
+
+
+def _dotted(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def check_blocks(tower: nn.Module, blocks: Iterable[nn.Module], known: Mapping[type, Sequence[type]]) -> None:
+    """TypeError unless each block's type is a key of `known` and its `attn` is of one of the types listed there."""
+    for depth, block in enumerate(blocks):
+        part: Any = block if type(block) not in known else block.attn
+        if part is block or type(part) not in known[type(block)]:
+            pairs = "; ".join(f"{b.__name__} with {', '.join(a.__name__ for a in attns)}" for b, attns in known.items())
+            raise TypeError(
+                f"cannot prune this {type(tower).__name__}: block {depth} has a {_dotted(part)}, which no host takes "
+                f"apart. Supported blocks: {pairs}"
+            )
+
+
+def with_submodule(model: M, name: str, new: nn.Module) -> M:
+    """The same model with one child exchanged; it shares every parameter, and `model` stays as it is."""
+    out = copy.copy(model)
+    out.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in model.__dict__.items()}
+    out._modules[name] = new
+    return out
+
+
+def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
+    """Stochastic depth per instance, on packed tokens: branch [total, dim].
+
+    timm's DropPath drops along the first dimension, which here are tokens; its probability and scaling are read instead.
+    """
+    probability = getattr(module, "drop_prob", 0.0)
+    if not module.training or not probability:
+        return branch
+    keep = 1 - probability
+    mask = branch.new_empty(layout.batch).bernoulli_(keep)
+    if getattr(module, "scale_by_keep", True):
+        mask = mask / keep
+    return branch * mask[layout.instance, None]
+
+
+def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor, rows: int = 640) -> Tensor:
+    """function(x) for a function that acts row by row, a tile of rows at a time: x [total, dim].
+
+    An MLP's hidden layer then stays in cache, which on CPUs is worth more than the larger matrix product; elsewhere, and
+    where autograd records, it is one call.
+    """
+    if x.device.type != "cpu" or len(x) <= rows or torch.is_grad_enabled():
+        return function(x)
+    out = torch.empty_like(x)
+    for start in range(0, len(x), rows):
+        out[start : start + rows] = function(x[start : start + rows])
+    return out

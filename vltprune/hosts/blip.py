@@ -1,0 +1,130 @@
+"""Our own BLIP, taken apart: the image tower hands its packed tokens on, the text tower cross-attends to them packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import attend
+from ..layers.site import Site
+from ..models.med import Attention, MedEncoder, MedLayer
+from ..registry import hosts
+from ..tokens import Layout, PackedTokens
+from .base import Composite, Host, find_host, with_submodule
+from .timm import Vit
+
+if TYPE_CHECKING:
+    from ..pruner import PrunedEncoder
+
+Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that image, one instance a group
+
+
+@hosts.register("vltprune.models.blip.BlipVision")
+class BlipVisionHost(Vit):
+    """BLIP's image tower. Its tokens go to cross-attention, and so it returns them packed, normed, however many are left."""
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:  # type: ignore[override]
+        return tokens.with_x(tower.norm(tokens.x))
+
+
+@hosts.register("vltprune.models.med.MedEncoder")
+class MedHost(Host):
+    """BLIP's text tower. The first token (CLS or ENC) is protected; padding never enters."""
+
+    tower = "text"
+
+    def blocks(self, tower: Any) -> Sequence[nn.Module]:
+        return tower.layers
+
+    def site(self, tower: Any, depth: int, name: str) -> Site:
+        layer: MedLayer = tower.layers[depth]
+        return Site(name, depth, len(tower.layers), tower.word.embedding_dim, layer.attention.heads, has_summary=True)
+
+    def open(
+        self,
+        tower: MedEncoder,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        memory: Tensor | PackedTokens | None = None,
+    ) -> tuple[PackedTokens, tuple[Memory | None, ...]]:
+        x = tower.embed(input_ids)
+        valid = None if attention_mask is None else attention_mask.bool()
+        if valid is not None and not valid[:, 0].all():
+            raise ValueError(
+                "attention_mask hides the first token of a sentence, which speaks for it: pad on the right"
+            )
+        first = torch.arange(x.shape[1], device=x.device) == 0
+        tokens = PackedTokens.pack(x, valid, protected=first, summary=first)
+
+        if memory is None:
+            return tokens, (None,) * len(tower.layers)
+        packed = memory if isinstance(memory, PackedTokens) else PackedTokens.pack(memory)
+        tower.check_memory(len(input_ids), packed.layout.batch)
+        return tokens, (_by_image(packed, tower.images),) * len(tower.layers)
+
+    def qkv(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
+        return _project(block.attention, tokens.x, tokens.x)
+
+    def scale(self, block: Any) -> float:
+        return _scale(block.attention)
+
+    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+        branch = block.dropout(block.attention.output(context.flatten(1)))
+        return tokens.with_x(block.attention_norm(tokens.x + branch))
+
+    def feed(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> PackedTokens:
+        if beside is not None and block.cross is not None:
+            outputs = [_look(stream, tokens, view) for stream, view in zip(block.cross.streams, beside, strict=True)]
+            branch = block.dropout(block.cross.combine(outputs))
+            tokens = tokens.with_x(block.cross.norm(tokens.x + branch))
+        return tokens.with_x(block.feed_forward(tokens.x))
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Tensor:
+        """Hidden states of the tokens that are left, padded with zeros: [batch, longest, width], the first token first."""
+        return tokens.unpack()[0]
+
+
+@hosts.register("vltprune.models.blip.Blip")
+@hosts.register("vltprune.models.blip.BlipNlvr")
+class BlipComposite(Composite):
+    """Both towers of BLIP under one guide."""
+
+    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+        return {"image": (model.visual, find_host(model.visual)), "text": (model.text, find_host(model.text))}
+
+    def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
+        return with_submodule(with_submodule(model, "visual", towers["image"]), "text", towers["text"])
+
+
+def _by_image(memory: PackedTokens, images: int) -> Memory:
+    """Packed memory, image after image of each group, as one PackedTokens per image of a sentence."""
+    if images == 1:
+        return (memory,)
+    which = memory.layout.instance % images
+    views = []
+    for image in range(images):
+        layout = Layout(memory.layout.lengths[image::images], memory.layout.device)
+        rows = (which == image).nonzero().squeeze(1)
+        views.append(memory.take(rows, layout))
+    return tuple(views)
+
+
+def _look(stream: Attention, tokens: PackedTokens, view: PackedTokens) -> Tensor:
+    """Cross-attention of the sentences to one image of their group: [total, width]."""
+    q, k, v = _project(stream, tokens.x, view.x)
+    together = tokens.layout.grouped(view.layout.batch)  # consecutive sentences of one group share its keys
+    context = attend(q, k, v, together, _scale(stream), key_layout=view.layout)
+    return stream.output(context.flatten(1))
+
+
+def _project(attention: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    heads = (attention.heads, -1)
+    q, k, v = attention.query(x), attention.key(memory), attention.value(memory)
+    return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+
+
+def _scale(attention: Any) -> float:
+    return (attention.query.out_features // attention.heads) ** -0.5

@@ -1,0 +1,31 @@
+"""The four parts a pruner is made of. They know tokens, segments and attention; they never hear of a host."""
+
+from .guides import AlignmentGuide, Codebook, Guidance
+from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio, Threshold
+from .reducers import Drop, Fuse, Reduction, TokenReducer
+from .scorers import Alignment, ClsAttention, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
+from .site import Site
+
+__all__ = [
+    "AlignmentGuide",
+    "Alignment",
+    "ClsAttention",
+    "Codebook",
+    "Count",
+    "Drop",
+    "Fuse",
+    "Guidance",
+    "KeepRatioPredictor",
+    "Knob",
+    "Madtp",
+    "MeanClsAttention",
+    "Random",
+    "RandomRatio",
+    "Ratio",
+    "Reduction",
+    "SelfAttention",
+    "Site",
+    "Threshold",
+    "TokenReducer",
+    "TokenScorer",
+]

@@ -1,0 +1,162 @@
+"""How many tokens stay: KeepRatioPredictors turn the scores of an instance into a count."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import segments
+from ..registry import keepers
+from ..tokens import PackedTokens
+from .guides import Guidance
+from .scorers import hash_integers
+from .site import Site
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The argument that sets a keeper's cost: what a budget turns.
+
+    name: the keeper's argument and attribute; low .. high: its range; log: whether to search it on a log scale;
+    more_is_dearer: whether a larger value keeps more tokens.
+    """
+
+    name: str
+    low: float
+    high: float
+    log: bool
+    more_is_dearer: bool
+
+
+class KeepRatioPredictor(nn.Module, ABC):
+    """Says how many unprotected tokens each instance keeps at one site.
+
+    `guided`: whether it reads the guidance; `knob`: what a budget may turn, None if nothing. Implementations take `site`
+    and their own arguments, and hold the knob as an attribute of its name.
+    """
+
+    guided: ClassVar[bool] = False
+    knob: ClassVar[Knob | None] = None
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.site = site
+
+    @abstractmethod
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        """scores [total] -> counts [batch] int64 of unprotected tokens kept; more than there are means all of them."""
+
+
+@keepers.register("threshold")
+class Threshold(KeepRatioPredictor):
+    """DTP: keep what scores above the weakest anchor's weighted mean score (MADTP, arXiv 2403.02991, section 3.3).
+
+    theta = min over anchors k of sum over tokens j of softmax(A / temperature)[j, k] score[j]; kept are the tokens with
+    score > theta. Where none would stay, or only one would go, nothing is pruned, as in the reference.
+
+    Arguments: temperature > 0, larger prunes more; across: "instance", each by its own count, or "batch", the reference's
+    rule that all keep as many as the neediest, which makes results depend on batch mates and exists for comparison only.
+    """
+
+    guided = True
+    knob = Knob("temperature", 1e-6, 1e6, log=True, more_is_dearer=False)
+
+    def __init__(self, site: Site, temperature: float = 1.0, across: Literal["instance", "batch"] = "instance"):
+        super().__init__(site)
+        if not temperature > 0:
+            raise ValueError(
+                f"threshold(temperature={temperature}) must be above 0; to prune nothing, leave the depth out of `at`"
+            )
+        if across not in ("instance", "batch"):
+            raise ValueError(f"threshold(across={across!r}): write across='instance' or across='batch'")
+        self.temperature = temperature
+        self.across = across
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        assert guidance is not None
+        layout, free = tokens.layout, tokens.free
+
+        # a cold softmax puts the threshold onto one token's own score: in single precision rounding would decide the tie
+        exact = torch.float64 if scores.device.type != "mps" else scores.dtype
+        attention, scores = guidance.attention(self.temperature, exact), scores.to(exact)
+        threshold = segments.sum(attention * scores[:, None], layout).amin(-1)
+        above = scores > (threshold + 1e-8 * threshold.abs())[layout.instance]
+
+        counts, there = segments.count(above & free, layout), segments.count(free, layout)
+        if self.across == "batch":
+            counts = counts.amax().expand_as(counts)
+        return torch.where((counts < 1) | (there - counts <= 1), there, counts)
+
+
+@keepers.register("ratio")
+class Ratio(KeepRatioPredictor):
+    """The same share of every instance's tokens: ceil(ratio * n), ratio in [0, 1]."""
+
+    knob = Knob("ratio", 0.0, 1.0, log=False, more_is_dearer=True)
+
+    def __init__(self, site: Site, ratio: float = 0.7):
+        super().__init__(site)
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"ratio(ratio={ratio}) must lie in 0 .. 1: the share of tokens kept")
+        self.ratio = ratio
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        return share(segments.count(tokens.free, tokens.layout), self.ratio)
+
+
+@keepers.register("count")
+class Count(KeepRatioPredictor):
+    """The same number of tokens of every instance, or all it has if those are fewer."""
+
+    def __init__(self, site: Site, count: int):
+        super().__init__(site)
+        if count < 0:
+            raise ValueError(f"count(count={count}) must be 0 or more: the number of unprotected tokens kept")
+        self.count = count
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        return segments.count(tokens.free, tokens.layout).clamp(max=self.count)
+
+
+@keepers.register("random_ratio")
+class RandomRatio(KeepRatioPredictor):
+    """A share drawn for each instance, uniform in mean - spread .. mean + spread, cut to [0, 1].
+
+    The baseline for per-instance counts. An instance's draw comes from `seed`, the depth, and from which of its tokens
+    lie farthest along a few fixed random directions: it differs between instances and ignores batch mates.
+    """
+
+    knob = Knob("mean", 0.0, 1.0, log=False, more_is_dearer=True)
+
+    def __init__(self, site: Site, mean: float = 0.7, spread: float = 0.25, seed: int = 0):
+        super().__init__(site)
+        if not 0 <= mean <= 1 or not 0 <= spread <= 1:
+            raise ValueError(f"random_ratio(mean={mean}, spread={spread}): both must lie in 0 .. 1")
+        self.mean, self.spread, self.seed = mean, spread, seed
+        directions = torch.randn(4, site.dim, generator=torch.Generator().manual_seed(seed)).t().contiguous()
+        self.directions: Tensor
+        self.register_buffer("directions", directions, persistent=False)
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        ratio = self.mean + self.spread * (2 * self._draw(tokens) - 1)
+        return share(segments.count(tokens.free, tokens.layout), ratio.clamp(0, 1))
+
+    def _draw(self, tokens: PackedTokens) -> Tensor:
+        """One number in (0, 1) an instance: [batch]."""
+        reach = (tokens.x @ self.directions.to(tokens.x.dtype)).masked_fill(tokens.protected[:, None], float("-inf"))
+        padded = segments.pad(reach, tokens.layout, float("-inf"))
+        farthest = segments.pad(tokens.position, tokens.layout).gather(1, padded.argmax(1))  # [batch, 4]
+
+        drawn = torch.full_like(farthest[:, 0], self.seed * 1009 + self.site.depth)
+        for column in farthest.unbind(1):
+            drawn = hash_integers(drawn, column)
+        return ((drawn >> 8).double() + 0.5) / 2**23
+
+
+def share(there: Tensor, ratio: Tensor | float) -> Tensor:
+    """ceil(ratio * there) as int64: there [batch]; in double, and with a hair off so that 0.7 * 10 is 7."""
+    return (there.double() * ratio - 1e-9).ceil().long().clamp(min=0)

@@ -1,0 +1,173 @@
+"""What becomes of the tokens that do not stay: a TokenReducer makes a plan, and the plan applies to anything per token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import segments
+from ..attention import AttentionStats, Stat
+from ..registry import reducers
+from ..tokens import Layout, PackedTokens
+from .site import Site
+
+_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One weighted sum for each instance that loses tokens.
+
+    spans     the packed rows of those instances, on the host
+    rows      [merges] int64: where their sums stand in the result
+    sources   [total] bool: the tokens that are summed
+    weight    [total]: the share of each source, zero elsewhere
+    averages  whether the shares of an instance sum to one
+    """
+
+    spans: tuple[slice, ...]
+    rows: Tensor
+    sources: Tensor
+    weight: Tensor
+    averages: bool
+
+    def sums(self, values: Tensor, weight: Tensor) -> Tensor:
+        """values [total, ...] -> [merges, ...]."""
+        return torch.stack([torch.tensordot(weight[span], values[span], 1) for span in self.spans])
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A plan: which rows stay, and what they gather. It applies alike to contents, positions and sizes.
+
+    before  the layout it starts from
+    layout  of the result
+    index   [new total] int64: the row each result row comes from; a merged token stands where its last source stood
+    merge   None, or the sums that replace the contents of some rows
+    """
+
+    before: Layout
+    layout: Layout
+    index: Tensor
+    merge: Merge | None = None
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the plan may come before any affine map as well as after it."""
+        return self.merge is None or self.merge.averages
+
+    def values(self, values: Tensor) -> Tensor:
+        """Per-token values [total, ...] -> [new total, ...]."""
+        kept = values.index_select(0, self.index)
+        if self.merge is None:
+            return kept
+        return kept.index_copy(0, self.merge.rows, self.merge.sums(values, self.merge.weight.to(values.dtype)))
+
+    def tokens(self, tokens: PackedTokens) -> PackedTokens:
+        """The tokens after the plan. Merged ones sit at their last source's position and count all their sources."""
+        out = replace(tokens.take(self.index, self.layout), x=self.values(tokens.x))
+        if self.merge is None:
+            return out
+        size = tokens.size if tokens.size is not None else torch.ones_like(tokens.position)
+        gathered = self.merge.sums(size, self.merge.sources.to(size.dtype))
+        return replace(out, size=size.index_select(0, self.index).index_copy(0, self.merge.rows, gathered))
+
+    def target(self) -> Tensor:
+        """[total] int64: the result row that holds each token, -1 for dropped ones. Provenance, for pictures."""
+        target = self.index.new_full((self.before.total,), -1)
+        target[self.index] = torch.arange(len(self.index), device=self.index.device)
+        if self.merge is not None:
+            for span, row in zip(self.merge.spans, self.merge.rows.tolist(), strict=True):
+                target[span] = target[span].masked_fill(self.merge.sources[span], row)
+        return target
+
+
+class TokenReducer(nn.Module, ABC):
+    """Plans what to do with `counts` [batch] unprotected tokens to keep. `needs` declares the statistics it reads.
+
+    Implementations take `site` and their own arguments.
+    """
+
+    needs: ClassVar[Stat] = Stat.NONE
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.site = site
+
+    @abstractmethod
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:
+        """scores [total], counts [batch] int64 -> a Reduction of these tokens, or None where all of them stay."""
+
+
+@reducers.register("drop")
+class Drop(TokenReducer):
+    """Keep the `counts` best, in their order; the rest is gone."""
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:
+        keep = best(tokens, scores, counts)
+        lengths = tuple(segments.count(keep, tokens.layout).tolist())
+        if lengths == tokens.layout.lengths:
+            return None
+        layout = Layout(lengths, tokens.layout.device)
+        return Reduction(tokens.layout, layout, rows_of(keep, layout.total))
+
+
+@reducers.register("fuse")
+class Fuse(TokenReducer):
+    """Keep the `counts` best, in their order, and one token more: the sum of the rest, weighted by their scores.
+
+    MADTP (arXiv 2403.02991), section 3.3: sum of score_j / (sum of the rest's scores + 1e-8) x_j. EViT (arXiv 2202.07800),
+    equation 3, does not divide: `normalise=False`. The merged token takes the place of its last source, so that in a
+    causal tower nothing sees the future. Where the rest's scores do not sum to something positive, it is their mean.
+    """
+
+    def __init__(self, site: Site, normalise: bool = True):
+        super().__init__(site)
+        self.normalise = normalise
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:
+        layout = tokens.layout
+        rest = ~best(tokens, scores, counts)
+        last = segments.pad(torch.where(rest, layout.slot, -1), layout, -1).amax(1)
+        carrier = rest & (layout.slot == last[layout.instance])
+
+        lost, lengths = torch.stack([segments.count(m, layout) for m in (rest, ~rest | carrier)]).tolist()
+        if not any(lost):
+            return None
+        merging = [i for i, n in enumerate(lost) if n]
+        starts = layout.offsets.tolist()
+        spans = tuple(slice(starts[i], starts[i + 1]) for i in merging)
+
+        reduced = Layout(tuple(lengths), layout.device)
+        index = rows_of(~rest | carrier, reduced.total)
+        rows = rows_of(carrier.index_select(0, index), len(merging))
+        merge = Merge(spans, rows, rest, self._weight(scores, rest, layout), self.normalise)
+        return Reduction(layout, reduced, index, merge)
+
+    def _weight(self, scores: Tensor, rest: Tensor, layout: Layout) -> Tensor:
+        """[total]: each token's share of its instance's merged token."""
+        scores = scores.masked_fill(~rest, 0.0)
+        if not self.normalise:
+            return scores
+        total, size = segments.sum(scores, layout), segments.sum(scores.abs(), layout)
+        share = scores / (total + _EPS)[layout.instance]
+        even = rest.to(scores.dtype) / segments.count(rest, layout).clamp(min=1)[layout.instance]
+        usable = (total > 1e-3 * size) & (total > 1e3 * _EPS)
+        return torch.where(usable[layout.instance], share, even)
+
+
+def best(tokens: PackedTokens, scores: Tensor, counts: Tensor) -> Tensor:
+    """[total] bool: the protected tokens, and the `counts` [batch] unprotected ones of largest score; ties by place."""
+    standing = segments.rank(scores.detach().masked_fill(tokens.protected, float("-inf")), tokens.layout)
+    return tokens.protected | (standing < counts[tokens.layout.instance])
+
+
+def rows_of(mask: Tensor, total: int) -> Tensor:
+    """Where mask [n] bool is true: [total] int64. Like `nonzero` when `total` is known, and then without a host sync."""
+    place = torch.where(mask, mask.cumsum(0) - 1, total)
+    rows = torch.arange(len(mask), device=mask.device)
+    return rows.new_empty(total + 1).scatter_(0, place, rows)[:total]

@@ -1,0 +1,150 @@
+"""How much a token matters: TokenScorers turn attention statistics and guidance into one number a token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import segments
+from ..attention import AttentionStats, Stat
+from ..registry import scorers
+from ..tokens import PackedTokens
+from .guides import Guidance
+from .site import Site
+
+_EPS = 1e-8
+
+
+class TokenScorer(nn.Module, ABC):
+    """Scores the tokens of one site; larger is kept longer.
+
+    `needs` declares the statistics it reads and `guided` whether it reads the guidance: a pairing that cannot work fails
+    when the model is built. Implementations take `site` and their own arguments.
+    """
+
+    needs: ClassVar[Stat] = Stat.NONE
+    guided: ClassVar[bool] = False
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.site = site
+
+    @abstractmethod
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        """tokens: the block's input. Returns scores [total]; what it says of protected tokens is not read."""
+
+
+@scorers.register("self_attention")
+class SelfAttention(TokenScorer):
+    """Attention a token receives from the other unprotected tokens, strongest head, normalised over the instance.
+
+    MADTP (arXiv 2403.02991), section 3.3, S_self: sum over queries of the maximum over heads.
+    """
+
+    needs = Stat.RECEIVED
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        return normalise(stats[Stat.RECEIVED], tokens)
+
+
+@scorers.register("cls_attention")
+class ClsAttention(TokenScorer):
+    """Attention the summary token pays, heads weighted by how much each of them says at the token.
+
+    MADTP (arXiv 2403.02991), section 3.3, S_cls: sum over heads h of P[h, cls, j] ||o[h, j]|| / sum over heads ||o[., j]||.
+    """
+
+    needs = Stat.SUMMARY | Stat.CONTEXT
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        context = stats[Stat.CONTEXT]
+        share = context / (context.sum(-1, keepdim=True) + _EPS)
+        return (stats[Stat.SUMMARY] * share).sum(-1)
+
+
+@scorers.register("mean_cls_attention")
+class MeanClsAttention(TokenScorer):
+    """Attention the summary token pays, mean over heads: EViT (arXiv 2202.07800), section 3.2."""
+
+    needs = Stat.SUMMARY
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        return stats[Stat.SUMMARY].mean(-1)
+
+
+@scorers.register("alignment")
+class Alignment(TokenScorer):
+    """Closeness to the nearest shared anchor, normalised over the instance.
+
+    MADTP (arXiv 2403.02991), section 3.3, S_tok: maximum over anchors k of A[j, k].
+    """
+
+    guided = True
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        assert guidance is not None
+        return normalise(guidance.affinity.amax(-1), tokens)
+
+
+@scorers.register("madtp")
+class Madtp(TokenScorer):
+    """Token importance score: the mean of `self_attention`, `cls_attention` and `alignment`.
+
+    MADTP (arXiv 2403.02991), section 3.3, TIS = (S_self + S_cls + S_tok) / 3.
+    """
+
+    needs = SelfAttention.needs | ClsAttention.needs
+    guided = True
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.terms = nn.ModuleList(term(site) for term in (SelfAttention, ClsAttention, Alignment))
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        received, summary, alignment = (term(tokens, stats, guidance) for term in self.terms)
+        return (received + summary + alignment) / 3
+
+
+@scorers.register("random")
+class Random(TokenScorer):
+    """Noise in (0, 1), the baseline every method has to beat.
+
+    Drawn from `seed`, the depth and the token's original position, and so the same whoever shares the batch.
+    """
+
+    def __init__(self, site: Site, seed: int = 0):
+        super().__init__(site)
+        self.key = hash_integers(torch.tensor(seed), torch.tensor(site.depth)).item()
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        drawn = hash_integers(tokens.position, torch.full_like(tokens.position, int(self.key)))
+        return ((drawn >> 8).to(tokens.x.dtype) + 0.5) / 2**23
+
+
+def normalise(scores: Tensor, tokens: PackedTokens) -> Tensor:
+    """Scores [total] divided by their sum over the unprotected tokens of each instance.
+
+    MADTP's norm1(z) = z / (sum z + 1e-8). Dot products may sum to zero or less, where that division would blow up or turn
+    the order round: there z is first lifted to start at zero, and the tokens of an instance stay in their order.
+    """
+    layout, free = tokens.layout, tokens.free
+    z = scores.masked_fill(~free, 0.0)
+    total, size = segments.sum(z, layout), segments.sum(z.abs(), layout)
+
+    lowest = segments.pad(scores.masked_fill(~free, float("inf")), layout, float("inf")).amin(1)
+    odd = total <= 1e-6 * size
+    lift = torch.where(odd & lowest.isfinite(), lowest, torch.zeros_like(lowest))
+    lifted = (scores - lift[layout.instance]).masked_fill(~free, 0.0)
+    total = torch.where(odd, segments.sum(lifted, layout), total)
+    return lifted / (total + _EPS)[layout.instance]
+
+
+def hash_integers(a: Tensor, b: Tensor) -> Tensor:
+    """A well-mixed 31-bit hash of two int64 tensors, element by element (xorshift-multiply rounds)."""
+    h = (a * 0x9E3779B1 + b * 0x85EBCA77 + 0x165667B1) & 0x7FFFFFFF
+    for multiplier in (0x2C1B3C6D, 0x297A2D39):
+        h = ((h ^ (h >> 15)) * multiplier) & 0x7FFFFFFF
+    return h ^ (h >> 14)

@@ -1,0 +1,22 @@
+"""The room a part is built for: what it may know of a tower before it has seen a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """One depth of one tower.
+
+    tower: its name ("image", "text"); depth of depths; dim: token width; heads; has_summary: whether one protected token
+    (CLS, EOT) speaks for its instance; causal: whether a token sees only what stands before it.
+    """
+
+    tower: str
+    depth: int
+    depths: int
+    dim: int
+    heads: int
+    has_summary: bool
+    causal: bool = False

@@ -1,0 +1,204 @@
+"""The loop over depths: a tower taken apart by its host, with pruners between its attention and the rest of each block."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionStats, Stat, attend, attend_with_stats
+from .config import PruneConfig
+from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Reduction, Site, TokenReducer, TokenScorer
+from .registry import keepers, reducers, scorers
+from .tokens import PackedTokens
+
+if TYPE_CHECKING:
+    from .hosts.base import Host
+
+
+class UntrainedGuideWarning(UserWarning):
+    """An alignment guide decides what to prune while its anchors are still noise."""
+
+
+class Pruner(nn.Module):
+    """One depth: score, count, plan."""
+
+    def __init__(self, scorer: TokenScorer, keeper: KeepRatioPredictor, reducer: TokenReducer):
+        super().__init__()
+        self.scorer, self.keeper, self.reducer = scorer, keeper, reducer
+        self.needs: Stat = scorer.needs | reducer.needs
+
+    @classmethod
+    def build(cls, config: PruneConfig, site: Site) -> Pruner:
+        """The parts of a config, for one site. ValueError for parts that need what the site does not have."""
+        kinds = {"scorer": scorers, "keep": keepers, "reducer": reducers}
+        parts = [registry[config.part(kind).name](site, **config.part(kind).args) for kind, registry in kinds.items()]
+        pruner = cls(*parts)
+        if Stat.SUMMARY in pruner.needs and not site.has_summary:
+            raise ValueError(
+                f"scorer={str(config.scorer)!r} reads the attention of a summary token (Stat.SUMMARY), and the "
+                f"{site.tower} tower has none: write scorer='self_attention' or scorer='alignment', "
+                "or leave the tower alone with at={'other tower': None}"
+            )
+        return pruner
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Reduction | None:
+        """tokens: the block's input -> the plan for its output, or None where every token stays."""
+        scores = self.scorer(tokens, stats, guidance)
+        counts = self.keeper(scores, tokens, guidance)
+        return self.reducer(tokens, scores, counts, stats)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One depth of a trace. position, protected [total] and layout are those of the tokens that left the block."""
+
+    position: Tensor
+    protected: Tensor
+    lengths: tuple[int, ...]
+    reduction: Reduction | None
+    reduced_early: bool
+    guidance: Guidance | None
+
+
+@dataclass(frozen=True)
+class PruneTrace:
+    """What one call of one tower did.
+
+    tower    its name; encoder, the PrunedEncoder that ran
+    entered  tokens per instance that entered the first block, protected ones included
+    steps    one Step a depth
+    beside   what the blocks got besides their tokens (memory, rotary tables), one entry a depth
+    inputs   the tower's positional inputs
+    """
+
+    tower: str
+    encoder: PrunedEncoder
+    entered: PackedTokens
+    inputs: tuple[Any, ...]
+    beside: tuple[Any, ...]
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Per depth, per instance: tokens leaving the block, protected ones included."""
+        return tuple(step.lengths for step in self.steps)
+
+    @property
+    def aligned(self) -> Tensor:
+        """What the guide's anchors gathered over all pruned depths, [batch, anchors, anchor dim].
+
+        The sum over blocks that `losses.alignment` compares between towers. LookupError without a guide.
+        """
+        pooled = [step.guidance.pooled for step in self.steps if step.guidance is not None]
+        if not pooled:
+            raise LookupError(f"the {self.tower} tower has no guide at any depth: prune it with guide='codebook'")
+        return torch.stack(pooled).sum(0)
+
+    def owners(self, depth: int) -> Tensor:
+        """Provenance, [entered total] int64: the row, among tokens leaving block `depth`, that holds each; -1 if dropped."""
+        owner = torch.arange(self.entered.layout.total, device=self.entered.x.device)
+        for step in self.steps[: depth + 1]:
+            if step.reduction is not None:
+                target = step.reduction.target()
+                owner = torch.where(owner >= 0, target[owner.clamp(min=0)], owner)
+        return owner
+
+
+_collectors: ContextVar[tuple[list[PruneTrace], ...]] = ContextVar("collectors", default=())
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[PruneTrace]]:
+    """Within the `with` block, a list of the traces of every pruned tower that runs, in order; also in foreign code."""
+    traces: list[PruneTrace] = []
+    token = _collectors.set((*_collectors.get(), traces))
+    try:
+        yield traces
+    finally:
+        _collectors.reset(token)
+
+
+class PrunedEncoder(nn.Module):
+    """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
+
+    Calling it takes what the host takes and returns what the host returns.
+    """
+
+    def __init__(self, host: nn.Module, adapter: Host, config: PruneConfig, guide: AlignmentGuide | None, tower: str):
+        super().__init__()
+        self.host, self.guide, self.adapter, self.tower = host, guide, adapter, tower
+        depths = config.depths(tower, len(adapter.blocks(host)))
+        self.pruners = nn.ModuleDict({str(d): Pruner.build(config, adapter.site(host, d, tower)) for d in depths})
+        self.train(host.training)
+
+    def forward(self, *inputs: Any) -> Any:
+        tokens, beside = self.encode(*inputs)
+        return self.adapter.close(self.host, tokens, beside)
+
+    def encode(self, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
+        """Tokens that leave the last block, before the host's final norm and pooling; and what stood beside the blocks."""
+        self._warn_of_noise()
+        tokens, beside = self.adapter.open(self.host, *inputs)
+        traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in _collectors.get()]
+        for depth, block in enumerate(self.adapter.blocks(self.host)):
+            tokens, step = self._block(depth, block, tokens, beside[depth])
+            for trace in traces:
+                trace.steps.append(step)
+        for collector, trace in zip(_collectors.get(), traces, strict=True):
+            collector.append(trace)
+        return tokens, beside
+
+    def _block(self, depth: int, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[PackedTokens, Step]:
+        adapter, pruner = self.adapter, self.pruner(depth)
+        q, k, v = adapter.qkv(block, tokens, beside)
+        room = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
+        scale, guidance, plan = adapter.scale(block), None, None
+
+        if pruner is None:
+            context = attend(q, k, v, tokens.layout, scale, **room)
+        else:
+            context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **room)
+            guidance = self.guide(tokens, self.tower) if self.guide is not None else None
+            plan = pruner(tokens, stats, guidance)
+
+        # an affine map commutes with averaging: reducing first, the output projection runs on what stays
+        early = plan is not None and plan.is_affine and adapter.mixes_affinely(block)
+        if plan is not None and early:
+            tokens, context = plan.tokens(tokens), plan.values(context)
+        tokens = adapter.mix(block, tokens, context)
+        if plan is not None and not early:
+            tokens = plan.tokens(tokens)
+        tokens = adapter.feed(block, tokens, beside)
+        return tokens, Step(tokens.position, tokens.protected, tokens.layout.lengths, plan, early, guidance)
+
+    def pruner(self, depth: int) -> Pruner | None:
+        """The pruner at a depth, None where nothing is pruned."""
+        key = str(depth)
+        return self.pruners[key] if key in self.pruners else None  # pyright: ignore[reportReturnType]
+
+    def _warn_of_noise(self) -> None:
+        if self.training or self.guide is None or not self.pruners or not self.guide.is_untrained:
+            return
+        warnings.warn(
+            f"the {self.tower} tower is pruned by an alignment guide whose anchors are untrained noise: load trained "
+            "weights, train it, or place the anchors with vltprune.budget.fit_guide(model, batches)",
+            UntrainedGuideWarning,
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What `prune` made of a model: its config, the dense model, the guide that its towers share, the pruned towers."""
+
+    config: PruneConfig
+    host: nn.Module
+    guide: AlignmentGuide | None
+    towers: Mapping[str, PrunedEncoder]

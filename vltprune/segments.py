@@ -1,0 +1,84 @@
+"""Reductions, softmax and ranks over the tokens of each instance. Pure functions on [total, ...], nothing else.
+
+All of them look at the values as a padded batch, which for a uniform layout is a view. They are meant for scores and
+statistics, a few numbers a token: token contents are never padded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .tokens import Layout
+
+
+def pad(values: Tensor, layout: Layout, fill: float = 0.0) -> Tensor:
+    """values [total, ...] -> [batch, longest, ...], `fill` where an instance has no token."""
+    shape = (layout.batch, layout.longest, *values.shape[1:])
+    if layout.is_uniform:
+        return values.reshape(shape)
+    padded = values.new_full((layout.batch * layout.longest, *values.shape[1:]), fill)
+    return padded.index_copy(0, layout.place, values).view(shape)
+
+
+def flat(padded: Tensor, layout: Layout) -> Tensor:
+    """The inverse of `pad`: [batch, longest, ...] -> [total, ...]."""
+    rows = padded.reshape(layout.batch * layout.longest, *padded.shape[2:])
+    return rows if layout.is_uniform else rows.index_select(0, layout.place)
+
+
+def sum(values: Tensor, layout: Layout) -> Tensor:
+    """[total, ...] -> [batch, ...]."""
+    return pad(values, layout).sum(1)
+
+
+def count(mask: Tensor, layout: Layout) -> Tensor:
+    """How many tokens of each instance: mask [total] bool -> [batch] int64."""
+    return pad(mask.long(), layout, 0).sum(1)
+
+
+def softmax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
+    """Softmax over the tokens of each instance where `where` [total] bool holds, zero elsewhere; [total, ...]."""
+    weight = torch.softmax(_hidden(values, layout, where), 1)
+    return flat(weight, layout).masked_fill(_like(~where, values), 0.0)
+
+
+def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
+    """Sparsemax (Martins and Astudillo, arXiv 1602.02068, algorithm 1) over the tokens of each instance; [total, ...]."""
+    hidden = _hidden(values, layout, where)
+    ordered = hidden.sort(1, descending=True).values
+    place = torch.arange(1, layout.longest + 1, device=values.device).view(1, -1, *[1] * (values.dim() - 1))
+    cumulative = ordered.masked_fill(ordered <= _LOWEST, 0.0).cumsum(1) - 1
+
+    support = (ordered * place > cumulative) & (ordered > _LOWEST)
+    size = support.sum(1, keepdim=True).clamp(min=1)
+    threshold = cumulative.gather(1, size - 1) / size
+    return flat((hidden - threshold).clamp(min=0.0), layout).masked_fill(_like(~where, values), 0.0)
+
+
+def rank(scores: Tensor, layout: Layout) -> Tensor:
+    """0 for the largest score of each instance, ties by place: scores [total] -> [total] int64."""
+    order = pad(scores, layout, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(layout.longest, device=scores.device).expand_as(order)
+    return flat(torch.empty_like(order).scatter_(1, order, places), layout)
+
+
+def mix(weight: Tensor, values: Tensor, layout: Layout) -> Tensor:
+    """Weighted sums of token contents: weight [total, k], values [total, dim] -> [batch, k, dim]."""
+    if layout.is_uniform:
+        return pad(weight, layout).transpose(1, 2) @ values.view(layout.batch, layout.longest, -1)
+    parts = zip(weight.split(layout.lengths), values.split(layout.lengths), strict=True)
+    return torch.stack([w.t() @ v for w, v in parts])
+
+
+_LOWEST = -1e30  # stands for "not there"; finite, so that an instance without candidates gives no NaN
+
+
+def _hidden(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
+    """The padded values, lowest where no candidate is."""
+    return pad(values.masked_fill(_like(~where, values), _LOWEST), layout, _LOWEST)
+
+
+def _like(mask: Tensor, values: Tensor) -> Tensor:
+    """mask [total] made broadcastable to values [total, ...]."""
+    return mask.view(-1, *[1] * (values.dim() - 1))

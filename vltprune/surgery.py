@@ -1,0 +1,71 @@
+"""prune(model, config): a pruned model that shares the dense one's weights. The dense one stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .config import PruneConfig
+from .hosts.base import find_composite, find_host
+from .layers import AlignmentGuide
+from .presets import preset
+from .pruner import PrunedEncoder, Pruning
+from .registry import guides
+
+
+def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Module:
+    """A model like `model`, called in the same way and returning the same, whose towers prune their tokens.
+
+    model: a tower (timm's VisionTransformer or Eva, open_clip's VisionTransformer, TextTransformer or TimmModel, our
+    BlipVision or MedEncoder) or a composite of two (open_clip's CLIP and CustomTextCLIP, our Blip models), whose towers
+    then share one guide. config: a PruneConfig or the name of a preset; **parts replace single parts of it, as in
+    prune(model, "madtp", reducer="drop", at=(6, 7, 8)).
+
+    The result has `.pruning` (config, dense host, guide, towers) and `.host`, the dense model. Raises TypeError for
+    a model that no host takes apart, and the errors of PruneConfig; ValueError for parts that need what a tower lacks.
+    """
+    if hasattr(model, "pruning"):
+        raise TypeError("this model is pruned already: prune its dense host, prune(model.host, ...)")
+    config = preset(config) if isinstance(config, str) else config
+    config = config.replace(**parts) if parts else config
+    composite = find_composite(model)
+    if composite is None:
+        host = find_host(model)
+        towers = {host.tower: (model, host)}
+    else:
+        towers = composite.towers(model)
+    _check_towers(config, tuple(towers))
+
+    guide = build_guide(config, {name: host.site(tower, 0, name) for name, (tower, host) in towers.items()})
+    pruned = {name: PrunedEncoder(tower, host, config, guide, name) for name, (tower, host) in towers.items()}
+    if composite is None:
+        result: nn.Module = pruned[next(iter(pruned))]
+    else:
+        result = composite.assemble(model, pruned)
+        object.__setattr__(result, "host", model)  # not a child: its towers are in `result` already
+    object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
+    return result
+
+
+def build_guide(config: PruneConfig, sites: dict[str, Any]) -> AlignmentGuide | None:
+    """The guide of a config for towers with these sites (any depth of each), None where it has none."""
+    if config.guide is None:
+        return None
+    part = config.part("guide")
+    return guides[part.name](sites, **part.args)
+
+
+def pruning(model: nn.Module) -> Pruning:
+    """What `prune` made of a model. TypeError for a dense one."""
+    record = getattr(model, "pruning", None)
+    if not isinstance(record, Pruning):
+        raise TypeError(f"this {type(model).__name__} is not pruned: give it to vltprune.prune first")
+    return record
+
+
+def _check_towers(config: PruneConfig, towers: tuple[str, ...]) -> None:
+    at = config.at
+    unknown = [name for name in at if name not in towers] if isinstance(at, dict) else []
+    if unknown:
+        raise ValueError(f"at={at!r} names the tower {unknown[0]!r}; this model has {', '.join(towers)}")
