@@ -1,0 +1,63 @@
+"""vltprune: prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."""
+
+from . import budget, flops, losses
+from .attention import AttentionStats, Stat, attend, attend_with_stats
+from .budget import BudgetError, calibrate
+from .checkpoint import CheckpointError, from_pretrained, load, push_to_hub, save
+from .config import Part, PruneConfig
+from .factory import create_model, list_models
+from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
+from .presets import preset
+from .pruner import PrunedEncoder, Pruner, PruneTrace, Pruning, UntrainedGuideWarning, collect
+from .registry import Registry, backbones, guides, hosts, keepers, presets, reducers, scorers
+from .surgery import prune
+from .tokens import Layout, PackedTokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlignmentGuide",
+    "AttentionStats",
+    "BudgetError",
+    "CheckpointError",
+    "Guidance",
+    "KeepRatioPredictor",
+    "Knob",
+    "Layout",
+    "PackedTokens",
+    "Part",
+    "PruneConfig",
+    "PruneTrace",
+    "PrunedEncoder",
+    "Pruner",
+    "Pruning",
+    "Reduction",
+    "Registry",
+    "Site",
+    "Stat",
+    "TokenReducer",
+    "TokenScorer",
+    "UntrainedGuideWarning",
+    "attend",
+    "attend_with_stats",
+    "backbones",
+    "budget",
+    "calibrate",
+    "collect",
+    "create_model",
+    "flops",
+    "from_pretrained",
+    "guides",
+    "hosts",
+    "keepers",
+    "list_models",
+    "load",
+    "losses",
+    "preset",
+    "presets",
+    "prune",
+    "push_to_hub",
+    "reducers",
+    "save",
+    "scorers",
+]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import segments
 from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import Layout, PackedTokens
@@ -31,6 +32,11 @@ class Host(ABC):
     """
 
     tower: str = "image"
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Host:
+        """The host for a module of the registered type."""
+        return cls()
 
     def check(self, tower: nn.Module) -> None:
         """TypeError or ValueError, with what is supported, for a tower of the right type with parts we cannot take apart."""
@@ -66,6 +72,10 @@ class Host(ABC):
     def close(self, tower: nn.Module, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         """Final norm and pooling: what tower(*inputs) returns."""
 
+    def padded_length(self, *inputs: Any) -> int | None:
+        """Tokens an instance that the dense tower computes on, where its inputs have padding; None where they have none."""
+        return None
+
     def causal(self, tower: nn.Module) -> bool:
         """Whether a token sees only what stands before it."""
         return False
@@ -82,6 +92,10 @@ class Host(ABC):
 class Composite(ABC):
     """A model of several towers that share a guide."""
 
+    @classmethod
+    def of(cls, module: nn.Module) -> Composite:
+        return cls()
+
     @abstractmethod
     def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
         """The dense towers by name, each with its host."""
@@ -89,6 +103,10 @@ class Composite(ABC):
     @abstractmethod
     def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
         """A model like `model` that runs these towers and shares everything else; `model` stays as it is."""
+
+    def head_macs(self, model: nn.Module) -> float:
+        """MACs of what stands behind the towers, once an instance."""
+        return 0.0
 
 
 def find_host(tower: nn.Module) -> Host:
@@ -118,7 +136,7 @@ def _find(module: nn.Module) -> Host | Composite | None:
     if room is not None:
         importlib.import_module(f"{__package__}.{room}")
     name = _dotted(module)
-    return hosts[name]() if name in hosts else None
+    return hosts[name].of(module) if name in hosts else None  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _dotted(module: nn.Module) -> str:
@@ -158,6 +176,12 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
     if getattr(module, "scale_by_keep", True):
         mask = mask / keep
     return branch * mask[layout.instance, None]
+
+
+def weighted_mean(tokens: PackedTokens, counted: Tensor) -> Tensor:
+    """Mean over the counted [total] tokens of each instance, [batch, dim]; a merged token weighs as many as it stands for."""
+    size = counted.to(tokens.x.dtype) * (1 if tokens.size is None else tokens.size)
+    return segments.sum(tokens.x * size[:, None], tokens.layout) / segments.sum(size, tokens.layout)[:, None]
 
 
 def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor, rows: int = 640) -> Tensor:

@@ -65,6 +65,9 @@ class MedHost(Host):
         tower.check_memory(len(input_ids), packed.layout.batch)
         return tokens, (_by_image(packed, tower.images),) * len(tower.layers)
 
+    def padded_length(self, *inputs: Any) -> int:
+        return inputs[0].shape[1]
+
     def qkv(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
         return _project(block.attention, tokens.x, tokens.x)
 
@@ -97,6 +100,10 @@ class BlipComposite(Composite):
 
     def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
         return with_submodule(with_submodule(model, "visual", towers["image"]), "text", towers["text"])
+
+    def head_macs(self, model: Any) -> float:
+        head = getattr(model, "head", nn.Identity())
+        return float(sum(linear.weight.numel() for linear in head.modules() if isinstance(linear, nn.Linear)))
 
 
 def _by_image(memory: PackedTokens, images: int) -> Memory:

@@ -17,7 +17,7 @@ from ..checks import check_images
 from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import PackedTokens
-from .base import Host, by_tiles, check_blocks, drop_path
+from .base import Host, by_tiles, check_blocks, drop_path, weighted_mean
 
 _POOLS = ("", "token", "avg", "max", "avgmax", "map")
 
@@ -192,8 +192,7 @@ def _pool(tower: Any, tokens: PackedTokens) -> Tensor:
         return tokens.unpack()[0]
 
     counted = tokens.free if not getattr(tower, "pool_include_prefix", False) else torch.ones_like(tokens.protected)
-    size = counted.to(tokens.x.dtype) * (1 if tokens.size is None else tokens.size)
-    average = segments.sum(tokens.x * size[:, None], tokens.layout) / segments.sum(size, tokens.layout)[:, None]
+    average = weighted_mean(tokens, counted)
     if kind == "avg":
         return average
     hidden = tokens.x.masked_fill(~counted[:, None], float("-inf"))

@@ -1,0 +1,180 @@
+"""Asking for a cost instead of a threshold: calibration by bisection, on inputs alone, without training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .flops import Meter
+from .layers import KeepRatioPredictor, Knob
+from .pruner import PrunedEncoder, collect
+from .surgery import pruning
+
+Batch = Tensor | tuple[Any, ...]
+
+
+class BudgetError(ValueError):
+    """A cost that the keeper's knob cannot reach."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found: the knob and its value, MACs per instance with it and dense, and the share saved."""
+
+    knob: str
+    value: float
+    macs: float
+    dense_macs: float
+
+    @property
+    def reduction(self) -> float:
+        return 1 - self.macs / self.dense_macs
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    reduction: float = 0.5,
+    tolerance: float = 0.01,
+    progress: Callable[[float, float], None] | None = None,
+) -> Calibration:
+    """Set a pruned model's temperature (or ratio) so that its mean MACs over `batches` are `reduction` below dense.
+
+    batches: inputs of the model, each a tensor or a tuple of positional inputs; they are run up to some 40 times. The
+    knob is set at every depth of every tower, and in `model.pruning.config`. tolerance: relative to the target.
+    progress: called with each value tried and the reduction it gave. Returns a Calibration.
+
+    Raises ValueError for a reduction outside (0, 1), no batches, or a keeper without a knob; BudgetError, with what can be
+    had, where the target is out of reach. The model is then as it was.
+    """
+    if not 0 < reduction < 1:
+        raise ValueError(f"reduction={reduction} must lie between 0 and 1: the share of the dense MACs to save")
+    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    if not inputs:
+        raise ValueError("calibrate needs at least one batch of inputs")
+    search = _Search(model, inputs, progress)
+    before, training = search.value, model.training
+    try:
+        found = search.find(reduction, tolerance)
+    except BaseException:
+        search.turn(before)
+        raise
+    finally:
+        model.train(training)
+    search.turn(found.value, for_good=True)
+    return found
+
+
+def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points: int = 20_000) -> None:
+    """Place the shared anchors of a pruned model among its own tokens: k-means over those of all towers and depths.
+
+    For use without training: an untrained codebook is noise. batches as in `calibrate`; at most `points` tokens, drawn
+    with `seed`, equally many of each tower. Raises ValueError for a model without a guide or too few tokens.
+    """
+    guide = pruning(model).guide
+    if guide is None:
+        raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
+    drawn: dict[str, list[Tensor]] = {}
+    training = model.training
+    with torch.no_grad(), collect() as traces:
+        model.eval()
+        for batch in batches:
+            model(*(batch if isinstance(batch, tuple) else (batch,)))
+            for trace in traces:
+                drawn.setdefault(trace.tower, []).extend(
+                    step.guidance.mapped.x[step.guidance.mapped.free] for step in trace.steps if step.guidance
+                )
+            traces.clear()
+    model.train(training)
+
+    generator = torch.Generator().manual_seed(seed)
+    each = points // max(len(drawn), 1)
+    sample = []
+    for parts in drawn.values():
+        tokens = torch.cat(parts)
+        sample.append(tokens[torch.randperm(len(tokens), generator=generator)[:each].to(tokens.device)])
+    if not sample:
+        raise ValueError("fit_guide needs at least one batch of inputs")
+    guide.fit(torch.cat(sample), seed)
+
+
+class _Search:
+    """Mean MACs as a function of the knob, and the bisection on it."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[tuple[Any, ...]], progress: Any):
+        self.model, self.inputs, self.progress = model, inputs, progress
+        self.record, self.meter = pruning(model), Meter(model)
+        self.keepers = [k for tower in self.record.towers.values() for k in _keepers(tower)]
+        part = self.record.config.part("keep")
+        knob = self.keepers[0].knob if self.keepers else None
+        if knob is None:
+            raise ValueError(
+                f"keep={str(part)!r} has nothing a budget can turn: use keep='threshold', 'ratio' or 'random_ratio'"
+            )
+        self.knob: Knob = knob
+
+    @property
+    def value(self) -> float:
+        return getattr(self.keepers[0], self.knob.name)
+
+    def turn(self, value: float, for_good: bool = False) -> None:
+        for keeper in self.keepers:
+            setattr(keeper, self.knob.name, value)
+        if for_good:
+            config = self.record.config
+            config = config.replace(keep=config.part("keep").replace(**{self.knob.name: value}))
+            object.__setattr__(self.model, "pruning", dataclasses.replace(self.record, config=config))
+
+    @torch.no_grad()
+    def measure(self, value: float) -> Calibration:
+        """Mean MACs per instance over all inputs with the knob at `value`."""
+        self.turn(value)
+        self.model.eval()
+        macs = dense = instances = 0.0
+        for batch in self.inputs:
+            with collect() as traces:
+                self.model(*batch)
+            cost = self.meter(traces)
+            macs, dense, instances = macs + cost.total, dense + cost.dense_total, instances + cost.instances
+        found = Calibration(self.knob.name, value, macs / instances, dense / instances)
+        if self.progress is not None:
+            self.progress(value, found.reduction)
+        return found
+
+    def find(self, reduction: float, tolerance: float) -> Calibration:
+        knob = self.knob
+        forward, back = (math.log, math.exp) if knob.log else (float, float)
+        cheap, dear = (knob.low, knob.high) if knob.more_is_dearer else (knob.high, knob.low)
+        ends = self.measure(cheap), self.measure(dear)
+        target = (1 - reduction) * ends[0].dense_macs
+        best = min(ends, key=lambda c: abs(c.macs - target))
+
+        low, high = forward(cheap), forward(dear)
+        for _ in range(40):
+            if abs(best.macs - target) <= tolerance * target or not ends[0].macs < target < ends[1].macs:
+                break
+            middle = (low + high) / 2
+            tried = self.measure(back(middle))
+            best = min(best, tried, key=lambda c: abs(c.macs - target))
+            low, high = (middle, high) if tried.macs < target else (low, middle)
+        if abs(best.macs - target) > tolerance * target:
+            raise BudgetError(self._out_of_reach(reduction, best, ends))
+        return best
+
+    def _out_of_reach(self, reduction: float, best: Calibration, ends: tuple[Calibration, Calibration]) -> str:
+        keep, name = str(self.record.config.keep), self.knob.name
+        return (
+            f"reduction={reduction} is out of reach of keep={keep!r}: {name} from {ends[1].value:g} to {ends[0].value:g} "
+            f"saves {ends[1].reduction:.1%} to {ends[0].reduction:.1%}, the nearest is {best.reduction:.1%} at "
+            f"{name}={best.value:g}. Ask for another reduction, prune at other depths (at=...), or use keep='ratio'"
+        )
+
+
+def _keepers(tower: PrunedEncoder) -> list[KeepRatioPredictor]:
+    return [module for module in tower.pruners.modules() if isinstance(module, KeepRatioPredictor)]

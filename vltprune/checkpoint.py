@@ -1,0 +1,275 @@
+"""Models on disk: config.json and model.safetensors in a folder, and a hub that holds such folders. All or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import convert
+from .config import PruneConfig
+from .registry import bind
+
+_FORMAT = 1
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_HUB = "hf-hub:"
+_HOST, _PRUNING = "host.", "pruning."
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read, or whose tensors do not fit the model. Nothing of it was loaded."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `create_model` built a dense model: what a checkpoint needs to build it again."""
+
+    backbone: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The contents of config.json."""
+
+    backbone: str | None
+    model_args: dict[str, Any]
+    pruning: dict[str, Any] | None
+    contents: Literal["all", "pruning"] = "all"
+    format: int = _FORMAT
+
+    @classmethod
+    def read(cls, folder: Path) -> Saved:
+        try:
+            data = json.loads((folder / _CONFIG).read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} has no {_CONFIG}: give a folder that vltprune.save wrote") from None
+        except ValueError as error:
+            raise CheckpointError(f"{folder / _CONFIG} is not JSON: {error}") from None
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            found = data.get("format") if isinstance(data, dict) else None
+            raise CheckpointError(f"{folder / _CONFIG} has format {found!r}, this version reads {_FORMAT}")
+        bind(f"{folder / _CONFIG}", cls, data)
+        return cls(**data)
+
+
+def save(model: nn.Module, folder: str | Path, only: Literal["pruning"] | None = None, dtype: torch.dtype | None = None) -> Path:
+    """Write a model, dense or pruned, as config.json and model.safetensors, and return the folder.
+
+    only="pruning" leaves the dense weights out: the small file to lay over a stock backbone. dtype: of the floating-point
+    tensors on disk (None: as they are). Files appear whole or not at all. Raises OSError, naming the folder, where it
+    cannot be written, ValueError for only="pruning" of a dense model.
+    """
+    folder, record = Path(folder), getattr(model, "pruning", None)
+    if only == "pruning" and record is None:
+        raise ValueError("only='pruning' needs a pruned model: this one is dense")
+    host = model if record is None else record.host
+    recipe = getattr(host, "recipe", None) or Recipe("", {})
+    pruning = None if record is None else record.config.to_dict()
+    saved = Saved(recipe.backbone or None, recipe.model_args, pruning, only or "all")
+
+    state = dict(_pruning_state(model))
+    if only is None:
+        state |= {_HOST + key: value for key, value in host.state_dict().items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / _WEIGHTS, lambda path: save_file(_storable(state, dtype), path, {"format": "pt"}))
+        _replace(folder / _CONFIG, lambda path: Path(path).write_text(json.dumps(asdict(saved), indent=2) + "\n"))
+    except OSError as error:
+        raise OSError(f"cannot write the model to {folder}: {error.strerror or error}; choose a folder you may write") from error
+    return folder
+
+
+def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) -> nn.Module:
+    """A model that `save` wrote. host: the dense model to prune and fill, for one that `create_model` did not build.
+
+    overrides: parts of the pruning (scorer=, keep=, reducer=, guide=, at=), as in `create_model`. Raises CheckpointError
+    for a folder that is none, and for tensors that are missing, left over or of another shape: all are listed, and
+    nothing is loaded.
+    """
+    from .factory import create_model
+    from .surgery import prune
+
+    folder = Path(folder)
+    saved = Saved.read(folder)
+    if host is None:
+        if saved.backbone is None:
+            raise CheckpointError(f"{folder} does not say how to build its model: give load(..., host=the dense model)")
+        if saved.contents == "pruning":
+            raise CheckpointError(f"{folder} holds only the pruning of a {saved.backbone}: give load(..., host=that model)")
+        host = create_model(saved.backbone, **saved.model_args)
+    if saved.pruning is not None:
+        config = PruneConfig.from_dict(saved.pruning)
+        host = prune(host, config.replace(**overrides) if overrides else config)
+    elif overrides:
+        raise TypeError(f"{', '.join(overrides)} given, but {folder} holds a dense model")
+    load_into(host, folder)
+    return host.eval()
+
+
+def load_into(model: nn.Module, path: str | Path) -> None:
+    """Fill a model from a folder of ours, a .safetensors or a .pth: ours, Salesforce BLIP's, the MADTP reference's.
+
+    What a file is, its keys tell. Raises CheckpointError as `load` does.
+    """
+    path = Path(path)
+    file = path / _WEIGHTS if path.is_dir() else path
+    state, partial = _own_keys(_read(file), model)
+    wanted = _wanted(model)
+    if partial:
+        wanted = {key: value for key, value in wanted.items() if key.startswith(_PRUNING)}
+    _check(state, wanted, file)
+    with torch.no_grad():
+        for key, value in wanted.items():
+            value.copy_(state[key])
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Any) -> nn.Module:
+    """A model from a local folder, or from the hub: "hf-hub:org/name" (the prefix may be left out).
+
+    Downloads go through huggingface_hub and its cache; offline, what the cache holds is used. Raises CheckpointError as
+    `load`, and for a repository that is neither there nor cached.
+    """
+    text = str(name).removeprefix(_HUB)
+    if Path(text).is_dir():
+        return load(text, **overrides)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            text, revision=revision, cache_dir=cache_dir, allow_patterns=[_CONFIG, _WEIGHTS], library_name="vltprune"
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot get {text!r} from the hub, and it is no local folder: {error}. Offline, download {_CONFIG} and "
+            f"{_WEIGHTS} elsewhere and give the path of their folder"
+        ) from error
+    return load(folder, **overrides)
+
+
+def push_to_hub(model: nn.Module, repo_id: str, *, private: bool = False, token: str | None = None, **how: Any) -> str:
+    """Save a model and upload it as repo_id ("org/name"); `how` goes to `save`. Returns the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, **how)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+def saved_pruning(path: Path) -> PruneConfig | None:
+    """The pruning that a folder of ours was saved with; None for a dense model and for single files."""
+    if not path.is_dir():
+        return None
+    saved = Saved.read(path)
+    return None if saved.pruning is None else PruneConfig.from_dict(saved.pruning)
+
+
+def _pruning_state(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of guide and pruners: "pruning.guide.*" and "pruning.<tower>.<depth>.*"."""
+    record = getattr(model, "pruning", None)
+    if record is None:
+        return {}
+    modules = {tower: encoder.pruners for tower, encoder in record.towers.items()}
+    modules |= {"guide": record.guide} if record.guide is not None else {}
+    return {f"{_PRUNING}{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
+
+
+def _wanted(model: nn.Module) -> dict[str, Tensor]:
+    record = getattr(model, "pruning", None)
+    host = model if record is None else record.host
+    return {_HOST + key: value for key, value in host.state_dict().items()} | _pruning_state(model)
+
+
+def _own_keys(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """A state dict in our keys, and whether it is only the pruning's."""
+    pruned = _pruning_state(model)
+    if convert.is_blip(state):
+        dense, anchors = convert.from_blip(state)
+        own = {_HOST + key: value for key, value in dense.items()}
+        if anchors is not None and pruned:
+            own[f"{_PRUNING}guide.anchors"] = anchors
+            own |= {key: value for key, value in pruned.items() if key not in own and key.endswith(".birth")}
+        elif anchors is None:
+            own |= pruned  # a dense checkpoint says nothing of the pruning: it stays as it was made
+        return own, False
+    if any(key.startswith((_HOST, _PRUNING)) for key in state):
+        if not pruned:
+            state = {key: value for key, value in state.items() if not key.startswith(_PRUNING)}
+        elif not any(key.startswith(_PRUNING) for key in state):
+            state = state | pruned
+        return state, not any(key.startswith(_HOST) for key in state)
+    return {_HOST + key: value for key, value in state.items()} | pruned, False
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU."""
+    if not file.is_file():
+        raise CheckpointError(f"there is no file {file}: give a folder with {_WEIGHTS}, a .safetensors or a .pth file")
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except Exception as error:
+            raise CheckpointError(f"{file} is no readable safetensors file: {error}") from error
+    try:
+        data = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is no plain tensor file: loading it would run code or fail ({str(error).splitlines()[0]}). Convert it "
+            "to .safetensors where you trust it"
+        ) from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(data, Mapping) and isinstance(data.get(wrapper), Mapping):
+            data = data[wrapper]
+    if not isinstance(data, Mapping) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise CheckpointError(f"{file} holds no state dict: a mapping from names to tensors, alone or under 'model'")
+    return dict(data)
+
+
+def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: Path) -> None:
+    missing = [key for key in wanted if key not in state]
+    extra = [key for key in state if key not in wanted]
+    shapes = [
+        f"{key} (file {list(state[key].shape)}, model {list(value.shape)})"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    found = {"missing": missing, "not in the model": extra, "of another shape": shapes}
+    problems = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in found.items() if keys]
+    if problems:
+        raise CheckpointError(f"{file} does not fit this model, nothing was loaded. " + "; ".join(problems))
+
+
+def _listed(keys: list[str], most: int = 12) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _storable(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Contiguous copies, none sharing memory with another, as safetensors wants them."""
+    return {
+        key: value.detach().to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).clone().contiguous()
+        for key, value in state.items()
+    }
+
+
+def _replace(target: Path, write: Any) -> None:
+    """Write beside the target, then take its place in one step."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+    os.close(handle)
+    try:
+        write(name)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

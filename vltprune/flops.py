@@ -1,0 +1,242 @@
+"""What a forward pass costs: multiply-accumulates of the inference graph, counted from what the traces say happened.
+
+Counted are matrix products (a multiply and an add are one MAC), attention and the pruners' own scoring included; norms,
+activations and softmax are not, as in torch's counter, which gives twice these numbers. Everything in a block but attention
+acts token by token, so a block's costs are measured on one and two tokens and the rest is arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .attention import Stat
+from .hosts.base import find_composite
+from .pruner import PrunedEncoder, PruneTrace, Step, collect
+from .surgery import pruning
+from .tokens import Layout, PackedTokens
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs of one call. towers: per tower name, [depths + 2, instances of the tower]: before, in and after its blocks.
+
+    dense: the same for the dense host, which also pays for padding; head: MACs of what stands behind the towers, once an instance; instances:
+    sentences, or images where there is no text.
+    """
+
+    towers: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    head: float
+    instances: int
+
+    @property
+    def total(self) -> float:
+        """MACs of the whole call."""
+        return sum(float(t.sum()) for t in self.towers.values()) + self.head * self.instances
+
+    @property
+    def dense_total(self) -> float:
+        return sum(float(t.sum()) for t in self.dense.values()) + self.head * self.instances
+
+    @property
+    def reduction(self) -> float:
+        """The share of the dense MACs that was saved."""
+        return 1 - self.total / self.dense_total
+
+
+def count(model: nn.Module, *inputs: Any) -> Cost:
+    """Run a pruned model on `inputs` (no gradients, as in evaluation) and count. TypeError for a dense model.
+
+    For the cost of a dense model, prune it with any config and read `dense_total`.
+    """
+    training = model.training
+    try:
+        with torch.no_grad(), collect() as traces:
+            model.eval()(*inputs)
+    finally:
+        model.train(training)
+    return Meter(model)(traces)
+
+
+class Meter:
+    """Counts calls of one pruned model: meter(traces) -> Cost. What it measures of the blocks is measured once."""
+
+    def __init__(self, model: nn.Module):
+        record = pruning(model)
+        composite = find_composite(record.host)
+        self.head = composite.head_macs(record.host) if composite is not None else 0.0
+        self._towers: dict[str, _TowerMeter] = {}
+
+    def __call__(self, traces: Sequence[PruneTrace]) -> Cost:
+        """traces: those of one call of the model. ValueError if there are none."""
+        if not traces:
+            raise ValueError("no traces: call the model inside `with vltprune.collect() as traces:`")
+        towers, dense, entered = {}, {}, None
+        for trace in traces:
+            meter = self._towers.setdefault(trace.tower, _TowerMeter(trace))
+            towers[trace.tower] = meter.count(trace)
+            dense[trace.tower] = meter.count_dense(trace, entered)
+            entered = trace.entered.layout
+        return Cost(towers, dense, self.head, traces[-1].entered.layout.batch)
+
+
+class _TowerMeter:
+    """The unit costs of one tower."""
+
+    def __init__(self, trace: PruneTrace):
+        encoder = trace.encoder
+        self.encoder, self.like, self.beside = encoder, trace.entered, tuple(_cut(b, 1) for b in trace.beside)
+        blocks = encoder.adapter.blocks(encoder.host)
+        self.units = [_Units(encoder, block, self.beside[d], self.like, d) for d, block in enumerate(blocks)]
+        self._opening: dict[tuple[Any, ...], float] = {}
+
+    def count(self, trace: PruneTrace) -> Tensor:
+        """[depths + 2, batch]."""
+        before = trace.entered.layout.sizes.double()
+        rows = [self._open(trace)]
+        for unit, step, beside in zip(self.units, trace.steps, trace.beside, strict=True):
+            after = torch.tensor(step.lengths, dtype=torch.float64, device=before.device)
+            rows.append(unit.pruned(before, after, _Memory.of(beside, len(before)), step))
+            before = after
+        return torch.stack([*rows, self._close(before)])
+
+    def count_dense(self, trace: PruneTrace, image: Layout | None) -> Tensor:
+        """What the host itself pays, padding included; `image`: the layout that entered the tower this one looks at."""
+        padded = self.encoder.adapter.padded_length(*trace.inputs)
+        lengths = trace.entered.layout.sizes.double()
+        lengths = lengths if padded is None else torch.full_like(lengths, padded)
+        rows = [self._open(trace)]
+        for unit, beside in zip(self.units, trace.beside, strict=True):
+            rows.append(unit.dense(lengths, _Memory.of(beside, len(lengths), image)))
+        return torch.stack([*rows, self._close(lengths)])
+
+    def _open(self, trace: PruneTrace) -> Tensor:
+        shape = tuple(trace.inputs[0].shape[1:])
+        if shape not in self._opening:
+            adapter, host = self.encoder.adapter, self.encoder.host
+            self._opening[shape] = _macs(lambda: adapter.open(host, trace.inputs[0][:1]))
+        return torch.full_like(trace.entered.layout.sizes, 1.0, dtype=torch.float64) * self._opening[shape]
+
+    def _close(self, lengths: Tensor) -> Tensor:
+        adapter, host = self.encoder.adapter, self.encoder.host
+        one, two = (_macs(lambda n=n: adapter.close(host, _blank(self.like, n), self.beside)) for n in (2, 3))
+        return (3 * one - 2 * two) + (two - one) * lengths
+
+
+class _Units:
+    """Costs per token of one block, and of the pruner that stands in it."""
+
+    def __init__(self, encoder: PrunedEncoder, block: nn.Module, beside: Any, like: PackedTokens, depth: int):
+        self.encoder, self.block, self.beside, self.like, self.depth = encoder, block, beside, like, depth
+        self.adapter = encoder.adapter
+
+    def dense(self, n: Tensor, memory: _Memory | None) -> Tensor:
+        return (self.qkv + self.mix) * n + 2 * self.width * n**2 + self._feed(n, memory)
+
+    def pruned(self, before: Tensor, after: Tensor, memory: _Memory | None, step: Step) -> Tensor:
+        mixed = after if step.reduced_early else before
+        block = self.qkv * before + 2 * self.width * before**2 + self.mix * mixed + self._feed(after, memory)
+        return block + self._scoring(step) * before
+
+    def _feed(self, n: Tensor, memory: _Memory | None) -> Tensor:
+        token, entry, pair = self.feed
+        return token * n if memory is None else token * n + (entry * memory.share + pair * n) * memory.tokens
+
+    def _scoring(self, step: Step) -> float:
+        """Per token: the summary's row of the map, the guide, the weighted sums of a merge."""
+        pruner = self.encoder.pruner(self.depth)
+        if pruner is None:
+            return 0.0
+        merges = step.reduction is not None and step.reduction.merge is not None
+        summed = self.like.x.shape[-1] + (self.width if step.reduced_early else 0)
+        return self.guide + (self.width if Stat.SUMMARY in pruner.needs else 0) + (summed if merges else 0)
+
+    @cached_property
+    def _query(self) -> Tensor:
+        with torch.no_grad():
+            return self.adapter.qkv(self.block, _blank(self.like, 1), self.beside)[0]
+
+    @cached_property
+    def width(self) -> int:
+        """heads * head_dim"""
+        return self._query.numel()
+
+    @cached_property
+    def qkv(self) -> float:
+        return _macs(lambda: self.adapter.qkv(self.block, _blank(self.like, 1), self.beside))
+
+    @cached_property
+    def mix(self) -> float:
+        context = torch.zeros_like(self._query)
+        return _macs(lambda: self.adapter.mix(self.block, _blank(self.like, 1), context))
+
+    @cached_property
+    def feed(self) -> tuple[float, float, float]:
+        """MACs per token, per memory token, and per pair of both."""
+
+        def at(n: int, m: int) -> float:
+            return _macs(lambda: self.adapter.feed(self.block, _blank(self.like, n), _cut(self.beside, m)))
+
+        one = at(1, 1)
+        if not _is_memory(self.beside):
+            return one, 0.0, 0.0
+        more_tokens, more_memory = at(2, 1), at(1, 2)
+        pair = at(2, 2) - more_tokens - more_memory + one
+        return more_tokens - one - pair, more_memory - one - pair, pair
+
+    @cached_property
+    def guide(self) -> float:
+        guide = self.encoder.guide
+        return 0.0 if guide is None else _macs(lambda: guide(_blank(self.like, 1), self.encoder.tower))
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What each instance cross-attends to. tokens [batch]: of an average image of its group; share: what an instance pays
+    of a group's keys and values, which the group's instances have in common."""
+
+    tokens: Tensor
+    share: float
+
+    @classmethod
+    def of(cls, beside: Any, batch: int, dense: Layout | None = None) -> _Memory | None:
+        """From what stands beside a block; `dense`: the layout, image after image of each group, to count instead."""
+        if not _is_memory(beside):
+            return None
+        groups = beside[0].layout.batch
+        sizes = torch.stack([view.layout.sizes for view in beside], 1)
+        if dense is not None:
+            sizes = dense.sizes.view(groups, len(beside))
+        return cls(sizes.double().mean(1).repeat_interleave(batch // groups), groups / batch)
+
+
+def _macs(run: Callable[[], Any]) -> float:
+    """MACs of a call, by torch's counter. Under the math backend, since fused attention kernels count as nothing."""
+    counter = FlopCounterMode(display=False)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # the counter fails on views made without gradients
+        run()
+    return counter.get_total_flops() / 2
+
+
+def _blank(like: PackedTokens, n: int) -> PackedTokens:
+    """One instance of n tokens, nothing in them, the first of them the summary."""
+    first = torch.arange(n, device=like.x.device) == 0
+    x = like.x.new_zeros(1, n, like.x.shape[-1])
+    return PackedTokens.pack(x, protected=first, summary=first if like.summary is not None else None)
+
+
+def _is_memory(beside: Any) -> bool:
+    return isinstance(beside, tuple) and all(isinstance(view, PackedTokens) for view in beside)
+
+
+def _cut(beside: Any, n: int) -> Any:
+    """The memory beside a block as n tokens of one instance; anything else as it is."""
+    return tuple(_blank(view, n) for view in beside) if _is_memory(beside) else beside

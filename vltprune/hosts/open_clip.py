@@ -1,0 +1,285 @@
+"""open_clip's towers and its CLIP, taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock
+from torch import Tensor, nn
+
+from ..checks import check_images
+from ..layers.site import Site
+from ..registry import hosts
+from ..tokens import PackedTokens
+from .base import Composite, Host, by_tiles, check_blocks, find_host, weighted_mean, with_submodule
+
+if TYPE_CHECKING:
+    from ..pruner import PrunedEncoder
+
+_KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
+
+
+class _ClipHost(Host):
+    """The residual attention blocks that image and text towers share, over either of open_clip's attention modules."""
+
+    def check(self, tower: Any) -> None:
+        check_blocks(tower, self.blocks(tower), _KNOWN)
+        if any(getattr(block.attn, "scaled_cosine", False) for block in tower.transformer.resblocks):
+            raise TypeError(f"cannot prune this {type(tower).__name__}: scaled cosine attention is not supported")
+
+    def blocks(self, tower: Any) -> Sequence[nn.Module]:
+        return tower.transformer.resblocks
+
+    def scale(self, block: Any) -> float:
+        return block.attn.head_dim**-0.5
+
+    def qkv(self, block: Any, tokens: PackedTokens, beside: None) -> tuple[Tensor, Tensor, Tensor]:
+        attn = block.attn
+        x = F.linear(block.ln_1(tokens.x), attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = x.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+        return (q, k, v) if type(attn) is nn.MultiheadAttention else (attn.ln_q(q), attn.ln_k(k), v)
+
+    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+        attn = block.attn
+        if type(attn) is nn.MultiheadAttention:
+            branch = attn.out_proj(context.flatten(1))
+        else:
+            context = context if attn.head_scale is None else context * attn.head_scale[..., 0]
+            branch = block.ln_attn(attn.out_drop(attn.out_proj(attn.ln_inner(context.flatten(1)))))
+        return tokens.with_x(tokens.x + block.ls_1(branch))
+
+    def feed(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
+        return tokens.with_x(tokens.x + by_tiles(lambda x: block.ls_2(block.mlp(block.ln_2(x))), tokens.x))
+
+    def mixes_affinely(self, block: Any) -> bool:
+        attn = block.attn
+        plain = type(attn) is nn.MultiheadAttention
+        return plain or (isinstance(attn.ln_inner, nn.Identity) and isinstance(block.ln_attn, nn.Identity))
+
+    def attention_dropout(self, block: Any) -> float:
+        dropout = block.attn.dropout if type(block.attn) is nn.MultiheadAttention else block.attn.attn_drop.p
+        return dropout if block.training else 0.0
+
+
+@hosts.register("open_clip.transformer.VisionTransformer")
+class ClipVision(_ClipHost):
+    """open_clip's VisionTransformer. The class token is always there, and protected."""
+
+    def site(self, tower: Any, depth: int, name: str) -> Site:
+        blocks = self.blocks(tower)
+        block: Any = blocks[depth]
+        return Site(name, depth, len(blocks), tower.transformer.width, block.attn.num_heads, has_summary=True)
+
+    def open(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
+        check_images(images, tower.conv1.in_channels, tower.image_size)
+        x = tower._embeds(images)
+        first = torch.arange(x.shape[1], device=x.device) == 0
+        return PackedTokens.pack(x, protected=first, summary=first), (None,) * len(tower.transformer.resblocks)
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        pooled, rest = _pool(tower, tokens)
+        if tower.proj is not None:
+            pooled = pooled @ tower.proj
+        return (pooled, rest) if tower.output_tokens else pooled
+
+
+class _ClipText(_ClipHost):
+    """Text towers, causal or not. The pooled token is protected wherever it stands, and speaks for the sentence.
+
+    In a causal tower nothing behind the pooled token can reach it, so the padding there never enters; a tower without a
+    causal mask treats padding as its weights are used to: as tokens, or, with `use_pad_mask`, not at all.
+    """
+
+    tower = "text"
+
+    def causal(self, tower: Any) -> bool:
+        return tower.attn_mask is not None
+
+    def site(self, tower: Any, depth: int, name: str) -> Site:
+        blocks, width = self.blocks(tower), tower.token_embedding.embedding_dim
+        block: Any = blocks[depth]
+        return Site(name, depth, len(blocks), width, block.attn.num_heads, has_summary=True, causal=self.causal(tower))
+
+    def open(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
+        _check_text(tower, text)
+        dtype = tower.transformer.get_cast_dtype()
+        x = tower.token_embedding(text).to(dtype) + tower.positional_embedding[: text.shape[1]].to(dtype)
+        place = torch.arange(text.shape[1], device=text.device)
+        pooled = self.pooled_place(tower, text)[:, None]
+
+        valid = self.valid(tower, text, place, pooled)
+        if valid is not None and valid.all():
+            valid = None
+        tokens = PackedTokens.pack(x, valid, protected=place == pooled, summary=place == pooled)
+        return tokens, (None,) * len(tower.transformer.resblocks)
+
+    def valid(self, tower: Any, text: Tensor, place: Tensor, pooled: Tensor) -> Tensor | None:
+        """[batch, length] bool: the tokens that enter, None for all."""
+        if self.causal(tower):
+            return None if getattr(tower, "output_tokens", False) else place <= pooled
+        if not getattr(tower, "use_pad_mask", False):
+            return None
+        real = text != tower.pad_id
+        if not real.gather(1, pooled).all():
+            raise ValueError(f"text: the pooled token ({tower.pool_type!r}) of a sentence is padding (id {tower.pad_id})")
+        return real
+
+    def padded_length(self, *inputs: Any) -> int:
+        return inputs[0].shape[1]
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        tokens = tokens.with_x(tower.ln_final(tokens.x))
+        assert tokens.summary is not None
+        pooled = tokens.read(tokens.summary)
+        projection = tower.text_projection
+        if projection is not None:
+            pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        return (pooled, tokens.unpack()[0]) if getattr(tower, "output_tokens", False) else pooled
+
+    def pooled_place(self, tower: Any, text: Tensor) -> Tensor:
+        """[batch]: where the token stands whose features are the sentence's."""
+        kind, eos = self.pooling(tower)
+        if kind == "argmax":
+            return text.argmax(1)
+        if kind == "eos":
+            return (text == eos).int().argmax(1)
+        return text.new_full((len(text),), 0 if kind == "first" else text.shape[1] - 1)
+
+    def pooling(self, tower: Any) -> tuple[str, int]:
+        return tower.pool_type, tower.eos_id
+
+
+@hosts.register("open_clip.transformer.TextTransformer")
+class ClipText(_ClipText):
+    """open_clip's TextTransformer."""
+
+    def check(self, tower: Any) -> None:
+        super().check(tower)
+        if tower.cls_emb is not None or tower.pool_type == "none":
+            raise TypeError("cannot prune a TextTransformer with embed_cls (CoCa) or pool_type='none': they are not supported")
+
+
+class ClipOwnText(_ClipText):
+    """The text half of open_clip's CLIP, which holds it on itself."""
+
+    def pooling(self, tower: Any) -> tuple[str, int]:
+        return tower.text_pool_type, tower.text_eos_id
+
+
+@hosts.register("open_clip.timm_model.TimmModel")
+class TimmTower(Host):
+    """A timm trunk with open_clip's projection on top: the trunk's own host, and the projection at the end."""
+
+    def __init__(self, trunk: Host):
+        self.trunk = trunk
+
+    @classmethod
+    def of(cls, module: Any) -> TimmTower:
+        return cls(find_host(module.trunk))
+
+    def blocks(self, tower: Any) -> Sequence[nn.Module]:
+        return self.trunk.blocks(tower.trunk)
+
+    def site(self, tower: Any, depth: int, name: str) -> Site:
+        return self.trunk.site(tower.trunk, depth, name)
+
+    def open(self, tower: Any, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
+        return self.trunk.open(tower.trunk, *inputs)
+
+    def qkv(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self.trunk.qkv(block, tokens, beside)
+
+    def scale(self, block: nn.Module) -> float:
+        return self.trunk.scale(block)
+
+    def mix(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+        return self.trunk.mix(block, tokens, context)
+
+    def feed(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PackedTokens:
+        return self.trunk.feed(block, tokens, beside)
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        return tower.head(self.trunk.close(tower.trunk, tokens, beside))
+
+    def mixes_affinely(self, block: nn.Module) -> bool:
+        return self.trunk.mixes_affinely(block)
+
+    def attention_dropout(self, block: nn.Module) -> float:
+        return self.trunk.attention_dropout(block)
+
+
+@hosts.register("open_clip.model.CustomTextCLIP")
+class CustomTextClip(Composite):
+    """open_clip's CustomTextCLIP: two towers, one guide."""
+
+    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+        return {"image": (model.visual, find_host(model.visual)), "text": (model.text, find_host(model.text))}
+
+    def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
+        return with_submodule(with_submodule(model, "visual", towers["image"]), "text", towers["text"])
+
+
+@hosts.register("open_clip.model.CLIP")
+class Clip(Composite):
+    """open_clip's CLIP, whose text tower is the model itself."""
+
+    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+        text = ClipOwnText()
+        text.check(model)
+        return {"image": (model.visual, find_host(model.visual)), "text": (model, text)}
+
+    def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
+        pruned = PrunedClip.__new__(PrunedClip)
+        pruned.__dict__.update(with_submodule(model, "visual", towers["image"]).__dict__)
+        pruned._modules["text"] = towers["text"]
+        return pruned
+
+
+class PrunedClip(CLIP):
+    """CLIP with pruned towers. It has the parameters of the CLIP it was made from, and `text` beside `visual`."""
+
+    text: nn.Module
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """text [batch, length] token ids -> features [batch, embed_dim]."""
+        features = self.text(text)
+        return F.normalize(features, dim=-1) if normalize else features
+
+
+def _pool(tower: Any, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+    """The tower's own pooling: pooled [batch, dim], and its other tokens, padded with zeros.
+
+    Averages weigh a merged token by how many tokens it stands for; the rest is the tower's, instance by instance.
+    """
+    if tokens.layout.is_uniform:
+        pooled, rest = tower._pool(tokens.unpack()[0])
+    else:
+        each = [tower._pool(x.unsqueeze(0)) for x in tokens.x.split(tokens.layout.lengths)]
+        pooled = torch.cat([one for one, _ in each]) if tower.pool_type != "none" else _padded([p for p, _ in each])
+        rest = _padded([rest for _, rest in each])
+    if tower.attn_pool is None and tower.pool_type == "avg" and tokens.size is not None:
+        after = tower.final_ln_after_pool
+        normed = tokens if after else tokens.with_x(tower.ln_post(tokens.x))
+        pooled = weighted_mean(normed, normed.free)
+        pooled = tower.ln_post(pooled) if after else pooled
+    return pooled, rest
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """[1, n, dim] each -> [batch, longest, dim]."""
+    return nn.utils.rnn.pad_sequence([row.squeeze(0) for row in rows], batch_first=True)
+
+
+def _check_text(tower: Any, text: Tensor) -> None:
+    """ValueError unless text is [batch >= 1, length], ids of the tower's vocabulary, no longer than its positions."""
+    if text.dim() != 2 or text.numel() == 0:
+        raise ValueError(f"text must be token ids [batch, length] and not empty, got {list(text.shape)}")
+    longest, vocabulary = len(tower.positional_embedding), tower.token_embedding.num_embeddings
+    if text.shape[1] > longest:
+        raise ValueError(f"text has {text.shape[1]} tokens, the tower has {longest} positions: tokenise to context_length")
+    if text.min() < 0 or text.max() >= vocabulary:
+        raise ValueError(f"text must hold token ids in 0 .. {vocabulary - 1}")
