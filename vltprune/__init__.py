@@ -3,7 +3,7 @@
 from . import budget, flops, losses
 from .attention import AttentionStats, Stat, attend, attend_with_stats
 from .budget import BudgetError, calibrate
-from .checkpoint import CheckpointError, from_pretrained, load, push_to_hub, save
+from .checkpoint import CheckpointError, Recipe, from_pretrained, load, push_to_hub, save
 from .config import Part, PruneConfig
 from .factory import create_model, list_models
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
@@ -31,6 +31,7 @@ __all__ = [
     "PrunedEncoder",
     "Pruner",
     "Pruning",
+    "Recipe",
     "Reduction",
     "Registry",
     "Site",

@@ -14,6 +14,7 @@ from . import segments
 from .tokens import Layout, PackedTokens
 
 _ROWS = 128  # query rows whose probabilities are held at once: they stay in cache, and no [heads, n, n] is ever made
+_SMALL = {"cpu": 2**21, "cuda": 2**26}  # padded logits up to this many are cheaper than a call an instance
 
 
 class Stat(enum.Flag):
@@ -67,16 +68,15 @@ def attend(
     attention weights. Returns [total, heads, head_dim].
     """
     keys = key_layout or layout
-    if layout.is_uniform and keys.is_uniform:
-        bias = None if key_bias is None else key_bias.view(keys.batch, 1, 1, keys.longest)
-        batched = [_by_head(t, which) for t, which in ((q, layout), (k, keys), (v, keys))]
-        out = _sdpa(*batched, scale, causal, bias, dropout)
-        return out.transpose(1, 2).reshape(q.shape)
+    if (layout.is_uniform and keys.is_uniform) or _is_small(q, layout, keys):
+        padded_q, padded_k, padded_v = _by_head(q, layout), _by_head(k, keys), _by_head(v, keys)
+        out = _sdpa(padded_q, padded_k, padded_v, scale, causal, _padded_bias(q, keys, key_bias), dropout)
+        return segments.flat(out.transpose(1, 2), layout)
 
     biases = [None] * keys.batch if key_bias is None else [b.view(1, 1, 1, -1) for b in key_bias.split(keys.lengths)]
     parts = zip(q.split(layout.lengths), k.split(keys.lengths), v.split(keys.lengths), biases, strict=True)
     out = [
-        _sdpa(*(t.transpose(0, 1).unsqueeze(0) for t in (one_q, one_k, one_v)), scale, causal, bias, dropout)
+        _sdpa(_one_by_head(one_q), _one_by_head(one_k), _one_by_head(one_v), scale, causal, bias, dropout)
         for one_q, one_k, one_v, bias in parts
     ]
     return torch.cat([one.squeeze(0).transpose(0, 1) for one in out])
@@ -105,7 +105,8 @@ def attend_with_stats(
 
     values: dict[Stat, Tensor] = {}
     if Stat.RECEIVED in needs:
-        out, values[Stat.RECEIVED] = _attend_by_rows(q, k, v, tokens, scale, causal, key_bias, dropout)
+        with_map = _attend_padded if _is_small(q, tokens.layout, tokens.layout) else _attend_by_rows
+        out, values[Stat.RECEIVED] = with_map(q, k, v, tokens, scale, causal, key_bias, dropout)
     else:
         out = attend(q, k, v, tokens.layout, scale, causal=causal, key_bias=key_bias, dropout=dropout)
 
@@ -119,8 +120,25 @@ def attend_with_stats(
 
 
 def _by_head(t: Tensor, layout: Layout) -> Tensor:
-    """[total, heads, head_dim] of a uniform layout -> [batch, heads, longest, head_dim]."""
-    return t.reshape(layout.batch, layout.longest, *t.shape[1:]).transpose(1, 2)
+    """[total, heads, head_dim] -> [batch, heads, longest, head_dim], zeros where there is no token."""
+    return segments.pad(t, layout).transpose(1, 2)
+
+
+def _one_by_head(t: Tensor) -> Tensor:
+    """One instance, [n, heads, head_dim] -> [1, heads, n, head_dim]."""
+    return t.transpose(0, 1).unsqueeze(0)
+
+
+def _is_small(q: Tensor, layout: Layout, keys: Layout) -> bool:
+    return layout.batch * q.shape[1] * layout.longest * keys.longest <= _SMALL.get(q.device.type, 0)
+
+
+def _padded_bias(q: Tensor, keys: Layout, key_bias: Tensor | None) -> Tensor | None:
+    """[batch, 1, 1, longest]: the bias of each key, minus infinity where there is none; None if there is nothing to add."""
+    if keys.is_uniform and key_bias is None:
+        return None
+    bias = q.new_zeros(keys.total) if key_bias is None else key_bias
+    return segments.pad(bias, keys, float("-inf"))[:, None, None]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None, dropout: float) -> Tensor:
@@ -136,6 +154,28 @@ def _future(rows: int, start: int, keys: int, like: Tensor) -> Tensor:
     """[rows, keys]: minus infinity where the query, row `start` + i, must not see the key."""
     hidden = torch.full((rows, keys), float("-inf"), dtype=like.dtype, device=like.device)
     return hidden.triu(start + 1)
+
+
+def _attend_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: PackedTokens,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [total, heads, head_dim] and RECEIVED [total], all instances at once: for maps that are small anyway."""
+    layout = tokens.layout
+    queries, keys, values = (_by_head(t, layout) for t in (q * scale, k, v))
+    logits, bias = queries @ keys.transpose(2, 3), _padded_bias(q, layout, key_bias)
+    logits = logits if bias is None else logits + bias
+    weight = (logits + _future(layout.longest, 0, layout.longest, q) if causal else logits).softmax(-1)
+
+    received = (segments.pad(tokens.free.to(q.dtype), layout)[:, None] @ weight.amax(1)).squeeze(1)
+    out = (F.dropout(weight, dropout) if dropout else weight) @ values
+    return segments.flat(out.transpose(1, 2), layout), segments.flat(received, layout)
 
 
 def _attend_by_rows(

@@ -62,7 +62,9 @@ class Saved:
         return cls(**data)
 
 
-def save(model: nn.Module, folder: str | Path, only: Literal["pruning"] | None = None, dtype: torch.dtype | None = None) -> Path:
+def save(
+    model: nn.Module, folder: str | Path, only: Literal["pruning"] | None = None, dtype: torch.dtype | None = None
+) -> Path:
     """Write a model, dense or pruned, as config.json and model.safetensors, and return the folder.
 
     only="pruning" leaves the dense weights out: the small file to lay over a stock backbone. dtype: of the floating-point
@@ -85,7 +87,9 @@ def save(model: nn.Module, folder: str | Path, only: Literal["pruning"] | None =
         _replace(folder / _WEIGHTS, lambda path: save_file(_storable(state, dtype), path, {"format": "pt"}))
         _replace(folder / _CONFIG, lambda path: Path(path).write_text(json.dumps(asdict(saved), indent=2) + "\n"))
     except OSError as error:
-        raise OSError(f"cannot write the model to {folder}: {error.strerror or error}; choose a folder you may write") from error
+        raise OSError(
+            f"cannot write the model to {folder}: {error.strerror or error}; choose a folder you may write"
+        ) from error
     return folder
 
 
@@ -105,7 +109,9 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
         if saved.backbone is None:
             raise CheckpointError(f"{folder} does not say how to build its model: give load(..., host=the dense model)")
         if saved.contents == "pruning":
-            raise CheckpointError(f"{folder} holds only the pruning of a {saved.backbone}: give load(..., host=that model)")
+            raise CheckpointError(
+                f"{folder} holds only the pruning of a {saved.backbone}: give load(..., host=that model)"
+            )
         host = create_model(saved.backbone, **saved.model_args)
     if saved.pruning is not None:
         config = PruneConfig.from_dict(saved.pruning)
@@ -133,7 +139,9 @@ def load_into(model: nn.Module, path: str | Path) -> None:
             value.copy_(state[key])
 
 
-def from_pretrained(name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Any) -> nn.Module:
+def from_pretrained(
+    name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Any
+) -> nn.Module:
     """A model from a local folder, or from the hub: "hf-hub:org/name" (the prefix may be left out).
 
     Downloads go through huggingface_hub and its cache; offline, what the cache holds is used. Raises CheckpointError as
@@ -257,7 +265,10 @@ def _listed(keys: list[str], most: int = 12) -> str:
 def _storable(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Contiguous copies, none sharing memory with another, as safetensors wants them."""
     return {
-        key: value.detach().to("cpu", dtype if dtype and value.is_floating_point() else value.dtype).clone().contiguous()
+        key: value.detach()
+        .to("cpu", dtype if dtype and value.is_floating_point() else value.dtype)
+        .clone()
+        .contiguous()
         for key, value in state.items()
     }
 

@@ -89,8 +89,10 @@ class PruneConfig:
     def __post_init__(self) -> None:
         for kind, (registry, given) in _KINDS.items():
             spec = getattr(self, kind)
-            if spec is None and kind == "guide":
-                continue
+            if spec is None:
+                if kind == "guide":
+                    continue
+                raise TypeError(f"{kind}=None: a pruner needs a {kind}, such as {kind}={registry.names()[0]!r}")
             part = Part.of(spec)
             bind(f"{registry.kind} {part.name!r}", registry[part.name], part.args, given)
             object.__setattr__(self, kind, part)

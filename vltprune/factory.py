@@ -33,7 +33,7 @@ class Name:
 
     @classmethod
     def read(cls, text: str) -> Name:
-        """"blip_base_madtp.tag" -> its parts. LookupError, with the nearest names, where no library knows the backbone."""
+        """ "blip_base_madtp.tag" -> its parts. LookupError, with the nearest names, where no library knows the backbone."""
         arch, _, tag = text.partition(".")
         stem, _, last = arch.rpartition("_")
         if last in presets and stem:
@@ -43,8 +43,11 @@ class Name:
         library = _library(arch)
         if library is not None:
             return cls(library, arch, None, tag or None)
-        known = [*list_models(), *(f"{b}_{p}" for b in backbones.names() for p in presets.names())]
-        raise LookupError(f"there is no model {text!r}" + nearest(stem if last in presets and stem else arch, known))
+        known = [
+            *list_models(),
+            *(f"{b}_{p}" for b in (*backbones.names(), stem) for p in presets.names() if _library(b)),
+        ]
+        raise LookupError(f"there is no model {text!r}" + nearest(arch, known))
 
 
 def create_model(
@@ -105,7 +108,9 @@ def _config(
         saved = checkpoint.saved_pruning(path) if path is not None else None
         config = saved or preset(name.preset)
     if config is None and parts:
-        raise TypeError(f"{', '.join(parts)} given, but {name.backbone!r} is dense: append a preset or give pruning=...")
+        raise TypeError(
+            f"{', '.join(parts)} given, but {name.backbone!r} is dense: append a preset or give pruning=..."
+        )
     return config.replace(**parts) if config is not None and parts else config
 
 

@@ -28,8 +28,8 @@ from .tokens import Layout, PackedTokens
 class Cost:
     """MACs of one call. towers: per tower name, [depths + 2, instances of the tower]: before, in and after its blocks.
 
-    dense: the same for the dense host, which also pays for padding; head: MACs of what stands behind the towers, once an instance; instances:
-    sentences, or images where there is no text.
+    dense: the same for the dense host, which also pays for padding; head: MACs of what stands behind the towers, once an
+    instance; instances: sentences, or images where there is no text.
     """
 
     towers: dict[str, Tensor]
@@ -221,7 +221,11 @@ class _Memory:
 def _macs(run: Callable[[], Any]) -> float:
     """MACs of a call, by torch's counter. Under the math backend, since fused attention kernels count as nothing."""
     counter = FlopCounterMode(display=False)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # the counter fails on views made without gradients
+    with (
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        counter,
+    ):  # the counter fails on views made without gradients
         run()
     return counter.get_total_flops() / 2
 

@@ -180,8 +180,9 @@ class PrunedEncoder(nn.Module):
 
     def pruner(self, depth: int) -> Pruner | None:
         """The pruner at a depth, None where nothing is pruned."""
-        key = str(depth)
-        return self.pruners[key] if key in self.pruners else None  # pyright: ignore[reportReturnType]
+        pruner = self.pruners[str(depth)] if str(depth) in self.pruners else None  # noqa: SIM401 (ModuleDict has no get)
+        assert pruner is None or isinstance(pruner, Pruner)
+        return pruner
 
     def _warn_of_noise(self) -> None:
         if self.training or self.guide is None or not self.pruners or not self.guide.is_untrained:

@@ -38,7 +38,7 @@ class Host(ABC):
         """The host for a module of the registered type."""
         return cls()
 
-    def check(self, tower: nn.Module) -> None:
+    def check(self, tower: nn.Module) -> None:  # noqa: B027  (most towers have nothing more to check)
         """TypeError or ValueError, with what is supported, for a tower of the right type with parts we cannot take apart."""
 
     @abstractmethod
@@ -193,6 +193,7 @@ def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor, rows: int = 640) -
     if x.device.type != "cpu" or len(x) <= rows or torch.is_grad_enabled():
         return function(x)
     out = torch.empty_like(x)
-    for start in range(0, len(x), rows):
-        out[start : start + rows] = function(x[start : start + rows])
+    tiles = -(-len(x) // rows)
+    for tile, space in zip(x.tensor_split(tiles), out.tensor_split(tiles), strict=True):
+        space.copy_(function(tile))
     return out

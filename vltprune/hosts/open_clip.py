@@ -125,7 +125,9 @@ class _ClipText(_ClipHost):
             return None
         real = text != tower.pad_id
         if not real.gather(1, pooled).all():
-            raise ValueError(f"text: the pooled token ({tower.pool_type!r}) of a sentence is padding (id {tower.pad_id})")
+            raise ValueError(
+                f"text: the pooled token ({tower.pool_type!r}) of a sentence is padding (id {tower.pad_id})"
+            )
         return real
 
     def padded_length(self, *inputs: Any) -> int:
@@ -160,7 +162,9 @@ class ClipText(_ClipText):
     def check(self, tower: Any) -> None:
         super().check(tower)
         if tower.cls_emb is not None or tower.pool_type == "none":
-            raise TypeError("cannot prune a TextTransformer with embed_cls (CoCa) or pool_type='none': they are not supported")
+            raise TypeError(
+                "cannot prune a TextTransformer with embed_cls (CoCa) or pool_type='none': they are not supported"
+            )
 
 
 class ClipOwnText(_ClipText):
@@ -280,6 +284,8 @@ def _check_text(tower: Any, text: Tensor) -> None:
         raise ValueError(f"text must be token ids [batch, length] and not empty, got {list(text.shape)}")
     longest, vocabulary = len(tower.positional_embedding), tower.token_embedding.num_embeddings
     if text.shape[1] > longest:
-        raise ValueError(f"text has {text.shape[1]} tokens, the tower has {longest} positions: tokenise to context_length")
+        raise ValueError(
+            f"text has {text.shape[1]} tokens, the tower has {longest} positions: tokenise to context_length"
+        )
     if text.min() < 0 or text.max() >= vocabulary:
         raise ValueError(f"text must hold token ids in 0 .. {vocabulary - 1}")

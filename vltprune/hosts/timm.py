@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionPoolLatent, AttentionRope, apply_rot_embed_cat
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ _POOLS = ("", "token", "avg", "max", "avgmax", "map")
 class _TimmHost(Host):
     """What the two families have in common: blocks with `attn`, `mlp` and two norms, prefix tokens, pooling, head."""
 
-    known: dict[type, Sequence[type]] = {}
+    known: ClassVar[Mapping[type, Sequence[type]]] = {}
 
     def check(self, tower: Any) -> None:
         check_blocks(tower, tower.blocks, self.known)
@@ -68,7 +70,7 @@ class _TimmHost(Host):
 class Vit(_TimmHost):
     """VisionTransformer of `Block` or `ResPostBlock`: qk-norm, LayerScale, registers, any pooling, DINOv2, SigLIP, CLIP."""
 
-    known = {Block: (Attention,), ResPostBlock: (Attention,)}
+    known: ClassVar = {Block: (Attention,), ResPostBlock: (Attention,)}
 
     def open(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         self._check_images(tower, images)
@@ -102,7 +104,7 @@ class Vit(_TimmHost):
 class EvaVit(_TimmHost):
     """Eva: EVA-02, RoPE ViTs, Perception Encoder, DINOv3. Rotary tables are looked up by a token's original position."""
 
-    known = {EvaBlock: (EvaAttention, AttentionRope), EvaBlockPostNorm: (EvaAttention, AttentionRope)}
+    known: ClassVar = {EvaBlock: (EvaAttention, AttentionRope), EvaBlockPostNorm: (EvaAttention, AttentionRope)}
 
     def open(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         self._check_images(tower, images)

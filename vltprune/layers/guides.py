@@ -104,7 +104,7 @@ class Codebook(AlignmentGuide):
                 f"codebook(project=False) cannot serve towers of width {widths} with dim {width}: use project=True"
             )
 
-        self.attend = attend
+        self.attend: Literal["softmax", "sparsemax"] = attend
         self.anchors = nn.Parameter(torch.randn(anchors, width))
         self.maps = nn.ModuleDict({t: nn.Linear(w, width) for t, w in widths.items()} if project or not fits else {})
         self.register_buffer("birth", self.anchors.detach().double().sum())

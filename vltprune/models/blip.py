@@ -31,7 +31,7 @@ class BlipVision(VisionTransformer):
             global_pool="",
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # narrower than timm's: no attention mask
         check_images(images, self.in_chans, self.patch_embed.img_size)
         return self.forward_features(images)
 

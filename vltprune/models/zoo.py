@@ -42,7 +42,7 @@ _TINY = {
     "text_width": 128,
     "text_depth": 4,
     "text_heads": 4,
-    "vocab_size": 64,
+    "vocab_size": 57,
     "max_positions": 32,
     "merge_from": 2,
 }

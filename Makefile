@@ -1,0 +1,34 @@
+# make demo: prune a vision-language model and look at what it kept.   make test: run every test.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONUNBUFFERED := 1
+
+.PHONY: install demo test lint speed clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch torchvision
+	$(BIN)/pip install --quiet --editable '.[test,viz]'
+	touch $@
+
+demo: install
+	$(BIN)/vltprune demo --output demo
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+speed: install
+	$(BIN)/python benchmarks/speed.py
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,176 @@
+"""Fine-tunes `blip_nlvr_tiny` under MADTP to a share of its MACs, and writes the weights that the package carries.
+
+    OMP_NUM_THREADS=1 python benchmarks/train_nlvr_tiny.py --work WORK          # first: the dense model and its data
+    OMP_NUM_THREADS=1 python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.5
+    OMP_NUM_THREADS=1 python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.8
+
+Starts from WORK/dense.pt with anchors at the k-means centres of its own tokens. The reduction rises from 30 % to its target
+over the first part of the run; the temperature is recalibrated to it every 100 steps on training pairs. The loss is the
+task's plus 0.1 L_align (MADTP, arXiv 2403.02991). At the end the temperature is calibrated on the validation split, where
+every choice is made; the test split is read once, to report. A run resumes from WORK/compress_<percent>.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from train_nlvr_tiny import SENTENCES, Drawn, build_model, schedule, score
+
+import vltprune as vp
+from vltprune import losses
+from vltprune.models import zoo
+
+ALIGN = 0.1
+ROUND = 100  # steps between calibrations
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore", vp.UntrainedGuideWarning)
+    run = Compression(options)
+    run.train()
+    run.finish()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of train_nlvr_tiny.py")
+    parser.add_argument("--reduction", type=float, required=True, help="share of the dense MACs to save")
+    parser.add_argument("--pairs", type=int, default=16000, help="train pairs, as drawn by train_nlvr_tiny.py")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=16, help="pairs a step")
+    parser.add_argument("--sentences", type=int, default=8, help="sentences a pair")
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--anchors", type=int, default=32)
+    parser.add_argument("--reducer", default="fuse")
+    parser.add_argument("--text-from", type=int, default=0, help="first text layer that prunes")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", help="folder under WORK for trials instead of the package's own weights")
+    return parser.parse_args()
+
+
+class Compression:
+    """One run: dense model, pruned model, data, optimiser."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.work = options, options.work
+        self.label = options.name or f"compress_{round(100 * options.reduction)}"
+        self.train_pairs = Drawn(self.work, "train", options.pairs, SENTENCES)
+        self.val = Drawn(self.work, "val", 400, 12)
+
+        self.dense = build_model()
+        self.dense.load_state_dict(torch.load(self.work / "dense.pt", weights_only=True))
+        object.__setattr__(self.dense, "recipe", vp.Recipe("blip_nlvr_tiny"))
+        config = vp.preset("madtp").replace(
+            guide=f"codebook(anchors={options.anchors})",
+            reducer=options.reducer,
+            at={"image": None, "text": tuple(range(options.text_from, 4))},
+        )
+        self.model: Any = vp.prune(self.dense, config)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.rate, weight_decay=0.05, betas=(0.9, 0.98))
+
+    def train(self) -> None:
+        """To the last step, from the last checkpoint if there is one."""
+        start = self._restore()
+        if start == 0:
+            vp.budget.fit_guide(self.model, [self._inputs(self.val, np.arange(64))])
+        rng, began, seen = np.random.default_rng((2, start)), time.time(), []
+        for step in range(start, self.options.steps):
+            if step % ROUND == 0 or step == start:
+                self._calibrate(self.target(step))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.options.rate * schedule(step, self.options.steps)
+            seen.append(self._step(rng))
+            if (step + 1) % ROUND == 0:
+                task, align, hits = np.mean(seen, axis=0)
+                each = (time.time() - began) / (step + 1 - start)
+                self.log(f"{step + 1} {each:.3f} s/step task {task:.4f} align {align:.3f} train {hits:.4f}")
+                seen = []
+            if (step + 1) % 500 == 0:
+                self._keep(step + 1)
+
+    def target(self, step: int) -> float:
+        """The reduction to train at: 30 % at first, the whole after 40 % of the steps."""
+        done = min(step / (0.4 * self.options.steps), 1.0)
+        return 0.3 + (self.options.reduction - 0.3) * done
+
+    def finish(self) -> None:
+        """Calibrate on validation, report validation and test with the weights as they are stored, and save."""
+        self._calibrate(self.options.reduction, self.val, range(0, 400, 4))
+        folder = zoo.WEIGHTS if self.options.name is None else self.work / "trials"
+        folder = folder / f"blip_nlvr_tiny_madtp.p{round(100 * self.options.reduction)}{self.options.name or ''}"
+        vp.save(self.model, folder, dtype=torch.float16)
+        stored = vp.load(folder)
+        test = Drawn(self.work, "test", 1200, 6)
+        report = {"val": score(stored, self.val), "test": score(stored, test), "config": stored.pruning.config.to_dict()}
+        self.log(json.dumps(report))
+        (self.work / f"{self.label}.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    def log(self, text: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {self.label} {text}"
+        print(line, flush=True)
+        with (self.work / f"{self.label}.log").open("a") as file:
+            file.write(line + "\n")
+
+    def _step(self, rng: np.random.Generator) -> tuple[float, float, float]:
+        options = self.options
+        rows = np.sort(rng.choice(self.train_pairs.size, options.batch, replace=False))
+        chosen = rng.permuted(np.tile(np.arange(SENTENCES), (options.batch, 1)), axis=1)[:, : options.sentences]
+        ids, mask, labels, _ = self.train_pairs.said(rows, chosen)
+        images = self.train_pairs.images(rows).unflatten(0, (-1, 2))
+
+        self.model.train()
+        with vp.collect() as (traces):
+            logits = self.model(images, ids, mask)
+        task, align = F.cross_entropy(logits, labels), losses.alignment(*(t.aligned for t in traces), images=2)
+        self.optimizer.zero_grad()
+        (task + ALIGN * align).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        hits = (logits.argmax(-1) == labels).float().mean()
+        return float(task.detach()), float(align.detach()), float(hits)
+
+    def _inputs(self, pairs: Drawn, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """One sentence a pair, as the model is used."""
+        chosen = (rows % pairs.sentences)[:, None]
+        ids, mask, *_ = pairs.said(rows, chosen)
+        return pairs.images(rows).unflatten(0, (-1, 2)), ids, mask
+
+    def _calibrate(self, reduction: float, pairs: Drawn | None = None, rows: range = range(48)) -> None:
+        batches = [self._inputs(pairs or self.train_pairs, part) for part in np.array_split(np.array(rows), -(-len(rows) // 50))]
+        try:
+            found = vp.calibrate(self.model, batches, reduction, tolerance=0.01)
+            self.log(f"temperature {found.value:.4g} saves {found.reduction:.4f} of {found.dense_macs / 1e6:.1f} M MACs")
+        except vp.BudgetError as error:
+            if pairs is not None:
+                raise
+            self.log(str(error))
+
+    def _keep(self, step: int) -> None:
+        file = self.work / f"{self.label}.pt"
+        keep = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(keep, file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+
+    def _restore(self) -> int:
+        file = self.work / f"{self.label}.pt"
+        if not file.exists():
+            return 0
+        kept = torch.load(file, weights_only=True)
+        self.model.load_state_dict(kept["model"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        return kept["step"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Where scenes become sentences: six families, each a list of skeletons. It knows things and words, never pixels.
+
+A skeleton is a sentence with its colour, shape, size and side left open. For a pair of scenes it lists every way to
+fill it in, with the truth of each. A sentence is drawn only from a skeleton that the pair can make both true and
+false, and a fair coin says which: given the images, the label is a coin. Scenes treat all colours alike, and so all
+shapes, sizes and sides; hence the true and the false sentences of a skeleton are distributed alike, and given the
+words the label is a coin too. To keep this so, all fillings of a skeleton must be renamings of one another: numbers
+and relations, which are not, belong to the skeleton.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+from vltprune.data.drawing import COLOURS, SHAPES, SIZES, Scene, Thing
+
+SIDES = ("left", "right")
+NUMBERS = ("zero", "one", "two", "three")
+CLEAR = 6.0  # pixels between two centres before a relation between them is said
+
+
+class Filling(NamedTuple):
+    """A finished sentence, whether it is true of the pair, and how readily it is drawn among those equally true."""
+
+    text: str
+    truth: bool
+    weight: float
+
+
+class Description(NamedTuple):
+    """What a phrase such as "small red circle" asks of a thing: an index per attribute named, None for the rest."""
+
+    shape: int | None = None
+    colour: int | None = None
+    size: int | None = None
+
+    def fits(self, thing: Thing) -> bool:
+        """Whether the thing has every attribute named."""
+        return self in _phrases(thing)
+
+    def __str__(self) -> str:
+        size = "" if self.size is None else SIZES[self.size] + " "
+        colour = "" if self.colour is None else COLOURS[self.colour] + " "
+        return size + colour + ("object" if self.shape is None else SHAPES[self.shape])
+
+    @property
+    def plural(self) -> str:
+        """The phrase for several such things."""
+        text = str(self)
+        return text + ("es" if text.endswith("s") else "s")
+
+
+DESCRIPTIONS = {
+    "shape": [Description(shape=shape) for shape in range(len(SHAPES))],
+    "colour": [Description(colour=colour) for colour in range(len(COLOURS))],
+    "size": [Description(size=size) for size in range(len(SIZES))],
+    "coloured shape": [Description(s, c) for s in range(len(SHAPES)) for c in range(len(COLOURS))],
+    "sized shape": [Description(s, None, z) for s in range(len(SHAPES)) for z in range(len(SIZES))],
+}
+
+
+@lru_cache(maxsize=256)
+def _phrases(thing: Thing) -> tuple[Description, ...]:
+    """Every description that fits the thing."""
+    return tuple(Description(*asked) for asked in product(*((None, has) for has in thing[:3])))
+
+
+@lru_cache(maxsize=16)
+def _counts(scene: Scene) -> Counter[Description]:
+    """How many things of the scene each description fits."""
+    return Counter(phrase for thing in scene for phrase in _phrases(thing))
+
+
+Scenes = tuple[Scene, Scene]
+Skeleton = Callable[[Scenes], Iterator[Filling]]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A sentence that hangs on how many things fit one description, here (this side) and there (the other)."""
+
+    template: str
+    kind: str
+    holds: Callable[[int, int], bool]
+
+    def __call__(self, scenes: Scenes) -> Iterator[Filling]:
+        """Every filling for the pair."""
+        for side, name in enumerate(SIDES):
+            for description in DESCRIPTIONS[self.kind]:
+                here, there = (_counts(scenes[at])[description] for at in (side, 1 - side))
+                words = dict(side=name, other=SIDES[1 - side], one=description, many=description.plural)
+                # Otherwise most fillings would speak of things that neither image shows.
+                weight = 1 + 3 * (here > 0) + 2 * (there > 0) + 2 * _nearly(description, scenes[side])
+                yield Filling(self.template.format(**words), self.holds(here, there), weight)
+
+
+def _nearly(description: Description, scene: Scene) -> bool:
+    """Whether two attributes are asked for and the scene has each, though maybe not on one thing."""
+    shape, colour, size = description
+    named = {Description(shape=shape), Description(colour=colour), Description(size=size)} - {Description()}
+    return len(named) > 1 and all(_counts(scene)[part] for part in named)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that says of the things fitting a subject, on one side, that they fit a predicate (or do not)."""
+
+    template: str
+    subject: str
+    predicate: str
+    said_of: Callable[[int], bool]
+    holds: Callable[[int, int], bool]
+
+    def __call__(self, scenes: Scenes) -> Iterator[Filling]:
+        """Every filling for the pair whose subject is there in the number that the sentence takes for granted."""
+        for side, name in enumerate(SIDES):
+            for subject in DESCRIPTIONS[self.subject]:
+                things = [thing for thing in scenes[side] if subject.fits(thing)]
+                if self.said_of(len(things)):
+                    yield from self._about(things, subject, name, scenes[side])
+
+    def _about(self, things: Sequence[Thing], subject: Description, side: str, scene: Scene) -> Iterator[Filling]:
+        for predicate in DESCRIPTIONS[self.predicate]:
+            words = dict(side=side, one=subject, value=_value(predicate))
+            truth = self.holds(sum(map(predicate.fits, things)), len(things))
+            weight = 1 + 2 * (_counts(scene)[predicate] > 0)
+            yield Filling(self.template.format(**words), truth, weight)
+
+
+def _value(description: Description) -> str:
+    return str(description).removesuffix(" object")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A sentence that says of two things in one image how they lie; unsaid where their centres nearly align."""
+
+    phrase: str
+    axis: str
+    sign: int
+    kind: str
+
+    def __call__(self, scenes: Scenes) -> Iterator[Filling]:
+        """Every filling that names two things of one image, unlike in what is named, and is clearly true or false."""
+        for side, name in enumerate(SIDES):
+            for first in self._named(scenes[side]):
+                for second in self._named(scenes[side]):
+                    gaps = list(self._gaps(first, second, scenes[side]))
+                    if gaps and min(map(abs, gaps)) >= CLEAR:
+                        text = f"in the {name} image a {first} is {self.phrase} a {second}"
+                        yield Filling(text, max(gaps) > 0, 1.0)
+
+    def _named(self, scene: Scene) -> set[Description]:
+        return {description for description in DESCRIPTIONS[self.kind] if _counts(scene)[description]}
+
+    def _gaps(self, first: Description, second: Description, scene: Scene) -> Iterator[float]:
+        if any(a == b for a, b in zip(first, second, strict=True) if a is not None):
+            return
+        for a in filter(first.fits, scene):
+            for b in filter(second.fits, scene):
+                yield self.sign * (getattr(a, self.axis) - getattr(b, self.axis))
+
+
+def _kinds(template: str, holds: Callable[[int, int], bool], *kinds: str) -> list[Skeleton]:
+    return [Tally(template, kind, holds) for kind in kinds]
+
+
+def _existence() -> list[Skeleton]:
+    kinds = ("coloured shape", "coloured shape", "shape", "colour", "sized shape")
+    return [
+        *_kinds("the {side} image contains a {one}", lambda here, there: here > 0, *kinds),
+        *_kinds("there is a {one} in the {side} image", lambda here, there: here > 0, *kinds),
+        *_kinds("both images contain a {one}", lambda here, there: min(here, there) > 0, *kinds),
+        *_kinds("neither image contains a {one}", lambda here, there: here + there == 0, *kinds),
+        *_kinds("only the {side} image contains a {one}", lambda here, there: here > 0 == there, *kinds),
+    ]
+
+
+def _single(count: int) -> bool:
+    return count == 1
+
+
+def _several(count: int) -> bool:
+    return count >= 2
+
+
+def _some(count: int) -> bool:
+    return count >= 1
+
+
+def _all_fit(fitting: int, count: int) -> bool:
+    return fitting == count
+
+
+def _none_fit(fitting: int, count: int) -> bool:
+    return fitting == 0
+
+
+def _attribute() -> list[Skeleton]:
+    the = partial(Claim, said_of=_single, holds=_all_fit)
+    every = partial(Claim, said_of=_several, holds=_all_fit)
+    return [
+        the("the {one} in the {side} image is {value}", "shape", "colour"),
+        the("the {one} in the {side} image is {value}", "shape", "size"),
+        the("the {one} in the {side} image is {value}", "colour", "size"),
+        the("the {one} in the {side} image is a {value}", "colour", "shape"),
+        every("every {one} in the {side} image is {value}", "shape", "colour"),
+        every("every {one} in the {side} image is {value}", "shape", "size"),
+    ]
+
+
+def _count() -> list[Skeleton]:
+    kinds = ("shape", "colour")
+    made = _kinds("there is exactly one {one} in the {side} image", lambda here, there: here == 1, *kinds)
+    for n in (2, 3):
+        exactly = "there are exactly " + NUMBERS[n] + " {many} in the {side} image"
+        at_least = "there are at least " + NUMBERS[n] + " {many} in the {side} image"
+        made += _kinds(exactly, lambda here, there, n=n: here == n, *kinds)
+        made += _kinds(at_least, lambda here, there, n=n: here >= n, *kinds)
+    return made
+
+
+def _comparison() -> list[Skeleton]:
+    kinds = ("shape", "colour")
+    ending = " {many} in the {side} image than in the {other} image"
+    return [
+        *_kinds("there are more" + ending, lambda here, there: here > there, *kinds),
+        *_kinds("there are fewer" + ending, lambda here, there: here < there, *kinds),
+        *_kinds("both images contain the same number of {many}", lambda here, there: here == there, *kinds),
+    ]
+
+
+def _spatial() -> list[Skeleton]:
+    relations = (("above", "y", -1), ("below", "y", 1), ("left of", "x", -1), ("right of", "x", 1))
+    kinds = ("coloured shape", "shape", "colour")
+    return [Relation(phrase, axis, sign, kind) for phrase, axis, sign in relations for kind in kinds]
+
+
+def _negation() -> list[Skeleton]:
+    kinds = ("coloured shape", "shape", "colour")
+    return [
+        *_kinds("no image contains a {one}", lambda here, there: here + there == 0, *kinds),
+        *_kinds("the {side} image does not contain a {one}", lambda here, there: here == 0, *kinds),
+        *_kinds("there is no {one} in the {side} image", lambda here, there: here == 0, *kinds),
+        Claim("the {one} in the {side} image is not {value}", "shape", "colour", _single, _none_fit),
+        Claim("no {one} in the {side} image is {value}", "shape", "colour", _some, _none_fit),
+    ]
+
+
+SKELETONS: dict[str, list[Skeleton]] = {
+    "existence": _existence(),
+    "attribute": _attribute(),
+    "count": _count(),
+    "comparison": _comparison(),
+    "spatial": _spatial(),
+    "negation": _negation(),
+}
+FAMILIES = tuple(SKELETONS)
+
+
+def say(scenes: Scenes, family: str, rng: np.random.Generator) -> tuple[str, bool] | None:
+    """A sentence of the family about the pair, and whether it is true; None where no skeleton can go both ways."""
+    skeletons = SKELETONS[family]
+    for index in rng.permutation(len(skeletons)):
+        fillings = sorted(skeletons[index](scenes))
+        by_truth = [[filling for filling in fillings if filling.truth == truth] for truth in (False, True)]
+        if all(by_truth):
+            truth = bool(rng.integers(2))
+            weights = np.array([filling.weight for filling in by_truth[truth]])
+            chosen = rng.choice(len(weights), p=weights / weights.sum())
+            return by_truth[truth][chosen].text, truth
+    return None
