@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor
 
 _EPS = 1e-10
@@ -20,7 +21,8 @@ def alignment(image: Tensor, text: Tensor, images: int = 1) -> Tensor:
         raise ValueError(
             f"{len(text)} sentences cannot be aligned with {len(image)} images at {images} images a sentence"
         )
-    image = image.unflatten(0, (groups, images)).mean(1).repeat_interleave(len(text) // groups, 0)
+    image = reduce(image, "(groups images) anchors dim -> groups anchors dim", "mean", images=images)
+    image = repeat(image, "groups anchors dim -> (groups k) anchors dim", k=len(text) // groups)
     return (1 - (_unit(image) * _unit(text)).sum(-1)).mean()
 
 

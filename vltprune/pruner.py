@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionStats, Stat, attend, attend_with_stats
 from .config import PruneConfig
@@ -52,6 +54,8 @@ class Pruner(nn.Module):
         """tokens: the block's input -> the plan for its output, or None where every token stays."""
         scores = self.scorer(tokens, stats, guidance)
         counts = self.keeper(scores, tokens, guidance)
+        if not self.scorer.site.has_summary:
+            counts = counts.clamp(min=1)  # where nothing is protected, the last token stays all the same
         return self.reducer(tokens, scores, counts, stats)
 
 
@@ -147,8 +151,10 @@ class PrunedEncoder(nn.Module):
         self._warn_of_noise()
         tokens, beside = self.adapter.open(self.host, *inputs)
         traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in _collectors.get()]
+        recompute = self.training and torch.is_grad_enabled() and self.adapter.recomputes(self.host)
+        run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
         for depth, block in enumerate(self.adapter.blocks(self.host)):
-            tokens, step = self._block(depth, block, tokens, beside[depth])
+            tokens, step = run(depth, block, tokens, beside[depth])
             for trace in traces:
                 trace.steps.append(step)
         for collector, trace in zip(_collectors.get(), traces, strict=True):

@@ -80,6 +80,10 @@ class Host(ABC):
         """Whether a token sees only what stands before it."""
         return False
 
+    def recomputes(self, tower: nn.Module) -> bool:
+        """Whether the tower was told to save memory in training by recomputing its blocks (gradient checkpointing)."""
+        return bool(getattr(tower, "grad_checkpointing", False))
+
     def mixes_affinely(self, block: nn.Module) -> bool:
         """Whether `mix` is x + A(context) with affine A, so that tokens may be averaged before it."""
         return False

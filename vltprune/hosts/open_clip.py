@@ -60,6 +60,9 @@ class _ClipHost(Host):
         plain = type(attn) is nn.MultiheadAttention
         return plain or (isinstance(attn.ln_inner, nn.Identity) and isinstance(block.ln_attn, nn.Identity))
 
+    def recomputes(self, tower: Any) -> bool:
+        return tower.transformer.grad_checkpointing
+
     def attention_dropout(self, block: Any) -> float:
         dropout = block.attn.dropout if type(block.attn) is nn.MultiheadAttention else block.attn.attn_drop.p
         return dropout if block.training else 0.0
@@ -208,6 +211,9 @@ class TimmTower(Host):
 
     def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         return tower.head(self.trunk.close(tower.trunk, tokens, beside))
+
+    def recomputes(self, tower: Any) -> bool:
+        return self.trunk.recomputes(tower.trunk)
 
     def mixes_affinely(self, block: nn.Module) -> bool:
         return self.trunk.mixes_affinely(block)
