@@ -3,9 +3,10 @@
 from . import budget, flops, losses
 from .attention import AttentionStats, Stat, attend, attend_with_stats
 from .budget import BudgetError, calibrate
-from .checkpoint import CheckpointError, Recipe, from_pretrained, load, push_to_hub, save
+from .checkpoint import CheckpointError, Recipe, save
 from .config import Part, PruneConfig
 from .factory import create_model, list_models
+from .hub import from_pretrained, load, push_to_hub
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
 from .presets import preset
 from .pruner import PrunedEncoder, Pruner, PruneTrace, Pruning, UntrainedGuideWarning, collect

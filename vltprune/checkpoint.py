@@ -1,4 +1,4 @@
-"""Models on disk: config.json and model.safetensors in a folder, and a hub that holds such folders. All or nothing."""
+"""Models on disk: config.json and model.safetensors in a folder. Loading is all or nothing."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from .config import PruneConfig
 from .registry import bind
 
 _FORMAT = 1
-_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_HUB = "hf-hub:"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _HOST, _PRUNING = "host.", "pruning."
 
 
@@ -50,15 +49,15 @@ class Saved:
     @classmethod
     def read(cls, folder: Path) -> Saved:
         try:
-            data = json.loads((folder / _CONFIG).read_text())
+            data = json.loads((folder / CONFIG).read_text())
         except FileNotFoundError:
-            raise CheckpointError(f"{folder} has no {_CONFIG}: give a folder that vltprune.save wrote") from None
+            raise CheckpointError(f"{folder} has no {CONFIG}: give a folder that vltprune.save wrote") from None
         except ValueError as error:
-            raise CheckpointError(f"{folder / _CONFIG} is not JSON: {error}") from None
+            raise CheckpointError(f"{folder / CONFIG} is not JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
-            raise CheckpointError(f"{folder / _CONFIG} has format {found!r}, this version reads {_FORMAT}")
-        bind(f"{folder / _CONFIG}", cls, data)
+            raise CheckpointError(f"{folder / CONFIG} has format {found!r}, this version reads {_FORMAT}")
+        bind(f"{folder / CONFIG}", cls, data)
         return cls(**data)
 
 
@@ -84,42 +83,13 @@ def save(
         state |= {_HOST + key: value for key, value in host.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / _WEIGHTS, lambda path: save_file(_storable(state, dtype), path, {"format": "pt"}))
-        _replace(folder / _CONFIG, lambda path: Path(path).write_text(json.dumps(asdict(saved), indent=2) + "\n"))
+        _replace(folder / WEIGHTS, lambda path: save_file(_storable(state, dtype), path, {"format": "pt"}))
+        _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(asdict(saved), indent=2) + "\n"))
     except OSError as error:
         raise OSError(
             f"cannot write the model to {folder}: {error.strerror or error}; choose a folder you may write"
         ) from error
     return folder
-
-
-def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) -> nn.Module:
-    """A model that `save` wrote. host: the dense model to prune and fill, for one that `create_model` did not build.
-
-    overrides: parts of the pruning (scorer=, keep=, reducer=, guide=, at=), as in `create_model`. Raises CheckpointError
-    for a folder that is none, and for tensors that are missing, left over or of another shape: all are listed, and
-    nothing is loaded.
-    """
-    from .factory import create_model
-    from .surgery import prune
-
-    folder = Path(folder)
-    saved = Saved.read(folder)
-    if host is None:
-        if saved.backbone is None:
-            raise CheckpointError(f"{folder} does not say how to build its model: give load(..., host=the dense model)")
-        if saved.contents == "pruning":
-            raise CheckpointError(
-                f"{folder} holds only the pruning of a {saved.backbone}: give load(..., host=that model)"
-            )
-        host = create_model(saved.backbone, **saved.model_args)
-    if saved.pruning is not None:
-        config = PruneConfig.from_dict(saved.pruning)
-        host = prune(host, config.replace(**overrides) if overrides else config)
-    elif overrides:
-        raise TypeError(f"{', '.join(overrides)} given, but {folder} holds a dense model")
-    load_into(host, folder)
-    return host.eval()
 
 
 def load_into(model: nn.Module, path: str | Path) -> None:
@@ -128,7 +98,7 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     What a file is, its keys tell. Raises CheckpointError as `load` does.
     """
     path = Path(path)
-    file = path / _WEIGHTS if path.is_dir() else path
+    file = path / WEIGHTS if path.is_dir() else path
     state, partial = _own_keys(_read(file), model)
     wanted = _wanted(model)
     if partial:
@@ -137,42 +107,6 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for key, value in wanted.items():
             value.copy_(state[key])
-
-
-def from_pretrained(
-    name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Any
-) -> nn.Module:
-    """A model from a local folder, or from the hub: "hf-hub:org/name" (the prefix may be left out).
-
-    Downloads go through huggingface_hub and its cache; offline, what the cache holds is used. Raises CheckpointError as
-    `load`, and for a repository that is neither there nor cached.
-    """
-    text = str(name).removeprefix(_HUB)
-    if Path(text).is_dir():
-        return load(text, **overrides)
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            text, revision=revision, cache_dir=cache_dir, allow_patterns=[_CONFIG, _WEIGHTS], library_name="vltprune"
-        )
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot get {text!r} from the hub, and it is no local folder: {error}. Offline, download {_CONFIG} and "
-            f"{_WEIGHTS} elsewhere and give the path of their folder"
-        ) from error
-    return load(folder, **overrides)
-
-
-def push_to_hub(model: nn.Module, repo_id: str, *, private: bool = False, token: str | None = None, **how: Any) -> str:
-    """Save a model and upload it as repo_id ("org/name"); `how` goes to `save`. Returns the address of the commit."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, **how)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
 
 def saved_pruning(path: Path) -> PruneConfig | None:
@@ -223,7 +157,7 @@ def _own_keys(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
 def _read(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, on the CPU."""
     if not file.is_file():
-        raise CheckpointError(f"there is no file {file}: give a folder with {_WEIGHTS}, a .safetensors or a .pth file")
+        raise CheckpointError(f"there is no file {file}: give a folder with {WEIGHTS}, a .safetensors or a .pth file")
     if file.suffix == ".safetensors":
         try:
             return load_file(file)

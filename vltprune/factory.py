@@ -19,7 +19,6 @@ from .registry import backbones, nearest, presets
 from .surgery import prune
 
 _PARTS = ("scorer", "keep", "reducer", "guide", "at")
-_HUB = "hf-hub:"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def create_model(
 
     name: a backbone of this library ("blip_nlvr_base"), of timm under its own name ("vit_base_patch16_224") or of
     open_clip ("clip_vit_b_32" is its "ViT-B-32"); "_" and a preset prune it ("blip_base_madtp"); "." and a tag choose its
-    weights. "hf-hub:org/name" is `from_pretrained`. pretrained: True for the weights that belong to the name, or the path
+    weights. pretrained: True for the weights that belong to the name, or the path
     of a file or folder: our own, Salesforce BLIP's or the MADTP reference's, told apart by their keys. pruning: a
     PruneConfig or preset instead of the one in the name. Arguments named scorer, keep, reducer, guide, at replace parts of
     it; all others go to the backbone.
@@ -69,8 +68,6 @@ def create_model(
     Raises LookupError for unknown names, TypeError for arguments nobody takes, CheckpointError for weights that do not fit.
     """
     parts = {key: arguments.pop(key) for key in _PARTS if key in arguments}
-    if name.startswith(_HUB):
-        return checkpoint.from_pretrained(name, **parts, **arguments)
     read = Name.read(name)
     if pruning is not None and read.preset is not None:
         raise ValueError(f"{name!r} already names the preset {read.preset!r}: give pruning=... to {read.backbone!r}")

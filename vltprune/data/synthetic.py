@@ -81,11 +81,13 @@ class SyntheticPairs:
     def _say(self, scenes: tuple[Scene, Scene], index: int, rng: np.random.Generator) -> list[tuple[str, int, str]]:
         said = []
         for turn in range(index * self.sentences, (index + 1) * self.sentences):
-            order = (FAMILIES[(turn + step) % len(FAMILIES)] for step in range(len(FAMILIES)))
             # Existence can always go both ways: thirty coloured shapes are never all there, nor all missing.
-            spoken = ((say(scenes, family, rng), family) for family in order)
-            (text, truth), family = next(answer for answer in spoken if answer[0] is not None)
-            said.append((text, int(truth), family))
+            for step in range(len(FAMILIES)):
+                family = FAMILIES[(turn + step) % len(FAMILIES)]
+                answer = say(scenes, family, rng)
+                if answer is not None:
+                    said.append((answer[0], int(answer[1]), family))
+                    break
         return said
 
 

@@ -6,7 +6,7 @@ import copy
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from .. import segments
 from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import Layout, PackedTokens
-
-if TYPE_CHECKING:
-    from ..pruner import PrunedEncoder
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -105,7 +102,7 @@ class Composite(ABC):
         """The dense towers by name, each with its host."""
 
     @abstractmethod
-    def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         """A model like `model` that runs these towers and shares everything else; `model` stays as it is."""
 
     def head_macs(self, model: nn.Module) -> float:

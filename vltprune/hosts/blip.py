@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from ..registry import hosts
 from ..tokens import Layout, PackedTokens
 from .base import Composite, Host, find_host, with_submodule
 from .timm import Vit
-
-if TYPE_CHECKING:
-    from ..pruner import PrunedEncoder
 
 Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that image, one instance a group
 
@@ -98,7 +95,7 @@ class BlipComposite(Composite):
     def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
         return {"image": (model.visual, find_host(model.visual)), "text": (model.text, find_host(model.text))}
 
-    def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         return with_submodule(with_submodule(model, "visual", towers["image"]), "text", towers["text"])
 
     def head_macs(self, model: Any) -> float:

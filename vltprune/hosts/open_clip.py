@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,6 @@ from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import PackedTokens
 from .base import Composite, Host, by_tiles, check_blocks, find_host, weighted_mean, with_submodule
-
-if TYPE_CHECKING:
-    from ..pruner import PrunedEncoder
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
 
@@ -229,7 +226,7 @@ class CustomTextClip(Composite):
     def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
         return {"image": (model.visual, find_host(model.visual)), "text": (model.text, find_host(model.text))}
 
-    def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         return with_submodule(with_submodule(model, "visual", towers["image"]), "text", towers["text"])
 
 
@@ -242,7 +239,7 @@ class Clip(Composite):
         text.check(model)
         return {"image": (model.visual, find_host(model.visual)), "text": (model, text)}
 
-    def assemble(self, model: nn.Module, towers: Mapping[str, PrunedEncoder]) -> nn.Module:
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         pruned = PrunedClip.__new__(PrunedClip)
         pruned.__dict__.update(with_submodule(model, "visual", towers["image"]).__dict__)
         pruned._modules["text"] = towers["text"]

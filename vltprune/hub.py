@@ -1,0 +1,78 @@
+"""Whole models from folders and from the hub: what create_model and checkpoint do together."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, load_into, save
+from .config import PruneConfig
+from .factory import create_model
+from .surgery import prune
+
+_HUB = "hf-hub:"
+
+
+def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) -> nn.Module:
+    """A model that `save` wrote. host: the dense model to prune and fill, for one that `create_model` did not build.
+
+    overrides: parts of the pruning (scorer=, keep=, reducer=, guide=, at=), as in `create_model`. Raises CheckpointError
+    for a folder that is none, and for tensors that are missing, left over or of another shape: all are listed, and
+    nothing is loaded.
+    """
+    folder = Path(folder)
+    saved = Saved.read(folder)
+    if host is None:
+        if saved.backbone is None:
+            raise CheckpointError(f"{folder} does not say how to build its model: give load(..., host=the dense model)")
+        if saved.contents == "pruning":
+            raise CheckpointError(
+                f"{folder} holds only the pruning of a {saved.backbone}: give load(..., host=that model)"
+            )
+        host = create_model(saved.backbone, **saved.model_args)
+    if saved.pruning is not None:
+        config = PruneConfig.from_dict(saved.pruning)
+        host = prune(host, config.replace(**overrides) if overrides else config)
+    elif overrides:
+        raise TypeError(f"{', '.join(overrides)} given, but {folder} holds a dense model")
+    load_into(host, folder)
+    return host.eval()
+
+
+def from_pretrained(
+    name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Any
+) -> nn.Module:
+    """A model from a local folder, or from the hub: "hf-hub:org/name" (the prefix may be left out).
+
+    Downloads go through huggingface_hub and its cache; offline, what the cache holds is used. Raises CheckpointError as
+    `load`, and for a repository that is neither there nor cached.
+    """
+    text = str(name).removeprefix(_HUB)
+    if Path(text).is_dir():
+        return load(text, **overrides)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            text, revision=revision, cache_dir=cache_dir, allow_patterns=[CONFIG, WEIGHTS], library_name="vltprune"
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot get {text!r} from the hub, and it is no local folder: {error}. Offline, download {CONFIG} and "
+            f"{WEIGHTS} elsewhere and give the path of their folder"
+        ) from error
+    return load(folder, **overrides)
+
+
+def push_to_hub(model: nn.Module, repo_id: str, *, private: bool = False, token: str | None = None, **how: Any) -> str:
+    """Save a model and upload it as repo_id ("org/name"); `how` goes to `save`. Returns the address of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder, **how)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
