@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo test lint speed clean
+.PHONY: install demo test lint speed api clean
 
 install: .venv/installed
 
@@ -29,6 +29,10 @@ lint: install
 
 speed: install
 	$(BIN)/python benchmarks/speed.py
+
+api: install
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/pdoc vltprune --output-directory build/api
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .flops import Meter
-from .layers import KeepRatioPredictor, Knob
-from .pruner import PrunedEncoder, collect
+from .layers import KeepRatioPredictor, Knob, Ratio
+from .pruner import PrunedEncoder, Pruner, collect
 from .surgery import pruning
 
 Batch = Tensor | tuple[Any, ...]
@@ -81,17 +82,13 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
     if guide is None:
         raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
     drawn: dict[str, list[Tensor]] = {}
-    training = model.training
-    with torch.no_grad(), collect() as traces:
-        model.eval()
+    with torch.no_grad(), collect() as traces, _keeping_all(model):
         for batch in batches:
             model(*(batch if isinstance(batch, tuple) else (batch,)))
             for trace in traces:
-                drawn.setdefault(trace.tower, []).extend(
-                    step.guidance.mapped.x[step.guidance.mapped.free] for step in trace.steps if step.guidance
-                )
+                guided = [step.guidance.mapped for step in trace.steps if step.guidance is not None]
+                drawn.setdefault(trace.tower, []).extend(tokens.x[tokens.free] for tokens in guided)
             traces.clear()
-    model.train(training)
 
     generator = torch.Generator().manual_seed(seed)
     each = points // max(len(drawn), 1)
@@ -148,32 +145,66 @@ class _Search:
         return found
 
     def find(self, reduction: float, tolerance: float) -> Calibration:
-        knob = self.knob
-        forward, back = (math.log, math.exp) if knob.log else (float, float)
-        cheap, dear = (knob.low, knob.high) if knob.more_is_dearer else (knob.high, knob.low)
-        ends = self.measure(cheap), self.measure(dear)
-        target = (1 - reduction) * ends[0].dense_macs
-        best = min(ends, key=lambda c: abs(c.macs - target))
+        """The value that meets the target. Mean MACs need not fall or rise all the way: any crossing will do."""
+        tried = [self.measure(self.at(0.0)), self.measure(self.at(1.0))]
+        target = (1 - reduction) * tried[0].dense_macs
+        low, high, ends = 0.0, 1.0, tried[0].macs < target
+        if ends == (tried[1].macs < target):
+            low, high, ends = self._crossing(target, tried)
 
-        low, high = forward(cheap), forward(dear)
         for _ in range(40):
-            if abs(best.macs - target) <= tolerance * target or not ends[0].macs < target < ends[1].macs:
-                break
+            best = min(tried, key=lambda c: abs(c.macs - target))
+            if abs(best.macs - target) <= tolerance * target:
+                return best
             middle = (low + high) / 2
-            tried = self.measure(back(middle))
-            best = min(best, tried, key=lambda c: abs(c.macs - target))
-            low, high = (middle, high) if tried.macs < target else (low, middle)
-        if abs(best.macs - target) > tolerance * target:
-            raise BudgetError(self._out_of_reach(reduction, best, ends))
-        return best
+            tried.append(self.measure(self.at(middle)))
+            low, high = (middle, high) if (tried[-1].macs < target) == ends else (low, middle)
+        raise BudgetError(self._out_of_reach(reduction, tried, best))
 
-    def _out_of_reach(self, reduction: float, best: Calibration, ends: tuple[Calibration, Calibration]) -> str:
-        keep, name = str(self.record.config.keep), self.knob.name
+    def at(self, place: float) -> float:
+        """The knob's value at a place in its range, 0 .. 1."""
+        knob = self.knob
+        if knob.log:
+            return math.exp(math.log(knob.low) * (1 - place) + math.log(knob.high) * place)
+        return knob.low * (1 - place) + knob.high * place
+
+    def _crossing(self, target: float, tried: list[Calibration], steps: int = 12) -> tuple[float, float, bool]:
+        """Two places between which the target is crossed, and whether the first is below; the last two if there are none."""
+        low, below = 0.0, tried[0].macs < target
+        for step in range(1, steps):
+            high = step / steps
+            tried.append(self.measure(self.at(high)))
+            if (tried[-1].macs < target) != below:
+                return low, high, below
+            low = high
+        return low, 1.0, below
+
+    def _out_of_reach(self, reduction: float, tried: Sequence[Calibration], best: Calibration) -> str:
+        keep, knob = str(self.record.config.keep), self.knob
+        least, most = (f"{f(c.reduction for c in tried):.1%}" for f in (min, max))
         return (
-            f"reduction={reduction} is out of reach of keep={keep!r}: {name} from {ends[1].value:g} to {ends[0].value:g} "
-            f"saves {ends[1].reduction:.1%} to {ends[0].reduction:.1%}, the nearest is {best.reduction:.1%} at "
-            f"{name}={best.value:g}. Ask for another reduction, prune at other depths (at=...), or use keep='ratio'"
+            f"reduction={reduction} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to {knob.high:g} saves "
+            f"{least} to {most}, and the nearest is {best.reduction:.1%} at {knob.name}={best.value:g}. Ask for another "
+            "reduction, prune at other depths (at=...), or use keep='ratio'"
         )
+
+
+@contextlib.contextmanager
+def _keeping_all(model: nn.Module) -> Iterator[None]:
+    """Within the `with` block the model is in evaluation and every token stays; scores and guidance are computed still."""
+    training, kept = model.training, []
+    for pruner in [
+        m for tower in pruning(model).towers.values() for m in tower.pruners.modules() if isinstance(m, Pruner)
+    ]:
+        kept.append((pruner, pruner.keeper))
+        pruner.keeper = Ratio(pruner.scorer.site, ratio=1.0)
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(training)
+        for pruner, keeper in kept:
+            pruner.keeper = keeper
 
 
 def _keepers(tower: PrunedEncoder) -> list[KeepRatioPredictor]:

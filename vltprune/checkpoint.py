@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -164,7 +165,9 @@ def _read(file: Path) -> dict[str, Tensor]:
         except Exception as error:
             raise CheckpointError(f"{file} is no readable safetensors file: {error}") from error
     try:
-        data = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of pickles it may not read; we say so ourselves
+            warnings.simplefilter("ignore", UserWarning)
+            data = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(
             f"{file} is no plain tensor file: loading it would run code or fail ({str(error).splitlines()[0]}). Convert it "

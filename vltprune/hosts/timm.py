@@ -63,7 +63,8 @@ class _TimmHost(Host):
 
     def _check_images(self, tower: Any, images: Tensor) -> None:
         embed = tower.patch_embed
-        check_images(images, embed.proj.in_channels, embed.img_size if embed.strict_img_size else None)
+        channels = getattr(tower, "in_chans", None) or embed.proj.in_channels
+        check_images(images, channels, embed.img_size if getattr(embed, "strict_img_size", False) else None)
 
 
 @hosts.register("timm.models.vision_transformer.VisionTransformer")

@@ -21,15 +21,13 @@ from .site import Site
 class Knob:
     """The argument that sets a keeper's cost: what a budget turns.
 
-    name: the keeper's argument and attribute; low .. high: its range; log: whether to search it on a log scale;
-    more_is_dearer: whether a larger value keeps more tokens.
+    name: the keeper's argument and attribute; low .. high: its range; log: whether to search it on a log scale.
     """
 
     name: str
     low: float
     high: float
-    log: bool
-    more_is_dearer: bool
+    log: bool = False
 
 
 class KeepRatioPredictor(nn.Module, ABC):
@@ -63,7 +61,7 @@ class Threshold(KeepRatioPredictor):
     """
 
     guided = True
-    knob = Knob("temperature", 1e-6, 1e6, log=True, more_is_dearer=False)
+    knob = Knob("temperature", 1e-6, 1e6, log=True)
 
     def __init__(self, site: Site, temperature: float = 1.0, across: Literal["instance", "batch"] = "instance"):
         super().__init__(site)
@@ -96,7 +94,7 @@ class Threshold(KeepRatioPredictor):
 class Ratio(KeepRatioPredictor):
     """The same share of every instance's tokens: ceil(ratio * n), ratio in [0, 1]."""
 
-    knob = Knob("ratio", 0.0, 1.0, log=False, more_is_dearer=True)
+    knob = Knob("ratio", 0.0, 1.0)
 
     def __init__(self, site: Site, ratio: float = 0.7):
         super().__init__(site)
@@ -130,7 +128,7 @@ class RandomRatio(KeepRatioPredictor):
     lie farthest along a few fixed random directions: it differs between instances and ignores batch mates.
     """
 
-    knob = Knob("mean", 0.0, 1.0, log=False, more_is_dearer=True)
+    knob = Knob("mean", 0.0, 1.0)
 
     def __init__(self, site: Site, mean: float = 0.7, spread: float = 0.25, seed: int = 0):
         super().__init__(site)

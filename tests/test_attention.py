@@ -1,0 +1,149 @@
+"""`attend` and every statistic against the whole map, written out naively."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from strategies import generator, lengths, packed, seeds, shares
+from torch.testing import assert_close
+
+from vltprune import AttentionStats, Layout, Stat, attend, attend_with_stats
+from vltprune import attention as room
+
+EVERY = Stat.SUMMARY | Stat.RECEIVED | Stat.CONTEXT | Stat.KEY
+HEADS, HEAD_DIM, SCALE = 3, 4, 0.7
+TIGHT = {"rtol": 1e-10, "atol": 1e-12}  # the draws are in double precision
+
+
+@pytest.fixture(params=["padded", "rows", "short rows"], autouse=True)
+def path(request, monkeypatch):
+    """Every test runs on each of the ways `attend` may go: all instances at once, or one by one, some rows at a time."""
+    if request.param != "padded":
+        monkeypatch.setattr(room, "_SMALL", {})
+    monkeypatch.setattr(room, "_ROWS", 2 if request.param == "short rows" else 128)
+
+
+@st.composite
+def heads(draw, size=lengths):
+    """Layout, q, k, v, key bias or None; logits from nothing to saturated."""
+    layout, g = Layout(draw(size)), generator(draw(seeds))
+    q, k, v = (torch.randn(layout.total, HEADS, HEAD_DIM, generator=g, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(layout.total, generator=g, dtype=torch.float64) if draw(st.booleans()) else None
+    return layout, q * draw(st.sampled_from([0.0, 1.0, 1e3])), k, v, bias
+
+
+def whole_maps(q, k, layout, keys, causal=False, bias=None):
+    """Per instance, [heads, n, m]."""
+    biases = [0.0] * layout.batch if bias is None else bias.split(keys.lengths)
+    for one_q, one_k, one_bias in zip(q.split(layout.lengths), k.split(keys.lengths), biases, strict=True):
+        logits = torch.einsum("ihd,jhd->hij", one_q, one_k) * SCALE + one_bias
+        if causal:
+            logits = logits.masked_fill(torch.ones(logits.shape[1:], dtype=torch.bool).triu(1), float("-inf"))
+        yield logits.softmax(-1)
+
+
+def naive(q, k, v, layout, keys, **room):
+    maps = whole_maps(q, k, layout, keys, **room)
+    return torch.cat([torch.einsum("hij,jhd->ihd", p, o) for p, o in zip(maps, v.split(keys.lengths), strict=True)])
+
+
+@given(heads(), st.booleans())
+def test_self_attention(drawn, causal):
+    layout, q, k, v, bias = drawn
+    out = attend(q, k, v, layout, SCALE, causal=causal, key_bias=bias)
+    assert_close(out, naive(q, k, v, layout, layout, causal=causal, bias=bias), **TIGHT)
+
+
+@given(heads(), seeds, st.booleans())
+def test_cross_attention(drawn, seed, uniform):
+    keys, _, k, v, bias = drawn
+    g = generator(seed)
+    sizes = torch.randint(1, 6, (1 if uniform else keys.batch,), generator=g).expand(keys.batch)
+    layout = Layout(tuple(sizes.tolist()))
+    q = torch.randn(layout.total, HEADS, HEAD_DIM, generator=g, dtype=torch.float64)
+    out = attend(q, k, v, layout, SCALE, key_layout=keys, key_bias=bias)
+    assert_close(out, naive(q, k, v, layout, keys, bias=bias), **TIGHT)
+
+
+@given(heads(), shares, st.booleans(), seeds)
+def test_statistics(drawn, protect, causal, seed):
+    layout, q, k, v, bias = drawn
+    tokens = packed(layout, 2, protect, True, causal, 1.0, generator(seed))
+    out, stats = attend_with_stats(q, k, v, tokens, SCALE, EVERY, causal=causal, key_bias=bias)
+
+    maps = list(whole_maps(q, k, layout, layout, causal=causal, bias=bias))
+    free, speaks = tokens.free.split(layout.lengths), tokens.summary.split(layout.lengths)
+    received = [p.amax(0)[f].sum(0) for p, f in zip(maps, free, strict=True)]
+    summary = [p[:, s].squeeze(1).t() for p, s in zip(maps, speaks, strict=True)]
+    expected = naive(q, k, v, layout, layout, causal=causal, bias=bias)
+    assert_close(out, expected, **TIGHT)
+    assert_close(stats[Stat.RECEIVED], torch.cat(received), **TIGHT)
+    assert_close(stats[Stat.SUMMARY], torch.cat(summary), **TIGHT)
+    assert_close(stats[Stat.CONTEXT], expected.norm(dim=-1), **TIGHT)
+    assert_close(stats[Stat.KEY], k.mean(1), **TIGHT)
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (3, 1, 6)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients(sizes, causal):
+    layout, g = Layout(sizes), generator(1)
+    tokens = packed(layout, 2, 0.2, True, causal, 1.0, g)
+    size = (layout.total, HEADS, HEAD_DIM)
+    q, k, v = (torch.randn(size, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(layout.total, generator=g, dtype=torch.float64, requires_grad=True)
+
+    def everything(q, k, v, bias):
+        out, stats = attend_with_stats(q, k, v, tokens, SCALE, EVERY, causal=causal, key_bias=bias)
+        return attend(q, k, v, layout, SCALE, causal=causal, key_bias=bias), out, *stats.values.values()
+
+    assert torch.autograd.gradcheck(everything, (q, k, v, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("stat", list(Stat))
+def test_only_what_was_asked_for_is_there(stat):
+    layout = Layout((2, 3))
+    tokens = packed(layout, 2, 0.0, True, False, 1.0, generator(0))
+    q = torch.randn(5, HEADS, HEAD_DIM)
+    _, stats = attend_with_stats(q, q, q, tokens, SCALE, stat)
+    assert list(stats.values) == [stat]
+    other = next(s for s in Stat if s is not stat)
+    with pytest.raises(LookupError, match=f"Stat.{other.name} was not computed: add it to the part's `needs`"):
+        stats[other]
+
+
+def test_nothing_asked_nothing_computed():
+    with pytest.raises(LookupError):
+        AttentionStats()[Stat.KEY]
+
+
+def test_summary_needs_a_summary_token():
+    tokens = packed(Layout((2, 3)), 2, 0.0, False, False, 1.0, generator(0))
+    q = torch.randn(5, HEADS, HEAD_DIM)
+    with pytest.raises(ValueError, match="needs a summary token"):
+        attend_with_stats(q, q, q, tokens, SCALE, Stat.SUMMARY)
+
+
+@pytest.mark.parametrize("needs", [Stat.NONE, Stat.RECEIVED])
+@pytest.mark.parametrize("sizes", [(300, 300), (300, 70)])
+def test_dropout_hits_the_weights_and_keeps_their_mean(needs, sizes):
+    """With every value one, a row's output is the kept share of its weights over 1 - p: mean 1, and seldom 1 exactly."""
+    tokens = packed(Layout(sizes), 2, 0.0, True, False, 1.0, generator(0))
+    q = torch.randn(sum(sizes), HEADS, HEAD_DIM, generator=generator(2))
+    out, stats = attend_with_stats(q, q, torch.ones_like(q), tokens, SCALE, needs, dropout=0.5)
+    clean = attend_with_stats(q, q, torch.ones_like(q), tokens, SCALE, needs)[1]
+    assert (out - 1).abs().mean() > 0.02
+    assert abs(out.mean().item() - 1) < 0.03  # five deviations; unscaled it would be off by a half
+    if needs:
+        assert torch.equal(stats[Stat.RECEIVED], clean[Stat.RECEIVED])  # scores are of the clean map
+
+
+def test_uniform_and_ragged_batches_agree():
+    """The same instances once in a uniform batch, once beside one of another length."""
+    g = generator(3)
+    q, k, v = (torch.randn(20, HEADS, HEAD_DIM, generator=g) for _ in range(3))
+    for causal in (False, True):
+        uniform = attend(q[:16], k[:16], v[:16], Layout((8, 8)), SCALE, causal=causal)
+        ragged = attend(q, k, v, Layout((8, 8, 4)), SCALE, causal=causal)
+        assert_close(ragged[:16], uniform, rtol=1e-6, atol=1e-6)

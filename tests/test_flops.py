@@ -1,0 +1,109 @@
+"""Counted MACs against torch's counter, and against what was published."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import timm
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import vltprune as vp
+from vltprune.models.blip import BlipNlvr
+
+
+@pytest.fixture(autouse=True)
+def _every_product_is_seen():
+    """The counter misses the fused kernel of nn.MultiheadAttention."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def counted(model, *inputs):
+    """MACs by torch, which asserts on views of parameters made without gradients."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        model(*inputs)
+    return counter.get_total_flops() / 2
+
+
+def assert_counts(dense, pruned, *inputs):
+    cost = vp.flops.count(pruned, *inputs)
+    assert cost.dense_total == pytest.approx(counted(dense, *inputs), rel=5e-3)
+    assert cost.total == pytest.approx(counted(pruned, *inputs), rel=5e-3)
+    assert cost.total < cost.dense_total
+    return cost
+
+
+def test_vit_base_at_384_as_published():
+    dense = timm.create_model("vit_base_patch16_384").eval()
+    images = torch.randn(1, 3, 384, 384)
+    cost = assert_counts(dense, vp.prune(dense, "madtp"), images)
+    assert cost.dense_total == pytest.approx(55.5e9, rel=0.01)
+
+
+def test_blip_nlvr_at_384_as_published():
+    dense = BlipNlvr().eval()
+    inputs = torch.randn(1, 2, 3, 384, 384), torch.randint(5, 1000, (1, 35))
+    cost = assert_counts(dense, vp.prune(dense, "madtp"), *inputs)
+    assert cost.dense_total == pytest.approx(132.5e9, rel=0.01)
+
+
+@pytest.mark.parametrize("reducer", ["fuse", "drop"])
+def test_clip_vit_b_32(reducer):
+    dense = open_clip.create_model("ViT-B-32").eval()
+    text = torch.zeros(2, 77, dtype=torch.int64)
+    text[:, 0], text[0, 1:12], text[1, 1:30], text[0, 12], text[1, 30] = 49406, 320, 518, 49407, 49407
+    assert_counts(dense, vp.prune(dense, "madtp", reducer=reducer), torch.randn(2, 3, 224, 224), text)
+
+
+@pytest.mark.parametrize("preset", vp.presets.names())
+@pytest.mark.parametrize("sentences", [1, 3])
+def test_blip_nlvr_tiny_with_padding_and_shared_images(preset, sentences):
+    dense = vp.create_model("blip_nlvr_tiny")
+    ids = torch.randint(4, 57, (2 * sentences, 14))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    assert_counts(dense, vp.prune(dense, preset), torch.randn(2, 2, 3, 96, 96), ids, mask)
+
+
+def test_attention_pool_and_rotary_tower():
+    tower = timm.models.vision_transformer.VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=4, class_token=False, global_pool="map"
+    )
+    assert_counts(tower.eval(), vp.prune(tower, "random"), torch.randn(2, 3, 64, 64))
+    eva = timm.models.eva.Eva(img_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=4, use_rot_pos_emb=True)
+    assert_counts(eva.eval(), vp.prune(eva, "madtp"), torch.randn(2, 3, 64, 64))
+
+
+def test_an_instance_costs_the_same_alone():
+    model = vp.create_model("blip_nlvr_tiny_madtp")
+    images, ids = torch.randn(3, 2, 3, 96, 96), torch.randint(4, 57, (3, 12))
+    together = vp.flops.count(model, images, ids)
+    alone = [vp.flops.count(model, images[i : i + 1], ids[i : i + 1]).total for i in range(3)]
+    assert together.total == pytest.approx(sum(alone), rel=1e-9)
+
+
+def test_keeping_all_costs_the_dense_macs_and_the_scoring():
+    dense = vp.create_model("blip_nlvr_tiny")
+    inputs = torch.randn(1, 2, 3, 96, 96), torch.randint(4, 57, (1, 12))
+    nothing = vp.flops.count(vp.prune(dense, "random", keep="ratio(ratio=1.0)"), *inputs)
+    assert nothing.total == nothing.dense_total
+    scored = vp.flops.count(vp.prune(dense, "madtp", keep="ratio(ratio=1.0)"), *inputs)
+    assert 1 < scored.total / scored.dense_total < 1.1
+
+
+def test_counting_needs_a_pruned_model_and_a_call():
+    dense = vp.create_model("blip_nlvr_tiny")
+    with pytest.raises(TypeError, match="not pruned"):
+        vp.flops.count(dense, torch.randn(1, 2, 3, 96, 96), torch.ones(1, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="collect"):
+        vp.flops.Meter(vp.prune(dense, "madtp"))([])
+
+
+def test_counting_leaves_the_mode_alone():
+    model = vp.create_model("vit_tiny_patch16_224_madtp").train()
+    vp.flops.count(model, torch.randn(1, 3, 224, 224))
+    assert model.training

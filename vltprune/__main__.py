@@ -1,0 +1,7 @@
+"""`python -m vltprune` is `vltprune`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
