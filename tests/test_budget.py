@@ -47,9 +47,7 @@ def test_a_lone_tower_is_calibrated_too():
 
 def test_a_target_out_of_reach_is_named_and_nothing_changes(dense, inputs):
     model = vp.prune(dense, "madtp", keep="threshold(temperature=2.5)", at={"text": None})
-    with pytest.raises(
-        vp.BudgetError, match=r"reduction=0.9 is out of reach .*: temperature from .* \(at="
-    ) as caught:
+    with pytest.raises(vp.BudgetError, match=r"reduction=0.9 is out of reach .*: temperature from .* \(at=") as caught:
         vp.calibrate(model, [inputs], 0.9)
     assert "nearest" in str(caught.value)
     assert model.pruning.config.keep == vp.Part("threshold", {"temperature": 2.5})

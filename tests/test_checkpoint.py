@@ -169,7 +169,7 @@ class TestBroken:
 
     def test_a_folder_that_cannot_be_written(self, tmp_path, model):
         (tmp_path / "taken").write_text("a file")
-        with pytest.raises(OSError, match="cannot write the model to .*taken.*choose a folder"):
+        with pytest.raises(OSError, match=r"cannot write the model to .*taken.*choose a folder"):
             vp.save(model, tmp_path / "taken")
 
     def test_a_failed_save_leaves_the_old_files(self, tmp_path, model, monkeypatch):

@@ -129,7 +129,7 @@ class TestRefused:
 
     def test_parts_that_a_tower_cannot_serve(self):
         with pytest.raises(
-            ValueError, match="scorer='madtp' reads the attention of a summary token .* image tower has none"
+            ValueError, match=r"scorer='madtp' reads the attention of a summary token .* image tower has none"
         ):
             vp.create_model("vit_base_patch16_siglip_224_madtp")
         with pytest.raises(ValueError, match="keep='threshold' reads the alignment guide, and guide=None"):
