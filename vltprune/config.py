@@ -27,6 +27,9 @@ class Part:
     name: str
     args: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "args", dict(self.args))  # our own: the caller may go on with theirs
+
     @classmethod
     def of(cls, spec: Part | str | Mapping[str, Any]) -> Part:
         """From a Part, from "name" or "name(key=value, ...)" with literal values, or from {"name": ..., key: value}.
@@ -52,9 +55,11 @@ class Part:
                 return cls(expression.id)
             if not isinstance(expression, ast.Call) or not isinstance(expression.func, ast.Name) or expression.args:
                 raise wrong
-            arguments = {str(k.arg): ast.literal_eval(k.value) for k in expression.keywords}
-        except (SyntaxError, ValueError):
+            arguments = {k.arg: ast.literal_eval(k.value) for k in expression.keywords if k.arg is not None}
+        except (SyntaxError, ValueError, TypeError):
             raise wrong from None
+        if len(arguments) < len(expression.keywords):  # one given twice, or **mapping
+            raise wrong
         return cls(expression.func.id, arguments)
 
     def replace(self, **args: Any) -> Part:
@@ -155,14 +160,20 @@ class PruneConfig:
 
 
 def _frozen(at: Any) -> Any:
-    """Depths as tuples. TypeError or ValueError for anything that is not depths."""
+    """Depths as tuples, also those of a mapping. TypeError or ValueError for anything that is not depths."""
+    if isinstance(at, Mapping):
+        return {tower: _frozen_depths(depths) for tower, depths in at.items()}
+    return _frozen_depths(at)
+
+
+def _frozen_depths(at: Any) -> tuple[int | float, ...] | None:
     if at is None:
         return None
-    if isinstance(at, Mapping):
-        return {tower: _frozen(depths) for tower, depths in at.items()}
-    if isinstance(at, (str, int, float)):
+    if not isinstance(at, Sequence) or isinstance(at, str):
         raise TypeError(f"at={at!r} must be a sequence of depths, such as at=(3, 6, 9), or a mapping from tower to one")
     for depth in at:
+        if isinstance(depth, bool) or not isinstance(depth, (int, float)):
+            raise TypeError(f"at={list(at)}: depths are numbers, {depth!r} is not")
         if isinstance(depth, float) and not 0 <= depth < 1:
             raise ValueError(f"at={list(at)}: a fraction of the depth lies in [0, 1); {depth} does not")
     return tuple(at)

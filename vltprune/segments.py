@@ -46,6 +46,10 @@ def softmax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
 def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     """Sparsemax (Martins and Astudillo, arXiv 1602.02068, algorithm 1) over the tokens of each instance; [total, ...]."""
     hidden = _hidden(values, layout, where)
+    there = hidden > _LOWEST
+    hidden = torch.where(
+        there, hidden - hidden.amax(1, keepdim=True), _LOWEST
+    )  # as softmax does: large sums lose digits
     ordered = hidden.sort(1, descending=True).values
     place = torch.arange(1, layout.longest + 1, device=values.device).view(1, -1, *[1] * (values.dim() - 1))
     cumulative = ordered.masked_fill(ordered <= _LOWEST, 0.0).cumsum(1) - 1

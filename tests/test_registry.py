@@ -1,0 +1,106 @@
+"""One small class: names to makers."""
+
+from __future__ import annotations
+
+import pytest
+
+import vltprune as vp
+from vltprune.registry import bind
+
+
+@pytest.fixture
+def fruits():
+    registry = vp.Registry("fruit")
+    for name in ("apple", "apricot", "banana"):
+        registry.register(name)(str)
+    return registry
+
+
+def test_names_and_lookup(fruits):
+    assert fruits.names() == ["apple", "apricot", "banana"]
+    assert fruits.names("ap*") == ["apple", "apricot"]
+    assert fruits["apple"] is str
+    assert "apple" in fruits
+    assert "cherry" not in fruits
+
+
+def test_registering_returns_what_was_registered(fruits):
+    @fruits.register("cherry")
+    class Cherry:
+        pass
+
+    assert Cherry is fruits["cherry"]
+
+
+def test_duplicates_are_refused(fruits):
+    with pytest.raises(ValueError, match="fruit 'apple' is already str: choose another name"):
+        fruits.register("apple")(int)
+    assert fruits["apple"] is str
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a-b", "3d", "a(b)", "a..b"])
+def test_names_must_stand_in_a_config(fruits, name):
+    with pytest.raises(ValueError, match="must be an identifier"):
+        fruits.register(name)(str)
+
+
+@pytest.mark.parametrize(("name", "text"), [("aple", r"did you mean apple\?"), ("zzz", "there is apple, apricot, banana")])
+def test_unknown_names_are_answered_with_the_nearest(fruits, name, text):
+    with pytest.raises(LookupError, match=f"there is no fruit '{name}'; {text}"):
+        fruits[name]
+
+
+def test_temporarily(fruits):
+    with pytest.raises(ZeroDivisionError), fruits.temporarily(apple=int, fig=int) as inside:
+        assert inside["apple"] is inside["fig"] is int
+        raise ZeroDivisionError
+    assert fruits["apple"] is str
+    assert fruits.names() == ["apple", "apricot", "banana"]
+
+
+def maker(site, size, shape="round"):
+    return site, size, shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"sise": 1}, r"fruit takes no argument 'sise'; did you mean size\?"),
+        ({"site": 1, "size": 2}, "fruit takes no argument 'site'"),
+        ({}, r"fruit needs size: write fruit\(size=...\)"),
+    ],
+)
+def test_bind_refuses(arguments, text):
+    with pytest.raises(TypeError, match=text):
+        bind("fruit", maker, arguments, given=("site",))
+
+
+def test_bind_accepts():
+    bind("fruit", maker, {"size": 1}, given=("site",))
+    bind("fruit", maker, {"size": 1, "shape": "long"}, given=("site",))
+
+
+@pytest.mark.parametrize(
+    ("registry", "names"),
+    [
+        (vp.guides, {"codebook"}),
+        (vp.scorers, {"madtp", "self_attention", "cls_attention", "mean_cls_attention", "alignment", "random"}),
+        (vp.keepers, {"threshold", "ratio", "count", "random_ratio"}),
+        (vp.reducers, {"drop", "fuse"}),
+        (vp.presets, {"madtp", "evit", "random"}),
+        (vp.backbones, {f"blip{kind}_{size}" for kind in ("", "_nlvr") for size in ("tiny", "base", "large")}),
+    ],
+)
+def test_what_is_promised_is_registered(registry, names):
+    assert names <= set(registry.names())
+
+
+@pytest.mark.parametrize("registry", [vp.guides, vp.scorers, vp.keepers, vp.reducers, vp.presets])
+def test_every_part_says_what_it_is(registry):
+    assert [name for name in registry.names() if not (registry[name].__doc__ or "").strip()] == []
+
+
+@pytest.mark.parametrize("name", vp.presets.names())
+def test_presets_have_names_of_one_word(name):
+    assert "_" not in name
+    assert isinstance(vp.preset(name), vp.PruneConfig)

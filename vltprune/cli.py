@@ -1,0 +1,82 @@
+"""The front desk: `vltprune COMMAND ...`. Reads arguments, calls the command, turns expected errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from . import __version__
+from .commands import common, demo, inspect, predict, prune
+
+_EXPECTED = (ValueError, LookupError, TypeError, OSError)  # what the library raises for the user to read
+_ABOUT = "Prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse, with our one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vltprune: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command's arguments. `args.run` is what to call with them; it is absent without a command."""
+    everywhere, compute = _Parser(add_help=False), _Parser(add_help=False)
+    everywhere.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    compute.add_argument("--threads", type=common.positive, help="CPU threads (torch's choice)")
+
+    parser = _Parser(prog="vltprune", description=_ABOUT)
+    parser.add_argument("--version", action="version", version=f"vltprune {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for command in (demo, predict, inspect, prune):
+        command.add(commands, (everywhere, compute))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 for an interrupt.
+
+    As argparse does, --help, --version and unreadable arguments end in SystemExit.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe had enough: `vltprune list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except _EXPECTED as error:
+        if args.traceback:
+            raise
+        return _fail(f"error: {_one_line(error)}", 2)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    common.say(f"vltprune: {message}")
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    common.say(f"vltprune: warning: {' '.join(str(message).split())}")
