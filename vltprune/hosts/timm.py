@@ -54,6 +54,8 @@ class _TimmHost(Host):
 
     def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Tensor:
         tokens = tokens.with_x(tower.norm(tokens.x))
+        if tower.global_pool == "" and tower.attn_pool is None:
+            return tokens.with_x(tower.head(tower.head_drop(tower.fc_norm(tokens.x)))).unpack()[0]
         return tower.head(tower.head_drop(tower.fc_norm(_pool(tower, tokens))))
 
     def _pack(self, tower: Any, x: Tensor) -> PackedTokens:
@@ -88,7 +90,7 @@ class Vit(_TimmHost):
         attn = block.attn
         context = attn.norm(context.flatten(1))
         if attn.gate is not None:
-            context = context * attn.gate(block.norm1(tokens.x)).sigmoid()
+            context = context * attn.gate(block.norm1(tokens.x) if type(block) is Block else tokens.x).sigmoid()
         branch = attn.proj_drop(attn.proj(context))
         branch = block.ls1(branch) if type(block) is Block else block.norm1(branch)
         return tokens.with_x(tokens.x + drop_path(block.drop_path1, branch, tokens.layout))
@@ -178,7 +180,7 @@ def _rotate(attn: Any, x: Tensor, tokens: PackedTokens, table: Tensor) -> Tensor
 
 
 def _pool(tower: Any, tokens: PackedTokens) -> Tensor:
-    """The tower's pooling over what is left: [batch, dim], or padded tokens [batch, longest, dim] without pooling.
+    """The tower's pooling over what is left: [batch, dim].
 
     Averages weigh a merged token by how many tokens it stands for.
     """
@@ -191,8 +193,6 @@ def _pool(tower: Any, tokens: PackedTokens) -> Tensor:
     if kind == "token":
         assert tokens.summary is not None
         return tokens.read(tokens.summary)
-    if kind == "":
-        return tokens.unpack()[0]
 
     counted = tokens.free if not getattr(tower, "pool_include_prefix", False) else torch.ones_like(tokens.protected)
     average = weighted_mean(tokens, counted)
