@@ -74,6 +74,11 @@ class Blip(nn.Module):
             merge_from=merge_from,
             dropout=dropout,
         )
+        self.head = self._head(text_width)
+
+    def _head(self, width: int) -> nn.Module:
+        """What a task puts on the summary token [sentences, width]; features have nothing."""
+        return nn.Identity()
 
     def image_features(self, images: Tensor) -> Tensor:
         """images [batch, 3, H, W] -> class-token features [batch, vision_width]."""
@@ -89,7 +94,7 @@ class Blip(nn.Module):
         images [batch, 3, H, W]; input_ids, attention_mask [sentences, length], `sentences` a multiple of `batch`
         (consecutive sentences are about one image). Raises ValueError where shapes do not fit.
         """
-        return first(self.text(input_ids, attention_mask, self.visual(images)))
+        return self.head(first(self.text(input_ids, attention_mask, self.visual(images))))
 
 
 class BlipNlvr(Blip):
@@ -100,38 +105,8 @@ class BlipNlvr(Blip):
 
     images_per_sentence = 2
 
-    def __init__(
-        self,
-        image_size: int = 384,
-        patch_size: int = 16,
-        vision_width: int = 768,
-        vision_depth: int = 12,
-        vision_heads: int = 12,
-        text_width: int = 768,
-        text_depth: int = 12,
-        text_heads: int = 12,
-        vocab_size: int = 30524,
-        max_positions: int = 512,
-        merge_from: int = 6,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
-    ):
-        super().__init__(
-            image_size,
-            patch_size,
-            vision_width,
-            vision_depth,
-            vision_heads,
-            text_width,
-            text_depth,
-            text_heads,
-            vocab_size,
-            max_positions,
-            merge_from,
-            dropout,
-            drop_path,
-        )
-        self.head = nn.Sequential(nn.Linear(text_width, text_width), nn.ReLU(), nn.Linear(text_width, 2))
+    def _head(self, width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [sentences, 2] for false and true.
