@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from .flops import Meter
 from .layers import KeepRatioPredictor, Knob, Ratio
-from .pruner import PrunedEncoder, Pruner, collect
+from .pruner import PrunedEncoder, Pruner, UntrainedGuideWarning, collect
 from .surgery import pruning
+from .tokens import PackedTokens
 
 Batch = Tensor | tuple[Any, ...]
 
@@ -75,30 +77,28 @@ def calibrate(
 def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points: int = 20_000) -> None:
     """Place the shared anchors of a pruned model among its own tokens: k-means over those of all towers and depths.
 
-    For use without training: an untrained codebook is noise. batches as in `calibrate`; at most `points` tokens, drawn
-    with `seed`, equally many of each tower. Raises ValueError for a model without a guide or too few tokens.
+    For use without training: an untrained codebook is noise. batches as in `calibrate`; at most `points` tokens are held,
+    drawn with `seed`, equally many of each tower and more readily from later batches. Nothing is pruned meanwhile.
+    Raises ValueError for a model without a guide, no batches, or fewer tokens than anchors.
     """
     guide = pruning(model).guide
     if guide is None:
         raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
-    drawn: dict[str, list[Tensor]] = {}
+    generator, each = torch.Generator().manual_seed(seed), points // len(pruning(model).towers)
+    drawn: dict[str, Tensor] = {}
     with torch.no_grad(), collect() as traces, _keeping_all(model):
         for batch in batches:
             model(*(batch if isinstance(batch, tuple) else (batch,)))
             for trace in traces:
                 guided = [step.guidance.mapped for step in trace.steps if step.guidance is not None]
-                drawn.setdefault(trace.tower, []).extend(tokens.x[tokens.free] for tokens in guided)
+                tokens = torch.cat(
+                    [*(held for held in [drawn.get(trace.tower)] if held is not None), *map(_free, guided)]
+                )
+                drawn[trace.tower] = tokens[torch.randperm(len(tokens), generator=generator)[:each].to(tokens.device)]
             traces.clear()
-
-    generator = torch.Generator().manual_seed(seed)
-    each = points // max(len(drawn), 1)
-    sample = []
-    for parts in drawn.values():
-        tokens = torch.cat(parts)
-        sample.append(tokens[torch.randperm(len(tokens), generator=generator)[:each].to(tokens.device)])
-    if not sample:
+    if not drawn:
         raise ValueError("fit_guide needs at least one batch of inputs")
-    guide.fit(torch.cat(sample), seed)
+    guide.fit(torch.cat(list(drawn.values())), seed)
 
 
 class _Search:
@@ -199,12 +199,18 @@ def _keeping_all(model: nn.Module) -> Iterator[None]:
         kept.append((pruner, pruner.keeper))
         pruner.keeper = Ratio(pruner.scorer.site, ratio=1.0)
     try:
-        model.eval()
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrainedGuideWarning)  # of no matter where everything stays
+            model.eval()
+            yield
     finally:
         model.train(training)
         for pruner, keeper in kept:
             pruner.keeper = keeper
+
+
+def _free(tokens: PackedTokens) -> Tensor:
+    return tokens.x[tokens.free]
 
 
 def _keepers(tower: PrunedEncoder) -> list[KeepRatioPredictor]:

@@ -68,7 +68,7 @@ hosts = Registry("host")
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The tail of an error message: the names closest to a wrong one, or all of a short list."""
-    known = sorted(known)
+    known = sorted(set(known))
     close = difflib.get_close_matches(name, known, 3, 0.5)
     if close:
         return f"; did you mean {', '.join(close)}?"
