@@ -16,6 +16,18 @@ hypothesis.settings.register_profile("ci", max_examples=60, derandomize=True, pr
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+
+class _TorchRandom:
+    """torch's global generator, for hypothesis to seed before each example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate, setstate = staticmethod(torch.get_rng_state), staticmethod(torch.set_rng_state)
+
+
+_torch_random = _TorchRandom()
+hypothesis.register_random(_torch_random)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

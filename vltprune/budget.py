@@ -91,6 +91,8 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
             model(*(batch if isinstance(batch, tuple) else (batch,)))
             for trace in traces:
                 guided = [step.guidance.mapped for step in trace.steps if step.guidance is not None]
+                if not fresh:
+                    continue  # this tower prunes nowhere
                 tokens = torch.cat(
                     [*(held for held in [drawn.get(trace.tower)] if held is not None), *map(_free, guided)]
                 )

@@ -29,7 +29,8 @@ th:first-child, td:first-child { text-align: left } thead th { color: #5b626d; f
 .sentence { font-size: 18px; font-weight: 600 } .quiet { color: #5b626d; font-size: 14px }
 .right { color: #0a7d50 } .wrong { color: #c0331f; font-weight: 600 }
 .film { max-width: 100%; height: auto; display: block; margin: 4px 0 }
-.answers td, .answers th { padding: 2px 12px }
+.answers td, .answers th { padding: 3px 22px 3px 0; text-align: left; font-size: 14px }
+.answers { margin-top: 8px }
 .model { margin: 14px 0 2px; font-weight: 600 }
 .key { display: inline-block; width: 13px; height: 13px; border-radius: 3px; vertical-align: -2px; margin: 0 5px 0 14px }
 .KEPT { color: #23272e; font-weight: 600 } .MERGED { color: #0a7c82; opacity: .75 }
@@ -37,6 +38,23 @@ th:first-child, td:first-child { text-align: left } thead th { color: #5b626d; f
 summary { cursor: pointer; color: #1f6fd6; margin-top: 10px }
 svg text { font: 13px system-ui, sans-serif; fill: #23272e }
 """
+
+
+_LEAD = (
+    "A model reads two images and a sentence and says whether the sentence is true. Below, the same small model answers "
+    "{questions} questions it has never seen: whole, and with most of its image patches and words pruned on the way through "
+    "its layers. MADTP chooses them by what images and text have in common; the random baseline draws lots."
+)
+_TOKENS = (
+    "Image tokens that are left after each layer of the image tower, mean over all images. Fewer tokens are less work for "
+    "that layer and for all that follow."
+)
+_QUESTIONS = "Accuracy by the kind of sentence, in percent; a coin would get 50."
+_PICTURES = (
+    "Each strip shows one image, the left above the right, and then what is left of it after every layer; the numbers count "
+    "tokens, class token included. Do the things the sentence speaks of stay? These are the first questions of each kind in "
+    "the test set, not a selection. Beside each answer: how sure the model was."
+)
 
 
 @dataclass(frozen=True)
@@ -54,36 +72,23 @@ class Example:
 
 def page(outcomes: Mapping[str, Outcome], examples: Sequence[Example], dense: str, notes: Sequence[str] = ()) -> str:
     """The report. outcomes: by the models' names, `dense` among them; notes: sentences on how it was measured."""
-    questions = len(outcomes[dense].labels)
+    questions = f"{len(outcomes[dense].labels):,}"
     body = [
         "<h1>What can a vision-language model leave out?</h1>",
-        f'<p class="lead">A model reads two images and a sentence and says whether the sentence is true. Below, the same '
-        f"small model answers {questions:,} questions it has never seen: whole, and with most of its image patches and words "
-        "pruned on the way through its layers. MADTP chooses them by what images and text have in common; the random "
-        "baseline draws lots.</p>",
-        '<div class="card">' + _summary(outcomes, dense) + "</div>",
+        f'<p class="lead">{_LEAD.format(questions=questions)}</p>',
+        _card(_summary(outcomes, dense)),
         '<p class="quiet">' + " ".join(escape(note) for note in notes) + "</p>",
-        "<h2>Where the tokens go</h2>",
-        "<p>Image tokens that are left after each layer of the image tower, mean over all images. Fewer tokens are less "
-        "work for that layer and for all that follow.</p>",
-        '<div class="card">' + _chart(outcomes) + "</div>",
-        "<h2>Which questions suffer</h2>",
-        "<p>Accuracy by the kind of sentence, in percent; a coin would get 50.</p>",
-        '<div class="card">' + _families(outcomes) + "</div>",
-        "<h2>What each layer kept</h2>",
-        "<p>Each strip shows one image and then what is left of it after every layer; the numbers count tokens, class "
-        "token included. Look whether the things the sentence speaks of stay. The questions are the first of each kind in "
-        "the test set, not a selection.</p>",
+        f"<h2>Where the tokens go</h2><p>{_TOKENS}</p>",
+        _card(_chart(outcomes)),
+        f"<h2>Which questions suffer</h2><p>{_QUESTIONS}</p>",
+        _card(_families(outcomes)),
+        f"<h2>What each layer kept</h2><p>{_PICTURES}</p>",
         _legend(),
-        *(_example(example) for example in examples),
+        *(_card(_example(example)) for example in examples),
     ]
-    head = f'<meta charset="utf-8"><title>vltprune demo</title><style>{_STYLE}</style>'
-    head += '<meta name="viewport" content="width=device-width">'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n'
-        + "\n".join(body)
-        + "\n</main></body></html>\n"
-    )
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
+    head = f'<!doctype html>\n<html lang="en"><head>{head}<title>vltprune demo</title></head>'
+    return "\n".join([head, "<body><main>", *body, "</main></body></html>", ""])
 
 
 def columns(outcomes: Mapping[str, Outcome], dense: str) -> list[list[str]]:
@@ -96,6 +101,10 @@ def columns(outcomes: Mapping[str, Outcome], dense: str) -> list[list[str]]:
         numbers = [f"{outcome.accuracy:.1%}", f"{outcome.macs / 1e9:.3f}", f"{outcome.saved:.1%}", tokens]
         table.append([name, *numbers, seconds])
     return table
+
+
+def _card(content: str) -> str:
+    return f'<div class="card">{content}</div>'
 
 
 def _summary(outcomes: Mapping[str, Outcome], dense: str) -> str:
@@ -148,20 +157,20 @@ def _legend() -> str:
 
 def _example(example: Example) -> str:
     verdict = "true" if example.truth else "false"
-    lines = [_answer(name, chance, example.truth) for name, chance in example.answers.items()]
+    answers = _table(list(example.answers), [[_answer(chance, example.truth) for chance in example.answers.values()]])
     first, *rest = (_film(example, name) for name in example.films)
     more = f"<details><summary>{' and '.join(map(escape, list(example.films)[1:]))}</summary>{''.join(rest)}</details>"
     return (
-        f'<div class="card"><div class="sentence">&ldquo;{escape(example.sentence)}&rdquo;</div>'
+        f'<div class="sentence">&ldquo;{escape(example.sentence)}&rdquo;</div>'
         f'<div class="quiet">{escape(example.family)} &middot; in truth: <b>{verdict}</b></div>'
-        f'<div class="answers">{_table(["model", "answer", "confidence"], lines)}</div>{first}{more if rest else ""}</div>'
+        f'<div class="answers">{answers}</div>{first}{more if rest else ""}'
     )
 
 
-def _answer(name: str, chance: float, truth: bool) -> list[str]:
+def _answer(chance: float, truth: bool) -> str:
     said = chance > 0.5
     css, mark = ("right", "&#10003;") if said == truth else ("wrong", "&#10007;")
-    return [escape(name), f'<span class="{css}">{str(said).lower()} {mark}</span>', f"{max(chance, 1 - chance):.0%}"]
+    return f'<span class="{css}">{str(said).lower()} {mark}</span> {max(chance, 1 - chance):.0%}'
 
 
 def _film(example: Example, name: str) -> str:

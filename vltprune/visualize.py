@@ -85,19 +85,21 @@ def film(picture: Image.Image, trace: PruneTrace, instance: int, side: int = 128
 
 
 def stack(films: Sequence[Image.Image], titles: Sequence[str] = (), legend: bool = True) -> Image.Image:
-    """Films one under another, each under its title, and the legend below: what `predict` and `prune` write."""
-    lines = list(titles) or [""] * len(films)
-    heading = _LABEL if any(lines) else 0
-    width = max(*(film.width for film in films), round(font(12).getlength(LEGEND)) + 2 * _GAP if legend else 0)
-    height = sum(film.height + heading for film in films) + (_LABEL if legend else 0)
+    """Films one under another, each under its title if it has one, and the legend: what `predict` and `prune` write."""
+    titles = [*titles, *[""] * (len(films) - len(titles))]
+    words = [*titles, LEGEND if legend else ""]
+    width = max(*(film.width for film in films), *(round(font(12).getlength(line)) + 2 * _GAP for line in words))
+    height = sum(film.height for film in films) + _LABEL * sum(map(bool, words))
     sheet = Image.new("RGB", (width, height), _PAPER)
+
     pen, top = ImageDraw.Draw(sheet), 0
-    for line, strip in zip(lines, films, strict=True):
-        pen.text((_GAP, top + 3), line, _INK, font(12))
-        sheet.paste(strip, (0, top + heading))
-        top += heading + strip.height
-    if legend:
-        pen.text((_GAP, top + 1), LEGEND, _INK, font(12))
+    for line, film in zip(words, [*films, None], strict=True):
+        if line:
+            pen.text((_GAP, top + 3), line, _INK, font(12))
+            top += _LABEL
+        if film is not None:
+            sheet.paste(film, (0, top))
+            top += film.height
     return sheet
 
 

@@ -1,0 +1,389 @@
+"""timm's VisionTransformer and Eva, option by option."""
+
+from __future__ import annotations
+
+import copy
+
+import checks
+import pytest
+import timm
+import torch
+from checks import Case, randomise, same
+from timm.layers import SwiGLUPacked
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.eva import Eva, EvaAttention
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torch import nn
+
+import vltprune as vp
+
+VIT = {
+    "plain": {},
+    "qk_norm": {"qk_norm": True},
+    "layer_scale": {"init_values": 1.0},
+    "registers": {"reg_tokens": 4},
+    "registers, no_embed_class": {"reg_tokens": 4, "no_embed_class": True},
+    "no class token": {"class_token": False, "global_pool": "avg"},
+    "no class token, registers": {"class_token": False, "global_pool": "avg", "reg_tokens": 2},
+    "avg": {"global_pool": "avg"},
+    "max": {"global_pool": "max"},
+    "avgmax": {"global_pool": "avgmax"},
+    "avg with prefix": {"global_pool": "avg", "reg_tokens": 2, "pool_include_prefix": True},
+    "max with prefix": {"global_pool": "max", "reg_tokens": 2, "pool_include_prefix": True},
+    "unpooled": {"global_pool": ""},
+    "unpooled, no head": {"global_pool": "", "num_classes": 0},
+    "siglip": {"class_token": False, "global_pool": "map"},
+    "map": {"global_pool": "map", "reg_tokens": 2},
+    "map with prefix": {"global_pool": "map", "reg_tokens": 2, "pool_include_prefix": True},
+    "clip": {"pre_norm": True},
+    "clip, avg before norm": {"pre_norm": True, "global_pool": "avg", "fc_norm": False},
+    "token, fc_norm": {"fc_norm": True},
+    "no final norm": {"final_norm": False},
+    "no_embed_class": {"no_embed_class": True},
+    "no pos_embed": {"pos_embed": "none"},
+    "dynamic": {"dynamic_img_size": True},
+    "res_post": {"block_fn": ResPostBlock, "init_values": 1.0},
+    "res_post, qk_norm": {"block_fn": ResPostBlock, "qk_norm": True},
+    "scale_attn_norm": {"scale_attn_norm": True},
+    "scale_mlp_norm": {"scale_mlp_norm": True},
+    "swiglu": {"mlp_layer": SwiGLUPacked},
+    "dinov2 giant": {"mlp_layer": SwiGLUPacked, "init_values": 1.0, "reg_tokens": 4, "no_embed_class": True},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "patch_drop": {"patch_drop_rate": 0.25},
+    "gated": {"gated": True},
+    "gated, res_post": {"block_fn": ResPostBlock, "gated": True},
+}
+ROPE = {"use_rot_pos_emb": True}
+GROUPED = {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 2, "qk_norm": True}
+EVA = {
+    "default": {},
+    "token": {"global_pool": "token"},
+    "max": {"global_pool": "max"},
+    "avgmax": {"global_pool": "avgmax"},
+    "unpooled": {"global_pool": ""},
+    "map": {"global_pool": "map", "num_reg_tokens": 2},
+    "rope": {**ROPE, "global_pool": "token"},
+    "rope only": {**ROPE, "use_abs_pos_emb": False},
+    "rope half": {**ROPE, "rope_rotate_half": True},
+    "rope reference": {**ROPE, "ref_feat_shape": (8, 8), "rope_grid_offset": 0.5, "rope_grid_indexing": "xy"},
+    "rope mixed": {**ROPE, "rope_type": "mixed"},
+    "rope dinov3": {**ROPE, "rope_type": "dinov3", "num_reg_tokens": 4, "no_embed_class": True, "init_values": 1.0},
+    "mrope": {**ROPE, "rope_type": "mrope", "rope_mrope_section": (2, 1, 1)},
+    "rope dynamic": {**ROPE, "dynamic_img_size": True},
+    "rope mixed, dynamic": {**ROPE, "rope_type": "mixed", "dynamic_img_size": True},
+    "unfused": {"qkv_fused": False},
+    "no qkv bias": {"qkv_bias": False},
+    "post_norm": {"use_post_norm": True},
+    "post_norm, rope": {**ROPE, "use_post_norm": True, "attn_type": "rope", "scale_attn_inner": True},
+    "scale_attn_inner": {"scale_attn_inner": True},
+    "swiglu": {"swiglu_mlp": True},
+    "swiglu, norm": {"swiglu_mlp": True, "scale_mlp": True},
+    "swiglu, aligned": {"swiglu_mlp": True, "swiglu_align_to": 16},
+    "scale_mlp": {"scale_mlp": True},
+    "eva02": {**ROPE, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True},
+    "rope attention": {**ROPE, "attn_type": "rope"},
+    "grouped": {**ROPE, **GROUPED},
+    "grouped per block": {**ROPE, **GROUPED, "num_kv_heads": (1, 2, 4)},
+    "layer_scale": {"init_values": 1.0},
+    "attn_only_layer_scale": {"init_values": 1.0, "attn_only_layer_scale": True},
+    "registers": {"num_reg_tokens": 4},
+    "no class token": {"class_token": False},
+    "no class token, rope": {**ROPE, "class_token": False, "global_pool": "max"},
+    "perception": {**ROPE, "global_pool": "map", "use_pre_transformer_norm": True, "use_post_transformer_norm": True},
+    "qk_norm": {"qk_norm": True},
+    "gated": {"gated": True},
+    "gated, grouped": {**ROPE, **GROUPED, "gated": True},
+    "gated, post_norm": {"use_post_norm": True, "gated": True},
+}
+NAMES = [f"vit: {name}" for name in VIT] + [f"eva: {name}" for name in EVA]
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 7}
+
+every = pytest.mark.parametrize("name", NAMES)
+with_presets = pytest.mark.parametrize("preset", checks.PRESETS)
+
+
+def make(name: str, **more) -> Case:
+    family, _, option = name.partition(": ")
+    options = {**SIZES, **(VIT if family == "vit" else EVA)[option], **more}
+    gated = options.pop("gated", False)
+    model = (VisionTransformer if family == "vit" else Eva)(**options)
+    if gated:
+        open_gates(model)
+    height, width = (48, 40) if model.dynamic_img_size else (32, 32)
+    return Case(
+        randomise(model),
+        (torch.randn(3, 3, height, width) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1),),
+        {"image": [range(model.num_prefix_tokens)] * 3},
+        summary=model.cls_token is not None,
+        idle=("k_proj.bias", "k_norm.bias"),  # they move all logits of a query alike
+    )
+
+
+def open_gates(model):
+    """Attention with a gate: timm builds it for single models only."""
+    for block in model.blocks:
+        old, options = block.attn, {"gated": True, "qkv_bias": True, "norm_layer": nn.LayerNorm}
+        if type(old) is AttentionRope:
+            options |= {"qkv_fused": False, "num_kv_heads": old.num_kv_heads, "qk_norm": True}
+        if type(old) is EvaAttention:
+            options |= {"scale_norm": False}
+        block.attn = type(old)(32, num_heads=4, **options)
+
+
+def into_blocks(tower, images):
+    """The dense input of the first block, and the blocks as functions of tokens and of which keys a query sees."""
+    x = tower.patch_embed(images)
+    if isinstance(tower, VisionTransformer):
+        x = tower.norm_pre(tower.patch_drop(tower._pos_embed(x)))
+        return x, [lambda x, seen, b=block: b(x, attn_mask=seen[:, None]) for block in tower.blocks]
+    x, rope = tower._pos_embed(x)
+    ropes = rope if tower.rope_mixed else [rope] * len(tower.blocks)
+    calls = zip(tower.blocks, ropes, strict=True)
+    return tower.norm_pre(x), [lambda x, seen, b=b, r=r: b(x, rope=r, attn_mask=seen[:, None]) for b, r in calls]
+
+
+@every
+@pytest.mark.parametrize("reducer", checks.REDUCERS)
+def test_keep_all_is_the_host(name, reducer):
+    checks.keep_all_is_the_host(make(name), reducer)
+
+
+@every
+def test_the_dense_model_stays(name):
+    checks.the_dense_model_stays(make(name))
+
+
+@every
+@with_presets
+def test_batch_mates_do_not_matter(name, preset):
+    checks.batch_mates_do_not_matter(make(name), preset)
+
+
+@every
+@pytest.mark.parametrize("preset", ["madtp", "random"])  # one that merges and one that drops
+def test_depths_are_sound(name, preset):
+    checks.depths_are_sound(make(name), preset)
+
+
+@every
+def test_gradients_reach(name):
+    checks.gradients_reach(make(name))
+
+
+@every
+def test_reducing_early_changes_nothing(name):
+    checks.reducing_early_changes_nothing(make(name))
+
+
+@every
+@pytest.mark.parametrize("at", [(0,), None])
+def test_dropping_is_hiding(name, at):
+    """Among others: tokens are rotated by where they stood, not by where they stand."""
+    case = make(name)
+    pruned = checks.ragged(case, scorer="self_attention", at=at)
+    checks.dropping_is_hiding(pruned, case.inputs, *into_blocks(case.model, *case.inputs))
+
+
+@every
+@torch.no_grad()
+def test_pooling_is_the_towers_over_what_is_left(name):
+    case = make(name)
+    pruned = checks.ragged(case)
+    tokens, _ = pruned.encode(*case.inputs)
+    for row, x in zip(pruned(*case.inputs), tokens.x.split(tokens.layout.lengths), strict=True):
+        checks.same_row(row, case.model.forward_head(case.model.norm(x.unsqueeze(0)))[0])
+
+
+@pytest.mark.parametrize("name", ["vit: avg", "vit: avg with prefix", "eva: default"])
+@torch.no_grad()
+def test_averages_weigh_merged_tokens_by_their_size(name):
+    case = make(name)
+    pruned = case.pruned()
+    tokens, _ = pruned.encode(*case.inputs)
+    sizes, rows = tokens.size.split(tokens.layout.lengths), tokens.x.split(tokens.layout.lengths)
+    prefix = 0 if getattr(case.model, "pool_include_prefix", False) else case.model.num_prefix_tokens
+    for out, size, x in zip(pruned(*case.inputs), sizes, rows, strict=True):
+        assert size.sum() == 16 + case.model.num_prefix_tokens
+        repeated = case.model.norm(x[prefix:].repeat_interleave(size[prefix:], 0))
+        same(out, case.model.head(case.model.fc_norm(repeated.mean(0))))
+
+
+@pytest.mark.parametrize("name", ["vit: plain", "vit: res_post", "eva: swiglu", "eva: post_norm"])
+@torch.no_grad()
+def test_large_batches(name):
+    case, images = make(name), torch.randn(50, 3, 32, 32)  # 850 tokens: more than a tile of rows
+    same(case.pruned(keep="ratio(ratio=1.0)")(images), case.model(images))
+
+
+def scale_branches(block, attention, mlp):
+    """What drop path does to a block: its two branches times a number, by way of the last parameters of each."""
+    if hasattr(block, "ls1"):
+        last = ([block.ls1.gamma], [block.ls2.gamma])
+    elif hasattr(block, "gamma_1"):
+        last = ([block.gamma_1], [block.gamma_2])
+    else:
+        last = (block.norm1.parameters(), block.norm2.parameters())
+    for parameters, factor in zip(last, (attention, mlp), strict=True):
+        for parameter in parameters:
+            parameter.mul_(factor)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["vit: layer_scale", "vit: res_post", "eva: layer_scale", "eva: post_norm"])
+@torch.no_grad()
+def test_drop_path_draws_once_an_instance(name, keep):
+    """Either branch of an instance is gone, or doubled, for all of its tokens."""
+    case = make(name, depth=2, drop_path_rate=0.5)  # the first block never drops
+    images = torch.randn(1, 3, 32, 32).expand(24, -1, -1, -1)
+    pruned = case.pruned("random", keep=f"ratio(ratio={keep})").train()
+    assert case.model.blocks[1].drop_path1.drop_prob == 0.5
+    got = pruned.encode(images)[0].unpack()[0]
+
+    outcomes = []
+    for attention, mlp in [(0, 0), (0, 2), (2, 0), (2, 2)]:
+        known = copy.deepcopy(case.model)
+        scale_branches(known.blocks[1], attention, mlp)
+        config = case.config("random", keep=f"ratio(ratio={keep})")
+        outcomes.append(vp.prune(known.eval(), config).encode(images[:1])[0].x)
+    distance = (got[:, None] - torch.stack(outcomes)).abs().amax((2, 3)) / torch.stack(outcomes).abs().max()
+    assert (distance.amin(1) < 1e-5).all()
+    assert len(set(distance.argmin(1).tolist())) == 4
+
+
+@pytest.mark.parametrize("name", ["vit: plain", "vit: res_post", "vit: qk_norm", "eva: rope", "eva: grouped"])
+@pytest.mark.parametrize("drop", [{"attn_drop_rate": 1.0}, {"proj_drop_rate": 1.0}])
+def test_dropout_is_the_hosts(name, drop):
+    """All of it, so that chance has no say; and in training only."""
+    case = make(name, **drop)
+    checks.keep_all_is_the_host(case, "drop")
+    trained = case.pruned(keep="ratio(ratio=1.0)").train()(*case.inputs)
+    assert not torch.allclose(trained, case.model.eval()(*case.inputs), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["vit: plain", "vit: res_post", "eva: default", "eva: rope mixed", "eva: post_norm"])
+def test_gradient_checkpointing(name):
+    case = make(name)
+    pruned = case.pruned().train()
+    calls = []
+    for block in case.model.blocks:
+        block.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def step():
+        pruned.zero_grad()
+        calls.clear()
+        with vp.collect() as traces:
+            out = pruned(*case.inputs)
+        out.square().sum().backward()
+        return len(calls), traces[0].lengths, out, [parameter.grad.clone() for parameter in pruned.parameters()]
+
+    plain_calls, plain_lengths, *plain = step()
+    case.model.set_grad_checkpointing()
+    saving_calls, saving_lengths, *saving = step()
+    assert (plain_calls, saving_calls) == (3, 6)
+    assert plain_lengths == saving_lengths
+    same(saving, plain)
+
+
+@pytest.mark.parametrize("reducer", checks.REDUCERS)
+def test_rotary_augmentation_is_the_hosts(reducer):
+    checks.keep_all_is_the_host(make("eva: rope dinov3", rope_jitter_coords=2.0), reducer)
+
+
+def test_patch_drop_of_eva_is_refused_in_training_only():
+    case = make("eva: rope", patch_drop_rate=0.5)
+    pruned = case.pruned(keep="ratio(ratio=1.0)")
+    same(pruned(*case.inputs), case.model(*case.inputs))
+    with pytest.raises(ValueError, match="patch_drop_rate=0"):
+        pruned.train()(*case.inputs)
+
+
+class Custom(nn.Module):
+    pass
+
+
+def with_custom_attention():
+    model = make("vit: plain").model
+    model.blocks[1].attn = Custom()
+    return model
+
+
+def with_a_subclass():
+    class Mine(Block):
+        pass
+
+    return VisionTransformer(**SIZES, block_fn=Mine)
+
+
+REFUSED = {
+    "Linear": lambda: nn.Linear(3, 3),
+    "ParallelScalingBlock": lambda: VisionTransformer(**SIZES, block_fn=ParallelScalingBlock),
+    "SwinTransformer": lambda: timm.models.swin_transformer.SwinTransformer(
+        img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2)
+    ),
+    "DiffAttention": lambda: VisionTransformer(**SIZES, attn_layer="diff"),
+    "Custom": with_custom_attention,
+    "Mine": with_a_subclass,
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_by_name(kind):
+    model = REFUSED[kind]()
+    with pytest.raises(TypeError, match=r"[Ss]upported") as refusal:
+        vp.prune(model, "random")
+    text = str(refusal.value)
+    assert kind in text
+    known = ("timm.models.eva.Eva", "open_clip.transformer.TextTransformer", "vltprune.models.blip.Blip")
+    listed = known if kind in ("Linear", "SwinTransformer") else ("Block", "Attention", "ResPostBlock")
+    assert all(name in text for name in listed)
+
+
+def test_a_subclass_of_a_tower_is_not_guessed_at():
+    class Mine(VisionTransformer):
+        pass
+
+    with pytest.raises(TypeError, match="Mine"):
+        vp.prune(Mine(**SIZES), "random")
+
+
+def test_pooling_without_a_host_is_refused():
+    with pytest.raises(ValueError, match="prr"):
+        vp.prune(VisionTransformer(**SIZES, global_pool="prr"), "random")
+
+
+def test_pruning_twice_is_refused():
+    pruned = make("vit: plain").pruned()
+    with pytest.raises(TypeError, match="pruned already"):
+        vp.prune(pruned, "random")
+    assert vp.prune(pruned.host, "random").host is pruned.host
+
+
+@pytest.mark.parametrize("at", [(3,), (0, -1), {"image": (7,)}])
+def test_unknown_depths_are_refused(at):
+    with pytest.raises(ValueError, match=r"depths 0 \.\. 2"):
+        make("vit: plain").pruned(at=at)
+
+
+def test_unknown_towers_are_refused():
+    with pytest.raises(ValueError, match=r"tower 'text'.*image"):
+        make("vit: plain").pruned(at={"text": None})
+
+
+@pytest.mark.parametrize("name", ["vit: no class token", "vit: siglip", "eva: no class token"])
+@pytest.mark.parametrize("preset", ["madtp", "evit"])
+def test_a_summary_that_is_not_there_is_refused(name, preset):
+    with pytest.raises(ValueError, match=r"SUMMARY.*image tower"):
+        vp.prune(make(name).model, preset)
+
+
+def test_depths_that_are_left_alone_stay_whole():
+    case = make("vit: plain")
+    with torch.no_grad(), vp.collect() as traces:
+        case.pruned("random", at=(1,))(*case.inputs)
+    assert traces[0].lengths == ((17,) * 3, (15,) * 3, (15,) * 3)
+
+
+def test_attention_classes_are_the_ones_meant():
+    """The cases above reach every attention module that the hosts know."""
+    made = {type(block.attn) for name in NAMES for block in make(name).model.blocks}
+    assert made == {Attention, EvaAttention, AttentionRope}

@@ -1,0 +1,102 @@
+"""The codebook against its formulas, and how it is born, fitted and refused."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from strategies import DIM, HEADS, cases
+from torch.testing import assert_close
+
+from vltprune import Site, guides
+from vltprune.layers import Codebook
+
+WIDE = {"image": Site("image", 0, 4, DIM, HEADS, True), "text": Site("text", 0, 4, DIM, HEADS, True)}
+UNEVEN = {**WIDE, "text": Site("text", 0, 4, 5, 1, True)}
+
+
+@given(cases())
+def test_formulas(case):
+    """A = q T^T; v = softmax over the unprotected tokens of (A / sqrt(d)), times q."""
+    guide = Codebook(WIDE, anchors=4)
+    guidance = guide(case.tokens, "image")
+    assert_close(guidance.affinity, torch.einsum("nd,kd->nk", case.tokens.x, guide.anchors))
+    for i in range(case.batch):
+        rows = (case.tokens.layout.instance == i) & case.tokens.free
+        q = case.tokens.x[rows]
+        weight = (q @ guide.anchors.t() / DIM**0.5).softmax(0)
+        assert_close(guidance.pooled[i], weight.t() @ q, rtol=1e-5, atol=1e-6)
+
+
+@given(cases(), st.sampled_from(["softmax", "sparsemax"]), st.sampled_from([1e-4, 1.0, 1e6]))
+def test_attention_is_a_distribution_over_unprotected_tokens(case, attend, temperature):
+    """For every anchor, however hot or cold; where nothing is unprotected, nothing."""
+    guidance = Codebook(WIDE, anchors=4, attend=attend)(case.tokens, "image")
+    weight, sizes = guidance.attention(temperature), case.tokens.layout.lengths
+    assert (weight[case.tokens.protected] == 0).all()
+    for part, free in zip(weight.split(sizes), case.tokens.free.split(sizes), strict=True):
+        assert (part >= 0).all()
+        assert_close(part.sum(0), torch.full((4,), float(free.any())), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("sites", "args", "maps", "width"),
+    [
+        (WIDE, {}, [], DIM),
+        (WIDE, {"project": True}, ["image", "text"], DIM),
+        (WIDE, {"dim": 6}, ["image", "text"], 6),
+        (UNEVEN, {}, ["image", "text"], DIM),
+        (UNEVEN, {"dim": 3, "project": True}, ["image", "text"], 3),
+    ],
+)
+def test_maps_stand_where_widths_differ_or_are_asked_for(sites, args, maps, width):
+    guide = Codebook(sites, anchors=7, **args)
+    assert sorted(guide.maps) == maps
+    assert guide.anchors.shape == (7, width)
+    for tower, site in sites.items():
+        assert guide.map(torch.zeros(2, site.dim), tower).shape == (2, width)
+
+
+@pytest.mark.parametrize(
+    ("sites", "args", "text"),
+    [
+        (WIDE, {"anchors": 0}, "anchors >= 1, got 0"),
+        (WIDE, {"attend": "hardmax"}, "attend='softmax' or attend='sparsemax'"),
+        (UNEVEN, {"project": False}, "use project=True"),
+        (WIDE, {"dim": 6, "project": False}, "use project=True"),
+    ],
+)
+def test_refusals(sites, args, text):
+    with pytest.raises(ValueError, match=text):
+        Codebook(sites, **args)
+
+
+def test_fit_finds_what_is_there():
+    """Five well-separated clusters, five anchors: one on each."""
+    centres = 100 * torch.eye(5, DIM)
+    points = (centres[torch.arange(500) % 5] + torch.randn(500, DIM))[torch.randperm(500)]
+    guide, again = Codebook(WIDE, anchors=5), Codebook(WIDE, anchors=5)
+    guide.fit(points, seed=1)
+    again.fit(points, seed=1)
+    assert torch.equal(guide.anchors, again.anchors)
+    assert torch.cdist(guide.anchors, centres).amin(1).max() < 1.5
+    assert sorted(torch.cdist(guide.anchors, centres).argmin(1).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_fit_on_equal_points_and_on_too_few():
+    guide = Codebook(WIDE, anchors=5)
+    guide.fit(torch.ones(9, DIM))
+    assert_close(guide.anchors.detach(), torch.ones(5, DIM))
+    with pytest.raises(ValueError, match="5 anchors need at least as many calibration tokens, got 4"):
+        guide.fit(torch.ones(4, DIM))
+
+
+@pytest.mark.parametrize("name", guides.names())
+def test_being_untrained_travels_with_the_weights(name):
+    fitted, noise, loaded = (guides[name](WIDE) for _ in range(3))
+    fitted.fit(torch.randn(500, DIM))
+    loaded.load_state_dict(fitted.state_dict())
+    assert not loaded.is_untrained
+    loaded.load_state_dict(noise.state_dict())
+    assert loaded.is_untrained

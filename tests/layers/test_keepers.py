@@ -1,0 +1,147 @@
+"""Each keeper against what it promises, edges included."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import DIM, HEADS, cases, generator, packed, values_of
+from torch.testing import assert_close
+
+from vltprune import Guidance, Layout, PackedTokens, Site, keepers
+from vltprune.layers import Threshold
+
+SITE = Site("image", 0, 4, DIM, HEADS, has_summary=True)
+
+
+def naive_threshold(scores, affinity, tau, sparse):
+    """DTP for one instance, as the method states it: how many of its unprotected tokens stay."""
+    if len(scores) == 0:
+        return 0
+    logits, scores = affinity.double() / tau, scores.double()
+    weight = sparsemax(logits) if sparse else logits.softmax(0)
+    theta = (weight * scores[:, None]).sum(0).min()
+    if (scores - theta).abs().min() < 1e-6 * theta.abs():
+        return None  # a tie: which side it falls on is rounding
+    n = int((scores > theta).sum())
+    return len(scores) if n < 1 or len(scores) - n <= 1 else n
+
+
+def sparsemax(z):
+    """By bisection on the threshold, independent of any sorting."""
+    low, high = z.amax(0) - 1, z.amax(0)
+    for _ in range(200):
+        middle = (low + high) / 2
+        above = (z - middle).clamp(min=0).sum(0) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (z - high).clamp(min=0)
+
+
+@given(cases(), values_of(Threshold.knob))
+def test_threshold(case, tau):
+    counts = Threshold(case.site, temperature=tau)(case.scores, case.tokens, case.guidance)
+    for i in range(case.batch):
+        rows = (case.tokens.layout.instance == i) & case.tokens.free
+        sparse = case.guidance.attend == "sparsemax"
+        expected = naive_threshold(case.scores[rows], case.guidance.affinity[rows], tau, sparse)
+        assert expected is None or counts[i] == expected
+
+
+def test_threshold_between_its_extremes():
+    """Hot, the threshold is the mean score; cold, the weakest of the scores that the anchors look at."""
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 12.0])
+    tokens = PackedTokens.pack(torch.zeros(1, 6, DIM))
+    affinity = torch.zeros(6, 2)
+    affinity[4, 0] = affinity[2, 1] = 1.0  # one anchor looks at score 5, the other at score 3
+    guidance = Guidance(affinity, tokens)
+    assert Threshold(SITE, 1e6)(scores, tokens, guidance).item() == 2
+    assert Threshold(SITE, 1e-6)(scores, tokens, guidance).item() == 3
+
+
+@pytest.mark.parametrize(("scores", "expected"), [([1.0] * 5, 5), ([0.0, 2.0, 2.0, 2.0], 4), ([0.0, 0.0, 2.0, 2.0], 2)])
+def test_threshold_prunes_nothing_where_none_would_stay_or_one_would_go(scores, expected):
+    tokens = PackedTokens.pack(torch.zeros(1, len(scores), DIM))
+    counts = Threshold(SITE, 1e6)(torch.tensor(scores), tokens, Guidance(torch.zeros(len(scores), 2), tokens))
+    assert counts.tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("scores", "each", "together"),
+    [
+        ([[0, 0, 0, 0, 0, 9], [0, 0, 0, 9, 9, 9]], [1, 3], [3, 3]),
+        ([[0, 0, 0, 0, 0, 9], [1, 1, 1, 1, 1, 1]], [1, 6], [1, 1]),  # no score above the threshold: it needs none
+        ([[0, 0, 0, 0, 0, 9], [0, 9, 9, 9, 9, 9]], [1, 6], [6, 6]),  # all but one: then all, by everybody
+    ],
+)
+def test_threshold_across_the_batch(scores, each, together):
+    """The reference's rule: everybody keeps as many as the neediest. Only there do batch mates matter."""
+    scores = torch.tensor(scores).float()
+    tokens = PackedTokens.pack(torch.zeros(2, 6, DIM))
+    guidance = Guidance(torch.zeros(12, 2), tokens)
+    for across, expected in (("instance", each), ("batch", together)):
+        assert Threshold(SITE, across=across)(scores.flatten(), tokens, guidance).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("n", "ratio", "expected"),
+    [(10, 0.7, 7), (10, 0.1 + 0.2, 3), (10, 0.0, 0), (10, 1.0, 10), (1, 0.5, 1), (3, 1e-9, 1), (196, 0.7, 138), (0, 0.7, 0)],
+)
+def test_ratio_rounds_up_and_only_up(n, ratio, expected):
+    tokens = PackedTokens.pack(torch.zeros(1, n + 1, DIM), protected=torch.arange(n + 1) == 0)
+    assert keepers["ratio"](SITE, ratio)(torch.zeros(n + 1), tokens, None).tolist() == [expected]
+
+
+@given(cases())
+def test_count(case):
+    free = [int(part.sum()) for part in case.tokens.free.split(case.tokens.layout.lengths)]
+    for count in (0, 2, 100):
+        counts = keepers["count"](case.site, count)(case.scores, case.tokens, None)
+        assert counts.tolist() == [min(n, count) for n in free]
+
+
+def test_random_ratio_spreads_as_told():
+    """400 instances of 100 tokens: uniform in 0.5 +- 0.2, none outside."""
+    layout = Layout((100,) * 400)
+    tokens = packed(layout, DIM, 0.0, False, False, 1.0, generator(0))
+
+    def share(depth=0, **args):
+        site = dataclasses.replace(SITE, depth=depth)
+        return keepers["random_ratio"](site, 0.5, 0.2, **args)(tokens.x[:, 0], tokens, None) / 100
+
+    drawn = share()
+    assert drawn.min() >= 0.3
+    assert drawn.max() <= 0.7
+    deviation = 0.4 / math.sqrt(12)
+    assert_close(drawn.mean(), torch.tensor(0.505), rtol=0, atol=5 * deviation / 20)  # rounding up adds half a token
+    assert abs(drawn.std().item() - deviation) < 0.015
+    for other in (share(depth=1), share(seed=1)):
+        assert torch.corrcoef(torch.stack([drawn, other]))[0, 1].abs() < 0.25
+
+
+def test_random_ratio_without_spread_is_ratio():
+    tokens = packed(Layout((7, 1, 30)), DIM, 0.2, True, False, 1.0, generator(0))
+    for mean in (0.0, 0.3, 1.0):
+        drawn = keepers["random_ratio"](SITE, mean=mean, spread=0.0)(tokens.x[:, 0], tokens, None)
+        assert drawn.tolist() == keepers["ratio"](SITE, mean)(tokens.x[:, 0], tokens, None).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "text"),
+    [
+        ("threshold", {"temperature": 0.0}, r"temperature=0.0\) must be above 0"),
+        ("threshold", {"temperature": -1.0}, "must be above 0"),
+        ("threshold", {"temperature": float("nan")}, "must be above 0"),
+        ("threshold", {"across": "world"}, "across='instance' or across='batch'"),
+        ("ratio", {"ratio": 1.5}, r"ratio\(ratio=1.5\) must lie in 0 .. 1"),
+        ("ratio", {"ratio": float("nan")}, "must lie in 0 .. 1"),
+        ("count", {"count": -1}, r"count\(count=-1\) must be 0 or more"),
+        ("random_ratio", {"mean": 2.0}, "both must lie in 0 .. 1"),
+        ("random_ratio", {"spread": -0.1}, "both must lie in 0 .. 1"),
+    ],
+)
+def test_refusals(name, args, text):
+    with pytest.raises(ValueError, match=text):
+        keepers[name](SITE, **args)

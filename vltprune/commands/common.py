@@ -1,0 +1,109 @@
+"""What several commands share: reading names and values, checking the output, loading a model, laying out a table."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .. import budget
+from ..factory import create_model
+from ..models import zoo
+
+Subparsers = Any  # argparse has no public name for what add_subparsers returns
+
+
+def say(text: str) -> None:
+    """A line for the user, beside the result: on stderr, so that stdout can be piped."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer from 1 on."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return value
+
+
+def value(text: str) -> Any:
+    """A Python literal where the text is one ("12", "(3, 6)", "None"), else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def keywords(pairs: Sequence[str]) -> dict[str, Any]:
+    """["image_size=96", "keep=ratio(ratio=0.5)"] -> a dict. ValueError for text without "="."""
+    wrong = [pair for pair in pairs if "=" not in pair or not pair.partition("=")[0].isidentifier()]
+    if wrong:
+        raise ValueError(f"cannot read the model argument {wrong[0]!r}: write name=value, such as image_size=96")
+    return {name: value(text) for name, _, text in (pair.partition("=") for pair in pairs)}
+
+
+def output_folder(path: str | Path) -> Path:
+    """The folder, made and proved writable before any work starts. OSError that names it otherwise."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        raise OSError(f"cannot write to the folder {folder}: {reason}; choose another --output") from error
+    return folder
+
+
+def use_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def load_model(name: str, pretrained: str | bool | None = None, **arguments: Any) -> nn.Module:
+    """create_model, with the package's own weights where it has some. Says so where random weights choose the tokens."""
+    if pretrained is None:
+        pretrained = zoo.packaged(name) is not None and not arguments
+    model = create_model(name, pretrained=pretrained, **arguments)
+    if pretrained is False and hasattr(model, "pruning") and not name.startswith("hf-hub:"):
+        say(
+            f"vltprune: {name} has RANDOM weights here: which tokens it keeps, and what it makes of them, means nothing"
+        )
+    return model
+
+
+def bar(what: str, total: int | None = None) -> tqdm:
+    """A progress bar on stderr that goes away when it is done."""
+    pace = 0.2 if sys.stderr.isatty() else 5.0  # a log file needs no animation
+    return tqdm(desc=what, total=total, unit="", leave=False, dynamic_ncols=True, mininterval=pace)
+
+
+def calibrate(model: nn.Module, batches: Sequence[Any], reduction: float, what: str) -> budget.Calibration:
+    """budget.calibrate under a progress bar that says `what`."""
+    with bar(what) as tries:
+
+        def tick(value: float, reduction: float) -> None:
+            tries.update()
+
+        return budget.calibrate(model, batches, reduction, progress=tick)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the first a header, as aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

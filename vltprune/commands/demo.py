@@ -1,0 +1,154 @@
+"""vltprune demo: the shipped model on pairs it has never seen, dense and pruned: a table, and a report with pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from .. import report, visualize
+from ..evaluate import Outcome, Questions, draw, evaluate, race, relative_time
+from ..factory import create_model
+from ..pruner import PruneTrace, collect
+from ..surgery import prune
+from . import common
+
+DENSE = "dense"
+_BACKBONE = "blip_nlvr_tiny"
+_TARGETS = {"p50": 0.5, "p80": 0.8}
+_CALIBRATION_PAIRS, _RACING_PAIRS, _BATCH = 96, 320, 16
+_EXAMPLES = 8
+_PICTURED = ("MADTP 80%", "random 80%", "MADTP 50%")
+
+
+def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "demo", parents=parents, help="compare dense, MADTP and random pruning on synthetic pairs; no download"
+    )
+    parser.add_argument(
+        "--output", default="demo", metavar="DIR", help="folder for report.html and results.json (demo)"
+    )
+    parser.add_argument("--pairs", type=common.positive, default=1800, help="held-out pairs, one question each (1800)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pairs (0)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = common.output_folder(args.output)
+    common.use_threads(args.threads)
+    models = contestants(args.seed)
+    with common.bar("drawing pairs", args.pairs) as bar:
+        batches = draw("test", args.pairs, args.seed, _BATCH, bar.update)
+    with common.bar("answering", args.pairs * len(models)) as bar:
+        outcomes = evaluate(models, batches, bar.update)
+
+    lap = batches[: max(_RACING_PAIRS // _BATCH, 1)]
+    with common.bar("timing", len(lap) * len(models)) as bar:
+        times = race(models, lap, bar.update)
+    outcomes = {name: outcome.timed(times[name]) for name, outcome in outcomes.items()}
+
+    examples = pick(models, batches, outcomes)
+    print(common.table(report.columns(outcomes, DENSE)))
+    _write(folder, outcomes, examples, args)
+    print(f"\nwrote {folder / 'report.html'} (open it in a browser) and {folder / 'results.json'}")
+
+
+def contestants(seed: int = 0) -> dict[str, nn.Module]:
+    """The demo's models by name: dense, MADTP at two budgets, and random pruning calibrated to the same budgets."""
+    models = {DENSE: create_model(_BACKBONE, pretrained=True)}
+    calibration = [batch.inputs for batch in draw("val", _CALIBRATION_PAIRS, seed, 32)]
+    for tag, target in _TARGETS.items():
+        models[f"MADTP {target:.0%}"] = create_model(f"{_BACKBONE}_madtp.{tag}", pretrained=True)
+        models[f"random {target:.0%}"] = _random(models[DENSE], calibration, target)
+    tuned: Any = models["MADTP 80%"]
+    models["random 80%, tuned weights"] = _random(tuned.pruning.host, calibration, _TARGETS["p80"])
+    return models
+
+
+def _random(dense: nn.Module, calibration: Sequence[Any], target: float) -> nn.Module:
+    """Random pruning of the image tower alone (random words gone would be an even weaker baseline), at the target's cost."""
+    model = prune(dense, "random", at={"image": None})
+    common.calibrate(model, calibration, target, f"calibrating random pruning to {target:.0%}")
+    return model
+
+
+def pick(
+    models: Mapping[str, nn.Module], batches: Sequence[Questions], outcomes: Mapping[str, Outcome]
+) -> list[report.Example]:
+    """The first question of each family, then the first of the others: no choice is made by how it was answered."""
+    families = next(iter(outcomes.values())).families
+    first = {family: families.index(family) for family in dict.fromkeys(families)}
+    rest = [i for i in range(len(families)) if i not in first.values()]
+    chosen = [*first.values(), *rest][: max(_EXAMPLES, len(first))]
+    return [_example(models, batches, outcomes, question) for question in chosen]
+
+
+def _example(
+    models: Mapping[str, nn.Module], batches: Sequence[Questions], outcomes: Mapping[str, Outcome], question: int
+) -> report.Example:
+    batch, place = batches[question // _BATCH], question % _BATCH
+    one = batch.only(place)
+    pictures = [Image.fromarray(side) for side in one.pictures[0]]
+    films, words = {}, {}
+    for name in _PICTURED:
+        with torch.no_grad(), collect() as traces:
+            models[name](*one.inputs)
+        for trace in traces:
+            if trace.tower == "image":
+                films[name] = pair_film(pictures, trace)
+            else:
+                words[name] = kept_words(one.sentences[0], trace)
+    answers = {name: float(outcome.chance[question]) for name, outcome in outcomes.items()}
+    return report.Example(one.sentences[0], one.families[0], bool(one.labels[0]), answers, films, words)
+
+
+def pair_film(pictures: Sequence[Image.Image], trace: PruneTrace) -> Image.Image:
+    """What the image tower kept of a pair's two pictures, the left above the right."""
+    films = [visualize.film(picture, trace, side) for side, picture in enumerate(pictures)]
+    return visualize.stack(films, legend=False)
+
+
+def kept_words(sentence: str, trace: PruneTrace) -> list[tuple[str, visualize.Fate]]:
+    """The words of the first sentence of a traced batch, and what had become of each after the last layer."""
+    last = visualize.fates_of(trace, 0)[-1]
+    words = [*sentence.lower().strip().removesuffix(".").split(), "[SEP]"]
+    return [(word, visualize.Fate(fate)) for word, fate in zip(words, last.tolist(), strict=True)][:-1]
+
+
+def _write(folder: Path, outcomes: Mapping[str, Outcome], examples: Sequence[report.Example], args: Any) -> None:
+    questions, threads = len(outcomes[DENSE].labels), torch.get_num_threads()
+    error = (outcomes[DENSE].accuracy * (1 - outcomes[DENSE].accuracy) / questions) ** 0.5
+    notes = (
+        f"Measured on {questions:,} synthetic pairs (test split, seed {args.seed}), one sentence each; the accuracy has a "
+        f"standard error of about {error:.1%}. MACs are multiply-accumulates of matrix products, pruning's own included. "
+        f"Time is the median over batches of {_BATCH} sentences, relative to the dense model on the same batch, all models "
+        f"taking turns; {threads} thread{'s' * (threads > 1)}. Random pruning leaves the sentence alone and is calibrated "
+        "on other pairs to the same MACs; 'tuned weights' are those that were trained under MADTP.",
+    )
+    (folder / "report.html").write_text(report.page(outcomes, examples, DENSE, notes), encoding="utf-8")
+    results = {
+        "pairs": questions,
+        "seed": args.seed,
+        "threads": threads,
+        "models": {name: _numbers(outcome, outcomes[DENSE]) for name, outcome in outcomes.items()},
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _numbers(outcome: Outcome, dense: Outcome) -> dict[str, Any]:
+    return {
+        "accuracy": outcome.accuracy,
+        "accuracy_by_family": outcome.by_family(),
+        "macs_per_sentence": outcome.macs,
+        "macs_saved": outcome.saved,
+        "tokens_kept": {tower: list(sizes) for tower, sizes in outcome.kept.items()},
+        "seconds_per_batch": statistics.median(outcome.seconds),
+        "time_relative_to_dense": relative_time(outcome.seconds, dense.seconds),
+    }

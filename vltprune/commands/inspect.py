@@ -1,0 +1,188 @@
+"""vltprune list, info, flops: which models there are, what they are made of, and what they cost."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import flops, registry
+from ..factory import Name, list_models
+from ..hosts.base import find_composite
+from ..models import zoo
+from ..surgery import prune
+from . import common
+
+_COUNTED = (
+    "Counted: multiply-accumulates (MACs) of all matrix products for one instance ({instance}), attention and the\n"
+    "pruners' own scoring included; norms, activations and softmax are not. FLOPs are twice as many."
+)
+_PARTS = ("presets", "scorers", "keepers", "reducers", "guides")
+
+
+def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    lister = commands.add_parser("list", parents=parents[:1], help="names of models, or of the parts of a pruner")
+    lister.add_argument(
+        "pattern", nargs="?", default="*", help="a part of the name, or a shell pattern such as 'vit_*_384'"
+    )
+    lister.add_argument("--library", choices=("vltprune", "timm", "open_clip"), help="only models of this library")
+    lister.add_argument("--parts", action="store_true", help="presets, scorers, keepers, reducers and guides instead")
+    lister.set_defaults(run=run_list)
+
+    info = commands.add_parser("info", parents=parents, help="parts, sites, parameters, and MACs layer by layer")
+    info.add_argument("model", help="such as blip_nlvr_tiny_madtp.p80 or vit_base_patch16_224_evit")
+    info.add_argument(
+        "arguments", nargs="*", metavar="name=value", help="for the model: image_size=96, keep='ratio(ratio=0.5)'"
+    )
+    info.add_argument("--pretrained", metavar="PATH", help="weights, unless the package's own")
+    info.set_defaults(run=run_info)
+
+    cost = commands.add_parser("flops", parents=parents, help="MACs of a model, dense and pruned")
+    cost.add_argument("model", help="as for info")
+    cost.add_argument("--image-size", type=common.positive, help="pixels (the model's own)")
+    cost.add_argument("--tokens", type=common.positive, help="length of the sentence (35, or what the model takes)")
+    cost.set_defaults(run=run_flops)
+
+
+def run_list(args: argparse.Namespace) -> None:
+    if args.parts:
+        for kind in _PARTS:
+            print(f"{kind:10}{', '.join(getattr(registry, kind).names())}")
+        return
+    pattern = args.pattern if any(c in args.pattern for c in "*?[") else f"*{args.pattern}*"
+    names = list_models(pattern, library=args.library)
+    if args.library in (None, "vltprune"):
+        names = sorted({*names, *fnmatch.filter(_packaged(), pattern)})
+    if not names:
+        raise LookupError(f"no model's name matches {args.pattern!r}{registry.nearest(args.pattern, list_models())}")
+    print("\n".join(names))
+
+
+def _packaged() -> list[str]:
+    """Names whose weights come with the package."""
+    return [folder.name for folder in zoo.WEIGHTS.glob("*") if zoo.packaged(folder.name) is not None]
+
+
+def run_info(args: argparse.Namespace) -> None:
+    common.use_threads(args.threads)
+    model: Any = common.load_model(args.model, args.pretrained, **common.keywords(args.arguments))
+    name, dense = Name.read(args.model), not hasattr(model, "pruning")
+    pruned: Any = _keep_all(model) if dense else model
+    print(f"{args.model}: {name.backbone} of {name.library}, {_millions(pruned.pruning.host)} parameters")
+    if dense:
+        print("dense: append a preset to prune it, as in " + f"{name.backbone}_madtp")
+    else:
+        _print_parts(pruned)
+    cost = flops.count(pruned, *example(pruned.pruning.host))
+    for tower, encoder in pruned.pruning.towers.items():
+        _print_tower(tower, encoder, cost, dense)
+    _print_total(cost, dense)
+    print(_COUNTED.format(instance=_instance(pruned.pruning.host)))
+
+
+def run_flops(args: argparse.Namespace) -> None:
+    common.use_threads(args.threads)
+    size = {_SIZE_ARGUMENT[Name.read(args.model).library]: args.image_size} if args.image_size else {}
+    model: Any = common.load_model(args.model, **size)
+    dense = not hasattr(model, "pruning")
+    pruned: Any = _keep_all(model) if dense else model
+    cost = flops.count(pruned, *example(pruned.pruning.host, args.tokens))
+    for tower in cost.towers:
+        _print_macs(f"{tower} tower", float(cost.dense[tower].sum()), float(cost.towers[tower].sum()), dense)
+    _print_total(cost, dense)
+    print(_COUNTED.format(instance=_instance(pruned.pruning.host)))
+    if not dense:
+        print("What is pruned depends on the input: this one was noise. Measure your own with vltprune.flops.count.")
+
+
+_SIZE_ARGUMENT = {"vltprune": "image_size", "timm": "img_size", "open_clip": "force_image_size"}
+
+
+def example(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:
+    """One instance of noise that a dense model takes. ValueError for a sentence that it cannot read."""
+    generator = torch.Generator().manual_seed(0)
+    composite = find_composite(host)
+    towers = {"image": host} if composite is None else {t: m for t, (m, _) in composite.towers(host).items()}
+    images = torch.randn(1, 3, *image_size(towers["image"]), generator=generator)
+    if composite is None:
+        if tokens is not None:
+            raise ValueError(f"--tokens: a {type(host).__name__} reads no sentence")
+        return (images,)
+    if hasattr(host, "images_per_sentence"):
+        images = images if host.images_per_sentence == 1 else images.repeat(2, 1, 1, 1)[None]
+        longest, vocabulary = host.text.position.num_embeddings, host.text.word.num_embeddings
+        length = tokens or min(35, max(longest // 2, 1))
+        return images, torch.randint(1, vocabulary, (1, length), generator=generator)
+    return images, _clip_text(towers["text"], tokens, generator)
+
+
+def image_size(tower: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that a dense image tower takes."""
+    tower = getattr(tower, "trunk", tower)  # open_clip's wrapper of timm's models
+    size = tower.patch_embed.img_size if hasattr(tower, "patch_embed") else tower.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _clip_text(tower: Any, tokens: int | None, generator: torch.Generator) -> Tensor:
+    """A sentence for open_clip: noise, then its end, which has the highest id, then padding."""
+    length: int = getattr(tower, "context_length", None) or 77
+    vocabulary: int = getattr(tower, "vocab_size", None) or 49408
+    tokens = tokens or length
+    if tokens > length:
+        raise ValueError(f"--tokens {tokens}: this model reads sentences of at most {length} tokens")
+    text = torch.zeros(1, length, dtype=torch.long)
+    text[0, :tokens] = torch.randint(1, vocabulary - 1, (tokens,), generator=generator)
+    text[0, tokens - 1] = vocabulary - 1
+    return text
+
+
+def _keep_all(model: nn.Module) -> nn.Module:
+    """A dense model in a form whose cost can be counted."""
+    return prune(model, "random", keep="ratio(ratio=1.0)")
+
+
+def _print_parts(model: Any) -> None:
+    config = model.pruning.config
+    for kind in ("guide", "scorer", "keep", "reducer", "at"):
+        part = getattr(config, kind)
+        print(f"  {kind:9}{'every block' if kind == 'at' and part is None else part}")
+    own = [model.pruning.guide, *(encoder.pruners for encoder in model.pruning.towers.values())]
+    print(f"  parameters of the pruning: {sum(p.numel() for m in own if m is not None for p in m.parameters()):,}")
+
+
+def _print_tower(tower: str, encoder: Any, cost: flops.Cost, dense: bool) -> None:
+    site = encoder.adapter.site(encoder.host, 0, tower)
+    summary = "a summary token" if site.has_summary else "no summary token"
+    causal = ", causal" if site.causal else ""
+    print(f"\n{tower} tower: {site.depths} layers, width {site.dim}, {site.heads} heads, {summary}{causal}")
+    rows = [["", "dense MMACs"] if dense else ["", "dense MMACs", "pruned MMACs", ""]]
+    for row in range(site.depths + 2):
+        name = {0: "embedding", site.depths + 1: "norm, pooling"}.get(row, f"depth {row - 1}")
+        before, after = (float(macs[tower][row].sum()) / 1e6 for macs in (cost.dense, cost.towers))
+        inner = 0 < row <= site.depths
+        where = "prunes" if inner and encoder.pruner(row - 1) is not None else ""
+        rows.append([name, f"{before:.1f}"] if dense else [name, f"{before:.1f}", f"{after:.1f}", where])
+    print(common.table(rows))
+
+
+def _print_total(cost: flops.Cost, dense: bool) -> None:
+    print()
+    _print_macs("all", cost.dense_total, cost.total, dense)
+
+
+def _print_macs(what: str, before: float, after: float, dense: bool) -> None:
+    saved = "" if dense else f"   pruned {after / 1e9:9.3f} GMACs   ({1 - after / before:.1%} fewer)"
+    print(f"{what:12} dense {before / 1e9:9.3f} GMACs{saved}")
+
+
+def _millions(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
+
+
+def _instance(host: nn.Module) -> str:
+    images: Mapping[int, str] = {1: "an image and a sentence", 2: "two images and a sentence"}
+    return "an image" if find_composite(host) is None else images[getattr(host, "images_per_sentence", 1)]

@@ -1,0 +1,58 @@
+"""Pictures from the user's disk: any format, mode and size that Pillow reads, as RGB."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+_WHITE = (255, 255, 255)
+
+
+def read(path: str | Path) -> Image.Image:
+    """The picture as RGB, turned as its EXIF data ask; what is transparent becomes white, 16 bits become 8.
+
+    OSError that names the file where there is none, or none that can be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {path}" + (" (it is a folder)" if path.is_dir() else ""))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF data and the like; damaged pixels raise
+            with Image.open(path) as opened:
+                return _rgb(ImageOps.exif_transpose(opened))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"cannot read {path} as a picture: {str(error).splitlines()[0]}") from error
+
+
+def listing(folder: str | Path) -> list[Path]:
+    """The pictures of a folder by suffix, sorted, subfolders left out. ValueError for none, OSError for no folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"there is no folder {folder}: give a folder of pictures")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise ValueError(f"{folder} has no pictures: looked for {', '.join(sorted(SUFFIXES))}")
+    return files
+
+
+def seen(image: Tensor, mean: Tensor, std: Tensor) -> Image.Image:
+    """What a model saw: image [3, height, width], normalised by mean and std [3], back as a picture."""
+    pixels = (image * std[:, None, None] + mean[:, None, None]).clamp(0, 1) * 255
+    return Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        levels = np.asarray(picture, np.float64)
+        high = 65535 if picture.mode != "F" and levels.max() <= 65535 else max(levels.max(), 1e-9)
+        picture = Image.fromarray((levels / high * 255).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, (*_WHITE, 255)), picture).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,105 @@
+"""vltprune predict: is a sentence true of the user's own two pictures? The answer, what it cost, and what was kept."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from .. import visualize
+from ..data.words import WordTokenizer
+from ..flops import Meter
+from ..pruner import PruneTrace, collect
+from . import common, pictures
+
+_PICTURE = "prediction.png"
+
+
+def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("predict", parents=parents, help="is a sentence true of two pictures of yours?")
+    parser.add_argument("left", help="the left picture, of any size and format")
+    parser.add_argument("right", help="the right picture")
+    parser.add_argument("sentence", help='such as "both images contain a red circle"')
+    parser.add_argument(
+        "--model", default="blip_nlvr_tiny_madtp.p80", help="a blip_nlvr_tiny, dense or pruned (%(default)s)"
+    )
+    parser.add_argument("--pretrained", metavar="PATH", help="weights, unless the package's own")
+    parser.add_argument(
+        "--output", default=_PICTURE, metavar="PATH", help="picture file, or a folder for it (%(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    output = _output(args.output)
+    common.use_threads(args.threads)
+    images = [pictures.read(path) for path in (args.left, args.right)]
+    input_ids, mask = WordTokenizer().encode(args.sentence)
+    model = common.load_model(args.model, args.pretrained)
+    images = [image.resize(_size(model, args.model), Image.Resampling.BICUBIC) for image in images]
+
+    with torch.no_grad(), collect() as traces:
+        chance = float(model(_tensor(images), input_ids, mask).softmax(-1)[0, 1])
+    print(f"{str(chance > 0.5).lower()}  (probability of true: {chance:.1%})")
+    _report(model, traces)
+    _draw(images, traces, args.sentence, chance).save(output)
+    print(f"wrote {output}")
+
+
+def _output(text: str) -> Path:
+    """The file to write, its folder proved writable."""
+    path = Path(text)
+    file = path if path.suffix.lower() in pictures.SUFFIXES and not path.is_dir() else path / _PICTURE
+    common.output_folder(file.parent)
+    return file
+
+
+def _size(model: Any, name: str) -> tuple[int, int]:
+    """Width and height of the images it takes. ValueError for a model that does not speak of pairs in our words."""
+    host = model.pruning.host if hasattr(model, "pruning") else model
+    if getattr(host, "images_per_sentence", 0) != 2:
+        raise ValueError(f"predict asks about two images and a sentence, and {name} does not: use a blip_nlvr_tiny")
+    words, known = host.text.word.num_embeddings, len(WordTokenizer())
+    if words != known:
+        raise ValueError(
+            f"predict knows the {known} words of blip_nlvr_tiny, and {name} has {words}: tokenise the sentence with that "
+            "model's own tokenizer and call model(images, input_ids, attention_mask) in Python"
+        )
+    height, width = host.visual.patch_embed.img_size
+    return width, height
+
+
+def _tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """[1, 2, 3, height, width] between -1 and 1."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels.permute(0, 3, 1, 2)[None].float() / 127.5 - 1
+
+
+def _report(model: nn.Module, traces: Sequence[PruneTrace]) -> None:
+    if not traces:
+        print("this model is dense: every token stays at every layer")
+        return
+    cost = Meter(model)(traces)
+    print(f"{cost.total / 1e9:.3f} GMACs, {cost.reduction:.1%} fewer than dense ({cost.dense_total / 1e9:.3f})")
+    print("tokens kept, layer by layer:")
+    for trace in traces:
+        for instance, entered in enumerate(trace.entered.layout.lengths):
+            side = ("left ", "right ")[instance] if trace.tower == "image" else ""
+            counts = " ".join(str(lengths[instance]) for lengths in trace.lengths)
+            print(f"  {side + trace.tower:12}{entered} -> {counts}")
+
+
+def _draw(images: Sequence[Image.Image], traces: Sequence[PruneTrace], sentence: str, chance: float) -> Image.Image:
+    title = f'"{sentence}": {str(chance > 0.5).lower()}, probability of true {chance:.1%}'
+    trace = next((trace for trace in traces if trace.tower == "image"), None)
+    if trace is None:
+        films = [image.resize((256, 256), Image.Resampling.BICUBIC) for image in images]
+    else:
+        films = [visualize.film(image, trace, side) for side, image in enumerate(images)]
+    return visualize.stack(films, [title], legend=trace is not None)

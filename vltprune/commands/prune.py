@@ -1,0 +1,251 @@
+"""vltprune prune: the image tower of any model of timm, open_clip or this library, pruned, on a folder of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import budget, visualize
+from ..factory import Name
+from ..flops import Meter
+from ..hosts.base import find_composite
+from ..presets import preset
+from ..pruner import PruneTrace, Pruning, UntrainedGuideWarning, collect
+from ..tokens import PackedTokens
+from . import common, pictures
+from .preprocess import Preprocessing
+
+_PARTS = ("scorer", "keep", "reducer", "guide", "at")
+
+
+def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "prune", parents=parents, help="features, cost and pictures of any timm or open_clip model on your pictures"
+    )
+    parser.add_argument("model", help="such as vit_small_patch14_dinov2, clip_vit_b_32 or vit_base_patch16_224_evit")
+    parser.add_argument("folder", help="a folder of pictures")
+    parser.add_argument("--output", default="pruned", metavar="DIR", help="folder for the results (pruned)")
+    _add_parts(parser)
+    parser.add_argument("--reduction", type=float, metavar="SHARE", help="calibrate to this share of MACs saved: 0.5")
+    parser.add_argument(
+        "--pretrained",
+        nargs="?",
+        const=True,
+        metavar="PATH",
+        help="weights: a file or folder; alone, the library's own",
+    )
+    parser.add_argument("--limit", type=common.positive, help="only the first so many pictures")
+    parser.add_argument("--pictures", type=int, default=16, metavar="N", help="draw what was kept of the first N (16)")
+    parser.add_argument("--batch-size", type=common.positive, default=8, help="pictures at a time (8)")
+    parser.add_argument(
+        "--calibrate-on", type=common.positive, default=16, metavar="N", help="pictures to calibrate on (16)"
+    )
+    parser.set_defaults(run=run)
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", help="where the model's name has none (madtp)")
+    for part in _PARTS[:-1]:
+        none = ", or none" if part == "guide" else ""
+        parser.add_argument(
+            f"--{part}", metavar="PART", help=f"instead of the preset's, as name or 'name(key=value)'{none}"
+        )
+    parser.add_argument("--at", metavar="DEPTHS", help="depths to prune, such as 3,6,9 (every one)")
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = common.output_folder(args.output)
+    common.use_threads(args.threads)
+    reader = Reader(pictures.listing(args.folder)[: args.limit], args.batch_size)
+    model: Any = image_tower(_load(args))
+    reader.prepare = Preprocessing.of(model.pruning.host, Name.read(args.model))
+    prepared = prepare(model, reader, args)
+
+    results = Results(folder, args.pictures, reader.prepare)
+    meter = Meter(model)
+    with common.bar("pictures", len(reader.files)) as bar:
+        for files, images in reader.batches():
+            with torch.no_grad(), collect() as traces:
+                features = model(images)
+            results.add(files, images, features, traces[0], meter(traces))
+            bar.update(len(files))
+    if not results.files:
+        raise OSError(f"none of the {len(reader.files)} pictures could be read: {_first(reader.unreadable)}")
+    results.write({"model": args.model, "pruning": model.pruning.config.to_dict(), **prepared}, reader.unreadable)
+    _print(results, reader)
+
+
+def _load(args: argparse.Namespace) -> nn.Module:
+    """The pruned model that was asked for."""
+    parts = {name: getattr(args, name) for name in _PARTS if getattr(args, name) is not None}
+    if parts.get("guide", "").lower() == "none":
+        parts["guide"] = None
+    if "at" in parts:
+        parts["at"] = _depths(parts["at"])
+    if Name.read(args.model).preset is None:
+        config = preset(args.preset or "madtp")
+        pruning = {"pruning": config.replace(**parts) if parts else config}
+    elif args.preset:
+        raise ValueError(f"--preset {args.preset}: {args.model} names a preset already, leave one of them out")
+    else:
+        pruning = parts
+    return common.load_model(args.model, args.pretrained, **pruning)
+
+
+def _depths(text: str) -> Any:
+    """ "3,6,9" -> (3, 6, 9). ValueError for anything but depths."""
+    depths = common.value(f"({text},)")
+    if not isinstance(depths, tuple) or not all(isinstance(d, (int, float)) for d in depths):
+        raise ValueError(f"--at {text!r}: write depths counted from 0, or fractions of the depth, such as 3,6,9")
+    return depths
+
+
+def image_tower(model: Any) -> nn.Module:
+    """The image tower of a pruned model, as a pruned model of its own, without a classifier. ValueError for none."""
+    if "image" not in model.pruning.towers:
+        raise ValueError(f"this model has no image tower: it has {', '.join(model.pruning.towers)}")
+    encoder = model.pruning.towers["image"]
+    if find_composite(model.pruning.host) is not None:
+        record = Pruning(model.pruning.config, encoder.host, model.pruning.guide, {"image": encoder})
+        object.__setattr__(encoder, "pruning", record)
+    if hasattr(encoder.host, "reset_classifier"):
+        encoder.host.reset_classifier(0)  # what is asked for are features
+    return encoder
+
+
+def prepare(model: Any, reader: Reader, args: argparse.Namespace) -> dict[str, Any]:
+    """Place an untrained guide's anchors, and meet the budget, both on the first pictures; says what it did."""
+    guide = model.pruning.guide
+    untrained = guide is not None and guide.is_untrained
+    if not untrained and args.reduction is None:
+        return {}
+    images = [images for _, images in reader.batches(args.calibrate_on)]
+    number = sum(map(len, images))
+    if untrained and images:
+        common.say(f"vltprune: the guide is untrained: placing its anchors by k-means on tokens of {number} pictures")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrainedGuideWarning)  # it is being mended
+            budget.fit_guide(model, images)
+    done: dict[str, Any] = {"guide_fitted_on": number} if untrained else {}
+    if args.reduction is None or not images:
+        return done
+    found = common.calibrate(model, images, args.reduction, f"calibrating on {number} pictures")
+    common.say(f"vltprune: {found.knob}={found.value:.4g} saves {found.reduction:.1%} on {number} pictures")
+    return {**done, "calibrated_on": number, found.knob: found.value}
+
+
+@dataclass
+class Reader:
+    """The pictures of a folder, ready for the model, those that cannot be read set aside with the reason."""
+
+    files: list[Path]
+    batch_size: int
+    prepare: Callable[[Image.Image], Tensor] | None = None
+    unreadable: dict[Path, str] = field(default_factory=dict)
+
+    def batches(self, most: int | None = None) -> Iterator[tuple[list[Path], Tensor]]:
+        """Files, and images [batch, 3, height, width]; of the first `most` files."""
+        files = self.files[:most]
+        for start in range(0, len(files), self.batch_size):
+            read = list(self._read(files[start : start + self.batch_size]))
+            if read:
+                yield [file for file, _ in read], torch.stack([image for _, image in read])
+
+    def _read(self, files: Iterable[Path]) -> Iterator[tuple[Path, Tensor]]:
+        assert self.prepare is not None
+        for file in files:
+            try:
+                yield file, self.prepare(pictures.read(file))
+            except OSError as error:
+                self.unreadable[file] = str(error)
+
+
+@dataclass
+class Results:
+    """What comes out: features.safetensors, summary.json, and pictures of what was kept."""
+
+    folder: Path
+    draw: int
+    preprocessing: Preprocessing
+    files: list[str] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+    macs: list[float] = field(default_factory=list)
+    dense_macs: float = 0.0
+
+    def add(self, files: list[Path], images: Tensor, features: Any, trace: PruneTrace, cost: Any) -> None:
+        if isinstance(features, PackedTokens):  # BLIP's image tower hands on all that is left
+            assert features.summary is not None
+            features = features.read(features.summary)
+        lengths = [trace.entered.layout.lengths, *trace.lengths]
+        for i, file in enumerate(files):
+            feature = features[i] if features.dim() == 2 else features[i, : lengths[-1][i]]
+            self.features.append(feature.contiguous().clone())
+            self.kept.append([column[i] for column in lengths])
+            if len(self.files) < self.draw:
+                self._picture(file, images[i], trace, i)
+            self.files.append(file.name)
+        self.macs += cost.towers["image"].sum(0).tolist()
+        self.dense_macs += float(cost.dense["image"].sum())
+
+    def _picture(self, file: Path, image: Tensor, trace: PruneTrace, place: int) -> None:
+        seen = pictures.seen(image, self.preprocessing.mean, self.preprocessing.std)
+        target = self.folder / "pictures" / f"{file.name}.png"
+        target.parent.mkdir(exist_ok=True)
+        visualize.stack([visualize.film(seen, trace, place, side=160)], [file.name]).save(target)
+
+    @property
+    def reduction(self) -> float:
+        return 1 - sum(self.macs) / self.dense_macs
+
+    def write(self, settings: dict[str, Any], unreadable: dict[Path, str]) -> None:
+        rows = {
+            file: {"tokens": kept, "macs": macs}
+            for file, kept, macs in zip(self.files, self.kept, self.macs, strict=True)
+        }
+        summary = {
+            **settings,
+            "mean_macs": sum(self.macs) / len(self.macs),
+            "dense_macs": self.dense_macs / len(self.macs),
+            "macs_saved": self.reduction,
+            "pictures": rows,
+            "unreadable": {path.name: reason for path, reason in unreadable.items()},
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        if self.features[0].dim() == 1:
+            tensors = {"features": torch.stack(self.features)}
+        else:
+            tensors = dict(zip(self.files, self.features, strict=True))
+        save_file(tensors, self.folder / "features.safetensors", {"files": json.dumps(self.files)})
+
+    def mean_kept(self) -> list[float]:
+        """Tokens that entered, then tokens leaving each block, mean over the pictures."""
+        return torch.tensor(self.kept, dtype=torch.float64).mean(0).tolist()
+
+
+def _print(results: Results, reader: Reader) -> None:
+    number, (entered, *kept) = len(results.files), results.mean_kept()
+    macs, dense = sum(results.macs) / number / 1e9, results.dense_macs / number / 1e9
+    print(f"{number} pictures, features {' x '.join(map(str, results.features[0].shape))}")
+    print(f"GMACs a picture: {macs:.3f}, {results.reduction:.1%} fewer than dense ({dense:.3f})")
+    print(f"tokens, layer by layer (mean): {entered:.0f} -> " + " ".join(f"{n:.0f}" for n in kept))
+    for reason in reader.unreadable.values():
+        common.say(f"vltprune: skipped: {reason}")
+    if reader.unreadable:
+        print(f"skipped {len(reader.unreadable)} of {len(reader.files)} files that could not be read")
+    made = ["features.safetensors", "summary.json"] + ["pictures/"] * (results.draw > 0)
+    print(f"wrote {', '.join(str(results.folder / name) for name in made)}")
+
+
+def _first(reasons: dict[Path, str]) -> str:
+    return next(iter(reasons.values()), "")
