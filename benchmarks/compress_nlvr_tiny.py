@@ -47,13 +47,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of train_nlvr_tiny.py")
     parser.add_argument("--reduction", type=float, required=True, help="share of the dense MACs to save")
     parser.add_argument("--pairs", type=int, default=16000, help="train pairs, as drawn by train_nlvr_tiny.py")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=16, help="pairs a step")
     parser.add_argument("--sentences", type=int, default=8, help="sentences a pair")
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--rate", type=float, default=4e-4)
     parser.add_argument("--anchors", type=int, default=32)
     parser.add_argument("--reducer", default="fuse")
-    parser.add_argument("--text-from", type=int, default=0, help="first text layer that prunes")
+    parser.add_argument("--text-from", type=int, default=2, help="first text layer that prunes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", help="folder under WORK for trials instead of the package's own weights")
     return parser.parse_args()
@@ -77,7 +77,9 @@ class Compression:
             at={"image": None, "text": tuple(range(options.text_from, 4))},
         )
         self.model: Any = vp.prune(self.dense, config)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.rate, weight_decay=0.05, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=options.rate, weight_decay=0.05, betas=(0.9, 0.98)
+        )
 
     def train(self) -> None:
         """To the last step, from the last checkpoint if there is one."""
@@ -112,7 +114,11 @@ class Compression:
         vp.save(self.model, folder, dtype=torch.float16)
         stored = vp.load(folder)
         test = Drawn(self.work, "test", 1200, 6)
-        report = {"val": score(stored, self.val), "test": score(stored, test), "config": stored.pruning.config.to_dict()}
+        report = {
+            "val": score(stored, self.val),
+            "test": score(stored, test),
+            "config": stored.pruning.config.to_dict(),
+        }
         self.log(json.dumps(report))
         (self.work / f"{self.label}.json").write_text(json.dumps(report, indent=2) + "\n")
 
@@ -147,10 +153,15 @@ class Compression:
         return pairs.images(rows).unflatten(0, (-1, 2)), ids, mask
 
     def _calibrate(self, reduction: float, pairs: Drawn | None = None, rows: range = range(48)) -> None:
-        batches = [self._inputs(pairs or self.train_pairs, part) for part in np.array_split(np.array(rows), -(-len(rows) // 50))]
+        batches = [
+            self._inputs(pairs or self.train_pairs, part)
+            for part in np.array_split(np.array(rows), -(-len(rows) // 50))
+        ]
         try:
             found = vp.calibrate(self.model, batches, reduction, tolerance=0.01)
-            self.log(f"temperature {found.value:.4g} saves {found.reduction:.4f} of {found.dense_macs / 1e6:.1f} M MACs")
+            self.log(
+                f"temperature {found.value:.4g} saves {found.reduction:.4f} of {found.dense_macs / 1e6:.1f} M MACs"
+            )
         except vp.BudgetError as error:
             if pairs is not None:
                 raise

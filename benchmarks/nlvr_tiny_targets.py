@@ -134,27 +134,27 @@ class PhraseHeads(nn.Module):
         kinds, names = self.phrases(ids)
         sentence, word = np.nonzero(names)
         every = np.arange(len(ids))
-        first = self.phrases.noun[ids].argmax(1)
-        last = ids.shape[1] - 1 - names[:, ::-1].argmax(1)
+        first = kinds[every, self.phrases.noun[ids].argmax(1)]
+        last = kinds[every, ids.shape[1] - 1 - names[:, ::-1].argmax(1)]
 
-        word_loss, word_found = _held(
-            self.word(words[torch.from_numpy(sentence), torch.from_numpy(word)]),
-            kinds[sentence, word],
-            pairs[sentence],
-            contents,
-        )
-        first_loss, first_found = _held(self.first(summary), kinds[every, first], pairs, contents)
-        last_loss, last_found = _held(self.last(summary), kinds[every, last], pairs, contents)
-        off = self._gap_loss(summary, ids, kinds[every, first], kinds[every, last], pairs, contents)
-        return word_loss + first_loss + last_loss + 2 * off, torch.stack([word_found, first_found, last_found])
+        said = self.word(words[torch.from_numpy(sentence), torch.from_numpy(word)])
+        parts = [
+            _held(said, kinds[sentence, word], pairs[sentence], contents),
+            _held(self.first(summary), first, pairs, contents),
+            _held(self.last(summary), last, pairs, contents),
+        ]
+        losses, found = zip(*parts, strict=True)
+        return sum(losses) + 2 * self._apart(summary, ids, (first, last), pairs, contents), torch.stack(found)
 
-    def _gap_loss(self, summary: Tensor, ids: np.ndarray, first: np.ndarray, last: np.ndarray, pairs: np.ndarray, contents: Contents) -> Tensor:
+    def _apart(
+        self, summary: Tensor, ids: np.ndarray, kinds: tuple[np.ndarray, ...], pairs: np.ndarray, contents: Contents
+    ) -> Tensor:
         """Squared error of the way from the last thing to the first, in relations between two lone things."""
-        side = (ids[:, 3] == self.phrases.right).astype(int)
-        ends = [(pairs, side, *kinds.T) for kinds in (first, last)]
+        side = (ids[:, 3] == self.phrases.right).astype(int)  # "in the right image ..."
+        ends = [(pairs, side, *kind.T) for kind in kinds]
         related = (ids[:, 1] == self.phrases.within) & np.all([contents.count[end] == 1 for end in ends], axis=0)
-        gap = torch.from_numpy(contents.centre[ends[0]] - contents.centre[ends[1]])[related]
-        return (self.gap(summary[related]) - gap).square().sum() / max(related.sum(), 1)
+        way = torch.from_numpy(contents.centre[ends[0]] - contents.centre[ends[1]])[related]
+        return (self.gap(summary[related]) - way).square().sum() / max(related.sum(), 1)
 
 
 def _held(said: Tensor, kinds: np.ndarray, pairs: np.ndarray, contents: Contents) -> tuple[Tensor, Tensor]:

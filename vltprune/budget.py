@@ -90,12 +90,10 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
         for batch in batches:
             model(*(batch if isinstance(batch, tuple) else (batch,)))
             for trace in traces:
-                guided = [step.guidance.mapped for step in trace.steps if step.guidance is not None]
+                fresh = [_free(step.guidance.mapped) for step in trace.steps if step.guidance is not None]
                 if not fresh:
                     continue  # this tower prunes nowhere
-                tokens = torch.cat(
-                    [*(held for held in [drawn.get(trace.tower)] if held is not None), *map(_free, guided)]
-                )
+                tokens = torch.cat([drawn[trace.tower], *fresh] if trace.tower in drawn else fresh)
                 drawn[trace.tower] = tokens[torch.randperm(len(tokens), generator=generator)[:each].to(tokens.device)]
             traces.clear()
     if not drawn:
