@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nlvr_tiny_pairs import Drawn
 from torch import Tensor, nn
-from train_nlvr_tiny import SENTENCES, Drawn, build_model, schedule, score
+from train_nlvr_tiny import SENTENCES, build_model, schedule, score
 
 import vltprune as vp
 from vltprune import losses
@@ -47,7 +48,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of train_nlvr_tiny.py")
     parser.add_argument("--reduction", type=float, required=True, help="share of the dense MACs to save")
     parser.add_argument("--pairs", type=int, default=16000, help="train pairs, as drawn by train_nlvr_tiny.py")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=16, help="pairs a step")
     parser.add_argument("--sentences", type=int, default=8, help="sentences a pair")
     parser.add_argument("--rate", type=float, default=4e-4)
@@ -102,8 +103,8 @@ class Compression:
                 self._keep(step + 1)
 
     def target(self, step: int) -> float:
-        """The reduction to train at: 30 % at first, the whole after 40 % of the steps."""
-        done = min(step / (0.4 * self.options.steps), 1.0)
+        """The reduction to train at: 30 % at first, the whole after a quarter of the steps."""
+        done = min(step / (0.25 * self.options.steps), 1.0)
         return 0.3 + (self.options.reduction - 0.3) * done
 
     def finish(self) -> None:

@@ -2,13 +2,19 @@
 
     OMP_NUM_THREADS=1 python benchmarks/train_nlvr_tiny.py --work WORK
 
-Four stages, each going on from its last checkpoint (delete WORK to begin again):
+Three stages, each going on from its last checkpoint (delete WORK to begin again):
   draw   16,000 train pairs with 24 sentences each, and their targets, to memory maps                      3 min
   look   the image tower alone learns what each patch shows                                               18 min
   read   the text tower and the head learn to answer from the frozen image tower's tokens, the words told
          meanwhile what they find; relations begin with "above" and "left of" (see `Turns`)              35 min
-  join   everything together, what patches and words show kept as small extra losses                      20 min
-Then the test split is answered, with fp32 weights and with fp16 ones, and WORK/dense.pt and report.json are written.
+Then the test split is answered, with fp32 weights and with fp16 ones; WORK/dense.pt and report.json are written, and the
+weights that the package carries.
+
+How the shipped weights differ: `read` was steered while it ran, and this file has not been run through in one go since.
+Its rate fell from 1e-3 as for 7,000 steps until step 4,000, from 1.3e-3 until 5,500, then from 2e-3 as for 8,000. The
+distance within a relation was asked for from step 3,000. Relations took turns like any family until 4,000, four times as
+often until 4,500, forwards only until 5,100, evenly until 5,500, forwards mostly until 6,400, and evenly to the end.
+They stayed at chance until 4,500 and reached 95 % by 8,000. Measured: 96.1 % of 7,200 test sentences, fp32 and fp16.
 A file WORK/USE2 lends the run a second thread, for as long as it is there.
 """
 
@@ -29,9 +35,11 @@ from nlvr_tiny_pairs import PATCH, Drawn, ImageTokens
 from nlvr_tiny_targets import Contents, PatchHeads, PhraseHeads
 from torch import Tensor, nn
 
+import vltprune as vp
 from vltprune.data.drawing import SIDE
 from vltprune.data.sentences import FAMILIES
 from vltprune.data.words import WordTokenizer
+from vltprune.models import zoo
 from vltprune.models.blip import BlipNlvr
 
 WIDTH = 128
@@ -51,7 +59,7 @@ class Stage:
     rate: float
 
 
-STAGES = {"look": Stage(8, 0, 3600, 1e-3), "read": Stage(12, 8, 8000, 1e-3), "join": Stage(12, 8, 1500, 3e-4)}
+STAGES = {"look": Stage(8, 0, 3600, 1e-3), "read": Stage(12, 8, 8000, 1e-3)}
 
 
 def build_model() -> BlipNlvr:
@@ -138,19 +146,9 @@ class Training:
     def read(self) -> Loss:
         """Loss of the text tower on the frozen image tower's tokens."""
         memory = ImageTokens(self.folder, self.model, self.train)
-        return lambda rows, chosen: self._answer(memory(rows), rows, chosen, guided=1.0)
+        return lambda rows, chosen: self._answer(memory(rows), rows, chosen)
 
-    def join(self) -> Loss:
-        """Loss of both towers."""
-
-        def loss(rows: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-            memory = self.model.visual(self.train.images(rows))
-            answer, figures = self._answer(memory, rows, chosen, guided=0.3)
-            return answer + 0.1 * self.patches.loss(memory, self.train.targets(rows))[0], figures
-
-        return loss
-
-    def _answer(self, memory: Tensor, rows: np.ndarray, chosen: np.ndarray, guided: float) -> tuple[Tensor, Tensor]:
+    def _answer(self, memory: Tensor, rows: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         ids, mask, labels, families = self.train.said(rows, chosen)
         hidden = [self.model.text.embed(ids)]
         for layer in self.model.text.layers:
@@ -163,12 +161,12 @@ class Training:
         grounding, found = self.phrases.loss(words, summary, ids.numpy(), pairs, self.contents)
 
         figures = [answer.detach()[None], found, by_family(logits.argmax(-1) == labels, families)]
-        return answer + guided * grounding, torch.cat(figures)
+        return answer + grounding, torch.cat(figures)
 
     def _tuned(self, name: str) -> list[nn.Parameter]:
         eyes = [*self.model.visual.parameters(), *self.patches.parameters()]
         reader = [*self.model.text.parameters(), *self.model.head.parameters(), *self.phrases.parameters()]
-        return {"look": eyes, "read": reader, "join": eyes + reader}[name]
+        return {"look": eyes, "read": reader}[name]
 
     def _step(
         self, loss: Tensor, figures: Tensor, tuned: list[nn.Parameter], optimizer: torch.optim.Optimizer
@@ -245,6 +243,8 @@ def main() -> None:
 
     model, test = training.model, Drawn(args.work, "test", 1200, 6)
     torch.save(model.state_dict(), args.work / "dense.pt")
+    object.__setattr__(model, "recipe", vp.Recipe("blip_nlvr_tiny"))
+    vp.save(model, zoo.WEIGHTS / "blip_nlvr_tiny", dtype=torch.float16)
     report = {"fp32": score(model, test)}
     model.load_state_dict({key: value.half().float() for key, value in model.state_dict().items()})
     report["fp16"] = score(model, test)
