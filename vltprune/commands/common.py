@@ -76,7 +76,7 @@ def load_model(name: str, pretrained: str | bool | None = None, **arguments: Any
     if pretrained is None:
         pretrained = zoo.packaged(name) is not None and not arguments
     model = create_model(name, pretrained=pretrained, **arguments)
-    if pretrained is False and hasattr(model, "pruning") and not name.startswith("hf-hub:"):
+    if pretrained is False and hasattr(model, "pruning"):
         say(
             f"vltprune: {name} has RANDOM weights here: which tokens it keeps, and what it makes of them, means nothing"
         )
