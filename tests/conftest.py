@@ -16,7 +16,6 @@ hypothesis.settings.register_profile("ci", max_examples=60, derandomize=True, pr
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
-
 class _TorchRandom:
     """torch's global generator, for hypothesis to seed before each example."""
 

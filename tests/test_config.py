@@ -46,7 +46,10 @@ def test_every_preset_survives_json(name):
         ("ratio", Part("ratio")),
         ("ratio()", Part("ratio")),
         (" ratio( ratio = .5 ) ", Part("ratio", {"ratio": 0.5})),
-        ("x(a=-1, b='two', c=(3, [4]), d=None, e=True)", Part("x", {"a": -1, "b": "two", "c": (3, [4]), "d": None, "e": True})),
+        (
+            "x(a=-1, b='two', c=(3, [4]), d=None, e=True)",
+            Part("x", {"a": -1, "b": "two", "c": (3, [4]), "d": None, "e": True}),
+        ),
     ],
 )
 def test_short_forms(text, part):
@@ -55,7 +58,18 @@ def test_short_forms(text, part):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "ratio(", "ratio(0.5)", "a.b", "ratio ratio", "1", "ratio(ratio=open('x'))", "ratio(ratio=x)", "[ratio]", "f(g)(a=1)"]
+    [
+        "",
+        "ratio(",
+        "ratio(0.5)",
+        "a.b",
+        "ratio ratio",
+        "1",
+        "ratio(ratio=open('x'))",
+        "ratio(ratio=x)",
+        "[ratio]",
+        "f(g)(a=1)",
+    ]
     + ["ratio(ratio=1, ratio=2)", "ratio(**{'ratio': 1})", "ratio(ratio={[]: 1})", "a\0"],
 )
 def test_unreadable_parts(text):
@@ -85,7 +99,9 @@ def misspelt(name):
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_misspelt_names_are_answered_with_the_nearest(kind, name):
-    with pytest.raises(LookupError, match=rf"there is no {KINDS[kind].kind} '{misspelt(name)}'; did you mean .*\b{name}\b"):
+    with pytest.raises(
+        LookupError, match=rf"there is no {KINDS[kind].kind} '{misspelt(name)}'; did you mean .*\b{name}\b"
+    ):
         BASE.replace(**{kind: misspelt(name)})
 
 
@@ -95,7 +111,9 @@ def test_misspelt_arguments_are_answered_with_the_nearest(kind, name, data):
     drawn = data.draw(arguments(KINDS[kind][name]))
     for argument in drawn:
         wrong = {misspelt(key) if key == argument else key: value for key, value in drawn.items()}
-        with pytest.raises(TypeError, match=rf"{KINDS[kind].kind} '{name}' takes no argument '{misspelt(argument)}'; .*{argument}"):
+        with pytest.raises(
+            TypeError, match=rf"{KINDS[kind].kind} '{name}' takes no argument '{misspelt(argument)}'; .*{argument}"
+        ):
             BASE.replace(**{kind: Part(name, wrong)})
 
 
@@ -122,7 +140,9 @@ def test_only_the_guide_may_be_missing(kind):
     ("kind", "name"), [(kind, name) for kind, name in EVERY if kind in ("scorer", "keep") and KINDS[kind][name].guided]
 )
 def test_what_reads_the_guide_needs_one(kind, name):
-    with pytest.raises(ValueError, match=rf"{kind}='{name}.* reads the alignment guide, and guide=None: write guide='codebook'"):
+    with pytest.raises(
+        ValueError, match=rf"{kind}='{name}.* reads the alignment guide, and guide=None: write guide='codebook'"
+    ):
         BASE.replace(**{kind: name}, guide=None)
 
 

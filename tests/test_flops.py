@@ -61,7 +61,9 @@ def test_clip_vit_b_32(reducer):
 
 @pytest.mark.parametrize("preset", vp.presets.names())
 @pytest.mark.parametrize("sentences", [1, 3])
-def test_blip_nlvr_tiny_with_padding_and_shared_images(preset, sentences):
+def test_blip_nlvr_tiny_with_padding_and_shared_images(preset, sentences, monkeypatch):
+    # short instances are attended to padded, which torch counts and an instance alone would not pay
+    monkeypatch.setattr("vltprune.attention._SMALL", {})
     dense = vp.create_model("blip_nlvr_tiny")
     ids = torch.randint(4, 57, (2 * sentences, 14))
     mask = torch.ones_like(ids)

@@ -44,7 +44,9 @@ def test_names_must_stand_in_a_config(fruits, name):
         fruits.register(name)(str)
 
 
-@pytest.mark.parametrize(("name", "text"), [("aple", r"did you mean apple\?"), ("zzz", "there is apple, apricot, banana")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("aple", r"did you mean apple\?"), ("zzz", "there is apple, apricot, banana")]
+)
 def test_unknown_names_are_answered_with_the_nearest(fruits, name, text):
     with pytest.raises(LookupError, match=f"there is no fruit '{name}'; {text}"):
         fruits[name]

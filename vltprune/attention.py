@@ -14,7 +14,7 @@ from . import segments
 from .tokens import Layout, PackedTokens
 
 _ROWS = 128  # query rows whose probabilities are held at once: they stay in cache, and no [heads, n, n] is ever made
-_SMALL = {"cpu": 2**21, "cuda": 2**26}  # padded logits up to this many are cheaper than a call an instance
+_SMALL = {"cpu": 2**18, "cuda": 2**26}  # padded logits up to this many are cheaper than a call an instance
 
 
 class Stat(enum.Flag):

@@ -2,7 +2,8 @@
 
 Counted are matrix products (a multiply and an add are one MAC), attention and the pruners' own scoring included; norms,
 activations and softmax are not, as in torch's counter, which gives twice these numbers. Everything in a block but attention
-acts token by token, so a block's costs are measured on one and two tokens and the rest is arithmetic.
+acts token by token, so a block's costs are measured on one and two tokens and the rest is arithmetic. An instance costs what
+it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted.
 """
 
 from __future__ import annotations

@@ -87,7 +87,16 @@ def test_threshold_across_the_batch(scores, each, together):
 
 @pytest.mark.parametrize(
     ("n", "ratio", "expected"),
-    [(10, 0.7, 7), (10, 0.1 + 0.2, 3), (10, 0.0, 0), (10, 1.0, 10), (1, 0.5, 1), (3, 1e-9, 1), (196, 0.7, 138), (0, 0.7, 0)],
+    [
+        (10, 0.7, 7),
+        (10, 0.1 + 0.2, 3),
+        (10, 0.0, 0),
+        (10, 1.0, 10),
+        (1, 0.5, 1),
+        (3, 1e-9, 1),
+        (196, 0.7, 138),
+        (0, 0.7, 0),
+    ],
 )
 def test_ratio_rounds_up_and_only_up(n, ratio, expected):
     tokens = PackedTokens.pack(torch.zeros(1, n + 1, DIM), protected=torch.arange(n + 1) == 0)

@@ -71,7 +71,9 @@ def test_random_is_drawn_from_seed_depth_and_position_alone():
     assert not torch.equal(scores, score(seed=1))
     assert not torch.equal(scores, score(depth=3))
     first = {int(p): float(s) for p, s in zip(tokens.position[:300], scores[:300], strict=True)}
-    shared = [(first[int(p)], float(s)) for p, s in zip(tokens.position[300:], scores[300:], strict=True) if int(p) in first]
+    shared = [
+        (first[int(p)], float(s)) for p, s in zip(tokens.position[300:], scores[300:], strict=True) if int(p) in first
+    ]
     assert len(shared) > 50
     assert all(a == b for a, b in shared)
 
