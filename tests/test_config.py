@@ -73,7 +73,7 @@ def test_short_forms(text, part):
     + ["ratio(ratio=1, ratio=2)", "ratio(**{'ratio': 1})", "ratio(ratio={[]: 1})", "a\0"],
 )
 def test_unreadable_parts(text):
-    with pytest.raises(ValueError, match="cannot read the part .*: write name or name"):
+    with pytest.raises(ValueError, match=r"cannot read the part .*: write name or name"):
         Part.of(text)
 
 
