@@ -84,6 +84,13 @@ def test_rank(sizes, distinct, seed):
     assert segments.rank(scores, layout).tolist() == expected
 
 
+@pytest.mark.parametrize("sizes", [(300,), (300, 40)])
+def test_ranks_of_ties_go_by_place_in_long_instances_too(sizes):
+    """Short sorts are stable by themselves, long ones are not."""
+    ranks = segments.rank(torch.zeros(sum(sizes)), Layout(sizes))
+    assert ranks.tolist() == [slot for n in sizes for slot in range(n)]
+
+
 @given(values(columns=(3,)), seeds)
 def test_mix(drawn, seed):
     layout, weight, _ = drawn

@@ -42,7 +42,9 @@ def test_fuse_without_dividing():
     assert reduce("fuse", scores, [1])[1].is_affine
 
 
-@pytest.mark.parametrize("rest", [[0.0, 0.0, 0.0], [-1.0, -2.0, -3.0], [1.0, -1.0, 0.0], [1e-9, 1e-9, 1e-9]])
+@pytest.mark.parametrize(
+    "rest", [[0.0, 0.0, 0.0], [-1.0, -2.0, -3.0], [1.0, -1.0, 0.0], [1.0, -0.9999, 0.0], [1e-9, 1e-9, 1e-9]]
+)
 def test_fuse_takes_the_mean_where_scores_do_not_sum_to_something(rest):
     tokens, _, out = reduce("fuse", [[5.0, *rest]], [1])
     assert_close(out.x[1], tokens.x[1:].mean(0))
