@@ -152,14 +152,16 @@ class _Search:
         if ends == (tried[1].macs < target):
             low, high, ends = self._crossing(target, tried)
 
+        def off(found: Calibration) -> float:
+            return abs(found.macs - target)
+
         for _ in range(40):
-            best = min(tried, key=lambda c: abs(c.macs - target))
-            if abs(best.macs - target) <= tolerance * target:
-                return best
+            if min(map(off, tried)) <= tolerance * target:
+                return min(tried, key=off)
             middle = (low + high) / 2
             tried.append(self.measure(self.at(middle)))
             low, high = (middle, high) if (tried[-1].macs < target) == ends else (low, middle)
-        raise BudgetError(self._out_of_reach(reduction, tried, best))
+        raise BudgetError(self._out_of_reach(reduction, tried, min(tried, key=off)))
 
     def at(self, place: float) -> float:
         """The knob's value at a place in its range, 0 .. 1."""
