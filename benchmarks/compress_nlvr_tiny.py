@@ -12,6 +12,10 @@ task's plus 0.1 L_align (MADTP, arXiv 2403.02991), plus a target for the anchors
 do not: a patch that shows a thing should lie near some anchor, a patch of ground near none. At the end the temperature is
 calibrated on the validation split, where every choice is made; the test split is read once, to report. A run resumes from
 WORK/compress_<percent>.pt.
+
+About 0.9 s a step at 50 % and 0.5 s at 80 %. The shipped weights took several such runs, each `--warm` from the last: 500 + 800
+steps at 50 %, 500 + 1,500 + 1,300 at 80 %, the first 500 of each without the words' targets. Test accuracy of 7,200 sentences:
+dense 96.1 %, at 50 % 94.8 %, at 80 % 87.2 %.
 """
 
 from __future__ import annotations
