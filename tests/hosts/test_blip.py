@@ -5,113 +5,14 @@ from __future__ import annotations
 import checks
 import pytest
 import torch
+from cases_blip import LENGTH, MASK, NAMES, SIZES, images, make, words
 from checks import Case, randomise, same
 
 import vltprune as vp
-from vltprune.models.blip import Blip, BlipNlvr, BlipVision
-from vltprune.models.med import MedEncoder
-
-LENGTH = 12
-ENDS = (5, 12, 8)  # tokens of each sentence
-TEXT = {"vocab_size": 40, "max_positions": LENGTH, "width": 32, "depth": 3, "heads": 4}
-SIZES = {
-    "image_size": 32,
-    "patch_size": 8,
-    "vision_width": 48,
-    "vision_depth": 3,
-    "vision_heads": 4,
-    "text_width": 32,
-    "text_depth": 3,
-    "text_heads": 4,
-    "vocab_size": 40,
-    "max_positions": LENGTH,
-    "merge_from": 1,
-}
-NAMES = ["vision", "text", "text, memory", "text, pairs", "blip", "nlvr"]
-MASK = (torch.arange(LENGTH) < torch.tensor(ENDS)[:, None]).long()
+from vltprune.models.blip import Blip, BlipNlvr
 
 
-def images(*shape: int):
-    return torch.randn(*shape, 3, 32, 32) * torch.tensor([0.5, 1.0, 2.0]).view(3, *[1] * (len(shape) + 2))
-
-
-def words(sentences: int = 3):
-    return torch.randint(1, 40, (sentences, LENGTH))
-
-
-def text_case(images_per_sentence: int) -> Case:
-    k = images_per_sentence
-    model = MedEncoder(**TEXT, memory_width=24 if k else None, images=max(k, 1), merge_from=1)
-    ids, memory = words(), (torch.randn(3 * k, 9, 24),) if k else ()
-
-    def alone(i):
-        return (ids[i : i + 1, : ENDS[i]], MASK[i : i + 1, : ENDS[i]], *(m[i * k : (i + 1) * k] for m in memory))
-
-    def dense(*inputs):
-        return model(*inputs) * MASK[..., None]
-
-    return Case(
-        randomise(model), (ids, MASK, *memory), {"text": [[0]] * 3}, dense=dense, alone=alone, idle=("key.bias",)
-    )
-
-
-def make(name: str) -> Case:
-    if name.startswith("text"):
-        return text_case({"text": 0, "text, memory": 1, "text, pairs": 2}[name])
-    if name == "vision":
-        model = BlipVision(image_size=32, patch_size=8, width=32, depth=3, heads=4)
-        return Case(randomise(model), (images(3),), {"image": [[0]] * 3})
-
-    model = randomise(BlipNlvr(**SIZES) if name == "nlvr" else Blip(**SIZES))
-    ids, image, text = words(), {"image": [[0]] * (6 if name == "nlvr" else 3)}, {"text": [[0]] * 3}
-    pictures = images(3, 2) if name == "nlvr" else images(3)
-    return Case(
-        model,
-        (pictures, ids, MASK),
-        image | text,
-        alone=lambda i: (pictures[i : i + 1], ids[i : i + 1, : ENDS[i]]),
-        idle=("key.bias",),
-    )
-
-
-every = pytest.mark.parametrize("name", NAMES)
-with_presets = pytest.mark.parametrize("preset", checks.PRESETS)
-
-
-@every
-@pytest.mark.parametrize("reducer", checks.REDUCERS)
-def test_keep_all_is_the_host(name, reducer):
-    checks.keep_all_is_the_host(make(name), reducer)
-
-
-@every
-def test_the_dense_model_stays(name):
-    checks.the_dense_model_stays(make(name))
-
-
-@every
-@with_presets
-def test_batch_mates_do_not_matter(name, preset):
-    checks.batch_mates_do_not_matter(make(name), preset)
-
-
-@every
-@pytest.mark.parametrize("preset", ["madtp", "random"])  # one that merges and one that drops
-def test_depths_are_sound(name, preset):
-    checks.depths_are_sound(make(name), preset)
-
-
-@every
-def test_gradients_reach(name):
-    checks.gradients_reach(make(name))
-
-
-@every
-def test_reducing_early_changes_nothing(name):
-    checks.reducing_early_changes_nothing(make(name))
-
-
-@every
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_large_batches(name):
     case = make(name)
@@ -222,20 +123,6 @@ def test_what_stands_behind_the_end_never_matters(name, preset):
     assert torch.equal(pruned(ids, *rest), pruned(other, *rest))
 
 
-@pytest.mark.parametrize("kind", [Blip, BlipNlvr])
-def test_one_guide_serves_both_towers(kind):
-    model = randomise(kind(**SIZES))
-    pruned = Case(model, (), {}).pruned()
-    assert pruned.visual.guide is pruned.text.guide is pruned.pruning.guide
-    own = {id(parameter) for parameter in pruned.pruning.guide.parameters()}
-    assert {id(p) for p in pruned.parameters()} == {id(p) for p in model.parameters()} | own
-    with vp.collect() as traces:
-        pruned(images(3, 2) if kind is BlipNlvr else images(3), words(), MASK)
-    image, text = (trace.aligned for trace in traces)
-    vp.losses.alignment(image, text, images=kind.images_per_sentence).backward()
-    assert pruned.pruning.guide.anchors.grad.any()
-
-
 @pytest.mark.parametrize("name", ["text", "text, memory", "blip", "nlvr"])
 def test_dropout_is_the_hosts(name):
     """All of it, so that chance has no say; and in training only."""
@@ -265,16 +152,6 @@ def test_sentences_that_do_not_fit_their_images_are_refused(name, sentences):
     for model in (case.model, case.pruned()):
         with pytest.raises(ValueError, match=f"{sentences} sentences cannot be about"):
             model(pictures, words(sentences))
-
-
-def test_towers_and_depths_that_are_not_there():
-    case = make("nlvr")
-    with pytest.raises(ValueError, match=r"'audio'.*image, text"):
-        case.pruned(at={"audio": None})
-    with pytest.raises(ValueError, match=r"text tower has depths 0 \.\. 2"):
-        case.pruned(at={"text": (3,)})
-    with pytest.raises(TypeError, match="pruned already"):
-        vp.prune(case.pruned(), "random")
 
 
 def test_a_subclass_is_not_guessed_at():
