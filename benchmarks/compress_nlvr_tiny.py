@@ -30,16 +30,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nlvr_tiny_pairs import Drawn
+from nlvr_tiny_pairs import PATCH, Drawn
 from nlvr_tiny_targets import Contents, PhraseHeads
 from torch import Tensor, nn
 from train_nlvr_tiny import GROUNDED, SENTENCES, WIDTH, build_model, schedule, score
 
 import vltprune as vp
 from vltprune import losses
+from vltprune.data.drawing import SIDE
 from vltprune.models import zoo
 
-ALIGN, THINGS, GROUNDING = 0.1, 0.3, 0.5  # weights of the added losses
+ALIGN, CHOOSING, GROUNDING = 0.1, 0.3, 0.5  # weights of the added losses
+REACH = (SIDE, 8.0, 5.0, 5.0)  # at each pruned depth: how far from its thing's centre a patch may lie and stay, pixels
+SHARP, MISSED = 2.0, 2.0  # slope of the choice in units of the mean score; how much worse a miss is than a false keep
 ROUND = 100  # steps between calibrations
 
 
@@ -58,6 +61,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--reduction", type=float, required=True, help="share of the dense MACs to save")
     parser.add_argument("--pairs", type=int, default=16000, help="train pairs, as drawn by train_nlvr_tiny.py")
     parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--choosing", type=float, default=0.3)
+    parser.add_argument("--reach", type=float, nargs="+", default=[SIDE,8.,5.,5.])
     parser.add_argument("--batch", type=int, default=16, help="pairs a step")
     parser.add_argument("--sentences", type=int, default=8, help="sentences a pair")
     parser.add_argument("--rate", type=float, default=4e-4)
@@ -86,13 +91,17 @@ class Compression:
         config = vp.preset("madtp").replace(
             guide=f"codebook(anchors={options.anchors})",
             reducer=options.reducer,
+            keep="threshold(temperature=1000)",
             at={"image": options.image_at, "text": options.text_at},
         )
         self.model: Any = vp.prune(self.dense, config)
         self.phrases, self.contents = PhraseHeads(WIDTH), Contents(options.pairs)
         self.phrases.load_state_dict(torch.load(self.work / "read.pt", weights_only=True)["phrases"])
         if options.warm:
-            self.model.load_state_dict(torch.load(options.warm, weights_only=True)["model"])
+            self.model.load_state_dict(vp.load(options.warm).state_dict())
+        self.scored: list[tuple[vp.PackedTokens, Tensor]] = []
+        for pruner in self.model.pruning.towers["image"].pruners.values():
+            pruner.scorer.register_forward_hook(lambda scorer, inputs, scores: self.scored.append((inputs[0], scores)))
         self.tuned = [*self.model.parameters(), *self.phrases.parameters()]
         self.optimizer = torch.optim.AdamW(self.tuned, lr=options.rate, weight_decay=0.05, betas=(0.9, 0.98))
 
@@ -104,26 +113,19 @@ class Compression:
         rng, began, seen = np.random.default_rng((2, start)), time.time(), []
         for step in range(start, self.options.steps):
             if step % ROUND == 0 or step == start:
-                self._calibrate(self.target(step))
+                self._calibrate(self.options.reduction)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.options.rate * schedule(step, self.options.steps)
             seen.append(self._step(rng))
             if (step + 1) % ROUND == 0:
-                task, align, things, hits = np.mean(seen, axis=0)
+                task, align, choosing, hits = np.mean(seen, axis=0)
                 each = (time.time() - began) / (step + 1 - start)
                 self.log(
-                    f"{step + 1} {each:.3f} s/step task {task:.4f} align {align:.3f} things {things:.3f} train {hits:.4f}"
+                    f"{step + 1} {each:.3f} s/step task {task:.4f} align {align:.3f} choosing {choosing:.3f} train {hits:.4f}"
                 )
                 seen = []
             if (step + 1) % 500 == 0:
                 self._keep(step + 1)
-
-    def target(self, step: int) -> float:
-        """The reduction to train at: 50 % at first, the whole after a fifth of the steps; the whole from warm weights."""
-        if self.options.warm:
-            return self.options.reduction
-        done = min(step / (0.2 * self.options.steps), 1.0)
-        return 0.5 + (self.options.reduction - 0.5) * done
 
     def finish(self) -> None:
         """Calibrate on validation, report validation and test with the weights as they are stored, and save."""
@@ -133,12 +135,9 @@ class Compression:
         folder = folder / f"blip_nlvr_tiny_madtp.p{round(100 * self.options.reduction)}{self.options.name or ''}"
         vp.save(self.model, folder, dtype=torch.float16)
         stored = vp.load(folder)
-        test = Drawn(self.work, "test", 1200, 6)
-        report = {
-            "val": score(stored, self.val),
-            "test": score(stored, test),
-            "config": stored.pruning.config.to_dict(),
-        }
+        report = {"config": stored.pruning.config.to_dict(), "val": score(stored, self.val)}
+        if self.options.name is None:
+            report["test"] = score(stored, Drawn(self.work, "test", 1200, 6))
         self.log(json.dumps(report))
         (self.work / f"{self.label}.json").write_text(json.dumps(report, indent=2) + "\n")
 
@@ -156,17 +155,18 @@ class Compression:
         images = self.train_pairs.images(rows).unflatten(0, (-1, 2))
 
         self.model.train()
-        with vp.collect() as (traces):
+        self.scored.clear()
+        with vp.collect() as traces:
             logits = self.model(images, ids, mask)
         task, align = F.cross_entropy(logits, labels), losses.alignment(*(t.aligned for t in traces), images=2)
-        things = things_stand_out(traces[0], self.train_pairs.targets(rows)[..., 0] > 0)
+        choosing = scores_choose(self.scored, self.train_pairs.targets(rows), options.reach)
         grounding = self._grounding(traces[1], ids, np.repeat(rows, options.sentences))
         self.optimizer.zero_grad()
-        (task + ALIGN * align + THINGS * things + GROUNDING * grounding).backward()
+        (task + ALIGN * align + options.choosing * choosing + GROUNDING * grounding).backward()
         nn.utils.clip_grad_norm_(self.tuned, 1.0)
         self.optimizer.step()
         hits = (logits.argmax(-1) == labels).float().mean()
-        return float(task.detach()), float(align.detach()), float(things.detach()), float(hits)
+        return float(task.detach()), float(align.detach()), float(choosing.detach()), float(hits)
 
     def _grounding(self, trace: vp.PruneTrace, ids: Tensor, pairs: np.ndarray) -> Tensor:
         """What the words and the summary should have found, as when the dense model learnt to read."""
@@ -212,18 +212,30 @@ class Compression:
         return kept["step"]
 
 
-def things_stand_out(trace: vp.PruneTrace, shown: Tensor) -> Tensor:
-    """Whether a token's nearest anchor tells things from ground: mean over depths of a binary cross-entropy.
+def to_keep(targets: Tensor, reach: float) -> Tensor:
+    """Which patches should stay, bool [images, patches]: those of a thing whose centre lies within `reach` pixels."""
+    grid = SIDE // PATCH
+    place = (torch.arange(grid) + 0.5) * PATCH
+    middle = torch.stack([place.repeat(grid), place.repeat_interleave(grid)], -1)  # x, y of each patch
+    off = (targets[..., 4:].float() - middle).abs().amax(-1)
+    return (targets[..., 0] > 0) & (off <= reach) | (targets[..., 3] > 0)
 
-    shown [images, patches] bool: which patches show a thing. Tokens that stand for several are not asked.
+
+def scores_choose(scored: list[tuple[PackedTokens, Tensor]], targets: Tensor, reaches) -> Tensor:
+    """Whether scores tell what should stay: mean over depths of a binary cross-entropy.
+
+    A token's score is compared with the mean of its instance, which is where a hot threshold lies. Tokens that stand for
+    several are not asked. scored: tokens and scores [total] of each depth; targets [images, patches, 6].
     """
     losses = []
-    for guidance in (step.guidance for step in trace.steps if step.guidance is not None):
-        tokens = guidance.mapped
+    for (tokens, scores), reach in zip(scored, reaches, strict=False):
         asked = tokens.free if tokens.size is None else tokens.free & (tokens.size == 1)
-        near = guidance.affinity.amax(-1) / tokens.x.shape[-1] ** 0.5
-        wanted = shown[tokens.layout.instance, (tokens.position - 1).clamp(min=0)].float()
-        losses.append(F.binary_cross_entropy_with_logits(near[asked], wanted[asked]))
+        many = torch.tensor(tokens.layout.lengths) - 1
+        instance = tokens.layout.instance
+        beyond = SHARP * (scores * many[instance] - 1)
+        wanted = to_keep(targets, reach)[instance, (tokens.position - 1).clamp(min=0)].float()
+        weight = torch.where(wanted > 0, MISSED, 1.0)
+        losses.append(F.binary_cross_entropy_with_logits(beyond[asked], wanted[asked], weight[asked]))
     return torch.stack(losses).mean()
 
 

@@ -1,0 +1,102 @@
+"""`prune` from end to end, on models of every library."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import vltprune as vp
+from vltprune import cli
+
+
+def test_prune_a_timm_model_to_a_budget(photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    argv = ["prune", "vit_tiny_patch16_224_madtp", str(photos), "--output", str(output), "--reduction", "0.4"]
+    argv += ["--guide", "codebook(anchors=8)", "--keep", "ratio", "--batch-size", "2", "--pictures", "2"]
+    assert cli.main(argv) == 0
+    captured = capsys.readouterr()
+    assert "RANDOM weights" in captured.err
+    assert "placing its anchors" in captured.err
+    assert "warning" not in captured.err
+    assert "skipped 2 of 5 files" in captured.out
+    assert all(f"cannot read {photos / name}" in captured.err for name in ("broken.jpg", "cut.jpg"))
+
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["macs_saved"] == pytest.approx(0.4, abs=0.02)
+    assert list(summary["pictures"]) == ["a.jpg", "b.png", "c.webp"]
+    assert set(summary["unreadable"]) == {"broken.jpg", "cut.jpg"}
+    assert all(len(one["tokens"]) == 13 and one["tokens"][0] == 197 for one in summary["pictures"].values())
+    with safe_open(output / "features.safetensors", "pt") as file:
+        assert file.get_tensor("features").shape == (3, 192)
+        assert json.loads(file.metadata()["files"]) == list(summary["pictures"])
+    assert sorted(path.name for path in (output / "pictures").iterdir()) == ["a.jpg.png", "b.png.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "width"),
+    [
+        (["clip_vit_s_32_alt", "--preset", "evit"], 256),
+        (["blip_tiny_random", "--keep", "ratio(ratio=0.5)", "--at", "1,3"], 128),
+        (["vit_tiny_patch16_224", "--scorer", "random", "--keep", "ratio", "--guide", "none", "--at", "0.5"], 192),
+    ],
+)
+def test_prune_models_of_every_library(arguments, width, photos, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert cli.main(["prune", *arguments, str(photos), "--output", str(output), "--limit", "1", "--pictures", "0"]) == 0
+    assert "1 pictures" in capsys.readouterr().out
+    assert not (output / "pictures").exists()
+    with safe_open(output / "features.safetensors", "pt") as file:
+        assert file.get_tensor("features").shape == (1, width)
+
+
+def test_prune_gives_the_features_of_the_library(photos, tmp_path):
+    """With every token kept, features are the dense model's under the library's own preprocessing."""
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    weights, output = tmp_path / "weights", tmp_path / "out"
+    dense = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    vp.save(dense, weights)
+    reset = timm.create_model("vit_tiny_patch16_224").eval()
+    vp.save(reset, weights)
+    argv = ["prune", "vit_tiny_patch16_224_random", str(photos), "--keep", "ratio(ratio=1.0)", "--limit", "1"]
+    assert cli.main([*argv, "--pretrained", str(weights / "model.safetensors"), "--output", str(output)]) == 0
+
+    image = create_transform(**resolve_data_config({}, model=reset))(Image.open(photos / "a.jpg"))
+    reset.reset_classifier(0)
+    with torch.no_grad(), safe_open(output / "features.safetensors", "pt") as file:
+        torch.testing.assert_close(file.get_tensor("features"), reset(image[None]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["vit_tiny_patch16_224_evit", "--preset", "madtp"], "names a preset already"),
+        (["vit_tiny_patch16_224", "--preset", "evitt"], "did you mean evit"),
+        (["vit_tiny_patch16_224_evit", "--at", "first"], "--at 'first'"),
+        (["vit_tiny_patch16_224_evit", "--at", "40"], "depths 0 .. 11"),
+        (["vit_tiny_patch16_224_evit", "--reduction", "1.5"], "between 0 and 1"),
+        (["vit_tiny_patch16_224_evit", "--at", "11", "--reduction", "0.9"], "out of reach"),
+        (["vit_tiny_patch16_224_evit", "--guide", "none", "--scorer", "madtp"], "reads the alignment guide"),
+        (["vit_tiny_patch16_224_evit", "--pretrained", "nowhere.pth"], "there is no file nowhere.pth"),
+        (["vit_tiny_patch16_22"], "did you mean"),
+    ],
+)
+def test_prune_refusals(arguments, complaint, photos, tmp_path, fails):
+    model, *options = arguments
+    argv = ["prune", model, str(photos), "--output", str(tmp_path / "out"), "--limit", "1", *options]
+    assert complaint in fails(*argv)
+
+
+def test_prune_needs_a_folder_of_pictures(photos, tmp_path, fails):
+    output = ["--output", str(tmp_path / "out")]
+    (tmp_path / "empty").mkdir()
+    assert "there is no folder" in fails("prune", "vit_tiny_patch16_224_evit", str(photos / "a.jpg"), *output)
+    assert "has no pictures" in fails("prune", "vit_tiny_patch16_224_evit", str(tmp_path / "empty"), *output)
+    for name in ("a.jpg", "b.png", "c.webp"):
+        (photos / name).unlink()
+    assert "none of the 2" in fails("prune", "vit_tiny_patch16_224_evit", str(photos), *output)
