@@ -48,6 +48,16 @@ class AttentionStats:
         return self.values[stat]
 
 
+@dataclass(frozen=True)
+class _Logits:
+    """What becomes of the dot products: their scale, whom a token sees, what is added per key, dropout of the weights."""
+
+    scale: float
+    causal: bool
+    key_bias: Tensor | None
+    dropout: float
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -103,15 +113,15 @@ def attend_with_stats(
     if Stat.SUMMARY in needs and tokens.summary is None:
         raise ValueError("Stat.SUMMARY needs a summary token, and these tokens have none")
 
-    values: dict[Stat, Tensor] = {}
+    rules, values = _Logits(scale, causal, key_bias, dropout), {}
     if Stat.RECEIVED in needs:
         with_map = _attend_padded if _is_small(q, tokens.layout, tokens.layout) else _attend_by_rows
-        out, values[Stat.RECEIVED] = with_map(q, k, v, tokens, scale, causal, key_bias, dropout)
+        out, values[Stat.RECEIVED] = with_map(q, k, v, tokens, rules)
     else:
         out = attend(q, k, v, tokens.layout, scale, causal=causal, key_bias=key_bias, dropout=dropout)
 
     if Stat.SUMMARY in needs:
-        values[Stat.SUMMARY] = _summary_attention(q, k, tokens, scale, causal, key_bias)
+        values[Stat.SUMMARY] = _summary_attention(q, k, tokens, rules)
     if Stat.CONTEXT in needs:
         values[Stat.CONTEXT] = out.norm(dim=-1)
     if Stat.KEY in needs:
@@ -156,41 +166,23 @@ def _future(rows: int, start: int, keys: int, like: Tensor) -> Tensor:
     return hidden.triu(start + 1)
 
 
-def _attend_padded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: PackedTokens,
-    scale: float,
-    causal: bool,
-    key_bias: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules: _Logits) -> tuple[Tensor, Tensor]:
     """Output [total, heads, head_dim] and RECEIVED [total], all instances at once: for maps that are small anyway."""
     layout = tokens.layout
-    queries, keys, values = (_by_head(t, layout) for t in (q * scale, k, v))
-    logits, bias = queries @ keys.transpose(2, 3), _padded_bias(q, layout, key_bias)
+    queries, keys, values = (_by_head(t, layout) for t in (q * rules.scale, k, v))
+    logits, bias = queries @ keys.transpose(2, 3), _padded_bias(q, layout, rules.key_bias)
     logits = logits if bias is None else logits + bias
-    weight = (logits + _future(layout.longest, 0, layout.longest, q) if causal else logits).softmax(-1)
+    weight = (logits + _future(layout.longest, 0, layout.longest, q) if rules.causal else logits).softmax(-1)
 
     received = (segments.pad(tokens.free.to(q.dtype), layout)[:, None] @ weight.amax(1)).squeeze(1)
-    out = (F.dropout(weight, dropout) if dropout else weight) @ values
+    out = (F.dropout(weight, rules.dropout) if rules.dropout else weight) @ values
     return segments.flat(out.transpose(1, 2), layout), segments.flat(received, layout)
 
 
-def _attend_by_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tokens: PackedTokens,
-    scale: float,
-    causal: bool,
-    key_bias: Tensor | None,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
+def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules: _Logits) -> tuple[Tensor, Tensor]:
     """Output [total, heads, head_dim] and RECEIVED [total], instance by instance, a block of query rows at a time."""
     lengths = tokens.layout.lengths
-    biases = [None] * len(lengths) if key_bias is None else key_bias.split(lengths)
+    biases = [None] * len(lengths) if rules.key_bias is None else rules.key_bias.split(lengths)
     free = tokens.free.to(q.dtype).split(lengths)
     outputs, received = [], []
 
@@ -201,33 +193,31 @@ def _attend_by_rows(
         total = one_q.new_zeros(len(one_q))
         for start in range(0, len(one_q), _ROWS):
             rows = one_q[start : start + _ROWS]
-            logits = torch.bmm(rows.transpose(0, 1) * scale, keys)
+            logits = torch.bmm(rows.transpose(0, 1) * rules.scale, keys)
             if bias is not None:
                 logits = logits + bias
-            if causal:
+            if rules.causal:
                 logits = logits + _future(len(rows), start, len(one_q), logits)
             weight = logits.softmax(-1)
             total = total + seen[start : start + _ROWS] @ weight.amax(0)
-            weight = F.dropout(weight, dropout) if dropout else weight
+            weight = F.dropout(weight, rules.dropout) if rules.dropout else weight
             outputs.append(torch.bmm(weight, values).transpose(0, 1))
         received.append(total)
 
     return torch.cat(outputs), torch.cat(received)
 
 
-def _summary_attention(
-    q: Tensor, k: Tensor, tokens: PackedTokens, scale: float, causal: bool, key_bias: Tensor | None
-) -> Tensor:
+def _summary_attention(q: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits) -> Tensor:
     """The summary token's own row of the map, [total, heads]: one query an instance."""
     layout = tokens.layout
     assert tokens.summary is not None
     query = tokens.with_x(q.flatten(1)).read(tokens.summary).unflatten(1, q.shape[1:])
-    logits = (k * query[layout.instance]).sum(-1) * scale
-    if key_bias is not None:
-        logits = logits + key_bias[:, None]
+    logits = (k * query[layout.instance]).sum(-1) * rules.scale
+    if rules.key_bias is not None:
+        logits = logits + rules.key_bias[:, None]
 
     seen = torch.ones_like(tokens.protected)
-    if causal:
+    if rules.causal:
         last = segments.pad(torch.where(tokens.summary, layout.slot, -1), layout, -1).amax(1)
         seen = layout.slot <= last[layout.instance]
     return segments.softmax(logits, layout, seen)

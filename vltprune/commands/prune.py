@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..factory import Name
 from ..flops import Meter
 from ..hosts.base import find_composite
 from ..presets import preset
-from ..pruner import PruneTrace, Pruning, UntrainedGuideWarning, collect
+from ..pruner import PruneTrace, Pruning, collect
 from ..tokens import PackedTokens
 from . import common, pictures
 from .preprocess import Preprocessing
@@ -133,9 +132,7 @@ def prepare(model: Any, reader: Reader, args: argparse.Namespace) -> dict[str, A
     number = sum(map(len, images))
     if untrained and images:
         common.say(f"vltprune: the guide is untrained: placing its anchors by k-means on tokens of {number} pictures")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UntrainedGuideWarning)  # it is being mended
-            budget.fit_guide(model, images)
+        budget.fit_guide(model, images)
     done: dict[str, Any] = {"guide_fitted_on": number} if untrained else {}
     if args.reduction is None or not images:
         return done

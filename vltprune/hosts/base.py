@@ -110,6 +110,16 @@ class Composite(ABC):
         return 0.0
 
 
+class ImageAndText(Composite):
+    """A model that holds its towers as `visual` and `text`."""
+
+    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+        return {"image": (model.visual, find_host(model.visual)), "text": (model.text, find_host(model.text))}
+
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
+        return with_submodule(with_submodule(model, "visual", towers["image"]), "text", towers["text"])
+
+
 def find_host(tower: nn.Module) -> Host:
     """The host of a tower, by exact type. TypeError, with what is supported, for a type or block we cannot take apart."""
     found = _find(tower)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..layers.site import Site
 from ..models.med import Attention, MedEncoder, MedLayer
 from ..registry import hosts
 from ..tokens import Layout, PackedTokens
-from .base import Composite, Host, find_host, with_submodule
+from .base import Host, ImageAndText
 from .timm import Vit
 
 Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that image, one instance a group
@@ -89,14 +89,8 @@ class MedHost(Host):
 
 @hosts.register("vltprune.models.blip.Blip")
 @hosts.register("vltprune.models.blip.BlipNlvr")
-class BlipComposite(Composite):
+class BlipComposite(ImageAndText):
     """Both towers of BLIP under one guide."""
-
-    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
-        return {"image": (model.visual, find_host(model.visual)), "text": (model.text, find_host(model.text))}
-
-    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
-        return with_submodule(with_submodule(model, "visual", towers["image"]), "text", towers["text"])
 
     def head_macs(self, model: Any) -> float:
         head = getattr(model, "head", nn.Identity())

@@ -15,7 +15,7 @@ from ..checks import check_images
 from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import PackedTokens
-from .base import Composite, Host, by_tiles, check_blocks, find_host, weighted_mean, with_submodule
+from .base import Composite, Host, ImageAndText, by_tiles, check_blocks, find_host, weighted_mean, with_submodule
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
 
@@ -220,14 +220,8 @@ class TimmTower(Host):
 
 
 @hosts.register("open_clip.model.CustomTextCLIP")
-class CustomTextClip(Composite):
+class CustomTextClip(ImageAndText):
     """open_clip's CustomTextCLIP: two towers, one guide."""
-
-    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
-        return {"image": (model.visual, find_host(model.visual)), "text": (model.text, find_host(model.text))}
-
-    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
-        return with_submodule(with_submodule(model, "visual", towers["image"]), "text", towers["text"])
 
 
 @hosts.register("open_clip.model.CLIP")
