@@ -24,6 +24,7 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ from vltprune import losses
 from vltprune.data.drawing import SIDE
 from vltprune.models import zoo
 
-ALIGN, CHOOSING, GROUNDING = 0.1, 0.3, 0.5  # weights of the added losses
-REACH = (SIDE, 8.0, 5.0, 5.0)  # at each pruned depth: how far from its thing's centre a patch may lie and stay, pixels
+ALIGN, CHOOSING, GROUNDING = 0.1, 0.5, 0.5  # weights of the added losses
 SHARP, MISSED = 2.0, 2.0  # slope of the choice in units of the mean score; how much worse a miss is than a false keep
 ROUND = 100  # steps between calibrations
 
@@ -60,18 +60,23 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of train_nlvr_tiny.py")
     parser.add_argument("--reduction", type=float, required=True, help="share of the dense MACs to save")
     parser.add_argument("--pairs", type=int, default=16000, help="train pairs, as drawn by train_nlvr_tiny.py")
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--choosing", type=float, default=0.3)
-    parser.add_argument("--reach", type=float, nargs="+", default=[SIDE,8.,5.,5.])
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=16, help="pairs a step")
     parser.add_argument("--sentences", type=int, default=8, help="sentences a pair")
-    parser.add_argument("--rate", type=float, default=4e-4)
+    parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--anchors", type=int, default=32)
     parser.add_argument("--reducer", default="fuse")
-    parser.add_argument("--image-at", type=int, nargs="+", default=[0, 1, 2, 3], help="image layers that prune")
+    parser.add_argument("--image-at", type=int, nargs="+", default=[0, 1], help="image layers that prune")
+    parser.add_argument(
+        "--reach",
+        type=float,
+        nargs="+",
+        default=[96, 5],
+        help="of each of them: how far from its thing's centre, in pixels, a patch may lie and still be asked to stay",
+    )
     parser.add_argument("--text-at", type=int, nargs="+", default=[2, 3], help="text layers that prune")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--warm", type=Path, help="checkpoint of an earlier run to start from, at the whole reduction")
+    parser.add_argument("--warm", type=Path, help="folder of a compressed model to go on from")
     parser.add_argument("--name", help="folder under WORK for trials instead of the package's own weights")
     return parser.parse_args()
 
@@ -162,7 +167,7 @@ class Compression:
         choosing = scores_choose(self.scored, self.train_pairs.targets(rows), options.reach)
         grounding = self._grounding(traces[1], ids, np.repeat(rows, options.sentences))
         self.optimizer.zero_grad()
-        (task + ALIGN * align + options.choosing * choosing + GROUNDING * grounding).backward()
+        (task + ALIGN * align + CHOOSING * choosing + GROUNDING * grounding).backward()
         nn.utils.clip_grad_norm_(self.tuned, 1.0)
         self.optimizer.step()
         hits = (logits.argmax(-1) == labels).float().mean()
@@ -221,14 +226,15 @@ def to_keep(targets: Tensor, reach: float) -> Tensor:
     return (targets[..., 0] > 0) & (off <= reach) | (targets[..., 3] > 0)
 
 
-def scores_choose(scored: list[tuple[PackedTokens, Tensor]], targets: Tensor, reaches) -> Tensor:
+def scores_choose(scored: list[tuple[vp.PackedTokens, Tensor]], targets: Tensor, reaches: Sequence[float]) -> Tensor:
     """Whether scores tell what should stay: mean over depths of a binary cross-entropy.
 
     A token's score is compared with the mean of its instance, which is where a hot threshold lies. Tokens that stand for
-    several are not asked. scored: tokens and scores [total] of each depth; targets [images, patches, 6].
+    several are not asked. scored: tokens and scores [total] of each pruned depth, `reaches` of each; targets [images,
+    patches, 6].
     """
     losses = []
-    for (tokens, scores), reach in zip(scored, reaches, strict=False):
+    for (tokens, scores), reach in zip(scored, reaches, strict=True):
         asked = tokens.free if tokens.size is None else tokens.free & (tokens.size == 1)
         many = torch.tensor(tokens.layout.lengths) - 1
         instance = tokens.layout.instance
