@@ -1,21 +1,19 @@
 """Fine-tunes `blip_nlvr_tiny` under MADTP to a share of its MACs, and writes the weights that the package carries.
 
     OMP_NUM_THREADS=1 python benchmarks/train_nlvr_tiny.py --work WORK          # first: the dense model and its data
-    OMP_NUM_THREADS=1 python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.5 --image-at 2
+    OMP_NUM_THREADS=1 python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.5 --image-at 2 --reach 96 --steps 2000
     OMP_NUM_THREADS=1 python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.8
 
-Three to six things need their tokens to the end, so the later image layers prune no further.
-
-Starts from WORK/dense.pt with anchors at the k-means centres of its own tokens. The reduction rises from 50 % to its target
-over the first part of the run; the temperature is recalibrated to it every 100 steps on training pairs. The loss is the
-task's plus 0.1 L_align (MADTP, arXiv 2403.02991), plus a target for the anchors that drawn images afford and photographs
-do not: a patch that shows a thing should lie near some anchor, a patch of ground near none. At the end the temperature is
-calibrated on the validation split, where every choice is made; the test split is read once, to report. A run resumes from
+Each starts from WORK/dense.pt with anchors at the k-means centres of its own tokens. The temperature is recalibrated to the
+reduction every 100 steps, on training pairs. The loss is the task's plus 0.1 L_align (MADTP, arXiv 2403.02991), plus two
+targets that drawn images afford and photographs do not: the scores of the image tower should choose patches that show a
+thing (at its second pruned layer: the middle of a thing, for three to six things need a token each to the end, and small ones
+lose theirs first), and words should find what they name, as when the dense model learnt to read. At the end the temperature
+is calibrated on the validation split, where every choice is made; the test split is read to report. A run resumes from
 WORK/compress_<percent>.pt.
 
-About 0.9 s a step at 50 % and 0.5 s at 80 %. The shipped weights took several such runs, each `--warm` from the last: 500 + 800
-steps at 50 %, 500 + 1,500 + 1,300 at 80 %, the first 500 of each without the words' targets. Test accuracy of 7,200 sentences:
-dense 96.1 %, at 50 % 94.8 %, at 80 % 87.2 %.
+About 0.9 s a step at 50 % and 0.6 s at 80 %, one core. Accuracy of the shipped weights on 4,800 validation and 7,200 test
+sentences: at 80 % 93.3 % and 93.2 %, dense 96.2 % and 96.1 %.
 """
 
 from __future__ import annotations
@@ -96,7 +94,7 @@ class Compression:
         config = vp.preset("madtp").replace(
             guide=f"codebook(anchors={options.anchors})",
             reducer=options.reducer,
-            keep="threshold(temperature=1000)",
+            keep="threshold(temperature=1000)",  # until calibrated: where the target is out of reach, near enough
             at={"image": options.image_at, "text": options.text_at},
         )
         self.model: Any = vp.prune(self.dense, config)
@@ -135,7 +133,7 @@ class Compression:
     def finish(self) -> None:
         """Calibrate on validation, report validation and test with the weights as they are stored, and save."""
         self.model.eval()
-        self._calibrate(self.options.reduction, self.val, range(0, 400, 4))
+        self._calibrate(self.options.reduction, self.val, range(0, 400, 2), tolerance=0.003)
         folder = zoo.WEIGHTS if self.options.name is None else self.work / "trials"
         folder = folder / f"blip_nlvr_tiny_madtp.p{round(100 * self.options.reduction)}{self.options.name or ''}"
         vp.save(self.model, folder, dtype=torch.float16)
@@ -186,13 +184,15 @@ class Compression:
         ids, mask, *_ = pairs.said(rows, chosen)
         return pairs.images(rows).unflatten(0, (-1, 2)), ids, mask
 
-    def _calibrate(self, reduction: float, pairs: Drawn | None = None, rows: range = range(48)) -> None:
+    def _calibrate(
+        self, reduction: float, pairs: Drawn | None = None, rows: range = range(48), tolerance: float = 0.01
+    ) -> None:
         batches = [
             self._inputs(pairs or self.train_pairs, part)
             for part in np.array_split(np.array(rows), -(-len(rows) // 50))
         ]
         try:
-            found = vp.calibrate(self.model, batches, reduction, tolerance=0.01)
+            found = vp.calibrate(self.model, batches, reduction, tolerance)
             self.log(
                 f"temperature {found.value:.4g} saves {found.reduction:.4f} of {found.dense_macs / 1e6:.1f} M MACs"
             )
@@ -233,7 +233,7 @@ def scores_choose(scored: list[tuple[vp.PackedTokens, Tensor]], targets: Tensor,
     several are not asked. scored: tokens and scores [total] of each pruned depth, `reaches` of each; targets [images,
     patches, 6].
     """
-    losses = []
+    each = []
     for (tokens, scores), reach in zip(scored, reaches, strict=True):
         asked = tokens.free if tokens.size is None else tokens.free & (tokens.size == 1)
         many = torch.tensor(tokens.layout.lengths) - 1
@@ -241,8 +241,8 @@ def scores_choose(scored: list[tuple[vp.PackedTokens, Tensor]], targets: Tensor,
         beyond = SHARP * (scores * many[instance] - 1)
         wanted = to_keep(targets, reach)[instance, (tokens.position - 1).clamp(min=0)].float()
         weight = torch.where(wanted > 0, MISSED, 1.0)
-        losses.append(F.binary_cross_entropy_with_logits(beyond[asked], wanted[asked], weight[asked]))
-    return torch.stack(losses).mean()
+        each.append(F.binary_cross_entropy_with_logits(beyond[asked], wanted[asked], weight[asked]))
+    return torch.stack(each).mean()
 
 
 if __name__ == "__main__":

@@ -134,8 +134,9 @@ def _write(folder: Path, outcomes: Mapping[str, Outcome], examples: Sequence[rep
         f"Measured on {questions:,} synthetic pairs (test split, seed {args.seed}), one sentence each; the accuracy has a "
         f"standard error of about {error:.1%}. MACs are multiply-accumulates of matrix products, pruning's own included. "
         f"Time is the median over batches of {_BATCH} sentences, relative to the dense model on the same batch, all models "
-        f"taking turns; {threads} thread{'s' * (threads > 1)}. Random pruning leaves the sentence alone, prunes the pictures at "
-        "the layers where MADTP does, and is calibrated on other pairs to the same MACs; 'tuned weights' are those that were trained under MADTP.",
+        f"taking turns; {threads} thread{'s' * (threads > 1)}. Random pruning leaves the sentence alone, prunes the "
+        "pictures at the layers where MADTP does, and is calibrated on other pairs to the same MACs; 'tuned weights' are "
+        "those that were trained under MADTP.",
     )
     (folder / "report.html").write_text(report.page(outcomes, examples, DENSE, notes), encoding="utf-8")
     results = {
