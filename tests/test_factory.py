@@ -79,7 +79,7 @@ def test_backbone_arguments_reach_it():
         (lambda: vp.create_model("blip_nlvr_tiny_madtp", keep="ratoi(ratio=1)"), LookupError, "did you mean ratio"),
         (lambda: vp.create_model("blip_nlvr_tiny", keep="ratio"), TypeError, "dense: append a preset or give pruning"),
         (lambda: vp.create_model("blip_tiny_madtp", pruning="evit"), ValueError, "already names the preset 'madtp'"),
-        (lambda: vp.create_model("blip_base", pretrained=True), LookupError, "no weights come with 'blip_base'"),
+        (lambda: vp.create_model("blip_tiny", pretrained=True), LookupError, "no weights come with 'blip_tiny'"),
         (lambda: vp.create_model("clip_vit_b_32", pretrained=True), ValueError, r"append a tag, one of .*\.openai"),
         (lambda: vp.list_models(library="keras"), ValueError, "there is vltprune, timm, open_clip"),
         (lambda: vp.preset("madpt"), LookupError, "did you mean madtp"),
@@ -113,7 +113,7 @@ class TestShippedWeights:
         model = vp.create_model("blip_nlvr_tiny")
         assert model.text.word.num_embeddings == len(WordTokenizer())
 
-    @pytest.mark.parametrize(("name", "least"), list(zip(NAMES, (0.9, 0.85, 0.7), strict=True)))
+    @pytest.mark.parametrize(("name", "least"), list(zip(NAMES, (0.9, 0.91, 0.86), strict=True)))
     def test_they_answer_held_out_questions(self, name, least):
         """A floor that 240 questions can tell from chance and from broken weights; `vltprune demo` measures."""
         from vltprune.evaluate import draw, evaluate
