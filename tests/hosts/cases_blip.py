@@ -6,6 +6,7 @@ import torch
 from checks import Case, randomise
 
 from vltprune.models.blip import Blip, BlipNlvr, BlipVision
+from vltprune.models.caption import BlipCaption
 from vltprune.models.med import MedEncoder
 
 LENGTH = 12
@@ -24,7 +25,7 @@ SIZES = {
     "max_positions": LENGTH,
     "merge_from": 1,
 }
-NAMES = ["vision", "text", "text, memory", "text, pairs", "blip", "nlvr"]
+NAMES = ["vision", "text", "text, memory", "text, pairs", "blip", "nlvr", "caption"]
 MASK = (torch.arange(LENGTH) < torch.tensor(ENDS)[:, None]).long()
 
 
@@ -52,7 +53,22 @@ def text_case(images_per_sentence: int) -> Case:
     )
 
 
+def caption_case() -> Case:
+    """One tower, and a decoder behind it that is not pruned."""
+    sizes = {key: value for key, value in SIZES.items() if key != "merge_from"}
+    model, pictures, ids = randomise(BlipCaption(**sizes, prompt=(), bos_id=39, eos_id=2)), images(3), words()
+    return Case(
+        model,
+        (pictures, ids),
+        {"image": [[0]] * 3},
+        alone=lambda i: (pictures[i : i + 1], ids[i : i + 1]),
+        idle=("key.bias",),
+    )
+
+
 def make(name: str) -> Case:
+    if name == "caption":
+        return caption_case()
     if name.startswith("text"):
         return text_case({"text": 0, "text, memory": 1, "text, pairs": 2}[name])
     if name == "vision":
