@@ -87,8 +87,18 @@ class MedHost(Host):
         return tokens.unpack()[0]
 
 
+@hosts.register("vltprune.models.med.QuestionEncoder")
+class QuestionHost(MedHost):
+    """The encoder of a question. A decoder looks at its tokens, and so it returns them packed, however many are left."""
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:  # type: ignore[override]
+        return tokens
+
+
 @hosts.register("vltprune.models.blip.Blip")
 @hosts.register("vltprune.models.blip.BlipNlvr")
+@hosts.register("vltprune.models.vqa.BlipVqa")
+@hosts.register("vltprune.models.retrieval.BlipRetrieval")
 class BlipComposite(ImageAndText):
     """Both towers of BLIP under one guide."""
 

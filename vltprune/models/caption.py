@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .blip import BlipVision, beginning_with
 from .decoder import MedDecoder, next_token_costs
 from .generation import Beam, Rules, Strategy
+from .med import MedEncoder
 
 _BEAMS = Beam(3)
 
@@ -43,9 +44,8 @@ class BlipCaption(nn.Module):
     ):
         super().__init__()
         self.visual = BlipVision(image_size, patch_size, vision_width, vision_depth, vision_heads, drop_path)
-        self.decoder = MedDecoder(
-            vocab_size, max_positions, text_width, text_depth, text_heads, memory_width=vision_width, dropout=dropout
-        )
+        body = MedEncoder(vocab_size, max_positions, text_width, text_depth, text_heads, vision_width, dropout=dropout)
+        self.decoder = MedDecoder(body)
         self.prompt = (bos_id, *prompt)
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
 

@@ -55,22 +55,14 @@ class Cache:
 class MedDecoder(nn.Module):
     """Token ids and a memory to the logits of each next token. The output weights are the word embedding's.
 
-    The arguments are those of `MedEncoder`; `memory_width` is the width of what it cross-attends to: image tokens, or
-    the states of a question. It is never pruned: it looks at what a pruned tower left.
+    body: the layers, with cross-attention to one memory: image tokens, or the states of a question. It is never pruned: it
+    looks at what a pruned tower left.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        max_positions: int,
-        width: int,
-        depth: int,
-        heads: int,
-        memory_width: int,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, body: MedEncoder):
         super().__init__()
-        self.body = MedEncoder(vocab_size, max_positions, width, depth, heads, memory_width, dropout=dropout)
+        vocab_size, width = body.word.weight.shape
+        self.body = body
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.bias = nn.Parameter(torch.zeros(vocab_size))

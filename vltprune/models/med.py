@@ -171,6 +171,10 @@ class MedEncoder(nn.Module):
         return x
 
 
+class QuestionEncoder(MedEncoder):
+    """A MedEncoder whose states are all read by what follows, not the first alone. Pruned, it hands them on packed."""
+
+
 def initialise(module: nn.Module) -> None:
     """BERT's: normal of deviation 0.02, zero biases."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
