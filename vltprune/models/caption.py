@@ -23,6 +23,8 @@ class BlipCaption(nn.Module):
     a caption, `pad_id` fills the row behind it.
     """
 
+    images_per_sentence = 1
+
     def __init__(
         self,
         image_size: int = 384,

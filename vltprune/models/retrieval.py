@@ -21,6 +21,8 @@ class BlipRetrieval(nn.Module):
     token where a sentence is read against an image. `embed_dim`: of the features; `temperature`: of their contrast.
     """
 
+    images_per_sentence = 1
+
     def __init__(
         self,
         image_size: int = 384,

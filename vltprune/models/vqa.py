@@ -23,6 +23,8 @@ class BlipVqa(nn.Module):
     question's first token and `bos_id` in that of an answer's. `eos_id` ends an answer, `pad_id` fills the row behind it.
     """
 
+    images_per_sentence = 1
+
     def __init__(
         self,
         image_size: int = 480,
