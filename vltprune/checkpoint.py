@@ -94,7 +94,7 @@ def save(
 
 
 def load_into(model: nn.Module, path: str | Path) -> None:
-    """Fill a model from a folder of ours, a .safetensors or a .pth: ours, Salesforce BLIP's, the MADTP reference's.
+    """Fill a model from a folder of ours, a .safetensors or a .pth: ours, or BLIP's of Salesforce, MADTP or transformers.
 
     What a file is, its keys tell. Raises CheckpointError as `load` does.
     """
