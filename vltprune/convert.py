@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Rules = tuple[tuple[str, str], ...]
+_Rules = tuple[tuple[str, str], ...]
 
 _LAYER = r"encoder\.layer\.(\d+)\."
-_BERT: Rules = (
+_BERT: _Rules = (
     (r"embeddings\.word_embeddings\.", "word."),
     (r"embeddings\.position_embeddings\.", "position."),
     (r"embeddings\.LayerNorm\.", "embedding_norm."),
@@ -30,7 +30,7 @@ _BERT: Rules = (
     (_LAYER + r"output\.dense\.", r"layers.\1.fc2."),
     (_LAYER + r"output\.LayerNorm\.", r"layers.\1.norm."),
 )
-_VIT: Rules = (
+_VIT: _Rules = (
     (r"embeddings\.class_embedding", "cls_token"),
     (r"embeddings\.position_embedding", "pos_embed"),
     (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
@@ -40,10 +40,10 @@ _VIT: Rules = (
     (r"encoder\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
     (r"post_layernorm\.", "norm."),
 )
-_HEAD: Rules = ((r"transform\.dense\.", "transform."), (r"transform\.LayerNorm\.", "norm."), (r"bias$", "bias"))
-_SAME: Rules = (("", ""),)
+_HEAD: _Rules = ((r"transform\.dense\.", "transform."), (r"transform\.LayerNorm\.", "norm."), (r"bias$", "bias"))
+_SAME: _Rules = (("", ""),)
 
-_PARTS: tuple[tuple[str, str, Rules], ...] = (  # what their keys begin with, what ours do, what becomes of the rest
+_PARTS: tuple[tuple[str, str, _Rules], ...] = (  # what their keys begin with, what ours do, what becomes of the rest
     ("visual_encoder.", "visual.", _SAME),  # Salesforce, MADTP
     ("vision_model.", "visual.", _VIT),  # transformers
     ("text_encoder.", "text.", _BERT),

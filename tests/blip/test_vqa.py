@@ -140,3 +140,5 @@ def test_refusals(model):
         model(pictures, ids, mask, answers)
     with pytest.raises(ValueError, match="2 sentences cannot be about 3 images"):
         model(pictures, ids[:2], mask[:2], answers)
+    with pytest.raises(ValueError, match=r"answer_ids must be \[answers, 2 or more\], \[CLS\] first; got \[4, 1\]"):
+        model.rank(pictures, ids, mask, answers[:, :1])

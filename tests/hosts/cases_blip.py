@@ -56,7 +56,7 @@ def text_case(images_per_sentence: int) -> Case:
 
 
 def task_case(name: str) -> Case:
-    """The models of a task. What stands behind their towers is not pruned, and sentences there have no padding."""
+    """The models of a task. What stands behind their towers, captions and answers, is not pruned, and has no padding here."""
     sizes = {key: value for key, value in SIZES.items() if key != "merge_from"}
     pictures, ids, answers = images(3), words(), words()[:, :5]
     if name == "caption":

@@ -84,7 +84,10 @@ class Momentum(nn.Module):
         if len(image) > self.queue:
             raise ValueError(f"queue={self.queue} cannot hold the {len(image)} pairs of one batch: give a longer one")
         place = (self.written + torch.arange(len(image), device=image.device)) % self.queue
-        self.images[place], self.texts[place] = image.to(self.images), text.to(self.texts)  # autocast may have made them half
+        self.images[place], self.texts[place] = (
+            image.to(self.images),
+            text.to(self.texts),
+        )  # autocast may have made them half
         self.ids[place] = image_ids
         self.written += len(image)
 

@@ -112,8 +112,10 @@ class BlipVqa(nn.Module):
 
         answer_ids, answer_mask [answers, length]: one list for all questions; the rest as in `read`. The k answers whose
         first word is likeliest are scored in full: minus the cost in training, which for BLIP is smoothed by 0.1; with
-        smoothing=0 it is the log-likelihood.
+        smoothing=0 it is the log-likelihood. Raises ValueError for answers without a word.
         """
+        if answer_ids.dim() != 2 or answer_ids.shape[1] < 2:
+            raise ValueError(f"answer_ids must be [answers, 2 or more], [CLS] first; got {list(answer_ids.shape)}")
         cache = self.read(images, input_ids, attention_mask)
         answer_ids, k = beginning_with(self.bos_id, answer_ids), min(k, len(answer_ids))
         start = answer_ids.new_full((cache.groups, 1), self.bos_id)
