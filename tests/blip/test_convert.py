@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import vltprune as vp
 from vltprune.checkpoint import load_into
+from vltprune.convert import from_blip
 
 TASKS = ("caption", "vqa", "retrieval")
 THEIRS = (  # ours, Salesforce's
@@ -133,9 +134,33 @@ def test_a_file_of_another_task_is_refused(tmp_path):
     file = write(salesforce(small.build("caption")), tmp_path)
     with pytest.raises(vp.CheckpointError, match=r"missing: host\.text\.word\.weight"):
         small.build("vqa", file)
-    del (state := salesforce(small.build("retrieval")))["temp"]
+    state = salesforce(small.build("retrieval"))
+    del state["temp"]
     with pytest.raises(vp.CheckpointError, match=r"1 missing: host\.temperature"):
         small.build("retrieval", write(state, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "kind"),
+    [
+        ("caption", "base", "BlipForConditionalGeneration"),
+        ("caption", "large", "BlipForConditionalGeneration"),
+        ("retrieval", "base", "BlipForImageTextRetrieval"),
+        ("retrieval", "large", "BlipForImageTextRetrieval"),
+        ("vqa", "base", "BlipForQuestionAnswering"),
+    ],
+)
+def test_published_sizes_have_the_published_keys_and_shapes(task, size, kind):
+    """transformers' classes at the sizes of the published models; image sizes are those of the model, or interpolated."""
+    transformers = pytest.importorskip("transformers")
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision, text = (vision, {"encoder_hidden_size": 1024}) if size == "large" else ({}, {})
+    with torch.device("meta"):
+        theirs = getattr(transformers, kind)(transformers.BlipConfig(vision_config=vision, text_config=text))
+        ours = vp.backbones[f"blip_{task}_{size}"]().state_dict()
+    nothing = {key: torch.zeros(()).expand(value.shape) for key, value in theirs.state_dict().items()}
+    dense, _ = from_blip(nothing, ours)
+    assert {key: value.shape for key, value in dense.items()} == {key: value.shape for key, value in ours.items()}
 
 
 @pytest.mark.parametrize("task", TASKS)
