@@ -33,7 +33,7 @@ def test_the_copy_follows(model):
     model.head.weight.add_(1.0)
     slow.follow(model)
     assert_close(slow.slow.head.weight, before + 0.1)
-    assert not list(p for p in slow.parameters() if p.requires_grad)
+    assert not [p for p in slow.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def test_negatives_are_never_of_the_same_image_and_mostly_hard():
         chosen = torch.stack([pair[which] for pair in drawn])
         assert (IDS[chosen] != IDS).all()
         for i in range(4):
-            chance = (similarity[i] / 0.07).masked_fill(IDS == IDS[i], -torch.inf).softmax(0)
+            chance = (similarity[i] / 0.07).masked_fill(IDS[i] == IDS, -torch.inf).softmax(0)
             assert_close(torch.bincount(chosen[:, i], minlength=4) / 2000, chance, atol=0.04, rtol=0)
     with pytest.raises(ValueError, match="pairs of one image only"):
         momentum._hard_negatives(image, text, torch.ones(4), torch.tensor(0.07))
