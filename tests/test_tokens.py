@@ -107,6 +107,18 @@ def test_select(case, seed):
 
 
 @given(cases(), seeds)
+def test_of(case, seed):
+    tokens, batch = case.tokens, case.tokens.layout.batch
+    which = torch.randint(batch, (batch + 1,), generator=generator(seed)).tolist()
+    picked = tokens.of(which)
+    rows = torch.arange(tokens.layout.total).split(tokens.layout.lengths)
+    index = torch.cat([rows[i] for i in which])
+    assert picked.layout.lengths == tuple(tokens.layout.lengths[i] for i in which)
+    assert torch.equal(picked.x, tokens.x[index])
+    assert torch.equal(picked.position, tokens.position[index])
+
+
+@given(cases(), seeds)
 def test_read_and_at(case, seed):
     tokens, g = case.tokens, generator(seed)
     slots = [int(torch.randint(0, n, (), generator=g)) for n in tokens.layout.lengths]

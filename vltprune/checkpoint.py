@@ -94,7 +94,7 @@ def save(
 
 
 def load_into(model: nn.Module, path: str | Path) -> None:
-    """Fill a model from a folder of ours, a .safetensors or a .pth: ours, Salesforce BLIP's, the MADTP reference's.
+    """Fill a model from a folder of ours, a .safetensors or a .pth: ours, or BLIP's of Salesforce, MADTP or transformers.
 
     What a file is, its keys tell. Raises CheckpointError as `load` does.
     """
@@ -129,16 +129,19 @@ def _pruning_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _wanted(model: nn.Module) -> dict[str, Tensor]:
+    return {_HOST + key: value for key, value in _host(model).state_dict().items()} | _pruning_state(model)
+
+
+def _host(model: nn.Module) -> nn.Module:
     record = getattr(model, "pruning", None)
-    host = model if record is None else record.host
-    return {_HOST + key: value for key, value in host.state_dict().items()} | _pruning_state(model)
+    return model if record is None else record.host
 
 
 def _own_keys(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], bool]:
     """A state dict in our keys, and whether it is only the pruning's."""
     pruned = _pruning_state(model)
     if convert.is_blip(state):
-        dense, anchors = convert.from_blip(state)
+        dense, anchors = convert.from_blip(state, _host(model).state_dict())
         own = {_HOST + key: value for key, value in dense.items()}
         if anchors is not None and pruned:
             own[f"{_PRUNING}guide.anchors"] = anchors

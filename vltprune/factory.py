@@ -60,10 +60,10 @@ def create_model(
 
     name: a backbone of this library ("blip_nlvr_base"), of timm under its own name ("vit_base_patch16_224") or of
     open_clip ("clip_vit_b_32" is its "ViT-B-32"); "_" and a preset prune it ("blip_base_madtp"); "." and a tag choose its
-    weights. pretrained: True for the weights that belong to the name, or the path
-    of a file or folder: our own, Salesforce BLIP's or the MADTP reference's, told apart by their keys. pruning: a
-    PruneConfig or preset instead of the one in the name. Arguments named scorer, keep, reducer, guide, at replace parts of
-    it; all others go to the backbone.
+    weights. pretrained: True for the weights that belong to the name, or the path of a file or folder: our own, BLIP's as
+    Salesforce, the MADTP reference or transformers write it, told apart by their keys. pruning: a PruneConfig or preset
+    instead of the one in the name. Arguments named scorer, keep, reducer, guide, at replace parts of it; all others go to
+    the backbone.
 
     Raises LookupError for unknown names, TypeError for arguments nobody takes, CheckpointError for weights that do not fit.
     """

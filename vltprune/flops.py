@@ -3,7 +3,8 @@
 Counted are matrix products (a multiply and an add are one MAC), attention and the pruners' own scoring included; norms,
 activations and softmax are not, as in torch's counter, which gives twice these numbers. Everything in a block but attention
 acts token by token, so a block's costs are measured on one and two tokens and the rest is arithmetic. An instance costs what
-it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted.
+it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted. Nor
+is a decoder behind the towers, of captions or answers: it is not pruned, and what it costs depends on how long it speaks.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -155,6 +156,13 @@ class PackedTokens:
         lengths = per_instance.index_add(0, layout.instance, keep.long()).tolist()
         index = keep.nonzero().squeeze(1)
         return self.take(index, Layout(tuple(lengths), layout.device))
+
+    def of(self, instances: Sequence[int]) -> PackedTokens:
+        """The tokens of these instances, in this order; one may be asked for several times."""
+        lengths, starts = self.layout.lengths, (0, *accumulate(self.layout.lengths))
+        rows = [row for i in instances for row in range(starts[i], starts[i] + lengths[i])]
+        layout = Layout(tuple(lengths[i] for i in instances), self.layout.device)
+        return self.take(torch.tensor(rows, device=self.x.device), layout)
 
     def take(self, index: Tensor, layout: Layout) -> PackedTokens:
         """The tokens at index [new total], which `layout` deals out to the instances."""

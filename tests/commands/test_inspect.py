@@ -27,6 +27,14 @@ def test_info_of_a_pruned_model(capsys):
         assert wanted in out
 
 
+@pytest.mark.parametrize("task", ["caption", "vqa", "retrieval"])
+def test_info_of_the_tasks_of_blip(capsys, task):
+    assert cli.main(["info", f"blip_{task}_tiny_madtp"]) == 0
+    out = capsys.readouterr().out
+    assert "image tower: 6 layers" in out
+    assert ("text tower: 4 layers" in out) == (task != "caption")
+
+
 def test_info_of_a_dense_model_takes_its_arguments(capsys):
     assert cli.main(["info", "vit_tiny_patch16_224", "img_size=64", "depth=2"]) == 0
     out = capsys.readouterr().out

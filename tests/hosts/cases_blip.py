@@ -6,7 +6,10 @@ import torch
 from checks import Case, randomise
 
 from vltprune.models.blip import Blip, BlipNlvr, BlipVision
+from vltprune.models.caption import BlipCaption
 from vltprune.models.med import MedEncoder
+from vltprune.models.retrieval import BlipRetrieval
+from vltprune.models.vqa import BlipVqa
 
 LENGTH = 12
 ENDS = (5, 12, 8)  # tokens of each sentence
@@ -24,7 +27,7 @@ SIZES = {
     "max_positions": LENGTH,
     "merge_from": 1,
 }
-NAMES = ["vision", "text", "text, memory", "text, pairs", "blip", "nlvr"]
+NAMES = ["vision", "text", "text, memory", "text, pairs", "blip", "nlvr", "caption", "vqa", "retrieval"]
 MASK = (torch.arange(LENGTH) < torch.tensor(ENDS)[:, None]).long()
 
 
@@ -52,7 +55,33 @@ def text_case(images_per_sentence: int) -> Case:
     )
 
 
+def task_case(name: str) -> Case:
+    """The models of a task. What stands behind their towers, captions and answers, is not pruned, and has no padding here."""
+    sizes = {key: value for key, value in SIZES.items() if key != "merge_from"}
+    pictures, ids, answers = images(3), words(), words()[:, :5]
+    if name == "caption":
+        model = BlipCaption(**sizes, prompt=(), bos_id=39, eos_id=2)
+        inputs, towers, idle = (pictures, ids), ("image",), ()
+    elif name == "vqa":
+        model = BlipVqa(**sizes, bos_id=39, enc_id=38, eos_id=2)
+        inputs, towers, idle = (pictures, ids, MASK, answers), ("image", "text"), ()
+    else:
+        model = BlipRetrieval(**sizes, embed_dim=24, enc_id=38)
+        inputs, towers, idle = (pictures, ids, MASK), ("image", "text"), ("projection", "temperature")
+
+    def alone(i):
+        rows = [column[i : i + 1] for column in inputs]
+        return tuple(
+            row[:, : ENDS[i]] if place in (1, 2) and "text" in towers else row for place, row in enumerate(rows)
+        )
+
+    protected = {tower: [[0]] * 3 for tower in towers}
+    return Case(randomise(model), inputs, protected, alone=alone, idle=("key.bias", *idle))
+
+
 def make(name: str) -> Case:
+    if name in ("caption", "vqa", "retrieval"):
+        return task_case(name)
     if name.startswith("text"):
         return text_case({"text": 0, "text, memory": 1, "text, pairs": 2}[name])
     if name == "vision":

@@ -11,7 +11,7 @@ import pytest
 import vltprune as vp
 
 LIBRARIES = {"timm": cases_timm, "open_clip": cases_open_clip, "blip": cases_blip}
-TWO_TOWERS = ("open_clip: clip", "open_clip: custom clip", "blip: blip", "blip: nlvr")
+TWO_TOWERS = ("open_clip: clip", "open_clip: custom clip", "blip: blip", "blip: nlvr", "blip: vqa", "blip: retrieval")
 
 every = pytest.mark.parametrize(
     "name", [f"{library}: {name}" for library, cases in LIBRARIES.items() for name in cases.NAMES]

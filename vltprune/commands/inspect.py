@@ -19,7 +19,8 @@ from . import common
 
 _COUNTED = (
     "Counted: multiply-accumulates (MACs) of all matrix products for one instance ({instance}), attention and the\n"
-    "pruners' own scoring included; norms, activations and softmax are not. FLOPs are twice as many."
+    "pruners' own scoring included; norms, activations, softmax and a decoder behind the towers are not. FLOPs are twice\n"
+    "as many."
 )
 _PARTS = ("presets", "scorers", "keepers", "reducers", "guides")
 
@@ -114,9 +115,12 @@ def example(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:
         return (images,)
     if hasattr(host, "images_per_sentence"):
         images = images if host.images_per_sentence == 1 else images.repeat(2, 1, 1, 1)[None]
-        longest, vocabulary = host.text.position.num_embeddings, host.text.word.num_embeddings
+        reader = host.text if hasattr(host, "text") else host.decoder.body
+        longest, vocabulary = reader.position.num_embeddings, reader.word.num_embeddings
         length = tokens or min(35, max(longest // 2, 1))
-        return images, torch.randint(1, vocabulary, (1, length), generator=generator)
+        ids = torch.randint(1, vocabulary, (1, length), generator=generator)
+        answers = (torch.ones_like(ids), ids[:, :5]) if hasattr(host, "rank") else ()
+        return images, ids, *answers
     return images, _clip_text(towers["text"], tokens, generator)
 
 

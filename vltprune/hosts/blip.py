@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..layers.site import Site
 from ..models.med import Attention, MedEncoder, MedLayer
 from ..registry import hosts
 from ..tokens import Layout, PackedTokens
-from .base import Host, ImageAndText
+from .base import Composite, Host, ImageAndText, find_host, with_submodule
 from .timm import Vit
 
 Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that image, one instance a group
@@ -87,14 +87,35 @@ class MedHost(Host):
         return tokens.unpack()[0]
 
 
+@hosts.register("vltprune.models.med.QuestionEncoder")
+class QuestionHost(MedHost):
+    """The encoder of a question. A decoder looks at its tokens, and so it returns them packed, however many are left."""
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:  # type: ignore[override]
+        return tokens
+
+
 @hosts.register("vltprune.models.blip.Blip")
 @hosts.register("vltprune.models.blip.BlipNlvr")
+@hosts.register("vltprune.models.vqa.BlipVqa")
+@hosts.register("vltprune.models.retrieval.BlipRetrieval")
 class BlipComposite(ImageAndText):
     """Both towers of BLIP under one guide."""
 
     def head_macs(self, model: Any) -> float:
         head = getattr(model, "head", nn.Identity())
         return float(sum(linear.weight.numel() for linear in head.modules() if isinstance(linear, nn.Linear)))
+
+
+@hosts.register("vltprune.models.caption.BlipCaption")
+class CaptionComposite(Composite):
+    """One tower: the decoder is not pruned, and looks at what is left of the image."""
+
+    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+        return {"image": (model.visual, find_host(model.visual))}
+
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
+        return with_submodule(model, "visual", towers["image"])
 
 
 def _by_image(memory: PackedTokens, images: int) -> Memory:

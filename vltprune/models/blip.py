@@ -6,6 +6,7 @@ image tower returns then is packed, and goes to the text tower as it is.
 
 from __future__ import annotations
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -128,3 +129,8 @@ def first(tokens: Tensor | PackedTokens) -> Tensor:
         assert tokens.summary is not None
         return tokens.read(tokens.summary)
     return tokens[:, 0]
+
+
+def beginning_with(token: int, input_ids: Tensor) -> Tensor:
+    """The same sentences [batch, length] with another first token: what a sentence is read for."""
+    return torch.cat([torch.full_like(input_ids[..., :1], token), input_ids[..., 1:]], -1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_EPS = 1e-12  # BERT's layer norms
+EPS = 1e-12  # BERT's layer norms
 
 
 class Attention(nn.Module):
@@ -27,14 +27,21 @@ class Attention(nn.Module):
         self.value = nn.Linear(memory_width or width, width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [batch, n, width], memory [batch, m, memory_width], mask broadcastable to [batch, heads, n, m]."""
-        q, k, v = (
-            project(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project, t in ((self.query, x), (self.key, memory), (self.value, memory))
-        )
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """memory [batch, m, memory_width] -> its keys and values, each [batch, heads, m, head_dim]."""
+        return self._by_head(self.key(memory)), self._by_head(self.value(memory))
+
+    def look(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [batch, n, width] looks at keys and values; mask broadcastable to [batch, heads, n, m], true where it may."""
+        context = F.scaled_dot_product_attention(self._by_head(self.query(x)), keys, values, attn_mask=mask)
         return self.output(context.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [batch, n, width], memory [batch, m, memory_width], mask as in `look`."""
+        return self.look(x, *self.keys_values(memory), mask)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class CrossAttention(nn.Module):
@@ -45,7 +52,7 @@ class CrossAttention(nn.Module):
         self.images = images
         self.streams = nn.ModuleList(Attention(width, heads, memory_width) for _ in range(images))
         self.merge = nn.Linear(images * width, width) if merge else None
-        self.norm = nn.LayerNorm(width, eps=_EPS)
+        self.norm = nn.LayerNorm(width, eps=EPS)
 
     def combine(self, outputs: list[Tensor]) -> Tensor:
         """One tensor per stream, each [..., width] -> [..., width]."""
@@ -69,11 +76,11 @@ class MedLayer(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float, cross: CrossAttention | None):
         super().__init__()
         self.attention = Attention(width, heads)
-        self.attention_norm = nn.LayerNorm(width, eps=_EPS)
+        self.attention_norm = nn.LayerNorm(width, eps=EPS)
         self.cross = cross
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
-        self.norm = nn.LayerNorm(width, eps=_EPS)
+        self.norm = nn.LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -115,25 +122,28 @@ class MedEncoder(nn.Module):
 
         self.word = nn.Embedding(vocab_size, width, padding_idx=0)
         self.position = nn.Embedding(max_positions, width)
-        self.embedding_norm = nn.LayerNorm(width, eps=_EPS)
+        self.embedding_norm = nn.LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(MedLayer(width, heads, dropout, cross(index)) for index in range(depth))
         self.images = images
-        self.apply(_initialise)
+        self.apply(initialise)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """input_ids [batch, length] int64 -> [batch, length, width]; ValueError where a sentence cannot be embedded."""
+    def embed(self, input_ids: Tensor, start: int = 0) -> Tensor:
+        """input_ids [batch, length] int64 -> [batch, length, width]; ValueError where a sentence cannot be embedded.
+
+        start: how many tokens of the sentence came before these.
+        """
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids must be [batch, length] and not empty, got {list(input_ids.shape)}")
-        longest = self.position.num_embeddings
-        if input_ids.shape[1] > longest:
+        longest, end = self.position.num_embeddings, start + input_ids.shape[1]
+        if end > longest:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, the text tower has max_positions={longest}: "
+                f"input_ids has {end} tokens, the text tower has max_positions={longest}: "
                 "shorten the sentences, or build the model with a larger max_positions"
             )
         if input_ids.min() < 0 or input_ids.max() >= self.word.num_embeddings:
             raise ValueError(f"input_ids must lie in 0 .. {self.word.num_embeddings - 1} (vocab_size)")
-        x = self.word(input_ids) + self.position.weight[: input_ids.shape[1]]
+        x = self.word(input_ids) + self.position.weight[start:end]
         return self.dropout(self.embedding_norm(x))
 
     def check_memory(self, sentences: int, memories: int) -> None:
@@ -161,7 +171,11 @@ class MedEncoder(nn.Module):
         return x
 
 
-def _initialise(module: nn.Module) -> None:
+class QuestionEncoder(MedEncoder):
+    """A MedEncoder whose states are all read by what follows, not the first alone. Pruned, it hands them on packed."""
+
+
+def initialise(module: nn.Module) -> None:
     """BERT's: normal of deviation 0.02, zero biases."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)

@@ -47,10 +47,23 @@ _TINY = {
     "merge_from": 2,
 }
 _LARGE = {"vision_width": 1024, "vision_depth": 24, "vision_heads": 16}
+# tiny task models have two words more, as BLIP has two more than BERT: [DEC], which begins a sentence, and [ENC]
+_TINY_TASK = {key: value for key, value in _TINY.items() if key != "merge_from"} | {"vocab_size": 59}
+_TINY_DECODER = _TINY_TASK | {"bos_id": 57, "eos_id": 2}
+_TINY_RETRIEVAL = _TINY_TASK | {"enc_id": 58}
 
-for _stem, _cls in (("blip", "Blip"), ("blip_nlvr", "BlipNlvr")):
-    for _size, _sizes in (("tiny", _TINY), ("base", {}), ("large", _LARGE)):
-        backbones.register(f"{_stem}_{_size}")(Backbone("vltprune.models.blip", _cls, _sizes))
+_TASKS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
+    # the stem of the name, the class, what all sizes have in common, what the tiny one is
+    ("blip", "blip.Blip", {}, _TINY),
+    ("blip_nlvr", "blip.BlipNlvr", {}, _TINY),
+    ("blip_caption", "caption.BlipCaption", {}, _TINY_DECODER | {"prompt": ()}),
+    ("blip_vqa", "vqa.BlipVqa", {"image_size": 480}, _TINY_DECODER | {"enc_id": 58}),
+    ("blip_retrieval", "retrieval.BlipRetrieval", {}, _TINY_RETRIEVAL),
+)
+for _stem, _cls, _own, _tiny in _TASKS:
+    for _size, _sizes in (("tiny", _tiny), ("base", {}), ("large", _LARGE)):
+        _module, _, _class = f"vltprune.models.{_cls}".rpartition(".")
+        backbones.register(f"{_stem}_{_size}")(Backbone(_module, _class, {**_own, **_sizes}))
 
 
 def packaged(name: str) -> Path | None:

@@ -1,0 +1,166 @@
+"""Generation, against a speaker whose every sentence can be listed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from vltprune.models.generation import Beam, Greedy, Nucleus, Rules
+
+WORDS, EOS, PAD = 4, 3, 0
+ROWS = 5
+
+
+@dataclass(frozen=True)
+class History:
+    """A state that can be checked: all that each row has said."""
+
+    said: torch.Tensor
+
+    def reorder(self, rows):
+        return History(self.said[rows])
+
+
+class Speaker:
+    """Draws a table of logits for each row, place and last word; of `rows` groups, as many sentences each as are asked."""
+
+    def __init__(self, rows=ROWS, longest=7):
+        self.table = torch.randn(rows, longest, WORDS, WORDS) * 2
+        self.calls = 0
+
+    def __call__(self, ids, state):
+        self.calls += 1
+        said = torch.cat([state.said, ids], 1) if len(state.said) else ids
+        group = torch.arange(len(ids)) * len(self.table) // len(ids)
+        return self.table[group, said.shape[1] - 1, said[:, -1]], History(said)
+
+    def score(self, row, sentence, prompt):
+        """Sum of the log-probabilities of what stands behind the prompt."""
+        chances = self.table[row].log_softmax(-1)
+        return sum(float(chances[i - 1, sentence[i - 1], sentence[i]]) for i in range(prompt, len(sentence)))
+
+    def start(self):
+        return History(torch.empty(0, 0, dtype=torch.int64))
+
+
+PROMPT = torch.tensor([[1, 2]]).expand(ROWS, -1)
+
+
+def sentences(longest):
+    """All that can stand behind the prompt: ended, or as long as may be."""
+    for length in range(1, longest - 1):
+        for words in itertools.product(range(WORDS), repeat=length):
+            if EOS not in words[:-1] and (words[-1] == EOS or length == longest - 2):
+                yield (1, 2, *words)
+
+
+def without_padding(row):
+    return tuple(row[: row.index(EOS) + 1] if EOS in row else row)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_beams_enough_for_all_find_the_best(length_penalty):
+    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 5)
+    said = Beam(64, length_penalty)(speaker, speaker.start(), PROMPT, rules)
+    for row in range(ROWS):
+
+        def worth(sentence, row=row):
+            return speaker.score(row, sentence, 2) / (len(sentence) - 2) ** length_penalty
+
+        assert without_padding(said[row].tolist()) == max(sentences(5), key=worth)
+
+
+def test_one_beam_is_greedy():
+    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 7)
+    greedy = Greedy()(speaker, speaker.start(), PROMPT, rules)
+    beam = Beam(1, 0.0)(speaker, speaker.start(), PROMPT, rules)
+    assert torch.equal(greedy, beam)
+    for row, sentence in enumerate(greedy.tolist()):
+        for i in range(2, len(without_padding(sentence))):
+            assert sentence[i] == speaker.table[row, i - 1, sentence[i - 1]].argmax()
+
+
+def test_a_tiny_nucleus_is_greedy():
+    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 7)
+    greedy = Greedy()(speaker, speaker.start(), PROMPT, rules)
+    assert torch.equal(Nucleus(1e-6)(speaker, speaker.start(), PROMPT, rules), greedy)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.8, 1.0])
+def test_a_nucleus_holds_just_enough_and_is_drawn_in_proportion(top_p):
+    speaker = Speaker(rows=1, longest=3)
+    prompt = torch.tensor([[1, 2]]).expand(20000, -1)
+    speaker.table = speaker.table.expand(20000, -1, -1, -1)
+    said = Nucleus(top_p, torch.Generator().manual_seed(1))(speaker, speaker.start(), prompt, Rules(EOS, PAD, 0, 3))
+    drawn = torch.bincount(said[:, 2], minlength=WORDS) / len(said)
+
+    chance, order = speaker.table[0, 1, 2].softmax(-1).sort(descending=True)
+    size = int((chance.cumsum(0) < top_p).sum()) + 1
+    want = torch.zeros(WORDS).index_put((order[:size],), chance[:size] / chance[:size].sum())
+    torch.testing.assert_close(drawn, want, atol=0.015, rtol=0)
+    assert (drawn > 0).sum() == min(size, WORDS)
+
+
+def test_a_generator_repeats_itself():
+    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 7)
+    a, b = (Nucleus(0.9, torch.Generator().manual_seed(3))(speaker, speaker.start(), PROMPT, rules) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("strategy", [Greedy(), Beam(2), Beam(3, 2.0)])
+def test_rows_do_not_matter_to_each_other(strategy):
+    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 7)
+    together = strategy(speaker, speaker.start(), PROMPT, rules)
+    for row in range(ROWS):
+        one = Speaker(rows=1)
+        one.table = speaker.table[row : row + 1]
+        alone = strategy(one, one.start(), PROMPT[:1], rules)
+        assert without_padding(alone[0].tolist()) == without_padding(together[row].tolist())
+
+
+@pytest.mark.parametrize("strategy", [Greedy(), Nucleus(1.0), Beam(2), Beam(3, 2.0)])
+class TestEvery:
+    def test_shape_of_sentences(self, strategy):
+        for shortest, longest in ((0, 7), (4, 6), (6, 6), (0, 3)):
+            speaker = Speaker()
+            said = strategy(speaker, speaker.start(), PROMPT, Rules(EOS, PAD, shortest, longest))
+            assert torch.equal(said[:, :2], PROMPT)
+            assert said.shape[1] <= longest
+            for row in said.tolist():
+                end = row.index(EOS) if EOS in row else len(row)
+                assert end >= shortest or end == longest
+                assert set(row[end + 1 :]) <= {PAD}
+
+    def test_it_stops_when_all_have_ended(self, strategy):
+        speaker = Speaker()
+        speaker.table[..., EOS] = 50
+        strategy(speaker, speaker.start(), PROMPT, Rules(EOS, PAD, 0, 7))
+        assert speaker.calls <= 3
+
+    def test_no_room(self, strategy):
+        speaker = Speaker()
+        with pytest.raises(ValueError, match="a prompt of 2 tokens leaves no room in max_length=2"):
+            strategy(speaker, speaker.start(), PROMPT, Rules(EOS, PAD, 0, 2))
+
+
+def test_repetition_penalty():
+    scores = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
+    rules = Rules(EOS, PAD, 0, 7, repetition_penalty=2.0)
+    assert rules.apply(scores, torch.tensor([[0, 1, 1]])).tolist() == [[1.0, -4.0, 1.0, -1.0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: Rules(EOS, PAD, 8, 7), "min_length=8 must lie in 0 .. max_length=7"),
+        (lambda: Rules(EOS, PAD, 0, 7, 0.0), "repetition_penalty=0.0 must be positive"),
+        (lambda: Nucleus(0.0), "top_p=0.0"),
+        (lambda: Beam(0), "beams=0"),
+    ],
+)
+def test_refusals(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
