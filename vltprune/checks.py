@@ -17,3 +17,15 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None) ->
     if not images.isfinite().all():
         bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ValueError(f"images[{bad}] holds NaN or infinity: check how it was loaded and normalised")
+
+
+def check_ids(ids: Tensor, vocabulary: int, longest: int, name: str = "input_ids") -> None:
+    """ValueError unless ids is [batch >= 1, length >= 1], in 0 .. vocabulary - 1, and no longer than `longest`."""
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(f"{name} must be token ids [batch, length] and not empty, got {list(ids.shape)}")
+    if ids.shape[1] > longest:
+        raise ValueError(
+            f"{name} has {ids.shape[1]} tokens, the tower has {longest} positions: truncate when you tokenise"
+        )
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(f"{name} must hold token ids in 0 .. {vocabulary - 1}")

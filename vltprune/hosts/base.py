@@ -22,7 +22,7 @@ from ..tokens import Layout, PackedTokens
 M = TypeVar("M", bound=nn.Module)
 
 # top-level package -> module of this package
-_ROOMS = {"timm": "timm", "open_clip": "open_clip", "vltprune": "blip"}
+_ROOMS = {"timm": "timm", "open_clip": "open_clip", "transformers": "transformers", "vltprune": "blip"}
 
 
 class Host(ABC):
