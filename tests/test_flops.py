@@ -90,6 +90,7 @@ HUGGING_FACE = {
     "vit": lambda hf: hf.ViTModel(hf.ViTConfig(**PICTURES)),
     "dinov3": lambda hf: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**PICTURES)),
     "clip": lambda hf: hf.CLIPModel(hf.CLIPConfig(text_config=SENTENCES, vision_config=PICTURES)),
+    "blip": lambda hf: hf.BlipForImageTextRetrieval(hf.BlipConfig(text_config=SENTENCES, vision_config=PICTURES)),
     "siglip": lambda hf: hf.SiglipModel(hf.SiglipConfig(text_config=SENTENCES, vision_config=PICTURES)),
 }
 

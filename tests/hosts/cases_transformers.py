@@ -53,10 +53,19 @@ NAMES += [f"clip text: {n}" for n in ("masked", "eos 2", "unmasked", "no end")]
 NAMES += ["clip image: plain", "clip image: interpolated", "siglip text: plain"]
 NAMES += ["siglip image: plain", "siglip image: no head", "siglip2 image: plain", "siglip2 text: plain"]
 NAMES += ["clip", "clip, masked", "siglip", "siglip2"]
+NAMES += [
+    "blip image: plain",
+    "blip image: interpolated",
+    "blip text: plain",
+    "blip text: memory",
+    "blip text: one image",
+]
+NAMES += ["blip retrieval", "blip answers", "blip captions"]
 # one of each family
 TEXTS = ["bert: plain", "roberta: plain", "distilbert: plain", "clip text: masked", "siglip text: plain"]
+TEXTS += ["blip text: plain", "blip text: memory"]
 IMAGES = ["vit: plain", "deit: plain", "dinov2: swiglu", "registers: plain", "dinov3: plain"]
-IMAGES += ["clip image: plain", "siglip image: plain", "siglip2 image: plain"]
+IMAGES += ["clip image: plain", "siglip image: plain", "siglip2 image: plain", "blip image: plain"]
 IDLE = ("k_proj.bias", "key.bias", "k_lin.bias", "mask_token")  # the former move all logits of a query alike
 
 
@@ -182,10 +191,12 @@ def clip_image_case(family: str, option: str) -> Case:
         dense = hiding(model, inputs[1])
         return Case(model, inputs, {"image": [[]] * 3}, summary=False, dense=dense, idle=IDLE)
 
-    clip = family == "clip image"
-    kind, kind_of_config = (
-        (hf.CLIPVisionModel, hf.CLIPVisionConfig) if clip else (hf.SiglipVisionModel, hf.SiglipVisionConfig)
-    )
+    clip = family != "siglip image"
+    kind, kind_of_config = {
+        "clip image": (hf.CLIPVisionModel, hf.CLIPVisionConfig),
+        "siglip image": (hf.SiglipVisionModel, hf.SiglipVisionConfig),
+        "blip image": (hf.BlipVisionModel, hf.BlipVisionConfig),
+    }[family]
     options = {"vision_use_head": False} if option == "no head" else {}
     model = randomise(kind(kind_of_config(**IMAGE, **WIDTHS, **options)))
     inputs = (images(40, 48), True) if option == "interpolated" else (images(),)
@@ -236,10 +247,78 @@ def two_towers_case(name: str) -> Case:
     )
 
 
+BLIP_TEXT = {**TEXT, **STILL, "encoder_hidden_size": 48, "max_position_embeddings": 20, "projection_dim": 24}
+BLIP_TEXT |= {"bos_token_id": 50, "sep_token_id": 51, "eos_token_id": 51, "pad_token_id": 0}
+
+
+def blip_text_case(family: str, option: str) -> Case:
+    model = randomise(hf.BlipTextModel(hf.BlipTextConfig(**BLIP_TEXT)))
+    inputs = (words(), MASK)
+    if option != "plain":
+        images = 1 if option == "one image" else 3
+        seen = (torch.arange(9) < torch.tensor([4, 9, 6])[:images, None]).long()
+        inputs = (*inputs, None, None, None, torch.randn(images, 9, 48), seen)
+
+    def alone(i):
+        own = [x[:, : ENDS[i]] if x is not None and x.shape[1] == LENGTH else x for x in inputs]
+        return tuple(x if x is None or len(x) == 1 else x[i : i + 1] for x in own)
+
+    def dense(ids, mask, *more):
+        """The model hides padding of sentences, not of images: sentence by sentence then, over what is real of its image."""
+        if not more:
+            return hiding(model, MASK)(ids, mask)
+        each = [
+            (memory[seen.bool()][None],)
+            for memory, seen in zip(*(x.expand(3, *x.shape[1:]) for x in more[3:]), strict=True)
+        ]
+        outs = [hiding(model, MASK[i])(ids[i : i + 1], mask[i : i + 1], *more[:3], *each[i]) for i in range(3)]
+        return [torch.cat(column) for column in zip(*(out.to_tuple() for out in outs), strict=True)]
+
+    idle = (*IDLE, "crossattention") if option == "plain" else IDLE
+    return Case(model, inputs, {"text": [[0]] * 3}, dense=dense, alone=alone, idle=idle)
+
+
+def blip_case(name: str) -> Case:
+    kind = {
+        "blip retrieval": hf.BlipForImageTextRetrieval,
+        "blip answers": hf.BlipForQuestionAnswering,
+        "blip captions": hf.BlipForConditionalGeneration,
+    }[name]
+    text = {**BLIP_TEXT, "hidden_size": 48} if name == "blip answers" else BLIP_TEXT  # its decoder looks at sentences
+    own = hf.BlipConfig(text_config=text, vision_config={**IMAGE, **WIDTHS}, image_text_hidden_size=24)
+    model = randomise(kind(own))
+    ids, pictures, image = words(), images(), {"image": [[0]] * 3}
+    if name == "blip captions":
+        return Case(model, (pictures, ids, MASK), image, idle=IDLE)
+
+    def called(rows, length):
+        text, mask = ids[rows, :length], MASK[rows, :length]
+        if name == "blip answers":  # whose decoder sees padding of the question, where it is dense
+            return (ids[rows], pictures[rows], None, None, None, ids[rows, 3:7])
+        return (text, pictures[rows], True, mask)
+
+    def dense(*inputs):
+        out = model(*inputs)
+        if out.get("question_embeds") is not None:
+            out.question_embeds = out.question_embeds * MASK[..., None]
+        return out
+
+    return Case(
+        model,
+        called(slice(None), LENGTH),
+        {**image, "text": [[0]] * 3},
+        dense=dense,
+        alone=lambda i: called(slice(i, i + 1), ENDS[i]),
+        idle=(*IDLE, "vision_proj", "text_proj"),
+    )
+
+
 def make(name: str) -> Case:
     family, _, option = name.partition(": ")
     if not option:
-        return two_towers_case(name)
+        return blip_case(name) if family.startswith("blip") else two_towers_case(name)
+    if family == "blip text":
+        return blip_text_case(family, option)
     if family.endswith((" text", " image")):
         return (clip_text_case if family.endswith(" text") else clip_image_case)(family, option)
     return (text_case if family in ("bert", "roberta", "distilbert") else image_case)(family, option)

@@ -19,6 +19,7 @@ LIBRARIES = {
 }
 TWO_TOWERS = ("open_clip: clip", "open_clip: custom clip", "blip: blip", "blip: nlvr")
 TWO_TOWERS += ("transformers: clip", "transformers: siglip", "transformers: siglip2")
+TWO_TOWERS += ("transformers: blip retrieval", "transformers: blip answers")
 
 every = pytest.mark.parametrize(
     "name", [f"{library}: {name}" for library, cases in LIBRARIES.items() for name in cases.NAMES]

@@ -18,7 +18,11 @@ def blocks_of(pruned):
     return pruned.adapter.blocks(pruned.host)
 
 
-@pytest.mark.parametrize("name", [*TEXTS, *IMAGES, "bert: types and positions", "clip text: eos 2"])
+# BLIP's own attention takes no mask in images, and in this version hides nothing of what sentences look at
+MASKABLE = [name for name in (*TEXTS, *IMAGES) if name not in ("blip image: plain", "blip text: memory")]
+
+
+@pytest.mark.parametrize("name", [*MASKABLE, "bert: types and positions", "clip text: eos 2"])
 @pytest.mark.parametrize("at", [(0,), None])
 @torch.no_grad()
 def test_dropping_is_hiding(name, at):

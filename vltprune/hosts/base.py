@@ -191,9 +191,23 @@ def check_blocks(
 
 def with_submodule(model: M, name: str, new: nn.Module) -> M:
     """The same model with one child exchanged; it shares every parameter, and `model` stays as it is."""
+    out = _beside(model)
+    out._modules[name] = new
+    return out
+
+
+def sharing(model: M) -> M:
+    """A model of the same parameters in modules of its own: what is hooked to them, the modules of `model` do not notice."""
+    out = _beside(model)
+    for name, child in model._modules.items():
+        out._modules[name] = child if child is None else sharing(child)
+    return out
+
+
+def _beside(model: M) -> M:
+    """The same module once more, which shares its parameters and children."""
     out = copy.copy(model)
     out.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in model.__dict__.items()}
-    out._modules[name] = new
     return out
 
 

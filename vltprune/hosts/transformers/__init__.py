@@ -1,5 +1,5 @@
 """Hugging Face transformers, taken apart. Importing this registers its towers and models."""
 
-from . import clip, dino, text, vit
+from . import blip, clip, dino, text, vit
 
-__all__ = ["clip", "dino", "text", "vit"]
+__all__ = ["blip", "clip", "dino", "text", "vit"]
