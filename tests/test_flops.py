@@ -87,6 +87,7 @@ SENTENCES = {**WIDTHS, "vocab_size": 60, "max_position_embeddings": 14, "eos_tok
 HUGGING_FACE = {
     "bert": lambda hf: hf.BertModel(hf.BertConfig(**SENTENCES)),
     "distilbert": lambda hf: hf.DistilBertModel(hf.DistilBertConfig(dim=64, hidden_dim=128, n_heads=4, n_layers=3)),
+    "classifier": lambda hf: hf.BertForSequenceClassification(hf.BertConfig(**SENTENCES, num_labels=20)),
     "vit": lambda hf: hf.ViTModel(hf.ViTConfig(**PICTURES)),
     "dinov3": lambda hf: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**PICTURES)),
     "clip": lambda hf: hf.CLIPModel(hf.CLIPConfig(text_config=SENTENCES, vision_config=PICTURES)),
@@ -105,7 +106,8 @@ def test_transformers(name, monkeypatch):
         ids[:, 5], text["attention_mask"][1, 6:] = 59, 0
     image = {"pixel_values": torch.randn(2, 3, 64, 64)}
     larger = {"pixel_values": torch.randn(2, 3, 96, 80), "interpolate_pos_encoding": True}
-    inputs = {"bert": text, "distilbert": text, "vit": larger, "dinov3": image}.get(name, text | image)
+    alone = {"bert": text, "distilbert": text, "classifier": text, "vit": larger, "dinov3": image}
+    inputs = alone.get(name, text | image)
     assert_counts(dense, vp.prune(dense, "random" if name == "siglip" else "madtp"), **inputs)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import transformers as hf
 from checks import Case, randomise
@@ -61,6 +63,17 @@ NAMES += [
     "blip text: one image",
 ]
 NAMES += ["blip retrieval", "blip answers", "blip captions"]
+HEADED = {  # a model with a head, and the case whose tower it has
+    "BertForSequenceClassification": "bert: plain",
+    "RobertaForSequenceClassification": "roberta: plain",
+    "DistilBertForSequenceClassification": "distilbert: plain",
+    "ViTForImageClassification": "vit: no pooler",
+    "DeiTForImageClassification": "deit: no pooler",
+    "DeiTForImageClassificationWithTeacher": "deit: no pooler",
+    "CLIPTextModelWithProjection": "clip text: masked",
+    "CLIPVisionModelWithProjection": "clip image: plain",
+}
+NAMES += [f"headed: {name}" for name in HEADED]
 # one of each family
 TEXTS = ["bert: plain", "roberta: plain", "distilbert: plain", "clip text: masked", "siglip text: plain"]
 TEXTS += ["blip text: plain", "blip text: memory"]
@@ -106,7 +119,8 @@ def text_case(family: str, option: str) -> Case:
     if family == "distilbert":
         activation = "relu" if option == "relu" else "gelu"
         options = {"vocab_size": 60, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "activation": activation}
-        options |= {"dropout": 0.0, "attention_dropout": 0.0, "max_position_embeddings": 20}
+        options |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+        options |= {"max_position_embeddings": 20}
     own, beside = config(kind_of_config, **options)
     model = randomise(kind(own, **beside))
 
@@ -313,10 +327,19 @@ def blip_case(name: str) -> Case:
     )
 
 
+def headed_case(name: str) -> Case:
+    bare = make(HEADED[name])
+    model = randomise(getattr(hf, name)(bare.model.config))
+    dense = hiding(model, MASK) if name == "CLIPTextModelWithProjection" else None  # the others return no tokens
+    return replace(bare, model=model, dense=dense)
+
+
 def make(name: str) -> Case:
     family, _, option = name.partition(": ")
     if not option:
         return blip_case(name) if family.startswith("blip") else two_towers_case(name)
+    if family == "headed":
+        return headed_case(option)
     if family == "blip text":
         return blip_text_case(family, option)
     if family.endswith((" text", " image")):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 
 import cases_transformers as cases
 import pytest
@@ -126,7 +128,7 @@ def test_wrong_images_are_refused(name, bad):
     if bad == "size" and name.startswith("dinov2"):
         case.pruned()(broken)  # which interpolates its positions whatever the size
         return
-    with pytest.raises(ValueError, match="images"):
+    with pytest.raises(ValueError, match="pixel_values"):
         case.pruned()(pixel_values=broken)
 
 
@@ -192,3 +194,10 @@ def test_refused_by_name(says):
     with pytest.raises(TypeError, match=says) as refusal:
         vp.prune(REFUSED[says](), "random")
     assert "upported" in str(refusal.value) or "build it with" in str(refusal.value)
+
+
+def test_an_older_library_is_refused(monkeypatch):
+    room = importlib.import_module("vltprune.hosts.transformers")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.48.0")  # `hf` may be another module object
+    with pytest.raises(ImportError, match=r"4\.48\.0 cannot be pruned, those of 5\.24 and later"):
+        importlib.reload(room)

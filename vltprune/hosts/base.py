@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
-import importlib.util
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -125,10 +125,10 @@ class Composite(ABC):
         return 0.0
 
 
-class ImageAndText(Composite):
+class WithTowers(Composite):
     """A model that holds its towers as children. `names`: what they are called there, by what the towers are called here."""
 
-    names: ClassVar[Mapping[str, str]] = {"image": "visual", "text": "text"}
+    names: ClassVar[Mapping[str, str]]
 
     def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
         children = {tower: getattr(model, name) for tower, name in self.names.items()}
@@ -138,6 +138,12 @@ class ImageAndText(Composite):
         for tower, name in self.names.items():
             model = with_submodule(model, name, towers[tower])
         return model
+
+
+class ImageAndText(WithTowers):
+    """A model that holds its towers as `visual` and `text`."""
+
+    names: ClassVar = {"image": "visual", "text": "text"}
 
 
 def find_host(tower: nn.Module) -> Host:
@@ -156,9 +162,9 @@ def find_composite(model: nn.Module) -> Composite | None:
 
 
 def supported() -> str:
-    """The types that have a host, of the libraries that are installed; for messages."""
-    for library, room in _ROOMS.items():
-        if importlib.util.find_spec(library) is not None:
+    """The types that have a host, for messages."""
+    for room in _ROOMS.values():
+        with contextlib.suppress(ImportError):  # a library that is not there, or too old
             importlib.import_module(f"{__package__}.{room}")
     return ", ".join(hosts.names())
 

@@ -139,7 +139,8 @@ class Images(TransformersHost):
         """The images, checked, in the tower's dtype."""
         size = tower.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
-        check_images(pixel_values, getattr(tower.config, "num_channels", 3), None if any_size else size)
+        channels = getattr(tower.config, "num_channels", 3)
+        check_images(pixel_values, channels, None if any_size else size, "pixel_values")
         return pixel_values.to(tower.dtype)
 
     def pack(self, tower: Any, x: Tensor, valid: Tensor | None = None) -> PackedTokens:

@@ -19,7 +19,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextS
 from ...attention import attend
 from ...registry import hosts
 from ...tokens import PackedTokens
-from ..base import ImageAndText, sharing, with_submodule
+from ..base import WithTowers, sharing, with_submodule
 from .base import Images, PreNorm
 from .text import PostNorm
 
@@ -92,7 +92,7 @@ class BlipText(PostNorm):
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForImageTextRetrieval")
-class BlipRetrieval(ImageAndText):
+class BlipRetrieval(WithTowers):
     """Both towers, one guide, and the matching head."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
@@ -102,7 +102,7 @@ class BlipRetrieval(ImageAndText):
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")
-class BlipAnswers(ImageAndText):
+class BlipAnswers(WithTowers):
     """Both towers, one guide. The decoder of the answer stays dense, looks at what is left, and is not counted in MACs."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}

@@ -13,7 +13,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Sigli
 
 from ...registry import hosts
 from ...tokens import PackedTokens
-from ..base import ImageAndText
+from ..base import WithTowers
 from .base import Images, PreNorm, Sentences
 
 
@@ -123,7 +123,7 @@ class SiglipText(_Text):
 @hosts.register("transformers.models.clip.modeling_clip.CLIPModel")
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipModel")
 @hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2Model")
-class TwoTowers(ImageAndText):
+class TwoTowers(WithTowers):
     """CLIP and SigLIP: two towers, one guide."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_model"}
