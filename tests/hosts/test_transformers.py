@@ -110,7 +110,9 @@ def test_the_end_of_text_is_found_as_the_host_finds_it(eos):
     same(case.pruned(keep="ratio(ratio=1.0)")(ids), case.model(ids))
 
 
-@pytest.mark.parametrize("name", ["vit: plain", "bert: plain", "distilbert: plain", "dinov3: plain", "clip"])
+@pytest.mark.parametrize(
+    "name", ["vit: plain", "bert: plain", "distilbert: plain", "dinov3: plain", "clip", "blip retrieval"]
+)
 def test_dropout_is_the_hosts(name):
     """All of it, so that chance has no say; and in training only."""
     case = make(name)
@@ -154,12 +156,15 @@ def test_rotary_augmentation_is_the_hosts(augmented):
     checks.keep_all_is_the_host(image_case("dinov3", "plain", **{augmented: 1.5}), "drop")
 
 
-@pytest.mark.parametrize("name", ["bert: plain", "distilbert: plain", "vit: plain", "dinov2: plain", "clip"])
+MLPS = {"BertLayer": "intermediate", "BlipTextLayer": "intermediate", "TransformerBlock": "ffn.lin1"}
+CHECKPOINTED = ["bert: plain", "distilbert: plain", "vit: plain", "dinov2: plain", "clip", "blip retrieval"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
 def test_gradient_checkpointing(name):
     case = make(name)
-    mlp = {"bert": "intermediate", "distilbert": "ffn.lin1"}.get(name.partition(":")[0], "mlp")
     blocks = [block for tower in case.pruned().pruning.towers.values() for block in blocks_of(tower)]
-    parts = [block.get_submodule(mlp) for block in blocks]
+    parts = [block.get_submodule(MLPS.get(type(block).__name__, "mlp")) for block in blocks]
     checks.recomputing_changes_nothing(case, parts, case.model.activation_checkpointing_enable)
 
 

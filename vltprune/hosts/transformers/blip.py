@@ -72,7 +72,7 @@ class BlipText(PostNorm):
             raise ValueError(
                 f"{len(input_ids)} sentences cannot look at {len(encoder_hidden_states)} images: give one each, or one for all"
             )
-        real = left(encoder_hidden_states)
+        real = _occupied(encoder_hidden_states)
         if encoder_attention_mask is not None:
             real = real & encoder_attention_mask.to(real.device).bool()
         return tokens, ((PackedTokens.pack(encoder_hidden_states, real),),) * len(nothing)
@@ -101,11 +101,8 @@ class BlipRetrieval(WithTowers):
         return float(model.itm_head.weight.numel())
 
 
-@hosts.register("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")
-class BlipAnswers(WithTowers):
-    """Both towers, one guide. The decoder of the answer stays dense, looks at what is left, and is not counted in MACs."""
-
-    names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
+class _WithDecoder(WithTowers):
+    """A decoder looks at what the towers left. It stays dense, and is not counted in MACs."""
 
     def assemble(self, model: Any, towers: Mapping[str, nn.Module]) -> nn.Module:
         decoder = sharing(model.text_decoder)
@@ -114,14 +111,21 @@ class BlipAnswers(WithTowers):
         return with_submodule(super().assemble(model, towers), "text_decoder", decoder)
 
 
+@hosts.register("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")
+class BlipAnswers(_WithDecoder):
+    """Image and question, one guide; the decoder of the answer looks at the question."""
+
+    names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
+
+
 @hosts.register("transformers.models.blip.modeling_blip.BlipForConditionalGeneration")
-class BlipCaptions(BlipAnswers):
-    """The image tower. The decoder of the caption stays dense, looks at what is left, and is not counted in MACs."""
+class BlipCaptions(_WithDecoder):
+    """The image alone; the decoder of the caption looks at it."""
 
     names: ClassVar = {"image": "vision_model"}
 
 
-def left(x: Tensor) -> Tensor:
+def _occupied(x: Tensor) -> Tensor:
     """[batch, n] bool: which places of padded tokens [batch, n, dim] hold one."""
     return (x != 0).any(-1)
 
@@ -130,5 +134,5 @@ def _hide_padding(attn: nn.Module, args: tuple[Any, ...], named: dict[str, Any])
     """Before a decoder's cross-attention: the bias that hides what is no token from all of its queries."""
     memory = named["encoder_hidden_states"]
     bias = torch.zeros(memory.shape[:2], dtype=memory.dtype, device=memory.device)
-    bias = bias.masked_fill(~left(memory), torch.finfo(memory.dtype).min)
+    bias = bias.masked_fill(~_occupied(memory), torch.finfo(memory.dtype).min)
     return args, {**named, "encoder_attention_mask": bias[:, None, None]}
