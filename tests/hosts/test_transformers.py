@@ -7,7 +7,7 @@ import copy
 import checks
 import pytest
 import torch
-from cases_transformers import ENDS, EOT, IMAGES, TEXTS, image_case, make
+from cases_transformers import ENDS, IMAGES, LENGTH, TEXTS, image_case, make
 from checks import same
 from torch import nn
 
@@ -90,37 +90,37 @@ def test_padding_never_matters(name, preset):
     same(full, without)
 
 
-@pytest.mark.parametrize("eos", [2, EOT])
+@pytest.mark.parametrize("eos", [2, 55])
 @torch.no_grad()
 def test_the_end_of_text_is_found_as_the_host_finds_it(eos):
     """By the largest id where the configuration says 2, which it always did once; by the first end otherwise."""
     case = make("clip text: masked")
     case.model.eos_token_id = eos
-    ids = case.inputs[0].clone()
-    ids[0, 7], ids[2, 2] = (
-        EOT,
-        EOT - 1 if eos == 2 else EOT,
-    )  # a second end behind the first; another large id, or an end
-    places = [ENDS[0] - 1, ENDS[1] - 1, ENDS[2] - 1 if eos == 2 else 2]
+    ids = torch.randint(3, 50, (3, LENGTH))
+    ids[:, 3] = ids[1:, 6] = 55
+    ids[:2, 9] = 58
     pruned = case.pruned()
     with vp.collect() as traces:
         pruned(ids)
-    position, protected = (traces[0].steps[-1].position, traces[0].steps[-1].protected)
-    assert position[protected].tolist() == places
+    last = traces[0].steps[-1]
+    assert last.position[last.protected].tolist() == ([9, 9, 3] if eos == 2 else [3, 3, 3])
     same(case.pruned(keep="ratio(ratio=1.0)")(ids), case.model(ids))
 
 
-@pytest.mark.parametrize(
-    "name", ["vit: plain", "bert: plain", "distilbert: plain", "dinov3: plain", "clip", "blip retrieval"]
-)
-def test_dropout_is_the_hosts(name):
-    """All of it, so that chance has no say; and in training only."""
+DROPPING = ["vit: plain", "bert: plain", "distilbert: plain", "dinov3: plain", "clip", "blip retrieval"]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+@pytest.mark.parametrize("where", ["Attention", ""])
+def test_dropout_is_the_hosts(name, where):
+    """All of it, so that chance has no say; and in training only. That of attention by itself too, as others hide it."""
     case = make(name)
     for module in case.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 1.0
-        for own in ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, own, None), float):
+        for own in ("dropout", "attention_dropout") if type(module).__name__.endswith(where) else ():
+            dropout = getattr(module, own, None)
+            if isinstance(dropout, nn.Dropout):
+                dropout.p = 1.0
+            elif dropout is not None:
                 setattr(module, own, 1.0)
     checks.keep_all_is_the_host(case, "drop")
     pruned = case.pruned(keep="ratio(ratio=1.0)")

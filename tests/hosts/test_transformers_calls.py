@@ -112,6 +112,16 @@ def test_wrong_ids_are_refused(name, bad):
         encode(input_ids=ids)
 
 
+@torch.no_grad()
+def test_roberta_has_fewer_positions_than_rows():
+    """Those up to its padding token's are not for words."""
+    case = make("roberta: plain")
+    ids = torch.randint(3, 50, (1, 19))
+    with pytest.raises(ValueError, match="has 19 tokens, the tower has 18 positions"):
+        case.pruned()(ids)
+    same(case.pruned(keep="ratio(ratio=1.0)")(ids[:, :18]), case.model(ids[:, :18]))
+
+
 @pytest.mark.parametrize(
     "name", ["vit: plain", "vit: wide", "dinov2: plain", "clip image: plain", "siglip image: plain"]
 )
