@@ -7,9 +7,10 @@ import copy
 import checks
 import pytest
 import torch
-from cases_transformers import ENDS, IMAGES, LENGTH, TEXTS, image_case, make
+from cases_transformers import IMAGES, TEXTS, image_case, make
 from checks import same
 from torch import nn
+from transformers_parts import ENDS, LENGTH
 
 import vltprune as vp
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from cases_transformers import ENDS, LENGTH, MASK, make, words
+from cases_transformers import make
 from checks import same
+from transformers_parts import ENDS, LENGTH, MASK, words
 
 import vltprune as vp
 

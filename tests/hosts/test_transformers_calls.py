@@ -6,14 +6,15 @@ import importlib
 import inspect
 import sys
 
-import cases_transformers as cases
 import pytest
 import torch
 import transformers as hf
-from cases_transformers import ENDS, IMAGES, LENGTH, MASK, TEXTS, make, sentences
+from cases_transformers import IMAGES, TEXTS, make
 from checks import same
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
+from transformers_pairs import sentences, siglip2_patches
+from transformers_parts import ENDS, LENGTH, MASK, images, words
 
 import vltprune as vp
 
@@ -92,7 +93,7 @@ def test_siglip_pools_its_last_token():
 @pytest.mark.parametrize("mask", [MASK[:, :5], MASK[None], MASK[0]])
 def test_masks_of_another_shape_are_refused(mask):
     with pytest.raises(ValueError, match=rf"attention_mask must be \[3, {LENGTH}\]"):
-        make("bert: plain").pruned()(cases.words(), mask)
+        make("bert: plain").pruned()(words(), mask)
 
 
 @pytest.mark.parametrize("name", ["bert: plain", "roberta: plain", "distilbert: plain", "clip text: masked", "clip"])
@@ -143,9 +144,9 @@ def test_wrong_images_are_refused(name, bad):
 
 
 def test_patches_that_are_images_are_refused():
-    _, mask, shapes = cases.siglip2_patches()
+    _, mask, shapes = siglip2_patches()
     with pytest.raises(ValueError, match=r"patches \[batch, patches, 48\].*image processor"):
-        make("siglip2 image: plain").pruned()(cases.images(), mask, shapes)
+        make("siglip2 image: plain").pruned()(images(), mask, shapes)
 
 
 @torch.no_grad()
