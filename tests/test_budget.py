@@ -38,6 +38,17 @@ def test_mean_macs_meet_the_target(dense, inputs, keep, reduction):
     assert {getattr(keeper, found.knob) for keeper in keepers} == {found.value}
 
 
+def test_inputs_may_be_named(dense, inputs):
+    named = dict(zip(("images", "input_ids"), inputs, strict=True))
+    by_position, by_name = (vp.prune(dense, "madtp", keep="ratio") for _ in range(2))
+    for model, batch in ((by_position, inputs), (by_name, named)):
+        torch.manual_seed(0)
+        budget.fit_guide(model, [batch])
+    assert torch.equal(by_name.pruning.guide.anchors, by_position.pruning.guide.anchors)
+    assert vp.calibrate(by_name, [named]) == vp.calibrate(by_position, [inputs])
+    assert vp.flops.count(by_name, **named).total == vp.flops.count(by_position, *inputs).total
+
+
 def test_a_lone_tower_is_calibrated_too():
     model = vp.create_model("vit_tiny_patch16_224_madtp", keep="ratio", guide="codebook(anchors=8)")
     images = torch.randn(2, 3, 224, 224)

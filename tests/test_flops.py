@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,18 +22,18 @@ def _every_product_is_seen():
     torch.backends.mha.set_fastpath_enabled(True)
 
 
-def counted(model, *inputs):
+def counted(model, *inputs, **named):
     """MACs by torch, which asserts on views of parameters made without gradients."""
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
-        model(*inputs)
+        model(*inputs, **named)
     return counter.get_total_flops() / 2
 
 
-def assert_counts(dense, pruned, *inputs):
-    cost = vp.flops.count(pruned, *inputs)
-    assert cost.dense_total == pytest.approx(counted(dense, *inputs), rel=5e-3)
-    assert cost.total == pytest.approx(counted(pruned, *inputs), rel=5e-3)
+def assert_counts(dense, pruned, *inputs, **named):
+    cost = vp.flops.count(pruned, *inputs, **named)
+    assert cost.dense_total == pytest.approx(counted(dense, *inputs, **named), rel=5e-3)
+    assert cost.total == pytest.approx(counted(pruned, *inputs, **named), rel=5e-3)
     assert cost.total < cost.dense_total
     return cost
 
@@ -92,6 +93,36 @@ def test_attention_pool_and_rotary_tower():
     assert_counts(tower.eval(), vp.prune(tower, "random"), torch.randn(2, 3, 64, 64))
     eva = timm.models.eva.Eva(img_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=4, use_rot_pos_emb=True)
     assert_counts(eva.eval(), vp.prune(eva, "madtp"), torch.randn(2, 3, 64, 64))
+
+
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+PICTURES = {**WIDTHS, "image_size": 64, "patch_size": 8}
+SENTENCES = {**WIDTHS, "vocab_size": 60, "max_position_embeddings": 14, "eos_token_id": 59}
+HUGGING_FACE = {
+    "bert": lambda hf: hf.BertModel(hf.BertConfig(**SENTENCES)),
+    "distilbert": lambda hf: hf.DistilBertModel(hf.DistilBertConfig(dim=64, hidden_dim=128, n_heads=4, n_layers=3)),
+    "classifier": lambda hf: hf.BertForSequenceClassification(hf.BertConfig(**SENTENCES, num_labels=20)),
+    "vit": lambda hf: hf.ViTModel(hf.ViTConfig(**PICTURES)),
+    "dinov3": lambda hf: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**PICTURES)),
+    "clip": lambda hf: hf.CLIPModel(hf.CLIPConfig(text_config=SENTENCES, vision_config=PICTURES)),
+    "blip": lambda hf: hf.BlipForImageTextRetrieval(hf.BlipConfig(text_config=SENTENCES, vision_config=PICTURES)),
+    "siglip": lambda hf: hf.SiglipModel(hf.SiglipConfig(text_config=SENTENCES, vision_config=PICTURES)),
+}
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_transformers(name, monkeypatch):
+    monkeypatch.setattr("vltprune.attention._SMALL", {})
+    dense = HUGGING_FACE[name](transformers).eval()
+    ids = torch.randint(3, 50, (2, 14))
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name != "siglip":
+        ids[:, 5], text["attention_mask"][1, 6:] = 59, 0
+    image = {"pixel_values": torch.randn(2, 3, 64, 64)}
+    larger = {"pixel_values": torch.randn(2, 3, 96, 80), "interpolate_pos_encoding": True}
+    alone = {"bert": text, "distilbert": text, "classifier": text, "vit": larger, "dinov3": image}
+    inputs = alone.get(name, text | image)
+    assert_counts(dense, vp.prune(dense, "random" if name == "siglip" else "madtp"), **inputs)
 
 
 def test_an_instance_costs_the_same_alone():

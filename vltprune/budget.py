@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from .pruner import PrunedEncoder, Pruner, UntrainedGuideWarning, collect
 from .surgery import pruning
 from .tokens import PackedTokens
 
-Batch = Tensor | tuple[Any, ...]
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 class BudgetError(ValueError):
@@ -49,16 +49,16 @@ def calibrate(
 ) -> Calibration:
     """Set a pruned model's temperature (or ratio) so that its mean MACs over `batches` are `reduction` below dense.
 
-    batches: inputs of the model, each a tensor or a tuple of positional inputs; they are run up to some 40 times. The
-    knob is set at every depth of every tower, and in `model.pruning.config`. tolerance: relative to the target.
-    progress: called with each value tried and the reduction it gave. Returns a Calibration.
+    batches: inputs of the model, each a tensor, a tuple of positional inputs or a mapping of named ones; they are run
+    up to some 40 times. The knob is set at every depth of every tower, and in `model.pruning.config`. tolerance: relative
+    to the target. progress: called with each value tried and the reduction it gave. Returns a Calibration.
 
     Raises ValueError for a reduction outside (0, 1), no batches, or a keeper without a knob; BudgetError, with what can be
     had, where the target is out of reach. The model is then as it was.
     """
     if not 0 < reduction < 1:
         raise ValueError(f"reduction={reduction} must lie between 0 and 1: the share of the dense MACs to save")
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    inputs = list(batches)
     if not inputs:
         raise ValueError("calibrate needs at least one batch of inputs")
     search = _Search(model, inputs, progress)
@@ -88,7 +88,7 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
     drawn: dict[str, Tensor] = {}
     with torch.no_grad(), collect() as traces, _keeping_all(model):
         for batch in batches:
-            model(*(batch if isinstance(batch, tuple) else (batch,)))
+            _run(model, batch)
             for trace in traces:
                 fresh = [_free(step.guidance.mapped) for step in trace.steps if step.guidance is not None]
                 if not fresh:
@@ -104,7 +104,7 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
 class _Search:
     """Mean MACs as a function of the knob, and the bisection on it."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[tuple[Any, ...]], progress: Any):
+    def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any):
         self.model, self.inputs, self.progress = model, inputs, progress
         self.record, self.meter = pruning(model), Meter(model)
         self.keepers = [k for tower in self.record.towers.values() for k in _keepers(tower)]
@@ -136,7 +136,7 @@ class _Search:
         macs = dense = instances = 0.0
         for batch in self.inputs:
             with collect() as traces:
-                self.model(*batch)
+                _run(self.model, batch)
             cost = self.meter(traces)
             macs, dense, instances = macs + cost.total, dense + cost.dense_total, instances + cost.instances
         found = Calibration(self.knob.name, value, macs / instances, dense / instances)
@@ -209,6 +209,12 @@ def _keeping_all(model: nn.Module) -> Iterator[None]:
         model.train(training)
         for pruner, keeper in kept:
             pruner.keeper = keeper
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
 def _free(tokens: PackedTokens) -> Tensor:

@@ -5,15 +5,27 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def check_images(images: Tensor, channels: int, size: tuple[int, int] | None) -> None:
+def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, name: str = "images") -> None:
     """ValueError unless images is [batch >= 1, channels, *size] and finite; `size` None: any."""
     wanted = f"[batch, {channels}, {size[0]}, {size[1]}]" if size else f"[batch, {channels}, height, width]"
     if images.dim() != 4 or images.shape[1] != channels or (size and tuple(images.shape[2:]) != size):
         raise ValueError(
-            f"images must be {wanted}, got {list(images.shape)}: resize them, or build the model for that size"
+            f"{name} must be {wanted}, got {list(images.shape)}: resize them, or build the model for that size"
         )
     if len(images) == 0:
-        raise ValueError(f"images is an empty batch: {list(images.shape)}; give at least one image")
+        raise ValueError(f"{name} is an empty batch: {list(images.shape)}; give at least one image")
     if not images.isfinite().all():
         bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
-        raise ValueError(f"images[{bad}] holds NaN or infinity: check how it was loaded and normalised")
+        raise ValueError(f"{name}[{bad}] holds NaN or infinity: check how it was loaded and normalised")
+
+
+def check_ids(ids: Tensor, vocabulary: int, longest: int, name: str = "input_ids") -> None:
+    """ValueError unless ids is [batch >= 1, length >= 1], in 0 .. vocabulary - 1, and no longer than `longest`."""
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ValueError(f"{name} must be token ids [batch, length] and not empty, got {list(ids.shape)}")
+    if ids.shape[1] > longest:
+        raise ValueError(
+            f"{name} has {ids.shape[1]} tokens, the tower has {longest} positions: truncate when you tokenise"
+        )
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(f"{name} must hold token ids in 0 .. {vocabulary - 1}")

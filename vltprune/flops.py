@@ -54,15 +54,17 @@ class Cost:
         return 1 - self.total / self.dense_total
 
 
-def count(model: nn.Module, *inputs: Any) -> Cost:
-    """Run a pruned model on `inputs` (no gradients, as in evaluation) and count. TypeError for a dense model.
+def count(model: nn.Module, *inputs: Any, **named: Any) -> Cost:
+    """Run a pruned model as model(*inputs, **named), without gradients and as in evaluation, and count.
+
+    TypeError for a dense model.
 
     For the cost of a dense model, prune it with any config and read `dense_total`.
     """
     training = model.training
     try:
         with torch.no_grad(), collect() as traces:
-            model.eval()(*inputs)
+            model.eval()(*inputs, **named)
     finally:
         model.train(training)
     return Meter(model)(traces)
@@ -124,7 +126,7 @@ class _TowerMeter:
         shape = tuple(trace.inputs[0].shape[1:])
         if shape not in self._opening:
             adapter, host = self.encoder.adapter, self.encoder.host
-            self._opening[shape] = _macs(lambda: adapter.open(host, trace.inputs[0][:1]))
+            self._opening[shape] = _macs(lambda: adapter.open(host, *trace.inputs)) / trace.entered.layout.batch
         return torch.full_like(trace.entered.layout.sizes, 1.0, dtype=torch.float64) * self._opening[shape]
 
     def _close(self, lengths: Tensor) -> Tensor:

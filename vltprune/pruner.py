@@ -79,7 +79,7 @@ class PruneTrace:
     entered  tokens per instance that entered the first block, protected ones included
     steps    one Step a depth
     beside   what the blocks got besides their tokens (memory, rotary tables), one entry a depth
-    inputs   the tower's positional inputs
+    inputs   what the tower was called with, as its host's `open` takes it
     """
 
     tower: str
@@ -142,13 +142,14 @@ class PrunedEncoder(nn.Module):
         self.pruners = nn.ModuleDict({str(d): Pruner.build(config, adapter.site(host, d, tower)) for d in depths})
         self.train(host.training)
 
-    def forward(self, *inputs: Any) -> Any:
-        tokens, beside = self.encode(*inputs)
-        return self.adapter.close(self.host, tokens, beside)
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        tokens, beside = self.encode(*inputs, **named)
+        return self.adapter.answer(self.host, self.adapter.close(self.host, tokens, beside), **named)
 
-    def encode(self, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
+    def encode(self, *inputs: Any, **named: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
         """Tokens that leave the last block, before the host's final norm and pooling; and what stood beside the blocks."""
         self._warn_of_noise()
+        inputs = self.adapter.call(self.host, *inputs, **named)
         tokens, beside = self.adapter.open(self.host, *inputs)
         traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in _collectors.get()]
         recompute = self.training and torch.is_grad_enabled() and self.adapter.recomputes(self.host)

@@ -34,6 +34,7 @@ class Case:
     prunes     whether there is anything to prune
     ragged     whether the threshold leaves instances of different lengths
     idle       parameters that the dense forward does not use either, by a part of their name
+    rows       what of an output has a row for each instance; None: all of it
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Case:
     prunes: bool = True
     ragged: bool = True
     idle: tuple[str, ...] = ()
+    rows: Callable[[Any], Any] | None = None
 
     def config(self, preset: str = "madtp", **parts: Any) -> vp.PruneConfig:
         """A preset, with a small guide, and without the summary token where there is none."""
@@ -62,7 +64,7 @@ class Case:
         return (self.dense or self.model)(*self.inputs)
 
     def one(self, i: int) -> tuple[Tensor, ...]:
-        return self.alone(i) if self.alone else tuple(x[i : i + 1] for x in self.inputs)
+        return self.alone(i) if self.alone else tuple(x[i : i + 1] if isinstance(x, Tensor) else x for x in self.inputs)
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -111,11 +113,11 @@ def the_dense_model_stays(case: Case) -> None:
 @torch.no_grad()
 def batch_mates_do_not_matter(case: Case, preset: str) -> None:
     pruned = case.pruned(preset)
-    together, lengths = run(pruned, case.inputs)
+    together, lengths = run(pruned, case.inputs, case.rows)
     if preset == "madtp" and case.ragged:
         assert any(len(set(depth)) > 1 for tower in lengths.values() for depth in tower)
     for i in range(3):
-        alone, own = run(pruned, case.one(i))
+        alone, own = run(pruned, case.one(i), case.rows)
         for tower, depths in own.items():
             n = len(depths[0])
             assert list(depths) == [depth[i * n : (i + 1) * n] for depth in lengths[tower]]
@@ -171,6 +173,28 @@ def reducing_early_changes_nothing(case: Case) -> None:
     same(early, late)
 
 
+def recomputing_changes_nothing(case: Case, parts: Sequence[nn.Module], save_memory: Callable[[], Any]) -> None:
+    """Gradient checkpointing, which `save_memory` turns on, runs each part (one a block) twice; nothing else differs."""
+    pruned = case.pruned().train()
+    calls = []
+    for part in parts:
+        part.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def step():
+        pruned.zero_grad()
+        calls.clear()
+        out, lengths = run(pruned, case.inputs)
+        sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in out).backward()
+        return len(calls), lengths, out, [p.grad.clone() for p in pruned.parameters() if p.grad is not None]
+
+    plain_calls, plain_lengths, *plain = step()
+    save_memory()
+    saving_calls, saving_lengths, *saving = step()
+    assert (plain_calls, saving_calls) == (len(parts), 2 * len(parts))
+    assert plain_lengths == saving_lengths
+    same(saving, plain)
+
+
 @torch.no_grad()
 def dropping_is_hiding(
     pruned: Any, inputs: tuple[Tensor, ...], x: Tensor, blocks: Sequence[Any], causal=False
@@ -212,11 +236,15 @@ def _places(position: Tensor, lengths: tuple[int, ...], like: Tensor) -> Tensor:
     return there
 
 
-def run(pruned: Any, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], dict[str, tuple[tuple[int, ...], ...]]]:
-    """Outputs, and per tower and depth the lengths; those of the input first."""
+def run(
+    pruned: Any, inputs: tuple[Tensor, ...], part: Callable[[Any], Any] | None = None
+) -> tuple[list[Tensor], dict[str, tuple[tuple[int, ...], ...]]]:
+    """Outputs, or a part of them, and per tower and depth the lengths; those of the input first."""
     with vp.collect() as traces:
-        out = tensors(pruned(*inputs))
-    return out, {trace.tower: (trace.entered.layout.lengths, *trace.lengths) for trace in traces}
+        out = pruned(*inputs)
+    return tensors(part(out) if part else out), {
+        trace.tower: (trace.entered.layout.lengths, *trace.lengths) for trace in traces
+    }
 
 
 def tensors(out: Any) -> list[Tensor]:
@@ -250,5 +278,6 @@ def _reached(model: nn.Module, host: nn.Module, inputs: tuple[Tensor, ...]) -> s
     host.zero_grad()
     g = torch.Generator().manual_seed(2)
     sum((t * torch.randn(t.shape, generator=g)).sum() for t in tensors(model(*inputs))).backward()
-    reach = {n: float(p.grad.abs().max()) for n, p in host.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in host.named_parameters() if p.grad is not None and p.numel()}
+    reach = {name: float(grad.abs().max()) for name, grad in grads.items()}
     return {name for name, size in reach.items() if size > 1e-6 * max(reach.values())}

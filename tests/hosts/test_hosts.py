@@ -5,13 +5,22 @@ from __future__ import annotations
 import cases_blip
 import cases_open_clip
 import cases_timm
+import cases_transformers
 import checks
 import pytest
 
 import vltprune as vp
 
-LIBRARIES = {"timm": cases_timm, "open_clip": cases_open_clip, "blip": cases_blip}
-TWO_TOWERS = ("open_clip: clip", "open_clip: custom clip", "blip: blip", "blip: nlvr", "blip: vqa", "blip: retrieval")
+LIBRARIES = {
+    "timm": cases_timm,
+    "open_clip": cases_open_clip,
+    "transformers": cases_transformers,
+    "blip": cases_blip,
+}
+TWO_TOWERS = ("open_clip: clip", "open_clip: custom clip", "blip: blip", "blip: nlvr")
+TWO_TOWERS += ("blip: vqa", "blip: retrieval")
+TWO_TOWERS += ("transformers: clip", "transformers: siglip", "transformers: siglip2")
+TWO_TOWERS += ("transformers: blip retrieval", "transformers: blip answers")
 
 every = pytest.mark.parametrize(
     "name", [f"{library}: {name}" for library, cases in LIBRARIES.items() for name in cases.NAMES]
@@ -61,7 +70,9 @@ def test_reducing_early_changes_nothing(name):
 def test_one_guide_serves_both_towers(name):
     case = make(name)
     pruned = case.pruned()
-    assert pruned.visual.guide is pruned.text.guide is pruned.pruning.guide
+    image, text = (pruned.pruning.towers[tower] for tower in ("image", "text"))
+    assert image.guide is text.guide is pruned.pruning.guide
+    assert {image, text} <= set(pruned.children())
     own = {id(parameter) for parameter in pruned.pruning.guide.parameters()}
     assert {id(p) for p in pruned.parameters()} == {id(p) for p in case.model.parameters()} | own
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +21,16 @@ from ..tokens import Layout, PackedTokens
 
 M = TypeVar("M", bound=nn.Module)
 
-_ROOMS = {"timm": "timm", "open_clip": "open_clip", "vltprune": "blip"}  # top-level package -> module of this package
+# top-level package -> module of this package
+_ROOMS = {"timm": "timm", "open_clip": "open_clip", "transformers": "transformers", "vltprune": "blip"}
 
 
 class Host(ABC):
     """Takes towers of one type apart. Stateless; speaks in the tower's own submodules and leaves them as they are.
 
     A forward pass is `open`, then for each block `qkv`, attention, `mix`, `feed`, then `close`. `beside` is what a block
-    gets besides its tokens: rotary tables, the memory that it cross-attends to, or None.
+    gets besides its tokens: rotary tables, the memory that it cross-attends to, or None. `call` and `answer` stand at its
+    two ends, for towers that are called by keywords and answer in more than one form.
     """
 
     tower: str = "image"
@@ -37,6 +42,16 @@ class Host(ABC):
 
     def check(self, tower: nn.Module) -> None:  # noqa: B027  (most towers have nothing more to check)
         """TypeError or ValueError, with what is supported, for a tower of the right type with parts we cannot take apart."""
+
+    def call(self, tower: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, ...]:
+        """The positional inputs of `open` for a call tower(*inputs, **named). TypeError for arguments that it lacks."""
+        bound = inspect.signature(self.open).bind(tower, *inputs, **named)
+        bound.apply_defaults()
+        return bound.args[1:]
+
+    def answer(self, tower: nn.Module, out: Any, **named: Any) -> Any:
+        """What `close` returned, in the form that the call's keywords ask for."""
+        return out
 
     @abstractmethod
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]: ...
@@ -110,14 +125,25 @@ class Composite(ABC):
         return 0.0
 
 
-class ImageAndText(Composite):
-    """A model that holds its towers as `visual` and `text`."""
+class WithTowers(Composite):
+    """A model that holds its towers as children. `names`: what they are called there, by what the towers are called here."""
 
-    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
-        return {"image": (model.visual, find_host(model.visual)), "text": (model.text, find_host(model.text))}
+    names: ClassVar[Mapping[str, str]]
+
+    def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
+        children = {tower: getattr(model, name) for tower, name in self.names.items()}
+        return {tower: (child, find_host(child)) for tower, child in children.items()}
 
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
-        return with_submodule(with_submodule(model, "visual", towers["image"]), "text", towers["text"])
+        for tower, name in self.names.items():
+            model = with_submodule(model, name, towers[tower])
+        return model
+
+
+class ImageAndText(WithTowers):
+    """A model that holds its towers as `visual` and `text`."""
+
+    names: ClassVar = {"image": "visual", "text": "text"}
 
 
 def find_host(tower: nn.Module) -> Host:
@@ -138,7 +164,8 @@ def find_composite(model: nn.Module) -> Composite | None:
 def supported() -> str:
     """The types that have a host, for messages."""
     for room in _ROOMS.values():
-        importlib.import_module(f"{__package__}.{room}")
+        with contextlib.suppress(ImportError):  # a library that is not there, or too old
+            importlib.import_module(f"{__package__}.{room}")
     return ", ".join(hosts.names())
 
 
@@ -154,10 +181,12 @@ def _dotted(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def check_blocks(tower: nn.Module, blocks: Iterable[nn.Module], known: Mapping[type, Sequence[type]]) -> None:
-    """TypeError unless each block's type is a key of `known` and its `attn` is of one of the types listed there."""
+def check_blocks(
+    tower: nn.Module, blocks: Iterable[nn.Module], known: Mapping[type, Sequence[type]], attention: str = "attn"
+) -> None:
+    """TypeError unless each block's type is a key of `known` and its `attention` is of one of the types listed there."""
     for depth, block in enumerate(blocks):
-        part: Any = block if type(block) not in known else block.attn
+        part: Any = block if type(block) not in known else attrgetter(attention)(block)
         if part is block or type(part) not in known[type(block)]:
             pairs = "; ".join(f"{b.__name__} with {', '.join(a.__name__ for a in attns)}" for b, attns in known.items())
             raise TypeError(
@@ -168,9 +197,23 @@ def check_blocks(tower: nn.Module, blocks: Iterable[nn.Module], known: Mapping[t
 
 def with_submodule(model: M, name: str, new: nn.Module) -> M:
     """The same model with one child exchanged; it shares every parameter, and `model` stays as it is."""
+    out = _beside(model)
+    out._modules[name] = new
+    return out
+
+
+def sharing(model: M) -> M:
+    """A model of the same parameters in modules of its own: what is hooked to them, the modules of `model` do not notice."""
+    out = _beside(model)
+    for name, child in model._modules.items():
+        out._modules[name] = child if child is None else sharing(child)
+    return out
+
+
+def _beside(model: M) -> M:
+    """The same module once more, which shares its parameters and children."""
     out = copy.copy(model)
     out.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in model.__dict__.items()}
-    out._modules[name] = new
     return out
 
 

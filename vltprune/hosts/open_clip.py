@@ -11,7 +11,7 @@ from open_clip.model import CLIP
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
 
-from ..checks import check_images
+from ..checks import check_ids, check_images
 from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import PackedTokens
@@ -105,7 +105,7 @@ class _ClipText(_ClipHost):
         return Site(name, depth, len(blocks), width, block.attn.num_heads, has_summary=True, causal=self.causal(tower))
 
     def open(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
-        _check_text(tower, text)
+        check_ids(text, tower.token_embedding.num_embeddings, len(tower.positional_embedding), "text")
         dtype = tower.transformer.get_cast_dtype()
         x = tower.token_embedding(text).to(dtype) + tower.positional_embedding[: text.shape[1]].to(dtype)
         place = torch.arange(text.shape[1], device=text.device)
@@ -273,16 +273,3 @@ def _pool(tower: Any, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
 def _padded(rows: list[Tensor]) -> Tensor:
     """[1, n, dim] each -> [batch, longest, dim]."""
     return nn.utils.rnn.pad_sequence([row.squeeze(0) for row in rows], batch_first=True)
-
-
-def _check_text(tower: Any, text: Tensor) -> None:
-    """ValueError unless text is [batch >= 1, length], ids of the tower's vocabulary, no longer than its positions."""
-    if text.dim() != 2 or text.numel() == 0:
-        raise ValueError(f"text must be token ids [batch, length] and not empty, got {list(text.shape)}")
-    longest, vocabulary = len(tower.positional_embedding), tower.token_embedding.num_embeddings
-    if text.shape[1] > longest:
-        raise ValueError(
-            f"text has {text.shape[1]} tokens, the tower has {longest} positions: tokenise to context_length"
-        )
-    if text.min() < 0 or text.max() >= vocabulary:
-        raise ValueError(f"text must hold token ids in 0 .. {vocabulary - 1}")

@@ -1,0 +1,157 @@
+"""Small towers and models of transformers, one for each option that a host has to honour."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import transformers as hf
+from checks import Case, randomise
+from transformers_pairs import blip_case, blip_text_case, clip_image_case, clip_text_case, two_towers_case
+from transformers_parts import ENDS, IDLE, IMAGE, LENGTH, MASK, STILL, TEXT, WIDTHS, hiding, images, words
+
+BERT = {
+    "plain": {},
+    "no pooler": {"add_pooling_layer": False},
+    "relu, eps": {"hidden_act": "relu", "layer_norm_eps": 0.1},
+    "types and positions": {},
+    "chunked": {"chunk_size_feed_forward": 4},
+    "eager": {"attn_implementation": "eager"},
+}
+VIT = {
+    "plain": {},
+    "no pooler": {"add_pooling_layer": False},
+    "no qkv bias": {"qkv_bias": False},
+    "relu, eps, pooler": {"hidden_act": "relu", "layer_norm_eps": 0.1, "pooler_act": "gelu", "pooler_output_size": 20},
+    "mask token": {"use_mask_token": True},
+    "wide": {"image_size": (32, 48)},
+    "interpolated": {},
+}
+DINO = {
+    "plain": {},
+    "swiglu": {"use_swiglu_ffn": True},
+    "layer_scale": {"layerscale_value": 0.3},
+    "no qkv bias": {"qkv_bias": False},
+    "another size": {},
+}
+DINO3 = {
+    "plain": {},
+    "gated": {"use_gated_mlp": True, "hidden_act": "silu"},
+    "biases": {"key_bias": True, "mlp_bias": False, "query_bias": False, "proj_bias": False},
+    "no registers": {"num_register_tokens": 0},
+    "another size": {},
+}
+NAMES = [f"bert: {n}" for n in BERT] + [f"roberta: {n}" for n in ("plain", "types and positions")]
+NAMES += ["distilbert: plain", "distilbert: types and positions", "distilbert: relu"]
+NAMES += [f"vit: {n}" for n in VIT] + ["deit: plain", "deit: no pooler"]
+NAMES += [f"dinov2: {n}" for n in DINO] + ["registers: plain", "registers: swiglu"] + [f"dinov3: {n}" for n in DINO3]
+NAMES += [f"clip text: {n}" for n in ("masked", "eos 2", "unmasked", "no end")]
+NAMES += ["clip image: plain", "clip image: interpolated", "siglip text: plain"]
+NAMES += ["siglip image: plain", "siglip image: no head", "siglip2 image: plain", "siglip2 text: plain"]
+NAMES += ["clip", "clip, masked", "siglip", "siglip2"]
+NAMES += [
+    "blip image: plain",
+    "blip image: interpolated",
+    "blip text: plain",
+    "blip text: memory",
+    "blip text: one image",
+]
+NAMES += ["blip retrieval", "blip answers", "blip captions"]
+HEADED = {  # a model with a head, and the case whose tower it has
+    "BertForSequenceClassification": "bert: plain",
+    "RobertaForSequenceClassification": "roberta: plain",
+    "DistilBertForSequenceClassification": "distilbert: plain",
+    "ViTForImageClassification": "vit: no pooler",
+    "DeiTForImageClassification": "deit: no pooler",
+    "DeiTForImageClassificationWithTeacher": "deit: no pooler",
+    "CLIPTextModelWithProjection": "clip text: masked",
+    "CLIPVisionModelWithProjection": "clip image: plain",
+}
+NAMES += [f"headed: {name}" for name in HEADED]
+# one of each family
+TEXTS = ["bert: plain", "roberta: plain", "distilbert: plain", "clip text: masked", "siglip text: plain"]
+TEXTS += ["blip text: plain", "blip text: memory"]
+IMAGES = ["vit: plain", "deit: plain", "dinov2: swiglu", "registers: plain", "dinov3: plain"]
+IMAGES += ["clip image: plain", "siglip image: plain", "siglip2 image: plain", "blip image: plain"]
+
+
+def config(kind, **options):
+    """A configuration, and apart from it what the model takes beside one."""
+    beside = {name: options.pop(name) for name in ("add_pooling_layer", "use_mask_token") if name in options}
+    return kind(**options), beside
+
+
+def text_case(family: str, option: str) -> Case:
+    kinds = {
+        "bert": (hf.BertModel, hf.BertConfig),
+        "roberta": (hf.RobertaModel, hf.RobertaConfig),
+        "distilbert": (hf.DistilBertModel, hf.DistilBertConfig),
+    }
+    kind, kind_of_config = kinds[family]
+    options = {**TEXT, **STILL, "max_position_embeddings": 20, "type_vocab_size": 2, **BERT.get(option, {})}
+    if family == "distilbert":
+        activation = "relu" if option == "relu" else "gelu"
+        options = {"vocab_size": 60, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "activation": activation}
+        options |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+        options |= {"max_position_embeddings": 20}
+    own, beside = config(kind_of_config, **options)
+    model = randomise(kind(own, **beside))
+
+    inputs = (words(), MASK)
+    if option == "types and positions":
+        places = (torch.arange(LENGTH) + 4).expand(3, -1)
+        types = torch.randint(0, 2, (3, LENGTH))
+        inputs = (*inputs, None, places) if family == "distilbert" else (*inputs, types, places)
+    return Case(
+        model,
+        inputs,
+        {"text": [[0]] * 3},
+        dense=hiding(model, MASK),
+        alone=lambda i: tuple(None if x is None else x[i : i + 1, : ENDS[i]] for x in inputs),
+        idle=IDLE,
+    )
+
+
+def image_case(family: str, option: str, **more) -> Case:
+    kinds = {
+        "vit": (hf.ViTModel, hf.ViTConfig, {**WIDTHS, **STILL}, VIT),
+        "deit": (hf.DeiTModel, hf.DeiTConfig, {**WIDTHS, **STILL}, VIT),
+        "dinov2": (hf.Dinov2Model, hf.Dinov2Config, {"hidden_size": 48, "mlp_ratio": 2}, DINO),
+        "registers": (
+            hf.Dinov2WithRegistersModel,
+            hf.Dinov2WithRegistersConfig,
+            {"hidden_size": 48, "mlp_ratio": 2, "num_register_tokens": 4},
+            DINO,
+        ),
+        "dinov3": (hf.DINOv3ViTModel, hf.DINOv3ViTConfig, {**WIDTHS, "num_register_tokens": 4}, DINO3),
+    }
+    kind, kind_of_config, sizes, table = kinds[family]
+    own, beside = config(kind_of_config, **{**IMAGE, **sizes, **table[option], **more})
+    model = randomise(kind(own, **beside))
+    prefix = {"deit": 2, "registers": 5, "dinov3": 1 + getattr(own, "num_register_tokens", 0)}.get(family, 1)
+
+    inputs = (images(32, 48) if option in ("wide", "another size") else images(),)
+    if option == "interpolated":
+        inputs = (images(40, 48), None, True)  # the second says which patches are masked
+    idle = (*IDLE, "register_tokens") if option == "no registers" else IDLE
+    return Case(model, inputs, {"image": [range(prefix)] * 3}, idle=idle)
+
+
+def headed_case(name: str) -> Case:
+    bare = make(HEADED[name])
+    model = randomise(getattr(hf, name)(bare.model.config))
+    dense = hiding(model, MASK) if name == "CLIPTextModelWithProjection" else None  # the others return no tokens
+    return replace(bare, model=model, dense=dense)
+
+
+def make(name: str) -> Case:
+    family, _, option = name.partition(": ")
+    if not option:
+        return blip_case(name) if family.startswith("blip") else two_towers_case(name)
+    if family == "headed":
+        return headed_case(option)
+    if family == "blip text":
+        return blip_text_case(family, option)
+    if family.endswith((" text", " image")):
+        return (clip_text_case if family.endswith(" text") else clip_image_case)(family, option)
+    return (text_case if family in ("bert", "roberta", "distilbert") else image_case)(family, option)

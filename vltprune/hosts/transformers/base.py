@@ -1,0 +1,205 @@
+"""What the towers of transformers have in common: how they are called, what they answer, how their attention projects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...checks import check_ids, check_images
+from ...layers.site import Site
+from ...tokens import PackedTokens
+from ..base import Host, by_tiles, check_blocks
+
+# all of them compute the same numbers
+_KERNELS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+# what a call or a configuration may ask for beside the inputs, and pruning cannot give
+_EXTRAS = ("output_attentions", "output_hidden_states", "is_causal")
+
+
+class TransformersHost(Host):
+    """A tower of transformers: called by the names that its forward gives its arguments, answering in its own classes.
+
+    A `last_hidden_state` from which tokens were pruned holds those that are left, in their order, and zeros behind them.
+    `open` names its arguments as the tower does, and takes those that pruning supports.
+    """
+
+    layers: ClassVar[str]  # where a tower keeps its blocks
+    attention: ClassVar[str]  # where a block keeps its attention
+    projections: ClassVar[tuple[str, str, str]] = ("q_proj", "k_proj", "v_proj")
+    dropout: ClassVar[str] = "dropout"  # what the attention calls the dropout of its weights
+    known: ClassVar[Mapping[type, Sequence[type]]]
+    has_summary: ClassVar[bool] = True
+
+    def check(self, tower: Any) -> None:
+        check_blocks(tower, self.blocks(tower), self.known, self.attention)
+        kernel = tower.config._attn_implementation
+        if kernel not in _KERNELS:
+            raise TypeError(
+                f"cannot prune this {type(tower).__name__}: its attention implementation is {kernel!r}, which may compute "
+                f"anything. Supported: {', '.join(_KERNELS)}"
+            )
+
+    def call(self, tower: Any, *inputs: Any, **named: Any) -> tuple[Any, ...]:
+        given = inspect.signature(tower.forward).bind(*inputs, **named).arguments
+        given |= given.pop("kwargs", {})
+        for extra in _EXTRAS:
+            given.setdefault(extra, getattr(tower.config, extra, False))
+
+        takes = list(inspect.signature(self.open).parameters)[1:]  # behind the tower
+        asked = [name for name, value in given.items() if value is not None and value is not False]
+        strange = [name for name in asked if name not in (*takes, "return_dict")]
+        if strange:
+            raise TypeError(
+                f"a pruned {type(tower).__name__} does not take {strange[0]}: leave it out (hidden states and attentions of "
+                f"tokens that are gone cannot be given). Supported: {', '.join(takes)}, return_dict"
+            )
+        return super().call(tower, **{name: value for name, value in given.items() if name in takes})
+
+    def answer(self, tower: Any, out: Any, **named: Any) -> Any:
+        wanted = named.get("return_dict")
+        return out if (tower.config.return_dict if wanted is None else wanted) else out.to_tuple()
+
+    def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
+        return attrgetter(self.layers)(tower)
+
+    def site(self, tower: Any, depth: int, name: str) -> Site:
+        heads, depths = tower.config.num_attention_heads, len(self.blocks(tower))
+        return Site(name, depth, depths, tower.config.hidden_size, heads, self.has_summary, self.causal(tower))
+
+    def attn(self, block: nn.Module) -> Any:
+        """The block's attention module."""
+        return attrgetter(self.attention)(block)
+
+    def project(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query of x, key and value of memory, each [total, heads, head_dim]."""
+        query, key, value = (getattr(attn, name) for name in self.projections)
+        heads = (attn.config.num_attention_heads, -1)
+        return query(x).unflatten(-1, heads), key(memory).unflatten(-1, heads), value(memory).unflatten(-1, heads)
+
+    def scale(self, block: nn.Module) -> float:
+        attn = self.attn(block)
+        return (getattr(attn, self.projections[0]).out_features // attn.config.num_attention_heads) ** -0.5
+
+    def attention_dropout(self, block: nn.Module) -> float:
+        dropout = getattr(self.attn(block), self.dropout)
+        probability = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+        return probability if block.training else 0.0
+
+    def recomputes(self, tower: Any) -> bool:
+        return any(block.gradient_checkpointing for block in self.blocks(tower))
+
+
+class PreNorm(TransformersHost):
+    """Blocks that are x + attention(norm(x)), then x + mlp(norm(x)): ViT and its kin, and CLIP's text."""
+
+    norms: ClassVar[tuple[str, str]]
+    output: ClassVar[str] = "o_proj"
+
+    def qkv(self, block: Any, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x = getattr(block, self.norms[0])(tokens.x)
+        return self.project(self.attn(block), x, x)
+
+    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+        branch = getattr(self.attn(block), self.output)(context.flatten(1))
+        return tokens.with_x(tokens.x + self.branch(block, 0, branch, tokens))
+
+    def feed(self, block: Any, tokens: PackedTokens, beside: Any) -> PackedTokens:
+        norm = getattr(block, self.norms[1])
+        branch = by_tiles(lambda x: block.mlp(norm(x)), tokens.x)
+        return tokens.with_x(tokens.x + self.branch(block, 1, branch, tokens))
+
+    def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
+        """What becomes of a branch before it is added: index 0 after attention, 1 after the MLP; x [total, dim]."""
+        return x
+
+    def mixes_affinely(self, block: nn.Module) -> bool:
+        return True
+
+
+class Images(TransformersHost):
+    """Towers of patches, with tokens before them that are protected, the first of which speaks for the image."""
+
+    def prefix(self, tower: Any) -> int:
+        """How many tokens stand before the patches."""
+        return int(self.has_summary)
+
+    def open(
+        self, tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False
+    ) -> tuple[PackedTokens, tuple[Any, ...]]:
+        images = self.images(tower, pixel_values, interpolate_pos_encoding)
+        x = tower.embeddings(images, interpolate_pos_encoding=interpolate_pos_encoding)
+        return self.pack(tower, x), (None,) * len(self.blocks(tower))
+
+    def images(self, tower: Any, pixel_values: Tensor, any_size: bool | None) -> Tensor:
+        """The images, checked, in the tower's dtype."""
+        size = tower.config.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        channels = getattr(tower.config, "num_channels", 3)
+        check_images(pixel_values, channels, None if any_size else size, "pixel_values")
+        return pixel_values.to(tower.dtype)
+
+    def pack(self, tower: Any, x: Tensor, valid: Tensor | None = None) -> PackedTokens:
+        """Embedded images [batch, n, dim]; valid [batch, n] bool: false on padding."""
+        place = torch.arange(x.shape[1], device=x.device)
+        summary = place == 0 if self.has_summary else None
+        return PackedTokens.pack(x, valid, protected=place < self.prefix(tower), summary=summary)
+
+
+class Sentences(TransformersHost):
+    """Towers of token ids. One token of each sentence is protected and speaks for it: the first, if nothing else is said."""
+
+    tower = "text"
+    positions: ClassVar[str] = "position_embeddings"  # what the embeddings call their table of positions
+
+    def place(self, tower: Any, input_ids: Tensor) -> Tensor | int:
+        """[batch, 1] or one for all: where the token stands that speaks for its sentence."""
+        return 0
+
+    def open(
+        self,
+        tower: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[PackedTokens, tuple[Any, ...]]:
+        return self.enter(tower, input_ids, attention_mask, position_ids=position_ids)
+
+    def enter(
+        self, tower: Any, input_ids: Tensor, attention_mask: Tensor | None, **embedding: Any
+    ) -> tuple[PackedTokens, tuple[None, ...]]:
+        """Checked ids through the tower's embeddings, which get **embedding too, and without their padding."""
+        embed = tower.embeddings
+        first = getattr(embed, "padding_idx", -1) + 1  # RoBERTa counts positions from behind its padding token
+        longest = getattr(embed, self.positions).num_embeddings - first
+        check_ids(input_ids, tower.get_input_embeddings().num_embeddings, longest)
+        x = embed(input_ids, **embedding)
+        return self.pack(x, attention_mask, self.place(tower, input_ids)), (None,) * len(self.blocks(tower))
+
+    def padded_length(self, *inputs: Any) -> int:
+        return inputs[0].shape[1]
+
+    def pack(self, x: Tensor, attention_mask: Tensor | None, place: Tensor | int) -> PackedTokens:
+        """Embedded sentences x [batch, length, dim] without their padding; place: where the summary stands.
+
+        Raises ValueError for a mask that is not [batch, length], and for one that hides a summary.
+        """
+        summary = (torch.arange(x.shape[1], device=x.device) == place).expand(x.shape[:2])
+        if attention_mask is None:
+            return PackedTokens.pack(x, protected=summary, summary=summary)
+        if attention_mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"attention_mask must be {list(x.shape[:2])} like input_ids, got {list(attention_mask.shape)}"
+            )
+        valid = attention_mask.bool()
+        hidden = (summary & ~valid).nonzero().tolist()
+        if hidden:
+            raise ValueError(
+                f"attention_mask hides token {hidden[0][1]} of sentence {hidden[0][0]}, which speaks for it: pad BERT and its "
+                "kin on the right, let CLIP see the end of its text, and call SigLIP without a mask (it pools its last token)"
+            )
+        return PackedTokens.pack(x, None if valid.all() else valid, protected=summary, summary=summary)

@@ -1,0 +1,138 @@
+"""BLIP of transformers, taken apart: image tower, text tower that cross-attends, and the models that hold them.
+
+What pruning leaves of an image travels from tower to tower as transformers has it, padded, and its own models then say that
+all of it is real (version 5.24 even drops the mask before BLIP's cross-attention). So a row of zeros is padding here, and
+nothing attends to it: a token that came through a norm is never all zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer
+from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextSelfAttention
+
+from ...attention import attend
+from ...registry import hosts
+from ...tokens import PackedTokens
+from ..base import WithTowers, sharing, with_submodule
+from .base import Images, PreNorm
+from .text import PostNorm
+
+Memory = tuple[PackedTokens]  # the tokens that sentences cross-attend to: one instance a sentence, or one for all
+
+
+@hosts.register("transformers.models.blip.modeling_blip.BlipVisionModel")
+class BlipVision(PreNorm, Images):
+    """BLIP's image tower. As in transformers, the pooled class token goes through the last norm twice."""
+
+    layers = "encoder.layers"
+    attention = "self_attn"
+    norms = ("layer_norm1", "layer_norm2")
+    output = "projection"
+    known: ClassVar = {BlipEncoderLayer: (BlipAttention,)}
+
+    def project(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+        return q, k, v
+
+    def scale(self, block: Any) -> float:
+        return block.self_attn.scale
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        x = tokens.with_x(tower.post_layernorm(tokens.x)).unpack()[0]
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
+
+
+@hosts.register("transformers.models.blip.modeling_blip_text.BlipTextModel")
+class BlipText(PostNorm):
+    """BLIP's text tower as an encoder, with or without images to look at, of which encoder_attention_mask may hide parts."""
+
+    known: ClassVar = {BlipTextLayer: (BlipTextSelfAttention,)}
+
+    def open(
+        self,
+        tower: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> tuple[PackedTokens, tuple[Memory | None, ...]]:
+        tokens, nothing = self.enter(tower, input_ids, attention_mask, position_ids=position_ids)
+        if encoder_hidden_states is None:
+            return tokens, nothing
+        if not tower.config.is_decoder:
+            raise ValueError("encoder_hidden_states need cross-attention: build the text tower with is_decoder=True")
+        if len(encoder_hidden_states) not in (1, len(input_ids)):
+            raise ValueError(
+                f"{len(input_ids)} sentences cannot look at {len(encoder_hidden_states)} images: give one each, or one for all"
+            )
+        real = _occupied(encoder_hidden_states)
+        if encoder_attention_mask is not None:
+            real = real & encoder_attention_mask.to(real.device).bool()
+        return tokens, ((PackedTokens.pack(encoder_hidden_states, real),),) * len(nothing)
+
+    def feed(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> PackedTokens:
+        if beside is not None:
+            context = self._look(block.crossattention.self, tokens, beside[0])
+            tokens = tokens.with_x(block.crossattention.output(context.flatten(1), tokens.x))
+        return super().feed(block, tokens, beside)
+
+    def _look(self, attn: Any, tokens: PackedTokens, memory: PackedTokens) -> Tensor:
+        """Cross-attention of each sentence to its image: [total, heads, head_dim]."""
+        q, k, v = self.project(attn, tokens.x, memory.x)
+        together = tokens.layout.grouped(memory.layout.batch)  # sentences that look at one image share its keys
+        dropout = attn.dropout.p if attn.training else 0.0
+        return attend(q, k, v, together, q.shape[-1] ** -0.5, key_layout=memory.layout, dropout=dropout)
+
+
+@hosts.register("transformers.models.blip.modeling_blip.BlipForImageTextRetrieval")
+class BlipRetrieval(WithTowers):
+    """Both towers, one guide, and the matching head."""
+
+    names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
+
+    def head_macs(self, model: Any) -> float:
+        return float(model.itm_head.weight.numel())
+
+
+class _WithDecoder(WithTowers):
+    """A decoder looks at what the towers left. It stays dense, and is not counted in MACs."""
+
+    def assemble(self, model: Any, towers: Mapping[str, nn.Module]) -> nn.Module:
+        decoder = sharing(model.text_decoder)
+        for layer in decoder.bert.encoder.layer:
+            layer.crossattention.self.register_forward_pre_hook(_hide_padding, with_kwargs=True)
+        return with_submodule(super().assemble(model, towers), "text_decoder", decoder)
+
+
+@hosts.register("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")
+class BlipAnswers(_WithDecoder):
+    """Image and question, one guide; the decoder of the answer looks at the question."""
+
+    names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
+
+
+@hosts.register("transformers.models.blip.modeling_blip.BlipForConditionalGeneration")
+class BlipCaptions(_WithDecoder):
+    """The image alone; the decoder of the caption looks at it."""
+
+    names: ClassVar = {"image": "vision_model"}
+
+
+def _occupied(x: Tensor) -> Tensor:
+    """[batch, n] bool: which places of padded tokens [batch, n, dim] hold one."""
+    return (x != 0).any(-1)
+
+
+def _hide_padding(attn: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before a decoder's cross-attention: the bias that hides what is no token from all of its queries."""
+    memory = named["encoder_hidden_states"]
+    bias = torch.zeros(memory.shape[:2], dtype=memory.dtype, device=memory.device)
+    bias = bias.masked_fill(~_occupied(memory), torch.finfo(memory.dtype).min)
+    return args, {**named, "encoder_attention_mask": bias[:, None, None]}

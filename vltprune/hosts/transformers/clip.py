@@ -1,0 +1,140 @@
+"""CLIP, SigLIP and SigLIP 2 of transformers, taken apart: their towers, and the models that hold two of them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
+from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Siglip2EncoderLayer
+
+from ...registry import hosts
+from ...tokens import PackedTokens
+from ..base import WithTowers
+from .base import Images, PreNorm, Sentences
+
+
+class _Blocks(PreNorm):
+    """The blocks that all these towers have."""
+
+    layers = "encoder.layers"
+    attention = "self_attn"
+    norms = ("layer_norm1", "layer_norm2")
+    output = "out_proj"
+    known: ClassVar = {
+        CLIPEncoderLayer: (CLIPAttention,),
+        SiglipEncoderLayer: (SiglipAttention,),
+        Siglip2EncoderLayer: (Siglip2Attention,),
+    }
+
+
+@hosts.register("transformers.models.clip.modeling_clip.CLIPVisionModel")
+class ClipVision(_Blocks, Images):
+    """CLIP's image tower. As in transformers, the last hidden state is not normed, and the pooled class token is."""
+
+    def open(
+        self, tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False
+    ) -> tuple[PackedTokens, tuple[Any, ...]]:
+        tokens, beside = super().open(tower, pixel_values, interpolate_pos_encoding)
+        return tokens.with_x(tower.pre_layrnorm(tokens.x)), beside
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        x = tokens.unpack()[0]
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
+
+
+@hosts.register("transformers.models.siglip.modeling_siglip.SiglipVisionModel")
+class SiglipVision(_Blocks, Images):
+    """SigLIP's image tower: no class token, and a head that pools what is left by attention."""
+
+    has_summary = False
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        tokens = tokens.with_x(tower.post_layernorm(tokens.x))
+        x = tokens.unpack()[0]
+        pooled = _pool(tower.head, tokens) if tower.use_head else None
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled)
+
+
+@hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel")
+class Siglip2Vision(SiglipVision):
+    """SigLIP 2's image tower for images of any shape, given as patches: those that only pad never enter."""
+
+    def open(
+        self, tower: Any, pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Tensor
+    ) -> tuple[PackedTokens, tuple[None, ...]]:
+        width = tower.embeddings.patch_embedding.in_features
+        if pixel_values.dim() != 3 or pixel_values.shape[-1] != width or len(pixel_values) == 0:
+            raise ValueError(
+                f"pixel_values must be patches [batch, patches, {width}], got {list(pixel_values.shape)}: prepare them with "
+                "the model's image processor"
+            )
+        valid = None if pixel_attention_mask is None else pixel_attention_mask.bool()
+        tokens = self.pack(tower, tower.embeddings(pixel_values, spatial_shapes), valid)
+        return tokens, (None,) * len(self.blocks(tower))
+
+    def padded_length(self, *inputs: Any) -> int:
+        return inputs[0].shape[1]
+
+
+class _Text(_Blocks, Sentences):
+    """All tokens that the mask shows enter, those behind the pooled one too: the last hidden state has them."""
+
+    positions = "position_embedding"
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        tokens = tokens.with_x(tower.final_layer_norm(tokens.x))
+        assert tokens.summary is not None
+        pooled = self.head(tower, tokens.read(tokens.summary))
+        return BaseModelOutputWithPooling(last_hidden_state=tokens.unpack()[0], pooler_output=pooled)
+
+    def head(self, tower: Any, pooled: Tensor) -> Tensor:
+        return pooled
+
+
+@hosts.register("transformers.models.clip.modeling_clip.CLIPTextModel")
+class ClipText(_Text):
+    """CLIP's text tower: causal, pooled where the text ends."""
+
+    def causal(self, tower: Any) -> bool:
+        return True
+
+    def place(self, tower: Any, input_ids: Tensor) -> Tensor:
+        # configurations from before the end of text had its right id say 2, and mean the largest id of the sentence
+        ends = input_ids if tower.eos_token_id == 2 else (input_ids == tower.eos_token_id).int()
+        return ends.argmax(-1, keepdim=True)
+
+
+@hosts.register("transformers.models.siglip.modeling_siglip.SiglipTextModel")
+@hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2TextModel")
+class SiglipText(_Text):
+    """SigLIP's text tower, which pools its last token: padding, mostly, that was trained to be seen."""
+
+    def place(self, tower: Any, input_ids: Tensor) -> int:
+        return input_ids.shape[1] - 1
+
+    def head(self, tower: Any, pooled: Tensor) -> Tensor:
+        return tower.head(pooled)
+
+
+@hosts.register("transformers.models.clip.modeling_clip.CLIPModel")
+@hosts.register("transformers.models.siglip.modeling_siglip.SiglipModel")
+@hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2Model")
+class TwoTowers(WithTowers):
+    """CLIP and SigLIP: two towers, one guide."""
+
+    names: ClassVar = {"image": "vision_model", "text": "text_model"}
+
+    def head_macs(self, model: Any) -> float:
+        projections = [getattr(model, name, nn.Identity()) for name in ("visual_projection", "text_projection")]
+        return float(sum(parameter.numel() for module in projections for parameter in module.parameters()))
+
+
+def _pool(head: nn.Module, tokens: PackedTokens) -> Tensor:
+    """The head over the tokens of each instance, [batch, dim]."""
+    if tokens.layout.is_uniform:
+        return head(tokens.unpack()[0])
+    return torch.cat([head(x.unsqueeze(0)) for x in tokens.x.split(tokens.layout.lengths)])

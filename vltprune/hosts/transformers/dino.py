@@ -1,0 +1,72 @@
+"""DINOv2, with registers or without, and DINOv3 of transformers, taken apart."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Layer
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
+    Dinov2WithRegistersAttention,
+    Dinov2WithRegistersLayer,
+)
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTLayer, rotate_half
+
+from ...registry import hosts
+from ...tokens import PackedTokens
+from ..base import drop_path
+from .base import Images, PreNorm
+
+
+@hosts.register("transformers.models.dinov2.modeling_dinov2.Dinov2Model")
+@hosts.register("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel")
+class Dinov2(PreNorm, Images):
+    """DINOv2: LayerScale, stochastic depth, MLP or SwiGLU, registers behind the class token; images of any size."""
+
+    layers = "encoder.layer"
+    attention = "attention"
+    dropout = "attention_dropout"
+    norms = ("norm1", "norm2")
+    norm: ClassVar[str] = "layernorm"  # the last one
+    known: ClassVar = {
+        Dinov2Layer: (Dinov2Attention,),
+        Dinov2WithRegistersLayer: (Dinov2WithRegistersAttention,),
+        DINOv3ViTLayer: (DINOv3ViTAttention,),
+    }
+
+    def prefix(self, tower: Any) -> int:
+        return 1 + getattr(tower.config, "num_register_tokens", 0)
+
+    def open(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+        x = tower.embeddings(self.images(tower, pixel_values, any_size=True))
+        return self.pack(tower, x), (None,) * len(self.blocks(tower))
+
+    def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
+        scaled = (block.layer_scale1, block.layer_scale2)[index](x)
+        return drop_path(block.drop_path, scaled, tokens.layout)
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        x = tokens.with_x(getattr(tower, self.norm)(tokens.x)).unpack()[0]
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
+
+
+@hosts.register("transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel")
+class Dinov3(Dinov2):
+    """DINOv3: positions are rotations, looked up by where a patch stood in the image."""
+
+    layers = "model.layer"
+    dropout = "dropout"
+    norm = "norm"
+
+    def open(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+        tokens, _ = super().open(tower, pixel_values)
+        tables = torch.stack(tower.rope_embeddings(pixel_values.to(tower.dtype)))  # cos, sin: [2, patches, head_dim]
+        still = tables.new_tensor((1.0, 0.0)).view(2, 1, 1).expand(2, self.prefix(tower), tables.shape[-1])
+        return tokens, (torch.cat((still, tables), 1),) * len(self.blocks(tower))
+
+    def qkv(self, block: Any, tokens: PackedTokens, beside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().qkv(block, tokens, beside)
+        cos, sin = beside.index_select(1, tokens.position)[:, :, None]
+        return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v

@@ -1,0 +1,37 @@
+"""Models of transformers with one tower, and behind it a head that reads a token which pruning never takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ...registry import hosts
+from ..base import Composite, Host, find_host, with_submodule
+
+
+@hosts.register("transformers.models.bert.modeling_bert.BertForSequenceClassification")
+@hosts.register("transformers.models.roberta.modeling_roberta.RobertaForSequenceClassification")
+@hosts.register("transformers.models.distilbert.modeling_distilbert.DistilBertForSequenceClassification")
+@hosts.register("transformers.models.vit.modeling_vit.ViTForImageClassification")
+@hosts.register("transformers.models.deit.modeling_deit.DeiTForImageClassification")
+@hosts.register("transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher")
+@hosts.register("transformers.models.clip.modeling_clip.CLIPTextModelWithProjection")
+@hosts.register("transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection")
+class Headed(Composite):
+    """One tower under the name that transformers has for the base of such a model; the rest of its children are the head."""
+
+    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+        tower = getattr(model, model.base_model_prefix)
+        host = find_host(tower)
+        return {host.tower: (tower, host)}
+
+    def assemble(self, model: Any, towers: Mapping[str, nn.Module]) -> nn.Module:
+        [tower] = towers.values()
+        return with_submodule(model, model.base_model_prefix, tower)
+
+    def head_macs(self, model: Any) -> float:
+        heads = [child for name, child in model.named_children() if name != model.base_model_prefix]
+        linears = [module for head in heads for module in head.modules() if isinstance(module, nn.Linear)]
+        return float(sum(linear.weight.numel() for linear in linears))

@@ -1,0 +1,41 @@
+"""ViT and DeiT of transformers, taken apart."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
+
+from ...registry import hosts
+from ...tokens import PackedTokens
+from .base import Images, PreNorm
+
+
+@hosts.register("transformers.models.vit.modeling_vit.ViTModel")
+class Vit(PreNorm, Images):
+    """ViT, with a pooler or without, at its own size or with interpolated positions."""
+
+    layers = "layers"
+    attention = "attention"
+    dropout = "attention_dropout"
+    norms = ("layernorm_before", "layernorm_after")
+    known: ClassVar = {ViTLayer: (ViTAttention,), DeiTLayer: (DeiTAttention,)}
+
+    def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
+        return block.dropout(x)
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        x = tokens.with_x(tower.layernorm(tokens.x)).unpack()[0]
+        pooled = None if tower.pooler is None else tower.pooler(x)
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled)
+
+
+@hosts.register("transformers.models.deit.modeling_deit.DeiTModel")
+class Deit(Vit):
+    """DeiT: a ViT with a distillation token behind the class token."""
+
+    def prefix(self, tower: Any) -> int:
+        return 2
