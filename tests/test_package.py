@@ -25,7 +25,7 @@ FLOORS = [
     ("config", "losses", "models", "convert"),
     ("presets", "checkpoint", "pruner", "data"),
     ("hosts",),
-    ("surgery",),
+    ("surgery", "preprocessing"),
     ("flops",),
     ("budget", "factory"),
     ("hub",),

@@ -8,6 +8,7 @@ from .config import Part, PruneConfig
 from .factory import create_model, list_models
 from .hub import from_pretrained, load, push_to_hub
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
+from .preprocessing import Preprocessing, transforms
 from .presets import preset
 from .pruner import PrunedEncoder, Pruner, PruneTrace, Pruning, UntrainedGuideWarning, collect
 from .registry import Registry, backbones, guides, hosts, keepers, presets, reducers, scorers
@@ -27,6 +28,7 @@ __all__ = [
     "Layout",
     "PackedTokens",
     "Part",
+    "Preprocessing",
     "PruneConfig",
     "PruneTrace",
     "PrunedEncoder",
@@ -62,4 +64,5 @@ __all__ = [
     "reducers",
     "save",
     "scorers",
+    "transforms",
 ]

@@ -9,7 +9,8 @@ import pytest
 
 import vltprune as vp
 from vltprune import cli
-from vltprune.commands import demo, inspect, pictures
+from vltprune.commands import demo, inspect
+from vltprune.data import pictures
 
 
 def test_without_a_command_it_helps(capsys):

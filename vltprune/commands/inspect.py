@@ -14,6 +14,7 @@ from .. import flops, registry
 from ..factory import Name, list_models
 from ..hosts.base import find_composite
 from ..models import zoo
+from ..preprocessing import image_size
 from ..surgery import prune
 from . import common
 
@@ -118,13 +119,6 @@ def example(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:
         length = tokens or min(35, max(longest // 2, 1))
         return images, torch.randint(1, vocabulary, (1, length), generator=generator)
     return images, _clip_text(towers["text"], tokens, generator)
-
-
-def image_size(tower: Any) -> tuple[int, int]:
-    """Height and width in pixels of the images that a dense image tower takes."""
-    tower = getattr(tower, "trunk", tower)  # open_clip's wrapper of timm's models
-    size = tower.patch_embed.img_size if hasattr(tower, "patch_embed") else tower.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _clip_text(tower: Any, tokens: int | None, generator: torch.Generator) -> Tensor:

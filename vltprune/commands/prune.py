@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import budget, visualize
+from ..data import pictures
 from ..factory import Name
 from ..flops import Meter
 from ..hosts.base import find_composite
+from ..preprocessing import Preprocessing, transforms
 from ..presets import preset
 from ..pruner import PruneTrace, Pruning, collect
 from ..tokens import PackedTokens
-from . import common, pictures
-from .preprocess import Preprocessing
+from . import common
 
 _PARTS = ("scorer", "keep", "reducer", "guide", "at")
 
@@ -66,8 +67,9 @@ def run(args: argparse.Namespace) -> None:
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
     reader = Reader(pictures.listing(args.folder)[: args.limit], args.batch_size)
-    model: Any = image_tower(_load(args))
-    reader.prepare = Preprocessing.of(model.pruning.host, Name.read(args.model))
+    asked = _load(args)
+    reader.prepare = transforms(asked)
+    model: Any = image_tower(asked)
     prepared = prepare(model, reader, args)
 
     results = Results(folder, args.pictures, reader.prepare)
@@ -196,7 +198,7 @@ class Results:
         self.dense_macs += float(cost.dense["image"].sum())
 
     def _picture(self, file: Path, image: Tensor, trace: PruneTrace, place: int) -> None:
-        seen = pictures.seen(image, self.preprocessing.mean, self.preprocessing.std)
+        seen = self.preprocessing.seen(image)
         target = self.folder / "pictures" / f"{file.name}.png"
         target.parent.mkdir(exist_ok=True)
         visualize.stack([visualize.film(seen, trace, place, side=160)], [file.name]).save(target)
