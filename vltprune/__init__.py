@@ -1,6 +1,6 @@
 """vltprune: prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."""
 
-from . import budget, flops, losses
+from . import budget, flops, losses, text
 from .attention import AttentionStats, Stat, attend, attend_with_stats
 from .budget import BudgetError, calibrate
 from .checkpoint import CheckpointError, Recipe, save
@@ -64,5 +64,6 @@ __all__ = [
     "reducers",
     "save",
     "scorers",
+    "text",
     "transforms",
 ]
