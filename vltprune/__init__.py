@@ -1,6 +1,6 @@
 """vltprune: prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."""
 
-from . import budget, flops, losses, text
+from . import budget, flops, losses, metrics, text
 from .attention import AttentionStats, Stat, attend, attend_with_stats
 from .budget import BudgetError, calibrate
 from .checkpoint import CheckpointError, Recipe, save
@@ -57,6 +57,7 @@ __all__ = [
     "list_models",
     "load",
     "losses",
+    "metrics",
     "preset",
     "presets",
     "prune",
