@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each room may import from those before it; the same line is one room
 FLOORS = [
-    ("checks", "registry", "text", "metrics"),
+    ("checks", "registry", "text", "metrics", "journal"),
     ("tokens",),
     ("segments",),
     ("attention",),
@@ -27,10 +27,10 @@ FLOORS = [
     ("hosts",),
     ("surgery", "preprocessing"),
     ("flops",),
-    ("budget", "factory"),
+    ("budget", "factory", "gauge"),
     ("hub",),
-    ("visualize", "evaluate"),
-    ("report",),
+    ("visualize", "evaluate", "tasks"),
+    ("report", "exam"),
     ("commands",),
     ("cli",),
 ]

@@ -19,11 +19,17 @@ def accuracy(chances: Sequence[float], labels: Sequence[int]) -> float:
     return sum((chance > 0.5) == (label == 1) for chance, label in zip(chances, labels, strict=True)) / len(chances)
 
 
-def recalls(similarity: Tensor, owners: Sequence[int] | Tensor, ranks: Sequence[int] = RANKS) -> dict[str, float]:
+def recalls(
+    similarity: Tensor,
+    owners: Sequence[int] | Tensor,
+    ranks: Sequence[int] = RANKS,
+    by_text: Tensor | None = None,
+) -> dict[str, float]:
     """Retrieval in both directions: how often one of the right ones is among the first k, and the mean of all.
 
     similarity [images, texts]; owners [texts], the row of each text's image. "i2t_r1": an image's nearest texts hold one
-    of its own; "t2i_r1": a text's nearest images hold its own. Equals rank first: whoever cannot tell finds nothing.
+    of its own; "t2i_r1": a text's nearest images hold its own. by_text [images, texts]: what ranks images for a text, where it
+    is not `similarity`. Equals rank first: whoever cannot tell finds nothing.
     ValueError for similarities that are not finite, or images without a text.
     """
     owner = torch.as_tensor(owners, device=similarity.device)
@@ -38,8 +44,8 @@ def recalls(similarity: Tensor, owners: Sequence[int] | Tensor, ranks: Sequence[
 
     best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     texts_before = ((similarity >= best) & ~own).sum(1)
-    mine = similarity.gather(0, owner[None])
-    images_before = ((similarity >= mine) & ~own).sum(0)
+    by_text = similarity if by_text is None else by_text
+    images_before = ((by_text >= by_text.gather(0, owner[None])) & ~own).sum(0)
     found = {f"i2t_r{k}": float((texts_before < k).double().mean()) for k in ranks}
     found |= {f"t2i_r{k}": float((images_before < k).double().mean()) for k in ranks}
     return {**found, "mean_recall": sum(found.values()) / len(found)}

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .. import flops, registry
 from ..factory import Name, list_models
+from ..gauge import keep_all
 from ..hosts.base import find_composite
 from ..models import zoo
 from ..preprocessing import image_size
-from ..surgery import prune
 from . import common
 
 _COUNTED = (
@@ -72,7 +72,7 @@ def run_info(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
     model: Any = common.load_model(args.model, args.pretrained, **common.keywords(args.arguments))
     name, dense = Name.read(args.model), not hasattr(model, "pruning")
-    pruned: Any = _keep_all(model) if dense else model
+    pruned: Any = keep_all(model) if dense else model
     print(f"{args.model}: {name.backbone} of {name.library}, {_millions(pruned.pruning.host)} parameters")
     if dense:
         print("dense: append a preset to prune it, as in " + f"{name.backbone}_madtp")
@@ -90,7 +90,7 @@ def run_flops(args: argparse.Namespace) -> None:
     size = {_SIZE_ARGUMENT[Name.read(args.model).library]: args.image_size} if args.image_size else {}
     model: Any = common.load_model(args.model, **size)
     dense = not hasattr(model, "pruning")
-    pruned: Any = _keep_all(model) if dense else model
+    pruned: Any = keep_all(model) if dense else model
     cost = flops.count(pruned, *example(pruned.pruning.host, args.tokens))
     for tower in cost.towers:
         _print_macs(f"{tower} tower", float(cost.dense[tower].sum()), float(cost.towers[tower].sum()), dense)
@@ -132,11 +132,6 @@ def _clip_text(tower: Any, tokens: int | None, generator: torch.Generator) -> Te
     text[0, :tokens] = torch.randint(1, vocabulary - 1, (tokens,), generator=generator)
     text[0, tokens - 1] = vocabulary - 1
     return text
-
-
-def _keep_all(model: nn.Module) -> nn.Module:
-    """A dense model in a form whose cost can be counted."""
-    return prune(model, "random", keep="ratio(ratio=1.0)")
 
 
 def _print_parts(model: Any) -> None:

@@ -96,7 +96,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
         parts["at"] = _depths(parts["at"])
     if Name.read(args.model).preset is None:
         config = preset(args.preset or "madtp")
-        pruning = {"pruning": config.replace(**parts) if parts else config}
+        pruning: dict[str, Any] = {"pruning": config.replace(**parts) if parts else config}
     elif args.preset:
         raise ValueError(f"--preset {args.preset}: {args.model} names a preset already, leave one of them out")
     else:
@@ -131,7 +131,7 @@ def prepare(model: Any, loader: Loader[Record], args: argparse.Namespace) -> dic
     untrained = guide is not None and guide.is_untrained
     if not untrained and args.reduction is None:
         return {}
-    images = [images[:, 0] for _, images in replace(loader, records=loader.records[: args.calibrate_on])]
+    images = [images[:, 0] for _, images in replace(loader, stop=args.calibrate_on)]
     number = sum(map(len, images))
     if untrained and images:
         common.say(f"vltprune: the guide is untrained: placing its anchors by k-means on tokens of {number} pictures")

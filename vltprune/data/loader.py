@@ -19,21 +19,32 @@ class Loader(Generic[R]):
 
     prepare: a picture to [3, height, width], as `vltprune.transforms(model)` gives it. A record whose picture is missing
     or broken goes to `skipped`, once; with strict=True it is an OSError instead. A batch that lost all is left out.
+    start, stop: which records, all of them unless these say otherwise.
     """
 
     records: Sequence[R]
     prepare: Callable[[Image.Image], Tensor]
     batch_size: int = 16
     strict: bool = False
+    start: int = 0
+    stop: int | None = None
     skipped: list[Skipped] = field(default_factory=list)
 
+    def __len__(self) -> int:
+        """How many records there are to read."""
+        return len(self._numbers)
+
     def __iter__(self) -> Iterator[tuple[list[R], Tensor]]:
-        for start in range(0, len(self.records), self.batch_size):
-            numbers = range(start, min(start + self.batch_size, len(self.records)))
+        for start in range(0, len(self), self.batch_size):
+            numbers = self._numbers[start : start + self.batch_size]
             opened = [(record, images) for record, images in map(self._open, numbers) if images is not None]
             if opened:
                 records, images = zip(*opened, strict=True)
                 yield list(records), torch.stack(images)
+
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.records))[self.start : self.stop]
 
     def _open(self, number: int) -> tuple[R, Tensor | None]:
         record = self.records[number]
