@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import vltprune as vp
-from vltprune import metrics, tasks
+from vltprune import data, metrics, tasks
 from vltprune.data import SyntheticPairs
-from vltprune.text import BlipTokenizer
+from vltprune.data.words import WordTokenizer
+from vltprune.tasks import caption
 
 
 def test_the_tasks_have_names():
@@ -29,23 +30,25 @@ def test_drawn_pairs_need_no_file():
 def test_blip_reads_sentences_as_blip_does(tmp_path, monkeypatch):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "both", "are", "dogs", "."]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    model = vp.create_model("blip_nlvr_tiny", vocab_size=30)
-    task = tasks.Nlvr.of(model, tmp_path / "vocab.txt")
-    record = SyntheticPairs("val", 1)
+    model = vp.create_model("blip_nlvr_tiny", vocab_size=10)
+    task = tasks.Nlvr.of(model, tasks.Options(vocabulary=tmp_path))
     statement = tasks.Nlvr.read("synthetic:val", "")[0]
     (ids, mask), counts = task.texts([replace(statement, sentence="Both are (dogs).")])
     assert (ids.tolist(), mask.tolist(), counts) == ([[9, 4, 5, 6, 3]], [[1] * 5], [1])
     long = replace(statement, sentence="dogs " * 60)
     assert task.texts([long])[0][0].shape == (1, 35)
-    assert len(record) == 1 and len(BlipTokenizer.load(tmp_path)) == 10
+    with pytest.raises(ValueError, match=r"has 10 ids, the model 30: give the model's own"):
+        tasks.Nlvr.of(vp.create_model("blip_nlvr_tiny", vocab_size=30), tasks.Options(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("task", "model", "complaint"),
     [
         (tasks.Nlvr, "blip_tiny", "nlvr asks about two images, and a Blip reads one"),
+        (tasks.Vqa, "blip_tiny", "a Blip gives none: use a blip_vqa"),
+        (tasks.Caption, "blip_tiny", "a Blip writes none: use a blip_caption"),
         (tasks.Nlvr, "vit_tiny_patch16_224", "a VisionTransformer reads one"),
-        (tasks.Retrieval, "blip_nlvr_tiny_evit", "a BlipNlvr gives none: use a model of open_clip"),
+        (tasks.Retrieval, "blip_nlvr_tiny_evit", "a BlipNlvr has none .* use a model of open_clip"),
     ],
 )
 def test_models_that_cannot(task, model, complaint):
@@ -76,3 +79,85 @@ def test_judging_all_by_the_same_measure_changes_nothing():
     by_image, by_text = tasks.rerank(similarity, lambda images, texts: similarity[images, texts])
     torch.testing.assert_close(by_image, 2 * similarity)
     torch.testing.assert_close(by_text, 2 * similarity)
+
+
+class Speaker(torch.nn.Module):
+    """Says the same of every image, in our own words, and knows which of a list is best: its last."""
+
+    prompt = (57, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.text = self.decoder = vp.create_model("blip_tiny").text
+        self.decoder.body = self.decoder
+
+    def generate(self, images, input_ids=None, attention_mask=None):
+        (said,) = WordTokenizer().encode("a red star")[0].tolist()
+        given = self.prompt if input_ids is None else self.prompt[:1]
+        return torch.tensor([[*given, *said[1:], 0]] * len(images))
+
+    def rank(self, images, input_ids, attention_mask, answer_ids, answer_mask):
+        assert WordTokenizer().decode(answer_ids) == ["star", "no", "red"] and len(answer_mask) == 3
+        return torch.tensor([[2, 0]] * len(images)), torch.zeros(len(images), 2)
+
+
+IMAGES = torch.zeros(2, 1, 3, 8, 8)
+
+
+def questions(*answers, **kind):
+    return [data.Question(i, (), str(i), "is there a star", some, **kind) for i, some in enumerate(answers)]
+
+
+def test_vqa_in_free_words():
+    speaker = Speaker()
+    task = tasks.Vqa.of(speaker)
+    asked = questions(("red star",) * 10, ("star",) * 10)
+    texts, counts = task.texts(asked)
+    assert (texts[0].shape, counts) == ((2, 6), [1, 1])
+    rows = task.answer(speaker, asked, IMAGES, texts)
+    assert [row["answer"] for row in rows] == ["a red star"] * 2
+    assert task.score(rows) == {"vqa_accuracy": 0.5}
+
+
+def test_vqa_from_a_list(tmp_path):
+    (tmp_path / "answers.json").write_text('["star", "no", "red"]')
+    speaker = Speaker()
+    task = tasks.Vqa.of(speaker, tasks.Options(answers=tmp_path / "answers.json"))
+    asked = questions(("red",), ("red", "star"), together=True)
+    rows = task.answer(speaker, asked, IMAGES, task.texts(asked)[0])
+    assert [row["answer"] for row in rows] == ["red", "red"]
+    assert task.score(rows) == {"exact": 0.5, "overlap": 0.75}
+
+
+def test_answers_held_back_are_not_scored():
+    speaker = Speaker()
+    asked, task = questions((), ()), tasks.Vqa.of(speaker)
+    assert task.score(task.answer(speaker, asked, IMAGES, task.texts(asked)[0])) == {}
+
+
+def test_captions_leave_the_prompt_out(monkeypatch):
+    speaker, scored = Speaker(), []
+    monkeypatch.setattr(caption.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(metrics, "caption_scores", lambda *pair: scored.append(pair) or {"CIDEr": 1.0})
+    task, records = tasks.Caption.of(speaker), [data.Captioned(i, (), "same", ("a star",)) for i in (4, 7)]
+    assert task.texts(records) == ((), [1, 1])
+    rows = task.answer(speaker, records, IMAGES, ())
+    assert task.score([{"index": r.index, **row} for r, row in zip(records, rows, strict=True)]) == {"CIDEr": 1.0}
+    assert scored == [({"4": "a red star", "7": "a red star"}, {"4": ["a star"], "7": ["a star"]})]
+
+
+def test_captions_ask_for_their_package_before_the_work(monkeypatch):
+    monkeypatch.setattr(caption.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'vltprune\[eval\]'"):
+        tasks.Caption.of(Speaker())
+
+
+def test_retrieval_with_features_of_blip():
+    model = vp.create_model("blip_tiny")
+    model.match = None  # the mark of a model whose features were trained to be compared
+    task, records = tasks.Retrieval.of(model), [data.Captioned(i, (), str(i), ("a star", "a circle")) for i in (0, 1)]
+    texts, counts = task.texts(records)
+    with torch.no_grad():
+        rows = task.answer(model, records, torch.randn(2, 1, 3, 96, 96), texts)
+    assert counts == [2, 2]
+    assert set(task.score(rows)) >= {"i2t_r1", "t2i_r10"}

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .commands import common, demo, eval, inspect, predict, prune
 
-_EXPECTED = (ValueError, LookupError, TypeError, OSError)  # what the library raises for the user to read
+_EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError)  # what the library raises for the user to read
 _ABOUT = "Prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 RANKS = (1, 5, 10)
+NEEDS_PYCOCOEVALCAP = "captions are scored by the package pycocoevalcap: pip install 'vltprune[eval]', and Java"
 
 
 def accuracy(chances: Sequence[float], labels: Sequence[int]) -> float:
@@ -83,9 +84,7 @@ def caption_scores(written: Mapping[str, str], references: Mapping[str, Sequence
         from pycocoevalcap.cider.cider import Cider  # pyright: ignore[reportMissingImports]
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(
-            "captions are scored by the package pycocoevalcap: pip install 'vltprune[eval]', and Java"
-        ) from error
+        raise ImportError(NEEDS_PYCOCOEVALCAP) from error
     try:
         tokenize = PTBTokenizer().tokenize
         ours = tokenize({key: [{"caption": text}] for key, text in written.items()})

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 CLS, DEC, ENC = "[CLS]", "[DEC]", "[ENC]"
-_BERT, _FILES = "google-bert/bert-base-uncased", ("vocab.txt", "tokenizer.json")
+BERT = "google-bert/bert-base-uncased"  # on the hub
+_FILES = ("vocab.txt", "tokenizer.json")
 
 
 class BlipTokenizer:
@@ -41,7 +42,7 @@ class BlipTokenizer:
 
     @classmethod
     def load(
-        cls, source: str | Path = _BERT, *, max_positions: int = 512, cache_dir: str | None = None
+        cls, source: str | Path = BERT, *, max_positions: int = 512, cache_dir: str | None = None
     ) -> BlipTokenizer:
         """From a vocab.txt, a tokenizer.json, a folder with either, or the hub ("org/name", or its cache when offline).
 

@@ -52,6 +52,7 @@ def test_vqa_and_visual_genome(write):
     first, second, third = data.vqa(write(QUESTION, genome, held_back), {"vqa": "coco", "vg": "genome"})
     assert (first.id, first.images) == ("262148000", (Path("coco/val2014/b.jpg"),))
     assert first.answers == ("dog",) * 7 + ("cat",) * 3
+    assert not first.together
     assert first.weights == {"dog": 0.7, "cat": 0.3}
     assert (second.images, second.weights) == ((Path("genome/VG/c.jpg"),), {"left, in front": 0.2})
     assert (third.answers, third.weights) == ((), {})
@@ -60,7 +61,8 @@ def test_vqa_and_visual_genome(write):
 def test_daquar(write):
     entry = {"image": "images/d.jpg", "question": "what is on the desk", "answer": "lamp, paper_tray"}
     (record,) = data.vqa(write(entry), "daquar")
-    assert (record.answers, record.id) == (("lamp", "paper_tray"), "0")
+    assert (record.answers, record.together, record.id) == (("lamp", "paper_tray"), True, "0")
+    assert record.weights == {"lamp": 0.5, "paper_tray": 0.5}
 
 
 def test_captions(write):

@@ -15,9 +15,10 @@ from ..data import Loader
 from ..exam import Exam, report
 from ..journal import Journal
 from ..preprocessing import transforms
+from ..text import BERT
 from . import common
 
-_SETTINGS = ("task", "model", "pretrained", "vocabulary", "data", "images", "batch_size", "device")
+_SETTINGS = ("task", "model", "pretrained", "vocabulary", "answers", "data", "images", "batch_size", "device")
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
@@ -32,7 +33,13 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser.add_argument("--images", metavar="DIR", help="the folder that the annotations' paths begin in (their own)")
     parser.add_argument("--output", default="eval", metavar="DIR", help="folder for the results (%(default)s)")
     parser.add_argument("--pretrained", nargs="?", const=True, metavar="PATH", help="weights; alone, the name's own")
-    parser.add_argument("--vocabulary", metavar="PATH", help="BERT's, for BLIP: vocab.txt, tokenizer.json (the hub's)")
+    parser.add_argument(
+        "--vocabulary",
+        default=BERT,
+        metavar="PATH",
+        help="for BLIP: vocab.txt or tokenizer.json (the hub's %(default)s)",
+    )
+    parser.add_argument("--answers", metavar="FILE", help="for vqa: a list of answers to choose from (free words)")
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first so many records")
     parser.add_argument("--batch-size", type=common.positive, default=16, metavar="N", help="records at a time (16)")
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda (cpu)")
@@ -48,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in _SETTINGS}
     journal = Journal(folder, settings)
     model = _load(args)
-    task: tasks.Task[Any] = kind.of(model, args.vocabulary)
+    task: tasks.Task[Any] = kind.of(model, tasks.Options(args.vocabulary, args.answers))
 
     loader = Loader(records, transforms(model), args.batch_size, args.strict, stop=args.limit)
     with common.bar("answering", len(loader)) as bar:
@@ -72,7 +79,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
 
 def _print(summary: Mapping[str, Any]) -> None:
     rows = [[name, f"{100 * score:.2f}"] for name, score in summary["scores"].items()]
-    print(common.table([["", "%"], *rows]))
+    print(common.table([["", "%"], *rows]) if rows else "nothing to score: the right answers are held back")
     dense = f", {summary['macs_saved']:.1%} fewer than dense ({summary['dense_macs'] / 1e9:.3f})"
     print(f"{summary['records']} records, {summary['records_per_second']:.1f} a second")
     print(f"GMACs an instance: {summary['macs'] / 1e9:.3f}{dense if summary['kept'] else ', dense'}")

@@ -53,8 +53,9 @@ def vqa(file: str | Path, images: Folder | Mapping[str, Folder], *, strict: bool
         folder = images[source] if isinstance(images, Mapping) else images
         path = Path(folder, _text(entry, "image"))
         share = _VISUAL_GENOME if source == "vg" else 1.0
+        answers, together = _answers(entry, source)
         name = str(entry.get("question_id", index))
-        return Question(index, (path,), name, _text(entry, "question"), _answers(entry, source), share)
+        return Question(index, (path,), name, _text(entry, "question"), answers, together, share)
 
     return _records(file, read, strict)
 
@@ -110,13 +111,13 @@ def _entries(file: Path) -> list[Any]:
     return entries
 
 
-def _answers(entry: Mapping[str, Any], source: str) -> tuple[str, ...]:
-    """As people gave them; none where the key is missing, as in the test file."""
+def _answers(entry: Mapping[str, Any], source: str) -> tuple[tuple[str, ...], bool]:
+    """As people gave them, and whether they belong together; none where the key is missing, as in the test file."""
     if "answer" not in entry:
-        return ()
+        return (), False
     if isinstance(entry["answer"], str) and source != "vg":
-        return tuple(answer.strip() for answer in _text(entry, "answer").split(","))
-    return _texts(entry, "answer")
+        return tuple(answer.strip() for answer in _text(entry, "answer").split(",")), True
+    return _texts(entry, "answer"), False
 
 
 def _text(entry: Mapping[str, Any], key: str) -> str:

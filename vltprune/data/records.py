@@ -38,12 +38,14 @@ class Statement(Record):
 class Question(Record):
     """Visual question answering. answers: all that people gave, repeated as they were; empty where they are held back.
 
+    together: the answers belong together (what is on the desk? a lamp and a cup), and are not one each of several people.
     share: how much the question counts in training (BLIP gives those of Visual Genome 0.2).
     """
 
     id: str
     question: str
     answers: tuple[str, ...]
+    together: bool = False
     share: float = 1.0
 
     @property

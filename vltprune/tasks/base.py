@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from ..data.records import Record
+from ..data.words import WordTokenizer
+from ..text import BERT, CLS, BlipTokenizer
 
 R = TypeVar("R", bound=Record)
-Tokenize = Callable[[Sequence[str]], tuple[Tensor, ...]]  # sentences to what a model takes, [sentences, ...] each
+_TOKENS = 35  # what BLIP cuts sentences and questions at
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a task may be told besides its records. Each task takes what concerns it.
+
+    vocabulary  BERT's, as `BlipTokenizer.load` takes it; the tiny models have their own words, and open_clip's theirs
+    answers     a file with the list of answers to choose from; None: answers in free words
+    """
+
+    vocabulary: str | Path = BERT
+    answers: str | Path | None = None
+
+
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class Words:
+    """A model's way from sentences to `input_ids` and `attention_mask` [sentences, length], and from ids back."""
+
+    encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+    decode: Callable[[Tensor], list[str]]
 
 
 class Task(Protocol[R]):
@@ -26,8 +52,8 @@ class Task(Protocol[R]):
         ...
 
     @classmethod
-    def of(cls, model: nn.Module, vocabulary: str | Path | None) -> Task[R]:
-        """The task for a model, dense or pruned. ValueError for one that cannot do it, with what can."""
+    def of(cls, model: nn.Module, options: Options) -> Task[R]:
+        """The task for a model, dense or pruned. ValueError for one that cannot do it, with one that can."""
         ...
 
     def texts(self, records: Sequence[R]) -> tuple[tuple[Tensor, ...], list[int]]:
@@ -43,6 +69,26 @@ class Task(Protocol[R]):
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """The metrics, shares of 1."""
         ...
+
+
+def words_of(reader: Any, options: Options, clean: Callable[[str], str], first: str = CLS) -> Words:
+    """The words of a text tower: our closed vocabulary where it has its size, else BERT's, sentences cleaned as for BLIP.
+
+    first: the token that the model is to find in front. ValueError for a vocabulary that is not the tower's.
+    """
+    known, closed = reader.word.num_embeddings, WordTokenizer()
+    if known in (len(closed), len(closed) + 2):  # a decoder's two more begin a sentence
+        return Words(closed.encode, closed.decode)
+    blip = BlipTokenizer.load(options.vocabulary)
+    if len(blip) != known:
+        raise ValueError(
+            f"the vocabulary {options.vocabulary} has {len(blip)} ids, the model {known}: give the model's own"
+        )
+
+    def encode(sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return blip.encode([clean(text) for text in sentences], first=first, max_length=_TOKENS)
+
+    return Words(encode, blip.decode)
 
 
 def dense(model: Any) -> Any:

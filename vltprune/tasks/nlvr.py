@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from .. import metrics
 from ..data import Statement, SyntheticStatements, nlvr2
-from ..data.words import WordTokenizer
 from ..registry import tasks
-from ..text import ENC, BlipTokenizer, clean_caption
-from .base import Tokenize, dense
+from ..text import ENC, clean_caption
+from .base import DEFAULTS, Options, Words, dense, words_of
 
 SYNTHETIC, _PAIRS = "synthetic:", 1800
-_WORDS, _TOKENS = 40, 35  # what BLIP cuts NLVR2's sentences at
+_WORDS = 40  # what BLIP cuts NLVR2's sentences at
 
 
 @tasks.register("nlvr")
@@ -25,7 +24,7 @@ _WORDS, _TOKENS = 40, 35  # what BLIP cuts NLVR2's sentences at
 class Nlvr:
     """Accuracy of true and false, by the models whose call gives those two logits (BlipNlvr)."""
 
-    tokenize: Tokenize
+    words: Words
 
     @staticmethod
     def read(data: str, images: str | Path, strict: bool = False) -> Sequence[Statement]:
@@ -35,22 +34,14 @@ class Nlvr:
         return nlvr2(data, images, strict=strict)
 
     @classmethod
-    def of(cls, model: nn.Module, vocabulary: str | Path | None = None) -> Nlvr:
-        """vocabulary: BERT's, as `BlipTokenizer.load` takes it; the tiny models have their own. ValueError as of `Task`."""
+    def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Nlvr:
         host = dense(model)
         if getattr(host, "images_per_sentence", 1) != 2:
             raise ValueError(f"nlvr asks about two images, and a {type(host).__name__} reads one: use a blip_nlvr")
-        if host.text.word.num_embeddings == len(WordTokenizer()):
-            return cls(WordTokenizer().encode)
-        blip = BlipTokenizer.load(vocabulary) if vocabulary is not None else BlipTokenizer.load()
-
-        def tokenize(sentences: Sequence[str]) -> tuple[Tensor, ...]:
-            return blip.encode([clean_caption(text, _WORDS) for text in sentences], first=ENC, max_length=_TOKENS)
-
-        return cls(tokenize)
+        return cls(words_of(host.text, options, lambda text: clean_caption(text, _WORDS), ENC))
 
     def texts(self, records: Sequence[Statement]) -> tuple[tuple[Tensor, ...], list[int]]:
-        return self.tokenize([record.sentence for record in records]), [1] * len(records)
+        return self.words.encode([record.sentence for record in records]), [1] * len(records)
 
     def answer(
         self, model: Any, records: Sequence[Statement], images: Tensor, texts: tuple[Tensor, ...]

@@ -17,7 +17,8 @@ from .. import metrics
 from ..data import Captioned, captions
 from ..factory import open_clip_name
 from ..registry import tasks
-from .base import Tokenize, dense
+from ..text import clean_caption
+from .base import DEFAULTS, Options, dense, words_of
 
 Match = Callable[[Tensor, Tensor], Tensor]  # rows of images and of texts, [pairs] each, to how well they match [pairs]
 
@@ -25,35 +26,43 @@ Match = Callable[[Tensor, Tensor], Tensor]  # rows of images and of texts, [pair
 @tasks.register("retrieval")
 @dataclass(frozen=True)
 class Retrieval:
-    """Recall in both directions, by features of the two towers alone (open_clip's models); each is run once a record."""
+    """Recall in both directions, by features of the two towers alone; each is run once a record.
 
-    tokenize: Tokenize
+    For open_clip's models, and for BLIP's that have `image_features` and `text_features` of one length. BLIP's second
+    stage, `rerank`, is not part of it.
+    """
+
+    encode: Callable[[Sequence[str]], tuple[Tensor, ...]]
+    image_features: Callable[[Any, Tensor], Tensor]
+    text_features: Callable[..., Tensor]
 
     @staticmethod
     def read(data: str, images: str | Path, strict: bool = False) -> Sequence[Captioned]:
         return captions(data, images, strict=strict)
 
     @classmethod
-    def of(cls, model: nn.Module, vocabulary: str | Path | None = None) -> Retrieval:
-        """vocabulary: nothing to choose, open_clip knows its own. ValueError as of `Task`."""
+    def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Retrieval:
         host = dense(model)
         recipe = getattr(host, "recipe", None)
-        if not hasattr(host, "encode_image") or recipe is None:
-            raise ValueError(
-                f"retrieval compares features of images and texts, and a {type(host).__name__} gives none: use a model of "
-                "open_clip by name, such as clip_vit_b_32"
-            )
-        encode: Any = importlib.import_module("open_clip").get_tokenizer(open_clip_name(recipe.backbone))
-        return cls(lambda sentences: (encode(list(sentences)),))
+        if hasattr(host, "encode_image") and recipe is not None:
+            tokenize: Any = importlib.import_module("open_clip").get_tokenizer(open_clip_name(recipe.backbone))
+            return cls(lambda texts: (tokenize(list(texts)),), _clip_image, _clip_text)
+        if hasattr(host, "match"):
+            words = words_of(host.text, options, clean_caption)
+            return cls(words.encode, _blip_image, _blip_text)
+        raise ValueError(
+            f"retrieval compares features of images and texts, and a {type(host).__name__} has none that were trained for "
+            "it: use a model of open_clip by name, such as clip_vit_b_32, or a blip_retrieval"
+        )
 
     def texts(self, records: Sequence[Captioned]) -> tuple[tuple[Tensor, ...], list[int]]:
-        return self.tokenize([text for r in records for text in r.captions]), [len(r.captions) for r in records]
+        return self.encode([text for r in records for text in r.captions]), [len(r.captions) for r in records]
 
     def answer(
         self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
-        seen = model.encode_image(images[:, 0], normalize=True)
-        read = model.encode_text(*texts, normalize=True).split([len(record.captions) for record in records])
+        seen = self.image_features(model, images[:, 0])
+        read = self.text_features(model, *texts).split([len(record.captions) for record in records])
         return [{"image": _pack(one), "texts": [*map(_pack, some)]} for one, some in zip(seen, read, strict=True)]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -84,6 +93,22 @@ def _judged(similarity: Tensor, match: Match, most: int) -> Tensor:
         best, columns = scores.topk(min(most, len(scores)))
         result[row, columns] = best + match(torch.full_like(columns, row), columns)
     return result
+
+
+def _clip_image(model: Any, images: Tensor) -> Tensor:
+    return model.encode_image(images, normalize=True)
+
+
+def _clip_text(model: Any, input_ids: Tensor) -> Tensor:
+    return model.encode_text(input_ids, normalize=True)
+
+
+def _blip_image(model: Any, images: Tensor) -> Tensor:
+    return model.image_features(images)
+
+
+def _blip_text(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    return model.text_features(input_ids, attention_mask)
 
 
 def _pack(feature: Tensor) -> str:
