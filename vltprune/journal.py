@@ -25,6 +25,7 @@ class Journal:
         """Append rows, written through at once. Nothing is written before the first of them."""
         rows = [dict(row) for row in rows]
         if not self.rows:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             self._settings_file.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
         with self._file.open("a" if self.rows else "w", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))

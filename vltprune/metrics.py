@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 RANKS = (1, 5, 10)
-NEEDS_PYCOCOEVALCAP = "captions are scored by the package pycocoevalcap: pip install 'vltprune[eval]', and Java"
 
 
 def accuracy(chances: Sequence[float], labels: Sequence[int]) -> float:
@@ -79,21 +79,29 @@ def caption_scores(written: Mapping[str, str], references: Mapping[str, Sequence
 
     Both by the same ids. ImportError, OSError say what to install.
     """
+    bleu_of, cider_of, tokenizer_of = pycocoevalcap()
+    try:
+        tokenize = tokenizer_of().tokenize
+        ours = tokenize({key: [{"caption": text}] for key, text in written.items()})
+        theirs = tokenize({key: [{"caption": text} for text in references[key]] for key in written})
+    except OSError as error:
+        raise OSError(f"pycocoevalcap tokenises captions by Java, which cannot be run: {error}") from error
+    bleu, _ = bleu_of(4).compute_score(theirs, ours)
+    cider, _ = cider_of().compute_score(theirs, ours)
+    return {**{f"BLEU-{n}": float(score) for n, score in enumerate(bleu, start=1)}, "CIDEr": float(cider)}
+
+
+def pycocoevalcap() -> tuple[Any, Any, Any]:
+    """The package's makers of BLEU, CIDEr and its tokenizer. ImportError, with what to install, without the package."""
     try:
         from pycocoevalcap.bleu.bleu import Bleu  # pyright: ignore[reportMissingImports]
         from pycocoevalcap.cider.cider import Cider  # pyright: ignore[reportMissingImports]
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError(NEEDS_PYCOCOEVALCAP) from error
-    try:
-        tokenize = PTBTokenizer().tokenize
-        ours = tokenize({key: [{"caption": text}] for key, text in written.items()})
-        theirs = tokenize({key: [{"caption": text} for text in references[key]] for key in written})
-    except OSError as error:
-        raise OSError(f"pycocoevalcap tokenises captions by Java, which cannot be run: {error}") from error
-    bleu, _ = Bleu(4).compute_score(theirs, ours)
-    cider, _ = Cider().compute_score(theirs, ours)
-    return {**{f"BLEU-{n}": float(score) for n, score in enumerate(bleu, start=1)}, "CIDEr": float(cider)}
+        raise ImportError(
+            "captions are scored by the package pycocoevalcap: pip install 'vltprune[eval]', and Java"
+        ) from error
+    return Bleu, Cider, PTBTokenizer
 
 
 def normalise_answer(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,7 @@ class Caption:
         host = dense(model)
         if not (hasattr(host, "prompt") and hasattr(host, "generate")):
             raise ValueError(f"caption asks for captions, and a {type(host).__name__} writes none: use a blip_caption")
-        if importlib.util.find_spec("pycocoevalcap") is None:
-            raise ImportError(metrics.NEEDS_PYCOCOEVALCAP)
+        metrics.pycocoevalcap()
         return cls(words_of(host.decoder.body, options, str), len(host.prompt))
 
     def texts(self, records: Sequence[Captioned]) -> tuple[tuple[Tensor, ...], list[int]]:
