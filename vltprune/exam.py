@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import Loader, Record
+from .data import Loader, Record, Skipped
 from .gauge import Gauge, Spent
 from .journal import Journal
 from .pruner import collect
@@ -39,20 +39,10 @@ class Exam:
         OSError where the loader is strict.
         """
         loader = replace(loader, start=len(journal.rows), skipped=[])
-        reported = 0
-
-        def write(rows: list[dict[str, Any]]) -> None:
-            nonlocal reported
-            rows += [{"index": one.index, "skipped": one.reason} for one in loader.skipped[reported:]]
-            reported = len(loader.skipped)
-            if rows:
-                journal.add(sorted(rows, key=lambda row: row["index"]))
-            if tick is not None:
-                tick(len(rows))
-
         for records, images in loader:
-            write(self._answer(records, images.to(self.device)))
-        write([])
+            rows = self._answer(records, images.to(self.device))
+            _write(rows, loader.skipped, journal, tick)
+        _write([], loader.skipped, journal, tick)
 
     def _answer(self, records: Sequence[Record], images: Tensor) -> list[dict[str, Any]]:
         texts, counts = self.task.texts(records)
@@ -66,8 +56,7 @@ class Exam:
 
         spent = self._spent_dense(records, images, texts, counts) if self.gauge.is_dense else self.gauge(traces, counts)
         return [
-            {"index": record.index, **answer, "macs": cost.macs, "dense_macs": cost.dense_macs, "kept": cost.kept}
-            | {"seconds": seconds}
+            {"index": record.index, **answer, **asdict(cost), "seconds": seconds}
             for record, answer, cost in zip(records, answers, spent, strict=True)
         ]
 
@@ -85,6 +74,18 @@ class Exam:
     def _wait(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
+
+
+def _write(
+    rows: list[dict[str, Any]], skipped: list[Skipped], journal: Journal, tick: Callable[[int], object] | None
+) -> None:
+    """Rows, and those of what was skipped meanwhile, in the records' order: how many there are says where to go on."""
+    rows += [{"index": one.index, "skipped": one.reason} for one in skipped]
+    skipped.clear()
+    if rows:
+        journal.add(sorted(rows, key=lambda row: row["index"]))
+    if tick is not None:
+        tick(len(rows))
 
 
 def report(task: Task[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
