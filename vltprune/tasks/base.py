@@ -14,7 +14,7 @@ from ..data.words import WordTokenizer
 from ..text import BERT, CLS, BlipTokenizer
 
 R = TypeVar("R", bound=Record)
-_TOKENS = 35  # what BLIP cuts sentences and questions at
+LONGEST = 35  # tokens; what BLIP cuts captions and questions at, but not the sentences of NLVR2
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,12 @@ class Task(Protocol[R]):
         ...
 
 
-def words_of(reader: Any, options: Options, clean: Callable[[str], str], first: str = CLS) -> Words:
+def words_of(
+    reader: Any, options: Options, clean: Callable[[str], str], first: str = CLS, max_length: int | None = None
+) -> Words:
     """The words of a text tower: our closed vocabulary where it has its size, else BERT's, sentences cleaned as for BLIP.
 
-    first: the token that the model is to find in front. ValueError for a vocabulary that is not the tower's.
+    first, max_length: as of `BlipTokenizer.encode`. ValueError for a vocabulary that is not the tower's.
     """
     known, closed = reader.word.num_embeddings, WordTokenizer()
     if known in (len(closed), len(closed) + 2):  # a decoder's two more begin a sentence
@@ -86,7 +88,7 @@ def words_of(reader: Any, options: Options, clean: Callable[[str], str], first: 
         )
 
     def encode(sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return blip.encode([clean(text) for text in sentences], first=first, max_length=_TOKENS)
+        return blip.encode([clean(text) for text in sentences], first=first, max_length=max_length)
 
     return Words(encode, blip.decode)
 

@@ -18,7 +18,7 @@ from ..data import Captioned, captions
 from ..factory import open_clip_name
 from ..registry import tasks
 from ..text import clean_caption
-from .base import DEFAULTS, Options, dense, words_of
+from .base import DEFAULTS, LONGEST, Options, dense, words_of
 
 Match = Callable[[Tensor, Tensor], Tensor]  # rows of images and of texts, [pairs] each, to how well they match [pairs]
 
@@ -48,7 +48,7 @@ class Retrieval:
             tokenize: Any = importlib.import_module("open_clip").get_tokenizer(open_clip_name(recipe.backbone))
             return cls(lambda texts: (tokenize(list(texts)),), _clip_image, _clip_text)
         if hasattr(host, "match"):
-            words = words_of(host.text, options, clean_caption)
+            words = words_of(host.text, options, clean_caption, max_length=LONGEST)
             return cls(words.encode, _blip_image, _blip_text)
         raise ValueError(
             f"retrieval compares features of images and texts, and a {type(host).__name__} has none that were trained for "

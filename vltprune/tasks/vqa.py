@@ -13,7 +13,7 @@ from .. import metrics
 from ..data import Question, answer_list, vqa
 from ..registry import tasks
 from ..text import clean_question
-from .base import DEFAULTS, Options, Words, dense, words_of
+from .base import DEFAULTS, LONGEST, Options, Words, dense, words_of
 
 
 @tasks.register("vqa")
@@ -38,7 +38,7 @@ class Vqa:
         host = dense(model)
         if not (hasattr(host, "rank") and hasattr(host, "generate")):
             raise ValueError(f"vqa asks for answers, and a {type(host).__name__} gives none: use a blip_vqa")
-        words = words_of(host.text, options, clean_question)
+        words = words_of(host.text, options, clean_question, max_length=LONGEST)
         if options.answers is None:
             return cls(words)
         answers = answer_list(options.answers)
