@@ -1,6 +1,6 @@
 """vltprune: prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."""
 
-from . import budget, flops, losses
+from . import budget, flops, losses, metrics, text
 from .attention import AttentionStats, Stat, attend, attend_with_stats
 from .budget import BudgetError, calibrate
 from .checkpoint import CheckpointError, Recipe, save
@@ -8,6 +8,7 @@ from .config import Part, PruneConfig
 from .factory import create_model, list_models
 from .hub import from_pretrained, load, push_to_hub
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
+from .preprocessing import Preprocessing, transforms
 from .presets import preset
 from .pruner import PrunedEncoder, Pruner, PruneTrace, Pruning, UntrainedGuideWarning, collect
 from .registry import Registry, backbones, guides, hosts, keepers, presets, reducers, scorers
@@ -27,6 +28,7 @@ __all__ = [
     "Layout",
     "PackedTokens",
     "Part",
+    "Preprocessing",
     "PruneConfig",
     "PruneTrace",
     "PrunedEncoder",
@@ -55,6 +57,7 @@ __all__ = [
     "list_models",
     "load",
     "losses",
+    "metrics",
     "preset",
     "presets",
     "prune",
@@ -62,4 +65,6 @@ __all__ = [
     "reducers",
     "save",
     "scorers",
+    "text",
+    "transforms",
 ]

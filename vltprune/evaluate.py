@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .data import Pair, SyntheticPairs, normalise
 from .data.sentences import FAMILIES
 from .data.words import WordTokenizer
-from .flops import Meter
+from .gauge import Gauge, Spent
 from .pruner import collect
 
 
@@ -124,26 +125,30 @@ def evaluate(
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, batches: Sequence[Questions], tick: Callable[[int], object] | None) -> Outcome:
-    meter = Meter(model) if hasattr(model, "pruning") else None
-    chances, macs, dense, kept = [], 0.0, 0.0, {}
+    gauge = Gauge(model) if hasattr(model, "pruning") else None
+    chances: list[Tensor] = []
+    spent: list[Spent] = []
     for batch in batches:
         with collect() as traces:
             chances.append(model(*batch.inputs).softmax(-1)[:, 1])
-        if meter is not None:
-            cost = meter(traces)
-            macs, dense = macs + cost.total, dense + cost.dense_total
-        for trace in traces:
-            kept.setdefault(trace.tower, []).append(np.array((trace.entered.layout.lengths, *trace.lengths)))
+        if gauge is not None:
+            spent += gauge(traces, [1] * len(batch.labels))
         if tick is not None:
             tick(len(batch.labels))
 
     labels = np.concatenate([batch.labels for batch in batches])
     families = tuple(family for batch in batches for family in batch.families)
     outcome = Outcome(torch.cat(chances).numpy(), labels, families)
-    if meter is None:
-        return outcome
-    means = {tower: tuple(np.concatenate(parts, 1).mean(1).tolist()) for tower, parts in kept.items()}
-    return replace(outcome, macs=macs / len(labels), dense_macs=dense / len(labels), kept=means)
+    return outcome if gauge is None else replace(outcome, **_means(spent))
+
+
+def _means(spent: Sequence[Spent]) -> dict[str, Any]:
+    kept = {tower: np.mean([one.kept[tower] for one in spent], axis=0) for tower in spent[0].kept}
+    return {
+        "macs": statistics.fmean(one.macs for one in spent),
+        "dense_macs": statistics.fmean(one.dense_macs for one in spent),
+        "kept": {tower: tuple(sizes.tolist()) for tower, sizes in kept.items()},
+    }
 
 
 @torch.no_grad()

@@ -96,6 +96,13 @@ def list_models(pattern: str = "*", *, library: str | None = None) -> list[str]:
     return fnmatch.filter(names, pattern)
 
 
+def open_clip_name(backbone: str) -> str:
+    """open_clip's own spelling of an architecture: "clip_vit_b_32" -> "ViT-B-32". LookupError for none of its."""
+    if backbone not in _clip_names():
+        raise LookupError(f"open_clip has no {backbone!r}{nearest(backbone, _clip_names())}")
+    return _clip_names()[backbone]
+
+
 def _config(
     name: Name, pruning: PruneConfig | str | None, parts: Mapping[str, Any], path: Path | None
 ) -> PruneConfig | None:

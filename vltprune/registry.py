@@ -64,6 +64,7 @@ reducers = Registry("reducer")
 presets = Registry("preset")
 backbones = Registry("backbone")
 hosts = Registry("host")
+tasks = Registry("task")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,16 +9,19 @@ import pytest
 
 import vltprune as vp
 from vltprune import cli
-from vltprune.commands import demo, inspect, pictures
+from vltprune.commands import demo, inspect
+from vltprune.data import pictures
 
 
 def test_without_a_command_it_helps(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("demo", "predict", "list", "info", "flops", "prune"))
+    assert all(command in out for command in ("demo", "predict", "list", "info", "flops", "prune", "eval"))
 
 
-@pytest.mark.parametrize("argv", [["--version"], ["--help"], *([c, "--help"] for c in ("demo", "predict", "prune"))])
+@pytest.mark.parametrize(
+    "argv", [["--version"], ["--help"], *([c, "--help"] for c in ("demo", "predict", "prune", "eval"))]
+)
 def test_version_and_help(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)

@@ -10,8 +10,7 @@ from PIL import Image
 
 import vltprune as vp
 from vltprune import cli
-from vltprune.commands import pictures
-from vltprune.data import SyntheticPairs
+from vltprune.data import SyntheticPairs, pictures
 from vltprune.evaluate import draw
 
 

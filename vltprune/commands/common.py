@@ -71,12 +71,15 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_model(name: str, pretrained: str | bool | None = None, **arguments: Any) -> nn.Module:
-    """create_model, with the package's own weights where it has some. Says so where random weights choose the tokens."""
+def load_model(name: str, pretrained: str | bool | None = None, *, judged: bool = False, **arguments: Any) -> nn.Module:
+    """create_model, with the package's own weights where it has some.
+
+    Says so where random weights choose the tokens; of a model that is `judged` by its answers, wherever they are random.
+    """
     if pretrained is None:
         pretrained = zoo.packaged(name) is not None and not arguments
     model = create_model(name, pretrained=pretrained, **arguments)
-    if pretrained is False and hasattr(model, "pruning"):
+    if pretrained is False and (judged or hasattr(model, "pruning")):
         say(
             f"vltprune: {name} has RANDOM weights here: which tokens it keeps, and what it makes of them, means nothing"
         )

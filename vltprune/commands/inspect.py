@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .. import flops, registry
 from ..factory import Name, list_models
+from ..gauge import keep_all
 from ..hosts.base import find_composite
 from ..models import zoo
-from ..surgery import prune
+from ..preprocessing import image_size
 from . import common
 
 _COUNTED = (
@@ -72,7 +73,7 @@ def run_info(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
     model: Any = common.load_model(args.model, args.pretrained, **common.keywords(args.arguments))
     name, dense = Name.read(args.model), not hasattr(model, "pruning")
-    pruned: Any = _keep_all(model) if dense else model
+    pruned: Any = keep_all(model) if dense else model
     print(f"{args.model}: {name.backbone} of {name.library}, {_millions(pruned.pruning.host)} parameters")
     if dense:
         print("dense: append a preset to prune it, as in " + f"{name.backbone}_madtp")
@@ -90,7 +91,7 @@ def run_flops(args: argparse.Namespace) -> None:
     size = {_SIZE_ARGUMENT[Name.read(args.model).library]: args.image_size} if args.image_size else {}
     model: Any = common.load_model(args.model, **size)
     dense = not hasattr(model, "pruning")
-    pruned: Any = _keep_all(model) if dense else model
+    pruned: Any = keep_all(model) if dense else model
     cost = flops.count(pruned, *example(pruned.pruning.host, args.tokens))
     for tower in cost.towers:
         _print_macs(f"{tower} tower", float(cost.dense[tower].sum()), float(cost.towers[tower].sum()), dense)
@@ -124,13 +125,6 @@ def example(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:
     return images, _clip_text(towers["text"], tokens, generator)
 
 
-def image_size(tower: Any) -> tuple[int, int]:
-    """Height and width in pixels of the images that a dense image tower takes."""
-    tower = getattr(tower, "trunk", tower)  # open_clip's wrapper of timm's models
-    size = tower.patch_embed.img_size if hasattr(tower, "patch_embed") else tower.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def _clip_text(tower: Any, tokens: int | None, generator: torch.Generator) -> Tensor:
     """A sentence for open_clip: noise, then its end, which has the highest id, then padding."""
     length: int = getattr(tower, "context_length", None) or 77
@@ -142,11 +136,6 @@ def _clip_text(tower: Any, tokens: int | None, generator: torch.Generator) -> Te
     text[0, :tokens] = torch.randint(1, vocabulary - 1, (tokens,), generator=generator)
     text[0, tokens - 1] = vocabulary - 1
     return text
-
-
-def _keep_all(model: nn.Module) -> nn.Module:
-    """A dense model in a form whose cost can be counted."""
-    return prune(model, "random", keep="ratio(ratio=1.0)")
 
 
 def _print_parts(model: Any) -> None:

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from .. import visualize
+from ..data import pictures
 from ..data.words import WordTokenizer
 from ..flops import Meter
+from ..preprocessing import transforms
 from ..pruner import PruneTrace, collect
-from . import common, pictures
+from . import common
 
 _PICTURE = "prediction.png"
 
@@ -42,13 +43,15 @@ def run(args: argparse.Namespace) -> None:
     images = [pictures.read(path) for path in (args.left, args.right)]
     input_ids, mask = WordTokenizer().encode(args.sentence)
     model = common.load_model(args.model, args.pretrained)
-    images = [image.resize(_size(model, args.model), Image.Resampling.BICUBIC) for image in images]
+    _check(model, args.model)
+    prepare = transforms(model)
+    pair = torch.stack([prepare(image) for image in images])
 
     with torch.no_grad(), collect() as traces:
-        chance = float(model(_tensor(images), input_ids, mask).softmax(-1)[0, 1])
+        chance = float(model(pair[None], input_ids, mask).softmax(-1)[0, 1])
     print(f"{str(chance > 0.5).lower()}  (probability of true: {chance:.1%})")
     _report(model, traces)
-    _draw(images, traces, args.sentence, chance).save(output)
+    _draw([prepare.seen(image) for image in pair], traces, args.sentence, chance).save(output)
     print(f"wrote {output}")
 
 
@@ -60,8 +63,8 @@ def _output(text: str) -> Path:
     return file
 
 
-def _size(model: Any, name: str) -> tuple[int, int]:
-    """Width and height of the images it takes. ValueError for a model that does not speak of pairs in our words."""
+def _check(model: Any, name: str) -> None:
+    """ValueError for a model that does not speak of pairs in our words."""
     host = model.pruning.host if hasattr(model, "pruning") else model
     if getattr(host, "images_per_sentence", 0) != 2:
         raise ValueError(f"predict asks about two images and a sentence, and {name} does not: use a blip_nlvr_tiny")
@@ -71,14 +74,6 @@ def _size(model: Any, name: str) -> tuple[int, int]:
             f"predict knows the {known} words of blip_nlvr_tiny, and {name} has {words}: tokenise the sentence with that "
             "model's own tokenizer and call model(images, input_ids, attention_mask) in Python"
         )
-    height, width = host.visual.patch_embed.img_size
-    return width, height
-
-
-def _tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """[1, 2, 3, height, width] between -1 and 1."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return pixels.permute(0, 3, 1, 2)[None].float() / 127.5 - 1
 
 
 def _report(model: nn.Module, traces: Sequence[PruneTrace]) -> None:

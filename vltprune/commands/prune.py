@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import budget, visualize
+from ..data import Loader, Record, pictures
 from ..factory import Name
 from ..flops import Meter
 from ..hosts.base import find_composite
+from ..preprocessing import Preprocessing, transforms
 from ..presets import preset
 from ..pruner import PruneTrace, Pruning, collect
 from ..tokens import PackedTokens
-from . import common, pictures
-from .preprocess import Preprocessing
+from . import common
 
 _PARTS = ("scorer", "keep", "reducer", "guide", "at")
 
@@ -65,23 +65,26 @@ def _add_parts(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
-    reader = Reader(pictures.listing(args.folder)[: args.limit], args.batch_size)
-    model: Any = image_tower(_load(args))
-    reader.prepare = Preprocessing.of(model.pruning.host, Name.read(args.model))
-    prepared = prepare(model, reader, args)
+    files = pictures.listing(args.folder)[: args.limit]
+    asked = _load(args)
+    preprocessing = transforms(asked)
+    loader = Loader([Record(i, (file,)) for i, file in enumerate(files)], preprocessing, args.batch_size)
+    model: Any = image_tower(asked)
+    prepared = prepare(model, loader, args)
 
-    results = Results(folder, args.pictures, reader.prepare)
+    results = Results(folder, args.pictures, preprocessing)
     meter = Meter(model)
-    with common.bar("pictures", len(reader.files)) as bar:
-        for files, images in reader.batches():
+    with common.bar("pictures", len(files)) as bar:
+        for records, images in loader:
             with torch.no_grad(), collect() as traces:
-                features = model(images)
-            results.add(files, images, features, traces[0], meter(traces))
-            bar.update(len(files))
+                features = model(images[:, 0])
+            results.add([files[r.index] for r in records], images[:, 0], features, traces[0], meter(traces))
+            bar.update(len(records))
     if not results.files:
-        raise OSError(f"none of the {len(reader.files)} pictures could be read: {_first(reader.unreadable)}")
-    results.write({"model": args.model, "pruning": model.pruning.config.to_dict(), **prepared}, reader.unreadable)
-    _print(results, reader)
+        raise OSError(f"none of the {len(files)} pictures could be read: {loader.skipped[0].reason}")
+    unreadable = {files[one.index].name: one.reason for one in loader.skipped}
+    results.write({"model": args.model, "pruning": model.pruning.config.to_dict(), **prepared}, unreadable)
+    _print(results, unreadable)
 
 
 def _load(args: argparse.Namespace) -> nn.Module:
@@ -93,7 +96,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
         parts["at"] = _depths(parts["at"])
     if Name.read(args.model).preset is None:
         config = preset(args.preset or "madtp")
-        pruning = {"pruning": config.replace(**parts) if parts else config}
+        pruning: dict[str, Any] = {"pruning": config.replace(**parts) if parts else config}
     elif args.preset:
         raise ValueError(f"--preset {args.preset}: {args.model} names a preset already, leave one of them out")
     else:
@@ -122,13 +125,13 @@ def image_tower(model: Any) -> nn.Module:
     return encoder
 
 
-def prepare(model: Any, reader: Reader, args: argparse.Namespace) -> dict[str, Any]:
+def prepare(model: Any, loader: Loader[Record], args: argparse.Namespace) -> dict[str, Any]:
     """Place an untrained guide's anchors, and meet the budget, both on the first pictures; says what it did."""
     guide = model.pruning.guide
     untrained = guide is not None and guide.is_untrained
     if not untrained and args.reduction is None:
         return {}
-    images = [images for _, images in reader.batches(args.calibrate_on)]
+    images = [images[:, 0] for _, images in replace(loader, stop=args.calibrate_on)]
     number = sum(map(len, images))
     if untrained and images:
         common.say(f"vltprune: the guide is untrained: placing its anchors by k-means on tokens of {number} pictures")
@@ -139,32 +142,6 @@ def prepare(model: Any, reader: Reader, args: argparse.Namespace) -> dict[str, A
     found = common.calibrate(model, images, args.reduction, f"calibrating on {number} pictures")
     common.say(f"vltprune: {found.knob}={found.value:.4g} saves {found.reduction:.1%} on {number} pictures")
     return {**done, "calibrated_on": number, found.knob: found.value}
-
-
-@dataclass
-class Reader:
-    """The pictures of a folder, ready for the model, those that cannot be read set aside with the reason."""
-
-    files: list[Path]
-    batch_size: int
-    prepare: Callable[[Image.Image], Tensor] | None = None
-    unreadable: dict[Path, str] = field(default_factory=dict)
-
-    def batches(self, most: int | None = None) -> Iterator[tuple[list[Path], Tensor]]:
-        """Files, and images [batch, 3, height, width]; of the first `most` files."""
-        files = self.files[:most]
-        for start in range(0, len(files), self.batch_size):
-            read = list(self._read(files[start : start + self.batch_size]))
-            if read:
-                yield [file for file, _ in read], torch.stack([image for _, image in read])
-
-    def _read(self, files: Iterable[Path]) -> Iterator[tuple[Path, Tensor]]:
-        assert self.prepare is not None
-        for file in files:
-            try:
-                yield file, self.prepare(pictures.read(file))
-            except OSError as error:
-                self.unreadable[file] = str(error)
 
 
 @dataclass
@@ -196,7 +173,7 @@ class Results:
         self.dense_macs += float(cost.dense["image"].sum())
 
     def _picture(self, file: Path, image: Tensor, trace: PruneTrace, place: int) -> None:
-        seen = pictures.seen(image, self.preprocessing.mean, self.preprocessing.std)
+        seen = self.preprocessing.seen(image)
         target = self.folder / "pictures" / f"{file.name}.png"
         target.parent.mkdir(exist_ok=True)
         visualize.stack([visualize.film(seen, trace, place, side=160)], [file.name]).save(target)
@@ -205,7 +182,7 @@ class Results:
     def reduction(self) -> float:
         return 1 - sum(self.macs) / self.dense_macs
 
-    def write(self, settings: dict[str, Any], unreadable: dict[Path, str]) -> None:
+    def write(self, settings: dict[str, Any], unreadable: dict[str, str]) -> None:
         rows = {
             file: {"tokens": kept, "macs": macs}
             for file, kept, macs in zip(self.files, self.kept, self.macs, strict=True)
@@ -216,7 +193,7 @@ class Results:
             "dense_macs": self.dense_macs / len(self.macs),
             "macs_saved": self.reduction,
             "pictures": rows,
-            "unreadable": {path.name: reason for path, reason in unreadable.items()},
+            "unreadable": unreadable,
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         if self.features[0].dim() == 1:
@@ -230,19 +207,15 @@ class Results:
         return torch.tensor(self.kept, dtype=torch.float64).mean(0).tolist()
 
 
-def _print(results: Results, reader: Reader) -> None:
+def _print(results: Results, unreadable: dict[str, str]) -> None:
     number, (entered, *kept) = len(results.files), results.mean_kept()
     macs, dense = sum(results.macs) / number / 1e9, results.dense_macs / number / 1e9
     print(f"{number} pictures, features {' x '.join(map(str, results.features[0].shape))}")
     print(f"GMACs a picture: {macs:.3f}, {results.reduction:.1%} fewer than dense ({dense:.3f})")
     print(f"tokens, layer by layer (mean): {entered:.0f} -> " + " ".join(f"{n:.0f}" for n in kept))
-    for reason in reader.unreadable.values():
+    for reason in unreadable.values():
         common.say(f"vltprune: skipped: {reason}")
-    if reader.unreadable:
-        print(f"skipped {len(reader.unreadable)} of {len(reader.files)} files that could not be read")
+    if unreadable:
+        print(f"skipped {len(unreadable)} of {number + len(unreadable)} files that could not be read")
     made = ["features.safetensors", "summary.json"] + ["pictures/"] * (results.draw > 0)
     print(f"wrote {', '.join(str(results.folder / name) for name in made)}")
-
-
-def _first(reasons: dict[Path, str]) -> str:
-    return next(iter(reasons.values()), "")

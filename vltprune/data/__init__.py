@@ -1,5 +1,24 @@
-"""Data sets for benchmarks, examples and tests. The library itself never enters here."""
+"""Data sets for training, benchmarks, examples and tests. The library itself never enters here."""
 
-from vltprune.data.synthetic import Pair, SyntheticPairs, normalise
+from vltprune.data.annotations import answer_list, captions, nlvr2, vqa
+from vltprune.data.loader import Loader
+from vltprune.data.records import Captioned, Question, Record, Records, Skipped, Statement
+from vltprune.data.synthetic import Pair, SyntheticPairs, SyntheticStatements, normalise
 
-__all__ = ["Pair", "SyntheticPairs", "normalise"]
+__all__ = [
+    "Captioned",
+    "Loader",
+    "Pair",
+    "Question",
+    "Record",
+    "Records",
+    "Skipped",
+    "Statement",
+    "SyntheticPairs",
+    "SyntheticStatements",
+    "answer_list",
+    "captions",
+    "nlvr2",
+    "normalise",
+    "vqa",
+]

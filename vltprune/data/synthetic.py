@@ -15,11 +15,14 @@ Item i of a split depends on the split, the seed, i and K, and on nothing else; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
 from vltprune.data.drawing import SIDE, Scene, draw_scenes, paint
+from vltprune.data.records import Statement
 from vltprune.data.sentences import FAMILIES, say
 
 SPLITS = ("train", "val", "test")
@@ -96,3 +99,23 @@ def normalise(images: np.ndarray) -> np.ndarray:
     if images.shape[-3:] != (SIDE, SIDE, 3):
         raise ValueError(f"expected images [..., {SIDE}, {SIDE}, 3], got {list(images.shape)}")
     return np.moveaxis(images, -1, -3).astype(np.float32) / 127.5 - 1
+
+
+class SyntheticStatements(Sequence[Statement]):
+    """The pairs of a split with one sentence each, as the records that NLVR2 has too, drawn when asked for."""
+
+    def __init__(self, split: str, size: int, seed: int = 0) -> None:
+        self.pairs = SyntheticPairs(split, size, seed)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> Statement: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Statement]: ...
+    def __getitem__(self, index: int | slice) -> Statement | Sequence[Statement]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        pair = self.pairs[index]
+        return Statement(index, tuple(pair.images), pair.sentences[0], int(pair.labels[0]))

@@ -51,8 +51,9 @@ class WordTokenizer:
         return input_ids, (input_ids != PAD).long()
 
     def decode(self, input_ids: Tensor) -> list[str]:
-        """The sentences of input_ids [sentences, length], without the special tokens."""
-        return [" ".join(self.words[index] for index in row if index >= len(SPECIAL)) for row in input_ids.tolist()]
+        """The sentences of input_ids [sentences, length], without special tokens, a decoder's own past the words too."""
+        words = range(len(SPECIAL), len(self))
+        return [" ".join(self.words[index] for index in row if index in words) for row in input_ids.tolist()]
 
     def _row(self, sentence: str) -> list[int]:
         words = sentence.lower().strip().removesuffix(".").split()

@@ -17,11 +17,16 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model class, by module and name, and the sizes that make it this backbone. Calling it builds the dense model."""
+    """A model class, by module and name, and the sizes that make it this backbone. Calling it builds the dense model.
+
+    mean, std: what its pixels, between 0 and 1, are normalised by (CLIP's, as BLIP does).
+    """
 
     module: str
     cls: str
     sizes: Mapping[str, Any] = field(default_factory=dict)
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def type(self) -> type[nn.Module]:
         return getattr(importlib.import_module(self.module), self.cls)
@@ -46,6 +51,7 @@ _TINY = {
     "max_positions": 32,
     "merge_from": 2,
 }
+_HALF = (0.5, 0.5, 0.5)
 _LARGE = {"vision_width": 1024, "vision_depth": 24, "vision_heads": 16}
 # tiny task models have two words more, as BLIP has two more than BERT: [DEC], which begins a sentence, and [ENC]
 _TINY_TASK = {key: value for key, value in _TINY.items() if key != "merge_from"} | {"vocab_size": 59}
@@ -63,7 +69,8 @@ _TASKS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
 for _stem, _cls, _own, _tiny in _TASKS:
     for _size, _sizes in (("tiny", _tiny), ("base", {}), ("large", _LARGE)):
         _module, _, _class = f"vltprune.models.{_cls}".rpartition(".")
-        backbones.register(f"{_stem}_{_size}")(Backbone(_module, _class, {**_own, **_sizes}))
+        _pixels = {"mean": _HALF, "std": _HALF} if _size == "tiny" else {}  # between -1 and 1
+        backbones.register(f"{_stem}_{_size}")(Backbone(_module, _class, {**_own, **_sizes}, **_pixels))
 
 
 def packaged(name: str) -> Path | None:

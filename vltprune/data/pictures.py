@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from torch import Tensor
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 _WHITE = (255, 255, 255)
@@ -39,12 +38,6 @@ def listing(folder: str | Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} has no pictures: looked for {', '.join(sorted(SUFFIXES))}")
     return files
-
-
-def seen(image: Tensor, mean: Tensor, std: Tensor) -> Image.Image:
-    """What a model saw: image [3, height, width], normalised by mean and std [3], back as a picture."""
-    pixels = (image * std[:, None, None] + mean[:, None, None]).clamp(0, 1) * 255
-    return Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

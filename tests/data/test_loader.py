@@ -1,0 +1,56 @@
+"""Batches of pixels: what they hold, and what becomes of pictures that cannot be opened."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vltprune.data import Loader, Statement, SyntheticPairs, SyntheticStatements, normalise
+
+
+def prepare(picture):
+    return torch.from_numpy(normalise(np.asarray(picture)))
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Five pairs of pictures, one of entry 1 broken, one of entry 3 missing."""
+    pixels = SyntheticPairs("test", 1)[0].images[0]
+    for name in "ab":
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:90])
+    names = [("a", "b"), ("a", "broken"), ("b", "a"), ("gone", "b"), ("b", "b")]
+    return [Statement(i, (tmp_path / f"{x}.png", tmp_path / f"{y}.png"), "", 1) for i, (x, y) in enumerate(names)]
+
+
+def test_batches_and_what_they_skip(records, tmp_path):
+    loader = Loader(records, prepare, batch_size=2)
+    for _ in range(2):  # again and again
+        batches = list(loader)
+        assert [[record.index for record in some] for some, _ in batches] == [[0], [2], [4]]
+        assert all(images.shape == (1, 2, 3, 96, 96) for _, images in batches)
+    assert [skipped.index for skipped in loader.skipped] == [1, 3]
+    assert f"cannot read {tmp_path / 'broken.png'}" in loader.skipped[0].reason
+    assert f"there is no picture {tmp_path / 'gone.png'}" in loader.skipped[1].reason
+
+
+def test_batches_that_lost_all(records):
+    loader = Loader([records[3]], prepare)
+    assert list(loader) == []
+    assert len(loader.skipped) == 1
+
+
+def test_strict(records):
+    with pytest.raises(OSError, match="entry 1: cannot read"):
+        list(Loader(records, prepare, strict=True))
+
+
+def test_synthetic_pairs_are_statements():
+    pairs, statements = SyntheticPairs("test", 4, seed=3), SyntheticStatements("test", 4, seed=3)
+    assert [one.sentence for one in statements] == [pairs[i].sentences[0] for i in range(4)]
+    assert [one.label for one in statements[1:3]] == [int(pairs[i].labels[0]) for i in (1, 2)]
+    ((records, images),) = Loader(statements, prepare)
+    assert [record.index for record in records] == [0, 1, 2, 3]
+    assert torch.equal(images[2], torch.from_numpy(normalise(pairs[2].images)))

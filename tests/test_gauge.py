@@ -1,0 +1,53 @@
+"""What each record cost, against the library's own count of it alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import small
+
+import vltprune as vp
+from vltprune.gauge import Gauge
+
+
+def test_a_record_costs_what_it_costs_alone():
+    model = vp.prune(small("nlvr").model, "evit")
+    inputs = small("nlvr").draw(3)
+    with torch.no_grad(), vp.collect() as traces:
+        model(*inputs)
+    spent = Gauge(model)(traces, [1, 1, 1])
+    for i, one in enumerate(spent):
+        alone = vp.flops.count(model, *small("nlvr").take(inputs, slice(i, i + 1)))
+        assert one.macs == pytest.approx(alone.total, rel=1e-3)  # a merge is counted for all or none
+        assert one.dense_macs == pytest.approx(alone.dense_total)
+        pairs = [traces[0].entered.layout.lengths, *traces[0].lengths]
+        assert one.kept["image"] == tuple(sum(row[2 * i : 2 * i + 2]) / 2 for row in pairs)
+
+
+def test_a_dense_model_saves_nothing():
+    gauge = Gauge(small("nlvr").model)
+    with torch.no_grad(), vp.collect() as traces:
+        gauge.model(*small("nlvr").draw(2))
+    assert gauge.is_dense
+    assert all(one.macs == one.dense_macs > 0 for one in gauge(traces, [1, 1]))
+
+
+def test_several_texts_are_averaged():
+    model = vp.prune(small("blip").model, "evit")
+    (images,), (ids, mask) = small("blip").draw(2)[:1], small("text").draw(3)
+    with torch.no_grad(), vp.collect() as traces:
+        model.visual(images)
+        model.text(ids, mask)
+    first, second = Gauge(model)(traces, [1, 2])
+    lengths = mask.sum(1).tolist()
+    assert first.kept["text"][0] == lengths[0]
+    assert second.kept["text"][0] == sum(lengths[1:]) / 2
+
+
+def test_a_tower_called_twice_is_refused():
+    model = vp.prune(small("vit").model, "evit")
+    with torch.no_grad(), vp.collect() as traces:
+        model(*small("vit").draw(1))
+        model(*small("vit").draw(1))
+    with pytest.raises(ValueError, match=r"several calls of one tower \(image, image\)"):
+        Gauge(model)(traces, [1])

@@ -1,0 +1,95 @@
+"""What data sets consist of: one small record a task. No picture is opened before it is asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar, overload
+
+import numpy as np
+from PIL import Image
+
+from . import pictures
+
+
+@dataclass(frozen=True)
+class Record:
+    """index: its place in the annotations. images: each the path of a picture, or its pixels, uint8 [height, width, 3]."""
+
+    index: int
+    images: tuple[Path | np.ndarray, ...]
+
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """The images, opened, as RGB. OSError that names a file which is missing or broken."""
+        return tuple(Image.fromarray(i) if isinstance(i, np.ndarray) else pictures.read(i) for i in self.images)
+
+
+@dataclass(frozen=True)
+class Statement(Record):
+    """Natural language visual reasoning: a sentence about two images, 1 true of them or 0 false."""
+
+    sentence: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Question(Record):
+    """Visual question answering. answers: all that people gave, repeated as they were; empty where they are held back.
+
+    together: the answers belong together (what is on the desk? a lamp and a cup), and are not one each of several people.
+    share: how much the question counts in training (BLIP gives those of Visual Genome 0.2).
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    together: bool = False
+    share: float = 1.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """How much each distinct answer counts in training: the part of the people who gave it, times `share`."""
+        return {answer: self.share * n / len(self.answers) for answer, n in Counter(self.answers).items()}
+
+
+@dataclass(frozen=True)
+class Captioned(Record):
+    """An image and what people wrote of it: for captioning, and for retrieval in both directions."""
+
+    id: str
+    captions: tuple[str, ...]
+
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An entry of an annotation file that could not be used, and why."""
+
+    index: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"entry {self.index}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Records(Sequence[R], Generic[R]):
+    """The readable records of one file, in its order; those `skipped` could not be read."""
+
+    file: Path
+    records: tuple[R, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> R: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[R]: ...
+    def __getitem__(self, index: int | slice) -> R | Sequence[R]:
+        return self.records[index]

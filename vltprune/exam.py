@@ -1,0 +1,114 @@
+"""One model sits one exam: every record of a data set answered once, written down, and scored. Nothing is trained here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data import Loader, Record, Skipped
+from .gauge import Gauge, Spent
+from .journal import Journal
+from .pruner import collect
+from .tasks import Task
+
+
+@dataclass
+class Exam:
+    """A task set to a model on a device; `sit` answers what the journal does not have yet, `report` sums it up."""
+
+    task: Task[Any]
+    model: nn.Module
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device).eval()
+        self.gauge = Gauge(self.model)
+        self._dense_costs: dict[Any, list[Spent]] = {}
+
+    @torch.no_grad()
+    def sit(self, loader: Loader[Any], journal: Journal, tick: Callable[[int], object] | None = None) -> None:
+        """Answers the loader's records in order, a row each in the journal, from the first that has none.
+
+        tick: called with the number of rows just written. Pictures that cannot be opened get a row that says so, or
+        OSError where the loader is strict.
+        """
+        loader = replace(loader, start=len(journal.rows), skipped=[])
+        for records, images in loader:
+            rows = self._answer(records, images.to(self.device))
+            _write(rows, loader.skipped, journal, tick)
+        _write([], loader.skipped, journal, tick)
+
+    def _answer(self, records: Sequence[Record], images: Tensor) -> list[dict[str, Any]]:
+        texts, counts = self.task.texts(records)
+        texts = tuple(text.to(self.device) for text in texts)
+        self._wait()
+        start = time.perf_counter()
+        with collect() as traces:
+            answers = self.task.answer(self.model, records, images, texts)
+        self._wait()
+        seconds = (time.perf_counter() - start) / len(records)
+
+        spent = self._spent_dense(records, images, texts, counts) if self.gauge.is_dense else self.gauge(traces, counts)
+        return [
+            {"index": record.index, **answer, **asdict(cost), "seconds": seconds}
+            for record, answer, cost in zip(records, answers, spent, strict=True)
+        ]
+
+    def _spent_dense(
+        self, records: Sequence[Record], images: Tensor, texts: tuple[Tensor, ...], counts: list[int]
+    ) -> list[Spent]:
+        """A dense model's costs depend on the shapes of its inputs alone: its keep-all twin is run once for each."""
+        key = (images.shape, *(text.shape for text in texts), *counts)
+        if key not in self._dense_costs:
+            with collect() as traces:
+                self.task.answer(self.gauge.model, records, images, texts)
+            self._dense_costs[key] = [replace(cost, kept={}) for cost in self.gauge(traces, counts)]
+        return self._dense_costs[key]
+
+    def _wait(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+
+def _write(
+    rows: list[dict[str, Any]], skipped: list[Skipped], journal: Journal, tick: Callable[[int], object] | None
+) -> None:
+    """Rows, and those of what was skipped meanwhile, in the records' order: how many there are says where to go on."""
+    rows += [{"index": one.index, "skipped": one.reason} for one in skipped]
+    skipped.clear()
+    if rows:
+        journal.add(sorted(rows, key=lambda row: row["index"]))
+    if tick is not None:
+        tick(len(rows))
+
+
+def report(task: Task[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of all records, summed up: scores, means an instance, throughput, what was skipped. ValueError for none.
+
+    macs      multiply-accumulates of an instance: the images of a record and one of its texts
+    kept      per tower: tokens that entered, then leaving each block, mean; empty for a dense model
+    records_per_second   of the model's calls alone, without reading pictures and texts
+    """
+    answered = [row for row in rows if "skipped" not in row]
+    skipped = [dict(row) for row in rows if "skipped" in row]
+    if not answered:
+        first = f": {skipped[0]['skipped']}" if skipped else ""
+        raise ValueError(f"none of the {len(rows)} records could be answered{first}")
+    macs, dense = (float(np.mean([row[key] for row in answered])) for key in ("macs", "dense_macs"))
+    towers = answered[0]["kept"]
+    return {
+        "scores": task.score(answered),
+        "records": len(answered),
+        "macs": macs,
+        "dense_macs": dense,
+        "macs_saved": 1 - macs / dense,
+        "kept": {tower: np.mean([row["kept"][tower] for row in answered], axis=0).tolist() for tower in towers},
+        "records_per_second": len(answered) / sum(row["seconds"] for row in answered),
+        "skipped": skipped,
+    }

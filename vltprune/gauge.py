@@ -1,0 +1,81 @@
+"""What answering cost, record by record: MACs and tokens kept, read off the traces of each call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .flops import Meter
+from .pruner import PruneTrace
+from .surgery import prune
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one record cost: its images, and one of its texts (their mean, where it has several).
+
+    macs, dense_macs   multiply-accumulates, and those of the dense model, which also pays for padding
+    kept               per tower: tokens that entered, then tokens leaving each block, mean over the record's instances
+    """
+
+    macs: float
+    dense_macs: float
+    kept: Mapping[str, tuple[float, ...]]
+
+
+class Gauge:
+    """Reads the costs of one model. `model` is what to run for its traces: the model, or a dense one's keep-all twin."""
+
+    def __init__(self, model: nn.Module):
+        self.is_dense = not hasattr(model, "pruning")
+        self.model = keep_all(model) if self.is_dense else model
+        self._meter = Meter(self.model)
+
+    def __call__(self, traces: Sequence[PruneTrace], texts: Sequence[int]) -> list[Spent]:
+        """traces: those of the calls that answered a batch, one a tower; texts: how many each record has. ValueError
+        for several."""
+        names = [trace.tower for trace in traces]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                f"a batch was answered by several calls of one tower ({', '.join(names)}): measure each alone"
+            )
+        cost = self._meter(traces)
+        dense = self._macs(cost.dense, texts, cost.head)
+        macs = dense if self.is_dense else self._macs(cost.towers, texts, cost.head)
+        kept = {trace.tower: self._kept(trace, texts) for trace in traces}
+        return [
+            Spent(float(m), float(d), {tower: tuple(lengths[i].tolist()) for tower, lengths in kept.items()})
+            for i, (m, d) in enumerate(zip(macs, dense, strict=True))
+        ]
+
+    def _macs(self, towers: Mapping[str, Tensor], texts: Sequence[int], head: float) -> Tensor:
+        """[records]"""
+        total = torch.full((len(texts),), head, dtype=torch.float64)
+        for tower, macs in towers.items():
+            sizes = _sizes(tower, macs.shape[-1], texts)
+            each = sizes[0] if tower == "image" else 1
+            total += each * _means(macs.sum(0).cpu(), sizes)
+        return total
+
+    def _kept(self, trace: PruneTrace, texts: Sequence[int]) -> Tensor:
+        """[records, 1 + depths]"""
+        lengths = torch.tensor((trace.entered.layout.lengths, *trace.lengths), dtype=torch.float64)
+        return _means(lengths, _sizes(trace.tower, lengths.shape[-1], texts)).T
+
+
+def keep_all(model: nn.Module) -> nn.Module:
+    """A dense model in a form whose cost can be counted: it prunes nothing."""
+    return prune(model, "random", keep="ratio(ratio=1.0)")
+
+
+def _sizes(tower: str, instances: int, texts: Sequence[int]) -> list[int]:
+    """How many of a tower's instances belong to each record."""
+    return [instances // len(texts)] * len(texts) if tower == "image" else list(texts)
+
+
+def _means(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[..., instances] -> [..., records]"""
+    return torch.stack([part.mean(-1) for part in values.split(list(sizes), -1)], -1)

@@ -1,0 +1,50 @@
+"""What a long run has found so far, on disk: one JSON line a record, so that the same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_SETTINGS, _ROWS = "settings.json", "results.jsonl"
+
+
+class Journal:
+    """The rows of one run, in the order of its records. settings: what the run depends on, plain JSON values."""
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        """Takes up a run of the same settings where it stopped; ValueError, with the difference, for one of others."""
+        self._file, self._settings_file, self._settings = Path(folder, _ROWS), Path(folder, _SETTINGS), settings
+        self.rows: list[dict[str, Any]] = []
+        if self._settings_file.is_file():
+            _compare(Path(folder), json.loads(self._settings_file.read_text(encoding="utf-8")), settings)
+            self.rows += self._whole()
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows, written through at once. Nothing is written before the first of them."""
+        rows = [dict(row) for row in rows]
+        if not self.rows:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._settings_file.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
+        with self._file.open("a" if self.rows else "w", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.rows += rows
+
+    def _whole(self) -> Iterable[dict[str, Any]]:
+        """The rows on disk; a last one that was cut short is cut off the file."""
+        text = self._file.read_bytes() if self._file.is_file() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:
+            self._file.write_bytes(whole)
+        return map(json.loads, whole.decode("utf-8").splitlines())
+
+
+def _compare(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    other = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if other:
+        key = other[0]
+        raise ValueError(
+            f"{folder} holds results of other settings ({key}: {there.get(key)!r} there, {here.get(key)!r} now): "
+            "choose another --output, or remove that folder"
+        )
