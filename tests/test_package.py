@@ -25,7 +25,7 @@ FLOORS = [
     ("config", "losses", "models", "convert"),
     ("presets", "checkpoint", "pruner", "data"),
     ("hosts",),
-    ("surgery", "preprocessing"),
+    ("surgery", "preprocessing", "sources"),
     ("flops",),
     ("budget", "factory", "gauge"),
     ("hub",),

@@ -64,6 +64,7 @@ _TIED = {  # a second name -> the first
     _PREDICTIONS + "decoder.bias": _PREDICTIONS + "bias",
 }
 _ANCHORS = "space_dict"
+_ONE_TASK_LACKS = ("text_decoder.", "itm_head.")  # what only a checkpoint of BLIP's pretraining holds together
 
 
 def is_blip(keys: Mapping[str, Tensor]) -> bool:
@@ -76,7 +77,8 @@ def from_blip(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> tuple[
 
     like: the state of the dense model that it is for. Where the file's images had another size, its position embeddings
     are interpolated to the model's grid, bicubically, as BLIP does. Momentum copies, queues and second names of tied
-    weights are left out; transformers leaves out the temperature, and then the model's stays.
+    weights are left out, and of a pretraining checkpoint, which serves every task, the parts that the model has not.
+    transformers leaves out the temperature, and then the model's stays.
 
     Returns the dense model's state and the reference's `space_dict` [anchors, dim], or None. Keys without a rule keep
     their name, so that loading lists them as unexpected.
@@ -84,6 +86,9 @@ def from_blip(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> tuple[
     kept = {key: value for key, value in state.items() if not _CARRIES_NOTHING.fullmatch(key) and key != _ANCHORS}
     dense = {_rename(key): value for key, value in _untied(kept).items()}
 
+    if all(any(key.startswith(part) for key in state) for part in _ONE_TASK_LACKS):
+        parts = {key.partition(".")[0] for key in like}
+        dense = {key: value for key, value in dense.items() if key.partition(".")[0] in parts or key in state}
     if "visual.pos_embed" in dense and "visual.pos_embed" in like:
         dense["visual.pos_embed"] = _resized(dense["visual.pos_embed"], like["visual.pos_embed"].shape[1])
     if "temperature" in like and any(key.startswith("vision_model.") for key in state):

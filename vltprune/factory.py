@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, sources
 from .config import PruneConfig
 from .models import zoo
 from .presets import preset
@@ -60,10 +60,10 @@ def create_model(
 
     name: a backbone of this library ("blip_nlvr_base"), of timm under its own name ("vit_base_patch16_224") or of
     open_clip ("clip_vit_b_32" is its "ViT-B-32"); "_" and a preset prune it ("blip_base_madtp"); "." and a tag choose its
-    weights. pretrained: True for the weights that belong to the name, or the path of a file or folder: our own, BLIP's as
-    Salesforce, the MADTP reference or transformers write it, told apart by their keys. pruning: a PruneConfig or preset
-    instead of the one in the name. Arguments named scorer, keep, reducer, guide, at replace parts of it; all others go to
-    the backbone.
+    weights. pretrained: True for the weights that belong to the name (the package's own, or downloaded), or the path of a
+    file or folder: our own, BLIP's as Salesforce, the MADTP reference or transformers write it, told apart by their keys.
+    pruning: a PruneConfig or preset instead of the one in the name. Arguments named scorer, keep, reducer, guide, at
+    replace parts of it; all others go to the backbone.
 
     Raises LookupError for unknown names, TypeError for arguments nobody takes, CheckpointError for weights that do not fit.
     """
@@ -72,10 +72,9 @@ def create_model(
     if pruning is not None and read.preset is not None:
         raise ValueError(f"{name!r} already names the preset {read.preset!r}: give pruning=... to {read.backbone!r}")
 
-    folder = zoo.packaged(name) if pretrained is True else None
-    path = folder or (Path(pretrained) if not isinstance(pretrained, bool) else None)
+    path = _weights(name, read) if pretrained is True else None if pretrained is False else Path(pretrained)
     config = _config(read, pruning, parts, path)
-    model = _build(read, name, pretrained is True and folder is None, arguments)
+    model = _build(read, name, pretrained is True and path is None, arguments)
     object.__setattr__(model, "recipe", checkpoint.Recipe(_dense_name(read), dict(arguments)))
     if config is not None:
         model = prune(model, config)
@@ -118,6 +117,14 @@ def _config(
     return config.replace(**parts) if config is not None and parts else config
 
 
+def _weights(full: str, name: Name) -> Path | None:
+    """The file or folder of a name's own weights: the package's, or what was published; None where its library knows."""
+    folder = zoo.packaged(full)
+    if folder is not None or name.library != "vltprune":
+        return folder
+    return sources.fetch(sources.published(name.backbone, name.tag))
+
+
 def _build(name: Name, full: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     if name.library == "timm":
         timm = importlib.import_module("timm")
@@ -129,12 +136,6 @@ def _build(name: Name, full: str, pretrained: bool, arguments: Mapping[str, Any]
             tags = open_clip.list_pretrained_tags_by_model(_clip_names()[name.backbone])
             raise ValueError(f"{full!r} has several weights: append a tag, one of {', '.join('.' + t for t in tags)}")
         return open_clip.create_model(_clip_names()[name.backbone], pretrained=tag, **arguments)
-    if pretrained:
-        there = sorted(p.name for p in zoo.WEIGHTS.glob("*") if p.is_dir())
-        raise LookupError(
-            f"no weights come with {full!r} (the package has {', '.join(there)}): "
-            "download a checkpoint of it and give pretrained=PATH"
-        )
     return backbones[name.backbone](**arguments)
 
 

@@ -171,3 +171,27 @@ def test_own_files_round_trip(task, tmp_path):
     assert again.pruning.config == model.pruning.config
     if task == "caption":
         assert again.prompt == model.prompt
+
+
+def pretraining():
+    """A checkpoint of pretraining, which holds every task's parts, and the models that they were written from."""
+    caption, retrieval = small.build("caption"), small.build("retrieval")
+    return salesforce(caption) | salesforce(retrieval), caption, retrieval
+
+
+def test_pretraining_serves_every_task(tmp_path):
+    state, caption, retrieval = pretraining()
+    file = write(state, tmp_path)
+    parts = {"caption": caption.decoder, "retrieval": retrieval}
+    for task, source in parts.items():
+        model = small.build(task, file)
+        loaded = model.decoder if task == "caption" else model
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in source.state_dict().items())
+    features = vp.create_model("blip_tiny", pretrained=file, **small.SIZES)
+    assert all(torch.equal(value, features.text.state_dict()[k]) for k, value in retrieval.text.state_dict().items())
+
+
+def test_pretraining_too_is_read_whole_or_not_at_all(tmp_path):
+    file = write(pretraining()[0] | {"surplus": torch.zeros(1), "text_encoder.odd": torch.zeros(1)}, tmp_path)
+    with pytest.raises(vp.CheckpointError, match=r"2 not in the model: host\.surplus, host\.text_encoder\.odd"):
+        small.build("caption", file)
