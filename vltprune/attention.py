@@ -14,7 +14,8 @@ from . import segments
 from .tokens import Layout, PackedTokens
 
 _ROWS = 128  # query rows whose probabilities are held at once: they stay in cache, and no [heads, n, n] is ever made
-_SMALL = {"cpu": 2**18, "cuda": 2**26}  # padded logits up to this many are cheaper than a call an instance
+# padded, an instance of up to so many logits costs less than a call of its own (cpu: measured; cuda: to be measured)
+_SMALL = {"cpu": 2**12, "cuda": 2**22}
 
 
 class Stat(enum.Flag):
@@ -140,7 +141,7 @@ def _one_by_head(t: Tensor) -> Tensor:
 
 
 def _is_small(q: Tensor, layout: Layout, keys: Layout) -> bool:
-    return layout.batch * q.shape[1] * layout.longest * keys.longest <= _SMALL.get(q.device.type, 0)
+    return q.shape[1] * layout.longest * keys.longest <= _SMALL.get(q.device.type, 0)
 
 
 def _padded_bias(q: Tensor, keys: Layout, key_bias: Tensor | None) -> Tensor | None:
