@@ -63,13 +63,17 @@ class Exam:
     def _spent_dense(
         self, records: Sequence[Record], images: Tensor, texts: tuple[Tensor, ...], counts: list[int]
     ) -> list[Spent]:
-        """A dense model's costs depend on the shapes of its inputs alone: its keep-all twin is run once for each."""
+        """A dense model's costs depend on the shapes of its inputs, and its keep-all twin is run once for each; with a
+        decoder, they depend on what is said too, and the twin says it again every time."""
         key = (images.shape, *(text.shape for text in texts), *counts)
-        if key not in self._dense_costs:
-            with collect() as traces:
-                self.task.answer(self.gauge.model, records, images, texts)
-            self._dense_costs[key] = [replace(cost, kept={}) for cost in self.gauge(traces, counts)]
-        return self._dense_costs[key]
+        if key in self._dense_costs:
+            return self._dense_costs[key]
+        with collect() as traces:
+            self.task.answer(self.gauge.model, records, images, texts)
+        costs = [replace(cost, kept={}) for cost in self.gauge(traces, counts)]
+        if not any(trace.decoded for trace in traces):
+            self._dense_costs[key] = costs
+        return costs
 
     def _wait(self) -> None:
         if self.device.startswith("cuda"):

@@ -3,8 +3,10 @@
 Counted are matrix products (a multiply and an add are one MAC), attention and the pruners' own scoring included; norms,
 activations and softmax are not, as in torch's counter, which gives twice these numbers. Everything in a block but attention
 acts token by token, so a block's costs are measured on one and two tokens and the rest is arithmetic. An instance costs what
-it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted. Nor
-is a decoder behind the towers, of captions or answers: it is not pruned, and what it costs depends on how long it speaks.
+it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted.
+
+A decoder behind the towers, of captions or answers, is counted by what it did: all tokens it was given or said, and all
+beams, the memory and the sentences as padded as they were. It is not pruned, but pays less where less is left to look at.
 """
 
 from __future__ import annotations
@@ -31,22 +33,25 @@ class Cost:
     """MACs of one call. towers: per tower name, [depths + 2, instances of the tower]: before, in and after its blocks.
 
     dense: the same for the dense host, which also pays for padding; head: MACs of what stands behind the towers, once an
-    instance; instances: sentences, or images where there is no text.
+    instance; instances: sentences, or images where there is no text; decoder, dense_decoder: MACs of a decoder in the whole
+    call, and what it would pay for as many tokens behind the dense towers.
     """
 
     towers: dict[str, Tensor]
     dense: dict[str, Tensor]
     head: float
     instances: int
+    decoder: float = 0.0
+    dense_decoder: float = 0.0
 
     @property
     def total(self) -> float:
         """MACs of the whole call."""
-        return sum(float(t.sum()) for t in self.towers.values()) + self.head * self.instances
+        return sum(float(t.sum()) for t in self.towers.values()) + self.head * self.instances + self.decoder
 
     @property
     def dense_total(self) -> float:
-        return sum(float(t.sum()) for t in self.dense.values()) + self.head * self.instances
+        return sum(float(t.sum()) for t in self.dense.values()) + self.head * self.instances + self.dense_decoder
 
     @property
     def reduction(self) -> float:
@@ -74,9 +79,9 @@ class Meter:
     """Counts calls of one pruned model: meter(traces) -> Cost. What it measures of the blocks is measured once."""
 
     def __init__(self, model: nn.Module):
-        record = pruning(model)
-        composite = find_composite(record.host)
-        self.head = composite.head_macs(record.host) if composite is not None else 0.0
+        self.host = pruning(model).host
+        self.composite = find_composite(self.host)
+        self.head = self.composite.head_macs(self.host) if self.composite is not None else 0.0
         self._towers: dict[str, _TowerMeter] = {}
 
     def __call__(self, traces: Sequence[PruneTrace]) -> Cost:
@@ -89,7 +94,13 @@ class Meter:
             towers[trace.tower] = meter.count(trace)
             dense[trace.tower] = meter.count_dense(trace, entered)
             entered = trace.entered.layout
-        return Cost(towers, dense, self.head, traces[-1].entered.layout.batch)
+        decoder = sum(self._decoder(trace, max(trace.lengths[-1])) for trace in traces)
+        dense_decoder = sum(self._decoder(trace, int(_dense_lengths(trace).max())) for trace in traces)
+        return Cost(towers, dense, self.head, traces[-1].entered.layout.batch, decoder, dense_decoder)
+
+    def _decoder(self, trace: PruneTrace, memory: int) -> float:
+        """MACs of what a decoder did, looking at so many of the tower's tokens an instance."""
+        return self.composite.decoder_macs(self.host, trace.decoded, memory) if self.composite is not None else 0.0
 
 
 class _TowerMeter:
@@ -114,9 +125,7 @@ class _TowerMeter:
 
     def count_dense(self, trace: PruneTrace, image: Layout | None) -> Tensor:
         """What the host itself pays, padding included; `image`: the layout that entered the tower this one looks at."""
-        padded = self.encoder.adapter.padded_length(*trace.inputs)
-        lengths = trace.entered.layout.sizes.double()
-        lengths = lengths if padded is None else torch.full_like(lengths, padded)
+        lengths = _dense_lengths(trace)
         rows = [self._open(trace)]
         for unit, beside in zip(self.units, trace.beside, strict=True):
             rows.append(unit.dense(lengths, _Memory.of(beside, len(lengths), image)))
@@ -220,6 +229,13 @@ class _Memory:
         if dense is not None:
             sizes = dense.sizes.view(groups, len(beside))
         return cls(sizes.double().mean(1).repeat_interleave(batch // groups), groups / batch)
+
+
+def _dense_lengths(trace: PruneTrace) -> Tensor:
+    """Tokens of each instance that the dense tower computes on, padding included: [batch]."""
+    lengths = trace.entered.layout.sizes.double()
+    padded = trace.encoder.adapter.padded_length(*trace.inputs)
+    return lengths if padded is None else torch.full_like(lengths, padded)
 
 
 def _macs(run: Callable[[], Any]) -> float:

@@ -43,17 +43,17 @@ class Gauge:
                 f"a batch was answered by several calls of one tower ({', '.join(names)}): measure each alone"
             )
         cost = self._meter(traces)
-        dense = self._macs(cost.dense, texts, cost.head)
-        macs = dense if self.is_dense else self._macs(cost.towers, texts, cost.head)
+        dense = self._macs(cost.dense, texts, cost.head + cost.dense_decoder / cost.instances)
+        macs = dense if self.is_dense else self._macs(cost.towers, texts, cost.head + cost.decoder / cost.instances)
         kept = {trace.tower: self._kept(trace, texts) for trace in traces}
         return [
             Spent(float(m), float(d), {tower: tuple(lengths[i].tolist()) for tower, lengths in kept.items()})
             for i, (m, d) in enumerate(zip(macs, dense, strict=True))
         ]
 
-    def _macs(self, towers: Mapping[str, Tensor], texts: Sequence[int], head: float) -> Tensor:
-        """[records]"""
-        total = torch.full((len(texts),), head, dtype=torch.float64)
+    def _macs(self, towers: Mapping[str, Tensor], texts: Sequence[int], behind: float) -> Tensor:
+        """[records]; behind: the MACs of what stands behind the towers, an instance."""
+        total = torch.full((len(texts),), behind, dtype=torch.float64)
         for tower, macs in towers.items():
             sizes = _sizes(tower, macs.shape[-1], texts)
             each = sizes[0] if tower == "image" else 1

@@ -72,6 +72,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """What a part of a decoder's work was, over all rows (sentences, or beams of them) of a call, padding included.
+
+    tokens    new tokens that went through the layers
+    words     those of them whose next token's logits were made
+    pairs     of a new token and one of its own row, itself and later ones included, that attention multiplied
+    memories  those whose keys and values were made
+    """
+
+    tokens: int = 0
+    words: int = 0
+    pairs: int = 0
+    memories: int = 0
+
+
+@dataclass(frozen=True)
 class PruneTrace:
     """What one call of one tower did.
 
@@ -80,6 +96,7 @@ class PruneTrace:
     steps    one Step a depth
     beside   what the blocks got besides their tokens (memory, rotary tables), one entry a depth
     inputs   what the tower was called with, as its host's `open` takes it
+    decoded  what a decoder then did that looks at what the tower returned, in order
     """
 
     tower: str
@@ -88,6 +105,7 @@ class PruneTrace:
     inputs: tuple[Any, ...]
     beside: tuple[Any, ...]
     steps: list[Step] = field(default_factory=list)
+    decoded: list[Decoded] = field(default_factory=list)
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:
@@ -127,6 +145,13 @@ def collect() -> Iterator[list[PruneTrace]]:
         yield traces
     finally:
         _collectors.reset(token)
+
+
+def tell_collectors(decoded: Decoded) -> None:
+    """A decoder says what it did: it goes to the trace of the tower that ran last, which is the one it looks at."""
+    for traces in _collectors.get():
+        if traces:
+            traces[-1].decoded.append(decoded)
 
 
 class PrunedEncoder(nn.Module):

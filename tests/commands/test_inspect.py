@@ -72,6 +72,8 @@ def test_flops_agrees_with_the_library(capsys):
     [
         (["blip_nlvr_tiny_evit", "--image-size", "64", "--tokens", "9"], "two images and a sentence"),
         (["blip_tiny"], "(an image and a sentence)"),
+        (["blip_caption_tiny_random"], "decoder      dense"),
+        (["blip_vqa_tiny"], "(an image, a question and an answer of 5 tokens)"),
         (["clip_vit_s_32_alt_random", "--tokens", "20"], "text tower"),
     ],
 )

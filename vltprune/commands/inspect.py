@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from ..preprocessing import image_size
 from . import common
 
 _COUNTED = (
-    "Counted: multiply-accumulates (MACs) of all matrix products for one instance ({instance}), attention and the\n"
-    "pruners' own scoring included; norms, activations, softmax and a decoder behind the towers are not. FLOPs are twice\n"
-    "as many."
+    "Counted: multiply-accumulates (MACs) of all matrix products, attention and the pruners' own scoring included, of one\n"
+    "instance ({instance}); norms, activations and softmax are not.\n"
+    "FLOPs are twice as many."
 )
+_ANSWER = 5  # tokens; BLIP's answers are short
 _PARTS = ("presets", "scorers", "keepers", "reducers", "guides")
 
 
@@ -82,8 +83,8 @@ def run_info(args: argparse.Namespace) -> None:
     cost = flops.count(pruned, *example(pruned.pruning.host))
     for tower, encoder in pruned.pruning.towers.items():
         _print_tower(tower, encoder, cost, dense)
-    _print_total(cost, dense)
-    print(_COUNTED.format(instance=_instance(pruned.pruning.host)))
+    print()
+    _print_rest(cost, pruned.pruning.host, dense)
 
 
 def run_flops(args: argparse.Namespace) -> None:
@@ -95,8 +96,7 @@ def run_flops(args: argparse.Namespace) -> None:
     cost = flops.count(pruned, *example(pruned.pruning.host, args.tokens))
     for tower in cost.towers:
         _print_macs(f"{tower} tower", float(cost.dense[tower].sum()), float(cost.towers[tower].sum()), dense)
-    _print_total(cost, dense)
-    print(_COUNTED.format(instance=_instance(pruned.pruning.host)))
+    _print_rest(cost, pruned.pruning.host, dense)
     if not dense:
         print("What is pruned depends on the input: this one was noise. Measure your own with vltprune.flops.count.")
 
@@ -120,7 +120,7 @@ def example(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:
         longest, vocabulary = reader.position.num_embeddings, reader.word.num_embeddings
         length = tokens or min(35, max(longest // 2, 1))
         ids = torch.randint(1, vocabulary, (1, length), generator=generator)
-        answers = (torch.ones_like(ids), ids[:, :5]) if hasattr(host, "rank") else ()
+        answers = (torch.ones_like(ids), ids[:, :_ANSWER]) if hasattr(host, "rank") else ()
         return images, ids, *answers
     return images, _clip_text(towers["text"], tokens, generator)
 
@@ -162,9 +162,12 @@ def _print_tower(tower: str, encoder: Any, cost: flops.Cost, dense: bool) -> Non
     print(common.table(rows))
 
 
-def _print_total(cost: flops.Cost, dense: bool) -> None:
-    print()
+def _print_rest(cost: flops.Cost, host: nn.Module, dense: bool) -> None:
+    """What is not a tower, the sum of all, and what was counted."""
+    if cost.dense_decoder:
+        _print_macs("decoder", cost.dense_decoder, cost.decoder, dense)
     _print_macs("all", cost.dense_total, cost.total, dense)
+    print(_COUNTED.format(instance=_instance(host)))
 
 
 def _print_macs(what: str, before: float, after: float, dense: bool) -> None:
@@ -177,5 +180,8 @@ def _millions(model: nn.Module) -> str:
 
 
 def _instance(host: nn.Module) -> str:
-    images: Mapping[int, str] = {1: "an image and a sentence", 2: "two images and a sentence"}
-    return "an image" if find_composite(host) is None else images[getattr(host, "images_per_sentence", 1)]
+    if find_composite(host) is None:
+        return "an image"
+    if hasattr(host, "rank"):
+        return f"an image, a question and an answer of {_ANSWER} tokens"
+    return "two images and a sentence" if getattr(host, "images_per_sentence", 1) == 2 else "an image and a sentence"

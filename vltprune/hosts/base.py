@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import segments
 from ..layers.site import Site
+from ..pruner import Decoded
 from ..registry import hosts
 from ..tokens import Layout, PackedTokens
 
@@ -122,6 +123,10 @@ class Composite(ABC):
 
     def head_macs(self, model: nn.Module) -> float:
         """MACs of what stands behind the towers, once an instance."""
+        return 0.0
+
+    def decoder_macs(self, model: nn.Module, decoded: Iterable[Decoded], memory: int) -> float:
+        """MACs of a decoder behind the towers that did this, looking at memories of so many tokens, padding included."""
         return 0.0
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import attend
 from ..layers.site import Site
+from ..models.decoder import Cache
 from ..models.med import Attention, MedEncoder, MedLayer
+from ..pruner import Decoded, tell_collectors
 from ..registry import hosts
 from ..tokens import Layout, PackedTokens
-from .base import Composite, Host, ImageAndText, find_host, with_submodule
+from .base import Host, ImageAndText
+from .decoder import WithDecoder, linear_macs
 from .timm import Vit
 
 Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that image, one instance a group
@@ -97,25 +100,49 @@ class QuestionHost(MedHost):
 
 @hosts.register("vltprune.models.blip.Blip")
 @hosts.register("vltprune.models.blip.BlipNlvr")
-@hosts.register("vltprune.models.vqa.BlipVqa")
 @hosts.register("vltprune.models.retrieval.BlipRetrieval")
 class BlipComposite(ImageAndText):
     """Both towers of BLIP under one guide."""
 
     def head_macs(self, model: Any) -> float:
-        head = getattr(model, "head", nn.Identity())
-        return float(sum(linear.weight.numel() for linear in head.modules() if isinstance(linear, nn.Linear)))
+        return linear_macs(getattr(model, "head", nn.Identity()))
+
+
+class _Speaking(WithDecoder):
+    """A model with a `MedDecoder`."""
+
+    decoder = "decoder"
+
+    def crosses(self, decoder: Any) -> Sequence[Any]:
+        return [layer.cross.streams[0] for layer in self.body(decoder).layers]
+
+    def word_macs(self, decoder: Any) -> float:
+        return linear_macs(decoder.transform) + decoder.body.word.weight.numel()
+
+    def body(self, decoder: Any) -> Any:
+        return decoder.body
+
+    def watch(self, decoder: nn.Module) -> None:
+        decoder.register_forward_hook(_tell_tokens)
+
+
+@hosts.register("vltprune.models.vqa.BlipVqa")
+class VqaComposite(_Speaking, ImageAndText):
+    """Image and question under one guide. The decoder of the answer looks at what is left of the question."""
 
 
 @hosts.register("vltprune.models.caption.BlipCaption")
-class CaptionComposite(Composite):
+class CaptionComposite(_Speaking):
     """One tower: the decoder is not pruned, and looks at what is left of the image."""
 
-    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
-        return {"image": (model.visual, find_host(model.visual))}
+    names: ClassVar = {"image": "visual"}
 
-    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
-        return with_submodule(model, "visual", towers["image"])
+
+def _tell_tokens(decoder: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Cache]) -> None:
+    """After a `MedDecoder` made logits [rows, n, vocab_size]: all its new tokens have theirs."""
+    logits, cache = out
+    tokens = logits.shape[0] * logits.shape[1]
+    tell_collectors(Decoded(tokens, words=tokens, pairs=tokens * cache.length))
 
 
 def _by_image(memory: PackedTokens, images: int) -> Memory:

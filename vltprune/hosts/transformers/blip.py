@@ -7,7 +7,7 @@ nothing attends to it: a token that came through a norm is never all zeros.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +17,11 @@ from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLay
 from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextSelfAttention
 
 from ...attention import attend
+from ...pruner import Decoded, tell_collectors
 from ...registry import hosts
 from ...tokens import PackedTokens
-from ..base import WithTowers, sharing, with_submodule
+from ..base import WithTowers
+from ..decoder import WithDecoder, linear_macs
 from .base import Images, PreNorm
 from .text import PostNorm
 
@@ -101,25 +103,36 @@ class BlipRetrieval(WithTowers):
         return float(model.itm_head.weight.numel())
 
 
-class _WithDecoder(WithTowers):
-    """A decoder looks at what the towers left. It stays dense, and is not counted in MACs."""
+class _Speaking(WithDecoder):
+    """A decoder looks at what the towers left. It stays dense, and does not see the zeros behind."""
 
-    def assemble(self, model: Any, towers: Mapping[str, nn.Module]) -> nn.Module:
-        decoder = sharing(model.text_decoder)
-        for layer in decoder.bert.encoder.layer:
-            layer.crossattention.self.register_forward_pre_hook(_hide_padding, with_kwargs=True)
-        return with_submodule(super().assemble(model, towers), "text_decoder", decoder)
+    decoder = "text_decoder"
+
+    def crosses(self, decoder: Any) -> Sequence[Any]:
+        return [layer.crossattention.self for layer in decoder.bert.encoder.layer]
+
+    def word_macs(self, decoder: Any) -> float:
+        return linear_macs(decoder.cls)
+
+    def body(self, decoder: Any) -> Any:
+        return decoder.bert
+
+    def watch(self, decoder: Any) -> None:
+        for cross in self.crosses(decoder):
+            cross.register_forward_pre_hook(_hide_padding, with_kwargs=True)
+        self.body(decoder).encoder.layer[0].attention.self.register_forward_hook(_tell_tokens)
+        decoder.cls.register_forward_hook(_tell_words)
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")
-class BlipAnswers(_WithDecoder):
+class BlipAnswers(_Speaking):
     """Image and question, one guide; the decoder of the answer looks at the question."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForConditionalGeneration")
-class BlipCaptions(_WithDecoder):
+class BlipCaptions(_Speaking):
     """The image alone; the decoder of the caption looks at it."""
 
     names: ClassVar = {"image": "vision_model"}
@@ -136,3 +149,14 @@ def _hide_padding(attn: nn.Module, args: tuple[Any, ...], named: dict[str, Any])
     bias = torch.zeros(memory.shape[:2], dtype=memory.dtype, device=memory.device)
     bias = bias.masked_fill(~_occupied(memory), torch.finfo(memory.dtype).min)
     return args, {**named, "encoder_attention_mask": bias[:, None, None]}
+
+
+def _tell_tokens(attn: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
+    """After the first layer's self-attention made probabilities [rows, heads, new tokens, seen]: the others do as it did."""
+    rows, _, new, seen = out[1].shape
+    tell_collectors(Decoded(rows * new, pairs=rows * new * seen))
+
+
+def _tell_words(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
+    """After logits [rows, words, vocab_size], in `generate` those of each row's last token alone."""
+    tell_collectors(Decoded(words=logits.shape[0] * logits.shape[1]))

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...registry import hosts
 from ..base import Composite, Host, find_host, with_submodule
+from ..decoder import linear_macs
 
 
 @hosts.register("transformers.models.bert.modeling_bert.BertForSequenceClassification")
@@ -33,5 +34,4 @@ class Headed(Composite):
 
     def head_macs(self, model: Any) -> float:
         heads = [child for name, child in model.named_children() if name != model.base_model_prefix]
-        linears = [module for head in heads for module in head.modules() if isinstance(module, nn.Linear)]
-        return float(sum(linear.weight.numel() for linear in linears))
+        return sum(map(linear_macs, heads))
