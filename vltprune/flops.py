@@ -82,7 +82,7 @@ class Meter:
         self.host = pruning(model).host
         self.composite = find_composite(self.host)
         self.head = self.composite.head_macs(self.host) if self.composite is not None else 0.0
-        self._towers: dict[str, _TowerMeter] = {}
+        self._towers: dict[Any, _TowerMeter] = {}
 
     def __call__(self, traces: Sequence[PruneTrace]) -> Cost:
         """traces: those of one call of the model. ValueError if there are none."""
@@ -90,7 +90,8 @@ class Meter:
             raise ValueError("no traces: call the model inside `with vltprune.collect() as traces:`")
         towers, dense, entered = {}, {}, None
         for trace in traces:
-            meter = self._towers.setdefault(trace.tower, _TowerMeter(trace))
+            looks = tuple(map(_is_memory, trace.beside))  # a block costs more where it is called with a memory
+            meter = self._towers.setdefault((trace.tower, looks), _TowerMeter(trace))
             towers[trace.tower] = meter.count(trace)
             dense[trace.tower] = meter.count_dense(trace, entered)
             entered = trace.entered.layout
