@@ -33,20 +33,20 @@ QUEUE = 57600  # features of images, and of texts, that a batch is compared with
 
 @dataclass(frozen=True)
 class Published:
-    """A published number, what it counts, and that as counted here: GMACs, then with fvcore's count of norms added."""
+    """A published number, what it counts, that as counted here in GMACs, and what fvcore adds for norms."""
 
     what: str
     published: float
     counts: str
     macs: float
-    with_norms: float
+    norms: float
 
     def __str__(self) -> str:
         return f"| {self.what} | {self.published} | {self.counts} | {self.macs:.2f} | {self.with_norms:.2f} |"
 
-    @classmethod
-    def of(cls, what: str, published: float, counts: str, found: Tensor) -> Published:
-        return cls(what, published, counts, float(found[0]), float(found.sum()))
+    @property
+    def with_norms(self) -> float:
+        return self.macs + self.norms
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class Count:
 def vit() -> Iterator[Published | Instance]:
     count = Count(lambda: vp.backbones["blip_base"]().visual)
     found = count(lambda model: model(_images()))
-    yield Published.of("ViT-B/16, 384 px", 55.5, "one image", found)
+    yield Published("ViT-B/16, 384 px", 55.5, "one image", *found.tolist())
 
 
 def nlvr() -> Iterator[Published | Instance]:
     count, images = Count(vp.backbones["blip_nlvr_base"]), _images(2)[None]
     found = count(lambda model: model(images, _ids(1, SENTENCE)))
-    yield Published.of("BLIP NLVR2, 384 px", 132.54, f"two images, a sentence of {SENTENCE} tokens", found)
+    yield Published("BLIP NLVR2, 384 px", 132.54, f"two images, a sentence of {SENTENCE} tokens", *found.tolist())
     found = count(lambda model: model(images, _ids(1, 35)))
     yield Instance("BLIP NLVR2: two images, a sentence of 35 tokens", float(found[0]))
 
@@ -99,7 +99,7 @@ def nlvr() -> Iterator[Published | Instance]:
 def caption() -> Iterator[Published | Instance]:
     count, images = Count(vp.backbones["blip_caption_base"]), _images()
     found = count(lambda model: model(images, _ids(1, CAPTION)))
-    yield Published.of("BLIP caption, 384 px", 65.7, f"an image, a given caption of {CAPTION} tokens", found)
+    yield Published("BLIP caption, 384 px", 65.7, f"an image, a given caption of {CAPTION} tokens", *found.tolist())
     found = count(lambda model: model.generate(images, Beam(3), max_length=20))
     yield Instance("BLIP caption: an image, a caption of 20 tokens by three beams", float(found[0]))
 
@@ -112,7 +112,7 @@ def answering() -> Iterator[Published | Instance]:
         model.decoder(_ids(ANSWERS, ANSWER), model.decoder.read(states.of([0])))
 
     counts = f"an image, {QUESTIONS} questions of {QUESTION} tokens, {ANSWERS} answers of {ANSWER} tokens to the first"
-    yield Published.of("BLIP VQA, 480 px", 186.1, counts, count(measured))
+    yield Published("BLIP VQA, 480 px", 186.1, counts, *count(measured).tolist())
     question = count(lambda model: model.text(_ids(1, QUESTION), None, model.visual(images)))
     yield Instance(f"BLIP VQA: an image, a question of {QUESTION} tokens, before the answer", float(question[0]))
     found = count(lambda model: model.generate(images, _ids(1, QUESTION), None, Beam(3), max_length=10))
@@ -128,7 +128,7 @@ def retrieval() -> Iterator[Published | Instance]:
         f"a step of training: an image and a text of {LONGEST} tokens, both by the model and by its momentum copy; "
         "three pairs matched; the queues"
     )
-    yield Published.of("BLIP retrieval, 384 px", 153.2, counts, 2 * (image + text) + 3 * match + queues)
+    yield Published("BLIP retrieval, 384 px", 153.2, counts, *(2 * (image + text) + 3 * match + queues).tolist())
     yield Instance(f"BLIP retrieval: features of an image and of a text of {LONGEST} tokens", float((image + text)[0]))
     yield Instance("BLIP retrieval: matching one such pair, the image's tokens being there", float(match[0]))
 
@@ -142,7 +142,7 @@ def clip() -> Iterator[Published | Instance]:
     counts = (
         "a step of training: an image and a text of 77 tokens, both by the model and by its momentum copy; the queues"
     )
-    yield Published.of("CLIP ViT-L/14, 336 px", 395.7, counts, 2 * found + queues)
+    yield Published("CLIP ViT-L/14, 336 px", 395.7, counts, *(2 * found + queues).tolist())
     yield Instance("CLIP ViT-L/14: features of an image and of a text of 77 tokens", float(found[0]))
 
 

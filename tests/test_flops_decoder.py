@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from test_flops import counted
 
 import vltprune as vp
+from vltprune.exam import Exam
 from vltprune.gauge import Gauge
 from vltprune.models.generation import Beam, Greedy
 
@@ -141,3 +144,20 @@ def test_a_record_pays_its_share_of_the_decoder():
     spent = Gauge(model)(traces, [1] * 3)
     assert sum(one.macs for one in spent) == pytest.approx(cost.total)
     assert sum(one.dense_macs for one in spent) == pytest.approx(cost.dense_total)
+
+
+class Say:
+    """A task whose records say how long to speak."""
+
+    def texts(self, records):
+        return (), [1] * len(records)
+
+    def answer(self, model, records, images, texts):
+        model.generate(images[:, 0], Greedy(), max_length=records[0].longest)
+        return [{} for _ in records]
+
+
+def test_an_exam_counts_what_a_dense_model_said():
+    exam = Exam(Say(), silent(vp.create_model("blip_caption_tiny", **SIZES)))
+    short, long, again = (exam._answer([SimpleNamespace(index=0, longest=n)], pictures(1)[None])[0] for n in (8, 12, 8))
+    assert short["macs"] == short["dense_macs"] == again["macs"] < long["macs"]

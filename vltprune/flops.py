@@ -30,11 +30,14 @@ from .tokens import Layout, PackedTokens
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs of one call. towers: per tower name, [depths + 2, instances of the tower]: before, in and after its blocks.
+    """MACs of one call.
 
-    dense: the same for the dense host, which also pays for padding; head: MACs of what stands behind the towers, once an
-    instance; instances: sentences, or images where there is no text; decoder, dense_decoder: MACs of a decoder in the whole
-    call, and what it would pay for as many tokens behind the dense towers.
+    towers         per tower name, [depths + 2, instances of the tower]: before, in and after its blocks
+    dense          the same for the dense host, which also pays for padding
+    head           of what stands behind the towers, once an instance
+    instances      sentences, or images where there is no text
+    decoder        of a decoder, in the whole call
+    dense_decoder  the same for as many tokens behind the dense towers
     """
 
     towers: dict[str, Tensor]
@@ -64,7 +67,8 @@ def count(model: nn.Module, *inputs: Any, **named: Any) -> Cost:
 
     TypeError for a dense model.
 
-    For the cost of a dense model, prune it with any config and read `dense_total`.
+    For the cost of a dense model, prune it with any config and read `dense_total`. For another method than the call, such as
+    `generate`, collect its traces and give them to a `Meter`.
     """
     training = model.training
     try:

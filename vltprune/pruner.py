@@ -73,7 +73,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a part of a decoder's work was, over all rows (sentences, or beams of them) of a call, padding included.
+    """A piece of a decoder's work, summed over its rows (sentences, or beams of them), padding included.
 
     tokens    new tokens that went through the layers
     words     those of them whose next token's logits were made

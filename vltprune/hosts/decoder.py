@@ -18,16 +18,16 @@ class WithDecoder(WithTowers):
     decoder: ClassVar[str]
 
     @abstractmethod
+    def body(self, decoder: Any) -> nn.Module:
+        """What holds the layers, and no linear map but theirs."""
+
+    @abstractmethod
     def crosses(self, decoder: Any) -> Sequence[Any]:
         """The cross-attentions, layer by layer, each with its linear maps `query`, `key` and `value`."""
 
     @abstractmethod
     def word_macs(self, decoder: Any) -> float:
         """MACs of the logits of one next token, from what the last layer made of the token before it."""
-
-    @abstractmethod
-    def body(self, decoder: Any) -> nn.Module:
-        """What holds the layers, and no linear map but theirs."""
 
     @abstractmethod
     def watch(self, decoder: nn.Module) -> None:
