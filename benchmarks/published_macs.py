@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/published_macs.py       # 40 seconds on one core, 4 GB of memory
 
-The numbers are those that UPop (arXiv 2301.13741) measured with fvcore and that MADTP's reference compares with. fvcore
-counts multiply-accumulates, and five for each number that goes through a layer norm, which this library does not count.
+The numbers are those that UPop (arXiv 2301.13741) measured with fvcore and that MADTP's reference compares with, and a plain
+ViT's. fvcore counts multiply-accumulates, and five for each number that goes through a layer norm, which this library does
+not count; here that rule is applied, and fvcore is not needed.
 Models have weights of zero: costs depend on shapes alone. Expected: every published number to its last digit, as it is in
 docs/cost.md; and the MACs of one instance at inference, which for VQA, retrieval and CLIP are something else.
 """
