@@ -79,12 +79,14 @@ class Decoded:
     words     those of them whose next token's logits were made
     pairs     of a new token and one of its own row, itself and later ones included, that attention multiplied
     memories  those whose keys and values were made
+    gathered  [captions, anchors, anchor dim]: what the guide's anchors gathered from captions, while training
     """
 
     tokens: int = 0
     words: int = 0
     pairs: int = 0
     memories: int = 0
+    gathered: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,21 @@ class PruneTrace:
             raise LookupError(f"the {self.tower} tower has no guide at any depth: prune it with guide='codebook'")
         return torch.stack(pooled).sum(0)
 
+    @property
+    def spoken(self) -> Tensor:
+        """What the guide's anchors gathered from captions that a decoder then read, [captions, anchors, anchor dim].
+
+        `losses.alignment(trace.aligned, trace.spoken)` aligns an image with its captions, as `aligned` of two towers does.
+        LookupError where no decoder read captions under the guide, with gradients, while this was collected.
+        """
+        gathered = [decoded.gathered for decoded in self.decoded if decoded.gathered is not None]
+        if not gathered:
+            raise LookupError(
+                f"no captions were read behind the {self.tower} tower: call a pruned BlipCaption with gradients enabled, on "
+                "images and captions, pruned with guide='codebook'"
+            )
+        return torch.cat(gathered)
+
     def owners(self, depth: int) -> Tensor:
         """Provenance, [entered total] int64: the row, among tokens leaving block `depth`, that holds each; -1 if dropped."""
         owner = torch.arange(self.entered.layout.total, device=self.entered.x.device)
@@ -145,6 +162,11 @@ def collect() -> Iterator[list[PruneTrace]]:
         yield traces
     finally:
         _collectors.reset(token)
+
+
+def is_collecting() -> bool:
+    """Whether anybody collects."""
+    return bool(_collectors.get())
 
 
 def tell_collectors(decoded: Decoded) -> None:

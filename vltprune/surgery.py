@@ -38,7 +38,8 @@ def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Modul
         towers = composite.towers(model)
     _check_towers(config, tuple(towers))
 
-    guide = build_guide(config, {name: host.site(tower, 0, name) for name, (tower, host) in towers.items()})
+    sites = {name: host.site(tower, 0, name) for name, (tower, host) in towers.items()}
+    guide = build_guide(config, sites | (composite.listeners(model) if composite is not None else {}))
     pruned = {name: PrunedEncoder(tower, host, config, guide, name) for name, (tower, host) in towers.items()}
     if composite is None:
         result: nn.Module = pruned[next(iter(pruned))]

@@ -60,6 +60,9 @@ def task_case(name: str) -> Case:
     sizes = {key: value for key, value in SIZES.items() if key != "merge_from"}
     pictures, ids, answers = images(3), words(), words()[:, :5]
     if name == "caption":
+        sizes["text_width"] = sizes[
+            "vision_width"
+        ]  # else the guide maps words too, and that map learns from L_align alone
         model = BlipCaption(**sizes, prompt=(), bos_id=39, eos_id=2)
         inputs, towers, idle = (pictures, ids), ("image",), ()
     elif name == "vqa":

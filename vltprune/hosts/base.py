@@ -121,6 +121,10 @@ class Composite(ABC):
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         """A model like `model` that runs these towers and shares everything else; `model` stays as it is."""
 
+    def listeners(self, model: nn.Module) -> dict[str, Site]:
+        """What the guide aligns with the towers and nobody prunes, by name; one site each."""
+        return {}
+
     def head_macs(self, model: nn.Module) -> float:
         """MACs of what stands behind the towers, once an instance."""
         return 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from ..registry import hosts
 from ..tokens import Layout, PackedTokens
 from .base import Host, ImageAndText
 from .decoder import WithDecoder, linear_macs
+from .listening import Listener
 from .timm import Vit
 
 Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that image, one instance a group
@@ -133,9 +134,21 @@ class VqaComposite(_Speaking, ImageAndText):
 
 @hosts.register("vltprune.models.caption.BlipCaption")
 class CaptionComposite(_Speaking):
-    """One tower: the decoder is not pruned, and looks at what is left of the image."""
+    """One tower: the decoder is not pruned, and looks at what is left of the image. The guide listens to it in training."""
 
     names: ClassVar = {"image": "visual"}
+
+    def listeners(self, model: Any) -> dict[str, Site]:
+        body = model.decoder.body
+        width, heads = body.word.embedding_dim, body.layers[0].attention.heads
+        return {"text": Site("text", 0, len(body.layers), width, heads, has_summary=True, causal=True)}
+
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
+        assembled: Any = super().assemble(model, towers)
+        guide: Any = towers["image"].guide
+        if guide is not None:
+            Listener(assembled.decoder, guide)
+        return assembled
 
 
 def _tell_tokens(decoder: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Cache]) -> None:
