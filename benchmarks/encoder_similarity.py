@@ -197,7 +197,7 @@ def hits(embeddings: Tensor, owners: Tensor) -> float:
     return (owners[nearest(embeddings, 1)[:, 0]] == owners).float().mean().item()
 
 
-def relative_time(subject: Subject, model: nn.Module, repeats: int = 3) -> float:
+def relative_time(subject: Subject, model: nn.Module, repeats: int = 5) -> float:
     """Pruned over dense on the largest measured batch, median of runs that alternate."""
     batch = max(subject.batches, key=len)
 
