@@ -39,6 +39,12 @@ def test_several_texts_are_averaged():
         model.visual(images)
         model.text(ids, mask)
     first, second = Gauge(model)(traces, [1, 2])
+    assert set(second.towers) == {"image", "text"}
+    for number in (0, 1):  # pruned, and dense
+        head = (second.macs, second.dense_macs)[number] - sum(macs[number] for macs in second.towers.values())
+        assert head == pytest.approx(
+            (first.macs, first.dense_macs)[number] - sum(m[number] for m in first.towers.values())
+        )
     lengths = mask.sum(1).tolist()
     assert first.kept["text"][0] == lengths[0]
     assert second.kept["text"][0] == sum(lengths[1:]) / 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,13 +32,17 @@ def test_drawn_pairs_need_no_file():
 def test_blip_reads_sentences_as_blip_does(tmp_path, monkeypatch):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "both", "are", "dogs", "."]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    model = vp.create_model("blip_nlvr_tiny", vocab_size=10)
+    model = vp.create_model("blip_nlvr_tiny", vocab_size=10, max_positions=42)
     task = tasks.Nlvr.of(model, tasks.Options(vocabulary=tmp_path))
     statement = tasks.Nlvr.read("synthetic:val", "")[0]
     (ids, mask), counts = task.texts([replace(statement, sentence="Both are (dogs).")])
     assert (ids.tolist(), mask.tolist(), counts) == ([[9, 4, 5, 6, 3]], [[1] * 5], [1])
     long = replace(statement, sentence="dogs " * 60)
     assert task.texts([long])[0][0].shape == (1, 42)  # BLIP cuts at forty words, and not at tokens
+    short = tasks.Retrieval.of(vp.create_model("blip_retrieval_tiny", vocab_size=10, enc_id=9), tasks.Options(tmp_path))
+    assert short.encode(["dogs " * 60])[0].shape == (1, 32)  # the longest that this one takes
+    with pytest.raises(ValueError, match=r"has enc_id=58 bos_id=57 .* build the model with enc_id=9 bos_id=8 eos_id=3"):
+        tasks.Vqa.of(vp.create_model("blip_vqa_tiny", vocab_size=10), tasks.Options(tmp_path))
     with pytest.raises(ValueError, match=r"has 10 ids, the model 30: give the model's own"):
         tasks.Nlvr.of(vp.create_model("blip_nlvr_tiny", vocab_size=30), tasks.Options(tmp_path))
 
@@ -137,7 +143,7 @@ def test_answers_held_back_are_not_scored():
 
 def test_captions_leave_the_prompt_out(monkeypatch):
     speaker, scored = Speaker(), []
-    monkeypatch.setattr(metrics, "pycocoevalcap", lambda: None)
+    monkeypatch.setattr(metrics, "caption_scorer_lacks", lambda: None)
     monkeypatch.setattr(metrics, "caption_scores", lambda *pair: scored.append(pair) or {"CIDEr": 1.0})
     task, records = tasks.Caption.of(speaker), [data.Captioned(i, (), "same", ("a star",)) for i in (4, 7)]
     assert task.texts(records) == ((), [1, 1])
@@ -146,10 +152,36 @@ def test_captions_leave_the_prompt_out(monkeypatch):
     assert scored == [({"4": "a red star", "7": "a red star"}, {"4": ["a star"], "7": ["a star"]})]
 
 
-def test_captions_ask_for_their_package_before_the_work(monkeypatch):
+def test_captions_tell_before_the_work_that_they_will_not_be_scored(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    with pytest.raises(ImportError, match=r"pip install 'vltprune\[eval\]'"):
-        tasks.Caption.of(Speaker())
+    with pytest.warns(UserWarning, match=r"written, and not scored: .* pip install 'vltprune\[eval\]'"):
+        task = tasks.Caption.of(Speaker())
+    assert task.score([{"index": 0, "caption": "a", "captions": ["a"]}]) == {}
+
+
+@pytest.mark.parametrize(
+    ("id", "published"),
+    [("391895", 391895), ("val2014/COCO_val2014_000000391895.jpg", 391895), ("images/12_ab.jpg", "images/12_ab.jpg")],
+)
+def test_captions_in_the_form_of_coco(monkeypatch, id, published):
+    monkeypatch.setattr(metrics, "caption_scorer_lacks", lambda: None)
+    (result,) = tasks.Caption.of(Speaker()).results([{"index": 0, "id": id, "caption": "a dog", "captions": ["x"]}])
+    assert result == {"image_id": published, "caption": "a dog"}
+
+
+def test_answers_in_the_form_of_vqa():
+    task = tasks.Vqa.of(Speaker())
+    assert isinstance(task, tasks.Publishes) and not isinstance(tasks.Nlvr, tasks.Publishes)
+    assert task.results([{"id": "262148000", "answer": "dog"}]) == [{"question_id": 262148000, "answer": "dog"}]
+
+
+def test_only_questions_come_from_several_folders(tmp_path):
+    entry = {"image": "a.jpg", "question": "what", "answer": ["dog"], "dataset": "vg"}
+    (tmp_path / "vqa.json").write_text(json.dumps([entry]))
+    (question,) = tasks.Vqa.read(str(tmp_path / "vqa.json"), {"vg": "there"})
+    assert question.images == (Path("there/a.jpg"),)
+    with pytest.raises(ValueError, match="images of vqa, vg: this task draws from one data set"):
+        tasks.Caption.read(str(tmp_path / "vqa.json"), {"vqa": "here", "vg": "there"})
 
 
 def test_retrieval_with_features_of_blip():

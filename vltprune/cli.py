@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     with warnings.catch_warnings():
-        warnings.showwarning = _warn
+        warnings.showwarning = _warner()
         return _run(args)
 
 
@@ -78,5 +78,14 @@ def _one_line(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    common.say(f"vltprune: warning: {' '.join(str(message).split())}")
+def _warner() -> Callable[..., None]:
+    """Shows warnings as lines for the user, each once, from however many places it comes."""
+    said: set[str] = set()
+
+    def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in said:
+            said.add(text)
+            common.say(f"vltprune: warning: {text}")
+
+    return warn

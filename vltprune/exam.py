@@ -15,14 +15,14 @@ from .data import Loader, Record, Skipped
 from .gauge import Gauge, Spent
 from .journal import Journal
 from .pruner import collect
-from .tasks import Task
+from .tasks import Round
 
 
 @dataclass
 class Exam:
     """A task set to a model on a device; `sit` answers what the journal does not have yet, `report` sums it up."""
 
-    task: Task[Any]
+    task: Round[Any]
     model: nn.Module
     device: str = "cpu"
 
@@ -92,10 +92,15 @@ def _write(
         tick(len(rows))
 
 
-def report(task: Task[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def report(
+    task: Round[Any], rows: Sequence[Mapping[str, Any]], weight: Callable[[Mapping[str, Any]], float] = lambda row: 1
+) -> dict[str, Any]:
     """The rows of all records, summed up: scores, means an instance, throughput, what was skipped. ValueError for none.
 
+    weight: how much a row counts in the means of costs.
+
     macs      multiply-accumulates of an instance: the images of a record and one of its texts
+    towers    per tower: [MACs, dense MACs] of one of its images or texts
     kept      per tower: tokens that entered, then leaving each block, mean; empty for a dense model
     records_per_second   of the model's calls alone, without reading pictures and texts
     """
@@ -104,15 +109,23 @@ def report(task: Task[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     if not answered:
         first = f": {skipped[0]['skipped']}" if skipped else ""
         raise ValueError(f"none of the {len(rows)} records could be answered{first}")
-    macs, dense = (float(np.mean([row[key] for row in answered])) for key in ("macs", "dense_macs"))
-    towers = answered[0]["kept"]
+    weights = [weight(row) for row in answered]
+
+    def mean(*path: str) -> Any:
+        values: Any = answered
+        for key in path:
+            values = [value[key] for value in values]
+        return np.average(values, axis=0, weights=weights).tolist()
+
+    macs, dense = mean("macs"), mean("dense_macs")
     return {
         "scores": task.score(answered),
         "records": len(answered),
         "macs": macs,
         "dense_macs": dense,
         "macs_saved": 1 - macs / dense,
-        "kept": {tower: np.mean([row["kept"][tower] for row in answered], axis=0).tolist() for tower in towers},
+        "towers": {tower: mean("towers", tower) for tower in answered[0]["towers"]},
+        "kept": {tower: mean("kept", tower) for tower in answered[0]["kept"]},
         "records_per_second": len(answered) / sum(row["seconds"] for row in answered),
         "skipped": skipped,
     }

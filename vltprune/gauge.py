@@ -18,11 +18,13 @@ class Spent:
     """What one record cost: its images, and one of its texts (their mean, where it has several).
 
     macs, dense_macs   multiply-accumulates, and those of the dense model, which also pays for padding
+    towers             per tower: both of them, of one of its images or texts
     kept               per tower: tokens that entered, then tokens leaving each block, mean over the record's instances
     """
 
     macs: float
     dense_macs: float
+    towers: Mapping[str, tuple[float, float]]
     kept: Mapping[str, tuple[float, ...]]
 
 
@@ -43,22 +45,27 @@ class Gauge:
                 f"a batch was answered by several calls of one tower ({', '.join(names)}): measure each alone"
             )
         cost = self._meter(traces)
-        dense = self._macs(cost.dense, texts, cost.head + cost.dense_decoder / cost.instances)
-        macs = dense if self.is_dense else self._macs(cost.towers, texts, cost.head + cost.decoder / cost.instances)
+        dense = self._each(cost.dense, texts)
+        pruned = dense if self.is_dense else self._each(cost.towers, texts)
+        behind = cost.head + cost.dense_decoder / cost.instances
+        behind_pruned = behind if self.is_dense else cost.head + cost.decoder / cost.instances
         kept = {trace.tower: self._kept(trace, texts) for trace in traces}
+        images = {tower: macs.shape[-1] // len(texts) if tower == "image" else 1 for tower, macs in cost.dense.items()}
         return [
-            Spent(float(m), float(d), {tower: tuple(lengths[i].tolist()) for tower, lengths in kept.items()})
-            for i, (m, d) in enumerate(zip(macs, dense, strict=True))
+            Spent(
+                sum(images[tower] * float(macs[i]) for tower, macs in pruned.items()) + behind_pruned,
+                sum(images[tower] * float(macs[i]) for tower, macs in dense.items()) + behind,
+                {tower: (float(pruned[tower][i]), float(macs[i])) for tower, macs in dense.items()},
+                {tower: tuple(lengths[i].tolist()) for tower, lengths in kept.items()},
+            )
+            for i in range(len(texts))
         ]
 
-    def _macs(self, towers: Mapping[str, Tensor], texts: Sequence[int], behind: float) -> Tensor:
-        """[records]; behind: the MACs of what stands behind the towers, an instance."""
-        total = torch.full((len(texts),), behind, dtype=torch.float64)
-        for tower, macs in towers.items():
-            sizes = _sizes(tower, macs.shape[-1], texts)
-            each = sizes[0] if tower == "image" else 1
-            total += each * _means(macs.sum(0).cpu(), sizes)
-        return total
+    def _each(self, towers: Mapping[str, Tensor], texts: Sequence[int]) -> dict[str, Tensor]:
+        """Per tower [records]: MACs of one of its instances, the mean over a record's."""
+        return {
+            tower: _means(macs.sum(0).cpu(), _sizes(tower, macs.shape[-1], texts)) for tower, macs in towers.items()
+        }
 
     def _kept(self, trace: PruneTrace, texts: Sequence[int]) -> Tensor:
         """[records, 1 + depths]"""

@@ -26,7 +26,7 @@ class Journal:
         rows = [dict(row) for row in rows]
         if not self.rows:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._settings_file.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
+            write_json(self._settings_file, self._settings)
         with self._file.open("a" if self.rows else "w", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
         self.rows += rows
@@ -38,6 +38,13 @@ class Journal:
         if whole != text:
             self._file.write_bytes(whole)
         return map(json.loads, whole.decode("utf-8").splitlines())
+
+
+def write_json(file: Path, value: Any) -> None:
+    """The whole file or none of it, whenever the program is stopped."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(file)
 
 
 def _compare(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -90,6 +90,17 @@ def test_ranking_is_by_first_word_and_then_in_full(model, k):
         assert set(order[i].tolist()) == set(chosen.tolist())
 
 
+def test_ranking_decodes_one_question_at_a_time(model, monkeypatch):
+    decoded, decode = [], model.decoder.forward
+    monkeypatch.setattr(
+        model.decoder, "forward", lambda ids, *rest: decoded.append(tuple(ids.shape)) or decode(ids, *rest)
+    )
+    (ids, mask), (answers, answer_mask) = small.words(3), small.words(7, 6)
+    model.rank(small.images(3), ids, mask, answers, answer_mask, k=5)
+    length = answers.shape[1]
+    assert decoded == [(3, 1), (5, length), (5, length), (5, length)]  # the first words, then each question's best
+
+
 @pytest.mark.parametrize("strategy", [Greedy(), Beam(3)], ids=str)
 def test_packed_is_unpacked_and_masked(pruned, strategy, monkeypatch):
     """Ragged image tokens in the encoder, ragged question states in the decoder."""

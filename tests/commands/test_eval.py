@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from on_disk import ROOM, on_disk
 from PIL import Image
 
 import vltprune as vp
@@ -119,7 +121,7 @@ def test_a_saved_folder(tmp_path, fails):
     vp.save(vp.create_model("blip_nlvr_tiny_evit"), tmp_path / "model")
     folder = str(tmp_path / "model")
     assert cli.main(nlvr(tmp_path / "out", "--limit", "2", model=folder)) == 0
-    assert "has weights already" in fails(*nlvr(tmp_path / "new", "--pretrained", "x", model=folder))
+    assert "says itself what its model is" in fails(*nlvr(tmp_path / "new", "--pretrained", "x", model=folder))
 
 
 @pytest.fixture
@@ -179,3 +181,121 @@ def test_refusals_leave_nothing_behind(options, complaint, captioned, tmp_path, 
 def test_random_weights_are_told(tmp_path, capsys):
     assert cli.main(nlvr(tmp_path, "--limit", "1", model="blip_nlvr_tiny_evit")) == 0
     assert "RANDOM weights" in capsys.readouterr().err
+
+
+WORDS = ("a", "caption", "of", "picture", "what", "is", "on", "the", "desk", *"0123456789")
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """A small vocabulary of BERT's form, and the arguments of a model that has it: its words, [DEC] and [ENC]."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    return str(tmp_path / "vocab.txt"), [f"vocab_size={len(words) + 2}", f"enc_id={len(words) + 1}"]
+
+
+def blip(captioned, output, vocabulary, *options, model="blip_retrieval_tiny_evit"):
+    file, arguments = vocabulary
+    argv = ["eval", "--task", "retrieval", "--model", model, "--model-args", *arguments, "--vocabulary", file]
+    return [*argv, "--data", str(captioned), "--output", str(output), "--batch-size", "2", *options]
+
+
+@pytest.mark.parametrize("model", ["blip_retrieval_tiny", "blip_retrieval_tiny_evit"])
+def test_retrieval_with_blip_in_two_stages(model, captioned, vocabulary, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert cli.main(blip(captioned, output, vocabulary, "--k-test", "3", model=model)) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    second = summary["matching"]
+    assert set(second["scores"]) == set(summary["scores"])
+    assert second["k_test"] == 3 and second["pairs"] == sum(row["pairs"] for row in rows(output / "matching_5x9_k3"))
+    assert second["macs"] > summary["towers"]["text"][0]  # with cross-attention and the head
+    assert (second["macs"] < second["dense_macs"]) == (set(second["kept"]) == {"text"}) == model.endswith("evit")
+    out = capsys.readouterr().out
+    assert "GMACs of one image" in out and "the nearest 3 judged" in out and "GMACs of a matched pair" in out
+
+
+def test_the_second_stage_can_be_left_out_or_repeated(captioned, vocabulary, tmp_path):
+    for options in (["--limit", "3"], [], ["--k-test", "2"], ["--k-test", "0"]):
+        assert cli.main(blip(captioned, tmp_path / "out", vocabulary, *options)) == 0
+    assert "matching" not in json.loads((tmp_path / "out" / "summary.json").read_text())
+    stages = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert stages == {"matching_3x6_k128", "matching_5x9_k128", "matching_5x9_k2"}
+
+
+def test_both_stages_go_on_where_they_were_stopped(captioned, vocabulary, tmp_path, monkeypatch):
+    """Stopped after each batch, one of the pictures broken: the same rows as in one go."""
+    (captioned.parent / "2.jpg").write_bytes(b"broken")
+    assert cli.main(blip(captioned, tmp_path / "whole", vocabulary, "--workers", "0")) == 0
+
+    def once(self, loader, journal, tick=None, _sit=exam.Exam.sit):
+        def stop(count):
+            tick(count)
+            if count:
+                raise KeyboardInterrupt
+
+        _sit(self, loader, journal, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exam.Exam, "sit", once)
+        codes = [cli.main(blip(captioned, tmp_path / "stopped", vocabulary, "--workers", "3")) for _ in range(9)]
+    assert codes == [130] * 7 + [0] * 2
+    for stage in (".", "matching_4x6_k128"):
+        whole, stopped = (
+            [{**row, "seconds": 0} for row in rows(tmp_path / folder / stage)] for folder in ("whole", "stopped")
+        )
+        assert whole == stopped
+
+
+@pytest.mark.filterwarnings("default:captions are written")
+def test_captions_are_written_for_scoring_elsewhere(captioned, vocabulary, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    size = vocabulary[1][0]
+    argv = ["eval", "--task", "caption", "--model", "blip_caption_tiny", "--model-args", size, "eos_id=3", "bos_id=23"]
+    argv += ["--vocabulary", vocabulary[0], "--data", str(captioned), "--output", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    results = json.loads((tmp_path / "out" / "caption_result.json").read_text())
+    assert [result["image_id"] for result in results] == [f"{i}.jpg" for i in range(5)]
+    assert [result["caption"] for result in results] == [row["caption"] for row in rows(tmp_path / "out")]
+    captured = capsys.readouterr()
+    assert "written, and not scored: captions are scored by the package pycocoevalcap" in captured.err
+    assert "no scores here" in captured.out
+
+
+def test_answers_are_written_for_scoring_elsewhere(captioned, vocabulary, tmp_path):
+    """Two data sets in two folders, answers held back."""
+    (captioned.parent / "more").mkdir()
+    (captioned.parent / "1.jpg").rename(captioned.parent / "more" / "1.jpg")
+    entries = [
+        {"image": f"{i}.jpg", "question": "what is on the desk", "question_id": 7 + i, "dataset": name}
+        for i, name in enumerate(("vqa", "vg"))
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    argv = ["eval", "--task", "vqa", "--model", "blip_vqa_tiny_evit", "--model-args", *vocabulary[1], "eos_id=3"]
+    argv += ["bos_id=23", "--vocabulary", vocabulary[0], "--data", str(tmp_path / "test.json")]
+    argv += ["--images", f"vqa={captioned.parent}", "--images", f"vg={captioned.parent / 'more'}"]
+    assert cli.main([*argv, "--output", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "vqa_result.json").read_text())
+    assert [set(result) for result in results] == [{"question_id", "answer"}] * 2
+    assert [result["question_id"] for result in results] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--model", "blip_nlvr_tiny", "--k-test", "5"], "--k-test 5: only retrieval has a second stage"),
+        (["--model", "blip_nlvr_tiny", "--images", "a", "--images", "vg=b"], "one folder, or one for each data set"),
+        (["--model", "blip_nlvr_tiny", "--model-args", "image_sizes=3"], "did you mean image_size"),
+    ],
+)
+def test_options_that_do_not_fit(options, complaint, tmp_path, fails):
+    assert complaint in fails("eval", "--task", "nlvr", "--data", "synthetic:test", *options, "--output", str(tmp_path))
+
+
+@on_disk
+def test_photographs_with_random_weights_score_by_chance(vocabulary, tmp_path):
+    argv = blip(ROOM / "flickr8k" / "dev.json", tmp_path, vocabulary, "--limit", "24", "--k-test", "4")
+    assert cli.main(argv) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["records"] == 24 and summary["skipped"] == []
+    for scores in (summary["scores"], summary["matching"]["scores"]):
+        assert scores["i2t_r1"] < 0.3 and scores["t2i_r1"] < 0.2  # of 24; nothing tells the right ones

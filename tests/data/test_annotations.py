@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+from on_disk import ROOM, on_disk
 
 from vltprune import data
-
-ROOM = Path(os.environ.get("VLTPRUNE_DATA") or Path(__file__).parents[3] / "shared" / "data")
-on_disk = pytest.mark.skipif(
-    not (ROOM / "flickr8k").is_dir(), reason=f"no data sets at {ROOM}; set VLTPRUNE_DATA to the folder that holds them"
-)
 
 STATEMENT = {"images": ["dev/a-img0.png", "dev/a-img1.png"], "sentence": "Both are dogs.", "label": "True"}
 QUESTION = {

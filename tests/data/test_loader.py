@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -25,8 +27,9 @@ def records(tmp_path):
     return [Statement(i, (tmp_path / f"{x}.png", tmp_path / f"{y}.png"), "", 1) for i, (x, y) in enumerate(names)]
 
 
-def test_batches_and_what_they_skip(records, tmp_path):
-    loader = Loader(records, prepare, batch_size=2)
+@pytest.mark.parametrize("workers", [0, 3])
+def test_batches_and_what_they_skip(records, tmp_path, workers):
+    loader = Loader(records, prepare, batch_size=2, workers=workers)
     for _ in range(2):  # again and again
         batches = list(loader)
         assert [[record.index for record in some] for some, _ in batches] == [[0], [2], [4]]
@@ -42,9 +45,25 @@ def test_batches_that_lost_all(records):
     assert len(loader.skipped) == 1
 
 
-def test_strict(records):
+@pytest.mark.parametrize("workers", [0, 3])
+def test_strict(records, workers):
     with pytest.raises(OSError, match="entry 1: cannot read"):
-        list(Loader(records, prepare, strict=True))
+        list(Loader(records, prepare, strict=True, workers=workers))
+
+
+def test_workers_set_nothing_aside_before_its_turn(records):
+    loader = Loader(records, prepare, batch_size=1, workers=4)
+    set_aside = []
+    for some, _ in loader:
+        set_aside.append((some[0].index, [skipped.index for skipped in loader.skipped]))
+    assert set_aside == [(0, []), (2, [1]), (4, [1, 3])]
+
+
+def test_workers_end_with_their_loader(records):
+    batches = iter(Loader(records, prepare, batch_size=1, workers=2))
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
 
 
 def test_synthetic_pairs_are_statements():

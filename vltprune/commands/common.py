@@ -22,8 +22,8 @@ Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
 def say(text: str) -> None:
-    """A line for the user, beside the result: on stderr, so that stdout can be piped."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the user, beside the result: on stderr, so that stdout can be piped; above a progress bar, if there is one."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def positive(text: str) -> int:
@@ -35,6 +35,11 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return value
+
+
+def natural(text: str) -> int:
+    """An argparse type: an integer from 0 on."""
+    return 0 if text == "0" else positive(text)
 
 
 def value(text: str) -> Any:

@@ -3,89 +3,195 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import hub, tasks
 from ..data import Loader
 from ..exam import Exam, report
-from ..journal import Journal
+from ..journal import Journal, write_json
 from ..preprocessing import transforms
+from ..tasks.base import Images
 from ..text import BERT
 from . import common
 
-_SETTINGS = ("task", "model", "pretrained", "vocabulary", "answers", "data", "images", "batch_size", "device")
+_SETTINGS = ("task", "model", "model_args", "pretrained", "vocabulary", "answers")
+_SETTINGS += ("data", "images", "batch_size", "device")
+_MOST = 128  # what BLIP judges again on Flickr30k
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "eval", parents=parents, help="scores and cost of a model on a data set; goes on where it was stopped"
     )
-    parser.add_argument("--task", required=True, choices=tasks.tasks.names(), help="what is asked of the model")
-    parser.add_argument(
-        "--model", required=True, help="a name, such as blip_nlvr_base_madtp, or a saved model's folder"
-    )
-    parser.add_argument("--data", required=True, metavar="FILE", help="annotations, or synthetic:test (nlvr)")
-    parser.add_argument("--images", metavar="DIR", help="the folder that the annotations' paths begin in (their own)")
+    _add_model(parser)
+    _add_data(parser)
     parser.add_argument("--output", default="eval", metavar="DIR", help="folder for the results (%(default)s)")
-    parser.add_argument("--pretrained", nargs="?", const=True, metavar="PATH", help="weights; alone, the name's own")
-    parser.add_argument(
-        "--vocabulary",
-        default=BERT,
-        metavar="PATH",
-        help="for BLIP: vocab.txt or tokenizer.json (the hub's %(default)s)",
-    )
-    parser.add_argument("--answers", metavar="FILE", help="for vqa: a list of answers to choose from (free words)")
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first so many records")
     parser.add_argument("--batch-size", type=common.positive, default=16, metavar="N", help="records at a time (16)")
+    parser.add_argument("--workers", type=common.natural, default=2, metavar="N", help="threads that open pictures (2)")
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda (cpu)")
     parser.add_argument("--strict", action="store_true", help="stop at what cannot be read, instead of skipping it")
     parser.set_defaults(run=run)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    name = "a name, such as blip_nlvr_base_madtp, or a saved model's folder"
+    parser.add_argument("--model", required=True, help=name)
+    arguments = "for the named model: vocab_size=30524, keep='ratio(ratio=0.5)'"
+    parser.add_argument("--model-args", nargs="+", default=[], metavar="NAME=VALUE", help=arguments)
+    parser.add_argument("--pretrained", nargs="?", const=True, metavar="PATH", help="weights; alone, the name's own")
+    vocabulary = "for BLIP: vocab.txt or tokenizer.json (the hub's %(default)s)"
+    parser.add_argument("--vocabulary", default=BERT, metavar="PATH", help=vocabulary)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", required=True, choices=tasks.tasks.names(), help="what is asked of the model")
+    parser.add_argument("--data", required=True, metavar="FILE", help="annotations, or synthetic:test (nlvr)")
+    images = (
+        "the folder that the annotations' paths begin in (their own); for vqa also one for each data set, as vg=DIR"
+    )
+    parser.add_argument("--images", action="append", metavar="DIR", help=images)
+    parser.add_argument("--answers", metavar="FILE", help="for vqa: a list of answers to choose from (free words)")
+    most = f"for retrieval by BLIP: how many nearest its matching head judges again ({_MOST}; 0 leaves that out)"
+    parser.add_argument("--k-test", type=common.natural, metavar="K", help=most)
 
 
 def run(args: argparse.Namespace) -> None:
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
     kind: Any = tasks.tasks[args.task]
-    records = kind.read(args.data, args.images or Path(args.data).parent, args.strict)
+    records = kind.read(args.data, _images(args), args.strict)
     settings = {name: getattr(args, name) for name in _SETTINGS}
     journal = Journal(folder, settings)
     model = _load(args)
     task: tasks.Task[Any] = kind.of(model, tasks.Options(args.vocabulary, args.answers))
+    _check_second_stage(task, args.k_test)
 
-    loader = Loader(records, transforms(model), args.batch_size, args.strict, stop=args.limit)
-    with common.bar("answering", len(loader)) as bar:
+    loader = Loader(records, transforms(model), args.batch_size, args.strict, stop=args.limit, workers=args.workers)
+    rows = _sit("answering", Exam(task, model, args.device), loader, journal)[: len(loader)]
+    summary = _first_stage(task, rows, settings, records, folder)
+    if isinstance(task, tasks.Retrieval) and task.has_head and args.k_test != 0:
+        matching = task.matching(records, rows, args.k_test or _MOST)
+        summary["matching"] = _second_stage(matching, model, settings, loader, folder)
+        write_json(folder / "summary.json", summary)
+        _print_matching(summary["matching"])
+    print(f"wrote {folder / 'summary.json'}, and what each record was answered beside it")
+
+
+def _sit(what: str, exam: Exam, loader: Loader[Any], journal: Journal) -> list[dict[str, Any]]:
+    """The journal's rows, with those that it lacked answered under a progress bar."""
+    with common.bar(what, len(loader)) as bar:
         bar.update(min(len(journal.rows), len(loader)))
-        Exam(task, model, args.device).sit(loader, journal, bar.update)
+        exam.sit(loader, journal, bar.update)
+    return journal.rows
 
-    summary = {**settings, **report(task, journal.rows[: args.limit])}
+
+def _first_stage(
+    task: tasks.Task[Any], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], records: Any, folder: Path
+) -> dict[str, Any]:
+    """The summary of a task's rows, printed and written, beside the file of results where one is published."""
+    if isinstance(task, tasks.Publishes):  # before the scorer, which may fail
+        results = task.results([row for row in rows if "skipped" not in row])
+        write_json(folder / f"{settings['task']}_result.json", results)
+    summary = {**settings, **report(task, rows)}
     summary["skipped"] += [{"index": one.index, "skipped": one.reason} for one in getattr(records, "skipped", ())]
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "summary.json", summary)
     _print(summary)
-    print(f"wrote {folder / 'summary.json'} and {folder / 'results.jsonl'}")
+    return summary
+
+
+def _second_stage(
+    matching: tasks.Matching, model: nn.Module, settings: Mapping[str, Any], like: Loader[Any], folder: Path
+) -> dict[str, Any]:
+    """What came of BLIP's second stage. Its journal is for these images and texts alone: a larger --limit has another.
+
+    macs, dense_macs: of a pair whose image is encoded already, the mean of all; kept: the tokens of its text.
+    """
+    loader = replace(like, records=matching.pairs(), batch_size=1, stop=None)
+    images, texts = matching.similarity.shape
+    journal = Journal(folder / f"matching_{images}x{texts}_k{matching.most}", settings)
+    rows = _sit("matching", Exam(matching, model, settings["device"]), loader, journal)
+    found = report(matching, rows, lambda row: row["pairs"])
+    pairs, seconds = (sum(row[key] for row in rows if "pairs" in row) for key in ("pairs", "seconds"))
+    image = found["towers"]["image"]
+    return {
+        "k_test": matching.most,
+        "scores": found["scores"],
+        "pairs": pairs,
+        "pairs_per_second": pairs / seconds,
+        "macs": found["macs"] - image[0],
+        "dense_macs": found["dense_macs"] - image[1],
+        "kept": {tower: tokens for tower, tokens in found["kept"].items() if tower != "image"},
+        "skipped": found["skipped"],
+    }
+
+
+def _images(args: argparse.Namespace) -> Images:
+    """Where pictures are: one folder, or one for each data set. ValueError for a mixture."""
+    given = args.images or [str(Path(args.data).parent)]
+    if len(given) == 1 and (Path(given[0]).is_dir() or "=" not in given[0]):
+        return given[0]
+    if not all("=" in one for one in given):
+        raise ValueError(f"--images {' --images '.join(given)}: give one folder, or one for each data set, as vg=DIR")
+    return {name: folder for name, _, folder in (one.partition("=") for one in given)}
+
+
+def _check_second_stage(task: Any, most: int | None) -> None:
+    if most and not (isinstance(task, tasks.Retrieval) and task.has_head):
+        raise ValueError(
+            f"--k-test {most}: only retrieval has a second stage, by models with a matching head: use a blip_retrieval"
+        )
 
 
 def _load(args: argparse.Namespace) -> nn.Module:
     if not Path(args.model).is_dir():
-        return common.load_model(args.model, args.pretrained, judged=True)
-    if args.pretrained:
-        raise ValueError(f"--pretrained: the folder {args.model} has weights already, leave one of them out")
+        torch.manual_seed(0)  # random weights must be the same when a stopped run goes on
+        return common.load_model(args.model, args.pretrained, judged=True, **common.keywords(args.model_args))
+    if args.pretrained or args.model_args:
+        option = "--pretrained" if args.pretrained else "--model-args"
+        raise ValueError(f"{option}: the folder {args.model} says itself what its model is, leave one of them out")
     return hub.load(args.model)
 
 
 def _print(summary: Mapping[str, Any]) -> None:
-    rows = [[name, f"{100 * score:.2f}"] for name, score in summary["scores"].items()]
-    print(common.table([["", "%"], *rows]) if rows else "nothing to score: the right answers are held back")
-    dense = f", {summary['macs_saved']:.1%} fewer than dense ({summary['dense_macs'] / 1e9:.3f})"
+    _print_scores(summary["scores"])
     print(f"{summary['records']} records, {summary['records_per_second']:.1f} a second")
-    print(f"GMACs an instance: {summary['macs'] / 1e9:.3f}{dense if summary['kept'] else ', dense'}")
-    for tower, (entered, *kept) in summary["kept"].items():
-        print(f"{tower} tokens, layer by layer (mean): {entered:.0f} -> " + " ".join(f"{n:.0f}" for n in kept))
+    _print_macs("an instance", summary["macs"], summary["dense_macs"])
+    for tower, (macs, dense) in summary["towers"].items():
+        _print_macs(f"one {tower}", macs, dense)
+    _print_kept(summary)
     for one in summary["skipped"][:5]:
         common.say(f"vltprune: skipped: entry {one['index']}: {one['skipped']}")
     if summary["skipped"]:
         print(f"skipped {len(summary['skipped'])} entries that could not be read; summary.json lists them")
+
+
+def _print_matching(found: Mapping[str, Any]) -> None:
+    print(f"\nsecond stage, the nearest {found['k_test']} judged by the matching head:")
+    _print_scores(found["scores"])
+    print(f"{found['pairs']} pairs, {found['pairs_per_second']:.1f} a second")
+    _print_macs("a matched pair, its image encoded already", found["macs"], found["dense_macs"])
+    _print_kept(found)
+    if found["skipped"]:
+        print(f"skipped {len(found['skipped'])} calls, whose pictures could not be read; summary.json lists them")
+
+
+def _print_scores(scores: Mapping[str, float]) -> None:
+    rows = [[name, f"{100 * score:.2f}"] for name, score in scores.items()]
+    print(common.table([["", "%"], *rows]) if rows else "no scores here: score the result file elsewhere")
+
+
+def _print_macs(what: str, macs: float, dense: float) -> None:
+    saved = f"{1 - macs / dense:.1%} fewer than dense ({dense / 1e9:.3f})" if macs != dense else "as dense"
+    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}")
+
+
+def _print_kept(summary: Mapping[str, Any]) -> None:
+    for tower, (entered, *kept) in summary["kept"].items():
+        print(f"{tower} tokens, layer by layer (mean): {entered:.0f} -> " + " ".join(f"{n:.0f}" for n in kept))

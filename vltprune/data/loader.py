@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -19,7 +21,8 @@ class Loader(Generic[R]):
 
     prepare: a picture to [3, height, width], as `vltprune.transforms(model)` gives it. A record whose picture is missing
     or broken goes to `skipped`, once; with strict=True it is an OSError instead. A batch that lost all is left out.
-    start, stop: which records, all of them unless these say otherwise.
+    start, stop: which records, all of them unless these say otherwise. workers: threads that open pictures ahead of their
+    use, none for 0; what comes out, and when what is set aside, does not depend on them.
     """
 
     records: Sequence[R]
@@ -28,6 +31,7 @@ class Loader(Generic[R]):
     strict: bool = False
     start: int = 0
     stop: int | None = None
+    workers: int = 0
     skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -35,25 +39,41 @@ class Loader(Generic[R]):
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[tuple[list[R], Tensor]]:
-        for start in range(0, len(self), self.batch_size):
-            numbers = self._numbers[start : start + self.batch_size]
-            opened = [(record, images) for record, images in map(self._open, numbers) if images is not None]
-            if opened:
-                records, images = zip(*opened, strict=True)
+        numbers = self._numbers
+        batches = [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+        for opened in self._ahead(batches) if self.workers else (list(map(self._open, batch)) for batch in batches):
+            kept = [(record, images) for record, images in opened if isinstance(images, Tensor)]
+            self._set_aside([images for _, images in opened if isinstance(images, Skipped)])
+            if kept:
+                records, images = zip(*kept, strict=True)
                 yield list(records), torch.stack(images)
 
     @property
     def _numbers(self) -> range:
         return range(len(self.records))[self.start : self.stop]
 
-    def _open(self, number: int) -> tuple[R, Tensor | None]:
+    def _ahead(self, batches: Sequence[range]) -> Iterator[list[tuple[R, Tensor | Skipped]]]:
+        """The batches in their order, each begun while those before it are in use."""
+        begun, ahead = deque(), 1 + self.workers // self.batch_size
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            for batch in batches:
+                begun.append([pool.submit(self._open, number) for number in batch])
+                if len(begun) > ahead:
+                    yield [future.result() for future in begun.popleft()]
+            while begun:
+                yield [future.result() for future in begun.popleft()]
+        finally:  # also where the batches are not wanted any more
+            pool.shutdown(cancel_futures=True)
+
+    def _open(self, number: int) -> tuple[R, Tensor | Skipped]:
         record = self.records[number]
         try:
             return record, torch.stack([self.prepare(picture) for picture in record.pictures()])
         except OSError as error:
             if self.strict:
                 raise OSError(f"entry {record.index}: {error}") from error
-            skipped = Skipped(record.index, str(error))
-            if skipped not in self.skipped:
-                self.skipped.append(skipped)
-            return record, None
+            return record, Skipped(record.index, str(error))
+
+    def _set_aside(self, skipped: Sequence[Skipped]) -> None:
+        self.skipped += [one for one in skipped if one not in self.skipped]

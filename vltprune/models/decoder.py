@@ -126,8 +126,9 @@ def next_token_costs(
     asked = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     asked = asked & (torch.arange(input_ids.shape[1], device=input_ids.device) >= given)
     targets = input_ids.masked_fill(~asked, -100)[:, 1:]
-    costs = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none", label_smoothing=smoothing)
-    return costs.sum(1), asked[:, 1:].sum(1)
+    flat = logits[:, :-1].flatten(0, 1)  # classes last, which is also how they lie in memory
+    costs = F.cross_entropy(flat, targets.flatten(), reduction="none", label_smoothing=smoothing)
+    return costs.view_as(targets).sum(1), asked[:, 1:].sum(1)
 
 
 def _decode(

@@ -122,9 +122,12 @@ class BlipVqa(nn.Module):
         first = self.decoder(start, cache)[0][:, 0].log_softmax(-1)
         chosen = first[:, answer_ids[:, 1]].topk(k).indices
 
-        ids, mask = answer_ids[chosen].flatten(0, 1), None if answer_mask is None else answer_mask[chosen].flatten(0, 1)
-        costs, _ = next_token_costs(self.decoder(ids, cache, mask)[0], ids, mask, smoothing=smoothing)
-        scores, order = (-costs).view(-1, k).sort(descending=True)
+        costs = []
+        for question, some in enumerate(chosen):  # one at a time: logits of k answers are [k, length, vocab_size]
+            ids, mask = answer_ids[some], None if answer_mask is None else answer_mask[some]
+            logits, _ = self.decoder(ids, cache.about(start.new_tensor([question])), mask)
+            costs.append(next_token_costs(logits, ids, mask, smoothing=smoothing)[0])
+        scores, order = (-torch.stack(costs)).sort(descending=True)
         return chosen.gather(1, order), scores
 
     @torch.no_grad()

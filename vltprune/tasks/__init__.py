@@ -1,10 +1,23 @@
 """The tasks that models are evaluated on, by name in the registry `tasks`; each says what a model must be able to do."""
 
 from ..registry import tasks
-from .base import Options, Task
+from .base import Options, Publishes, Round, Task
 from .caption import Caption
+from .matching import Matching, rerank
 from .nlvr import Nlvr
-from .retrieval import Retrieval, rerank
+from .retrieval import Retrieval
 from .vqa import Vqa
 
-__all__ = ["Caption", "Nlvr", "Options", "Retrieval", "Task", "Vqa", "rerank", "tasks"]
+__all__ = [
+    "Caption",
+    "Matching",
+    "Nlvr",
+    "Options",
+    "Publishes",
+    "Retrieval",
+    "Round",
+    "Task",
+    "Vqa",
+    "rerank",
+    "tasks",
+]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..data.records import Record
 from ..data.words import WordTokenizer
-from ..text import BERT, CLS, BlipTokenizer
+from ..text import BERT, CLS, DEC, ENC, BlipTokenizer
 
 R = TypeVar("R", bound=Record)
+Read = TypeVar("Read", bound=Record, contravariant=True)
+Images = str | Path | Mapping[str, str | Path]  # a folder of pictures, or one for each data set that a file draws from
 LONGEST = 35  # tokens; what BLIP cuts captions and questions at, but not the sentences of NLVR2
 
 
@@ -40,28 +44,16 @@ class Words:
     decode: Callable[[Tensor], list[str]]
 
 
-class Task(Protocol[R]):
-    """One task, set to one model. Register a class with `vltprune.tasks.tasks.register(name)`: its name is then a `--task`.
+class Round(Protocol[Read]):
+    """What is asked of a model, record by record. `answer` gives one row of plain JSON values a record; `score` needs
+    nothing but the rows of all records."""
 
-    `answer` gives one row of plain JSON values a record; `score` needs nothing but the rows of all records.
-    """
-
-    @staticmethod
-    def read(data: str, images: str | Path, strict: bool) -> Sequence[R]:
-        """The records of an annotation file; their pictures' paths begin in the folder `images`."""
-        ...
-
-    @classmethod
-    def of(cls, model: nn.Module, options: Options) -> Task[R]:
-        """The task for a model, dense or pruned. ValueError for one that cannot do it, with one that can."""
-        ...
-
-    def texts(self, records: Sequence[R]) -> tuple[tuple[Tensor, ...], list[int]]:
+    def texts(self, records: Sequence[Read]) -> tuple[tuple[Tensor, ...], list[int]]:
         """The texts of a batch as the model takes them, and how many each record has."""
         ...
 
     def answer(
-        self, model: Any, records: Sequence[R], images: Tensor, texts: tuple[Tensor, ...]
+        self, model: Any, records: Sequence[Read], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
         """images [batch, images a record, 3, height, width]; each tower of the model is called once at most."""
         ...
@@ -71,28 +63,94 @@ class Task(Protocol[R]):
         ...
 
 
+class Task(Round[R], Protocol[R]):
+    """One task, set to one model. Register a class with `vltprune.tasks.tasks.register(name)`: its name is then a `--task`.
+
+    One that is a `Publishes` too gets its file of results written.
+    """
+
+    @staticmethod
+    def read(data: str, images: Images, strict: bool) -> Sequence[R]:
+        """The records of an annotation file; their pictures' paths begin in the folder `images`."""
+        ...
+
+    @classmethod
+    def of(cls, model: nn.Module, options: Options) -> Task[R]:
+        """The task for a model, dense or pruned. ValueError for one that cannot do it, with one that can."""
+        ...
+
+
+@runtime_checkable
+class Publishes(Protocol):
+    """A task whose answers are scored elsewhere too: by a data set's server, or its own evaluation code."""
+
+    def results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The answered rows in the form that is asked for there, to be written as JSON."""
+        ...
+
+
 def words_of(
-    reader: Any, options: Options, clean: Callable[[str], str], first: str = CLS, max_length: int | None = None
+    host: Any,
+    reader: Any,
+    options: Options,
+    clean: Callable[[str], str],
+    first: str = CLS,
+    max_length: int | None = None,
 ) -> Words:
     """The words of a text tower: our closed vocabulary where it has its size, else BERT's, sentences cleaned as for BLIP.
 
-    first, max_length: as of `BlipTokenizer.encode`. ValueError for a vocabulary that is not the tower's.
+    host: the dense model that the tower `reader` stands in; first, max_length: as of `BlipTokenizer.encode`, but none is
+    longer than the tower takes. ValueError for a vocabulary that is not the tower's.
     """
-    known, closed = reader.word.num_embeddings, WordTokenizer()
+    known, longest, closed = reader.word.num_embeddings, reader.position.num_embeddings, WordTokenizer()
     if known in (len(closed), len(closed) + 2):  # a decoder's two more begin a sentence
         return Words(closed.encode, closed.decode)
-    blip = BlipTokenizer.load(options.vocabulary)
+    blip = BlipTokenizer.load(options.vocabulary, max_positions=longest)
     if len(blip) != known:
         raise ValueError(
             f"the vocabulary {options.vocabulary} has {len(blip)} ids, the model {known}: give the model's own"
         )
+    _check_ids(host, blip)
+    cut = None if max_length is None else min(max_length, longest)
 
     def encode(sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return blip.encode([clean(text) for text in sentences], first=first, max_length=max_length)
+        return blip.encode([clean(text) for text in sentences], first=first, max_length=cut)
 
     return Words(encode, blip.decode)
+
+
+def _check_ids(host: Any, blip: BlipTokenizer) -> None:
+    """ValueError where a model was built to mark sentences by other ids than the vocabulary's."""
+    meant = {"enc_id": blip.id(ENC), "bos_id": blip.id(DEC), "eos_id": blip.id("[SEP]")}
+    wrong = {name: id for name, id in meant.items() if getattr(host, name, id) != id}
+    if wrong:
+        there = " ".join(f"{name}={getattr(host, name)}" for name in wrong)
+        right = " ".join(f"{name}={id}" for name, id in wrong.items())
+        raise ValueError(f"the model has {there}, and its vocabulary {right}: build the model with {right}")
 
 
 def dense(model: Any) -> Any:
     """The dense host of a pruned model; a dense one as it is."""
     return model.pruning.host if hasattr(model, "pruning") else model
+
+
+def one_folder(images: Images) -> str | Path:
+    """ValueError for several folders, from a task whose files draw from one data set."""
+    if isinstance(images, Mapping):
+        raise ValueError(f"images of {', '.join(images)}: this task draws from one data set, give one folder")
+    return images
+
+
+def number(id: str) -> int | str:
+    """An id as published: a number where it is one."""
+    return int(id) if id.isdecimal() else id
+
+
+def pack(values: Tensor) -> str:
+    """Numbers of any one type as text, a third longer than their bytes: for rows that are JSON."""
+    return base64.b64encode(values.cpu().numpy().tobytes()).decode("ascii")
+
+
+def unpack(text: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What `pack` packed, [n], given its type."""
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,29 +13,35 @@ from torch import Tensor, nn
 from .. import metrics
 from ..data import Captioned, captions
 from ..registry import tasks
-from .base import DEFAULTS, Options, Words, dense, words_of
+from .base import DEFAULTS, Images, Options, Words, dense, number, one_folder, words_of
+
+_COCO = re.compile(r"COCO_[a-z]+\d+_0*(\d+)\.jpg$")  # the files of COCO carry the ids of its images
 
 
 @tasks.register("caption")
 @dataclass(frozen=True)
 class Caption:
-    """BLEU and CIDEr of one caption an image, by the models whose `generate` continues a `prompt` (BlipCaption)."""
+    """BLEU and CIDEr of one caption an image, by the models whose `generate` continues a `prompt` (BlipCaption).
+
+    Where the scorer cannot run there are no scores; `results` is what COCO's evaluation code and server take.
+    """
 
     words: Words
     prompt: int  # how many tokens of a caption are not the model's
 
     @staticmethod
-    def read(data: str, images: str | Path, strict: bool = False) -> Sequence[Captioned]:
-        return captions(data, images, strict=strict)
+    def read(data: str, images: Images, strict: bool = False) -> Sequence[Captioned]:
+        return captions(data, one_folder(images), strict=strict)
 
     @classmethod
     def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Caption:
-        """ValueError as of `Task`; ImportError, before the work begins, without the package that scores captions."""
+        """ValueError as of `Task`. Warns, before the work begins, where captions will be written and not scored."""
         host = dense(model)
         if not (hasattr(host, "prompt") and hasattr(host, "generate")):
             raise ValueError(f"caption asks for captions, and a {type(host).__name__} writes none: use a blip_caption")
-        metrics.pycocoevalcap()
-        return cls(words_of(host.decoder.body, options, str), len(host.prompt))
+        if missing := metrics.caption_scorer_lacks():
+            warnings.warn(f"captions are written, and not scored: {missing}", stacklevel=2)
+        return cls(words_of(host, host.decoder.body, options, str), len(host.prompt))
 
     def texts(self, records: Sequence[Captioned]) -> tuple[tuple[Tensor, ...], list[int]]:
         return (), [1] * len(records)
@@ -49,8 +56,20 @@ class Caption:
         ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        if metrics.caption_scorer_lacks():
+            return {}
         places = {str(row["index"]): row for row in rows}  # ids may repeat: training files have an entry a caption
         return metrics.caption_scores(
             {place: row["caption"] for place, row in places.items()},
             {place: row["captions"] for place, row in places.items()},
         )
+
+    def results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """COCO's form: `image_id` and `caption`, of each image."""
+        return [{"image_id": _image_id(row["id"]), "caption": row["caption"]} for row in rows]
+
+
+def _image_id(id: str) -> int | str:
+    """COCO's number of an image, where the id is one or the path of one; else the id."""
+    found = _COCO.search(id)
+    return number(found[1] if found else id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from .. import metrics
 from ..data import Statement, SyntheticStatements, nlvr2
 from ..registry import tasks
 from ..text import ENC, clean_caption
-from .base import DEFAULTS, Options, Words, dense, words_of
+from .base import DEFAULTS, Images, Options, Words, dense, one_folder, words_of
 
 SYNTHETIC, _PAIRS = "synthetic:", 1800
 _WORDS = 40  # what BLIP cuts NLVR2's sentences at
@@ -27,18 +26,18 @@ class Nlvr:
     words: Words
 
     @staticmethod
-    def read(data: str, images: str | Path, strict: bool = False) -> Sequence[Statement]:
+    def read(data: str, images: Images, strict: bool = False) -> Sequence[Statement]:
         """An annotation file of NLVR2, or "synthetic:SPLIT": pairs drawn on the spot, which need no `images`."""
         if data.startswith(SYNTHETIC):
             return SyntheticStatements(data.removeprefix(SYNTHETIC), _PAIRS)
-        return nlvr2(data, images, strict=strict)
+        return nlvr2(data, one_folder(images), strict=strict)
 
     @classmethod
     def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Nlvr:
         host = dense(model)
         if getattr(host, "images_per_sentence", 1) != 2:
             raise ValueError(f"nlvr asks about two images, and a {type(host).__name__} reads one: use a blip_nlvr")
-        return cls(words_of(host.text, options, lambda text: clean_caption(text, _WORDS), ENC))
+        return cls(words_of(host, host.text, options, lambda text: clean_caption(text, _WORDS), ENC))
 
     def texts(self, records: Sequence[Statement]) -> tuple[tuple[Tensor, ...], list[int]]:
         return self.words.encode([record.sentence for record in records]), [1] * len(records)

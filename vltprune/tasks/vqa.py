@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from .. import metrics
 from ..data import Question, answer_list, vqa
 from ..registry import tasks
 from ..text import clean_question
-from .base import DEFAULTS, LONGEST, Options, Words, dense, words_of
+from .base import DEFAULTS, LONGEST, Images, Options, Words, dense, number, words_of
 
 
 @tasks.register("vqa")
@@ -22,7 +21,7 @@ class Vqa:
     """Answers by `rank` among a list (BLIP's way), or by `generate` in free words, from the models that have both.
 
     Scored by VQA accuracy where answers are several people's, by sets where they belong together; where they are held
-    back there is nothing to score, and the rows hold what the models said, with the questions' ids.
+    back there is nothing to score, and `results` is what VQA's server scores.
     """
 
     words: Words
@@ -30,7 +29,7 @@ class Vqa:
     choice: tuple[Tensor, ...] = ()  # their input_ids and attention_mask [answers, length]
 
     @staticmethod
-    def read(data: str, images: str | Path, strict: bool = False) -> Sequence[Question]:
+    def read(data: str, images: Images, strict: bool = False) -> Sequence[Question]:
         return vqa(data, images, strict=strict)
 
     @classmethod
@@ -38,11 +37,11 @@ class Vqa:
         host = dense(model)
         if not (hasattr(host, "rank") and hasattr(host, "generate")):
             raise ValueError(f"vqa asks for answers, and a {type(host).__name__} gives none: use a blip_vqa")
-        words = words_of(host.text, options, clean_question, max_length=LONGEST)
+        words = words_of(host, host.text, options, clean_question, max_length=LONGEST)
         if options.answers is None:
             return cls(words)
         answers = answer_list(options.answers)
-        return cls(words, answers, words_of(host.text, options, str).encode(answers))
+        return cls(words, answers, words_of(host, host.text, options, str).encode(answers))
 
     def texts(self, records: Sequence[Question]) -> tuple[tuple[Tensor, ...], list[int]]:
         return self.words.encode([record.question for record in records]), [1] * len(records)
@@ -66,3 +65,7 @@ class Vqa:
         found = [metrics.vqa_accuracy(row["answer"], row["answers"]) for row in people]
         scores = {"vqa_accuracy": sum(found) / len(found)} if found else {}
         return scores | {name: sum(one[name] for one in sets) / len(sets) for name in (sets[0] if sets else ())}
+
+    def results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """VQA's form: `question_id` and `answer`, of each question."""
+        return [{"question_id": number(row["id"]), "answer": row["answer"]} for row in rows]
