@@ -7,6 +7,7 @@ import os
 import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,6 +117,18 @@ def saved_pruning(path: Path) -> PruneConfig | None:
         return None
     saved = Saved.read(path)
     return None if saved.pruning is None else PruneConfig.from_dict(saved.pruning)
+
+
+def saved_temperature(path: Path) -> float | None:
+    """The temperature that the MADTP reference keeps beside its weights in a .pth; None where there is none above 0."""
+    if not path.is_file() or path.suffix == ".safetensors":
+        return None
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception:  # whatever is wrong with the file, loading it says so
+        return None
+    found = data.get("temperature") if isinstance(data, Mapping) else None
+    return float(found) if isinstance(found, (int, float)) and found > 0 else None
 
 
 def _pruning_state(model: nn.Module) -> dict[str, Tensor]:

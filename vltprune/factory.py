@@ -109,12 +109,19 @@ def _config(
     config = preset(pruning) if isinstance(pruning, str) else pruning
     if name.preset is not None:
         saved = checkpoint.saved_pruning(path) if path is not None else None
-        config = saved or preset(name.preset)
+        config = saved or _as_stored(preset(name.preset), path)
     if config is None and parts:
         raise TypeError(
             f"{', '.join(parts)} given, but {name.backbone!r} is dense: append a preset or give pruning=..."
         )
     return config.replace(**parts) if config is not None and parts else config
+
+
+def _as_stored(config: PruneConfig, path: Path | None) -> PruneConfig:
+    """The config, with the threshold's temperature that a file of the MADTP reference was trained at."""
+    keep = config.part("keep")
+    temperature = checkpoint.saved_temperature(path) if path is not None and keep.name == "threshold" else None
+    return config if temperature is None else config.replace(keep=keep.replace(temperature=temperature))
 
 
 def _weights(full: str, name: Name) -> Path | None:

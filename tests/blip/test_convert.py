@@ -89,6 +89,24 @@ def test_the_reference_brings_its_anchors(task, tmp_path):
     assert not pruned.pruning.guide.is_untrained
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_reference_brings_its_temperature(legacy, tmp_path):
+    sizes = {**small.SIZES, **small.OWN["vqa"], "vision_width": 32}
+    state = salesforce(small.build("vqa", **sizes)) | {"space_dict": torch.randn(12, 32)}
+    file = tmp_path / "checkpoint_best.pth"
+    torch.save({"model": state, "epoch": 3, "temperature": 4.5}, file, _use_new_zipfile_serialization=not legacy)
+    arguments = {"pretrained": file, "guide": "codebook(anchors=12)", **sizes}
+
+    def temperature(name, **parts):
+        return vp.create_model(name, **arguments, **parts).pruning.config.part("keep").args.get("temperature")
+
+    assert temperature("blip_vqa_tiny_madtp") == 4.5
+    assert temperature("blip_vqa_tiny_madtp", keep="threshold(temperature=2.0)") == 2.0
+    assert temperature("blip_vqa_tiny_evit") is None
+    torch.save({"model": state, "temperature": 0}, file)  # how the reference says that it does not prune
+    assert temperature("blip_vqa_tiny_madtp") == 1.0  # the preset's own
+
+
 def test_positions_are_interpolated_to_larger_images(tmp_path):
     model = small.build("caption")
     file = write(salesforce(model), tmp_path)
