@@ -175,7 +175,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules:
     logits = logits if bias is None else logits + bias
     weight = (logits + _future(layout.longest, 0, layout.longest, q) if rules.causal else logits).softmax(-1)
 
-    received = (segments.pad(tokens.free.to(q.dtype), layout)[:, None] @ weight.amax(1)).squeeze(1)
+    received = (segments.pad(_asking(tokens), layout)[:, None] @ weight.amax(1)).squeeze(1)
     out = (F.dropout(weight, rules.dropout) if rules.dropout else weight) @ values
     return segments.flat(out.transpose(1, 2), layout), segments.flat(received, layout)
 
@@ -184,11 +184,11 @@ def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules
     """Output [total, heads, head_dim] and RECEIVED [total], instance by instance, a block of query rows at a time."""
     lengths = tokens.layout.lengths
     biases = [None] * len(lengths) if rules.key_bias is None else rules.key_bias.split(lengths)
-    free = tokens.free.to(q.dtype).split(lengths)
+    asking = _asking(tokens).to(q.dtype).split(lengths)
     outputs, received = [], []
 
     for one_q, one_k, one_v, seen, bias in zip(
-        q.split(lengths), k.split(lengths), v.split(lengths), free, biases, strict=True
+        q.split(lengths), k.split(lengths), v.split(lengths), asking, biases, strict=True
     ):
         keys, values = one_k.permute(1, 2, 0), one_v.transpose(0, 1)
         total = one_q.new_zeros(len(one_q))
@@ -206,6 +206,12 @@ def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules
         received.append(total)
 
     return torch.cat(outputs), torch.cat(received)
+
+
+def _asking(tokens: PackedTokens) -> Tensor:
+    """[total]: how much each query counts in RECEIVED."""
+    free = tokens.free.to(tokens.x.dtype)
+    return free if tokens.presence is None else free * tokens.presence
 
 
 def _summary_attention(q: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits) -> Tensor:

@@ -123,7 +123,7 @@ class _TowerMeter:
         before = trace.entered.layout.sizes.double()
         rows = [self._open(trace)]
         for unit, step, beside in zip(self.units, trace.steps, trace.beside, strict=True):
-            after = torch.tensor(step.lengths, dtype=torch.float64, device=before.device)
+            after = _left(step, before)
             rows.append(unit.pruned(before, after, _Memory.of(beside, len(before)), step))
             before = after
         return torch.stack([*rows, self._close(before)])
@@ -230,10 +230,10 @@ class _Memory:
         if not _is_memory(beside):
             return None
         groups = beside[0].layout.batch
-        sizes = torch.stack([view.layout.sizes for view in beside], 1)
+        sizes = torch.stack([view.expected for view in beside], 1)
         if dense is not None:
-            sizes = dense.sizes.view(groups, len(beside))
-        return cls(sizes.double().mean(1).repeat_interleave(batch // groups), groups / batch)
+            sizes = dense.sizes.double().view(groups, len(beside))
+        return cls(sizes.mean(1).repeat_interleave(batch // groups), groups / batch)
 
 
 def _dense_lengths(trace: PruneTrace) -> Tensor:
@@ -241,6 +241,13 @@ def _dense_lengths(trace: PruneTrace) -> Tensor:
     lengths = trace.entered.layout.sizes.double()
     padded = trace.encoder.adapter.padded_length(*trace.inputs)
     return lengths if padded is None else torch.full_like(lengths, padded)
+
+
+def _left(step: Step, like: Tensor) -> Tensor:
+    """Tokens of each instance that left a block, [batch]; where some are there in part, as many as may be expected."""
+    if step.expected is not None:
+        return step.expected
+    return torch.tensor(step.lengths, dtype=torch.float64, device=like.device)
 
 
 def _macs(run: Callable[[], Any]) -> float:

@@ -243,7 +243,7 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
 
 def weighted_mean(tokens: PackedTokens, counted: Tensor) -> Tensor:
     """Mean over the counted [total] tokens of each instance, [batch, dim]; a merged token weighs as many as it stands for."""
-    size = counted.to(tokens.x.dtype) * (1 if tokens.size is None else tokens.size)
+    size = counted.to(tokens.x.dtype) * tokens.weight
     return segments.sum(tokens.x * size[:, None], tokens.layout) / segments.sum(size, tokens.layout)[:, None]
 
 
