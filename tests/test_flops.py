@@ -83,6 +83,16 @@ def test_a_text_with_and_without_its_image(monkeypatch):
             assert meter(traces).total == pytest.approx(counted(call, pruned), rel=5e-3)
 
 
+def test_a_meter_measures_a_tower_once(monkeypatch):
+    pruned = vp.prune(timm.create_model("vit_tiny_patch16_224", depth=2).eval(), "evit")
+    meter, calls = vp.flops.Meter(pruned), []
+    with torch.no_grad(), vp.collect() as traces:
+        pruned(torch.randn(1, 3, 224, 224))
+    first = meter(traces)
+    monkeypatch.setattr(vp.flops, "_macs", calls.append)
+    assert meter(traces).total == first.total and not calls
+
+
 def test_attention_pool_and_rotary_tower():
     tower = timm.models.vision_transformer.VisionTransformer(
         img_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=4, class_token=False, global_pool="map"

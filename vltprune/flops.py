@@ -144,9 +144,15 @@ class _TowerMeter:
         return torch.full_like(trace.entered.layout.sizes, 1.0, dtype=torch.float64) * self._opening[shape]
 
     def _close(self, lengths: Tensor) -> Tensor:
+        each, token = self._closing
+        return each + token * lengths
+
+    @cached_property
+    def _closing(self) -> tuple[float, float]:
+        """MACs behind the blocks: of any instance, and of each of its tokens."""
         adapter, host = self.encoder.adapter, self.encoder.host
-        one, two = (_macs(lambda n=n: adapter.close(host, _blank(self.like, n), self.beside)) for n in (2, 3))
-        return (3 * one - 2 * two) + (two - one) * lengths
+        two, three = (_macs(lambda n=n: adapter.close(host, _blank(self.like, n), self.beside)) for n in (2, 3))
+        return 3 * two - 2 * three, three - two
 
 
 class _Units:
