@@ -212,7 +212,8 @@ class PrunedEncoder(nn.Module):
     def _block(self, depth: int, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[PackedTokens, Step]:
         adapter, pruner = self.adapter, self.pruner(depth)
         q, k, v = adapter.qkv(block, tokens, beside)
-        room = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
+        room: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
+        room["pairs"] = adapter.pairs(block, tokens, beside)
         scale, guidance, plan = adapter.scale(block), None, None
 
         if pruner is None:
