@@ -3,7 +3,8 @@
 Counted are matrix products (a multiply and an add are one MAC), attention and the pruners' own scoring included; norms,
 activations and softmax are not, as in torch's counter, which gives twice these numbers. Everything in a block but attention
 acts token by token, so a block's costs are measured on one and two tokens and the rest is arithmetic. An instance costs what
-it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted.
+it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted. A
+window (ModernBERT's local blocks) saves nothing: products with keys that it hides are made all the same, here and there.
 
 A decoder behind the towers, of captions or answers, is counted by what it did: all tokens it was given or said, and all
 beams, the memory and the sentences as padded as they were. It is not pruned, but pays less where less is left to look at.

@@ -251,8 +251,8 @@ class PrunedEncoder(nn.Module):
     def _block(self, depth: int, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[PackedTokens, Step]:
         adapter, pruner = self.adapter, self.pruner(depth)
         q, k, v = adapter.qkv(block, tokens, beside)
-        dropout = adapter.attention_dropout(block)
-        room = {"causal": adapter.causal(self.host), "dropout": dropout, "key_bias": tokens.bias}
+        room: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
+        room |= {"key_bias": tokens.bias, "pairs": adapter.pairs(block, tokens, beside)}
         scale, guidance, verdict = adapter.scale(block), None, Verdict(None)
 
         if pruner is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import segments
+from ..attention import PairBias
 from ..layers.site import Site
 from ..pruner import Decoded
 from ..registry import hosts
@@ -30,8 +31,8 @@ class Host(ABC):
     """Takes towers of one type apart. Stateless; speaks in the tower's own submodules and leaves them as they are.
 
     A forward pass is `open`, then for each block `qkv`, attention, `mix`, `feed`, then `close`. `beside` is what a block
-    gets besides its tokens: rotary tables, the memory that it cross-attends to, or None. `call` and `answer` stand at its
-    two ends, for towers that are called by keywords and answer in more than one form.
+    gets besides its tokens: rotary tables, biases, the memory that it cross-attends to, or None. `call` and `answer` stand
+    at its two ends, for towers that are called by keywords and answer in more than one form.
     """
 
     tower: str = "image"
@@ -72,6 +73,10 @@ class Host(ABC):
     @abstractmethod
     def scale(self, block: nn.Module) -> float:
         """What the dot products are multiplied by."""
+
+    def pairs(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PairBias | None:
+        """What the dot products get for how far apart two tokens stood; None for nothing."""
+        return None
 
     @abstractmethod
     def mix(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
