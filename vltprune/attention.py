@@ -228,7 +228,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules:
     logits = logits if bias is None else logits + bias
     weight = (logits + _future(layout.longest, 0, layout.longest, q) if rules.causal else logits).softmax(-1)
 
-    received = (segments.pad(_asking(tokens), layout)[:, None] @ weight.amax(1)).squeeze(1)
+    received = (segments.pad(_asking(tokens, q), layout)[:, None] @ weight.amax(1)).squeeze(1)
     out = (F.dropout(weight, rules.dropout) if rules.dropout else weight) @ values
     return segments.flat(out.transpose(1, 2), layout), segments.flat(received, layout)
 
@@ -237,7 +237,7 @@ def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules
     """Output [total, heads, head_dim] and RECEIVED [total], instance by instance, a block of query rows at a time."""
     lengths = tokens.layout.lengths
     added = _each(tokens.layout, rules.key_bias, rules.pairs)
-    parts = zip(*(t.split(lengths) for t in (q, k, v, _asking(tokens).to(q.dtype))), added, strict=True)
+    parts = zip(*(t.split(lengths) for t in (q, k, v, _asking(tokens, q))), added, strict=True)
     outputs, received = [], []
 
     for one_q, one_k, one_v, seen, own in parts:
@@ -258,9 +258,9 @@ def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules
     return torch.cat(outputs), torch.cat(received)
 
 
-def _asking(tokens: PackedTokens) -> Tensor:
+def _asking(tokens: PackedTokens, like: Tensor) -> Tensor:
     """[total]: how much each query counts in RECEIVED."""
-    free = tokens.free.to(tokens.x.dtype)
+    free = tokens.free.to(like.dtype)
     return free if tokens.presence is None else free * tokens.presence
 
 
