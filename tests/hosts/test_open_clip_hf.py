@@ -87,6 +87,19 @@ def test_gradient_checkpointing():
     checks.recomputing_changes_nothing(case, layers, case.model.set_grad_checkpointing)
 
 
+@torch.no_grad()
+def test_causal_encoders_stay_causal():
+    tower = text_tower("bert", "mean")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    config = hf.CLIPTextConfig(vocab_size=60, max_position_embeddings=LENGTH, eos_token_id=59, **sizes)
+    tower.transformer = hf.CLIPTextModel(config)
+    ids = words()
+    ids[:, -1] = 59
+    case = Case(randomise(tower), (ids,), {"text": [[LENGTH - 1]] * 3})
+    checks.keep_all_is_the_host(case, "drop")
+    checks.depths_are_sound(case, "random")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
