@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/encoder_similarity.py text all-MiniLM-L6-v2/ dev.json       # 10 minutes
     OMP_NUM_THREADS=1 python benchmarks/encoder_similarity.py image weights.safetensors images/     # 8 minutes
 
-`text` reads a folder of transformers' (BERT, RoBERTa, DistilBERT) and captions as `vltprune.data.captions` does, several to
-an image; an embedding is the mean of the last hidden states, where a merged token weighs as many as it stands for. `image`
-reads a file of timm's weights, for `--model`, and a folder of photographs; an embedding is what the model returns. Every
-method is calibrated to the asked share of MACs on inputs that are not measured. Sentences go in batches of one length, so
+`text` reads a folder of transformers' (BERT, RoBERTa, DistilBERT, MPNet, ModernBERT) and captions as `vltprune.data.captions`
+does, several to an image; an embedding is the mean of the last hidden states, where a merged token weighs as many as it stands
+for. `image` reads a file of timm's weights, for `--model`, and a folder of photographs; an embedding is what the model returns.
+Every method is calibrated to the asked share of MACs on inputs that are not measured. Sentences go in batches of one length, so
 that no MAC saved is one of padding.
 
 Printed, one line for a method: MACs saved on the measured inputs; cosine of pruned to dense embedding, mean and 5th

@@ -83,6 +83,16 @@ def test_a_text_with_and_without_its_image(monkeypatch):
             assert meter(traces).total == pytest.approx(counted(call, pruned), rel=5e-3)
 
 
+def test_a_meter_measures_a_tower_once(monkeypatch):
+    pruned = vp.prune(timm.create_model("vit_tiny_patch16_224", depth=2).eval(), "evit")
+    meter, calls = vp.flops.Meter(pruned), []
+    with torch.no_grad(), vp.collect() as traces:
+        pruned(torch.randn(1, 3, 224, 224))
+    first = meter(traces)
+    monkeypatch.setattr(vp.flops, "_macs", calls.append)
+    assert meter(traces).total == first.total and not calls
+
+
 def test_attention_pool_and_rotary_tower():
     tower = timm.models.vision_transformer.VisionTransformer(
         img_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=4, class_token=False, global_pool="map"
@@ -95,9 +105,12 @@ def test_attention_pool_and_rotary_tower():
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 PICTURES = {**WIDTHS, "image_size": 64, "patch_size": 8}
 SENTENCES = {**WIDTHS, "vocab_size": 60, "max_position_embeddings": 14, "eos_token_id": 59}
+OWN_WORDS = dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 1)
 HUGGING_FACE = {
     "bert": lambda hf: hf.BertModel(hf.BertConfig(**SENTENCES)),
     "distilbert": lambda hf: hf.DistilBertModel(hf.DistilBertConfig(dim=64, hidden_dim=128, n_heads=4, n_layers=3)),
+    "mpnet": lambda hf: hf.MPNetModel(hf.MPNetConfig(**{**SENTENCES, "max_position_embeddings": 16})),
+    "modernbert": lambda hf: hf.ModernBertModel(hf.ModernBertConfig(**SENTENCES, **OWN_WORDS, local_attention=4)),
     "classifier": lambda hf: hf.BertForSequenceClassification(hf.BertConfig(**SENTENCES, num_labels=20)),
     "vit": lambda hf: hf.ViTModel(hf.ViTConfig(**PICTURES)),
     "dinov3": lambda hf: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**PICTURES)),
@@ -117,7 +130,8 @@ def test_transformers(name, monkeypatch):
         ids[:, 5], text["attention_mask"][1, 6:] = 59, 0
     image = {"pixel_values": torch.randn(2, 3, 64, 64)}
     larger = {"pixel_values": torch.randn(2, 3, 96, 80), "interpolate_pos_encoding": True}
-    alone = {"bert": text, "distilbert": text, "classifier": text, "vit": larger, "dinov3": image}
+    alone = dict.fromkeys(("bert", "distilbert", "mpnet", "modernbert", "classifier"), text)
+    alone |= {"vit": larger, "dinov3": image}
     inputs = alone.get(name, text | image)
     assert_counts(dense, vp.prune(dense, "random" if name == "siglip" else "madtp"), **inputs)
 

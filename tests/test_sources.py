@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import vltprune as vp
 from vltprune import sources
@@ -68,6 +70,21 @@ def test_from_a_populated_hub_cache(file, tmp_path, monkeypatch):
     (repo / "refs" / "main").write_text(commit)
     publish(monkeypatch, nlvr2=Source(ABSENT, hub="acme/blip"))
     assert same(vp.create_model("blip_nlvr_tiny", pretrained=True), model)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """It retries for long, and would for the second name too."""
+    asked = []
+
+    def nobody(repo, file, **named):
+        asked.append(file)
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", nobody)
+    publish(monkeypatch, nlvr2=Source(ABSENT, hub="acme/blip"))
+    with pytest.raises(vp.CheckpointError, match="no connection"):
+        vp.create_model("blip_nlvr_tiny", pretrained=True)
+    assert asked == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("hub", [None, "acme/blip"])

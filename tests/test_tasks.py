@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vltprune as vp
-from vltprune import data, metrics, tasks
+from vltprune import caption_metrics, data, metrics, tasks
 from vltprune.data import SyntheticPairs
 from vltprune.data.words import WordTokenizer
 
@@ -143,8 +143,8 @@ def test_answers_held_back_are_not_scored():
 
 def test_captions_leave_the_prompt_out(monkeypatch):
     speaker, scored = Speaker(), []
-    monkeypatch.setattr(metrics, "caption_scorer_lacks", lambda: None)
-    monkeypatch.setattr(metrics, "caption_scores", lambda *pair: scored.append(pair) or {"CIDEr": 1.0})
+    monkeypatch.setattr(caption_metrics, "caption_scorer_lacks", lambda: None)
+    monkeypatch.setattr(caption_metrics, "caption_scores", lambda *pair: scored.append(pair) or {"CIDEr": 1.0})
     task, records = tasks.Caption.of(speaker), [data.Captioned(i, (), "same", ("a star",)) for i in (4, 7)]
     assert task.texts(records) == ((), [1, 1])
     rows = task.answer(speaker, records, IMAGES, ())
@@ -157,6 +157,16 @@ def test_captions_tell_before_the_work_that_they_will_not_be_scored(monkeypatch)
     with pytest.warns(UserWarning, match=r"written, and not scored: .* pip install 'vltprune\[eval\]'"):
         task = tasks.Caption.of(Speaker())
     assert task.score([{"index": 0, "caption": "a", "captions": ["a"]}]) == {}
+    assert "pip install 'vltprune[eval]'" in task.unscored({})["captions"]
+
+
+def test_captions_tell_why_there_is_no_spice(monkeypatch):
+    monkeypatch.setattr(caption_metrics, "caption_scorer_lacks", lambda: None)
+    monkeypatch.setattr(caption_metrics, "spice_lacks", lambda: "no jars")
+    task = tasks.Caption.of(Speaker())
+    assert isinstance(task, tasks.Explains)
+    assert task.unscored({"CIDEr": 1.0}) == {"SPICE": "no jars"}
+    assert task.unscored({"CIDEr": 1.0, "SPICE": 0.2}) == {}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +174,7 @@ def test_captions_tell_before_the_work_that_they_will_not_be_scored(monkeypatch)
     [("391895", 391895), ("val2014/COCO_val2014_000000391895.jpg", 391895), ("images/12_ab.jpg", "images/12_ab.jpg")],
 )
 def test_captions_in_the_form_of_coco(monkeypatch, id, published):
-    monkeypatch.setattr(metrics, "caption_scorer_lacks", lambda: None)
+    monkeypatch.setattr(caption_metrics, "caption_scorer_lacks", lambda: None)
     (result,) = tasks.Caption.of(Speaker()).results([{"index": 0, "id": id, "caption": "a dog", "captions": ["x"]}])
     assert result == {"image_id": published, "caption": "a dog"}
 

@@ -1,7 +1,7 @@
 """vltprune: prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."""
 
 from . import budget, flops, losses, metrics, text
-from .attention import AttentionStats, Stat, attend, attend_with_stats
+from .attention import AttentionStats, PairBias, Stat, attend, attend_with_stats
 from .budget import BudgetError, calibrate
 from .checkpoint import CheckpointError, Recipe, save
 from .config import Part, PruneConfig
@@ -27,6 +27,7 @@ __all__ = [
     "Knob",
     "Layout",
     "PackedTokens",
+    "PairBias",
     "Part",
     "Preprocessing",
     "PruneConfig",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from .pruner import PrunedEncoder, Pruner, UntrainedGuideWarning, collect
 from .surgery import pruning
 from .tokens import PackedTokens
 
-Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
 
 
 class BudgetError(ValueError):
@@ -49,9 +48,10 @@ def calibrate(
 ) -> Calibration:
     """Set a pruned model's temperature (or ratio) so that its mean MACs over `batches` are `reduction` below dense.
 
-    batches: inputs of the model, each a tensor, a tuple of positional inputs or a mapping of named ones; they are run
-    up to some 40 times. The knob is set at every depth of every tower, and in `model.pruning.config`. tolerance: relative
-    to the target. progress: called with each value tried and the reduction it gave. Returns a Calibration.
+    batches: inputs of the model, each a tensor, a tuple of positional inputs or a mapping of named ones, or a function that
+    puts its inputs to the model itself, by another method than the call; they are run up to some 40 times. The knob is set
+    at every depth of every tower, and in `model.pruning.config`. tolerance: relative to the target. progress: called with
+    each value tried and the reduction it gave. Returns a Calibration.
 
     Raises ValueError for a reduction outside (0, 1), no batches, or a keeper without a knob; BudgetError, with what can be
     had, where the target is out of reach. The model is then as it was.
@@ -62,16 +62,28 @@ def calibrate(
     if not inputs:
         raise ValueError("calibrate needs at least one batch of inputs")
     search = _Search(model, inputs, progress)
-    before, training = search.value, model.training
+    before, training = search.dial.value, model.training
     try:
         found = search.find(reduction, tolerance)
     except BaseException:
-        search.turn(before)
+        search.dial.turn(before)
         raise
     finally:
         model.train(training)
-    search.turn(found.value, for_good=True)
+    search.dial.settle(found.value)
     return found
+
+
+def measure(model: nn.Module, batches: Iterable[Batch], value: float | None = None) -> Calibration:
+    """Mean MACs per instance over batches, as in `calibrate`, with the knob at `value`, where it stays (None: as it is)."""
+    dial = Dial(model)
+    if value is not None:
+        dial.turn(value)
+    training = model.training
+    try:
+        return _measured(model, Meter(model), dial, batches)
+    finally:
+        model.train(training)
 
 
 def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points: int = 20_000) -> None:
@@ -101,18 +113,17 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
     guide.fit(torch.cat(list(drawn.values())), seed)
 
 
-class _Search:
-    """Mean MACs as a function of the knob, and the bisection on it."""
+class Dial:
+    """The knob of a pruned model, at all its depths. ValueError for a keeper that has none."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any):
-        self.model, self.inputs, self.progress = model, inputs, progress
-        self.record, self.meter = pruning(model), Meter(model)
-        self.keepers = [k for tower in self.record.towers.values() for k in _keepers(tower)]
-        part = self.record.config.part("keep")
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.keepers = [keeper for tower in pruning(model).towers.values() for keeper in _keepers(tower)]
         knob = self.keepers[0].knob if self.keepers else None
         if knob is None:
             raise ValueError(
-                f"keep={str(part)!r} has nothing a budget can turn: use keep='threshold', 'ratio' or 'random_ratio'"
+                f"keep={str(pruning(model).config.part('keep'))!r} has nothing a budget can turn: use keep='threshold', "
+                "'ratio' or 'random_ratio'"
             )
         self.knob: Knob = knob
 
@@ -120,33 +131,36 @@ class _Search:
     def value(self) -> float:
         return getattr(self.keepers[0], self.knob.name)
 
-    def turn(self, value: float, for_good: bool = False) -> None:
+    def turn(self, value: float) -> None:
         for keeper in self.keepers:
             setattr(keeper, self.knob.name, value)
-        if for_good:
-            config = self.record.config
-            config = config.replace(keep=config.part("keep").replace(**{self.knob.name: value}))
-            object.__setattr__(self.model, "pruning", dataclasses.replace(self.record, config=config))
 
-    @torch.no_grad()
-    def measure(self, value: float) -> Calibration:
-        """Mean MACs per instance over all inputs with the knob at `value`."""
+    def settle(self, value: float) -> None:
+        """Turn it, and write the value into `model.pruning.config`."""
         self.turn(value)
-        self.model.eval()
-        macs = dense = instances = 0.0
-        for batch in self.inputs:
-            with collect() as traces:
-                _run(self.model, batch)
-            cost = self.meter(traces)
-            macs, dense, instances = macs + cost.total, dense + cost.dense_total, instances + cost.instances
-        found = Calibration(self.knob.name, value, macs / instances, dense / instances)
+        record = pruning(self.model)
+        config = record.config.replace(keep=record.config.part("keep").replace(**{self.knob.name: value}))
+        object.__setattr__(self.model, "pruning", dataclasses.replace(record, config=config))
+
+
+class _Search:
+    """Mean MACs as a function of the knob, and the bisection on it."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any):
+        self.model, self.inputs, self.progress = model, inputs, progress
+        self.dial, self.meter = Dial(model), Meter(model)
+        self.knob = self.dial.knob
+
+    def measure(self, value: float) -> Calibration:
+        self.dial.turn(value)
+        found = _measured(self.model, self.meter, self.dial, self.inputs)
         if self.progress is not None:
             self.progress(value, found.reduction)
         return found
 
     def find(self, reduction: float, tolerance: float) -> Calibration:
         """The value that meets the target. Mean MACs need not fall or rise all the way: any crossing will do."""
-        tried = [self.measure(self.at(0.0)), self.measure(self.at(1.0))]
+        tried = [self.measure(self.knob.at(0.0)), self.measure(self.knob.at(1.0))]
         target = (1 - reduction) * tried[0].dense_macs
         low, high, ends = 0.0, 1.0, tried[0].macs < target
         if ends == (tried[1].macs < target):
@@ -159,36 +173,41 @@ class _Search:
             if min(map(off, tried)) <= tolerance * target:
                 return min(tried, key=off)
             middle = (low + high) / 2
-            tried.append(self.measure(self.at(middle)))
+            tried.append(self.measure(self.knob.at(middle)))
             low, high = (middle, high) if (tried[-1].macs < target) == ends else (low, middle)
         raise BudgetError(self._out_of_reach(reduction, tried, min(tried, key=off)))
-
-    def at(self, place: float) -> float:
-        """The knob's value at a place in its range, 0 .. 1."""
-        knob = self.knob
-        if knob.log:
-            return math.exp(math.log(knob.low) * (1 - place) + math.log(knob.high) * place)
-        return knob.low * (1 - place) + knob.high * place
 
     def _crossing(self, target: float, tried: list[Calibration], steps: int = 12) -> tuple[float, float, bool]:
         """Two places between which the target is crossed, and whether the first is below; the last two if there are none."""
         low, below = 0.0, tried[0].macs < target
         for step in range(1, steps):
             high = step / steps
-            tried.append(self.measure(self.at(high)))
+            tried.append(self.measure(self.knob.at(high)))
             if (tried[-1].macs < target) != below:
                 return low, high, below
             low = high
         return low, 1.0, below
 
     def _out_of_reach(self, reduction: float, tried: Sequence[Calibration], best: Calibration) -> str:
-        keep, knob = str(self.record.config.keep), self.knob
+        keep, knob = str(pruning(self.model).config.keep), self.knob
         least, most = (f"{f(c.reduction for c in tried):.1%}" for f in (min, max))
         return (
             f"reduction={reduction} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to {knob.high:g} saves "
             f"{least} to {most}, and the nearest is {best.reduction:.1%} at {knob.name}={best.value:g}. Ask for another "
             "reduction, prune at other depths (at=...), or use keep='ratio'"
         )
+
+
+@torch.no_grad()
+def _measured(model: nn.Module, meter: Meter, dial: Dial, batches: Iterable[Batch]) -> Calibration:
+    model.eval()
+    macs = dense = instances = 0.0
+    for batch in batches:
+        with collect() as traces:
+            _run(model, batch)
+        cost = meter(traces)
+        macs, dense, instances = macs + cost.total, dense + cost.dense_total, instances + cost.instances
+    return Calibration(dial.knob.name, dial.value, macs / instances, dense / instances)
 
 
 @contextlib.contextmanager
@@ -214,6 +233,8 @@ def _keeping_all(model: nn.Module) -> Iterator[None]:
 def _run(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
+    if callable(batch) and not isinstance(batch, Tensor):
+        return batch(model)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 

@@ -19,11 +19,11 @@ def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, na
         raise ValueError(f"{name}[{bad}] holds NaN or infinity: check how it was loaded and normalised")
 
 
-def check_ids(ids: Tensor, vocabulary: int, longest: int, name: str = "input_ids") -> None:
-    """ValueError unless ids is [batch >= 1, length >= 1], in 0 .. vocabulary - 1, and no longer than `longest`."""
+def check_ids(ids: Tensor, vocabulary: int, longest: int | None, name: str = "input_ids") -> None:
+    """ValueError unless ids is [batch >= 1, length >= 1], in 0 .. vocabulary - 1, and no longer than `longest`; None: any."""
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(f"{name} must be token ids [batch, length] and not empty, got {list(ids.shape)}")
-    if ids.shape[1] > longest:
+    if longest is not None and ids.shape[1] > longest:
         raise ValueError(
             f"{name} has {ids.shape[1]} tokens, the tower has {longest} positions: truncate when you tokenise"
         )

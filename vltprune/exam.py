@@ -15,7 +15,7 @@ from .data import Loader, Record, Skipped
 from .gauge import Gauge, Spent
 from .journal import Journal
 from .pruner import collect
-from .tasks import Round
+from .tasks import Explains, Round
 
 
 @dataclass
@@ -99,6 +99,7 @@ def report(
 
     weight: how much a row counts in the means of costs.
 
+    unscored  what could not be scored on this machine, and why
     macs      multiply-accumulates of an instance: the images of a record and one of its texts
     towers    per tower: [MACs, dense MACs] of one of its images or texts
     kept      per tower: tokens that entered, then leaving each block, mean; empty for a dense model
@@ -118,8 +119,10 @@ def report(
         return np.average(values, axis=0, weights=weights).tolist()
 
     macs, dense = mean("macs"), mean("dense_macs")
+    scores = task.score(answered)
     return {
-        "scores": task.score(answered),
+        "scores": scores,
+        "unscored": task.unscored(scores) if isinstance(task, Explains) else {},
         "records": len(answered),
         "macs": macs,
         "dense_macs": dense,

@@ -3,7 +3,8 @@
 Counted are matrix products (a multiply and an add are one MAC), attention and the pruners' own scoring included; norms,
 activations and softmax are not, as in torch's counter, which gives twice these numbers. Everything in a block but attention
 acts token by token, so a block's costs are measured on one and two tokens and the rest is arithmetic. An instance costs what
-it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted.
+it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted. A
+window (ModernBERT's local blocks) saves nothing: products with keys that it hides are made all the same, here and there.
 
 A decoder behind the towers, of captions or answers, is counted by what it did: all tokens it was given or said, and all
 beams, the memory and the sentences as padded as they were. It is not pruned, but pays less where less is left to look at.
@@ -123,7 +124,7 @@ class _TowerMeter:
         before = trace.entered.layout.sizes.double()
         rows = [self._open(trace)]
         for unit, step, beside in zip(self.units, trace.steps, trace.beside, strict=True):
-            after = torch.tensor(step.lengths, dtype=torch.float64, device=before.device)
+            after = _left(step, before)
             rows.append(unit.pruned(before, after, _Memory.of(beside, len(before)), step))
             before = after
         return torch.stack([*rows, self._close(before)])
@@ -144,9 +145,15 @@ class _TowerMeter:
         return torch.full_like(trace.entered.layout.sizes, 1.0, dtype=torch.float64) * self._opening[shape]
 
     def _close(self, lengths: Tensor) -> Tensor:
+        each, token = self._closing
+        return each + token * lengths
+
+    @cached_property
+    def _closing(self) -> tuple[float, float]:
+        """MACs behind the blocks: of any instance, and of each of its tokens."""
         adapter, host = self.encoder.adapter, self.encoder.host
-        one, two = (_macs(lambda n=n: adapter.close(host, _blank(self.like, n), self.beside)) for n in (2, 3))
-        return (3 * one - 2 * two) + (two - one) * lengths
+        two, three = (_macs(lambda n=n: adapter.close(host, _blank(self.like, n), self.beside)) for n in (2, 3))
+        return 3 * two - 2 * three, three - two
 
 
 class _Units:
@@ -230,10 +237,10 @@ class _Memory:
         if not _is_memory(beside):
             return None
         groups = beside[0].layout.batch
-        sizes = torch.stack([view.layout.sizes for view in beside], 1)
+        sizes = torch.stack([view.expected for view in beside], 1)
         if dense is not None:
-            sizes = dense.sizes.view(groups, len(beside))
-        return cls(sizes.double().mean(1).repeat_interleave(batch // groups), groups / batch)
+            sizes = dense.sizes.double().view(groups, len(beside))
+        return cls(sizes.mean(1).repeat_interleave(batch // groups), groups / batch)
 
 
 def _dense_lengths(trace: PruneTrace) -> Tensor:
@@ -241,6 +248,13 @@ def _dense_lengths(trace: PruneTrace) -> Tensor:
     lengths = trace.entered.layout.sizes.double()
     padded = trace.encoder.adapter.padded_length(*trace.inputs)
     return lengths if padded is None else torch.full_like(lengths, padded)
+
+
+def _left(step: Step, like: Tensor) -> Tensor:
+    """Tokens of each instance that left a block, [batch]; where some are there in part, as many as may be expected."""
+    if step.expected is not None:
+        return step.expected
+    return torch.tensor(step.lengths, dtype=torch.float64, device=like.device)
 
 
 def _macs(run: Callable[[], Any]) -> float:

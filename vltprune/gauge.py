@@ -64,12 +64,17 @@ class Gauge:
     def _each(self, towers: Mapping[str, Tensor], texts: Sequence[int]) -> dict[str, Tensor]:
         """Per tower [records]: MACs of one of its instances, the mean over a record's."""
         return {
-            tower: _means(macs.sum(0).cpu(), _sizes(tower, macs.shape[-1], texts)) for tower, macs in towers.items()
+            tower: _means(macs.detach().sum(0).cpu(), _sizes(tower, macs.shape[-1], texts))
+            for tower, macs in towers.items()
         }
 
     def _kept(self, trace: PruneTrace, texts: Sequence[int]) -> Tensor:
         """[records, 1 + depths]"""
-        lengths = torch.tensor((trace.entered.layout.lengths, *trace.lengths), dtype=torch.float64)
+        hard = [torch.tensor(step.lengths, dtype=torch.float64) for step in trace.steps]
+        left = [
+            one if s.expected is None else s.expected.detach().cpu() for s, one in zip(trace.steps, hard, strict=True)
+        ]
+        lengths = torch.stack([trace.entered.layout.sizes.double().cpu(), *left])
         return _means(lengths, _sizes(trace.tower, lengths.shape[-1], texts)).T
 
 

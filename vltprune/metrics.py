@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from .caption_metrics import caption_scores as caption_scores  # captions have a room of their own
 
 RANKS = (1, 5, 10)
 
@@ -73,42 +73,6 @@ def answer_sets(said: str, answers: Iterable[str]) -> dict[str, float]:
     """
     mine, theirs = ({part.strip().lower() for part in parts} for parts in (said.split(","), answers))
     return {"exact": float(mine == theirs), "overlap": len(mine & theirs) / len(mine | theirs)}
-
-
-def caption_scores(written: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """BLEU-1 to 4 and CIDEr of one caption an image against people's, by the package pycocoevalcap (which needs Java).
-
-    Both by the same ids. ImportError, with what to install, where one of the two is missing.
-    """
-    if missing := caption_scorer_lacks():
-        raise ImportError(missing)
-    bleu_of, cider_of, tokenizer_of = _pycocoevalcap()
-    tokenize = tokenizer_of().tokenize
-    ours = tokenize({key: [{"caption": text}] for key, text in written.items()})
-    theirs = tokenize({key: [{"caption": text} for text in references[key]] for key in written})
-    bleu, _ = bleu_of(4).compute_score(theirs, ours)
-    cider, _ = cider_of().compute_score(theirs, ours)
-    return {**{f"BLEU-{n}": float(score) for n, score in enumerate(bleu, start=1)}, "CIDEr": float(cider)}
-
-
-def caption_scorer_lacks() -> str | None:
-    """What `caption_scores` needs and does not find, and how to get it; None where all is there."""
-    try:
-        import pycocoevalcap  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return "captions are scored by the package pycocoevalcap: pip install 'vltprune[eval]', and Java"
-    if shutil.which("java") is None:
-        return "pycocoevalcap tokenises captions by Java, and there is no program java on the PATH: install one (8 or later)"
-    return None
-
-
-def _pycocoevalcap() -> tuple[Any, Any, Any]:
-    """The package's makers of BLEU, CIDEr and its tokenizer."""
-    from pycocoevalcap.bleu.bleu import Bleu  # pyright: ignore[reportMissingImports]
-    from pycocoevalcap.cider.cider import Cider  # pyright: ignore[reportMissingImports]
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # pyright: ignore[reportMissingImports]
-
-    return Bleu, Cider, PTBTokenizer
 
 
 def normalise_answer(text: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import segments
 from .attention import AttentionStats, Stat, attend, attend_with_stats
 from .config import PruneConfig
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Reduction, Site, TokenReducer, TokenScorer
@@ -28,13 +29,29 @@ class UntrainedGuideWarning(UserWarning):
     """An alignment guide decides what to prune while its anchors are still noise."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a pruner says of a block's tokens: the plan, None where all stay; and, in soft training, how much of each does."""
+
+    plan: Reduction | None
+    presence: Tensor | None = None
+
+
 class Pruner(nn.Module):
-    """One depth: score, count, plan."""
+    """One depth: score, count, plan.
+
+    softness: above 0, training decides softly. A token then stays as far as a sigmoid of its keeper's margin over
+    `softness` says, by a bias on its attention logits, so that the loss has gradients to scores and thresholds; what would
+    stay by less than `gone` goes. At 0, and in evaluation, tokens stay or go.
+    """
+
+    gone = 0.02
 
     def __init__(self, scorer: TokenScorer, keeper: KeepRatioPredictor, reducer: TokenReducer):
         super().__init__()
         self.scorer, self.keeper, self.reducer = scorer, keeper, reducer
         self.needs: Stat = scorer.needs | reducer.needs
+        self.softness = 0.0
 
     @classmethod
     def build(cls, config: PruneConfig, site: Site) -> Pruner:
@@ -50,18 +67,27 @@ class Pruner(nn.Module):
             )
         return pruner
 
-    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Reduction | None:
-        """tokens: the block's input -> the plan for its output, or None where every token stays."""
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Verdict:
+        """tokens: the block's input -> the plan for its output. ValueError for soft training of a keeper without a margin."""
         scores = self.scorer(tokens, stats, guidance)
-        counts = self.keeper(scores, tokens, guidance)
+        presence = None
+        if self.training and self.softness > 0:
+            margin = self.keeper.margin(scores, tokens, guidance)
+            presence = (margin / self.softness).sigmoid().to(scores.dtype).masked_fill(tokens.protected, 1.0)
+            counts = segments.count((presence > self.gone) & tokens.free, tokens.layout)
+        else:
+            counts = self.keeper(scores, tokens, guidance)
         if not self.scorer.site.has_summary:
             counts = counts.clamp(min=1)  # where nothing is protected, the last token stays all the same
-        return self.reducer(tokens, scores, counts, stats)
+        return Verdict(self.reducer(tokens, scores, counts, stats), presence)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One depth of a trace. position, protected [total] and layout are those of the tokens that left the block."""
+    """One depth of a trace. position, protected [total] and lengths are those of the tokens that left the block.
+
+    expected [batch]: how many they are where some are there in part, in soft training; else None.
+    """
 
     position: Tensor
     protected: Tensor
@@ -69,6 +95,7 @@ class Step:
     reduction: Reduction | None
     reduced_early: bool
     guidance: Guidance | None
+    expected: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +126,7 @@ class PruneTrace:
     beside   what the blocks got besides their tokens (memory, rotary tables), one entry a depth
     inputs   what the tower was called with, as its host's `open` takes it
     decoded  what a decoder then did that looks at what the tower returned, in order
+    left     the tokens that left the last block, before the host's final norm; None while the tower still runs
     """
 
     tower: str
@@ -108,6 +136,7 @@ class PruneTrace:
     beside: tuple[Any, ...]
     steps: list[Step] = field(default_factory=list)
     decoded: list[Decoded] = field(default_factory=list)
+    left: PackedTokens | None = None
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:
@@ -124,6 +153,16 @@ class PruneTrace:
         if not pooled:
             raise LookupError(f"the {self.tower} tower has no guide at any depth: prune it with guide='codebook'")
         return torch.stack(pooled).sum(0)
+
+    @property
+    def summary(self) -> Tensor:
+        """What speaks for each instance behind the last block, [batch, dim]: its summary token, or the mean of what is left."""
+        assert self.left is not None
+        left = self.left
+        if left.summary is not None:
+            return left.read(left.summary)
+        total = segments.sum(left.x * left.weight[:, None], left.layout)
+        return total / segments.sum(left.weight, left.layout)[:, None]
 
     @property
     def spoken(self) -> Tensor:
@@ -206,31 +245,36 @@ class PrunedEncoder(nn.Module):
             for trace in traces:
                 trace.steps.append(step)
         for collector, trace in zip(_collectors.get(), traces, strict=True):
-            collector.append(trace)
+            collector.append(replace(trace, left=tokens))
         return tokens, beside
 
     def _block(self, depth: int, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[PackedTokens, Step]:
         adapter, pruner = self.adapter, self.pruner(depth)
         q, k, v = adapter.qkv(block, tokens, beside)
-        room = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
-        scale, guidance, plan = adapter.scale(block), None, None
+        room: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
+        room |= {"key_bias": tokens.bias, "pairs": adapter.pairs(block, tokens, beside)}
+        scale, guidance, verdict = adapter.scale(block), None, Verdict(None)
 
         if pruner is None:
             context = attend(q, k, v, tokens.layout, scale, **room)
         else:
             context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **room)
             guidance = self.guide(tokens, self.tower) if self.guide is not None else None
-            plan = pruner(tokens, stats, guidance)
+            verdict = pruner(tokens, stats, guidance)
+        plan = verdict.plan
 
         # an affine map commutes with averaging: reducing first, the output projection runs on what stays
         early = plan is not None and plan.is_affine and adapter.mixes_affinely(block)
+        if verdict.presence is not None:
+            tokens = tokens.fade(verdict.presence)
         if plan is not None and early:
             tokens, context = plan.tokens(tokens), plan.values(context)
         tokens = adapter.mix(block, tokens, context)
         if plan is not None and not early:
             tokens = plan.tokens(tokens)
         tokens = adapter.feed(block, tokens, beside)
-        return tokens, Step(tokens.position, tokens.protected, tokens.layout.lengths, plan, early, guidance)
+        expected = None if tokens.presence is None else tokens.expected
+        return tokens, Step(tokens.position, tokens.protected, tokens.layout.lengths, plan, early, guidance, expected)
 
     def pruner(self, depth: int) -> Pruner | None:
         """The pruner at a depth, None where nothing is pruned."""

@@ -105,12 +105,17 @@ def _from_address(source: Source) -> Path:
 def _from_hub(source: Source) -> Path:
     if source.hub is None:
         raise LookupError("no hub repository has them")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     first, second = _HUB_FILES
     try:
         return Path(hf_hub_download(source.hub, first, library_name="vltprune"))
+    except LocalEntryNotFoundError:  # nobody answered, for all the hub's retries: no others for the second name
+        cached = try_to_load_from_cache(source.hub, second)
+        if isinstance(cached, str):
+            return Path(cached)
+        raise
     except EntryNotFoundError:
         return Path(hf_hub_download(source.hub, second, library_name="vltprune"))
 

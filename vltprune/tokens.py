@@ -87,6 +87,7 @@ class PackedTokens:
     protected  [total] bool: CLS, registers, EOT: never scored, never dropped
     summary    [total] bool or None: the protected token that speaks for its instance (CLS; in a causal tower EOT)
     size       [total] or None: how many original tokens this one stands for (None: one each)
+    presence   [total] or None: in (0, 1], how much of it is there, while a training decides softly (None: all of it)
     """
 
     x: Tensor
@@ -95,6 +96,7 @@ class PackedTokens:
     protected: Tensor
     summary: Tensor | None = None
     size: Tensor | None = None
+    presence: Tensor | None = None
 
     @classmethod
     def pack(
@@ -132,6 +134,29 @@ class PackedTokens:
     def free(self) -> Tensor:
         """[total] bool: the tokens a pruner may judge."""
         return ~self.protected
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[total]: what is added to the attention logits of a key that is there in part; None where all are entirely."""
+        return None if self.presence is None else self.presence.log()
+
+    @property
+    def weight(self) -> Tensor:
+        """[total]: how much a token counts in a mean: as many as it stands for, as far as it is there."""
+        weight = torch.ones_like(self.x[:, 0]) if self.size is None else self.size.to(self.x.dtype)
+        return weight if self.presence is None else weight * self.presence
+
+    @property
+    def expected(self) -> Tensor:
+        """[batch]: tokens of each instance, those that are there in part counted in part."""
+        if self.presence is None:
+            return self.layout.sizes.double()
+        empty = self.presence.new_zeros(self.layout.batch, dtype=torch.float64)
+        return empty.index_add(0, self.layout.instance, self.presence.double())
+
+    def fade(self, presence: Tensor) -> PackedTokens:
+        """The same tokens, of each but this share left: presence [total]."""
+        return replace(self, presence=presence if self.presence is None else self.presence * presence)
 
     def with_x(self, x: Tensor) -> PackedTokens:
         """The same tokens with other contents: x [total, any]."""
@@ -177,6 +202,7 @@ class PackedTokens:
             self.protected.index_select(0, index),
             pick(self.summary),
             pick(self.size),
+            pick(self.presence),
         )
 
     def read(self, mark: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import vltprune as vp
-from vltprune import cli, exam
+from vltprune import caption_metrics, cli, exam
 from vltprune.data import SyntheticPairs
 from vltprune.evaluate import draw, evaluate
 
@@ -268,19 +268,47 @@ def test_both_stages_go_on_where_they_were_stopped(captioned, vocabulary, tmp_pa
         assert whole == stopped
 
 
+def captioning(captioned, vocabulary, output):
+    argv = ["eval", "--task", "caption", "--model", "blip_caption_tiny", "--model-args", vocabulary[1][0], "eos_id=3"]
+    argv += ["bos_id=23", "--vocabulary", vocabulary[0], "--data", str(captioned), "--output", str(output)]
+    return argv
+
+
+def test_captions_of_a_stopped_run_are_scored_all_together(captioned, vocabulary, tmp_path, monkeypatch, capsys):
+    scored = []
+    monkeypatch.setattr(caption_metrics, "caption_scorer_lacks", lambda: None)
+    monkeypatch.setattr(caption_metrics, "spice_lacks", lambda: "no jars")
+    monkeypatch.setattr(caption_metrics, "caption_scores", lambda *pair: scored.append(pair) or {"CIDEr": 1.5})
+    argv = [*captioning(captioned, vocabulary, tmp_path / "out"), "--batch-size", "2"]
+
+    def stop(self, loader, journal, tick, _sit=exam.Exam.sit):
+        _sit(self, loader, journal, lambda count: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exam.Exam, "sit", stop)
+        assert cli.main(argv) == 130
+    assert len(rows(tmp_path / "out")) == 2 and not scored
+    assert cli.main(argv) == 0
+
+    ((written, references),) = scored
+    assert list(written) == list(references) == ["0", "1", "2", "3", "4"]
+    printed = capsys.readouterr().out
+    assert "CIDEr  150.00" in printed and "SPICE: not scored (no jars)" in printed
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["scores"], summary["unscored"]) == ({"CIDEr": 1.5}, {"SPICE": "no jars"})
+
+
 @pytest.mark.filterwarnings("default:captions are written")
 def test_captions_are_written_for_scoring_elsewhere(captioned, vocabulary, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
-    size = vocabulary[1][0]
-    argv = ["eval", "--task", "caption", "--model", "blip_caption_tiny", "--model-args", size, "eos_id=3", "bos_id=23"]
-    argv += ["--vocabulary", vocabulary[0], "--data", str(captioned), "--output", str(tmp_path / "out")]
-    assert cli.main(argv) == 0
+    assert cli.main(captioning(captioned, vocabulary, tmp_path / "out")) == 0
     results = json.loads((tmp_path / "out" / "caption_result.json").read_text())
     assert [result["image_id"] for result in results] == [f"{i}.jpg" for i in range(5)]
     assert [result["caption"] for result in results] == [row["caption"] for row in rows(tmp_path / "out")]
     captured = capsys.readouterr()
     assert "written, and not scored: captions are scored by the package pycocoevalcap" in captured.err
     assert "no scores here" in captured.out
+    assert "captions: not scored (captions are scored by the package pycocoevalcap" in captured.out
 
 
 def test_answers_are_written_for_scoring_elsewhere(captioned, vocabulary, tmp_path):

@@ -6,9 +6,9 @@ import open_clip
 import transformers as hf
 from checks import Case, randomise
 from open_clip.hf_model import HFTextEncoder
-from transformers_parts import ENDS, IDLE, MASK, STILL, TEXT, images, words
+from transformers_parts import ENDS, IDLE, MASK, SPECIAL, STILL, TEXT, images, words
 
-PADDING = {"bert": 0, "roberta": 1, "distilbert": 0}
+PADDING = {"bert": 0, "roberta": 1, "distilbert": 0, "mpnet": 1, "modernbert": 1}
 OPTIONS = {
     "mean": {"pooler_type": "mean_pooler", "proj_type": "linear"},
     "mean, mlp": {"pooler_type": "mean_pooler", "proj_type": "mlp"},
@@ -23,6 +23,7 @@ OPTIONS = {
 }
 NAMES = [f"bert: {option}" for option in OPTIONS]
 NAMES += ["roberta: mean", "roberta: cls", "distilbert: mean", "distilbert: cls, tokens"]
+NAMES += ["mpnet: mean", "modernbert: mean, mlp", "modernbert: max"]
 NAMES += ["clip", "clip, dict"]
 ENCODERS = [name for name in NAMES if ":" in name]
 
@@ -34,11 +35,21 @@ def text_tower(family: str, option: str, layers: int = 3) -> HFTextEncoder:
     tower = HFTextEncoder("", config=config, **{"output_dim": 24, **OPTIONS[option]})
     if option.startswith("max"):
         tower.pooler.forward = maximum
-    if family == "distilbert":  # one that open_clip's table of encoders lacks
-        sizes = {"vocab_size": 60, "dim": 32, "n_layers": layers, "n_heads": 4, "hidden_dim": 64}
-        still = {"dropout": 0.0, "attention_dropout": 0.0}
-        tower.transformer = hf.DistilBertModel(hf.DistilBertConfig(**sizes, **still, max_position_embeddings=20))
+    if family in ("distilbert", "mpnet", "modernbert"):  # which open_clip's table of encoders lacks
+        tower.transformer = encoder(family, layers)
     return tower
+
+
+def encoder(family: str, layers: int):
+    """One that open_clip cannot build itself."""
+    sizes = {**TEXT, "num_hidden_layers": layers, "max_position_embeddings": 20}
+    if family == "distilbert":
+        sizes = {"vocab_size": 60, "dim": 32, "n_layers": layers, "n_heads": 4, "hidden_dim": 64}
+        sizes |= {"dropout": 0.0, "attention_dropout": 0.0, "max_position_embeddings": 20}
+        return hf.DistilBertModel(hf.DistilBertConfig(**sizes))
+    if family == "mpnet":
+        return hf.MPNetModel(hf.MPNetConfig(**sizes, **STILL), add_pooling_layer=False)
+    return hf.ModernBertModel(hf.ModernBertConfig(**sizes, **SPECIAL, local_attention=4))
 
 
 def sentences(padding: int):

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from checks import Case, randomise
 from transformers_pairs import blip_case, blip_text_case, clip_image_case, clip_text_case, two_towers_case
-from transformers_parts import ENDS, IDLE, IMAGE, LENGTH, MASK, STILL, TEXT, WIDTHS, hiding, images, words
+from transformers_parts import ENDS, IDLE, IMAGE, LENGTH, MASK, SPECIAL, STILL, TEXT, WIDTHS, hiding, images, words
 
 BERT = {
     "plain": {},
@@ -17,6 +17,14 @@ BERT = {
     "types and positions": {},
     "chunked": {"chunk_size_feed_forward": 4},
     "eager": {"attn_implementation": "eager"},
+}
+MODERN = {  # a window of two words to either side, unless said otherwise
+    "plain": {},
+    "positions": {},
+    "eager": {"attn_implementation": "eager"},
+    "biases": {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "hidden_activation": "relu"},
+    "local first": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "wide": {"local_attention": 2 * LENGTH - 2, "hidden_activation": "silu", "mlp_bias": True},
 }
 VIT = {
     "plain": {},
@@ -42,7 +50,8 @@ DINO3 = {
     "another size": {},
 }
 NAMES = [f"bert: {n}" for n in BERT] + [f"roberta: {n}" for n in ("plain", "types and positions")]
-NAMES += ["distilbert: plain", "distilbert: types and positions", "distilbert: relu"]
+NAMES += ["distilbert: plain", "distilbert: positions", "distilbert: relu"]
+NAMES += ["mpnet: plain", "mpnet: positions", "mpnet: no pooler"] + [f"modernbert: {n}" for n in MODERN]
 NAMES += [f"vit: {n}" for n in VIT] + ["deit: plain", "deit: no pooler"]
 NAMES += [f"dinov2: {n}" for n in DINO] + ["registers: plain", "registers: swiglu"] + [f"dinov3: {n}" for n in DINO3]
 NAMES += [f"clip text: {n}" for n in ("masked", "eos 2", "unmasked", "no end")]
@@ -61,6 +70,8 @@ HEADED = {  # a model with a head, and the case whose tower it has
     "BertForSequenceClassification": "bert: plain",
     "RobertaForSequenceClassification": "roberta: plain",
     "DistilBertForSequenceClassification": "distilbert: plain",
+    "MPNetForSequenceClassification": "mpnet: no pooler",
+    "ModernBertForSequenceClassification": "modernbert: local first",
     "ViTForImageClassification": "vit: no pooler",
     "DeiTForImageClassification": "deit: no pooler",
     "DeiTForImageClassificationWithTeacher": "deit: no pooler",
@@ -69,8 +80,8 @@ HEADED = {  # a model with a head, and the case whose tower it has
 }
 NAMES += [f"headed: {name}" for name in HEADED]
 # one of each family
-TEXTS = ["bert: plain", "roberta: plain", "distilbert: plain", "clip text: masked", "siglip text: plain"]
-TEXTS += ["blip text: plain", "blip text: memory"]
+WORDS = ["bert: plain", "roberta: plain", "distilbert: plain", "mpnet: plain", "modernbert: plain", "clip text: masked"]
+TEXTS = [*WORDS, "siglip text: plain", "blip text: plain", "blip text: memory"]
 IMAGES = ["vit: plain", "deit: plain", "dinov2: swiglu", "registers: plain", "dinov3: plain"]
 IMAGES += ["clip image: plain", "siglip image: plain", "siglip2 image: plain", "blip image: plain"]
 
@@ -81,27 +92,35 @@ def config(kind, **options):
     return kind(**options), beside
 
 
-def text_case(family: str, option: str) -> Case:
+def text_options(family: str, option: str) -> dict:
+    if family == "distilbert":
+        sizes = {"vocab_size": 60, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64}
+        still = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+        return {**sizes, **still, "activation": "relu" if option == "relu" else "gelu", "max_position_embeddings": 20}
+    if family == "modernbert":
+        return {**TEXT, **SPECIAL, "local_attention": 4, **MODERN[option]}
+    types = {} if family == "mpnet" else {"type_vocab_size": 2}
+    return {**TEXT, **STILL, **types, "max_position_embeddings": 20, **BERT.get(option, {})}
+
+
+def text_case(family: str, option: str, **more) -> Case:
     kinds = {
         "bert": (hf.BertModel, hf.BertConfig),
         "roberta": (hf.RobertaModel, hf.RobertaConfig),
         "distilbert": (hf.DistilBertModel, hf.DistilBertConfig),
+        "mpnet": (hf.MPNetModel, hf.MPNetConfig),
+        "modernbert": (hf.ModernBertModel, hf.ModernBertConfig),
     }
     kind, kind_of_config = kinds[family]
-    options = {**TEXT, **STILL, "max_position_embeddings": 20, "type_vocab_size": 2, **BERT.get(option, {})}
-    if family == "distilbert":
-        activation = "relu" if option == "relu" else "gelu"
-        options = {"vocab_size": 60, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64, "activation": activation}
-        options |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
-        options |= {"max_position_embeddings": 20}
-    own, beside = config(kind_of_config, **options)
+    own, beside = config(kind_of_config, **text_options(family, option), **more)
     model = randomise(kind(own, **beside))
 
     inputs = (words(), MASK)
+    places = torch.stack([torch.randperm(18)[:LENGTH] + 2 for _ in range(3)])
     if option == "types and positions":
-        places = (torch.arange(LENGTH) + 4).expand(3, -1)
-        types = torch.randint(0, 2, (3, LENGTH))
-        inputs = (*inputs, None, places) if family == "distilbert" else (*inputs, types, places)
+        inputs = (*inputs, torch.randint(0, 2, (3, LENGTH)), places)
+    elif option == "positions":
+        inputs = (*inputs, None, places) if family == "distilbert" else (*inputs, places)
     return Case(
         model,
         inputs,
@@ -154,4 +173,4 @@ def make(name: str) -> Case:
         return blip_text_case(family, option)
     if family.endswith((" text", " image")):
         return (clip_text_case if family.endswith(" text") else clip_image_case)(family, option)
-    return (text_case if family in ("bert", "roberta", "distilbert") else image_case)(family, option)
+    return (text_case if f"{family}: plain" in WORDS else image_case)(family, option)

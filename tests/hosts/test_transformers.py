@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import checks
 import pytest
 import torch
-from cases_transformers import IMAGES, TEXTS, image_case, make
+from cases_transformers import IMAGES, TEXTS, WORDS, image_case, make, text_case
 from checks import same
 from torch import nn
 from transformers_parts import ENDS, LENGTH
@@ -23,29 +24,37 @@ def blocks_of(pruned):
 MASKABLE = [name for name in (*TEXTS, *IMAGES) if name not in ("blip image: plain", "blip text: memory")]
 
 
-@pytest.mark.parametrize("name", [*MASKABLE, "bert: types and positions", "clip text: eos 2"])
+@pytest.mark.parametrize("name", [*MASKABLE, "bert: types and positions", "clip text: eos 2", "modernbert: positions"])
 @pytest.mark.parametrize("at", [(0,), None])
 @torch.no_grad()
 def test_dropping_is_hiding(name, at):
     case = make(name)
     pruned = checks.ragged(case, scorer="self_attention", at=at)
-    entered, blocks = {}, blocks_of(pruned)
-    hook = blocks[0].register_forward_pre_hook(
-        lambda _, args, rest: entered.update(rest, x=args[0] if args else rest["hidden_states"]), with_kwargs=True
-    )
+    blocks, entered = blocks_of(pruned), []
+
+    def note(block, args, rest):
+        entered.append(inspect.signature(block.forward).bind(*args, **rest).arguments)
+
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
     case.model(*case.inputs)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
 
-    rotations = {key: entered[key] for key in ("position_embeddings",) if key in entered}
+    def dense(block, given):
+        rest = {key: given[key] for key in ("position_embeddings", "position_bias") if key in given}
+        window = block.config.sliding_window if getattr(block, "attention_type", "") == "sliding_attention" else LENGTH
+        near = torch.ones(1, LENGTH, LENGTH, dtype=torch.bool).triu(-window).tril(window)
 
-    def dense(block):
         def run(x, seen):
-            return block(x, attention_mask=torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None], **rotations)
+            seen = seen & near if seen.shape[-1] == LENGTH else seen
+            out = block(x, attention_mask=torch.zeros(seen.shape).masked_fill(~seen, -1e9)[:, None], **rest)
+            return out[0] if isinstance(out, tuple) else out
 
         return run
 
     causal = pruned.adapter.causal(case.model)
-    checks.dropping_is_hiding(pruned, case.inputs, entered["x"], [dense(block) for block in blocks], causal)
+    x, run = entered[0]["hidden_states"], list(map(dense, blocks, entered))
+    checks.dropping_is_hiding(pruned, case.inputs, x, run, causal)
 
 
 @pytest.mark.parametrize("name", [*TEXTS, *IMAGES])
@@ -70,7 +79,7 @@ def own(mark, tokens, i):
     return mark.split(tokens.layout.lengths)[i]
 
 
-@pytest.mark.parametrize("name", ["bert: plain", "roberta: plain", "distilbert: plain", "clip text: masked"])
+@pytest.mark.parametrize("name", WORDS)
 @pytest.mark.parametrize("preset", checks.PRESETS)
 @torch.no_grad()
 def test_padding_never_matters(name, preset):
@@ -108,7 +117,8 @@ def test_the_end_of_text_is_found_as_the_host_finds_it(eos):
     same(case.pruned(keep="ratio(ratio=1.0)")(ids), case.model(ids))
 
 
-DROPPING = ["vit: plain", "bert: plain", "distilbert: plain", "dinov3: plain", "clip", "blip retrieval"]
+DROPPING = ["vit: plain", "bert: plain", "distilbert: plain", "mpnet: plain", "modernbert: plain", "dinov3: plain"]
+DROPPING += ["clip", "blip retrieval"]
 
 
 @pytest.mark.parametrize("name", DROPPING)
@@ -127,6 +137,12 @@ def test_dropout_is_the_hosts(name, where):
     pruned = case.pruned(keep="ratio(ratio=1.0)")
     trained, plain = (checks.tensors(pruned.train(mode)(*case.inputs))[0] for mode in (True, False))
     assert not torch.allclose(trained, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("dropped", ["attention_dropout", "mlp_dropout", "embedding_dropout"])
+def test_modernbert_drops_where_it_was_built_to(dropped):
+    """Behind the projection of attention, inside the MLP, behind the embedding; biases are what is left without them."""
+    checks.keep_all_is_the_host(text_case("modernbert", "biases", **{dropped: 1.0}), "drop")
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
@@ -158,7 +174,15 @@ def test_rotary_augmentation_is_the_hosts(augmented):
 
 
 MLPS = {"BertLayer": "intermediate", "BlipTextLayer": "intermediate", "TransformerBlock": "ffn.lin1"}
-CHECKPOINTED = ["bert: plain", "distilbert: plain", "vit: plain", "dinov2: plain", "clip", "blip retrieval"]
+CHECKPOINTED = [
+    "bert: plain",
+    "distilbert: plain",
+    "modernbert: local first",
+    "vit: plain",
+    "dinov2: plain",
+    "clip",
+    "blip retrieval",
+]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTED)
@@ -169,7 +193,18 @@ def test_gradient_checkpointing(name):
     checks.recomputing_changes_nothing(case, parts, case.model.activation_checkpointing_enable)
 
 
-@pytest.mark.parametrize("name", ["bert: plain", "distilbert: plain", "vit: plain", "dinov2: swiglu", "clip"])
+LARGE = [
+    "bert: plain",
+    "distilbert: plain",
+    "mpnet: plain",
+    "modernbert: plain",
+    "vit: plain",
+    "dinov2: swiglu",
+    "clip",
+]
+
+
+@pytest.mark.parametrize("name", LARGE)
 @torch.no_grad()
 def test_large_batches(name):
     case = make(name)
@@ -181,13 +216,14 @@ def test_large_batches(name):
     same(many[:3], few)
 
 
+@pytest.mark.parametrize("name", ["vit: plain", "mpnet: plain", "modernbert: plain"])
 @torch.no_grad()
-def test_half_precision():
-    case = make("vit: plain")
-    assert case.pruned().bfloat16()(*case.inputs).pooler_output.dtype == torch.bfloat16
+def test_half_precision(name):
+    case = make(name)
+    assert case.pruned().bfloat16()(*case.inputs).last_hidden_state.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["vit: plain", "bert: plain", "clip"])
+@pytest.mark.parametrize("name", ["vit: plain", "bert: plain", "mpnet: plain", "modernbert: plain", "clip"])
 @torch.no_grad()
 def test_saved_pruning_fits_the_model_again(name, tmp_path):
     case = make(name)

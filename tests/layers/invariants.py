@@ -62,11 +62,11 @@ def keeper(name: str, args: dict, case: Case) -> None:
 
 
 def keeper_is_monotone(name: str, args: dict, case: Case, values: tuple[float, float]) -> None:
-    """9: a larger share never keeps fewer."""
+    """9: the knob, turned to where it keeps more, never keeps fewer."""
     knob = keepers[name].knob
     low, high = (
         keepers[name](case.site, **{**args, knob.name: value})(case.scores, case.tokens, case.guidance)
-        for value in sorted(values)
+        for value in sorted(values, reverse=not knob.keeps)
     )
     assert (low <= high).all()
 

@@ -161,6 +161,8 @@ def _load(args: argparse.Namespace) -> nn.Module:
 
 def _print(summary: Mapping[str, Any]) -> None:
     _print_scores(summary["scores"])
+    for what, why in summary["unscored"].items():
+        print(f"{what}: not scored ({why})")
     print(f"{summary['records']} records, {summary['records_per_second']:.1f} a second")
     _print_macs("an instance", summary["macs"], summary["dense_macs"])
     for tower, (macs, dense) in summary["towers"].items():

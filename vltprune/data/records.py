@@ -28,10 +28,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Statement(Record):
-    """Natural language visual reasoning: a sentence about two images, 1 true of them or 0 false."""
+    """Natural language visual reasoning: a sentence about two images, 1 true of them or 0 false.
+
+    more: further sentences of the same images and their labels; training may learn from them too.
+    """
 
     sentence: str
     label: int
+    more: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

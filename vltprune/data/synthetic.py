@@ -102,10 +102,10 @@ def normalise(images: np.ndarray) -> np.ndarray:
 
 
 class SyntheticStatements(Sequence[Statement]):
-    """The pairs of a split with one sentence each, as the records that NLVR2 has too, drawn when asked for."""
+    """The pairs of a split as the records that NLVR2 has too, drawn when asked for: each with a sentence, and `more`."""
 
-    def __init__(self, split: str, size: int, seed: int = 0) -> None:
-        self.pairs = SyntheticPairs(split, size, seed)
+    def __init__(self, split: str, size: int, seed: int = 0, sentences: int = 1) -> None:
+        self.pairs = SyntheticPairs(split, size, seed, sentences)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -118,4 +118,5 @@ class SyntheticStatements(Sequence[Statement]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         pair = self.pairs[index]
-        return Statement(index, tuple(pair.images), pair.sentences[0], int(pair.labels[0]))
+        (sentence, label), *more = zip(pair.sentences, pair.labels.tolist(), strict=True)
+        return Statement(index, tuple(pair.images), sentence, label, tuple(more))

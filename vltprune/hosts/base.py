@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import segments
+from ..attention import PairBias
 from ..layers.site import Site
 from ..pruner import Decoded
 from ..registry import hosts
@@ -36,8 +37,8 @@ class Host(ABC):
     """Takes towers of one type apart. Stateless; speaks in the tower's own submodules and leaves them as they are.
 
     A forward pass is `open`, then for each block `qkv`, attention, `mix`, `feed`, then `close`. `beside` is what a block
-    gets besides its tokens: rotary tables, the memory that it cross-attends to, or None. `call` and `answer` stand at its
-    two ends, for towers that are called by keywords and answer in more than one form.
+    gets besides its tokens: rotary tables, biases, the memory that it cross-attends to, or None. `call` and `answer` stand
+    at its two ends, for towers that are called by keywords and answer in more than one form.
     """
 
     tower: str = "image"
@@ -78,6 +79,10 @@ class Host(ABC):
     @abstractmethod
     def scale(self, block: nn.Module) -> float:
         """What the dot products are multiplied by."""
+
+    def pairs(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PairBias | None:
+        """What the dot products get for how far apart two tokens stood; None for nothing."""
+        return None
 
     @abstractmethod
     def mix(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
@@ -250,7 +255,7 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
 
 def weighted_mean(tokens: PackedTokens, counted: Tensor) -> Tensor:
     """Mean over the counted [total] tokens of each instance, [batch, dim]; a merged token weighs as many as it stands for."""
-    size = counted.to(tokens.x.dtype) * (1 if tokens.size is None else tokens.size)
+    size = counted.to(tokens.x.dtype) * tokens.weight
     return segments.sum(tokens.x * size[:, None], tokens.layout) / segments.sum(size, tokens.layout)[:, None]
 
 

@@ -175,7 +175,7 @@ def _look(stream: Attention, tokens: PackedTokens, view: PackedTokens) -> Tensor
     """Cross-attention of the sentences to one image of their group: [total, width]."""
     q, k, v = _project(stream, tokens.x, view.x)
     together = tokens.layout.grouped(view.layout.batch)  # consecutive sentences of one group share its keys
-    context = attend(q, k, v, together, _scale(stream), key_layout=view.layout)
+    context = attend(q, k, v, together, _scale(stream), key_layout=view.layout, key_bias=view.bias)
     return stream.output(context.flatten(1))
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..attention import PairBias
 from ..layers.site import Site
 from ..tokens import PackedTokens
 from .base import Host, find_host
@@ -42,6 +43,9 @@ class Wrapper(Host):
 
     def scale(self, block: nn.Module) -> float:
         return self.inner.scale(block)
+
+    def pairs(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PairBias | None:
+        return self.inner.pairs(block, tokens, beside)
 
     def mix(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return self.inner.mix(block, tokens, context)

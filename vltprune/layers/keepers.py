@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,23 +12,39 @@ from torch import Tensor, nn
 
 from .. import segments
 from ..registry import keepers
-from ..tokens import PackedTokens
+from ..tokens import Layout, PackedTokens
 from .guides import Guidance
 from .scorers import hash_integers
 from .site import Site
+
+
+_ENTIRELY = 1e6  # a margin, in mean scores, at which no sigmoid is below 1
 
 
 @dataclass(frozen=True)
 class Knob:
     """The argument that sets a keeper's cost: what a budget turns.
 
-    name: the keeper's argument and attribute; low .. high: its range; log: whether to search it on a log scale.
+    name: the keeper's argument and attribute; low .. high: its range; log: whether it is searched on a log scale; keeps:
+    whether larger values keep more.
     """
 
     name: str
     low: float
     high: float
     log: bool = False
+    keeps: bool = True
+
+    def at(self, place: float) -> float:
+        """The value at a place of the range, 0 .. 1."""
+        if self.log:
+            return math.exp(math.log(self.low) * (1 - place) + math.log(self.high) * place)
+        return self.low * (1 - place) + self.high * place
+
+    def place(self, value: float) -> float:
+        """The inverse of `at`; values outside the range are at its ends."""
+        low, high, value = (map(math.log, (self.low, self.high, value))) if self.log else (self.low, self.high, value)
+        return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
 class KeepRatioPredictor(nn.Module, ABC):
@@ -48,6 +65,15 @@ class KeepRatioPredictor(nn.Module, ABC):
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         """scores [total] -> counts [batch] int64 of unprotected tokens kept; more than there are means all of them."""
 
+    def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        """[total]: how far a token's score is above what it is measured by, in units of its instance's mean score.
+
+        For keepers that have a threshold, which soft training needs; ValueError for others.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no threshold to learn softly: use keep='threshold' or keep='learned'"
+        )
+
 
 @keepers.register("threshold")
 class Threshold(KeepRatioPredictor):
@@ -61,7 +87,7 @@ class Threshold(KeepRatioPredictor):
     """
 
     guided = True
-    knob = Knob("temperature", 1e-6, 1e6, log=True)
+    knob = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
 
     def __init__(self, site: Site, temperature: float = 1.0, across: Literal["instance", "batch"] = "instance"):
         super().__init__(site)
@@ -75,19 +101,57 @@ class Threshold(KeepRatioPredictor):
         self.across = across
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        assert guidance is not None
+        return self._counts(scores, self._threshold(scores, guidance, tokens.layout), tokens)
+
+    def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        threshold, there = self._threshold(scores, guidance, tokens.layout), segments.count(tokens.free, tokens.layout)
+        whole = self._counts(scores, threshold, tokens) == there
+        margin = (scores - threshold[tokens.layout.instance]) / mean_score(scores, tokens)
+        return margin.masked_fill(whole[tokens.layout.instance], _ENTIRELY)
+
+    def _counts(self, scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Tensor:
         layout, free = tokens.layout, tokens.free
-
-        # a cold softmax puts the threshold onto one token's own score: in single precision rounding would decide the tie
-        exact = torch.float64 if scores.device.type != "mps" else scores.dtype
-        attention, scores = guidance.attention(self.temperature, exact), scores.to(exact)
-        threshold = segments.sum(attention * scores[:, None], layout).amin(-1)
-        above = scores > (threshold + 1e-8 * threshold.abs())[layout.instance]
-
+        above = scores.to(threshold.dtype) > (threshold + 1e-8 * threshold.abs())[layout.instance]
         counts, there = segments.count(above & free, layout), segments.count(free, layout)
         if self.across == "batch":
             counts = counts.amax().expand_as(counts)
         return torch.where((counts < 1) | (there - counts <= 1), there, counts)
+
+    def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> Tensor:
+        """[batch], in double precision: a cold softmax puts the threshold onto one token's own score, and rounding would
+        decide the tie."""
+        assert guidance is not None
+        exact = torch.float64 if scores.device.type != "mps" else scores.dtype
+        attention = guidance.attention(self.temperature, exact)
+        return segments.sum(attention * scores.to(exact)[:, None], layout).amin(-1)
+
+
+@keepers.register("learned")
+class Learned(KeepRatioPredictor):
+    """A threshold that is learned, one a depth: kept are the tokens that score more than so many times their mean.
+
+    The threshold learns in soft training, from the loss and from the expected cost (LTP, Kim et al., arXiv 2107.00910,
+    section 4.2, learns one a layer so; here scores are measured by their instance's mean, which fits every scorer and
+    length). One token stays at least.
+
+    Arguments: threshold > 0, where it starts; scale > 0, what a budget turns afterwards: it multiplies all thresholds.
+    """
+
+    knob = Knob("scale", 1e-3, 1e3, log=True, keeps=False)
+
+    def __init__(self, site: Site, threshold: float = 0.5, scale: float = 1.0):
+        super().__init__(site)
+        if not threshold > 0 or not scale > 0:
+            raise ValueError(f"learned(threshold={threshold}, scale={scale}): both must be above 0")
+        self.log_threshold = nn.Parameter(torch.tensor(math.log(threshold)))
+        self.scale = scale
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        above = self.margin(scores, tokens, guidance) > 0
+        return segments.count(above & tokens.free, tokens.layout).clamp(min=1)
+
+    def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        return scores / mean_score(scores, tokens) - self.log_threshold.exp() * self.scale
 
 
 @keepers.register("ratio")
@@ -153,6 +217,13 @@ class RandomRatio(KeepRatioPredictor):
         for column in farthest.unbind(1):
             drawn = hash_integers(drawn, column)
         return ((drawn >> 8).double() + 0.5) / 2**23
+
+
+def mean_score(scores: Tensor, tokens: PackedTokens) -> Tensor:
+    """[total]: the mean size of the scores of a token's instance, protected ones left out."""
+    layout, free = tokens.layout, tokens.free
+    size = segments.sum(scores.abs().masked_fill(~free, 0.0), layout)
+    return (size / segments.count(free, layout).clamp(min=1) + 1e-12)[layout.instance]
 
 
 def share(there: Tensor, ratio: Tensor | float) -> Tensor:

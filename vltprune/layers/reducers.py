@@ -74,7 +74,10 @@ class Reduction:
             return out
         size = tokens.size if tokens.size is not None else torch.ones_like(tokens.position)
         gathered = self.merge.sums(size, self.merge.sources.to(size.dtype))
-        return replace(out, size=size.index_select(0, self.index).index_copy(0, self.merge.rows, gathered))
+        out = replace(out, size=size.index_select(0, self.index).index_copy(0, self.merge.rows, gathered))
+        if out.presence is None:
+            return out
+        return replace(out, presence=out.presence.index_fill(0, self.merge.rows, 1.0))  # a merged token is all there
 
     def target(self) -> Tensor:
         """[total] int64: the result row that holds each token, -1 for dropped ones. Provenance, for pictures."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import segments
 from ..tokens import PackedTokens
 from .generation import Rules, Strategy
 from .med import EPS, MedEncoder, initialise
@@ -25,7 +26,7 @@ class Cache:
     """What a decoder has read: keys and values of the memory, and of the tokens so far, layer by layer.
 
     memory  [groups, heads, m, head_dim] each; consecutive rows of tokens, equally many a group, are about one group
-    seen    [groups, 1, 1, m] bool or None: where the memory is real (None: everywhere)
+    seen    [groups, 1, 1, m] bool, where the memory is real; or what is added to the logits; or None: it is real everywhere
     own     [rows, heads, n, head_dim] each; empty before the first token
     """
 
@@ -74,9 +75,10 @@ class MedDecoder(nn.Module):
         memory [groups, m, memory_width], and mask [groups, m], nonzero where it is real (None: everywhere); or packed
         tokens, which know themselves where they end.
         """
-        if isinstance(memory, PackedTokens):
-            memory, mask = memory.unpack()
         seen = None if mask is None else mask.bool()[:, None, None]
+        if isinstance(memory, PackedTokens):
+            seen = _seen(memory)
+            memory = memory.unpack()[0]
         layers: Any = self.body.layers
         return Cache(tuple(layer.cross.streams[0].keys_values(memory) for layer in layers), seen)
 
@@ -129,6 +131,15 @@ def next_token_costs(
     flat = logits[:, :-1].flatten(0, 1)  # classes last, which is also how they lie in memory
     costs = F.cross_entropy(flat, targets.flatten(), reduction="none", label_smoothing=smoothing)
     return costs.view_as(targets).sum(1), asked[:, 1:].sum(1)
+
+
+def _seen(memory: PackedTokens) -> Tensor | None:
+    """How a decoder sees packed tokens, as `Cache.seen`: those that are there in part, in part."""
+    if memory.bias is not None:
+        bias = segments.pad(memory.bias, memory.layout, float("-inf"))
+        return bias[:, None, None]
+    real = memory.unpack()[1]
+    return None if real is None else real[:, None, None]
 
 
 def _decode(

@@ -1,7 +1,7 @@
 """The tasks that models are evaluated on, by name in the registry `tasks`; each says what a model must be able to do."""
 
 from ..registry import tasks
-from .base import Options, Publishes, Round, Task
+from .base import Explains, Options, Publishes, Round, Task
 from .caption import Caption
 from .matching import Matching, rerank
 from .nlvr import Nlvr
@@ -10,6 +10,7 @@ from .vqa import Vqa
 
 __all__ = [
     "Caption",
+    "Explains",
     "Matching",
     "Nlvr",
     "Options",

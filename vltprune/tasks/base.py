@@ -89,6 +89,15 @@ class Publishes(Protocol):
         ...
 
 
+@runtime_checkable
+class Explains(Protocol):
+    """A task whose scores may not all be had on every machine."""
+
+    def unscored(self, scores: Mapping[str, float]) -> dict[str, str]:
+        """What is not among the `scores` of its rows, and the reason for each, with what to do about it."""
+        ...
+
+
 def words_of(
     host: Any,
     reader: Any,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import metrics
+from .. import caption_metrics
 from ..data import Captioned, captions
 from ..registry import tasks
 from .base import DEFAULTS, Images, Options, Words, dense, number, one_folder, words_of
@@ -21,9 +21,10 @@ _COCO = re.compile(r"COCO_[a-z]+\d+_0*(\d+)\.jpg$")  # the files of COCO carry t
 @tasks.register("caption")
 @dataclass(frozen=True)
 class Caption:
-    """BLEU and CIDEr of one caption an image, by the models whose `generate` continues a `prompt` (BlipCaption).
+    """BLEU, ROUGE-L, CIDEr, SPICE of one caption an image, by models whose `generate` continues a `prompt` (BlipCaption).
 
-    Where the scorer cannot run there are no scores; `results` is what COCO's evaluation code and server take.
+    Where a scorer cannot run there is no score, and `unscored` tells why; `results` is what COCO's evaluation code and
+    server take.
     """
 
     words: Words
@@ -39,7 +40,7 @@ class Caption:
         host = dense(model)
         if not (hasattr(host, "prompt") and hasattr(host, "generate")):
             raise ValueError(f"caption asks for captions, and a {type(host).__name__} writes none: use a blip_caption")
-        if missing := metrics.caption_scorer_lacks():
+        if missing := caption_metrics.caption_scorer_lacks():
             warnings.warn(f"captions are written, and not scored: {missing}", stacklevel=2)
         return cls(words_of(host, host.decoder.body, options, str), len(host.prompt))
 
@@ -56,13 +57,18 @@ class Caption:
         ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        if metrics.caption_scorer_lacks():
+        if caption_metrics.caption_scorer_lacks():
             return {}
         places = {str(row["index"]): row for row in rows}  # ids may repeat: training files have an entry a caption
-        return metrics.caption_scores(
+        return caption_metrics.caption_scores(
             {place: row["caption"] for place, row in places.items()},
             {place: row["captions"] for place, row in places.items()},
         )
+
+    def unscored(self, scores: Mapping[str, float]) -> dict[str, str]:
+        if not scores:
+            return {"captions": caption_metrics.caption_scorer_lacks() or "there were none"}
+        return {} if "SPICE" in scores else {"SPICE": caption_metrics.spice_lacks() or "its program failed"}
 
     def results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """COCO's form: `image_id` and `caption`, of each image."""

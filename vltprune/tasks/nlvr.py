@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,10 @@ class Nlvr:
 
     @staticmethod
     def read(data: str, images: Images, strict: bool = False) -> Sequence[Statement]:
-        """An annotation file of NLVR2, or "synthetic:SPLIT": pairs drawn on the spot, which need no `images`."""
+        """An annotation file of NLVR2, or drawn pairs, which need no `images`: "synthetic:SPLIT", the first 1,800, or
+        "synthetic:SPLIT:PAIRS", "synthetic:SPLIT:PAIRSxSENTENCES". ValueError for another form."""
         if data.startswith(SYNTHETIC):
-            return SyntheticStatements(data.removeprefix(SYNTHETIC), _PAIRS)
+            return _drawn(data)
         return nlvr2(data, one_folder(images), strict=strict)
 
     @classmethod
@@ -50,3 +52,11 @@ class Nlvr:
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         return {"accuracy": metrics.accuracy([row["chance"] for row in rows], [row["label"] for row in rows])}
+
+
+def _drawn(data: str) -> SyntheticStatements:
+    found = re.fullmatch(rf"{SYNTHETIC}(\w+)(?::(\d+)(?:x(\d+))?)?", data)
+    if found is None:
+        raise ValueError(f"{data!r}: write synthetic:SPLIT, such as synthetic:test, or synthetic:train:16000x8")
+    split, pairs, sentences = found.groups()
+    return SyntheticStatements(split, int(pairs or _PAIRS), sentences=int(sentences or 1))

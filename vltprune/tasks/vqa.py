@@ -25,6 +25,7 @@ class Vqa:
     """
 
     words: Words
+    answer_words: Words
     answers: tuple[str, ...] = ()
     choice: tuple[Tensor, ...] = ()  # their input_ids and attention_mask [answers, length]
 
@@ -38,10 +39,11 @@ class Vqa:
         if not (hasattr(host, "rank") and hasattr(host, "generate")):
             raise ValueError(f"vqa asks for answers, and a {type(host).__name__} gives none: use a blip_vqa")
         words = words_of(host, host.text, options, clean_question, max_length=LONGEST)
+        answer_words = words_of(host, host.text, options, str)
         if options.answers is None:
-            return cls(words)
+            return cls(words, answer_words)
         answers = answer_list(options.answers)
-        return cls(words, answers, words_of(host, host.text, options, str).encode(answers))
+        return cls(words, answer_words, answers, answer_words.encode(answers))
 
     def texts(self, records: Sequence[Question]) -> tuple[tuple[Tensor, ...], list[int]]:
         return self.words.encode([record.question for record in records]), [1] * len(records)

@@ -75,15 +75,18 @@ class TransformersHost(Host):
         """The block's attention module."""
         return attrgetter(self.attention)(block)
 
+    def heads(self, attn: Any) -> int:
+        return attn.config.num_attention_heads
+
     def project(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query of x, key and value of memory, each [total, heads, head_dim]."""
         query, key, value = (getattr(attn, name) for name in self.projections)
-        heads = (attn.config.num_attention_heads, -1)
+        heads = (self.heads(attn), -1)
         return query(x).unflatten(-1, heads), key(memory).unflatten(-1, heads), value(memory).unflatten(-1, heads)
 
     def scale(self, block: nn.Module) -> float:
         attn = self.attn(block)
-        return (getattr(attn, self.projections[0]).out_features // attn.config.num_attention_heads) ** -0.5
+        return (getattr(attn, self.projections[0]).out_features // self.heads(attn)) ** -0.5
 
     def attention_dropout(self, block: nn.Module) -> float:
         dropout = getattr(self.attn(block), self.dropout)

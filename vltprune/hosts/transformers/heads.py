@@ -14,6 +14,8 @@ from ..decoder import linear_macs
 
 @hosts.register("transformers.models.bert.modeling_bert.BertForSequenceClassification")
 @hosts.register("transformers.models.roberta.modeling_roberta.RobertaForSequenceClassification")
+@hosts.register("transformers.models.mpnet.modeling_mpnet.MPNetForSequenceClassification")
+@hosts.register("transformers.models.modernbert.modeling_modernbert.ModernBertForSequenceClassification")
 @hosts.register("transformers.models.distilbert.modeling_distilbert.DistilBertForSequenceClassification")
 @hosts.register("transformers.models.vit.modeling_vit.ViTForImageClassification")
 @hosts.register("transformers.models.deit.modeling_deit.DeiTForImageClassification")
@@ -24,6 +26,12 @@ class Headed(Composite):
     """One tower under the name that transformers has for the base of such a model; the rest of its children are the head."""
 
     def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+        pooling = getattr(model.config, "classifier_pooling", "cls")
+        if pooling != "cls":
+            raise ValueError(
+                f"cannot prune this {type(model).__name__}: its classifier_pooling is {pooling!r}, over tokens of which some "
+                "would be gone. Supported: 'cls'"
+            )
         tower = getattr(model, model.base_model_prefix)
         host = find_host(tower)
         return {host.tower: (tower, host)}

@@ -1,15 +1,22 @@
-"""BERT, RoBERTa and DistilBERT of transformers, taken apart."""
+"""BERT, RoBERTa, MPNet and DistilBERT of transformers, taken apart."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
+from transformers.models.mpnet.modeling_mpnet import MPNetLayer, MPNetSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 
+from ...attention import PairBias
 from ...registry import hosts
 from ...tokens import PackedTokens
 from ..base import by_tiles
@@ -22,6 +29,7 @@ class PostNorm(Sentences):
     layers = "encoder.layer"
     attention = "attention.self"
     projections = ("query", "key", "value")
+    answers: ClassVar[Any] = BaseModelOutputWithPoolingAndCrossAttentions
 
     def qkv(self, block: Any, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self.project(self.attn(block), tokens.x, tokens.x)
@@ -35,7 +43,7 @@ class PostNorm(Sentences):
     def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         x = tokens.unpack()[0]
         pooled = None if tower.pooler is None else tower.pooler(x)
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=x, pooler_output=pooled)
+        return self.answers(last_hidden_state=x, pooler_output=pooled)
 
 
 @hosts.register("transformers.models.bert.modeling_bert.BertModel")
@@ -59,6 +67,49 @@ class Bert(PostNorm):
         position_ids: Tensor | None = None,
     ) -> tuple[PackedTokens, tuple[None, ...]]:
         return self.enter(tower, input_ids, attention_mask, token_type_ids=token_type_ids, position_ids=position_ids)
+
+
+@hosts.register("transformers.models.mpnet.modeling_mpnet.MPNetModel")
+class MPNet(PostNorm):
+    """MPNet: BERT's blocks, and a bias for how far apart two words stood, a head's own, which all blocks share."""
+
+    attention = "attention.attn"
+    projections = ("q", "k", "v")
+    answers = BaseModelOutputWithPooling
+    known: ClassVar = {MPNetLayer: (MPNetSelfAttention,)}
+
+    def heads(self, attn: Any) -> int:
+        return attn.num_attention_heads
+
+    def open(
+        self,
+        tower: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[PackedTokens, tuple[Tensor, ...]]:
+        """Beside each block stand its biases for the distances 1 - length .. length - 1, [heads, 2 * length - 1]."""
+        tokens, _ = self.enter(tower, input_ids, attention_mask, position_ids=position_ids)
+        encoder, length = tower.encoder, input_ids.shape[1]  # distances are of places, whatever position_ids say
+        buckets = encoder.relative_position_bucket(torch.arange(1 - length, length, device=input_ids.device))
+        return tokens, (encoder.relative_attention_bias(buckets).t(),) * len(self.blocks(tower))
+
+    def pairs(self, block: Any, tokens: PackedTokens, beside: Tensor) -> PairBias:
+        zero = beside.shape[1] // 2
+        return PairBias(tokens.position, lambda distance: beside[:, distance + zero].movedim(0, -3))
+
+    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+        own = block.attention
+        return tokens.with_x(own.LayerNorm(own.dropout(own.attn.o(context.flatten(1))) + tokens.x))
+
+    def answer(self, tower: Any, out: Any, **named: Any) -> Any:
+        out = super().answer(tower, out, **named)
+        return (
+            (*out, None)[:2] if isinstance(out, tuple) else out
+        )  # its tuple holds the place of a pooler that is not there
+
+    def recomputes(self, tower: nn.Module) -> bool:
+        return False
 
 
 @hosts.register("transformers.models.distilbert.modeling_distilbert.DistilBertModel")

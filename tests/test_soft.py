@@ -1,0 +1,126 @@
+"""Soft training: tokens that are there in part, and what becomes of them as the decision hardens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import BLIP, images, scrambled, sentences
+
+import vltprune as vp
+from vltprune import flops
+from vltprune.attention import Stat, attend, attend_with_stats
+from vltprune.models.blip import BlipNlvr
+from vltprune.models.caption import BlipCaption
+from vltprune.pruner import Pruner
+
+KEEPERS = ["learned(threshold=0.8)", "threshold(temperature=20.0)"]
+
+
+def pruned(keep, reducer="drop", **parts):
+    model = vp.prune(
+        scrambled(BlipNlvr(**BLIP)), "madtp", keep=keep, reducer=reducer, guide="codebook(anchors=5)", **parts
+    )
+    return model.train()
+
+
+def soften(model, softness):
+    for pruner in model.modules():
+        if isinstance(pruner, Pruner):
+            pruner.softness = softness
+    return model
+
+
+def run(model, batch=3):
+    torch.manual_seed(1)
+    ids, mask = sentences(batch)
+    with vp.collect() as traces:
+        out = model(images(batch, 2), ids, mask)
+    return out, traces
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+def test_a_hard_sigmoid_decides_as_evaluation_does(keep):
+    model = pruned(keep)
+    soft, traces = run(soften(model, 1e-7))
+    hard, plain = run(model.eval())
+    assert [trace.lengths for trace in traces] == [trace.lengths for trace in plain]
+    assert min(plain[0].lengths[-1]) < plain[0].entered.layout.longest  # something was pruned
+    torch.testing.assert_close(soft, hard, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+@pytest.mark.parametrize("reducer", ["drop", "fuse"])
+def test_the_loss_reaches_thresholds_scores_and_anchors(keep, reducer):
+    model = soften(pruned(keep, reducer), 0.5)
+    run(model)[0].square().sum().backward()
+    guide = model.pruning.guide
+    assert guide.anchors.grad.abs().sum() > 0
+    for tower, last in (("image", 4), ("text", 3)):  # what the text's last block leaves, nothing looks at any more
+        for depth in range(last):
+            for parameter in model.pruning.towers[tower].pruner(depth).keeper.parameters():
+                assert parameter.grad.abs() > 0, (tower, depth)
+
+
+def test_an_instance_alone_is_as_in_its_batch():
+    model = soften(pruned("learned(threshold=0.8)", "fuse"), 0.4)
+    torch.manual_seed(2)
+    pictures, (ids, mask) = images(4, 2), sentences(4)
+    together = model(pictures, ids, mask)
+    for i in range(4):
+        torch.testing.assert_close(
+            model(pictures[i : i + 1], ids[i : i + 1], mask[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-4
+        )
+
+
+@given(data=st.data())
+def test_what_is_there_in_no_part_is_as_if_gone(data):
+    lengths = data.draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))
+    layout = vp.Layout(tuple(lengths))
+    gone = torch.tensor(data.draw(st.lists(st.booleans(), min_size=layout.total, max_size=layout.total)))
+    first = layout.slot == 0
+    gone &= ~first
+    tokens = vp.PackedTokens(torch.randn(layout.total, 8), layout, layout.slot, first, first)
+    q, k, v = torch.randn(3, layout.total, 2, 4)
+    faded = tokens.fade(torch.where(gone, 1e-30, 1.0))
+    kept = tokens.select(~gone)
+
+    every = Stat.SUMMARY | Stat.RECEIVED | Stat.CONTEXT
+    out, stats = attend_with_stats(q, k, v, faded, 0.5, every, key_bias=faded.bias)
+    fewer, right = attend_with_stats(q[~gone], k[~gone], v[~gone], kept, 0.5, every)
+    torch.testing.assert_close(out[~gone], fewer)
+    for stat in (Stat.SUMMARY, Stat.RECEIVED, Stat.CONTEXT):
+        torch.testing.assert_close(stats[stat][~gone], right[stat])
+    torch.testing.assert_close(attend(q, k, v, layout, 0.5, key_bias=faded.bias)[~gone], fewer)
+    torch.testing.assert_close(faded.expected, kept.layout.sizes.double())
+
+
+def test_a_decoder_sees_in_part_what_is_there_in_part():
+    sizes = {name: value for name, value in BLIP.items() if name != "merge_from"}
+    model = scrambled(BlipCaption(**sizes, prompt=(5,), bos_id=38, eos_id=3))
+    ids, mask = sentences(2)
+    packed = vp.PackedTokens.pack(model.visual(images(2)))
+    gone = (packed.layout.slot % 3 == 1) & (packed.layout.instance == 0)
+    faded = packed.fade(torch.where(gone, 1e-30, 1.0))
+    logits = [model.decoder(ids, model.decoder.read(memory), mask)[0] for memory in (faded, packed.select(~gone))]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
+
+
+def test_expected_macs_have_gradients_and_end_at_the_counted_ones():
+    model = soften(pruned("learned(threshold=0.8)"), 0.3)
+    traces = run(model)[1]
+    cost = flops.Meter(model)(traces)
+    sum(macs.sum() for macs in cost.towers.values()).backward()
+    thresholds = [p.grad for name, p in model.named_parameters() if name.endswith("log_threshold")]
+    assert thresholds and all(gradient < 0 for gradient in thresholds)  # higher thresholds cost less
+
+    hard, plain = (flops.Meter(m)(run(m)[1]).total for m in (soften(model, 1e-7), model.eval()))
+    assert hard == pytest.approx(plain, rel=1e-4)
+
+
+def test_keepers_without_a_threshold_say_so():
+    with pytest.raises(
+        ValueError, match="Ratio has no threshold to learn softly: use keep='threshold' or keep='learned'"
+    ):
+        run(soften(pruned("ratio(ratio=0.5)"), 0.3))

@@ -1,0 +1,102 @@
+"""ModernBERT of transformers, taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.modernbert.modeling_modernbert import (
+    ModernBertAttention,
+    ModernBertEncoderLayer,
+    apply_rotary_pos_emb,
+)
+
+from ...attention import PairBias
+from ...checks import check_ids
+from ...registry import hosts
+from ...tokens import PackedTokens
+from .base import PreNorm, Sentences
+
+
+class Beside(NamedTuple):
+    """What blocks of one kind get besides their tokens.
+
+    tables  [2, sentences, length, head_dim]: cosine and sine by place, sentences 1 where all have the same
+    within  hides what is out of the window, as `PairBias.of`; None where nothing is
+    """
+
+    tables: Tensor
+    within: Callable[[Tensor], Tensor] | None
+
+
+@hosts.register("transformers.models.modernbert.modeling_modernbert.ModernBertModel")
+class ModernBert(PreNorm, Sentences):
+    """ModernBERT: positions are rotations, looked up by where a word stood, and local blocks see a window of the sentence.
+
+    The window is of original places: a word sees no farther where those between were pruned.
+    """
+
+    layers = "layers"
+    attention = "attn"
+    dropout = "attention_dropout"
+    norms = ("attn_norm", "mlp_norm")
+    output = "Wo"
+    known: ClassVar = {ModernBertEncoderLayer: (ModernBertAttention,)}
+
+    def open(
+        self,
+        tower: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[PackedTokens, tuple[Beside, ...]]:
+        check_ids(input_ids, tower.get_input_embeddings().num_embeddings, longest=None)
+        if isinstance(attention_mask, dict):
+            raise TypeError(
+                "a pruned ModernBertModel takes one attention_mask [batch, length], not one a kind of block"
+            )
+        x = tower.embeddings(input_ids)
+        tokens = self.pack(x, attention_mask, self.place(tower, input_ids))
+
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        kinds = {kind: self.beside(tower, kind, x, position_ids) for kind in set(tower.config.layer_types)}
+        return tokens, tuple(kinds[block.attention_type] for block in self.blocks(tower))
+
+    def beside(self, tower: Any, kind: str, x: Tensor, position_ids: Tensor) -> Beside:
+        tables, window = torch.stack(tower.rotary_emb(x, position_ids, kind)), tower.config.sliding_window
+        sees_all = kind == "full_attention" or window >= x.shape[1] - 1
+        return Beside(tables, None if sees_all else _window(window))
+
+    def qkv(self, block: Any, tokens: PackedTokens, beside: Beside) -> tuple[Tensor, Tensor, Tensor]:
+        attn = block.attn
+        q, k, v = attn.Wqkv(block.attn_norm(tokens.x)).unflatten(-1, (3, -1, attn.head_dim)).unbind(1)
+        _, sentences, length, _ = beside.tables.shape
+        row = tokens.position if sentences == 1 else tokens.position + length * tokens.layout.instance
+        cos, sin = beside.tables.flatten(1, 2).index_select(1, row)
+        return *apply_rotary_pos_emb(q, k, cos, sin), v
+
+    def scale(self, block: Any) -> float:
+        return block.attn.head_dim**-0.5
+
+    def pairs(self, block: Any, tokens: PackedTokens, beside: Beside) -> PairBias | None:
+        return None if beside.within is None else PairBias(tokens.position, beside.within)
+
+    def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
+        return block.attn.out_drop(x) if index == 0 else x
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        return BaseModelOutput(last_hidden_state=tokens.with_x(tower.final_norm(tokens.x)).unpack()[0])
+
+
+def _window(reach: int) -> Callable[[Tensor], Tensor]:
+    """Nothing for distances up to `reach`, minus infinity beyond."""
+
+    def bias(distance: Tensor) -> Tensor:
+        hidden = torch.zeros(distance.shape, device=distance.device)
+        return hidden.masked_fill_(distance.abs() > reach, float("-inf")).unsqueeze(-3)
+
+    return bias
