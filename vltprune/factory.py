@@ -15,9 +15,10 @@ from . import checkpoint, sources
 from .config import PruneConfig
 from .models import zoo
 from .presets import preset
-from .registry import backbones, nearest, presets
+from .registry import backbones, bind, nearest, presets
 from .surgery import prune
 
+CONFIGURED = "clip"  # any of open_clip's architectures, by its configuration
 _PARTS = ("scorer", "keep", "reducer", "guide", "at")
 
 
@@ -45,6 +46,7 @@ class Name:
         known = [
             *list_models(),
             *(f"{b}_{p}" for b in (*backbones.names(), stem) for p in presets.names() if _library(b)),
+            CONFIGURED,
         ]
         raise LookupError(f"there is no model {text!r}" + nearest(arch, known))
 
@@ -59,9 +61,10 @@ def create_model(
     """A model by name, dense or pruned.
 
     name: a backbone of this library ("blip_nlvr_base"), of timm under its own name ("vit_base_patch16_224") or of
-    open_clip ("clip_vit_b_32" is its "ViT-B-32"); "_" and a preset prune it ("blip_base_madtp"); "." and a tag choose its
-    weights. pretrained: True for the weights that belong to the name (the package's own, or downloaded), or the path of a
-    file or folder: our own, BLIP's as Salesforce, the MADTP reference or transformers write it, told apart by their keys.
+    open_clip ("clip_vit_b_32" is its "ViT-B-32", and "clip" is what embed_dim=, vision_cfg= and text_cfg= say, as in its
+    files of architectures); "_" and a preset prune it ("blip_base_madtp"); "." and a tag choose its weights. pretrained:
+    True for the weights that belong to the name (the package's own, or downloaded), or the path of a file or folder: our
+    own, BLIP's as Salesforce, the MADTP reference or transformers write it, told apart by their keys.
     pruning: a PruneConfig or preset instead of the one in the name. Arguments named scorer, keep, reducer, guide, at
     replace parts of it; all others go to the backbone.
 
@@ -75,7 +78,7 @@ def create_model(
     path = _weights(name, read) if pretrained is True else None if pretrained is False else Path(pretrained)
     config = _config(read, pruning, parts, path)
     model = _build(read, name, pretrained is True and path is None, arguments)
-    object.__setattr__(model, "recipe", checkpoint.Recipe(_dense_name(read), dict(arguments)))
+    object.__setattr__(model, "recipe", checkpoint.Recipe(_dense_name(read), _recorded(read, arguments)))
     if config is not None:
         model = prune(model, config)
     if path is not None:
@@ -136,14 +139,36 @@ def _build(name: Name, full: str, pretrained: bool, arguments: Mapping[str, Any]
     if name.library == "timm":
         timm = importlib.import_module("timm")
         return timm.create_model(_dense_name(name), pretrained=pretrained, **arguments)
+    if name.backbone == CONFIGURED:
+        return _configured(pretrained, arguments)
     if name.library == "open_clip":
         open_clip = importlib.import_module("open_clip")
         tag = name.tag if pretrained else None
         if pretrained and tag is None:
             tags = open_clip.list_pretrained_tags_by_model(_clip_names()[name.backbone])
             raise ValueError(f"{full!r} has several weights: append a tag, one of {', '.join('.' + t for t in tags)}")
-        return open_clip.create_model(_clip_names()[name.backbone], pretrained=tag, **arguments)
+        own = {"pretrained_text": False}  # open_clip would fetch those of a text tower of transformers, unasked
+        return open_clip.create_model(_clip_names()[name.backbone], pretrained=tag, **{**own, **arguments})
     return backbones[name.backbone](**arguments)
+
+
+def _configured(pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
+    """open_clip's CLIP by its configuration. ValueError for weights by name: it has none."""
+    if pretrained:
+        raise ValueError(
+            f"{CONFIGURED!r} has no weights of its own: give pretrained=PATH, or let its towers bring theirs with "
+            "hf_model_pretrained=True in text_cfg and timm_model_pretrained=True in vision_cfg"
+        )
+    clip: Any = importlib.import_module(f"{__package__}.models.clip").clip
+    bind(CONFIGURED, clip, arguments)
+    return clip(**arguments)
+
+
+def _recorded(name: Name, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as a checkpoint keeps them."""
+    if name.backbone == CONFIGURED:
+        return importlib.import_module(f"{__package__}.models.clip").recorded(arguments)
+    return dict(arguments)
 
 
 def _dense_name(name: Name) -> str:
@@ -153,7 +178,7 @@ def _dense_name(name: Name) -> str:
 def _library(backbone: str) -> str | None:
     if backbone in backbones:
         return "vltprune"
-    if backbone.startswith("clip_") and backbone in _clip_names():
+    if backbone == CONFIGURED or (backbone.startswith("clip_") and backbone in _clip_names()):
         return "open_clip"
     return "timm" if importlib.import_module("timm").is_model(backbone) else None
 

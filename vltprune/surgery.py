@@ -17,10 +17,10 @@ from .registry import guides
 def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Module:
     """A model like `model`, called in the same way and returning the same, whose towers prune their tokens.
 
-    model: a tower (timm's VisionTransformer or Eva, open_clip's VisionTransformer, TextTransformer or TimmModel, an encoder
-    of transformers, our BlipVision or MedEncoder) or a composite of two (CLIP of open_clip; CLIP, SigLIP or BLIP of
-    transformers; our Blip models), whose towers then share one guide; docs/architecture.md lists them all. config: a
-    PruneConfig or the name of a preset; **parts replace single parts of it, as in
+    model: a tower (timm's VisionTransformer or Eva, open_clip's VisionTransformer, TextTransformer, TimmModel or
+    HFTextEncoder, an encoder of transformers, our BlipVision or MedEncoder) or a composite of two (CLIP of open_clip; CLIP,
+    SigLIP or BLIP of transformers; our Blip models), whose towers then share one guide; docs/architecture.md lists them
+    all. config: a PruneConfig or the name of a preset; **parts replace single parts of it, as in
     prune(model, "madtp", reducer="drop", at=(6, 7, 8)).
 
     The result has `.pruning` (config, dense host, guide, towers) and `.host`, the dense model. Raises TypeError for

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
+import encoders
 import numpy as np
 import pytest
 import torch
 from on_disk import ROOM, on_disk
 from PIL import Image
+from transformers import AutoTokenizer
 
 import vltprune as vp
 from vltprune import caption_metrics, cli, exam
@@ -160,6 +162,26 @@ def test_retrieval_with_clip(model, captioned, tmp_path, capsys):
         similarity = net.encode_image(images, normalize=True) @ net.encode_text(texts, normalize=True).T
     scores = vp.metrics.recalls(similarity, [i for i, one in enumerate(entries) for _ in one["captions"]])
     assert summary["scores"] == pytest.approx(scores)
+
+
+@pytest.mark.parametrize("preset", ["", "_evit"])
+def test_retrieval_with_a_folder_whose_text_tower_is_of_transformers(preset, captioned, tmp_path):
+    encoder = encoders.write(tmp_path / "encoder")
+    model = vp.create_model(f"clip{preset}", **encoders.clip(encoder))
+    folder = vp.save(model, tmp_path / "model")
+    argv = ["eval", "--task", "retrieval", "--model", str(folder), "--data", str(captioned)]
+    assert cli.main([*argv, "--output", str(tmp_path / "out"), "--batch-size", "2"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+
+    images = torch.stack([vp.transforms(model)(Image.open(captioned.parent / f"{i}.jpg")) for i in range(5)])
+    entries = json.loads(captioned.read_text())
+    words = AutoTokenizer.from_pretrained(encoder)([text for one in entries for text in one["captions"]], padding=True)
+    with torch.no_grad():
+        texts = model.encode_text(torch.tensor(words.input_ids), normalize=True)
+        similarity = model.encode_image(images, normalize=True) @ texts.T
+    scores = vp.metrics.recalls(similarity, [i for i, one in enumerate(entries) for _ in one["captions"]])
+    assert summary["scores"] == pytest.approx(scores)
+    assert (summary["macs_saved"] > 0.1) == bool(preset)
 
 
 @pytest.mark.parametrize(

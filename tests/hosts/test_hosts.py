@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cases_blip
 import cases_open_clip
+import cases_open_clip_hf
 import cases_timm
 import cases_transformers
 import checks
@@ -14,10 +15,12 @@ import vltprune as vp
 LIBRARIES = {
     "timm": cases_timm,
     "open_clip": cases_open_clip,
+    "open_clip_hf": cases_open_clip_hf,
     "transformers": cases_transformers,
     "blip": cases_blip,
 }
 TWO_TOWERS = ("open_clip: clip", "open_clip: custom clip", "blip: blip", "blip: nlvr")
+TWO_TOWERS += ("open_clip_hf: clip", "open_clip_hf: clip, dict")
 TWO_TOWERS += ("blip: vqa", "blip: retrieval")
 TWO_TOWERS += ("transformers: clip", "transformers: siglip", "transformers: siglip2")
 TWO_TOWERS += ("transformers: blip retrieval", "transformers: blip answers")

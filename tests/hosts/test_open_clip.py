@@ -158,6 +158,14 @@ def test_gradient_checkpointing(name):
     checks.recomputing_changes_nothing(case, [block.mlp for block in blocks], case.model.set_grad_checkpointing)
 
 
+@torch.no_grad()
+def test_trunks_of_timm_are_merged_before_they_are_projected():
+    case = make("timm: token, linear")
+    with vp.collect() as traces:
+        case.pruned()(*case.inputs)
+    assert any(step.reduced_early for step in traces[0].steps)
+
+
 REFUSED = {
     "embed_cls": lambda: TextTransformer(**TEXT_SIZE, embed_cls=True),
     "pool_type": lambda: TextTransformer(**TEXT_SIZE, pool_type="none"),

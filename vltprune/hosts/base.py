@@ -23,8 +23,14 @@ from ..tokens import Layout, PackedTokens
 
 M = TypeVar("M", bound=nn.Module)
 
-# top-level package -> module of this package
-_ROOMS = {"timm": "timm", "open_clip": "open_clip", "transformers": "transformers", "vltprune": "blip"}
+# a module, or a top-level package -> module of this package
+_ROOMS = {
+    "timm": "timm",
+    "open_clip": "open_clip",
+    "open_clip.hf_model": "open_clip_hf",
+    "transformers": "transformers",
+    "vltprune": "blip",
+}
 
 
 class Host(ABC):
@@ -184,7 +190,8 @@ def supported() -> str:
 
 
 def _find(module: nn.Module) -> Host | Composite | None:
-    room = _ROOMS.get(type(module).__module__.partition(".")[0])
+    home = type(module).__module__
+    room = _ROOMS.get(home) or _ROOMS.get(home.partition(".")[0])
     if room is not None:
         importlib.import_module(f"{__package__}.{room}")
     name = _dotted(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import PackedTokens
 from .base import Composite, Host, ImageAndText, by_tiles, check_blocks, find_host, weighted_mean, with_submodule
+from .wrapper import Wrapper
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
 
@@ -175,48 +176,13 @@ class ClipOwnText(_ClipText):
 
 
 @hosts.register("open_clip.timm_model.TimmModel")
-class TimmTower(Host):
+class TimmTower(Wrapper):
     """A timm trunk with open_clip's projection on top: the trunk's own host, and the projection at the end."""
 
-    def __init__(self, trunk: Host):
-        self.trunk = trunk
-
-    @classmethod
-    def of(cls, module: Any) -> TimmTower:
-        return cls(find_host(module.trunk))
-
-    def blocks(self, tower: Any) -> Sequence[nn.Module]:
-        return self.trunk.blocks(tower.trunk)
-
-    def site(self, tower: Any, depth: int, name: str) -> Site:
-        return self.trunk.site(tower.trunk, depth, name)
-
-    def open(self, tower: Any, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
-        return self.trunk.open(tower.trunk, *inputs)
-
-    def qkv(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return self.trunk.qkv(block, tokens, beside)
-
-    def scale(self, block: nn.Module) -> float:
-        return self.trunk.scale(block)
-
-    def mix(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
-        return self.trunk.mix(block, tokens, context)
-
-    def feed(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PackedTokens:
-        return self.trunk.feed(block, tokens, beside)
+    name: ClassVar = "trunk"
 
     def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
-        return tower.head(self.trunk.close(tower.trunk, tokens, beside))
-
-    def recomputes(self, tower: Any) -> bool:
-        return self.trunk.recomputes(tower.trunk)
-
-    def mixes_affinely(self, block: nn.Module) -> bool:
-        return self.trunk.mixes_affinely(block)
-
-    def attention_dropout(self, block: nn.Module) -> float:
-        return self.trunk.attention_dropout(block)
+        return tower.head(self.inner.close(tower.trunk, tokens, beside))
 
 
 @hosts.register("open_clip.model.CustomTextCLIP")

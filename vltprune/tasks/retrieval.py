@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
+from ..checkpoint import Recipe
 from ..data import Captioned, captions
-from ..factory import open_clip_name
+from ..factory import CONFIGURED, open_clip_name
 from ..registry import tasks
 from ..text import clean_caption
 from .base import DEFAULTS, LONGEST, Images, Options, dense, one_folder, pack, unpack, words_of
@@ -42,7 +43,7 @@ class Retrieval:
         host = dense(model)
         recipe = getattr(host, "recipe", None)
         if hasattr(host, "encode_image") and recipe is not None:
-            tokenize: Any = importlib.import_module("open_clip").get_tokenizer(open_clip_name(recipe.backbone))
+            tokenize = _tokenizer(recipe)
             return cls(lambda texts: (tokenize(list(texts)),), _clip_image, _clip_text)
         if hasattr(host, "match"):
             words = words_of(host, host.text, options, clean_caption, max_length=LONGEST)
@@ -73,6 +74,15 @@ class Retrieval:
         answered = [row for row in rows if "skipped" not in row]
         by_index = {record.index: record for record in records}
         return Matching(self.encode, [by_index[row["index"]] for row in answered], *_similarity(answered), most)
+
+
+def _tokenizer(recipe: Recipe) -> Callable[[list[str]], Tensor]:
+    """open_clip's own, of the architecture that a model was built by, and as long as its text tower reads."""
+    if recipe.backbone == CONFIGURED:
+        return importlib.import_module("vltprune.models.clip").tokenizer(recipe.model_args["text_cfg"])
+    length = recipe.model_args.get("force_context_length")
+    get: Any = importlib.import_module("open_clip").get_tokenizer
+    return get(open_clip_name(recipe.backbone), context_length=length)
 
 
 def _similarity(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, list[int]]:

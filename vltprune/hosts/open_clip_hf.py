@@ -1,0 +1,71 @@
+"""open_clip's text towers that are encoders of transformers, taken apart. Entered only when one is met."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, MaxPooler, MeanPooler
+from torch import Tensor, nn
+
+from .. import segments
+from ..registry import hosts
+from ..tokens import PackedTokens
+from .base import weighted_mean
+from .wrapper import Wrapper
+
+_FIRST = (ClsPooler, ClsLastHiddenStatePooler)
+_POOLERS = (MeanPooler, MaxPooler, *_FIRST)
+
+
+@hosts.register("open_clip.hf_model.HFTextEncoder")
+class HfText(Wrapper):
+    """open_clip's HFTextEncoder: an encoder of transformers, open_clip's pooler, and a projection.
+
+    Padding, known by its id, never enters. Poolers act on the tokens that are left; a mean weighs a merged one by the
+    tokens it stands for, and a pooler that reads the first token protects it. With `output_tokens` the tokens are those
+    that are left, in their order, and zeros behind them.
+    """
+
+    name: ClassVar = "transformer"
+    tower = "text"
+
+    def check(self, tower: Any) -> None:
+        if type(tower.pooler) not in _POOLERS:
+            raise TypeError(
+                f"cannot prune this HFTextEncoder: no host knows its pooler, a {type(tower.pooler).__name__}. Supported: "
+                + ", ".join(pooler.__name__ for pooler in _POOLERS)
+            )
+        if tower.config.pad_token_id is None:
+            raise TypeError(
+                "cannot prune this HFTextEncoder: its config has no pad_token_id, by which padding is known; set one"
+            )
+
+    def open(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+        padding = tower.config.pad_token_id
+        real = text != padding
+        if text.dim() == 2 and not real[:, :1].all():
+            sentence = int((~real[:, 0]).nonzero()[0])
+            raise ValueError(f"text: sentence {sentence} begins with padding (id {padding}): pad on the right")
+        tokens, beside = super().open(tower, text, real)
+        if type(tower.pooler) in _FIRST:
+            tokens = replace(tokens, protected=tokens.protected | (tokens.position == 0))
+        return tokens, beside
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        out = self.inner.close(self.within(tower), tokens, beside)
+        hidden = out.last_hidden_state
+        features = tower.proj(_pooled(tower.pooler, out, tokens.with_x(segments.flat(hidden, tokens.layout))))
+        if not tower.output_tokens:
+            return features
+        return features, hidden[:, 1:] if type(tower.pooler) is ClsPooler else hidden
+
+
+def _pooled(pooler: nn.Module, out: Any, tokens: PackedTokens) -> Tensor:
+    """[batch, dim]: by the pooler, from the encoder's output `out` and its last hidden states, packed."""
+    if type(pooler) is MeanPooler:
+        return weighted_mean(tokens, torch.ones_like(tokens.protected))
+    if type(pooler) is MaxPooler:
+        return segments.pad(tokens.x, tokens.layout, float("-inf")).amax(1)
+    return pooler(out, None)
