@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vltprune.models.blip import Blip, BlipNlvr
+from vltprune.pruner import Pruner
 
 BLIP = {
     "image_size": 32,
@@ -61,6 +62,15 @@ def sentences(batch: int) -> tuple[Tensor, Tensor]:
     """input_ids and attention_mask [batch, 12], from one real token to twelve."""
     sizes = torch.randint(1, 13, (batch, 1))
     return torch.randint(1, 40, (batch, 12)), (torch.arange(12) < sizes).long()
+
+
+def soften(model: nn.Module, softness: float) -> nn.Module:
+    """The pruned model as in soft training; at 0 as in evaluation."""
+    model.train(softness > 0)
+    for pruner in model.modules():
+        if isinstance(pruner, Pruner):
+            pruner.softness = softness
+    return model
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from models import BLIP, NAMES, small
+from models import BLIP, NAMES, small, soften
 from strategies import arguments, seeds
 from torch import Tensor
 from torch.testing import assert_close
@@ -143,11 +143,16 @@ def test_gradients_reach_every_parameter(name, chosen, data):
         assert all(grad.isfinite().all() for grad in grads if grad is not None)
         return {key for key, grad in zip(named, grads, strict=True) if grad is not None and grad.any()}
 
+    soften(
+        model, 0.5 if chosen == "keep=learned" else 0.0
+    )  # thresholds learn from what is kept softly, and from its cost
     with vp.collect() as traces:
         loss = model(*inputs).square().sum()
     aligned = [trace.aligned.square().sum() for trace in traces if config.guide is not None]
+    costs = [step.expected.sum() for trace in traces for step in trace.steps if step.expected is not None]
     own = {key for key, _ in parts(model).named_parameters()}
-    assert reached(parts(model), loss + sum(aligned)) == own
+    assert reached(parts(model), loss + sum(aligned) + sum(costs)) == own
+    soften(model, 0.0)
     with vp.collect():
         loss = model(*inputs).square().sum()
     dense = reached(source.model, source.model(*inputs).square().sum())

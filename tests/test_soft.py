@@ -6,14 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import BLIP, images, scrambled, sentences
+from models import BLIP, images, scrambled, sentences, soften
 
 import vltprune as vp
 from vltprune import flops
 from vltprune.attention import Stat, attend, attend_with_stats
 from vltprune.models.blip import BlipNlvr
 from vltprune.models.caption import BlipCaption
-from vltprune.pruner import Pruner
 
 KEEPERS = ["learned(threshold=0.8)", "threshold(temperature=20.0)"]
 
@@ -23,13 +22,6 @@ def pruned(keep, reducer="drop", **parts):
         scrambled(BlipNlvr(**BLIP)), "madtp", keep=keep, reducer=reducer, guide="codebook(anchors=5)", **parts
     )
     return model.train()
-
-
-def soften(model, softness):
-    for pruner in model.modules():
-        if isinstance(pruner, Pruner):
-            pruner.softness = softness
-    return model
 
 
 def run(model, batch=3):
@@ -115,7 +107,7 @@ def test_expected_macs_have_gradients_and_end_at_the_counted_ones():
     thresholds = [p.grad for name, p in model.named_parameters() if name.endswith("log_threshold")]
     assert thresholds and all(gradient < 0 for gradient in thresholds)  # higher thresholds cost less
 
-    hard, plain = (flops.Meter(m)(run(m)[1]).total for m in (soften(model, 1e-7), model.eval()))
+    hard, plain = (flops.Meter(m)(run(m)[1]).total for m in (soften(model, 1e-7), soften(model, 0.0)))
     assert hard == pytest.approx(plain, rel=1e-4)
 
 
