@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import common, demo, eval, inspect, predict, prune
+from .commands import common, compress, demo, eval, inspect, predict, prune
 
-_EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError)  # what the library raises for the user to read
+# what the library raises for the user to read
+_EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError, FloatingPointError)
 _ABOUT = "Prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."
 
 
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vltprune", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"vltprune {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for command in (demo, predict, inspect, prune, eval):
+    for command in (demo, predict, inspect, prune, compress, eval):
         command.add(commands, (everywhere, compute))
     return parser
 

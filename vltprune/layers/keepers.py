@@ -17,7 +17,6 @@ from .guides import Guidance
 from .scorers import hash_integers
 from .site import Site
 
-
 _ENTIRELY = 1e6  # a margin, in mean scores, at which no sigmoid is below 1
 
 

@@ -1,0 +1,63 @@
+"""The config of a compression: files, defaults, complaints."""
+
+from __future__ import annotations
+
+import pytest
+
+from vltprune.training import RECIPES, CompressConfig
+
+LEAST = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json"}
+
+
+def test_what_is_left_out_is_the_papers():
+    config = CompressConfig(**LEAST)
+    assert (config.rate, config.weight_decay, config.epochs, config.batch_size) == (3e-6, 0.05, 15, 128)
+    assert (config.align, config.distil, config.preset) == (0.1, 0.0, "madtp")
+    assert CompressConfig(**{**LEAST, "task": "vqa"}).rate == RECIPES["vqa"].rate
+    assert CompressConfig(**LEAST, rate=1e-3).rate == 1e-3
+
+
+def test_files_say_the_same_again(tmp_path):
+    config = CompressConfig(**LEAST, parts={"reducer": "drop", "at": {"image": [0, 2]}}, serve=(0.3, 0.7), steps=10)
+    config.write(tmp_path / "run.json")
+    assert CompressConfig.read(tmp_path / "run.json") == config
+    (tmp_path / "run.yaml").write_text("task: nlvr\nmodel: blip_nlvr_base\ndata: a.json\nval: b.json\nserve: [0.3]\n")
+    there = CompressConfig.read(tmp_path / "run.yaml", reduction=0.8)
+    assert (there.data, there.serve, there.reduction) == ("a.json", (0.3,), 0.8)
+    assert config.replace(reduction=0.6).reduction == 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"task": "nlvr2"}, "there is no task 'nlvr2'; did you mean nlvr"),
+        ({"reduction": 1.0}, r"reduction=1.0 must lie between 0 and 1"),
+        ({"serve": (0.5, -1)}, r"reduction=-1 must lie between"),
+        ({"ramp": 1.5}, r"ramp=1.5 must lie in 0 .. 1: a share of the steps"),
+        ({"steps": 0}, "steps=0 must be 1 or more"),
+        ({"rate": 0.0}, "rate=0.0 must be above 0"),
+        ({"align": -1.0}, "align=-1.0 must be 0 or more"),
+        ({"precision": "fp32"}, "precision='fp32': write precision='no', 'bf16' or 'fp16'"),
+        ({"budget": "soft"}, "budget='soft': write budget='controller' or budget='learned'"),
+        ({"preset": "madpt"}, "did you mean madtp"),
+        ({"parts": {"keep": "ratio(ration=0.5)"}}, "takes no argument 'ration'"),
+        ({"rates": 1e-3}, "a compression config takes no argument 'rates'; did you mean rate"),
+    ],
+)
+def test_wrong_fields_fail_early(changes, complaint):
+    with pytest.raises((ValueError, LookupError, TypeError), match=complaint):
+        CompressConfig.from_dict({**LEAST, **changes})
+
+
+def test_files_that_hold_no_config(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(ValueError, match=r"list\.yaml must hold the fields of a compression config, it holds list"):
+        CompressConfig.read(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ValueError, match=r"broken\.yaml is not YAML"):
+        CompressConfig.read(tmp_path / "broken.yaml")
+    with pytest.raises(FileNotFoundError):
+        CompressConfig.read(tmp_path / "nowhere.yaml")
+    (tmp_path / "short.yaml").write_text("task: nlvr\n")
+    with pytest.raises(TypeError, match="a compression config needs model, data, val"):
+        CompressConfig.read(tmp_path / "short.yaml")

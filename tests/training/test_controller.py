@@ -1,0 +1,56 @@
+"""Steering the cost."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import small
+
+import vltprune as vp
+from vltprune.training import Controller, target
+
+
+@given(steps=st.integers(1, 1000), reduction=st.floats(0.01, 0.99), ramp=st.floats(0, 1))
+def test_the_target_rises_to_the_reduction_and_stays(steps, reduction, ramp):
+    path = [target(step, steps, reduction, ramp) for step in range(steps + 1)]
+    assert path == sorted(path)
+    assert path[-1] == pytest.approx(reduction)
+    assert ramp == 0 or path[0] == 0
+    assert target(math.ceil(ramp * steps), steps, reduction, ramp) == pytest.approx(reduction)
+
+
+@pytest.mark.parametrize(("keep", "centre"), [("threshold(temperature=1.0)", 40.0), ("ratio(ratio=0.9)", 0.3)])
+def test_it_finds_a_target_and_follows_it(keep, centre):
+    """Against a made-up response: the share that is saved as a logistic function of the knob's place."""
+    model = vp.prune(small("blip").model, "madtp", keep=keep)
+    controller = Controller(model)
+    knob = controller.dial.knob
+    sign = -1 if knob.keeps else 1
+
+    def saved():
+        return 1 / (1 + math.exp(-sign * 12 * (knob.place(controller.dial.value) - knob.place(centre))))
+
+    for wanted in (0.3, 0.8, 0.5):
+        for _ in range(300):
+            controller.step(saved(), wanted)
+        assert saved() == pytest.approx(wanted, abs=0.01)
+        assert controller.saved == pytest.approx(wanted, abs=0.01)
+
+
+def test_it_begins_near_its_target_and_remembers_where_it_is():
+    text = small("blip")
+    model = vp.prune(text.model, "madtp", keep="ratio(ratio=1.0)")
+    controller = Controller(model)
+    inputs = text.draw(8)
+    controller.start([inputs], 0.4)
+    assert vp.budget.measure(model, [inputs]).reduction == pytest.approx(controller.saved)
+    assert controller.saved == pytest.approx(0.4, abs=0.1)
+
+    state = controller.state_dict()
+    controller.step(0.0, 0.9)
+    assert controller.state_dict() != state
+    controller.load_state_dict(state)
+    assert controller.state_dict() == state

@@ -1,0 +1,53 @@
+"""Two processes learn what one learns from the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from data import config
+
+import vltprune as vp
+
+_SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "checkpoint_every": 100}
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def losses(folder: Path) -> list[list[float]]:
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [[row[name] for name in ("task", "align", "distil") if name in row] for row in rows]
+
+
+@pytest.mark.parametrize("task", ["nlvr", "caption", "vqa", "retrieval"])
+def test_two_processes_learn_as_one(task, tmp_path):
+    settings = config(task, tmp_path / "data", **_SETTINGS)
+    settings.write(tmp_path / "run.json")
+    base = [sys.executable, "-m"]
+    several = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port()), "-m"]
+    for processes, launcher in ((1, []), (2, several)):
+        output = str(tmp_path / f"run{processes}")
+        command = [*base, *launcher, "vltprune", "compress", "--config", str(tmp_path / "run.json"), "--output", output]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    if task == "retrieval":
+        return  # negatives are drawn at random: see test_objectives
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "run2")), torch.tensor(losses(tmp_path / "run1")), atol=1e-4, rtol=1e-4
+    )
+    one, two = (vp.load(tmp_path / f"run{n}" / "model").state_dict() for n in (1, 2))
+    for name in one:
+        torch.testing.assert_close(
+            two[name], one[name], atol=1e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )

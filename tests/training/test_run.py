@@ -1,0 +1,190 @@
+"""Whole runs, small ones: every task, faults, and what is left on disk."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data import config
+
+import vltprune as vp
+from vltprune.training import BadLossError, compress
+from vltprune.training import engine as engine_module
+from vltprune.training.compression import dense_model
+
+timm_host = importlib.import_module("vltprune.hosts.timm")  # `hosts` is also the name of a registry
+
+TASKS = ["nlvr", "caption", "vqa", "retrieval"]
+_RUN = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from pathlib import Path
+from data import config
+from vltprune.training import compress
+torch.set_num_threads(1)
+compress(config("nlvr", Path({folder!r}), **{changes!r}), {output!r})
+"""
+
+
+def start(folder: Path, output: Path, **changes) -> subprocess.Popen:
+    """The same run in a process of its own, which can be killed."""
+    script = _RUN.format(tests=str(Path(__file__).parent), folder=str(folder), output=str(output), changes=changes)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with output.with_suffix(".log").open("w") as log:
+        return subprocess.Popen([sys.executable, "-c", script], stderr=log, env=environment)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return vp.load(folder / "model").state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:captions are written, and not scored")
+@pytest.mark.parametrize("budget", ["controller", "learned"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_can_be_compressed(task, budget, tmp_path):
+    keep = {"keep": "learned(threshold=0.5)"} if budget == "learned" else {"keep": "ratio(ratio=0.7)"}
+    parts = {"guide": "codebook(anchors=4)", **keep}
+    settings = config(task, tmp_path / "data", budget=budget, parts=parts, distil=0.5, serve=(0.2,), accumulate=2)
+    before = dense_model(settings).state_dict()
+    done = compress(settings, tmp_path / "run")
+    assert done is not None
+
+    dense, *pruned = done.rows
+    assert [row["reduction"] for row in done.rows] == [0.0, 0.2, 0.3]
+    assert all(row["macs_saved"] == pytest.approx(row["reduction"], abs=0.02) for row in pruned)
+    assert all(set(row["scores"]) == set(dense["scores"]) for row in pruned)
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == [1, 2, 3, 4]
+    assert {"task", "align", "distil", "rate", "target", "knob", "skipped_steps"} <= set(history[0])
+
+    model = vp.load(tmp_path / "run" / "model")
+    after = model.pruning.host.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("visual") for name in changed)
+    assert (
+        json.loads((tmp_path / "run" / "results.json").read_text())[2]["knob"]["value"] == done.rows[2]["knob"]["value"]
+    )
+
+
+def test_distillation_of_what_is_not_pruned_costs_nothing(tmp_path):
+    """A student that keeps every token says what its teacher says, until it has learnt."""
+    parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=1e-6)"}
+    settings = config("nlvr", tmp_path / "data", distil=1.0, parts=parts, steps=1)
+    run = engine_of(settings, tmp_path / "run")
+    records, images = next(run.draws.batches(0, 1))
+    figures = run.student(records, images, 0, True)
+    assert figures["distil"] == pytest.approx(0.0, abs=1e-5)
+    assert figures["kept"]["image"].tolist() == [65.0] * 3
+
+
+def engine_of(settings, folder):
+    """A run that has not begun."""
+    import copy
+
+    from vltprune import tasks
+
+    dense = dense_model(settings)
+    teacher = vp.prune(copy.deepcopy(dense), "random", at=())
+    model = vp.prune(dense, settings.pruning)
+    kind = tasks.tasks[settings.task]
+    task = kind.of(model, tasks.Options(settings.vocabulary))
+    folder.mkdir()
+    records = kind.read(settings.data, str(Path(settings.data).parent))
+    return engine_module.Run(settings, folder, model, task, records, teacher)
+
+
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
+    settings = dict(steps=14, checkpoint_every=3, distil=0.5, augment=True)
+    whole = start(tmp_path / "data", tmp_path / "whole", **settings)
+    assert whole.wait(120) == 0, (tmp_path / "whole.log").read_text()
+
+    for step in (3, 9):  # killed twice, wherever it happens to be behind a checkpoint
+        process = start(tmp_path / "data", tmp_path / "cut", **settings)
+        checkpoint = tmp_path / "cut" / "checkpoints" / f"step_{step:08d}"
+        until = time.monotonic() + 100
+        while not checkpoint.exists() and time.monotonic() < until:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "cut" / "model").exists()
+    last = start(tmp_path / "data", tmp_path / "cut", **settings)
+    assert last.wait(120) == 0, (tmp_path / "cut.log").read_text()
+
+    right, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert right.keys() == found.keys()
+    assert all(torch.equal(right[name], found[name]) for name in right)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "history.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 15))
+
+
+def test_losses_that_are_no_number(tmp_path, monkeypatch):
+    settings = config("nlvr", tmp_path / "data", steps=6, max_bad=2, checkpoint_every=1)
+    step = engine_module.Run._step
+
+    def poisoned(self, number, records, images):
+        bad = number in (1, 3, 4)
+        return step(self, number, records, images * float("nan") if bad else images)
+
+    monkeypatch.setattr(engine_module.Run, "_step", poisoned)
+    monkeypatch.setattr(timm_host, "check_images", lambda *given: None)  # which would find it first
+    with pytest.raises(BadLossError, match=r"2 losses in a row .* the last at step 4; .* checkpoint is of step 4"):
+        compress(settings, tmp_path / "run")
+    (saved,) = (tmp_path / "run").glob("bad_batch_*.pt")
+    batch = torch.load(saved)
+    assert batch["step"] == 4
+    assert batch["images"].isnan().all()
+    assert len(batch["records"]) == 4
+    monkeypatch.setattr(engine_module.Run, "_step", step)
+    done = compress(settings, tmp_path / "run")  # the same call, once the cause is mended
+    assert done is not None
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped_steps"] == 2
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    settings = config("nlvr", tmp_path / "data", steps=4, checkpoint_every=2)
+    save, full = torch.save, []
+
+    def fails(value, file, *args, **named):
+        if "step_00000004" in str(file):
+            full.append(file)
+            raise OSError(28, "No space left on device", str(file))
+        return save(value, file, *args, **named)
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match=r"checkpoint of step 4 .*No space left.* it goes on from step 2"):
+        compress(settings, tmp_path / "run")
+    assert full
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    monkeypatch.setattr(torch, "save", save)
+    assert compress(settings, tmp_path / "run") is not None
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    settings = config("nlvr", tmp_path / "data")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to the folder .*file"):
+        compress(settings, tmp_path / "file")
+    compress(settings, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"is the run of another config \(rate: 0.001 there, 0.01 now\)"):
+        compress(settings.replace(rate=0.01), tmp_path / "run")
+
+
+def test_pruned_models_are_not_pruned_again(tmp_path):
+    with pytest.raises(TypeError, match=r"model='blip_nlvr_tiny_evit' is pruned already: compress its dense model"):
+        compress(config("nlvr", tmp_path / "data", model="blip_nlvr_tiny_evit"), tmp_path / "run")
+
+
+def test_batches_that_do_not_split(tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size=4 does not split into 1 processes x accumulate=3 equal parts"):
+        compress(config("nlvr", tmp_path / "data", accumulate=3), tmp_path / "run")

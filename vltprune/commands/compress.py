@@ -1,0 +1,64 @@
+"""vltprune compress: train a pruned model to a budget; goes on where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import tasks
+from ..registry import presets
+from . import common
+
+_FIELDS = ("task", "model", "data", "images", "val", "val_images", "preset", "reduction")
+
+
+def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "compress", parents=parents, help="train a pruned model to a cost; goes on where it was stopped"
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML or JSON file of fields; what is given here wins")
+    parser.add_argument("--task", choices=tasks.tasks.names(), help="what the model is trained to do")
+    parser.add_argument("--model", help="the dense model: a name, such as blip_nlvr_base, or a saved model's folder")
+    parser.add_argument("--data", metavar="FILE", help="annotations to train on, or synthetic:train:16000x8 (nlvr)")
+    parser.add_argument("--images", metavar="DIR", help="the folder that their paths begin in (their own)")
+    parser.add_argument("--val", metavar="FILE", help="annotations that everything is chosen on; never the test split")
+    parser.add_argument("--val-images", metavar="DIR", help="the folder that those paths begin in (--images)")
+    parser.add_argument("--preset", choices=presets.names(), help="how to prune (madtp)")
+    parser.add_argument("--reduction", type=float, help="share of the dense MACs to save (0.5)")
+    parser.add_argument("--output", default="compress", metavar="DIR", help="folder of the run (%(default)s)")
+    fields = "other fields of CompressConfig: steps=2000 rate=1e-4 distil=1.0 parts={'reducer':'drop'}"
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=fields)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..training import compress  # accelerate is of the extra `train`
+
+    common.use_threads(args.threads)
+    done = compress(config_of(args), args.output)
+    if done is not None:
+        _print(done.rows)
+        print(f"wrote {os.path.join(done.folder, 'model')}, and how it came about beside it")
+
+
+def config_of(args: argparse.Namespace) -> Any:
+    """The config that the options, and the file of --config, ask for."""
+    from ..training.config import CompressConfig, fields_of
+
+    given = {name: getattr(args, name) for name in _FIELDS if getattr(args, name) is not None}
+    there = fields_of(args.config) if args.config else {}
+    return CompressConfig.from_dict({**there, **given, **common.keywords(args.set)})
+
+
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    names = list(rows[0]["scores"])
+    head = ["validation", *(f"{name} %" for name in names), "GMACs", "saved", "knob"]
+    table = [head]
+    for row in rows:
+        knob = f"{row['knob']['knob']}={row['knob']['value']:.4g}" if row["knob"] else ""
+        scores = [f"{100 * row['scores'][name]:.2f}" for name in names]
+        name = f"{row['reduction']:.0%} asked" if row["reduction"] else "dense"
+        table.append([name, *scores, f"{row['macs'] / 1e9:.3f}", f"{row['macs_saved']:.1%}", knob])
+    print(common.table(table))

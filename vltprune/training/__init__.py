@@ -1,0 +1,24 @@
+"""From a dense model to a pruned one: losses, budget, and a run that can be stopped. Needs the extra `train`."""
+
+from .compression import Compressed, compress
+from .config import RECIPES, CompressConfig, Recipe
+from .controller import Controller, target
+from .engine import BadLossError, Run
+from .objectives import Loss, Objective
+from .student import Extra, Student
+
+__all__ = [
+    "BadLossError",
+    "CompressConfig",
+    "Compressed",
+    "Controller",
+    "Extra",
+    "Loss",
+    "Objective",
+    "RECIPES",
+    "Recipe",
+    "Run",
+    "Student",
+    "compress",
+    "target",
+]

@@ -1,0 +1,61 @@
+"""A run on disk while it runs: whole checkpoints under one folder, of which the last can always be read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+_STATE = "state.json"
+
+
+class Checkpoints:
+    """Folders step_00000500, ... in `folder`; the last two are kept. Written beside, then renamed: none is ever half there."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator):
+        self.folder, self.accelerator = folder, accelerator
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Model, optimiser and random numbers of every process, by accelerate; and `state`, plain data that json can write.
+
+        OSError where there is no room or no right to write; what was written before is there still.
+        """
+        final = self.folder / f"step_{step:08d}"
+        part = final.with_suffix(".part")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(part), safe_serialization=False)  # towers share tensors
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                (part / _STATE).write_text(json.dumps({"step": step, **state}))
+                part.rename(final)
+        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(
+                f"cannot write the checkpoint of step {step} to {self.folder}: {error}. Make room there and give the same "
+                f"command again: it goes on from step {self.last_step()}"
+            ) from error
+        if self.accelerator.is_main_process:
+            for old in self._all()[:-2]:
+                shutil.rmtree(old)
+
+    def restore(self) -> dict[str, Any] | None:
+        """Everything as it was at the last checkpoint, and its `state` with "step"; None where there is none."""
+        there = self._all()
+        if not there:
+            return None
+        self.accelerator.load_state(str(there[-1]))
+        return json.loads((there[-1] / _STATE).read_text())
+
+    def last_step(self) -> int:
+        there = self._all()
+        return int(there[-1].name.removeprefix("step_")) if there else 0
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step_*") if path.suffix != ".part")

@@ -1,0 +1,172 @@
+"""What one compression does, as plain frozen data: written to a file, read from one, and kept beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..config import PruneConfig
+from ..presets import preset
+from ..registry import bind, tasks
+from ..text import BERT
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What MADTP trains a task with (arXiv 2403.02991, experiments; batch sizes of all its GPUs together)."""
+
+    rate: float
+    weight_decay: float
+    epochs: float
+    batch_size: int
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "nlvr": Recipe(3e-6, 0.05, 15, 128),
+    "caption": Recipe(1e-5, 0.05, 5, 256),
+    "vqa": Recipe(2e-5, 0.05, 3, 128),
+    "retrieval": Recipe(1e-5, 0.2, 5, 128),  # CLIP's; BLIP's has rate 1e-7 and weight_decay 0.05
+}
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """From a dense model to a pruned one. Every field can stand in a YAML or JSON file.
+
+    task, model     a registered task; the dense model, by name or folder
+    data, images    annotations to train on, and the folder that their pictures' paths begin in (None: the file's own)
+    val, val_images annotations that everything is chosen on; never the test split. val_limit: only the first so many
+    model_args, pretrained, vocabulary, answers   as `create_model` and `vltprune eval` take them
+    preset, parts   how to prune: a preset's name, and parts that replace its own, such as {"reducer": "drop"}
+    reduction       share of the dense MACs to save; serve: other shares that the trained model is calibrated to as well
+    budget          "controller": measured MACs turn the keeper's knob; "learned": tokens are kept softly, and a loss on the
+                    expected MACs moves scores and thresholds
+    ramp            the target rises from 0 to `reduction` over this share of the steps
+    epochs, steps   how long (steps wins; None: the recipe's epochs); batch_size: records a step, of all processes
+    accumulate      a step's records go through the model in so many pieces
+    rate, weight_decay   of AdamW (None: the recipe's); the rate falls by a cosine to 0, after `warmup`, a share of the steps
+    align           weight of L_align; distil: weight of what the dense model teaches (0: nothing)
+    clip            largest norm of the gradients
+    augment         random crops and flips of the pictures
+    precision       "no", "bf16" or "fp16"
+    checkpoint_every, log_every   in steps; max_bad: so many losses in a row that are no number end the run
+    """
+
+    task: str
+    model: str
+    data: str
+    val: str
+    images: str | None = None
+    val_images: str | None = None
+    val_limit: int | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    pretrained: str | bool | None = None
+    vocabulary: str = BERT
+    answers: str | None = None
+    preset: str = "madtp"
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    reduction: float = 0.5
+    serve: tuple[float, ...] = ()
+    budget: Literal["controller", "learned"] = "controller"
+    ramp: float = 0.5
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+    rate: float | None = None
+    weight_decay: float | None = None
+    warmup: float = 0.0
+    align: float = 0.1
+    distil: float = 0.0
+    clip: float = 1.0
+    augment: bool = False
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 50
+    max_bad: int = 10
+
+    def __post_init__(self) -> None:
+        tasks[self.task]
+        if self.task not in RECIPES:
+            raise ValueError(f"task={self.task!r} cannot be trained yet: one of {', '.join(RECIPES)} can")
+        self._check_ranges()
+        object.__setattr__(self, "serve", tuple(self.serve))
+        for name in ("rate", "weight_decay", "epochs", "batch_size"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(RECIPES[self.task], name))
+        self.pruning  # noqa: B018  (wrong parts fail here)
+
+    def _check_ranges(self) -> None:
+        wrong = [share for share in (self.reduction, *self.serve) if not 0 < share < 1]
+        if wrong:
+            raise ValueError(f"reduction={wrong[0]} must lie between 0 and 1: the share of the dense MACs to save")
+        for name in ("ramp", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in 0 .. 1: a share of the steps")
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "max_bad"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
+        for name in ("rate", "epochs", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        for name in ("align", "distil", "weight_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.budget not in ("controller", "learned"):
+            raise ValueError(f"budget={self.budget!r}: write budget='controller' or budget='learned'")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"precision={self.precision!r}: write precision='no', 'bf16' or 'fp16'")
+
+    @property
+    def pruning(self) -> PruneConfig:
+        """The parts to prune with. Raises what PruneConfig does."""
+        return preset(self.preset).replace(**self.parts)
+
+    def replace(self, **changes: Any) -> CompressConfig:
+        """The same with other fields. TypeError for one that there is not."""
+        return CompressConfig.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that json can write."""
+        return {**dataclasses.asdict(self), "serve": list(self.serve)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CompressConfig:
+        """TypeError for fields that there are not, with the nearest, and for missing ones; ValueError for wrong values."""
+        bind("a compression config", cls, data)
+        return cls(**data)
+
+    @classmethod
+    def read(cls, file: str | Path, **changes: Any) -> CompressConfig:
+        """From a YAML or JSON file, with some fields changed. OSError for no such file; what `fields_of`, `from_dict` raise."""
+        return cls.from_dict({**fields_of(file), **changes})
+
+    def write(self, file: str | Path) -> None:
+        """As JSON, which is YAML too."""
+        Path(file).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def fields_of(file: str | Path) -> dict[str, Any]:
+    """What a YAML or JSON file says, unchecked. OSError for no such file; ValueError for one that holds no fields."""
+    try:
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold the fields of a compression config, it holds {type(data).__name__}")
+    return {name: _number(value) for name, value in data.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a text, for want of a point."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value

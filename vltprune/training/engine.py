@@ -1,0 +1,235 @@
+"""The run: steps, budget, checkpoints. Devices, processes and precision are Accelerate's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from ..budget import fit_guide
+from ..preprocessing import transforms
+from ..surgery import pruning
+from .checkpoints import Checkpoints
+from .config import CompressConfig
+from .controller import Controller, target
+from .draws import Draws
+from .figures import History, Watch, gathered, trackers
+from .objectives import objective_of
+from .student import Extra, Student
+
+_MEASURED = 5  # every so many steps the cost is measured and the knob turned
+_SOFT, _HARD, _HARDENED = 0.5, 0.03, 0.8  # softness at first and at last, in mean scores; over which share of the steps
+_KEEPERS = 100.0  # how much faster thresholds learn than weights
+_START = 64  # records that the guide and the knob start from
+
+
+class BadLossError(FloatingPointError):
+    """Too many losses in a row were no number. The last batch is on disk, and so is the last checkpoint."""
+
+
+@dataclass
+class Run:
+    """One training run in a folder. model: pruned, over its dense host; task: set to it; records: to train on."""
+
+    config: CompressConfig
+    folder: Path
+    model: nn.Module
+    task: Any
+    records: Sequence[Any]
+    teacher: nn.Module | None = None
+    extra: Extra | None = None
+    bad: int = 0  # losses that were no number, in a row
+    skipped: int = 0  # and in all
+
+    def __post_init__(self) -> None:
+        config, device = self.config, self._accelerate().device
+        self.draws = self._draws()
+        self.steps = config.steps or max(round(float(config.epochs or 1) * self.draws.steps_per_epoch), 1)
+        self.model.to(device)
+        objective = objective_of(self.task, self.model, config.seed).to(device)
+        teacher = None if self.teacher is None else self.teacher.to(device).eval()
+        student = Student(self.model, objective, config.align, teacher, config.distil, self.extra)
+        optimizer = torch.optim.AdamW(_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0))
+        self.controller = Controller(self.model)
+        self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator)
+
+    def train(self) -> None:
+        """To the last step, from the last checkpoint if there is one.
+
+        OSError for a checkpoint that cannot be written; BadLossError after `max_bad` losses in a row that are no number.
+        """
+        start, config = self._begin(), self.config
+        self.accelerator.init_trackers("vltprune", config=_plain(config.to_dict()))
+        watch = Watch(self.accelerator, History(self.folder / "history.jsonl"), start, self.steps)
+        for step, (records, images) in enumerate(self.draws.batches(start, self.steps), start):
+            watch.add(self._step(step, records, images))
+            done = step + 1
+            if done % config.log_every == 0 or done == self.steps:
+                watch.report(done, **self._standing(step))
+            if done % config.checkpoint_every == 0 or done == self.steps:
+                self.checkpoints.save(done, self._state())
+        watch.bar.close()
+        self.accelerator.end_training()
+
+    def inputs(self, records: Sequence[Any], prepare: Callable[[Any], Tensor], size: int = 16) -> list[Any]:
+        """Calls that put the records, one text each, to a model as the task does: what a budget measures."""
+        calls = []
+        for start in range(0, len(records), size):
+            some = [_with_one_text(record) for record in records[start : start + size]]
+            images = torch.stack([torch.stack([prepare(p) for p in record.pictures()]) for record in some])
+            texts, _ = self.task.texts(some)
+            images, *texts = (part.to(self.accelerator.device) for part in (images, *texts))
+            calls.append(partial(self.task.answer, records=some, images=images, texts=tuple(texts)))
+        return calls
+
+    def _accelerate(self) -> Accelerator:
+        self.accelerator = Accelerator(
+            mixed_precision=self.config.precision,
+            log_with=list(trackers()),
+            project_dir=str(self.folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # a tower may prune nowhere
+        )
+        return self.accelerator
+
+    def _draws(self) -> Draws[Any]:
+        config, processes = self.config, self.accelerator.num_processes
+        assert config.batch_size is not None
+        if config.batch_size % (processes * config.accumulate):
+            raise ValueError(
+                f"batch_size={config.batch_size} does not split into {processes} processes x accumulate="
+                f"{config.accumulate} equal parts"
+            )
+        return Draws(
+            self.records,
+            transforms(self.model),
+            config.batch_size,
+            config.seed,
+            self.accelerator.process_index,
+            processes,
+            config.augment,
+        )
+
+    def _begin(self) -> int:
+        """The step to go on from, with everything as it was; a fresh run's guide and knob are placed first."""
+        state = self.checkpoints.restore()
+        if state is not None:
+            self.controller.load_state_dict(state["controller"])
+            self.bad, self.skipped = state["bad"], state["skipped"]
+            return state["step"]
+        order = np.random.default_rng((self.config.seed, 0)).permutation(len(self.records))[:_START]
+        calls = self.inputs([self.records[int(number)] for number in order], self.draws.prepare)
+        guide = pruning(self.model).guide
+        if guide is not None and guide.is_untrained:
+            fit_guide(self.model, calls, self.config.seed)
+        if self.config.budget == "controller":
+            self.controller.start(calls, self._target(0))
+        return 0
+
+    def _state(self) -> dict[str, Any]:
+        return {"controller": self.controller.state_dict(), "bad": self.bad, "skipped": self.skipped}
+
+    def _standing(self, step: int) -> dict[str, float]:
+        """What a report says besides the steps' own figures."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        skipped = {"skipped_steps": self.skipped, "skipped_records": len(self.draws.skipped)}
+        return {"target": self._target(step), "knob": self.controller.dial.value, "rate": rate, **skipped}
+
+    def _target(self, step: int) -> float:
+        return target(step, self.steps, self.config.reduction, self.config.ramp)
+
+    def _step(self, step: int, records: list[Any], images: Tensor) -> dict[str, Any] | None:
+        """One step of the optimiser, and its figures; None where the loss or the gradient was no number."""
+        config, a = self.config, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["times"] * float(config.rate or 0) * _schedule(step, self.steps, config.warmup)
+        saving = self._soften(step) if config.budget == "learned" else None
+        self.student.train()
+        pieces, size = [], len(records) // config.accumulate
+        for start in range(0, len(records), size):
+            with nullcontext() if start + size >= len(records) else a.no_sync(self.student):
+                part = images[start : start + size].to(a.device)
+                figures = self.student(records[start : start + size], part, step, step % _MEASURED == 0, saving)
+                if self._anywhere(not bool(torch.isfinite(figures["loss"]))):
+                    return self._skip(step, records, images)
+                a.backward(figures["loss"] / config.accumulate)
+            pieces.append({name: value for name, value in figures.items() if name != "loss"})
+        norm: Any = a.clip_grad_norm_(self.student.parameters(), config.clip)
+        if a.scaler is None and not bool(torch.isfinite(norm)):  # with a scaler, that is how it finds its scale
+            return self._skip(step, records, images)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.bad = 0
+        figures = gathered(pieces, a)
+        if "saved" in figures and config.budget == "controller":
+            self.controller.step(figures["saved"], self._target(step))
+        return figures
+
+    def _soften(self, step: int) -> float:
+        """How softly tokens are kept at a step: less and less; and the share of the dense MACs to save, which it returns."""
+        softness = _SOFT * (_HARD / _SOFT) ** min(step / (_HARDENED * self.steps), 1.0)
+        for tower in pruning(self.model).towers.values():
+            for pruner in tower.pruners.values():
+                pruner.softness = softness
+        return self._target(step)
+
+    def _skip(self, step: int, records: list[Any], images: Tensor) -> None:
+        """Nothing is learnt from such a batch; too many in a row end the run."""
+        self.optimizer.zero_grad()
+        self.bad, self.skipped = self.bad + 1, self.skipped + 1
+        if self.bad < self.config.max_bad:
+            return
+        file = self.folder / f"bad_batch_{step:08d}_{self.accelerator.process_index}.pt"
+        torch.save({"step": step, "records": [repr(record) for record in records], "images": images}, file)
+        raise BadLossError(
+            f"{self.bad} losses in a row were no finite number, the last at step {step}; nothing was learnt from them. The "
+            f"last batch is in {file}, the last whole checkpoint is of step {self.checkpoints.last_step()}. Lower the "
+            "rate, or use precision='no'"
+        )
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether something is so in any process."""
+        if self.accelerator.num_processes == 1:
+            return here
+        flag: Any = torch.tensor(float(here), device=self.accelerator.device)
+        total: Any = self.accelerator.reduce(flag, "sum")
+        return bool(total > 0)
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    """A linear rise over a share of the steps, then a cosine to 0."""
+    rise = min((step + 1) / (warmup * steps), 1.0) if warmup > 0 else 1.0
+    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups, `times` the rate: matrices decay; vectors, the guide's anchors and thresholds do not."""
+    groups = [
+        {"params": [], "weight_decay": weight_decay, "times": 1.0},
+        {"params": [], "weight_decay": 0.0, "times": 1.0},
+        {"params": [], "weight_decay": 0.0, "times": _KEEPERS},
+    ]
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or name.endswith("anchors")
+            groups[2 if ".keeper." in name else 1 if plain else 0]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def _with_one_text(record: Any) -> Any:
+    """A record with the first of its captions: an image and one text are what an instance costs."""
+    return replace(record, captions=record.captions[:1]) if hasattr(record, "captions") else record
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker takes: plain values by name."""
+    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}

@@ -1,0 +1,118 @@
+"""What a run says while it runs: a progress bar, a history in JSON lines, and the trackers of Accelerate."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+_SHOWN = ("task", "align", "distil", "budget", "extra")
+_KEPT = "kept "
+
+
+class History:
+    """Rows of a file of JSON lines, each with the `step` it was written at."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.rows: list[dict[str, Any]] = []
+        if file.is_file():
+            whole = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.rows = [json.loads(line) for line in whole if line.endswith("\n")]
+
+    def rewind(self, step: int) -> None:
+        """Forget what was reported after a step: a run that goes on from it reports it again."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Watch:
+    """The figures of the steps since the last report; only the first process writes."""
+
+    def __init__(self, accelerator: Accelerator, history: History, start: int, steps: int):
+        self.accelerator, self.history = accelerator, history
+        if accelerator.is_main_process:
+            history.rewind(start)
+        pace = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no animation
+        self.bar = tqdm(
+            initial=start,
+            total=steps,
+            desc="compressing",
+            unit="step",
+            mininterval=pace,
+            dynamic_ncols=True,
+            disable=not accelerator.is_main_process,
+        )
+        self._seen: list[Mapping[str, Any]] = []
+        self._began = time.perf_counter()
+
+    def add(self, figures: Mapping[str, Any] | None) -> None:
+        """Those of one step; None for one that was skipped."""
+        self._seen += [] if figures is None else [figures]
+        self.bar.update()
+
+    def report(self, step: int, **more: float) -> None:
+        """Means since the last report, and `more`: a line of history, the bar's tail, the trackers' scalars."""
+        seen, self._seen = self._seen, []
+        seconds, self._began = time.perf_counter() - self._began, time.perf_counter()
+        if not seen or not self.accelerator.is_main_process:
+            return
+        names = dict.fromkeys(name for one in seen for name in one)
+        means = {name: np.mean([one[name] for one in seen if name in one], 0).tolist() for name in names}
+        row = {"step": step, **means, **more, "seconds": seconds / len(seen)}
+        self.history.add(row)
+        self._show(row)
+        scalars = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        self.accelerator.log(scalars | _by_layer(row), step=step)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        shown = {name: f"{row[name]:.3g}" for name in _SHOWN if name in row}
+        if "saved" in row:
+            shown["saved"] = f"{row['saved']:.1%} of {row['target']:.1%}"
+        kept = {name.removeprefix(_KEPT): row[name] for name in row if name.startswith(_KEPT)}
+        tokens = {tower: " ".join(f"{n:.0f}" for n in left[1:]) for tower, left in kept.items()}
+        self.bar.set_postfix(shown | tokens, refresh=False)
+
+
+def gathered(pieces: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> dict[str, Any]:
+    """The figures of a step's pieces, as of `Student`, meant over them and over all processes: plain numbers."""
+    means: dict[str, Tensor] = {}
+    for name in pieces[0]:
+        if name != "kept":
+            means[name] = torch.stack([piece[name].double() for piece in pieces]).mean(0)
+    for tower in pieces[0].get("kept", ()):
+        means[_KEPT + tower] = torch.stack([piece["kept"][tower] for piece in pieces]).mean(0)
+    if accelerator.num_processes > 1:
+        means = accelerator.reduce(means, "mean")  # type: ignore[assignment]
+    figures: dict[str, Any] = {name: value.tolist() for name, value in means.items()}
+    if "macs" in figures:
+        figures["saved"] = 1 - figures["macs"] / figures["dense_macs"]
+    return figures
+
+
+def trackers() -> list[Any]:
+    """TensorBoard, where it is installed."""
+    try:
+        import tensorboard  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return []
+    return ["tensorboard"]
+
+
+def _by_layer(row: Mapping[str, Any]) -> dict[str, float]:
+    kept = {name: row[name] for name in row if name.startswith(_KEPT)}
+    return {f"{name}/{depth}": n for name, tokens in kept.items() for depth, n in enumerate(tokens)}

@@ -1,0 +1,145 @@
+"""The model that is trained, with all that a step computes around it: one module, so that processes can share its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import losses
+from ..data import Record
+from ..flops import Meter
+from ..gauge import Gauge
+from ..pruner import PruneTrace, collect
+from ..surgery import pruning
+from .objectives import Loss, Objective
+
+_HEAT = 2.0  # the temperature that logits are taught at
+_BUDGET = 30.0  # weight of the squared share that the expected cost is off
+
+
+class Extra(Protocol):
+    """A further loss, for what a data set knows beyond its labels."""
+
+    def __call__(self, records: Sequence[Record], traces: dict[str, PruneTrace]) -> Tensor:
+        """The traces of the batch, by tower -> a scalar."""
+        ...
+
+
+class Student(nn.Module):
+    """A pruned model, its objective, and a dense teacher that is not trained.
+
+    align, distil: weights of L_align and of what the teacher teaches, which is T^2 KL of logits, and the squared error of
+    each tower's summaries, relative to their size (MADTP++ takes it absolute, with a weight for each tower).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        align: float = 0.1,
+        teacher: nn.Module | None = None,
+        distil: float = 0.0,
+        extra: Extra | None = None,
+    ):
+        super().__init__()
+        self.model, self.objective, self.align, self.distil = model, objective, align, distil
+        self.extra = extra
+        self.__dict__["teacher"] = teacher  # no child: it is neither trained nor kept in checkpoints
+        self.__dict__["gauge"], self.__dict__["meter"] = Gauge(model), Meter(model)
+
+    def forward(
+        self,
+        records: Sequence[Any],
+        images: Tensor,
+        step: int,
+        measured: bool = False,
+        saving: float | None = None,
+    ) -> dict[str, Any]:
+        """The loss of a batch, [] with gradients, and what it consists of, without.
+
+        saving: the share of the dense MACs that the expected ones should be below (None: no loss on them). Returns scalars,
+        those that there are of loss, task, align, distil, budget, extra; measured: also macs, dense_macs, of an instance,
+        and kept, per tower [1 + depths], as of `Gauge`.
+        """
+        with collect() as traces:
+            loss = self.objective(self.model, records, images, step)
+        own = self._own(traces)
+        parts = {"task": loss.total / _mean_over_processes(loss.count)}
+        if self.align and pruning(self.model).guide is not None:
+            parts["align"] = self.align * self._alignment(own)
+        if self.distil and self.__dict__["teacher"] is not None:
+            parts["distil"] = self.distil * self._taught(loss, own, records, images, step)
+        if saving is not None:
+            parts["budget"] = _BUDGET * (self._share(own, len(records)) - (1 - saving)) ** 2
+        if self.extra is not None:
+            parts["extra"] = self.extra(records, own)
+        figures: dict[str, Any] = {name: part.detach() for name, part in parts.items()}
+        figures["loss"] = torch.stack(list(parts.values())).sum()
+        return figures | (self._cost(own, len(records)) if measured else {})
+
+    def _own(self, traces: Sequence[PruneTrace]) -> dict[str, PruneTrace]:
+        """The first trace of each tower of the model itself."""
+        towers, own = pruning(self.model).towers, {}
+        for trace in traces:
+            if towers.get(trace.tower) is trace.encoder:
+                own.setdefault(trace.tower, trace)
+        return own
+
+    def _alignment(self, own: dict[str, PruneTrace]) -> Tensor:
+        image = own["image"]
+        if "text" not in own:  # captions, that a decoder read
+            return losses.alignment(image.aligned, image.spoken)
+        return losses.alignment(image.aligned, own["text"].aligned, self.objective.images)
+
+    def _taught(
+        self, loss: Loss, own: dict[str, PruneTrace], records: Sequence[Any], images: Tensor, step: int
+    ) -> Tensor:
+        teacher = self.__dict__["teacher"]
+        with torch.no_grad(), collect() as traces:
+            outputs = self.objective.teach(teacher, records, images, step)
+        theirs = {trace.tower: trace for trace in reversed(traces)}
+        total = images.new_zeros(())
+        for tower, trace in own.items():
+            right = theirs[tower].summary
+            total = total + F.mse_loss(trace.summary, right) / right.square().mean()
+        if outputs is not None and loss.outputs is not None:
+            ours, target = ((part / _HEAT).log_softmax(-1) for part in (loss.outputs, outputs))
+            divergence = F.kl_div(ours, target, reduction="batchmean", log_target=True)
+            total = total + _HEAT**2 * divergence
+        return total
+
+    def _share(self, own: dict[str, PruneTrace], batch: int) -> Tensor:
+        """The expected MACs of an instance, an image and one text, as a share of the dense ones; with gradients."""
+        cost = self.__dict__["meter"](list(own.values()))
+        units = {tower: batch if tower == "image" else macs.shape[1] for tower, macs in cost.dense.items()}
+        ours, dense = (
+            torch.stack([macs.sum() / units[tower] for tower, macs in one.items()]).sum() + cost.head
+            for one in (cost.towers, cost.dense)
+        )
+        return ours / dense
+
+    @torch.no_grad()
+    def _cost(self, own: dict[str, PruneTrace], batch: int) -> dict[str, Any]:
+        texts = own["text"].entered.layout.batch // batch if "text" in own else 1
+        spent = self.__dict__["gauge"](list(own.values()), [texts] * batch)
+        device = next(self.model.parameters()).device
+
+        def mean(rows: Sequence[Any]) -> Tensor:
+            return torch.tensor(rows, dtype=torch.float64).mean(0).to(device)
+
+        kept = {tower: mean([one.kept[tower] for one in spent]) for tower in own}
+        return {"macs": mean([s.macs for s in spent]), "dense_macs": mean([s.dense_macs for s in spent]), "kept": kept}
+
+
+def _mean_over_processes(count: Tensor) -> Tensor:
+    """A process's share of what all of them count, so that the mean of their gradients is that of all units together."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return count
+    total = count.clone().double()
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).to(torch.float32)
