@@ -1,0 +1,57 @@
+"""`compress` from end to end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import vltprune as vp
+from vltprune import cli
+
+pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'vltprune[train]'")
+
+SHORT = [
+    "--set",
+    "steps=2",
+    "batch_size=2",
+    "rate=1e-4",
+    "checkpoint_every=1",
+    "val_limit=4",
+    "parts={'keep': 'ratio'}",
+]
+
+
+def command(output, *options):
+    data = ["--data", "synthetic:train:8x2", "--val", "synthetic:val:8"]
+    return ["compress", "--task", "nlvr", "--model", "blip_nlvr_tiny", *data, "--output", str(output), *options]
+
+
+def test_it_trains_says_what_came_of_it_and_goes_on(tmp_path, capsys):
+    options = ["--reduction", "0.5", *SHORT]
+    assert cli.main(command(tmp_path / "run", *options)) == 0
+    out = capsys.readouterr().out
+    assert "accuracy %" in out and "50% asked" in out and "dense" in out and "ratio=" in out
+    model = vp.load(tmp_path / "run" / "model")
+    assert model.pruning.config.part("keep").name == "ratio"
+    before = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert cli.main(command(tmp_path / "run", *options)) == 0  # there is nothing left to do
+    assert json.loads((tmp_path / "run" / "results.json").read_text())[1]["scores"] == before[1]["scores"]
+
+
+def test_what_is_given_wins_over_the_file(tmp_path, fails):
+    fields = {
+        "task": "nlvr",
+        "model": "blip_nlvr_tiny",
+        "data": "synthetic:train:8",
+        "val": "synthetic:val:4",
+        "steps": 1,
+    }
+    (tmp_path / "run.json").write_text(json.dumps({**fields, "batch_size": 2, "reduction": 0.7}))
+    base = ["compress", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "run")]
+    assert cli.main([*base, "--reduction", "0.4", "--preset", "random"]) == 0
+    there = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (there["reduction"], there["preset"], there["batch_size"]) == (0.4, "random", 2)
+    assert "is the run of another config (preset" in fails(*[*base, "--reduction", "0.4"])
+    assert "takes no argument 'step'; did you mean steps" in fails(*[*base, "--set", "step=3"])
+    assert "a compression config needs task" in fails("compress", "--output", str(tmp_path / "other"))
