@@ -31,8 +31,9 @@ def test_files_say_the_same_again(tmp_path):
     ("changes", "complaint"),
     [
         ({"task": "nlvr2"}, "there is no task 'nlvr2'; did you mean nlvr"),
-        ({"reduction": 1.0}, r"reduction=1.0 must lie between 0 and 1"),
-        ({"serve": (0.5, -1)}, r"reduction=-1 must lie between"),
+        ({"reduction": 1.0}, r"reduction=1.0 must lie in 0 .. 1"),
+        ({"serve": (0.5, -1)}, r"serve=\(0.5, -1\): shares of the dense MACs, between 0 and 1"),
+        ({"serve": (0.5,), "reduction": 0.0}, r"of a model that is pruned"),
         ({"ramp": 1.5}, r"ramp=1.5 must lie in 0 .. 1: a share of the steps"),
         ({"steps": 0}, "steps=0 must be 1 or more"),
         ({"rate": 0.0}, "rate=0.0 must be above 0"),

@@ -64,7 +64,8 @@ def test_every_task_can_be_compressed(task, budget, tmp_path):
     assert all(set(row["scores"]) == set(dense["scores"]) for row in pruned)
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == [1, 2, 3, 4]
-    assert {"task", "align", "distil", "rate", "target", "knob", "skipped_steps"} <= set(history[0])
+    said = {"task", "align", "distil", "rate", "target", "skipped_steps", "budget" if budget == "learned" else "knob"}
+    assert said <= set(history[0])
 
     model = vp.load(tmp_path / "run" / "model")
     after = model.pruning.host.state_dict()
@@ -73,6 +74,21 @@ def test_every_task_can_be_compressed(task, budget, tmp_path):
     assert (
         json.loads((tmp_path / "run" / "results.json").read_text())[2]["knob"]["value"] == done.rows[2]["knob"]["value"]
     )
+
+
+def test_a_dense_model_can_be_trained_first(tmp_path):
+    settings = config("retrieval", tmp_path / "data", reduction=0.0, freeze=["visual.blocks.0.*"], augment=True)
+    before = dense_model(settings).state_dict()
+    done = compress(settings, tmp_path / "run")
+    model = vp.load(tmp_path / "run" / "model")
+    assert not hasattr(model, "pruning")
+    assert [row["macs_saved"] for row in done.rows] == [0.0, 0.0]
+    after = model.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("visual.blocks.0.")} <= same
+    assert not any(name.startswith(("visual.blocks.1.attn.qkv", "text.layers")) for name in same)
+    with pytest.raises(ValueError, match=r"freeze: no parameter is called 'vision\.\*'; they are called temperature, visual"):
+        compress(settings.replace(freeze=["vision.*"]), tmp_path / "other")
 
 
 def test_distillation_of_what_is_not_pruned_costs_nothing(tmp_path):

@@ -19,7 +19,7 @@ from ..factory import create_model
 from ..journal import Journal, write_json
 from ..models import zoo
 from ..preprocessing import transforms
-from ..surgery import prune
+from ..surgery import prune, pruning
 from ..tasks import Options
 from .config import CompressConfig
 from .engine import Run
@@ -42,6 +42,8 @@ class Compressed:
 
 def compress(config: CompressConfig, output: str | Path, extra: Extra | None = None) -> Compressed | None:
     """Train a pruned model to its budget, in the folder `output`; the same call goes on where it was stopped.
+
+    With reduction=0 the dense model is trained alike, and saved as it is.
 
     config: what to do; extra: a further loss. There come to be checkpoints/, history.jsonl, the trackers' files, and at
     the end model/ (`vltprune.load` reads it), results.json and config.json. The validation split chooses the knob, and
@@ -107,6 +109,11 @@ def _finish(run: Run, val: Sequence[Any]) -> Compressed:
     prepare = transforms(model)
     calls = run.inputs(val[:_CALIBRATED], prepare)
     rows = [_examined(run, dense_model(config).to(run.accelerator.device), val, "dense", 0.0, None)]
+    if not config.reduction:
+        rows.append(_examined(run, pruning(model).host, val, "trained", 0.0, None))
+        checkpoint.save(pruning(model).host, folder / "model")
+        write_json(folder / "results.json", rows)
+        return Compressed(pruning(model).host, folder, rows)
     for reduction in sorted({*config.serve, config.reduction}):
         try:
             found = budget.calibrate(model, calls, reduction)

@@ -45,7 +45,9 @@ class CompressConfig:
     val, val_images annotations that everything is chosen on; never the test split. val_limit: only the first so many
     model_args, pretrained, vocabulary, answers   as `create_model` and `vltprune eval` take them
     preset, parts   how to prune: a preset's name, and parts that replace its own, such as {"reducer": "drop"}
-    reduction       share of the dense MACs to save; serve: other shares that the trained model is calibrated to as well
+    freeze          shell patterns of the dense model's parameters that stay as they are
+    reduction       share of the dense MACs to save; 0 trains the dense model, for want of one to begin with
+    serve           other shares, that the trained model is calibrated to and examined at as well
     budget          "controller": measured MACs turn the keeper's knob; "learned": tokens are kept softly, and a loss on the
                     expected MACs moves scores and thresholds
     ramp            the target rises from 0 to `reduction` over this share of the steps
@@ -72,6 +74,7 @@ class CompressConfig:
     answers: str | None = None
     preset: str = "madtp"
     parts: Mapping[str, Any] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
     reduction: float = 0.5
     serve: tuple[float, ...] = ()
     budget: Literal["controller", "learned"] = "controller"
@@ -98,16 +101,21 @@ class CompressConfig:
         if self.task not in RECIPES:
             raise ValueError(f"task={self.task!r} cannot be trained yet: one of {', '.join(RECIPES)} can")
         self._check_ranges()
-        object.__setattr__(self, "serve", tuple(self.serve))
+        for name in ("serve", "freeze"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("rate", "weight_decay", "epochs", "batch_size"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(RECIPES[self.task], name))
         self.pruning  # noqa: B018  (wrong parts fail here)
 
     def _check_ranges(self) -> None:
-        wrong = [share for share in (self.reduction, *self.serve) if not 0 < share < 1]
-        if wrong:
-            raise ValueError(f"reduction={wrong[0]} must lie between 0 and 1: the share of the dense MACs to save")
+        if not 0 <= self.reduction < 1:
+            raise ValueError(f"reduction={self.reduction} must lie in 0 .. 1: the share of the dense MACs to save")
+        wrong = [share for share in self.serve if not 0 < share < 1]
+        if wrong or (self.serve and not self.reduction):
+            raise ValueError(
+                f"serve={self.serve}: shares of the dense MACs, between 0 and 1, of a model that is pruned"
+            )
         for name in ("ramp", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0 .. 1: a share of the steps")
@@ -129,8 +137,9 @@ class CompressConfig:
 
     @property
     def pruning(self) -> PruneConfig:
-        """The parts to prune with. Raises what PruneConfig does."""
-        return preset(self.preset).replace(**self.parts)
+        """The parts to prune with, nowhere where nothing is to be saved. Raises what PruneConfig does."""
+        config = preset(self.preset).replace(**self.parts)
+        return config if self.reduction else preset("random").replace(at=())
 
     def replace(self, **changes: Any) -> CompressConfig:
         """The same with other fields. TypeError for one that there is not."""
@@ -138,7 +147,7 @@ class CompressConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write."""
-        return {**dataclasses.asdict(self), "serve": list(self.serve)}
+        return {**dataclasses.asdict(self), "serve": list(self.serve), "freeze": list(self.freeze)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -54,12 +55,13 @@ class Run:
         config, device = self.config, self._accelerate().device
         self.draws = self._draws()
         self.steps = config.steps or max(round(float(config.epochs or 1) * self.draws.steps_per_epoch), 1)
+        _freeze(pruning(self.model).host, config.freeze)
         self.model.to(device)
         objective = objective_of(self.task, self.model, config.seed).to(device)
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
         student = Student(self.model, objective, config.align, teacher, config.distil, self.extra)
         optimizer = torch.optim.AdamW(_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0))
-        self.controller = Controller(self.model)
+        self.controller = Controller(self.model) if config.reduction and config.budget == "controller" else None
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator)
 
@@ -123,7 +125,8 @@ class Run:
         """The step to go on from, with everything as it was; a fresh run's guide and knob are placed first."""
         state = self.checkpoints.restore()
         if state is not None:
-            self.controller.load_state_dict(state["controller"])
+            if self.controller is not None:
+                self.controller.load_state_dict(state["controller"])
             self.bad, self.skipped = state["bad"], state["skipped"]
             return state["step"]
         order = np.random.default_rng((self.config.seed, 0)).permutation(len(self.records))[:_START]
@@ -131,18 +134,20 @@ class Run:
         guide = pruning(self.model).guide
         if guide is not None and guide.is_untrained:
             fit_guide(self.model, calls, self.config.seed)
-        if self.config.budget == "controller":
+        if self.controller is not None:
             self.controller.start(calls, self._target(0))
         return 0
 
     def _state(self) -> dict[str, Any]:
-        return {"controller": self.controller.state_dict(), "bad": self.bad, "skipped": self.skipped}
+        controller = None if self.controller is None else self.controller.state_dict()
+        return {"controller": controller, "bad": self.bad, "skipped": self.skipped}
 
     def _standing(self, step: int) -> dict[str, float]:
         """What a report says besides the steps' own figures."""
         rate = self.optimizer.param_groups[0]["lr"]
         skipped = {"skipped_steps": self.skipped, "skipped_records": len(self.draws.skipped)}
-        return {"target": self._target(step), "knob": self.controller.dial.value, "rate": rate, **skipped}
+        knob = {} if self.controller is None else {"knob": self.controller.dial.value}
+        return {"target": self._target(step), "rate": rate, **knob, **skipped}
 
     def _target(self, step: int) -> float:
         return target(step, self.steps, self.config.reduction, self.config.ramp)
@@ -152,7 +157,7 @@ class Run:
         config, a = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = group["times"] * float(config.rate or 0) * _schedule(step, self.steps, config.warmup)
-        saving = self._soften(step) if config.budget == "learned" else None
+        saving = self._soften(step) if config.reduction and config.budget == "learned" else None
         self.student.train()
         pieces, size = [], len(records) // config.accumulate
         for start in range(0, len(records), size):
@@ -170,7 +175,7 @@ class Run:
         self.optimizer.zero_grad()
         self.bad = 0
         figures = gathered(pieces, a)
-        if "saved" in figures and config.budget == "controller":
+        if "saved" in figures and self.controller is not None:
             self.controller.step(figures["saved"], self._target(step))
         return figures
 
@@ -209,6 +214,17 @@ def _schedule(step: int, steps: int, warmup: float) -> float:
     """A linear rise over a share of the steps, then a cosine to 0."""
     rise = min((step + 1) / (warmup * steps), 1.0) if warmup > 0 else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _freeze(host: nn.Module, patterns: Sequence[str]) -> None:
+    """Parameters of the dense model that are not trained. ValueError for a pattern that is nobody's."""
+    for pattern in patterns:
+        found = [parameter for name, parameter in host.named_parameters() if fnmatch.fnmatch(name, pattern)]
+        if not found:
+            some = ", ".join(name for name, _ in list(host.named_parameters())[:3])
+            raise ValueError(f"freeze: no parameter is called {pattern!r}; they are called {some}, ...")
+        for parameter in found:
+            parameter.requires_grad_(False)
 
 
 def _groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
