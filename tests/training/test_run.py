@@ -87,7 +87,9 @@ def test_a_dense_model_can_be_trained_first(tmp_path):
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith("visual.blocks.0.")} <= same
     assert not any(name.startswith(("visual.blocks.1.attn.qkv", "text.layers")) for name in same)
-    with pytest.raises(ValueError, match=r"freeze: no parameter is called 'vision\.\*'; they are called temperature, visual"):
+    with pytest.raises(
+        ValueError, match=r"freeze: no parameter is called 'vision\.\*'; they are called temperature, visual"
+    ):
         compress(settings.replace(freeze=["vision.*"]), tmp_path / "other")
 
 

@@ -22,7 +22,7 @@ from ..preprocessing import transforms
 from ..surgery import prune, pruning
 from ..tasks import Options
 from .config import CompressConfig
-from .engine import Run
+from .engine import Run, calls_of
 from .student import Extra
 
 _CALIBRATED = 256  # records of the validation split that the knob is set on
@@ -107,7 +107,7 @@ def _finish(run: Run, val: Sequence[Any]) -> Compressed:
     config, model, folder = run.config, run.accelerator.unwrap_model(run.student).model, run.folder
     val = val[: config.val_limit] if config.val_limit else val
     prepare = transforms(model)
-    calls = run.inputs(val[:_CALIBRATED], prepare)
+    calls = calls_of(run.task, val[:_CALIBRATED], prepare, run.accelerator.device)
     rows = [_examined(run, dense_model(config).to(run.accelerator.device), val, "dense", 0.0, None)]
     if not config.reduction:
         rows.append(_examined(run, pruning(model).host, val, "trained", 0.0, None))

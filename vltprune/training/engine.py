@@ -83,17 +83,6 @@ class Run:
         watch.bar.close()
         self.accelerator.end_training()
 
-    def inputs(self, records: Sequence[Any], prepare: Callable[[Any], Tensor], size: int = 16) -> list[Any]:
-        """Calls that put the records, one text each, to a model as the task does: what a budget measures."""
-        calls = []
-        for start in range(0, len(records), size):
-            some = [_with_one_text(record) for record in records[start : start + size]]
-            images = torch.stack([torch.stack([prepare(p) for p in record.pictures()]) for record in some])
-            texts, _ = self.task.texts(some)
-            images, *texts = (part.to(self.accelerator.device) for part in (images, *texts))
-            calls.append(partial(self.task.answer, records=some, images=images, texts=tuple(texts)))
-        return calls
-
     def _accelerate(self) -> Accelerator:
         self.accelerator = Accelerator(
             mixed_precision=self.config.precision,
@@ -130,7 +119,8 @@ class Run:
             self.bad, self.skipped = state["bad"], state["skipped"]
             return state["step"]
         order = np.random.default_rng((self.config.seed, 0)).permutation(len(self.records))[:_START]
-        calls = self.inputs([self.records[int(number)] for number in order], self.draws.prepare)
+        first = [self.records[int(number)] for number in order]
+        calls = calls_of(self.task, first, self.draws.prepare, self.accelerator.device)
         guide = pruning(self.model).guide
         if guide is not None and guide.is_untrained:
             fit_guide(self.model, calls, self.config.seed)
@@ -208,6 +198,23 @@ class Run:
         flag: Any = torch.tensor(float(here), device=self.accelerator.device)
         total: Any = self.accelerator.reduce(flag, "sum")
         return bool(total > 0)
+
+
+def calls_of(
+    task: Any,
+    records: Sequence[Any],
+    prepare: Callable[[Any], Tensor],
+    device: torch.device | str = "cpu",
+    size: int = 16,
+) -> list[Callable[..., Any]]:
+    """Calls that put the records, one text each, to a model as the task does: batches for `budget`."""
+    calls: list[Callable[..., Any]] = []
+    for start in range(0, len(records), size):
+        some = [_with_one_text(record) for record in records[start : start + size]]
+        images = torch.stack([torch.stack([prepare(p) for p in record.pictures()]) for record in some])
+        texts = tuple(text.to(device) for text in task.texts(some)[0])
+        calls.append(partial(task.answer, records=some, images=images.to(device), texts=texts))
+    return calls
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
