@@ -31,6 +31,7 @@ FLOORS = [
     ("hub",),
     ("visualize", "evaluate", "tasks"),
     ("report", "exam"),
+    ("training",),
     ("commands",),
     ("cli",),
 ]
