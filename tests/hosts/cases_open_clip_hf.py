@@ -8,7 +8,7 @@ from checks import Case, randomise
 from open_clip.hf_model import HFTextEncoder
 from transformers_parts import ENDS, IDLE, MASK, SPECIAL, STILL, TEXT, images, words
 
-PADDING = {"bert": 0, "roberta": 1, "distilbert": 0, "mpnet": 1, "modernbert": 1}
+PADDING = {"bert": 0, "roberta": 1, "xlm roberta": 1, "distilbert": 0, "mpnet": 1, "modernbert": 1}
 OPTIONS = {
     "mean": {"pooler_type": "mean_pooler", "proj_type": "linear"},
     "mean, mlp": {"pooler_type": "mean_pooler", "proj_type": "mlp"},
@@ -22,7 +22,7 @@ OPTIONS = {
     "cls state, tokens": {"pooler_type": "cls_last_hidden_state_pooler", "proj_type": "mlp", "output_tokens": True},
 }
 NAMES = [f"bert: {option}" for option in OPTIONS]
-NAMES += ["roberta: mean", "roberta: cls", "distilbert: mean", "distilbert: cls, tokens"]
+NAMES += ["xlm roberta: mean", "roberta: mean", "roberta: cls", "distilbert: mean", "distilbert: cls, tokens"]
 NAMES += ["mpnet: mean", "modernbert: mean, mlp", "modernbert: max"]
 NAMES += ["clip", "clip, dict"]
 ENCODERS = [name for name in NAMES if ":" in name]
@@ -30,8 +30,8 @@ ENCODERS = [name for name in NAMES if ":" in name]
 
 def text_tower(family: str, option: str, layers: int = 3) -> HFTextEncoder:
     sizes = {**TEXT, **STILL, "max_position_embeddings": 20, "num_hidden_layers": layers}
-    kind = hf.RobertaConfig if family == "roberta" else hf.BertConfig
-    config = kind(**sizes, pad_token_id=PADDING[family])
+    kinds = {"roberta": hf.RobertaConfig, "xlm roberta": hf.XLMRobertaConfig}
+    config = kinds.get(family, hf.BertConfig)(**sizes, pad_token_id=PADDING[family])
     tower = HFTextEncoder("", config=config, **{"output_dim": 24, **OPTIONS[option]})
     if option.startswith("max"):
         tower.pooler.forward = maximum

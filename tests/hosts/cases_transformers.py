@@ -50,6 +50,7 @@ DINO3 = {
     "another size": {},
 }
 NAMES = [f"bert: {n}" for n in BERT] + [f"roberta: {n}" for n in ("plain", "types and positions")]
+NAMES += ["xlm roberta: plain"]
 NAMES += ["distilbert: plain", "distilbert: positions", "distilbert: relu"]
 NAMES += ["mpnet: plain", "mpnet: positions", "mpnet: no pooler"] + [f"modernbert: {n}" for n in MODERN]
 NAMES += [f"vit: {n}" for n in VIT] + ["deit: plain", "deit: no pooler"]
@@ -70,6 +71,7 @@ HEADED = {  # a model with a head, and the case whose tower it has
     "BertForSequenceClassification": "bert: plain",
     "RobertaForSequenceClassification": "roberta: plain",
     "DistilBertForSequenceClassification": "distilbert: plain",
+    "XLMRobertaForSequenceClassification": "xlm roberta: plain",
     "MPNetForSequenceClassification": "mpnet: no pooler",
     "ModernBertForSequenceClassification": "modernbert: local first",
     "ViTForImageClassification": "vit: no pooler",
@@ -80,7 +82,15 @@ HEADED = {  # a model with a head, and the case whose tower it has
 }
 NAMES += [f"headed: {name}" for name in HEADED]
 # one of each family
-WORDS = ["bert: plain", "roberta: plain", "distilbert: plain", "mpnet: plain", "modernbert: plain", "clip text: masked"]
+WORDS = [
+    "bert: plain",
+    "roberta: plain",
+    "xlm roberta: plain",
+    "distilbert: plain",
+    "mpnet: plain",
+    "modernbert: plain",
+    "clip text: masked",
+]
 TEXTS = [*WORDS, "siglip text: plain", "blip text: plain", "blip text: memory"]
 IMAGES = ["vit: plain", "deit: plain", "dinov2: swiglu", "registers: plain", "dinov3: plain"]
 IMAGES += ["clip image: plain", "siglip image: plain", "siglip2 image: plain", "blip image: plain"]
@@ -107,6 +117,7 @@ def text_case(family: str, option: str, **more) -> Case:
     kinds = {
         "bert": (hf.BertModel, hf.BertConfig),
         "roberta": (hf.RobertaModel, hf.RobertaConfig),
+        "xlm roberta": (hf.XLMRobertaModel, hf.XLMRobertaConfig),
         "distilbert": (hf.DistilBertModel, hf.DistilBertConfig),
         "mpnet": (hf.MPNetModel, hf.MPNetConfig),
         "modernbert": (hf.ModernBertModel, hf.ModernBertConfig),

@@ -90,7 +90,7 @@ def test_padding_never_matters(name, preset):
     pruned = case.pruned(preset)
     (before, *_), lengths = checks.run(pruned, (ids, mask))
     (after, *_), other_lengths = checks.run(pruned, (other, mask))
-    if name.startswith("roberta"):  # which counts its positions over all that is not padding by its id
+    if "roberta" in name:  # which counts its positions over all that is not padding by its id
         assert lengths["text"][0] == other_lengths["text"][0] == ENDS
     else:
         assert torch.equal(before, after)

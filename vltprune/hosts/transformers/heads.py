@@ -14,6 +14,7 @@ from ..decoder import linear_macs
 
 @hosts.register("transformers.models.bert.modeling_bert.BertForSequenceClassification")
 @hosts.register("transformers.models.roberta.modeling_roberta.RobertaForSequenceClassification")
+@hosts.register("transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaForSequenceClassification")
 @hosts.register("transformers.models.mpnet.modeling_mpnet.MPNetForSequenceClassification")
 @hosts.register("transformers.models.modernbert.modeling_modernbert.ModernBertForSequenceClassification")
 @hosts.register("transformers.models.distilbert.modeling_distilbert.DistilBertForSequenceClassification")

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, MPNet and DistilBERT of transformers, taken apart."""
+"""BERT, RoBERTa, XLM-RoBERTa, MPNet and DistilBERT of transformers, taken apart."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
 from transformers.models.mpnet.modeling_mpnet import MPNetLayer, MPNetSelfAttention
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer, XLMRobertaSelfAttention
 
 from ...attention import PairBias
 from ...registry import hosts
@@ -48,10 +49,15 @@ class PostNorm(Sentences):
 
 @hosts.register("transformers.models.bert.modeling_bert.BertModel")
 @hosts.register("transformers.models.roberta.modeling_roberta.RobertaModel")
+@hosts.register("transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel")
 class Bert(PostNorm):
-    """BERT and RoBERTa as encoders."""
+    """BERT, RoBERTa and XLM-RoBERTa as encoders."""
 
-    known: ClassVar = {BertLayer: (BertSelfAttention,), RobertaLayer: (RobertaSelfAttention,)}
+    known: ClassVar = {
+        BertLayer: (BertSelfAttention,),
+        RobertaLayer: (RobertaSelfAttention,),
+        XLMRobertaLayer: (XLMRobertaSelfAttention,),
+    }
 
     def check(self, tower: Any) -> None:
         super().check(tower)
