@@ -48,8 +48,8 @@ class CompressConfig:
     freeze          shell patterns of the dense model's parameters that stay as they are
     reduction       share of the dense MACs to save; 0 trains the dense model, for want of one to begin with
     serve           other shares, that the trained model is calibrated to and examined at as well
-    budget          "controller": measured MACs turn the keeper's knob; "learned": tokens are kept softly, and a loss on the
-                    expected MACs moves scores and thresholds
+    budget          "controller": measured MACs turn the keeper's knob; "learned": for the first half of the steps tokens are
+                    kept softly, and a loss on the expected MACs moves scores and thresholds; then as "controller"
     ramp            the target rises from 0 to `reduction` over this share of the steps
     epochs, steps   how long (steps wins; None: the recipe's epochs); batch_size: records a step, of all processes
     accumulate      a step's records go through the model in so many pieces

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..budget import fit_guide
 from ..preprocessing import transforms
+from ..pruner import Pruner
 from ..surgery import pruning
 from .checkpoints import Checkpoints
 from .config import CompressConfig
@@ -28,7 +29,9 @@ from .objectives import objective_of
 from .student import Extra, Student
 
 _MEASURED = 5  # every so many steps the cost is measured and the knob turned
-_SOFT, _HARD, _HARDENED = 0.5, 0.03, 0.8  # softness at first and at last, in mean scores; over which share of the steps
+_SOFT, _HARD = 0.5, 0.01  # softness at first and at last, in mean scores
+_HARDENED = 0.5  # the share of the steps after which tokens stay or go, as in evaluation
+_PRICE = 0.1  # how much dearer each step makes a share of the dense MACs that is too much
 _KEEPERS = 100.0  # how much faster thresholds learn than weights
 _START = 64  # records that the guide and the knob start from
 
@@ -50,6 +53,7 @@ class Run:
     extra: Extra | None = None
     bad: int = 0  # losses that were no number, in a row
     skipped: int = 0  # and in all
+    price: float = 0.0  # of the expected cost (the multiplier of an augmented Lagrangian)
 
     def __post_init__(self) -> None:
         config, device = self.config, self._accelerate().device
@@ -61,7 +65,7 @@ class Run:
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
         student = Student(self.model, objective, config.align, teacher, config.distil, self.extra)
         optimizer = torch.optim.AdamW(_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0))
-        self.controller = Controller(self.model) if config.reduction and config.budget == "controller" else None
+        self.controller = Controller(self.model) if config.reduction else None
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator)
 
@@ -116,7 +120,7 @@ class Run:
         if state is not None:
             if self.controller is not None:
                 self.controller.load_state_dict(state["controller"])
-            self.bad, self.skipped = state["bad"], state["skipped"]
+            self.bad, self.skipped, self.price = state["bad"], state["skipped"], state["price"]
             return state["step"]
         order = np.random.default_rng((self.config.seed, 0)).permutation(len(self.records))[:_START]
         first = [self.records[int(number)] for number in order]
@@ -124,13 +128,13 @@ class Run:
         guide = pruning(self.model).guide
         if guide is not None and guide.is_untrained:
             fit_guide(self.model, calls, self.config.seed)
-        if self.controller is not None:
+        if self.controller is not None and self.config.budget == "controller":
             self.controller.start(calls, self._target(0))
         return 0
 
     def _state(self) -> dict[str, Any]:
         controller = None if self.controller is None else self.controller.state_dict()
-        return {"controller": controller, "bad": self.bad, "skipped": self.skipped}
+        return {"controller": controller, "bad": self.bad, "skipped": self.skipped, "price": self.price}
 
     def _standing(self, step: int) -> dict[str, float]:
         """What a report says besides the steps' own figures."""
@@ -144,38 +148,57 @@ class Run:
 
     def _step(self, step: int, records: list[Any], images: Tensor) -> dict[str, Any] | None:
         """One step of the optimiser, and its figures; None where the loss or the gradient was no number."""
-        config, a = self.config, self.accelerator
         for group in self.optimizer.param_groups:
-            group["lr"] = group["times"] * float(config.rate or 0) * _schedule(step, self.steps, config.warmup)
-        saving = self._soften(step) if config.reduction and config.budget == "learned" else None
+            group["lr"] = (
+                group["times"] * float(self.config.rate or 0) * _schedule(step, self.steps, self.config.warmup)
+            )
+        pieces = self._gradients(step, records, images)
+        norm: Any = (
+            self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.clip) if pieces else math.nan
+        )
+        finite = (
+            math.isfinite(norm) or self.accelerator.scaler is not None
+        )  # with a scaler, that is how it finds its scale
+        if not pieces or not finite:
+            return self._skip(step, records, images)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.bad = 0
+        figures = gathered(pieces, self.accelerator)
+        self.price += _PRICE * figures.get("over", 0.0)
+        if "saved" in figures and self.controller is not None and not self._is_soft(step):
+            self.controller.step(figures["saved"], self._target(step))
+        return figures
+
+    def _gradients(self, step: int, records: list[Any], images: Tensor) -> list[dict[str, Any]]:
+        """Forward and backward, in `accumulate` pieces: the figures of each, none where a loss was no number."""
+        config, a = self.config, self.accelerator
+        self._soften(step)
+        saving = self._target(step) if self._is_soft(step) else None
+        options = {"measured": step % _MEASURED == 0, "saving": saving, "price": self.price}
         self.student.train()
         pieces, size = [], len(records) // config.accumulate
         for start in range(0, len(records), size):
             with nullcontext() if start + size >= len(records) else a.no_sync(self.student):
                 part = images[start : start + size].to(a.device)
-                figures = self.student(records[start : start + size], part, step, step % _MEASURED == 0, saving)
-                if self._anywhere(not bool(torch.isfinite(figures["loss"]))):
-                    return self._skip(step, records, images)
-                a.backward(figures["loss"] / config.accumulate)
-            pieces.append({name: value for name, value in figures.items() if name != "loss"})
-        norm: Any = a.clip_grad_norm_(self.student.parameters(), config.clip)
-        if a.scaler is None and not bool(torch.isfinite(norm)):  # with a scaler, that is how it finds its scale
-            return self._skip(step, records, images)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.bad = 0
-        figures = gathered(pieces, a)
-        if "saved" in figures and self.controller is not None:
-            self.controller.step(figures["saved"], self._target(step))
-        return figures
+                figures = self.student(records[start : start + size], part, step, **options)
+                loss = figures.pop("loss")
+                if self._anywhere(not bool(torch.isfinite(loss))):
+                    return []
+                a.backward(loss / config.accumulate)
+            pieces.append(figures)
+        return pieces
 
-    def _soften(self, step: int) -> float:
-        """How softly tokens are kept at a step: less and less; and the share of the dense MACs to save, which it returns."""
-        softness = _SOFT * (_HARD / _SOFT) ** min(step / (_HARDENED * self.steps), 1.0)
-        for tower in pruning(self.model).towers.values():
-            for pruner in tower.pruners.values():
-                pruner.softness = softness
-        return self._target(step)
+    def _is_soft(self, step: int) -> bool:
+        """Whether tokens are kept softly at a step, under a loss on their cost; otherwise the controller keeps the budget."""
+        return self.config.reduction > 0 and self.config.budget == "learned" and step < _HARDENED * self.steps
+
+    def _soften(self, step: int) -> None:
+        """Less and less, and not at all in the end, so that the weights get used to it."""
+        softness = _SOFT * (_HARD / _SOFT) ** (step / (_HARDENED * self.steps)) if self._is_soft(step) else 0.0
+        towers = pruning(self.model).towers.values()
+        for pruner in [module for tower in towers for module in tower.modules() if isinstance(module, Pruner)]:
+            pruner.softness = softness
 
     def _skip(self, step: int, records: list[Any], images: Tensor) -> None:
         """Nothing is learnt from such a batch; too many in a row end the run."""

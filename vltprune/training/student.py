@@ -59,26 +59,31 @@ class Student(nn.Module):
         step: int,
         measured: bool = False,
         saving: float | None = None,
+        price: float = 0.0,
     ) -> dict[str, Any]:
         """The loss of a batch, [] with gradients, and what it consists of, without.
 
-        saving: the share of the dense MACs that the expected ones should be below (None: no loss on them). Returns scalars,
-        those that there are of loss, task, align, distil, budget, extra; measured: also macs, dense_macs, of an instance,
-        and kept, per tower [1 + depths], as of `Gauge`.
+        saving: the share of the dense MACs that the expected ones should be below (None: no loss on them), and price, what
+        a share too much costs besides. Returns scalars, those that there are of loss, task, align, distil, budget, extra,
+        and `over`, the share too much; measured: also macs, dense_macs, of an instance, and kept, per tower [1 + depths],
+        as of `Gauge`.
         """
         with collect() as traces:
             loss = self.objective(self.model, records, images, step)
         own = self._own(traces)
+        figures: dict[str, Any] = {}
         parts = {"task": loss.total / _mean_over_processes(loss.count)}
         if self.align and pruning(self.model).guide is not None:
             parts["align"] = self.align * self._alignment(own)
         if self.distil and self.__dict__["teacher"] is not None:
             parts["distil"] = self.distil * self._taught(loss, own, records, images, step)
         if saving is not None:
-            parts["budget"] = _BUDGET * (self._share(own, len(records)) - (1 - saving)) ** 2
+            over = self._share(own, len(records)) - (1 - saving)
+            parts["budget"] = price * over + _BUDGET * over**2
+            figures["over"] = over.detach()
         if self.extra is not None:
             parts["extra"] = self.extra(records, own)
-        figures: dict[str, Any] = {name: part.detach() for name, part in parts.items()}
+        figures |= {name: part.detach() for name, part in parts.items()}
         figures["loss"] = torch.stack(list(parts.values())).sum()
         return figures | (self._cost(own, len(records)) if measured else {})
 
