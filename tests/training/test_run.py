@@ -93,6 +93,21 @@ def test_a_dense_model_can_be_trained_first(tmp_path):
         compress(settings.replace(freeze=["vision.*"]), tmp_path / "other")
 
 
+def test_a_cost_out_of_reach_loses_nothing_that_was_learnt(tmp_path):
+    parts = {"guide": "codebook(anchors=4)", "keep": "ratio", "at": {"text": [1]}}
+    settings = config("nlvr", tmp_path / "data", reduction=0.9, parts=parts)
+    with pytest.raises(vp.BudgetError, match=r"reduction=0\.9 is out of reach"):
+        compress(settings, tmp_path / "run")
+    assert vp.load(tmp_path / "run" / "model").pruning.config.part("keep").name == "ratio"
+
+
+def test_half_precision(tmp_path):
+    parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=0.5)"}
+    settings = config("nlvr", tmp_path / "data", precision="bf16", budget="learned", parts=parts, distil=0.5)
+    assert compress(settings, tmp_path / "run") is not None
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
 def test_distillation_of_what_is_not_pruned_costs_nothing(tmp_path):
     """A student that keeps every token says what its teacher says, until it has learnt."""
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=1e-6)"}

@@ -114,6 +114,7 @@ def _finish(run: Run, val: Sequence[Any]) -> Compressed:
         checkpoint.save(pruning(model).host, folder / "model")
         write_json(folder / "results.json", rows)
         return Compressed(pruning(model).host, folder, rows)
+    checkpoint.save(model, folder / "model")  # what was learnt, whether or not the knob reaches what was asked
     for reduction in sorted({*config.serve, config.reduction}):
         try:
             found = budget.calibrate(model, calls, reduction)
