@@ -4,4 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'vltprune[train]'")
+state = pytest.importorskip("accelerate.state", reason="training needs accelerate: pip install 'vltprune[train]'")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps one precision a process."""
+    yield
+    state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -73,7 +73,7 @@ class Student(nn.Module):
         own = self._own(traces)
         figures: dict[str, Any] = {}
         parts = {"task": loss.total / _mean_over_processes(loss.count)}
-        if self.align and pruning(self.model).guide is not None:
+        if self.align and all(_is_guided(trace) for trace in own.values()):
             parts["align"] = self.align * self._alignment(own)
         if self.distil and self.__dict__["teacher"] is not None:
             parts["distil"] = self.distil * self._taught(loss, own, records, images, step)
@@ -139,6 +139,11 @@ class Student(nn.Module):
 
         kept = {tower: mean([one.kept[tower] for one in spent]) for tower in own}
         return {"macs": mean([s.macs for s in spent]), "dense_macs": mean([s.dense_macs for s in spent]), "kept": kept}
+
+
+def _is_guided(trace: PruneTrace) -> bool:
+    """Whether the tower has a guide, and prunes somewhere: alignment needs both towers' anchors."""
+    return any(step.guidance is not None for step in trace.steps)
 
 
 def _mean_over_processes(count: Tensor) -> Tensor:
