@@ -53,7 +53,8 @@ def _decoded(file: Path | io.BytesIO, name: str) -> Image.Image:
             with Image.open(file) as opened:
                 return _rgb(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read {name} as a picture: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0].replace(repr(file), "it")  # bytes are called by their place in memory
+        raise OSError(f"cannot read {name} as a picture: {why}") from error
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
