@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vltprune.data import captions
-from vltprune.training.draws import Draws, varied
+from vltprune.training.batches import varied
+from vltprune.training.draws import Draws
 
 
 def prepare(picture):

@@ -14,6 +14,7 @@ import torch
 from data import config
 
 import vltprune as vp
+from vltprune.data.shards import write
 
 _SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "checkpoint_every": 100}
 
@@ -29,9 +30,14 @@ def losses(folder: Path) -> list[list[float]]:
     return [[row[name] for name in ("task", "align", "distil") if name in row] for row in rows]
 
 
-@pytest.mark.parametrize("task", ["nlvr", "caption", "vqa", "retrieval"])
-def test_two_processes_learn_as_one(task, tmp_path):
+@pytest.mark.parametrize(
+    ("task", "packed"), [("nlvr", False), ("nlvr", True), ("caption", False), ("vqa", False), ("retrieval", False)]
+)
+def test_two_processes_learn_as_one(task, packed, tmp_path):
     settings = config(task, tmp_path / "data", **_SETTINGS)
+    if packed:
+        write(settings.data, tmp_path / "data", tmp_path / "shards", per_shard=3)
+        settings = settings.replace(data=f"{tmp_path}/shards/{task}-{{000000..000002}}.tar")
     settings.write(tmp_path / "run.json")
     base = [sys.executable, "-m"]
     several = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port()), "-m"]

@@ -1,8 +1,10 @@
-"""Pictures from the user's disk: any format, mode and size that Pillow reads, as RGB."""
+"""Pictures from the user's disk, or out of an archive: any format, mode and size that Pillow reads, as RGB."""
 
 from __future__ import annotations
 
+import io
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +14,25 @@ SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 _WHITE = (255, 255, 255)
 
 
-def read(path: str | Path) -> Image.Image:
+@dataclass(frozen=True)
+class Encoded:
+    """A picture's file as bytes. name: what to call it in messages."""
+
+    name: str
+    data: bytes = field(repr=False)
+
+
+def read(file: str | Path | Encoded) -> Image.Image:
     """The picture as RGB, turned as its EXIF data ask; what is transparent becomes white, 16 bits become 8.
 
     OSError that names the file where there is none, or none that can be read.
     """
-    path = Path(path)
+    if isinstance(file, Encoded):
+        return _decoded(io.BytesIO(file.data), file.name)
+    path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture {path}" + (" (it is a folder)" if path.is_dir() else ""))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF data and the like; damaged pixels raise
-            with Image.open(path) as opened:
-                return _rgb(ImageOps.exif_transpose(opened))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"cannot read {path} as a picture: {str(error).splitlines()[0]}") from error
+    return _decoded(path, str(path))
 
 
 def listing(folder: str | Path) -> list[Path]:
@@ -38,6 +44,17 @@ def listing(folder: str | Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} has no pictures: looked for {', '.join(sorted(SUFFIXES))}")
     return files
+
+
+def _decoded(file: Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF data and the like; damaged pixels raise
+            with Image.open(file) as opened:
+                return _rgb(ImageOps.exif_transpose(opened))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = str(error).splitlines()[0].replace(repr(file), "it")  # bytes are called by their place in memory
+        raise OSError(f"cannot read {name} as a picture: {why}") from error
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

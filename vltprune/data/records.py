@@ -12,17 +12,23 @@ import numpy as np
 from PIL import Image
 
 from . import pictures
+from .pictures import Encoded
+
+Picture = Path | Encoded | np.ndarray
 
 
 @dataclass(frozen=True)
 class Record:
-    """index: its place in the annotations. images: each the path of a picture, or its pixels, uint8 [height, width, 3]."""
+    """index: its place in the annotations, or among what was drawn from shards.
+
+    images: each the path of a picture, its file as bytes, or its pixels, uint8 [height, width, 3].
+    """
 
     index: int
-    images: tuple[Path | np.ndarray, ...]
+    images: tuple[Picture, ...]
 
     def pictures(self) -> tuple[Image.Image, ...]:
-        """The images, opened, as RGB. OSError that names a file which is missing or broken."""
+        """The images, opened, as RGB. OSError that names one which is missing or broken."""
         return tuple(Image.fromarray(i) if isinstance(i, np.ndarray) else pictures.read(i) for i in self.images)
 
 

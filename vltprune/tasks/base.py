@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..data.records import Record
+from ..data.records import Picture, Record
 from ..data.words import WordTokenizer
 from ..text import BERT, CLS, DEC, ENC, BlipTokenizer
 
@@ -72,6 +72,14 @@ class Task(Round[R], Protocol[R]):
     @staticmethod
     def read(data: str, images: Images, strict: bool) -> Sequence[R]:
         """The records of an annotation file; their pictures' paths begin in the folder `images`."""
+        ...
+
+    @staticmethod
+    def entry(index: int, entry: Mapping[str, Any], images: Sequence[Picture]) -> R:
+        """The record of one entry, of the form that annotation files have, with its pictures at hand (from shards).
+
+        Raises one of `annotations.UNREADABLE` for another form.
+        """
         ...
 
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import caption_metrics
 from ..data import Captioned, captions
+from ..data.annotations import captioned
 from ..registry import tasks
 from .base import DEFAULTS, Images, Options, Words, dense, number, one_folder, words_of
 
@@ -33,6 +34,8 @@ class Caption:
     @staticmethod
     def read(data: str, images: Images, strict: bool = False) -> Sequence[Captioned]:
         return captions(data, one_folder(images), strict=strict)
+
+    entry = staticmethod(captioned)
 
     @classmethod
     def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Caption:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import metrics
 from ..data import Statement, SyntheticStatements, nlvr2
+from ..data.annotations import statement
 from ..registry import tasks
 from ..text import ENC, clean_caption
 from .base import DEFAULTS, Images, Options, Words, dense, one_folder, words_of
@@ -33,6 +34,8 @@ class Nlvr:
         if data.startswith(SYNTHETIC):
             return _drawn(data)
         return nlvr2(data, one_folder(images), strict=strict)
+
+    entry = staticmethod(statement)
 
     @classmethod
     def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Nlvr:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import metrics
 from ..checkpoint import Recipe
 from ..data import Captioned, captions
+from ..data.annotations import captioned
 from ..factory import CONFIGURED, open_clip_name
 from ..registry import tasks
 from ..text import clean_caption
@@ -37,6 +38,8 @@ class Retrieval:
     @staticmethod
     def read(data: str, images: Images, strict: bool = False) -> Sequence[Captioned]:
         return captions(data, one_folder(images), strict=strict)
+
+    entry = staticmethod(captioned)
 
     @classmethod
     def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Retrieval:

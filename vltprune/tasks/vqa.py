@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import metrics
 from ..data import Question, answer_list, vqa
+from ..data.annotations import question
 from ..registry import tasks
 from ..text import clean_question
 from .base import DEFAULTS, LONGEST, Images, Options, Words, dense, number, words_of
@@ -32,6 +33,8 @@ class Vqa:
     @staticmethod
     def read(data: str, images: Images, strict: bool = False) -> Sequence[Question]:
         return vqa(data, images, strict=strict)
+
+    entry = staticmethod(question)
 
     @classmethod
     def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Vqa:

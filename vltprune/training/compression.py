@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import budget, checkpoint, hub, tasks
-from ..data import Loader
+from ..data import Loader, shards
 from ..exam import Exam, report
 from ..factory import create_model
 from ..journal import Journal, write_json
@@ -59,7 +59,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     model = prune(dense, config.pruning)
     kind: Any = tasks.tasks[config.task]
     task = kind.of(model, Options(config.vocabulary, config.answers))
-    records = kind.read(config.data, config.images or str(Path(config.data).parent), False)
+    records = _records(config, kind)
     val = kind.read(config.val, config.val_images or config.images or str(Path(config.val).parent), False)
 
     run = Run(config, folder, model, task, records, teacher, extra)
@@ -81,6 +81,13 @@ def dense_model(config: CompressConfig) -> nn.Module:
     if hasattr(model, "pruning"):
         raise TypeError(f"model={config.model!r} is pruned already: compress its dense model")
     return model
+
+
+def _records(config: CompressConfig, kind: Any) -> Any:
+    """What to train on: shards, or the records of an annotation file."""
+    if shards.are_meant(config.data):
+        return shards.Shards.of(config.data, kind.entry)
+    return kind.read(config.data, config.images or str(Path(config.data).parent), False)
 
 
 def _claim(folder: Path, config: CompressConfig) -> None:

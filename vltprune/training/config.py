@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from ..config import PruneConfig
+from ..data import shards
 from ..presets import preset
 from ..registry import bind, tasks
 from ..text import BERT
@@ -41,7 +42,8 @@ class CompressConfig:
     """From a dense model to a pruned one. Every field can stand in a YAML or JSON file.
 
     task, model     a registered task; the dense model, by name or folder
-    data, images    annotations to train on, and the folder that their pictures' paths begin in (None: the file's own)
+    data, images    annotations to train on, and the folder that their pictures' paths begin in (None: the file's own); or
+                    shards, such as train-{000..009}.tar (see `vltprune.data.shards`), which need `steps`
     val, val_images annotations that everything is chosen on; never the test split. val_limit: only the first so many
     model_args, pretrained, vocabulary, answers   as `create_model` and `vltprune eval` take them
     preset, parts   how to prune: a preset's name, and parts that replace its own, such as {"reducer": "drop"}
@@ -101,6 +103,10 @@ class CompressConfig:
         if self.task not in RECIPES:
             raise ValueError(f"task={self.task!r} cannot be trained yet: one of {', '.join(RECIPES)} can")
         self._check_ranges()
+        if self.steps is None and shards.are_meant(self.data):
+            raise ValueError(
+                f"data={self.data!r}: samples in shards are not counted beforehand, give steps, not epochs"
+            )
         for name in ("serve", "freeze"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("rate", "weight_decay", "epochs", "batch_size"):

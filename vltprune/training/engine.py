@@ -11,21 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ..budget import fit_guide
+from ..data.shards import Shards
 from ..preprocessing import transforms
 from ..pruner import Pruner
 from ..surgery import pruning
+from .batches import Batches
 from .checkpoints import Checkpoints
 from .config import CompressConfig
 from .controller import Controller, target
 from .draws import Draws
 from .figures import History, Watch, gathered, trackers
 from .objectives import objective_of
+from .shards import ShardDraws
 from .student import Extra, Student
 
 _MEASURED = 5  # every so many steps the cost is measured and the knob turned
@@ -48,7 +50,7 @@ class Run:
     folder: Path
     model: nn.Module
     task: Any
-    records: Sequence[Any]
+    records: Sequence[Any] | Shards[Any]
     teacher: nn.Module | None = None
     extra: Extra | None = None
     bad: int = 0  # losses that were no number, in a row
@@ -58,7 +60,7 @@ class Run:
     def __post_init__(self) -> None:
         config, device = self.config, self._accelerate().device
         self.draws = self._draws()
-        self.steps = config.steps or max(round(float(config.epochs or 1) * self.draws.steps_per_epoch), 1)
+        self.steps = config.steps or self.draws.steps(float(config.epochs or 1))
         _freeze(pruning(self.model).host, config.freeze)
         self.model.to(device)
         objective = objective_of(self.task, self.model, config.seed).to(device)
@@ -96,7 +98,7 @@ class Run:
         )
         return self.accelerator
 
-    def _draws(self) -> Draws[Any]:
+    def _draws(self) -> Batches[Any]:
         config, processes = self.config, self.accelerator.num_processes
         assert config.batch_size is not None
         if config.batch_size % (processes * config.accumulate):
@@ -104,7 +106,8 @@ class Run:
                 f"batch_size={config.batch_size} does not split into {processes} processes x accumulate="
                 f"{config.accumulate} equal parts"
             )
-        return Draws(
+        kind: Any = ShardDraws if isinstance(self.records, Shards) else Draws
+        return kind(
             self.records,
             transforms(self.model),
             config.batch_size,
@@ -122,8 +125,7 @@ class Run:
                 self.controller.load_state_dict(state["controller"])
             self.bad, self.skipped, self.price = state["bad"], state["skipped"], state["price"]
             return state["step"]
-        order = np.random.default_rng((self.config.seed, 0)).permutation(len(self.records))[:_START]
-        first = [self.records[int(number)] for number in order]
+        first = self.draws.first(_START)
         calls = calls_of(self.task, first, self.draws.prepare, self.accelerator.device)
         guide = pruning(self.model).guide
         if guide is not None and guide.is_untrained:

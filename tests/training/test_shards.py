@@ -1,0 +1,260 @@
+"""Training from tar files: what is read, what a step sees, and what happens to what cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data import annotations, config
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import vltprune as vp
+from vltprune.data import pictures
+from vltprune.data.annotations import captioned, statement
+from vltprune.data.shards import Shards, are_meant, samples, write
+from vltprune.tasks import tasks
+from vltprune.training import compress
+from vltprune.training.checkpoints import Checkpoints
+from vltprune.training.shards import ShardDraws
+
+pytest.importorskip("webdataset", reason="shards need webdataset: pip install 'vltprune[train]'")
+
+N = 11
+
+
+def prepare(picture):
+    return torch.from_numpy(np.asarray(picture.resize((8, 8)), np.float32)).permute(2, 0, 1)
+
+
+def png(number: int) -> bytes:
+    """A picture that is told from others by its red."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def shard(file: Path, *members: tuple[str, bytes]) -> Path:
+    with tarfile.open(file, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return file
+
+
+def captions(*numbers: int) -> list[tuple[str, bytes]]:
+    """A sample for each number."""
+    return [one for n in numbers for one in ((f"{n:03d}.png", png(n)), (f"{n:03d}.txt", f"red {n}".encode()))]
+
+
+def draws(address: str | Path, batch_size: int = 4, **named) -> ShardDraws:
+    return ShardDraws(Shards.of(str(address), captioned), prepare, batch_size, **named)
+
+
+def ids(batches) -> list[list[str]]:
+    return [[record.id for record in records] for records, _ in batches]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """N samples in three shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    for place, (start, stop) in enumerate(pairwise((0, 3, 8, N))):
+        shard(folder / f"{place}.tar", *captions(*range(start, stop)))
+    return folder
+
+
+@pytest.mark.parametrize("task", ["nlvr", "caption", "retrieval", "vqa"])
+def test_annotations_come_back_from_shards(task, tmp_path):
+    file, kind = annotations(task, tmp_path / "data"), tasks[task]
+    right = kind.read(file, str(tmp_path / "data"), False)
+    written = write(file, tmp_path / "data", tmp_path / "shards", per_shard=3)
+    assert [path.name for path in written] == [f"{task}-{place:06d}.tar" for place in range(3)]
+
+    packed = Shards.of(f"{tmp_path}/shards/{task}-{{000000..000002}}.tar", kind.entry)
+    assert packed.names == Shards.of(f"{tmp_path}/shards/*.tar", kind.entry).names == tuple(map(str, written))
+    found = [
+        packed.record(i, one) for i, one in enumerate(one for name in packed.names for one in samples(name, print))
+    ]
+    assert [replace(one, images=()) for one in found] == [replace(one, images=()) for one in right]
+    for one, same in zip(found, right, strict=True):
+        assert [picture.tobytes() for picture in one.pictures()] == [picture.tobytes() for picture in same.pictures()]
+
+
+def test_what_is_written_is_told_from_what_is_not(tmp_path):
+    file = tmp_path / "all.json"
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.bmp")
+    file.write_text(json.dumps([{"image": "a.bmp", "caption": "red"}]))
+    (written,) = write(file, tmp_path, tmp_path / "shards")
+    (sample,) = samples(str(written), print)
+    assert set(sample.files) == {"png", "json"}
+    assert pictures.read(pictures.Encoded("", sample.files["png"])).getpixel((0, 0)) == (255, 0, 0)
+    file.write_text(json.dumps([{"caption": "red"}]))
+    with pytest.raises(ValueError, match="entry 0: there is no 'image'"):
+        write(file, tmp_path, tmp_path / "shards")
+    file.write_text(json.dumps([{"image": "b.jpg", "caption": "red"}]))
+    with pytest.raises(FileNotFoundError, match=r"b\.jpg"):
+        write(file, tmp_path, tmp_path / "shards")
+
+
+def test_forms_of_samples(tmp_path):
+    two = {"sentence": "both", "label": "True"}
+    members = [(f"a.{place}.PNG", png(place)) for place in (10, 2)] + [("a.json", json.dumps(two).encode())]
+    (sample,) = samples(str(shard(tmp_path / "a.tar", *members)), print)
+    record = Shards((), statement).record(7, sample)
+    assert (record.index, record.sentence, record.label) == (7, "both", 1)
+    assert [picture.getpixel((0, 0))[0] for picture in record.pictures()] == [2, 10]
+
+    both = [("b/1.png", png(1)), ("b/1.txt", b" said \n"), ("b/1.json", b'{"width": 8}')]
+    (sample,) = samples(str(shard(tmp_path / "b.tar", *both)), print)
+    record = Shards((), captioned).record(0, sample)
+    assert (record.captions, record.id) == (("said",), "b/1")
+
+
+def test_addresses():
+    for data in (
+        "a.tar",
+        "a-{0..9}.tar",
+        "*.tgz",
+        "a.tar.gz",
+        "https://host/a",
+        "pipe:cat a",
+        "a.tar::b.tar",
+        "s3://b/a",
+    ):
+        assert are_meant(data), data
+    for data in ("a.json", "tar", "synthetic:train:16000x8", "/a/b.jsonl", "a.tar.d/x.json"):
+        assert not are_meant(data), data
+
+
+@given(
+    seed=st.integers(0, 5),
+    each=st.integers(1, 3),
+    world=st.integers(1, 3),
+    start=st.integers(0, 6),
+    buffer=st.integers(1, 15),
+    augment=st.booleans(),
+)
+def test_a_step_is_a_matter_of_seed_and_step(folder, seed, each, world, start, buffer, augment):
+    settings = dict(batch_size=each * world, seed=seed, buffer=buffer, augment=augment)
+    whole = list(draws(folder / "*.tar", **settings).batches(0, 7))
+    ranks = [list(draws(folder / "*.tar", rank=r, world=world, **settings).batches(start, 7)) for r in range(world)]
+    assert len(whole) == 7 and {len(one) for one in ranks} == {7 - start}
+    for (records, images), *parts in zip(whole[start:], *ranks, strict=True):
+        assert records == [record for some, _ in parts for record in some]
+        assert torch.equal(images, torch.cat([part for _, part in parts]))
+    drawn = [one for some in ids(whole) for one in some]
+    for epoch in range(0, len(drawn) // N * N, N):
+        assert len(set(drawn[epoch : epoch + N])) == N
+
+
+def test_epochs_and_seeds_differ(folder):
+    one, other = (ids(draws(folder / "*.tar", N, seed=seed).batches(0, 3)) for seed in (0, 1))
+    assert len({tuple(some) for some in one + other}) == 6
+
+
+def test_first_records_are_those_of_every_process(folder):
+    few = [draws(folder / "*.tar", 4, rank=rank, world=2).first(5) for rank in range(2)]
+    assert few[0] == few[1]
+    assert ids([(few[0], None)]) == ids(draws(folder / "*.tar", 5).batches(0, 1))
+    assert len({record.id for record in draws(folder / "*.tar").first(64)}) == N
+
+
+def test_broken_samples_are_replaced_by_the_next_and_noted_once(tmp_path):
+    broken = [("x.png", b"no picture"), ("x.txt", b"red"), ("y.png", png(1)), ("y.json", b"{"), ("z.txt", b"red")]
+    shard(tmp_path / "a.tar", *captions(0, 1, 2), *broken, ("w.png", png(1)), ("v.png", png(1)), ("v.json", b"[]"))
+    shard(tmp_path / "b.tar", *captions(3, 4))
+    some = draws(tmp_path / "*.tar", 4, seed=1)
+    batches = list(some.batches(0, 9))
+    assert {one for batch in ids(batches) for one in batch} == {f"{n:03d}" for n in range(5)}
+    assert all(images.shape == (4, 1, 3, 8, 8) for _, images in batches)
+    notes = sorted(map(str, some.skipped))
+    assert len(notes) == 5
+    for note, key, why in zip(
+        notes, "vwxyz", ["a list", "neither json nor", "x.png as", "Expecting", "0 pic"], strict=True
+    ):
+        assert f"{tmp_path}/a.tar, {key}: " in note and why in note
+    assert ids(draws(tmp_path / "*.tar", 4, seed=1).batches(6, 9)) == ids(batches)[6:]
+
+
+def test_shards_that_end_too_early(tmp_path):
+    whole = shard(tmp_path / "a.tar", *captions(0, 1), ("5.txt", b"red"), ("5.png", bytes(3000))).read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: whole.index(b"5.png") + 1200])
+    shard(tmp_path / "b.tar", *captions(2))
+    (tmp_path / "c.tar").write_bytes(b"")
+    some = draws(tmp_path / "*.tar", 3)
+    batches = ids(some.batches(0, 4))
+    assert {one for batch in batches for one in batch} == {"000", "001", "002"}
+    notes = "\n".join(map(str, some.skipped))
+    assert f"{tmp_path}/a.tar: not a whole tar file: unexpected end of data" in notes
+    assert f"{tmp_path}/c.tar: not a whole tar file: empty file" in notes
+    assert f"{tmp_path}/a.tar, 5: it has 0 pictures, and needs 1" in notes
+    assert len(some.skipped) == 3
+
+
+def test_where_nothing_can_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no shard .*1\.tar"):
+        shard(tmp_path / "0.tar", *captions(0))
+        draws(tmp_path / "{0,1}.tar")
+    with pytest.raises(FileNotFoundError, match=r"there is no shard .*\*\.tgz"):
+        draws(tmp_path / "*.tgz")
+    shard(tmp_path / "a.tar", ("a.txt", b"red"))
+    with pytest.raises(
+        OSError, match=r"20 records in a row cannot be opened; the last: .*a\.tar, a: it has 0 pictures"
+    ):
+        list(draws(tmp_path / "a.tar").batches(0, 1))
+    with pytest.raises(OSError, match=r"nothing can be read from the 1 shards, .*; the last: .*a\.tar, a: it has 0"):
+        draws(tmp_path / "a.tar").first(3)
+    (tmp_path / "b.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(
+        OSError, match=r"nothing can be read from the 1 shards, .*; the last: .*b\.tar: not a whole tar"
+    ):
+        list(draws(tmp_path / "b.tar").batches(0, 1))
+    with pytest.raises(OSError, match=r"nothing can be read from the 1 shards, .*c\.tar \.\.\.$"):
+        draws(shard(tmp_path / "c.tar")).first(3)
+    some = draws(tmp_path / "0.tar")
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(OSError, match=r"cannot read the shard .*0\.tar: No such file"):
+        list(some.batches(0, 1))
+    with pytest.raises(OSError, match=r"cannot read the shard nowhere://a: .*no gopen handler"):
+        list(draws("nowhere://a").batches(0, 1))
+
+
+def test_commands_and_their_failures(folder, tmp_path):
+    piped = "::".join(f"pipe:cat {folder}/{place}.tar" for place in range(3))
+    assert ids(draws(piped).batches(0, 3)) == ids(draws(folder / "*.tar").batches(0, 3))
+    assert ids(draws(f"file://{folder}/{{0..2}}.tar").batches(0, 3)) == ids(draws(folder / "*.tar").batches(0, 3))
+    with pytest.raises(OSError, match=r"cannot read the shard pipe:cat .*: what fetches it ended with exit 3"):
+        list(draws(f"pipe:cat {folder}/1.tar; exit 3").batches(0, 2))
+
+
+def test_a_run_from_shards_goes_on_as_if_it_had_not_been_stopped(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"data='a\.tar': samples in shards are not counted .* give steps, not epochs"):
+        config("nlvr", tmp_path / "data", data="a.tar", steps=None, epochs=3)
+    file = config("nlvr", tmp_path / "data").data
+    write(file, tmp_path / "data", tmp_path / "shards", per_shard=3)
+    settings = config("nlvr", tmp_path / "data", data=f"{tmp_path}/shards/*.tar", augment=True, steps=6)
+    assert compress(settings, tmp_path / "whole") is not None
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoints, "save", lambda self, step, state: (save(self, step, state), stop(step)))
+        compress(settings, tmp_path / "cut")
+    assert compress(settings, tmp_path / "cut") is not None
+    right, found = (vp.load(tmp_path / name / "model").state_dict() for name in ("whole", "cut"))
+    assert right.keys() == found.keys()
+    assert all(torch.equal(right[name], found[name]) for name in right)
+
+
+def stop(step: int) -> None:
+    if step == 4:
+        raise KeyboardInterrupt
