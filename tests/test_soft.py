@@ -14,7 +14,7 @@ from vltprune.attention import Stat, attend, attend_with_stats
 from vltprune.models.blip import BlipNlvr
 from vltprune.models.caption import BlipCaption
 
-KEEPERS = ["learned(threshold=0.8)", "threshold(temperature=20.0)"]
+KEEPERS = ["learned(threshold=-0.3)", "threshold(temperature=20.0)"]
 
 
 def pruned(keep, reducer="drop", **parts):
@@ -56,7 +56,7 @@ def test_the_loss_reaches_thresholds_scores_and_anchors(keep, reducer):
 
 
 def test_an_instance_alone_is_as_in_its_batch():
-    model = soften(pruned("learned(threshold=0.8)", "fuse"), 0.4)
+    model = soften(pruned("learned(threshold=-0.3)", "fuse"), 0.4)
     torch.manual_seed(2)
     pictures, (ids, mask) = images(4, 2), sentences(4)
     together = model(pictures, ids, mask)
@@ -100,11 +100,11 @@ def test_a_decoder_sees_in_part_what_is_there_in_part():
 
 
 def test_expected_macs_have_gradients_and_end_at_the_counted_ones():
-    model = soften(pruned("learned(threshold=0.8)"), 0.3)
+    model = soften(pruned("learned(threshold=-0.3)"), 0.3)
     traces = run(model)[1]
     cost = flops.Meter(model)(traces)
     sum(macs.sum() for macs in cost.towers.values()).backward()
-    thresholds = [p.grad for name, p in model.named_parameters() if name.endswith("log_threshold")]
+    thresholds = [p.grad for name, p in model.named_parameters() if name.endswith("keeper.threshold")]
     assert thresholds and all(gradient < 0 for gradient in thresholds)  # higher thresholds cost less
 
     hard, plain = (flops.Meter(m)(run(m)[1]).total for m in (soften(model, 1e-7), soften(model, 0.0)))

@@ -16,7 +16,7 @@ from data import config
 import vltprune as vp
 from vltprune.data.shards import write
 
-_SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "checkpoint_every": 100}
+_SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "distil_summaries": 0.5, "checkpoint_every": 100}
 
 
 def port() -> int:

@@ -51,9 +51,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("budget", ["controller", "learned"])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_can_be_compressed(task, budget, tmp_path):
-    keep = {"keep": "learned(threshold=0.5)"} if budget == "learned" else {"keep": "ratio(ratio=0.7)"}
+    keep = {"keep": "learned(threshold=-0.5)"} if budget == "learned" else {"keep": "ratio(ratio=0.7)"}
     parts = {"guide": "codebook(anchors=4)", **keep}
-    settings = config(task, tmp_path / "data", budget=budget, parts=parts, distil=0.5, serve=(0.2,), accumulate=2)
+    settings = config(
+        task,
+        tmp_path / "data",
+        budget=budget,
+        parts=parts,
+        distil=0.5,
+        distil_summaries=0.5,
+        serve=(0.2,),
+        accumulate=2,
+    )
     before = dense_model(settings).state_dict()
     done = compress(settings, tmp_path / "run")
     assert done is not None
@@ -102,7 +111,7 @@ def test_a_cost_out_of_reach_loses_nothing_that_was_learnt(tmp_path):
 
 
 def test_half_precision(tmp_path):
-    parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=0.5)"}
+    parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}
     settings = config("nlvr", tmp_path / "data", precision="bf16", budget="learned", parts=parts, distil=0.5)
     assert compress(settings, tmp_path / "run") is not None
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
@@ -110,8 +119,8 @@ def test_half_precision(tmp_path):
 
 def test_distillation_of_what_is_not_pruned_costs_nothing(tmp_path):
     """A student that keeps every token says what its teacher says, until it has learnt."""
-    parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=1e-6)"}
-    settings = config("nlvr", tmp_path / "data", distil=1.0, parts=parts, steps=1)
+    parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-20.0)"}
+    settings = config("nlvr", tmp_path / "data", distil=1.0, distil_summaries=1.0, parts=parts, steps=1)
     run = engine_of(settings, tmp_path / "run")
     records, images = next(run.draws.batches(0, 1))
     figures = run.student(records, images, 0, True)
@@ -136,7 +145,7 @@ def engine_of(settings, folder):
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
-    settings = dict(steps=14, checkpoint_every=3, distil=0.5, augment=True)
+    settings = dict(steps=14, checkpoint_every=3, distil=0.5, distil_summaries=0.5, augment=True)
     whole = start(tmp_path / "data", tmp_path / "whole", **settings)
     assert whole.wait(120) == 0, (tmp_path / "whole.log").read_text()
 

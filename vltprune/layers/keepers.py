@@ -17,7 +17,7 @@ from .guides import Guidance
 from .scorers import hash_integers
 from .site import Site
 
-_ENTIRELY = 1e6  # a margin, in mean scores, at which no sigmoid is below 1
+_ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class KeepRatioPredictor(nn.Module, ABC):
         """scores [total] -> counts [batch] int64 of unprotected tokens kept; more than there are means all of them."""
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        """[total]: how far a token's score is above what it is measured by, in units of its instance's mean score.
+        """[total]: how far a token's score is above what it is measured by, in standard deviations of its instance's scores.
 
         For keepers that have a threshold, which soft training needs; ValueError for others.
         """
@@ -105,7 +105,7 @@ class Threshold(KeepRatioPredictor):
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         threshold, there = self._threshold(scores, guidance, tokens.layout), segments.count(tokens.free, tokens.layout)
         whole = self._counts(scores, threshold, tokens) == there
-        margin = (scores - threshold[tokens.layout.instance]) / mean_score(scores, tokens)
+        margin = (scores - threshold[tokens.layout.instance]) / spread(scores, tokens)[1]
         return margin.masked_fill(whole[tokens.layout.instance], _ENTIRELY)
 
     def _counts(self, scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Tensor:
@@ -127,30 +127,31 @@ class Threshold(KeepRatioPredictor):
 
 @keepers.register("learned")
 class Learned(KeepRatioPredictor):
-    """A threshold that is learned, one a depth: kept are the tokens that score more than so many times their mean.
+    """A threshold that is learned, one a depth: kept are the tokens that score so many standard deviations above the mean.
 
     The threshold learns in soft training, from the loss and from the expected cost (LTP, Kim et al., arXiv 2107.00910,
-    section 4.2, learns one a layer so; here scores are measured by their instance's mean, which fits every scorer and
-    length). One token stays at least.
+    section 4.2, learns one a layer so; here scores are measured by their instance's mean and spread, which fits every
+    scorer and length). One token stays at least.
 
-    Arguments: threshold > 0, where it starts; scale > 0, what a budget turns afterwards: it multiplies all thresholds.
+    Arguments: threshold, where it starts; shift, what a budget turns: it is added to all thresholds.
     """
 
-    knob = Knob("scale", 1e-3, 1e3, log=True, keeps=False)
+    knob = Knob("shift", -8.0, 8.0, keeps=False)
 
-    def __init__(self, site: Site, threshold: float = 0.5, scale: float = 1.0):
+    def __init__(self, site: Site, threshold: float = -2.0, shift: float = 0.0):
         super().__init__(site)
-        if not threshold > 0 or not scale > 0:
-            raise ValueError(f"learned(threshold={threshold}, scale={scale}): both must be above 0")
-        self.log_threshold = nn.Parameter(torch.tensor(math.log(threshold)))
-        self.scale = scale
+        if not math.isfinite(threshold) or not math.isfinite(shift):
+            raise ValueError(f"learned(threshold={threshold}, shift={shift}): both must be finite")
+        self.threshold = nn.Parameter(torch.tensor(float(threshold)))
+        self.shift = shift
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         above = self.margin(scores, tokens, guidance) > 0
         return segments.count(above & tokens.free, tokens.layout).clamp(min=1)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return scores / mean_score(scores, tokens) - self.log_threshold.exp() * self.scale
+        mean, deviation = spread(scores, tokens)
+        return (scores - mean) / deviation - self.threshold - self.shift
 
 
 @keepers.register("ratio")
@@ -218,11 +219,20 @@ class RandomRatio(KeepRatioPredictor):
         return ((drawn >> 8).double() + 0.5) / 2**23
 
 
-def mean_score(scores: Tensor, tokens: PackedTokens) -> Tensor:
-    """[total]: the mean size of the scores of a token's instance, protected ones left out."""
+def spread(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the scores of each token's instance, protected ones left out: [total] each.
+
+    The deviation is at least a thousandth of the scores' size, so that equal scores are equally far from any threshold.
+    """
     layout, free = tokens.layout, tokens.free
-    size = segments.sum(scores.abs().masked_fill(~free, 0.0), layout)
-    return (size / segments.count(free, layout).clamp(min=1) + 1e-12)[layout.instance]
+    there = segments.count(free, layout).clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        return (segments.sum(values.masked_fill(~free, 0.0), layout) / there)[layout.instance]
+
+    middle = mean(scores)
+    least = 1e-3 * mean(scores.detach().abs()) + 1e-12
+    return middle, (mean((scores - middle) ** 2) + least**2).sqrt()
 
 
 def share(there: Tensor, ratio: Tensor | float) -> Tensor:

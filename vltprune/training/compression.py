@@ -55,7 +55,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     folder = Path(output)
     _claim(folder, config)
     dense = dense_model(config)
-    teacher = prune(copy.deepcopy(dense), "random", at=()) if config.distil else None
+    teacher = prune(copy.deepcopy(dense), "random", at=()) if config.distil or config.distil_summaries else None
     model = prune(dense, config.pruning)
     kind: Any = tasks.tasks[config.task]
     task = kind.of(model, Options(config.vocabulary, config.answers))

@@ -31,10 +31,10 @@ from .shards import ShardDraws
 from .student import Extra, Student
 
 _MEASURED = 5  # every so many steps the cost is measured and the knob turned
-_SOFT, _HARD = 0.5, 0.01  # softness at first and at last, in mean scores
+_SOFT, _HARD = 0.5, 0.01  # softness at first and at last, in standard deviations of the scores
 _HARDENED = 0.5  # the share of the steps after which tokens stay or go, as in evaluation
 _PRICE = 0.1  # how much dearer each step makes a share of the dense MACs that is too much
-_KEEPERS = 100.0  # how much faster thresholds learn than weights
+_KEEPERS = 50.0  # how much faster thresholds learn than weights
 _START = 64  # records that the guide and the knob start from
 
 
@@ -65,7 +65,8 @@ class Run:
         self.model.to(device)
         objective = objective_of(self.task, self.model, config.seed).to(device)
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
-        student = Student(self.model, objective, config.align, teacher, config.distil, self.extra)
+        taught = (config.distil, config.distil_summaries)
+        student = Student(self.model, objective, config.align, teacher, taught, self.extra)
         optimizer = torch.optim.AdamW(_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0))
         self.controller = Controller(self.model) if config.reduction else None
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)

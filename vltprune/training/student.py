@@ -33,8 +33,8 @@ class Extra(Protocol):
 class Student(nn.Module):
     """A pruned model, its objective, and a dense teacher that is not trained.
 
-    align, distil: weights of L_align and of what the teacher teaches, which is T^2 KL of logits, and the squared error of
-    each tower's summaries, relative to their size (MADTP++ takes it absolute, with a weight for each tower).
+    align: weight of L_align. taught: of what the teacher teaches: T^2 KL of its logits, and the squared error of each tower's
+    summaries, relative to their size (MADTP++ has both, the error absolute, with a weight for each tower).
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Student(nn.Module):
         objective: Objective,
         align: float = 0.1,
         teacher: nn.Module | None = None,
-        distil: float = 0.0,
+        taught: tuple[float, float] = (0.0, 0.0),
         extra: Extra | None = None,
     ):
         super().__init__()
-        self.model, self.objective, self.align, self.distil = model, objective, align, distil
+        self.model, self.objective, self.align, self.taught = model, objective, align, taught
         self.extra = extra
         self.__dict__["teacher"] = teacher  # no child: it is neither trained nor kept in checkpoints
         self.__dict__["gauge"], self.__dict__["meter"] = Gauge(model), Meter(model)
@@ -75,8 +75,8 @@ class Student(nn.Module):
         parts = {"task": loss.total / _mean_over_processes(loss.count)}
         if self.align and all(_is_guided(trace) for trace in own.values()):
             parts["align"] = self.align * self._alignment(own)
-        if self.distil and self.__dict__["teacher"] is not None:
-            parts["distil"] = self.distil * self._taught(loss, own, records, images, step)
+        if self.__dict__["teacher"] is not None:
+            parts["distil"] = self._distil(loss, own, records, images, step)
         if saving is not None:
             over = self._share(own, len(records)) - (1 - saving)
             parts["budget"] = price * over + _BUDGET * over**2
@@ -101,21 +101,21 @@ class Student(nn.Module):
             return losses.alignment(image.aligned, image.spoken)
         return losses.alignment(image.aligned, own["text"].aligned, self.objective.images)
 
-    def _taught(
+    def _distil(
         self, loss: Loss, own: dict[str, PruneTrace], records: Sequence[Any], images: Tensor, step: int
     ) -> Tensor:
-        teacher = self.__dict__["teacher"]
+        of_logits, of_summaries = self.taught
         with torch.no_grad(), collect() as traces:
-            outputs = self.objective.teach(teacher, records, images, step)
+            outputs = self.objective.teach(self.__dict__["teacher"], records, images, step)
         theirs = {trace.tower: trace for trace in reversed(traces)}
         total = images.new_zeros(())
-        for tower, trace in own.items():
+        for tower, trace in own.items() if of_summaries else ():
             right = theirs[tower].summary
-            total = total + F.mse_loss(trace.summary, right) / right.square().mean()
-        if outputs is not None and loss.outputs is not None:
+            total = total + of_summaries * F.mse_loss(trace.summary, right) / right.square().mean()
+        if of_logits and outputs is not None and loss.outputs is not None:
             ours, target = ((part / _HEAT).log_softmax(-1) for part in (loss.outputs, outputs))
             divergence = F.kl_div(ours, target, reduction="batchmean", log_target=True)
-            total = total + _HEAT**2 * divergence
+            total = total + of_logits * _HEAT**2 * divergence
         return total
 
     def _share(self, own: dict[str, PruneTrace], batch: int) -> Tensor:
