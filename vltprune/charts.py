@@ -15,7 +15,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Line:
-    """points: from left to right; band: (low, high) at each of them; named: written right of the points, in their order."""
+    """points: from left to right; band: (low, high) at each of them."""
 
     points: Sequence[Point]
     colour: str
@@ -23,7 +23,6 @@ class Line:
     dashed: bool = False
     dots: bool = True
     stroke: bool = True
-    named: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def chart(lines: Sequence[Line], across: Axis, up: Axis, what: str, size: tuple[
 
 
 def _drawn(line: Line, at: Callable[[Point], Point]) -> Iterator[str]:
-    """Band, stroke, dots and names, each over those before. Points that are no numbers are left out."""
+    """Band, stroke and dots, each over those before. Points that are no numbers are left out."""
     there = [n for n, point in enumerate(line.points) if all(map(math.isfinite, point))]
     points = [at(line.points[n]) for n in there]
     if line.band and points:
@@ -108,8 +107,6 @@ def _drawn(line: Line, at: Callable[[Point], Point]) -> Iterator[str]:
         yield f'<polyline points="{_path(points)}" fill="none" stroke="{line.colour}" stroke-width="2.5"{dashes}/>'
     if line.dots or len(points) == 1:  # one alone has no stroke to be seen by
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{line.colour}"/>' for x, y in points)
-    for (x, y), name in zip(points, line.named, strict=False):
-        yield f'<text x="{x + 8:.1f}" y="{y + 15:.1f}">{escape(name)}</text>'
 
 
 def _path(points: Sequence[Point]) -> str:

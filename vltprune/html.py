@@ -27,6 +27,7 @@ th:first-child, td:first-child { text-align: left } thead th { color: #5b626d; f
 .film { max-width: 100%; height: auto; display: block; margin: 4px 0 }
 .facts th { text-align: left; color: #5b626d; font-weight: 400; vertical-align: top }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+.tight table { font-size: 14px } .tight th, .tight td { padding: 5px 8px }
 li { margin: 4px 0; max-width: 90ch }
 .answers td, .answers th { padding: 3px 22px 3px 0; text-align: left; font-size: 14px }
 .answers { margin-top: 8px }

@@ -22,15 +22,12 @@ _LOSSES = {
 }
 
 
-def costs(rows: Rows, names: Sequence[str], score: str) -> str:
-    """One score, in percent, against GMACs: a dot each for the dense model and for every cost."""
+def costs(rows: Rows, score: str) -> str:
+    """One score, in percent, against GMACs: a dot each for the dense model and for every cost, in the table's colours."""
     points = [(row["macs"] / 1e9, 100 * row["scores"][score]) for row in rows]
     path = charts.Line(sorted(points), "#b9bec7", dots=False)
-    dots = [
-        charts.Line([point], html.colour(i), named=[name])
-        for i, (point, name) in enumerate(zip(points, names, strict=True))
-    ]
-    across = charts.Axis.over([1.1 * gmacs for gmacs, _ in points], zero=True)  # with room for the last one's name
+    dots = [charts.Line([point], html.colour(i)) for i, point in enumerate(points)]
+    across = charts.Axis.over([gmacs for gmacs, _ in points], zero=True)
     up = charts.Axis.over([value for _, value in points])
     title = f"{score}, in percent, against GMACs of an instance"
     return _titled(title, charts.chart([path, *dots], across, up, title))

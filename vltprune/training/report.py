@@ -97,14 +97,14 @@ def columns(story: Story) -> list[list[str]]:
     dense, main = story.rows[0], curves.main_score(story.rows[0]["scores"])
     names = list(dense["scores"])
     relative = ["of dense"] if main else []
-    table = [["validation", *names, *relative, "GMACs", "MACs saved", "knob", "records/s", "speed"]]
+    table = [["validation", *names, *relative, "GMACs", "saved", "knob", "records/s", "speed"]]
     for name, row in zip(story.names, story.rows, strict=True):
         scores = [f"{100 * row['scores'][one]:.2f}" for one in names]
         relative = [_ratio(row["scores"][main], dense["scores"][main], ".1%")] if main else []
         knob = f"{row['knob']['knob']} {row['knob']['value']:.4g}" if row["knob"] else ""
         speed = _ratio(row["records_per_second"], dense["records_per_second"], ".2f") + " x"
         costs = [
-            f"{row['macs'] / 1e9:.3f}",
+            f"{row['macs'] / 1e9:.4g}",
             f"{row['macs_saved']:.1%}",
             knob,
             f"{row['records_per_second']:.1f}",
@@ -123,7 +123,7 @@ def _lead(story: Story) -> str:
     dense, row = story.rows[0], story.rows[story.asked]
     main = curves.main_score(dense["scores"])
     macs, whole = (row[name] / 1e9 for name in ("macs", "dense_macs"))
-    saved = f"{row['macs_saved']:.1%} fewer MACs ({macs:.3f} G instead of {whole:.3f} G)"
+    saved = f"{row['macs_saved']:.1%} fewer MACs ({macs:.4g} G instead of {whole:.4g} G)"
     if main is None:
         return f"{saved}; nothing could be scored."
     was, now = (f"{100 * one['scores'][main]:.2f}" for one in (dense, row))
@@ -220,10 +220,10 @@ def _gaps(story: Story) -> list[str]:
 
 def _costs(story: Story) -> str:
     main = curves.main_score(story.rows[0]["scores"])
-    chart = curves.costs(story.rows, story.names, main) if main else ""
+    chart = curves.costs(story.rows, main) if main else ""
     header, *lines = columns(story)
     cells = [[html.dot(i) + escape(name), *map(escape, rest)] for i, (name, *rest) in enumerate(lines)]
-    return chart + html.table(header, cells)
+    return f'{chart}<div class="tight">{html.table(header, cells)}</div>'
 
 
 def _training(story: Story, knob: str) -> str:
