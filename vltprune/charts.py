@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 36, 16, 40  # pixels around the field
-_GRID, _TICKS, _MUCH = "#e4e7eb", 4, 5.0
+_GRID, _TICKS, _MUCH, _NEAR = "#e4e7eb", 4, 5.0, 1e-6
 
 Point = tuple[float, float]
 
@@ -43,7 +43,7 @@ class Axis:
             margin = abs(low) / 2 or 0.5
             low, high = low if zero else low - margin, high + margin
         step = _round((high - low) / _TICKS)
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        first, last = math.floor(low / step + _NEAR), math.ceil(high / step - _NEAR)
         ticks = [float(f"{step * n:.10g}") for n in range(first, last + 1)]
         return cls(ticks[0], ticks[-1], {tick: format(tick, form) for tick in ticks})
 

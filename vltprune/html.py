@@ -30,6 +30,7 @@ th:first-child, td:first-child { text-align: left } thead th { color: #5b626d; f
 .tight table { font-size: 14px } .tight th, .tight td { padding: 5px 8px }
 li { margin: 4px 0; max-width: 90ch }
 .answers td, .answers th { padding: 3px 22px 3px 0; text-align: left; font-size: 14px }
+.answers td { white-space: normal; vertical-align: top }
 .answers { margin-top: 8px }
 .model { margin: 14px 0 2px; font-weight: 600 }
 .key { display: inline-block; width: 13px; height: 13px; border-radius: 3px; vertical-align: -2px; margin: 0 5px 0 14px }

@@ -37,7 +37,7 @@ _TRAINING = (
 _PICTURES = (
     "The first {count} validation records that could be answered: no choice was made by what was answered. The pictures "
     "show which patches each layer kept at {name}, the numbers count tokens, special tokens included. Answers are those "
-    "that were scored above."
+    "of the exams above."
 )
 
 
@@ -62,12 +62,15 @@ class Story:
     @property
     def names(self) -> list[str]:
         """What the rows are called."""
-        return [f"{100 * row['reduction']:g} % fewer MACs" if row["reduction"] else "dense" for row in self.rows]
+        pruned = [
+            f"{100 * row['reduction']:g} % fewer MACs" if row["reduction"] else "trained" for row in self.rows[1:]
+        ]
+        return ["dense", *pruned]
 
     @property
     def asked(self) -> int:
-        """Which row the config's reduction has."""
-        return [row["reduction"] for row in self.rows].index(self.config.reduction)
+        """Which row the config's reduction has; behind the first, which was not trained."""
+        return 1 + [row["reduction"] for row in self.rows[1:]].index(self.config.reduction)
 
 
 def write(file: Path, story: Story, shown: Sequence[Example], missing: str = "") -> None:
@@ -77,19 +80,19 @@ def write(file: Path, story: Story, shown: Sequence[Example], missing: str = "")
 
 def page(story: Story, shown: Sequence[Example], missing: str = "") -> str:
     """shown: examples of what was kept, at the cost that was asked for; missing: why there are none."""
-    config, row = story.config, story.rows[story.asked]
+    title = f"{Path(story.config.model).name}, {'compressed' if story.config.reduction else 'trained'}"
     body = [
-        f"<h1>{escape(Path(config.model).name)}, compressed</h1>",
+        f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{_lead(story)}</p>',
         f"<h2>What was done</h2>{html.card(_table(_done(story)))}",
         f"<h2>What was selected on what</h2>{html.card(_list(_selected(story)))}",
         f"<h2>Score and cost</h2><p>{_COST}</p>{html.card(_costs(story))}{_list(_gaps(story))}",
         f"<h2>Where the tokens go</h2><p>{_TOKENS}</p>{curves.tokens(story.answered, story.names)}",
-        f"<h2>How training went</h2><p>{_TRAINING}</p>{_training(story, row['knob']['knob'])}",
+        f"<h2>How training went</h2><p>{_TRAINING}</p>{_training(story)}",
         "<h2>What each layer kept</h2>",
         *_pictures(story, shown, missing),
     ]
-    return html.document(f"{Path(config.model).name}, compressed", body)
+    return html.document(title, body)
 
 
 def columns(story: Story) -> list[list[str]]:
@@ -133,23 +136,30 @@ def _lead(story: Story) -> str:
 def _done(story: Story) -> list[tuple[str, str]]:
     """The config in words: what, and how."""
     config, parts = story.config, story.config.pruning
-    names = ("guide", "scorer", "keep", "reducer")
-    own = ", ".join(config.parts) or "none"
-    serve = ", ".join(f"{100 * share:g} %" for share in config.serve)
     align = config.align if parts.guide is not None else 0.0
     losses = f"the task's, L_align x {align:g}, distillation x {config.distil:g}"
     return [
         ("task", config.task),
         ("dense model", f"{config.model}, weights: {_weights(config)}"),
-        ("pruning", f"preset {config.preset}; parts that replace its own: {own}"),
-        *((f"&emsp;{name}", str(getattr(parts, name) or "none")) for name in names),
-        ("&emsp;where", "every block of every tower" if parts.at is None else f"blocks {parts.to_dict()['at']}"),
-        ("MACs to save", f"{100 * config.reduction:g} %" + (f"; the same weights also at {serve}" if serve else "")),
-        ("budget", f"{_BUDGETS[config.budget]}; the target rises over {config.ramp:.0%} of the steps"),
+        *(_pruned(config) if config.reduction else [("pruning", "none: the dense model was trained")]),
+        *([("frozen", ", ".join(config.freeze))] if config.freeze else []),
         ("training", f"{story.steps:,} steps of {config.batch_size} records, seed {config.seed}, one run"),
         ("losses", losses + (", random crops and flips" if config.augment else "")),
         ("AdamW", f"rate {config.rate:g}, weight decay {config.weight_decay:g}, precision {config.precision!r}"),
         ("data", f"{config.data}; validation {config.val}"),
+    ]
+
+
+def _pruned(config: CompressConfig) -> list[tuple[str, str]]:
+    """The part of the config that is about pruning, in words."""
+    parts, own = config.pruning, ", ".join(config.parts) or "none"
+    serve = ", ".join(f"{100 * share:g} %" for share in config.serve)
+    return [
+        ("pruning", f"preset {config.preset}; parts that replace its own: {own}"),
+        *((f"&emsp;{name}", str(getattr(parts, name) or "none")) for name in ("guide", "scorer", "keep", "reducer")),
+        ("&emsp;where", "every block of every tower" if parts.at is None else f"blocks {parts.to_dict()['at']}"),
+        ("MACs to save", f"{100 * config.reduction:g} %" + (f"; the same weights also at {serve}" if serve else "")),
+        ("budget", f"{_BUDGETS[config.budget]}; the target rises over {config.ramp:.0%} of the steps"),
     ]
 
 
@@ -165,27 +175,32 @@ def _selected(story: Story) -> list[str]:
     """What the validation split chose, and what it did not. Plain text."""
     config, row = story.config, story.rows[story.asked]
     records = row["records"] + len(row["skipped"])
-    first = "all" if story.calibrated == records else f"the first {story.calibrated:,} of the"
-    same = "all of them" if story.calibrated == records else f"the first {story.calibrated:,} among them"
     told = [
-        f"The knob ({row['knob']['knob']}) was set on {first} {records:,} validation records, one text each, for each cost "
-        "by itself: to MACs alone, no score was looked at.",
-        *_drift(story),
+        *(_knob(story, records) if row["knob"] else []),
         f"The weights are those of the last step, {story.steps:,}, the same at every cost. No checkpoint was chosen.",
-        f"Scores, costs and tokens are of the {records:,} validation records; {same} are what the knob was set on.",
+        f"Scores, costs and tokens are of the {records:,} validation records.",
         f"No test split was read: a compression reads {config.data} to learn from, and {config.val}.",
         f"One run, seed {config.seed}: what another seed would give is not known from this page.",
     ]
     if "accuracy" in row["scores"]:
-        share = row["scores"]["accuracy"]
-        told.append(
-            f"An accuracy of {share:.1%} on {row['records']:,} records has a standard error of {_error(row):.1%}."
-        )
+        share, error = row["scores"]["accuracy"], _error(row)
+        told.append(f"An accuracy of {share:.1%} on {row['records']:,} records has a standard error of {error:.1%}.")
     if (config.data, config.images) == (config.val, config.val_images or config.images):
         told.append(
-            "Training and validation read the same file: these scores are of records that the model has learnt from."
+            "Training and validation read the same file: these scores are of records the model has learnt from."
         )
     return told
+
+
+def _knob(story: Story, records: int) -> list[str]:
+    """What the knob was set on. Plain text."""
+    knob, whole = story.rows[story.asked]["knob"]["knob"], story.calibrated == records
+    on = f"all {records:,}" if whole else f"the first {story.calibrated:,} of the {records:,}"
+    return [
+        f"The knob ({knob}) was set on {on} validation records, one text each, for each cost by itself: to MACs alone, no "
+        f"score was looked at. The scores below are of {'the same records' if whole else 'these records and the rest'}.",
+        *_drift(story),
+    ]
 
 
 def _drift(story: Story) -> list[str]:
@@ -226,7 +241,7 @@ def _costs(story: Story) -> str:
     return f'{chart}<div class="tight">{html.table(header, cells)}</div>'
 
 
-def _training(story: Story, knob: str) -> str:
+def _training(story: Story) -> str:
     if not story.history:
         return html.card("There are no rows in history.jsonl.")
     last = story.history[-1]
@@ -235,7 +250,8 @@ def _training(story: Story, knob: str) -> str:
         f"were no numbers. {last.get('skipped_records', 0)} records of those drawn since the run was last taken up could not "
         "be opened, and others took their places."
     )
-    return html.card(curves.training(story.history, escape(knob)) + f'<p class="quiet">{skipped}</p>')
+    knob = story.rows[story.asked]["knob"] or {"knob": ""}
+    return html.card(curves.training(story.history, escape(knob["knob"])) + f'<p class="quiet">{skipped}</p>')
 
 
 def _pictures(story: Story, shown: Sequence[Example], missing: str) -> list[str]:
