@@ -84,6 +84,11 @@ def film(picture: Image.Image, trace: PruneTrace, instance: int, side: int = 128
     return _contact(cells, across)
 
 
+def films(pictures: Sequence[Image.Image], trace: PruneTrace) -> Image.Image:
+    """What an image tower kept of a record that was traced alone: a film for each of its pictures, one above another."""
+    return stack([film(picture, trace, place) for place, picture in enumerate(pictures)], legend=False)
+
+
 def stack(films: Sequence[Image.Image], titles: Sequence[str] = (), legend: bool = True) -> Image.Image:
     """Films one under another, each under its title if it has one, and the legend: what `predict` and `prune` write."""
     titles = [*titles, *[""] * (len(films) - len(titles))]

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     done = compress(config_of(args), args.output)
     if done is not None:
         _print(done.rows)
-        print(f"wrote {os.path.join(done.folder, 'model')}, and how it came about beside it")
+        print(f"wrote {os.path.join(done.folder, 'model')}, and how it came about: {done.page} (open it in a browser)")
 
 
 def config_of(args: argparse.Namespace) -> Any:

@@ -107,17 +107,11 @@ def _example(
             models[name](*one.inputs)
         for trace in traces:
             if trace.tower == "image":
-                films[name] = pair_film(pictures, trace)
+                films[name] = visualize.films(pictures, trace)
             else:
                 words[name] = kept_words(one.sentences[0], trace)
     answers = {name: float(outcome.chance[question]) for name, outcome in outcomes.items()}
     return report.Example(one.sentences[0], one.families[0], bool(one.labels[0]), answers, films, words)
-
-
-def pair_film(pictures: Sequence[Image.Image], trace: PruneTrace) -> Image.Image:
-    """What the image tower kept of a pair's two pictures, the left above the right."""
-    films = [visualize.film(picture, trace, side) for side, picture in enumerate(pictures)]
-    return visualize.stack(films, legend=False)
 
 
 def kept_words(sentence: str, trace: PruneTrace) -> list[tuple[str, visualize.Fate]]:

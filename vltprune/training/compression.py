@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from ..surgery import prune, pruning
 from ..tasks import Options
 from .config import CompressConfig
 from .engine import Run, calls_of
+from .examples import Example, Rows, examples
+from .figures import History
+from .report import Story, write
 from .student import Extra
 
 _CALIBRATED = 256  # records of the validation split that the knob is set on
@@ -32,12 +36,17 @@ _CALIBRATED = 256  # records of the validation split that the knob is set on
 class Compressed:
     """What came of a compression: the model, its folder, and one row of results a cost, dense first.
 
-    A row: reduction asked for (0: dense), knob, and what `exam.report` gives on the validation split.
+    A row: reduction asked for (0: dense), knob, and what `exam.report` gives on the validation split. page: report.html,
+    for people to look at.
     """
 
     model: nn.Module
     folder: Path
     rows: Sequence[dict[str, Any]]
+
+    @property
+    def page(self) -> Path:
+        return self.folder / "report.html"
 
 
 def compress(config: CompressConfig, output: str | Path, extra: Extra | None = None) -> Compressed | None:
@@ -46,8 +55,9 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     With reduction=0 the dense model is trained alike, and saved as it is.
 
     config: what to do; extra: a further loss. There come to be checkpoints/, history.jsonl, the trackers' files, and at
-    the end model/ (`vltprune.load` reads it), results.json and config.json. The validation split chooses the knob, and
-    nothing else is chosen by it: the weights are those of the last step. Returns None in processes other than the first.
+    the end model/ (`vltprune.load` reads it), results.json, config.json and report.html. The validation split chooses the
+    knob, and nothing else is chosen by it: the weights are those of the last step. On a run that is at its end, nothing is
+    trained and no record examined again: the page is made anew. Returns None in processes other than the first.
 
     Raises what the config's parts raise; ValueError for a folder of another config, BudgetError for a cost that the parts
     cannot reach, OSError where nothing can be written, BadLossError.
@@ -110,18 +120,31 @@ def _claim(folder: Path, config: CompressConfig) -> None:
 
 
 def _finish(run: Run, val: Sequence[Any]) -> Compressed:
-    """Calibrate on validation, examine there at every cost, and save."""
+    """Examine on validation, dense and as trained, save, and report."""
     config, model, folder = run.config, run.accelerator.unwrap_model(run.student).model, run.folder
     val = val[: config.val_limit] if config.val_limit else val
-    prepare = transforms(model)
-    calls = calls_of(run.task, val[:_CALIBRATED], prepare, run.accelerator.device)
-    rows = [_examined(run, dense_model(config).to(run.accelerator.device), val, "dense", 0.0, None)]
-    if not config.reduction:
-        rows.append(_examined(run, pruning(model).host, val, "trained", 0.0, None))
-        checkpoint.save(pruning(model).host, folder / "model")
-        write_json(folder / "results.json", rows)
-        return Compressed(pruning(model).host, folder, rows)
-    checkpoint.save(model, folder / "model")  # what was learnt, whether or not the knob reaches what was asked
+    exams = [_examined(run, dense_model(config).to(run.accelerator.device), val, "dense", 0.0, None)]
+    if config.reduction:
+        exams += _served(run, model, val)
+    else:
+        model = pruning(model).host
+        exams.append(_examined(run, model, val, "trained", 0.0, None))
+        checkpoint.save(model, folder / "model")
+    rows, answered = map(list, zip(*exams, strict=True))
+    write_json(folder / "results.json", rows)
+
+    done = Compressed(model, folder, rows)
+    history = History(folder / "history.jsonl").rows
+    story = Story(config, run.steps, min(len(val), _CALIBRATED), rows, answered, history)
+    write(done.page, story, *_shown(run, model, val, answered))
+    return done
+
+
+def _served(run: Run, model: nn.Module, val: Sequence[Any]) -> list[tuple[dict[str, Any], Rows]]:
+    """Calibrate to every cost on the first validation records, and examine there; the model is left at its own cost."""
+    config, exams = run.config, []
+    calls = calls_of(run.task, val[:_CALIBRATED], transforms(model), run.accelerator.device)
+    checkpoint.save(model, run.folder / "model")  # what was learnt, whether or not the knob reaches what was asked
     for reduction in sorted({*config.serve, config.reduction}):
         try:
             found = budget.calibrate(model, calls, reduction)
@@ -129,18 +152,28 @@ def _finish(run: Run, val: Sequence[Any]) -> Compressed:
             if reduction == config.reduction:
                 raise
             continue  # a cost on the way that these parts cannot give
-        rows.append(_examined(run, model, val, f"{reduction:g}", reduction, asdict(found)))
+        exams.append(_examined(run, model, val, f"{reduction:g}", reduction, asdict(found)))
         if reduction == config.reduction:
-            checkpoint.save(model, folder / "model")
+            checkpoint.save(model, run.folder / "model")
     budget.calibrate(model, calls, config.reduction)
-    write_json(folder / "results.json", rows)
-    return Compressed(model, folder, rows)
+    return exams
+
+
+def _shown(run: Run, model: nn.Module, val: Sequence[Any], answered: Sequence[Rows]) -> tuple[list[Example], str]:
+    """The report's examples; or none, and why."""
+    try:
+        return examples(run.config.task, run.task, model, val, answered), ""
+    except Exception as error:  # whatever it is, all that is lost are pictures of a run that is at its end
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(f"the report has no pictures: {why}", stacklevel=2)
+        return [], why
 
 
 def _examined(
     run: Run, model: nn.Module, val: Sequence[Any], name: str, reduction: float, knob: dict[str, Any] | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Rows]:
+    """A row of results, and the rows of its records."""
     loader = Loader(val, transforms(model), workers=2)
     journal = Journal(run.folder / "val" / name, {"reduction": reduction, "knob": knob})
     Exam(run.task, model, str(run.accelerator.device)).sit(loader, journal)
-    return {"reduction": reduction, "knob": knob, **report(run.task, journal.rows)}
+    return {"reduction": reduction, "knob": knob, **report(run.task, journal.rows)}, journal.rows

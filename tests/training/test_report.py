@@ -1,0 +1,204 @@
+"""The page of a compression: what it must say, that its numbers are those of results.json, and odd runs."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+
+import numpy as np
+import pytest
+from data import config
+
+from vltprune import charts
+from vltprune.training import compress, compression, curves, report
+from vltprune.training.examples import Example, Said
+from vltprune.visualize import Fate
+
+NASTY = "<b>both</b> & <script>alert(1)</script>"
+
+
+def run(task, tmp_path, **changes):
+    """A compression's page, what it returned, and its story as the page was told it."""
+    told, page = [], report.page
+
+    def listening(story, *rest):
+        told.append((story, *rest))
+        return page(story, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "page", listening)
+        done = compress(config(task, tmp_path / "data", **changes), tmp_path / "run")
+    assert done is not None
+    (story,) = told
+    return done.page.read_text(), done, story
+
+
+def cells(page):
+    return [html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", page)]
+
+
+@pytest.fixture(scope="module", params=["nlvr", "retrieval"])
+def made(request, tmp_path_factory):
+    return request.param, *run(request.param, tmp_path_factory.mktemp(request.param), serve=(0.2, 0.97), distil=0.5)
+
+
+def test_the_page_is_self_contained(made):
+    page = made[1]
+    assert not re.search(r"https?:|<script|<link|@import|url\(", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 6
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+
+
+def test_the_page_says_what_was_done_and_what_was_chosen_on_what(made):
+    task, page, _, _ = made
+    text = html.unescape(page)
+    assert f"blip_{task}_tiny, weights: random" in text
+    assert "codebook(anchors=4)" in text
+    assert "4 steps of 4 records, seed 0, one run" in text
+    assert "set on all 8 validation records" in text
+    assert "The weights are those of the last step, 4," in text
+    assert "No test split was read" in text
+    assert "Training and validation read the same file" in text
+    assert "out of these parts' reach: 97 % fewer MACs" in text
+
+
+def test_the_numbers_are_those_of_the_results(made):
+    _, page, done, _ = made
+    rows = json.loads((done.folder / "results.json").read_text())
+    found = cells(page)
+    for row in rows:
+        expected = [f"{100 * score:.2f}" for score in row["scores"].values()]
+        expected += [f"{row['macs'] / 1e9:.4g}", f"{row['macs_saved']:.1%}", f"{row['records_per_second']:.1f}"]
+        if row["knob"]:
+            expected += [f"ratio {row['knob']['value']:.4g}"]
+        assert set(expected) <= set(found)
+        for tower in row["kept"]:
+            assert any(cell.startswith(f"{row['kept'][tower][-1]:.1f} (") for cell in found)
+    assert len(re.findall(r'aria-label="(?:image|text) tokens that are left"', page)) == 2
+
+
+def test_the_page_shows_how_training_went(made):
+    page = made[1]
+    for title in ("the task's loss", "alignment", "what the dense model teaches", "dense MACs saved", "knob: ratio"):
+        assert title in html.unescape(page)
+    assert "Up to step 4, 0 steps were skipped" in page
+
+
+def test_the_first_records_are_shown(made):
+    task, page, done, (_, shown, missing) = made
+    assert not missing
+    assert [example.index for example in shown] == list(range(6))
+    assert all(len(example.said) == len(done.rows) for example in shown)
+    entries = json.loads((done.folder.parent / "data" / f"{task}.json").read_text())
+    if task == "nlvr":
+        assert [example.asked for example in shown] == [entry["sentence"] for entry in entries[:6]]
+        assert [word for word, _ in shown[3].words] == entries[3]["sentence"].split()
+        assert shown[1].truth == "true"
+    else:
+        captions = {caption for entry in entries for caption in entry["caption"]}
+        assert {said.text.split(" (of")[0] for example in shown for said in example.said} <= captions
+        assert not shown[0].words  # the task cannot spell ids
+    assert page.count("in truth: <b>") == 6
+
+
+def test_nearest_texts_agree_with_recall(made):
+    task, _, done, (_, shown, _) = made
+    if task != "retrieval":
+        pytest.skip("of retrieval")
+    for place, row in enumerate(done.rows):  # 8 images, and 6 of them shown
+        right = sum(example.said[place].right for example in shown)
+        assert right <= 8 * row["scores"]["i2t_r1"] <= right + 2
+
+
+@pytest.mark.filterwarnings("ignore:captions are written, and not scored")
+def test_captions(tmp_path):
+    page, done, (_, shown, missing) = run("caption", tmp_path)
+    assert not missing
+    assert shown[0].said[0].right is None
+    assert "text tokens" not in page
+    if not done.rows[0]["scores"]:
+        assert "nothing could be scored" in page
+        assert "Not scored: captions" in page
+
+
+def test_answers(tmp_path):
+    page, _, (_, shown, missing) = run("vqa", tmp_path, budget="learned", parts=LEARNED)
+    assert not missing
+    assert shown[0].truth == "red (7), blue (3)"
+    assert "what colour is the" in page
+    assert "expected MACs off their target" in page
+
+
+LEARNED = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}
+
+
+def test_a_dense_model_that_was_trained(tmp_path):
+    page, done, (story, shown, missing) = run("nlvr", tmp_path, reduction=0.0, freeze=("text.word*",))
+    assert not missing
+    assert story.names == ["dense", "trained"]
+    assert "none: the dense model was trained" in page
+    assert "text.word*" in page
+    assert "The knob" not in page
+    assert len(shown) == 6
+    assert {f"{row['macs'] / 1e9:.4g}" for row in done.rows} <= set(cells(page))
+
+
+def test_a_finished_run_makes_its_page_anew(tmp_path, monkeypatch):
+    page, done, _ = run("nlvr", tmp_path)
+    rows = json.loads((done.folder / "results.json").read_text())
+    done.page.unlink()
+    monkeypatch.setattr(compression.Exam, "_answer", lambda *given: pytest.fail("no record is answered again"))
+    again, _, _ = run("nlvr", tmp_path)
+    assert again == page
+    assert json.loads((done.folder / "results.json").read_text()) == rows
+
+
+def test_pictures_that_cannot_be_drawn_lose_nothing_else(tmp_path, monkeypatch):
+    def fails(*given):
+        raise ValueError("no <grid>")
+
+    monkeypatch.setattr(compression, "examples", fails)
+    with pytest.warns(UserWarning, match=r"the report has no pictures: ValueError: no <grid>"):
+        page, done, _ = run("nlvr", tmp_path)
+    assert "No pictures: ValueError: no &lt;grid&gt;." in page
+    assert (done.folder / "results.json").is_file()
+
+
+@pytest.mark.parametrize("history", [[], [{"step": 1, "task": 0.5, "knob": 0.3, "target": 0.3}]])
+def test_short_histories(made, history):
+    _, _, _, (story, shown, _) = made
+    page = report.page(report.Story(**{**vars(story), "history": history}), shown)
+    assert "nan" not in page.lower().replace("base64", "")[: page.find("What each layer kept")]
+    assert ("the task's loss" in html.unescape(page)) == bool(history)
+    assert ("There are no rows in history.jsonl" in page) != bool(history)
+
+
+def test_texts_are_escaped(made):
+    _, _, _, (story, *_) = made
+    example = Example(0, NASTY, NASTY, [Said(NASTY, True)] * len(story.rows), None, [(NASTY, Fate.KEPT)])
+    page = report.page(report.Story(**{**vars(story), "config": story.config.replace(val=NASTY)}), [example])
+    assert NASTY not in page
+    assert "<script" not in page
+    assert page.count(html.escape(NASTY)) >= 4 + len(story.rows)
+
+
+def test_bands_are_of_records():
+    """Ten records, the last far off: the mean follows it, the band does not."""
+    rows = [{"kept": {"image": [10.0, float(n)]}} for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 1000)]
+    rows.append({"skipped": "no picture"})
+    drawn = curves.tokens([[{"kept": {}}], rows], ["dense", "half"])
+    low, high = np.percentile([*range(1, 10), 1000], curves.SPREAD)
+    assert f"104.5 ({low:g}&ndash;{high:g})" in drawn
+
+
+@pytest.mark.parametrize(
+    "values", [[], [0.0], [3.0, 3.0], [float("nan"), 2.0], [-1.5, 7.25], [1e-4, 30.0], [0.99, 0.991]]
+)
+@pytest.mark.parametrize("kind", [charts.Axis.over, charts.Axis.ratios])
+def test_axes_hold_what_they_are_over(values, kind):
+    axis = kind(values)
+    assert all(-1e-5 <= axis.place(value) <= 1 + 1e-5 for value in values if np.isfinite(value))
+    assert 2 <= len(axis.labels) <= 8
+    assert charts.chart([charts.Line([(0, v) for v in values], "red")], charts.layers(3), axis, "it").count("nan") == 0

@@ -1,0 +1,109 @@
+"""The charts of a compression's report: score against cost, tokens by layer, and how training went. Numbers in, HTML out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import charts, html
+from .examples import Rows
+
+SPREAD = (10, 90)  # percentiles of a band
+_SMALL = (480, 230)
+_KEPT = "kept "
+_LOSSES = {
+    "task": "the task's loss",
+    "align": "alignment of the towers",
+    "distil": "what the dense model teaches",
+    "budget": "expected MACs off their target",
+    "extra": "the further loss",
+}
+
+
+def costs(rows: Rows, score: str) -> str:
+    """One score, in percent, against GMACs: a dot each for the dense model and for every cost, in the table's colours."""
+    points = [(row["macs"] / 1e9, 100 * row["scores"][score]) for row in rows]
+    path = charts.Line(sorted(points), "#b9bec7", dots=False)
+    dots = [charts.Line([point], html.colour(i)) for i, point in enumerate(points)]
+    across = charts.Axis.over([gmacs for gmacs, _ in points], zero=True)
+    up = charts.Axis.over([value for _, value in points])
+    title = f"{score}, in percent, against GMACs of an instance"
+    return _titled(title, charts.chart([path, *dots], across, up, title))
+
+
+def tokens(answered: Sequence[Rows], names: Sequence[str]) -> str:
+    """Tokens by layer, of each tower that was pruned: the mean and a band of the middle 80 % of records, a colour a cost.
+
+    answered: the rows of each exam, the dense model's among them, which tell of no tokens. Nothing where none do.
+    """
+    exams = [[row for row in rows if "skipped" not in row] for rows in answered]
+    towers = dict.fromkeys(tower for rows in exams for tower in rows[0]["kept"])
+    return "".join(_tower(tower, exams, names) for tower in towers)
+
+
+def training(history: Rows, knob: str) -> str:
+    """Losses, MACs saved, the knob, and tokens at the last layer, over the steps."""
+    charted = [_curve(f"loss: {what}", history, {name: name}) for name, what in _LOSSES.items()]
+    charted.append(
+        _curve("share of the dense MACs saved, and the target", history, {"saved": "saved", "target": "target"})
+    )
+    charted.append(_curve(f"knob: {knob}", history, {"knob": knob}))
+    for name in dict.fromkeys(name for row in history for name in row if name.startswith(_KEPT)):
+        last = [{"step": row["step"], name: row[name][-1]} for row in history if name in row]
+        charted.append(
+            _curve(f"{name.removeprefix(_KEPT)} tokens behind the last layer", last, {name: "tokens"}, zero=True)
+        )
+    return f'<div class="pair">{"".join(charted)}</div>'
+
+
+def _tower(tower: str, exams: Sequence[Rows], names: Sequence[str]) -> str:
+    lines, cells, entered = [], [], 0.0
+    for i, rows in enumerate(exams):
+        kept = np.array([row["kept"][tower] for row in rows if tower in row["kept"]])  # [records, 1 + layers]
+        if not kept.size:
+            continue
+        means, (low, high) = kept.mean(0), np.percentile(kept, SPREAD, axis=0)
+        band = list(zip(low.tolist(), high.tolist(), strict=True))
+        lines.append(charts.Line(list(enumerate(means.tolist())), html.colour(i), band))
+        spread = zip(means, low, high, strict=True)
+        cells.append([html.dot(i) + names[i], *(f"{mean:.1f} ({a:g}&ndash;{b:g})" for mean, a, b in spread)])
+        entered = max(entered, float(high.max()))
+    layers = len(cells[0]) - 2
+    flat = [(layer, lines[0].points[0][1]) for layer in range(layers + 1)]
+    lines.insert(0, charts.Line(flat, html.colour(0), dashed=True, dots=False))
+
+    title = f"{tower} tokens that are left"
+    drawn = charts.chart(lines, charts.layers(layers), charts.Axis.over([entered], "g", zero=True), title)
+    head = ["mean (middle 80 %)", "input", *(f"layer {layer}" for layer in range(1, layers + 1))]
+    numbers = f"<details><summary>in numbers</summary>{html.table(head, cells)}</details>"
+    return html.card(_titled(title, drawn + html.dots(names) + numbers))
+
+
+def _curve(title: str, history: Rows, figures: Mapping[str, str], zero: bool = False) -> str:
+    """Figures over the steps, by their names in the history; nothing where no row has the first of them."""
+    points = {name: [(row["step"], row[name]) for row in history if name in row] for name in figures}
+    if not points[next(iter(figures))]:
+        return ""
+    values = [value for some in points.values() for _, value in some]
+    share = "target" in figures
+    linear = charts.Axis.over(values, ".0%" if share else "g", zero or share)
+    up = charts.Axis.ratios(values) if "knob" in figures else linear
+    lines = [
+        charts.Line(some, html.colour(1 if i == 0 else 0), dashed=i > 0, dots=len(some) < 20)
+        for i, some in enumerate(points.values())
+    ]
+    across = charts.Axis.over([step for some in points.values() for step, _ in some], ",.0f", zero=True)
+    drawn = charts.chart(lines, across, up, title, _SMALL)
+    return _titled(title, drawn + (html.dots(["target", "saved"]) if share else ""))
+
+
+def _titled(title: str, content: str) -> str:
+    return f'<div><div class="model">{title}</div>{content}</div>'
+
+
+def main_score(scores: Mapping[str, Any]) -> str | None:
+    """The score that a chart shows: the one its task is known by, else the first; None where nothing was scored."""
+    known = [name for name in ("accuracy", "vqa_accuracy", "CIDEr", "mean_recall") if name in scores]
+    return next(iter([*known, *scores]), None)
