@@ -31,18 +31,23 @@ class UntrainedGuideWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a pruner says of a block's tokens: the plan, None where all stay; and, in soft training, how much of each does."""
+    """What a pruner says of a block's tokens: the plan, None where all stay; in soft training also how much of each does.
+
+    presence [total]: with gradients to scores and threshold; counted [total]: the same, to the threshold alone.
+    """
 
     plan: Reduction | None
     presence: Tensor | None = None
+    counted: Tensor | None = None
 
 
 class Pruner(nn.Module):
     """One depth: score, count, plan.
 
     softness: above 0, training decides softly. A token then stays as far as a sigmoid of its keeper's margin over
-    `softness` says, by a bias on its attention logits, so that the loss has gradients to scores and thresholds; what would
-    stay by less than `gone` goes. At 0, and in evaluation, tokens stay or go.
+    `softness` says, by a bias on its attention logits, so that the loss has gradients to scores and thresholds; the cost has
+    them to thresholds alone, for scores should say what matters, and not what is cheap. What would stay by less than
+    `gone` goes. At 0, and in evaluation, tokens stay or go.
     """
 
     gone = 0.02
@@ -70,16 +75,19 @@ class Pruner(nn.Module):
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Verdict:
         """tokens: the block's input -> the plan for its output. ValueError for soft training of a keeper without a margin."""
         scores = self.scorer(tokens, stats, guidance)
-        presence = None
+        presence = counted = None
         if self.training and self.softness > 0:
-            margin = self.keeper.margin(scores, tokens, guidance)
-            presence = (margin / self.softness).sigmoid().to(scores.dtype).masked_fill(tokens.protected, 1.0)
+            presence, counted = (self._presence(one, tokens, guidance) for one in (scores, scores.detach()))
             counts = segments.count((presence > self.gone) & tokens.free, tokens.layout)
         else:
             counts = self.keeper(scores, tokens, guidance)
         if not self.scorer.site.has_summary:
             counts = counts.clamp(min=1)  # where nothing is protected, the last token stays all the same
-        return Verdict(self.reducer(tokens, scores, counts, stats), presence)
+        return Verdict(self.reducer(tokens, scores, counts, stats), presence, counted)
+
+    def _presence(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        margin = self.keeper.margin(scores, tokens, guidance)
+        return (margin / self.softness).sigmoid().to(scores.dtype).masked_fill(tokens.protected, 1.0)
 
 
 @dataclass(frozen=True)
@@ -266,7 +274,7 @@ class PrunedEncoder(nn.Module):
         # an affine map commutes with averaging: reducing first, the output projection runs on what stays
         early = plan is not None and plan.is_affine and adapter.mixes_affinely(block)
         if verdict.presence is not None:
-            tokens = tokens.fade(verdict.presence)
+            tokens = tokens.fade(verdict.presence, verdict.counted)
         if plan is not None and early:
             tokens, context = plan.tokens(tokens), plan.values(context)
         tokens = adapter.mix(block, tokens, context)

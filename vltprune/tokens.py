@@ -88,6 +88,7 @@ class PackedTokens:
     summary    [total] bool or None: the protected token that speaks for its instance (CLS; in a causal tower EOT)
     size       [total] or None: how many original tokens this one stands for (None: one each)
     presence   [total] or None: in (0, 1], how much of it is there, while a training decides softly (None: all of it)
+    counted    [total] or None: the same number, whose gradients say what it costs (None with `presence`)
     """
 
     x: Tensor
@@ -97,6 +98,7 @@ class PackedTokens:
     summary: Tensor | None = None
     size: Tensor | None = None
     presence: Tensor | None = None
+    counted: Tensor | None = None
 
     @classmethod
     def pack(
@@ -149,14 +151,17 @@ class PackedTokens:
     @property
     def expected(self) -> Tensor:
         """[batch]: tokens of each instance, those that are there in part counted in part."""
-        if self.presence is None:
+        if self.counted is None:
             return self.layout.sizes.double()
-        empty = self.presence.new_zeros(self.layout.batch, dtype=torch.float64)
-        return empty.index_add(0, self.layout.instance, self.presence.double())
+        empty = self.counted.new_zeros(self.layout.batch, dtype=torch.float64)
+        return empty.index_add(0, self.layout.instance, self.counted.double())
 
-    def fade(self, presence: Tensor) -> PackedTokens:
-        """The same tokens, of each but this share left: presence [total]."""
-        return replace(self, presence=presence if self.presence is None else self.presence * presence)
+    def fade(self, presence: Tensor, counted: Tensor | None = None) -> PackedTokens:
+        """The same tokens, of each but this share left: presence [total]; counted: the same, where its gradients differ."""
+        counted = presence if counted is None else counted
+        if self.presence is None or self.counted is None:
+            return replace(self, presence=presence, counted=counted)
+        return replace(self, presence=self.presence * presence, counted=self.counted * counted)
 
     def with_x(self, x: Tensor) -> PackedTokens:
         """The same tokens with other contents: x [total, any]."""
@@ -203,6 +208,7 @@ class PackedTokens:
             pick(self.summary),
             pick(self.size),
             pick(self.presence),
+            pick(self.counted),
         )
 
     def read(self, mark: Tensor) -> Tensor:

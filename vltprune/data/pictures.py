@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,10 +47,8 @@ def listing(folder: str | Path) -> list[Path]:
 
 def _decoded(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF data and the like; damaged pixels raise
-            with Image.open(file) as opened:
-                return _rgb(ImageOps.exif_transpose(opened))
+        with Image.open(file) as opened:  # of damaged EXIF data Pillow warns, and so it may: filters are not a thread's own
+            return _rgb(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = str(error).splitlines()[0].replace(repr(file), "it")  # bytes are called by their place in memory
         raise OSError(f"cannot read {name} as a picture: {why}") from error

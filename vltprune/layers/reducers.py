@@ -75,9 +75,10 @@ class Reduction:
         size = tokens.size if tokens.size is not None else torch.ones_like(tokens.position)
         gathered = self.merge.sums(size, self.merge.sources.to(size.dtype))
         out = replace(out, size=size.index_select(0, self.index).index_copy(0, self.merge.rows, gathered))
-        if out.presence is None:
+        if out.presence is None or out.counted is None:
             return out
-        return replace(out, presence=out.presence.index_fill(0, self.merge.rows, 1.0))  # a merged token is all there
+        whole = (share.index_fill(0, self.merge.rows, 1.0) for share in (out.presence, out.counted))
+        return replace(out, **dict(zip(("presence", "counted"), whole, strict=True)))  # a merged token is all there
 
     def target(self) -> Tensor:
         """[total] int64: the result row that holds each token, -1 for dropped ones. Provenance, for pictures."""

@@ -33,7 +33,7 @@ from .student import Extra, Student
 _MEASURED = 5  # every so many steps the cost is measured and the knob turned
 _SOFT, _HARD = 0.5, 0.01  # softness at first and at last, in standard deviations of the scores
 _HARDENED = 0.5  # the share of the steps after which tokens stay or go, as in evaluation
-_PRICE = 0.1  # how much dearer each step makes a share of the dense MACs that is too much
+_PRICE = 0.05  # how much dearer each step makes a share of the dense MACs that is too much
 _KEEPERS = 50.0  # how much faster thresholds learn than weights
 _START = 64  # records that the guide and the knob start from
 
@@ -151,18 +151,11 @@ class Run:
 
     def _step(self, step: int, records: list[Any], images: Tensor) -> dict[str, Any] | None:
         """One step of the optimiser, and its figures; None where the loss or the gradient was no number."""
+        rate = float(self.config.rate or 0) * _schedule(step, self.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = (
-                group["times"] * float(self.config.rate or 0) * _schedule(step, self.steps, self.config.warmup)
-            )
+            group["lr"] = group["times"] * rate
         pieces = self._gradients(step, records, images)
-        norm: Any = (
-            self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.clip) if pieces else math.nan
-        )
-        finite = (
-            math.isfinite(norm) or self.accelerator.scaler is not None
-        )  # with a scaler, that is how it finds its scale
-        if not pieces or not finite:
+        if not pieces or not self._clip():
             return self._skip(step, records, images)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -172,6 +165,17 @@ class Run:
         if "saved" in figures and self.controller is not None and not self._is_soft(step):
             self.controller.step(figures["saved"], self._target(step))
         return figures
+
+    def _clip(self) -> bool:
+        """Gradients cut to the largest norm; whether they are numbers. What thresholds get from the price is not cut, nor may
+        it cut what the weights learn."""
+        groups = self.optimizer.param_groups
+        weights = [p for group in groups for p in group["params"] if group["times"] == 1.0]
+        norm: Any = self.accelerator.clip_grad_norm_(weights, self.config.clip)
+        others = [p.grad for group in groups for p in group["params"] if group["times"] != 1.0 and p.grad is not None]
+        if self.accelerator.scaler is not None:  # that is how it finds its scale
+            return True
+        return math.isfinite(norm) and all(bool(torch.isfinite(gradient).all()) for gradient in others)
 
     def _gradients(self, step: int, records: list[Any], images: Tensor) -> list[dict[str, Any]]:
         """Forward and backward, in `accumulate` pieces: the figures of each, none where a loss was no number."""
