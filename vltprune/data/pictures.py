@@ -47,7 +47,9 @@ def listing(folder: str | Path) -> list[Path]:
 
 def _decoded(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(file) as opened:  # of damaged EXIF data Pillow warns, and so it may: filters are not a thread's own
+        with Image.open(
+            file
+        ) as opened:  # of damaged EXIF data Pillow warns, and so it may: filters are not a thread's own
             return _rgb(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = str(error).splitlines()[0].replace(repr(file), "it")  # bytes are called by their place in memory
