@@ -96,6 +96,7 @@ def run(work: Path, variant: str, seed: int) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     results = [one for one in results if (one["variant"], one["seed"]) != (variant, seed)]
     results.append({"variant": variant, "seed": seed, "accuracy": {str(r): a for r, (a, _) in found.items()}})
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

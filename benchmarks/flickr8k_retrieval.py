@@ -10,7 +10,8 @@ captions drawn a step. `free` prunes that model without training: anchors by k-m
 calibrated. `trained` trains it pruned, to one cost, its dense self as teacher. Thresholds, anchors and weights learn from
 train.json; the knob is set on the first 256 records of dev.json, and R@1, 5, 10 both ways are of all its 1,000 photographs and
 5,000 captions. Test captions are not read. Runs resume; results go to benchmarks/results/flickr8k_retrieval.json, and
-`table` prints them.
+`table` prints them. `dense` with `--epochs 4 --threads 1` took 37 minutes of a core that was not its own: text to image R@1, 5,
+10 15.9, 39.9, 53.1 %, image to text 19.2, 42.8, 54.7 %.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ def _record(name: str, seed: int, row: dict[str, Any]) -> None:
     key = {"name": name, "seed": seed, "reduction": row["reduction"]}
     results = [one for one in results if {field: one[field] for field in key} != key]
     results.append({**key, "macs_saved": row["macs_saved"], "macs": row["macs"], "scores": row["scores"]})
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
