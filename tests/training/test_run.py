@@ -110,6 +110,15 @@ def test_a_cost_out_of_reach_loses_nothing_that_was_learnt(tmp_path):
     assert vp.load(tmp_path / "run" / "model").pruning.config.part("keep").name == "ratio"
 
 
+def test_pictures_that_cannot_be_opened_are_told_of(tmp_path):
+    settings = config("nlvr", tmp_path / "data")
+    (tmp_path / "data" / "0.png").write_bytes(b"no picture")
+    done = compress(settings, tmp_path / "run")
+    assert [len(row["skipped"]) for row in done.rows] == [2, 2]  # the records that show it
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped_records"] > 0
+
+
 def test_half_precision(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}
     settings = config("nlvr", tmp_path / "data", precision="bf16", budget="learned", parts=parts, distil=0.5)

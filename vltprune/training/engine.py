@@ -237,11 +237,18 @@ def calls_of(
     device: torch.device | str = "cpu",
     size: int = 16,
 ) -> list[Callable[..., Any]]:
-    """Calls that put the records, one text each, to a model as the task does: batches for `budget`."""
+    """Calls that put the records, one text each, to a model as the task does: batches for `budget`.
+
+    Records whose pictures cannot be opened are left out; whoever examines or draws them tells of them.
+    """
     calls: list[Callable[..., Any]] = []
     for start in range(0, len(records), size):
-        some = [_with_one_text(record) for record in records[start : start + size]]
-        images = torch.stack([torch.stack([prepare(p) for p in record.pictures()]) for record in some])
+        opened = [(record, _opened(record, prepare)) for record in records[start : start + size]]
+        there = [(_with_one_text(record), images) for record, images in opened if images is not None]
+        if not there:
+            continue
+        some, images = list(map(list, zip(*there, strict=True)))
+        images = torch.stack(images)
         texts = tuple(text.to(device) for text in task.texts(some)[0])
         calls.append(partial(task.answer, records=some, images=images.to(device), texts=texts))
     return calls
@@ -276,6 +283,14 @@ def _groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             plain = parameter.ndim < 2 or name.endswith("anchors")
             groups[2 if ".keeper." in name else 1 if plain else 0]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+def _opened(record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
+    """The images of a record, None where they cannot be opened."""
+    try:
+        return torch.stack([prepare(picture) for picture in record.pictures()])
+    except OSError:
+        return None
 
 
 def _with_one_text(record: Any) -> Any:
