@@ -93,7 +93,7 @@ class Run:
     def _accelerate(self) -> Accelerator:
         self.accelerator = Accelerator(
             mixed_precision=self.config.precision,
-            log_with=list(trackers()),
+            log_with=trackers() or None,
             project_dir=str(self.folder),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # a tower may prune nowhere
         )
