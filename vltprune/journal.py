@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ class Journal:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """The whole file or none of it, whenever the program is stopped."""
-    part = file.with_suffix(".part")
+    """The whole file or none of it, whenever the program is stopped, and whoever else writes it."""
+    part = file.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     part.replace(file)
 
