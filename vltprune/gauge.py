@@ -34,7 +34,7 @@ class Gauge:
     def __init__(self, model: nn.Module):
         self.is_dense = not hasattr(model, "pruning")
         self.model = keep_all(model) if self.is_dense else model
-        self._meter = Meter(self.model)
+        self.meter = Meter(self.model)
 
     def __call__(self, traces: Sequence[PruneTrace], texts: Sequence[int]) -> list[Spent]:
         """traces: those of the calls that answered a batch, one a tower; texts: how many each record has. ValueError
@@ -44,7 +44,7 @@ class Gauge:
             raise ValueError(
                 f"a batch was answered by several calls of one tower ({', '.join(names)}): measure each alone"
             )
-        cost = self._meter(traces)
+        cost = self.meter(traces)
         dense = self._each(cost.dense, texts)
         pruned = dense if self.is_dense else self._each(cost.towers, texts)
         behind = cost.head + cost.dense_decoder / cost.instances

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -74,3 +76,27 @@ def fails(capsys):
         return complaint
 
     return run
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Five pictures with one to three captions each, Flickr8k's form."""
+    folder, noise = tmp_path / "flickr", np.random.default_rng(0)
+    folder.mkdir()
+    entries = []
+    for i in range(5):
+        Image.fromarray(noise.integers(0, 255, (60, 80, 3), np.uint8)).save(folder / f"{i}.jpg")
+        entries.append({"image": f"{i}.jpg", "captions": [f"caption {j} of picture {i}" for j in range(1 + i % 3)]})
+    (folder / "dev.json").write_text(json.dumps(entries))
+    return folder / "dev.json"
+
+
+WORDS = ("a", "caption", "of", "picture", "what", "is", "on", "the", "desk", *"0123456789")
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """A small vocabulary of BERT's form, and the arguments of a model that has it: its words, [DEC] and [ENC]."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    return str(tmp_path / "vocab.txt"), [f"vocab_size={len(words) + 2}", f"enc_id={len(words) + 1}"]

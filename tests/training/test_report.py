@@ -103,10 +103,9 @@ def test_the_first_records_are_shown(made):
     assert page.count("in truth: <b>") == 6
 
 
+@pytest.mark.parametrize("made", ["retrieval"], indirect=True)
 def test_nearest_texts_agree_with_recall(made):
-    task, _, done, (_, shown, _) = made
-    if task != "retrieval":
-        pytest.skip("of retrieval")
+    _, _, done, (_, shown, _) = made
     for place, row in enumerate(done.rows):  # 8 images, and 6 of them shown
         right = sum(example.said[place].right for example in shown)
         assert right <= 8 * row["scores"]["i2t_r1"] <= right + 2

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..data import Record
-from ..flops import Meter
 from ..gauge import Gauge
 from ..pruner import PruneTrace, collect
 from ..surgery import pruning
@@ -50,7 +49,7 @@ class Student(nn.Module):
         self.model, self.objective, self.align, self.taught = model, objective, align, taught
         self.extra = extra
         self.__dict__["teacher"] = teacher  # no child: it is neither trained nor kept in checkpoints
-        self.__dict__["gauge"], self.__dict__["meter"] = Gauge(model), Meter(model)
+        self.gauge = Gauge(model)
 
     def forward(
         self,
@@ -120,7 +119,7 @@ class Student(nn.Module):
 
     def _share(self, own: dict[str, PruneTrace], batch: int) -> Tensor:
         """The expected MACs of an instance, an image and one text, as a share of the dense ones; with gradients."""
-        cost = self.__dict__["meter"](list(own.values()))
+        cost = self.gauge.meter(list(own.values()))
         units = {tower: batch if tower == "image" else macs.shape[1] for tower, macs in cost.dense.items()}
         ours, dense = (
             torch.stack([macs.sum() / units[tower] for tower, macs in one.items()]).sum() + cost.head
@@ -131,7 +130,7 @@ class Student(nn.Module):
     @torch.no_grad()
     def _cost(self, own: dict[str, PruneTrace], batch: int) -> dict[str, Any]:
         texts = own["text"].entered.layout.batch // batch if "text" in own else 1
-        spent = self.__dict__["gauge"](list(own.values()), [texts] * batch)
+        spent = self.gauge(list(own.values()), [texts] * batch)
         device = next(self.model.parameters()).device
 
         def mean(rows: Sequence[Any]) -> Tensor:
