@@ -154,7 +154,7 @@ def engine_of(settings, folder):
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
-    settings = dict(steps=14, checkpoint_every=3, distil=0.5, distil_summaries=0.5, augment=True)
+    settings = dict(steps=14, checkpoint_every=3, distil=0.5, saliency=0.5, distil_summaries=0.5, augment=True)
     whole = start(tmp_path / "data", tmp_path / "whole", **settings)
     assert whole.wait(120) == 0, (tmp_path / "whole.log").read_text()
 

@@ -27,6 +27,7 @@ from .engine import Run, calls_of
 from .examples import Example, Rows, examples
 from .figures import History
 from .report import Story, write
+from .saliency import watched
 from .student import Extra
 
 _CALIBRATED = 256  # records of the validation split that the knob is set on
@@ -65,8 +66,10 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     folder = Path(output)
     _claim(folder, config)
     dense = dense_model(config)
-    teacher = prune(copy.deepcopy(dense), "random", at=()) if config.distil or config.distil_summaries else None
+    taught = config.distil or config.distil_summaries or config.saliency
+    twin = copy.deepcopy(dense) if taught else None
     model = prune(dense, config.pruning)
+    teacher = None if twin is None else watched(twin, model)
     kind: Any = tasks.tasks[config.task]
     task = kind.of(model, Options(config.vocabulary, config.answers))
     records = _records(config, kind)

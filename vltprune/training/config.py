@@ -58,6 +58,7 @@ class CompressConfig:
     rate, weight_decay   of AdamW (None: the recipe's); the rate falls by a cosine to 0, after `warmup`, a share of the steps
     align           weight of L_align
     distil, distil_summaries   weights of what the dense model teaches: its logits, and its towers' summary tokens (0: nothing)
+    saliency        weight of teaching the scores what the dense model's answers depend on (0: they are not taught)
     clip            largest norm of the gradients
     augment         random crops and flips of the pictures
     precision       "no", "bf16" or "fp16"
@@ -92,6 +93,7 @@ class CompressConfig:
     align: float = 0.1
     distil: float = 0.0
     distil_summaries: float = 0.0
+    saliency: float = 0.0
     clip: float = 1.0
     augment: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -135,7 +137,7 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
-        for name in ("align", "distil", "distil_summaries", "weight_decay"):
+        for name in ("align", "distil", "distil_summaries", "saliency", "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.budget not in ("controller", "learned"):

@@ -34,7 +34,7 @@ _MEASURED = 5  # every so many steps the cost is measured and the knob turned
 _SOFT, _HARD = 0.5, 0.01  # softness at first and at last, in standard deviations of the scores
 _HARDENED = 0.5  # the share of the steps after which tokens stay or go, as in evaluation
 _PRICE = 0.05  # how much dearer each step makes a share of the dense MACs that is too much
-_KEEPERS = 50.0  # how much faster thresholds learn than weights
+_KEEPERS, _GUIDE = 50.0, 20.0  # how much faster thresholds, and the guide, learn than weights that were trained before
 _START = 64  # records that the guide and the knob start from
 
 
@@ -66,7 +66,7 @@ class Run:
         objective = objective_of(self.task, self.model, config.seed).to(device)
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
         taught = (config.distil, config.distil_summaries)
-        student = Student(self.model, objective, config.align, teacher, taught, self.extra)
+        student = Student(self.model, objective, config.align, teacher, taught, config.saliency, self.extra)
         optimizer = torch.optim.AdamW(_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0))
         self.controller = Controller(self.model) if config.reduction else None
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
@@ -277,11 +277,12 @@ def _groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [], "weight_decay": weight_decay, "times": 1.0},
         {"params": [], "weight_decay": 0.0, "times": 1.0},
         {"params": [], "weight_decay": 0.0, "times": _KEEPERS},
+        {"params": [], "weight_decay": 0.0, "times": _GUIDE},
     ]
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.endswith("anchors")
-            groups[2 if ".keeper." in name else 1 if plain else 0]["params"].append(parameter)
+            place = 2 if ".keeper." in name else 3 if ".guide." in name else 1 if parameter.ndim < 2 else 0
+            groups[place]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 

@@ -118,9 +118,16 @@ class ContrastObjective(Objective):
         numbers = _image_numbers(records, images)
         truth = (numbers[:, None] == everyones(numbers)).to(image.dtype)
         truth = truth / truth.sum(1, keepdim=True)
-        rows = torch.cat([image @ everyones(text).T, text @ everyones(image).T]) * model.logit_scale.exp()
+        rows = self._rows(model, image, text)
         total = F.cross_entropy(rows, truth.repeat(2, 1), reduction="sum") / 2
         return Loss(total, _number(len(records), images), rows)
+
+    def _rows(self, model: Any, image: Tensor, text: Tensor) -> Tensor:
+        """Logits of each image's texts, then of each text's images: [2 pairs, pairs of all processes]."""
+        return torch.cat([image @ everyones(text).T, text @ everyones(image).T]) * self._scale(model)
+
+    def _scale(self, model: Any) -> Tensor:
+        return model.logit_scale.exp()
 
     def _features(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> tuple[Tensor, Tensor]:
         texts = self.task.encode([self.choose(record, record.captions, step) for record in records])
@@ -149,8 +156,12 @@ class MomentumObjective(ContrastObjective):
         contrast, matching = self.momentum(model, images[:, 0], ids, mask, numbers, alpha)
         return Loss((contrast + matching) * len(records), _number(len(records), images))
 
-    def teach(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> None:
-        self._features(model, records, images, step)  # for its traces; the losses have no logits to compare
+    def teach(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Tensor:
+        """The contrast's logits: what tokens matter to. They are not distilled, for this loss has none to compare."""
+        return self._rows(model, *self._features(model, records, images, step))
+
+    def _scale(self, model: Any) -> Tensor:
+        return 1 / dense(model).temperature
 
 
 OBJECTIVES: Mapping[type, type[Objective]] = {

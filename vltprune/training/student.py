@@ -16,6 +16,7 @@ from ..gauge import Gauge
 from ..pruner import PruneTrace, collect
 from ..surgery import pruning
 from .objectives import Loss, Objective
+from .saliency import Saliency
 
 _HEAT = 2.0  # the temperature that logits are taught at
 _BUDGET = 30.0  # weight of the squared share that the expected cost is off
@@ -33,7 +34,8 @@ class Student(nn.Module):
     """A pruned model, its objective, and a dense teacher that is not trained.
 
     align: weight of L_align. taught: of what the teacher teaches: T^2 KL of its logits, and the squared error of each tower's
-    summaries, relative to their size (MADTP++ has both, the error absolute, with a weight for each tower).
+    summaries, relative to their size (MADTP++ has both, the error absolute, with a weight for each tower). saliency: weight
+    of what it teaches the scores; the teacher then is one of `saliency.watched`.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Student(nn.Module):
         align: float = 0.1,
         teacher: nn.Module | None = None,
         taught: tuple[float, float] = (0.0, 0.0),
+        saliency: float = 0.0,
         extra: Extra | None = None,
     ):
         super().__init__()
         self.model, self.objective, self.align, self.taught = model, objective, align, taught
-        self.extra = extra
+        self.saliency, self.extra = saliency, extra
+        self.salient = Saliency(model, teacher) if saliency and teacher is not None else None
         self.__dict__["teacher"] = teacher  # no child: it is neither trained nor kept in checkpoints
         self.gauge = Gauge(model)
 
@@ -67,6 +71,8 @@ class Student(nn.Module):
         and `over`, the share too much; measured: also macs, dense_macs, of an instance, and kept, per tower [1 + depths],
         as of `Gauge`.
         """
+        if self.salient is not None:
+            self.salient.clear()
         with collect() as traces:
             loss = self.objective(self.model, records, images, step)
         own = self._own(traces)
@@ -75,7 +81,7 @@ class Student(nn.Module):
         if self.align and all(_is_guided(trace) for trace in own.values()):
             parts["align"] = self.align * self._alignment(own)
         if self.__dict__["teacher"] is not None:
-            parts["distil"] = self._distil(loss, own, records, images, step)
+            parts |= self._taught(loss, own, records, images, step)
         if saving is not None:
             over = self._share(own, len(records)) - (1 - saving)
             parts["budget"] = price * over + _BUDGET * over**2
@@ -100,16 +106,29 @@ class Student(nn.Module):
             return losses.alignment(image.aligned, image.spoken)
         return losses.alignment(image.aligned, own["text"].aligned, self.objective.images)
 
-    def _distil(
+    def _taught(
         self, loss: Loss, own: dict[str, PruneTrace], records: Sequence[Any], images: Tensor, step: int
-    ) -> Tensor:
-        of_logits, of_summaries = self.taught
-        with torch.no_grad(), collect() as traces:
+    ) -> dict[str, Tensor]:
+        """What the teacher teaches: distil, and saliency where the scores are taught."""
+        with torch.set_grad_enabled(self.salient is not None), collect() as traces:
             outputs = self.objective.teach(self.__dict__["teacher"], records, images, step)
         theirs = {trace.tower: trace for trace in reversed(traces)}
-        total = images.new_zeros(())
+        parts = {}
+        if self.salient is not None and outputs is not None:
+            generator = torch.Generator().manual_seed(step)
+            parts["saliency"] = self.saliency * self.salient(outputs / _HEAT, generator)
+        if any(self.taught):
+            outputs = None if outputs is None else outputs.detach()
+            parts["distil"] = self._distil(loss, own, theirs, outputs)
+        return parts
+
+    def _distil(
+        self, loss: Loss, own: dict[str, PruneTrace], theirs: dict[str, PruneTrace], outputs: Tensor | None
+    ) -> Tensor:
+        of_logits, of_summaries = self.taught
+        total = loss.total.new_zeros(())
         for tower, trace in own.items() if of_summaries else ():
-            right = theirs[tower].summary
+            right = theirs[tower].summary.detach()
             total = total + of_summaries * F.mse_loss(trace.summary, right) / right.square().mean()
         if of_logits and outputs is not None and loss.outputs is not None:
             ours, target = ((part / _HEAT).log_softmax(-1) for part in (loss.outputs, outputs))

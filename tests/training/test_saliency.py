@@ -1,0 +1,98 @@
+"""What the dense model's answers depend on, and scores that learn it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from data import config
+from torch import nn
+
+import vltprune as vp
+from vltprune.models.blip import Blip
+from vltprune.tokens import PackedTokens
+from vltprune.training import compress
+from vltprune.training.saliency import Saliency, directions, watched
+
+
+def test_directions_have_the_curvature_of_the_divergence():
+    logits = torch.tensor([[0.3, -1.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.autograd.grad(directions(logits, generator), logits)[0] for _ in range(20000)]
+    found = torch.stack([torch.einsum("rc,rd->rcd", one, one) for one in draws]).mean(0)
+    chance = logits.detach().softmax(-1)
+    curvature = torch.diag_embed(chance) - torch.einsum("rc,rd->rcd", chance, chance)
+    torch.testing.assert_close(found, curvature, atol=0.01, rtol=0)
+
+
+def test_directions_do_not_see_what_a_softmax_does_not():
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    one, other = (directions(logits + shift, torch.Generator().manual_seed(1)) for shift in (0.0, 7.0))
+    torch.testing.assert_close(one, other)
+
+
+class _Compared:
+    """A Saliency that saw one tower's tokens at one depth, of which the answer depends on each by its own weight."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        model = vp.prune(_dense(), "madtp", guide="codebook(anchors=4)", at={"image": [0]})
+        self.saliency = Saliency(model, watched(_dense(), model))
+        x = torch.randn(2, 9, 4).requires_grad_()
+        protected = torch.arange(9).expand(2, 9) == 0
+        self.tokens = PackedTokens.pack(x, protected=protected)
+        self.matter = torch.rand(18) + 0.1
+        self.direction = torch.tensor([3.0, 0.0, 4.0, 0.0])
+
+    def apart(self, scores: torch.Tensor, tokens: PackedTokens) -> float:
+        self.saliency.clear()
+        self.saliency.entered["image", 0] = self.tokens
+        self.saliency.scored["image", 0] = (tokens, scores)
+        answer = (self.matter * (self.tokens.x @ self.direction)).sum()
+        return self.saliency(torch.stack([answer, torch.zeros(())])[None], torch.Generator().manual_seed(0)).item()
+
+
+def _dense() -> nn.Module:
+    sizes = {"image_size": 32, "patch_size": 8, "vision_width": 16, "vision_depth": 2, "vision_heads": 2}
+    sizes |= {"text_width": 16, "text_depth": 2, "text_heads": 2, "vocab_size": 20, "max_positions": 8}
+    return Blip(**sizes).eval()
+
+
+def test_scores_are_compared_with_what_answers_depend_on():
+    seen = _Compared()
+    whatever = seen.matter.masked_fill(seen.tokens.protected, 100.0)
+    assert seen.apart(3 * whatever - 1, seen.tokens) == pytest.approx(0.0, abs=1e-5)
+    assert seen.apart(-whatever, seen.tokens) == pytest.approx(2.0, abs=1e-5)
+    assert seen.apart(torch.ones(18), seen.tokens) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_tokens_that_are_gone_or_merged_are_not_asked_about():
+    seen = _Compared()
+    index = torch.tensor([0, 2, 3, 7, 8, 9, 10, 12, 17])
+    left = seen.tokens.take(index, replace(seen.tokens.layout, lengths=(5, 4)))
+    merged = torch.tensor([False, False, True, False, False, False, False, False, True])
+    left = replace(left, size=torch.where(merged, 3, 1))
+    scores = seen.matter[index].masked_fill(merged, -50.0)
+    assert seen.apart(scores, left) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:captions are written, and not scored")
+@pytest.mark.parametrize("budget", ["controller", "learned"])
+@pytest.mark.parametrize("task", ["nlvr", "caption", "vqa", "retrieval"])
+def test_every_task_can_teach_its_scores(task, budget, tmp_path):
+    parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}
+    settings = config(task, tmp_path / "data", budget=budget, parts=parts, saliency=0.5)
+    assert compress(settings, tmp_path / "run") is not None
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert rows and all(0 < row["saliency"] < 1 for row in rows)
+    assert all("distil" not in row for row in rows)
+
+
+def test_anchors_learn_what_matters(tmp_path):
+    parts = {"guide": "codebook(anchors=4)", "scorer": "alignment", "keep": "ratio(ratio=0.7)"}
+    settings = config("nlvr", tmp_path / "data", parts=parts, freeze=["*"], saliency=1.0, steps=60, rate=2e-3)
+    compress(settings, tmp_path / "run")
+    rows = [json.loads(line)["saliency"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert sum(rows[-5:]) / 5 < 0.9 * sum(rows[:5]) / 5
