@@ -96,6 +96,25 @@ def test_alignment_needs_a_guide():
     assert_close(trace.aligned, trace.steps[1].guidance.pooled + trace.steps[3].guidance.pooled)
 
 
+def test_a_tower_that_is_pruned_nowhere_is_aligned_all_the_same(monkeypatch):
+    blip = small("blip")
+    model = vp.prune(blip.model, FUSE, guide="codebook(anchors=6)", at={"image": (1,)})
+    inputs = blip.draw(3)
+    with vp.collect() as traces:
+        model(*inputs)
+    image, text = traces
+    assert text.lengths == (text.entered.layout.lengths,) * len(text.steps)
+    assert_close(text.aligned, torch.stack([step.guidance.pooled for step in text.steps]).sum(0))
+    assert image.aligned.shape == text.aligned.shape
+    seen = []
+    guided = model.pruning.guide.forward
+    monkeypatch.setattr(
+        model.pruning.guide, "forward", lambda tokens, tower: seen.append(tower) or guided(tokens, tower)
+    )
+    model(*inputs)  # nobody collects
+    assert seen == ["image"]
+
+
 # ---- building
 
 

@@ -98,3 +98,13 @@ def test_mix(drawn, seed):
     contents = torch.randn(layout.total, 5, generator=generator(seed), dtype=torch.float64)
     expected = torch.stack([w.t() @ v for w, v in each(layout, weight, contents)])
     assert_close(segments.mix(weight, contents, layout), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("normalise", [segments.softmax, segments.sparsemax])
+def test_half_precision_has_room_for_what_is_not_there(normalise, dtype):
+    layout = Layout((3, 1, 2))
+    values, there = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 5.0]), torch.tensor([True, False, True, False, True, True])
+    weight = normalise(values.to(dtype), layout, there)
+    assert weight.dtype == dtype
+    assert_close(weight.float(), normalise(values, layout, there), rtol=1e-2, atol=1e-3)

@@ -22,7 +22,11 @@ Batch = Tensor | tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any
 
 
 class BudgetError(ValueError):
-    """A cost that the keeper's knob cannot reach."""
+    """A cost that the keeper's knob cannot reach. nearest: the Calibration that comes nearest to it."""
+
+    def __init__(self, message: str, nearest: Calibration):
+        super().__init__(message)
+        self.nearest = nearest
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,6 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
             _run(model, batch)
             for trace in traces:
                 fresh = [_free(step.guidance.mapped) for step in trace.steps if step.guidance is not None]
-                if not fresh:
-                    continue  # this tower prunes nowhere
                 tokens = torch.cat([drawn[trace.tower], *fresh] if trace.tower in drawn else fresh)
                 drawn[trace.tower] = tokens[torch.randperm(len(tokens), generator=generator)[:each].to(tokens.device)]
             traces.clear()
@@ -175,7 +177,8 @@ class _Search:
             middle = (low + high) / 2
             tried.append(self.measure(self.knob.at(middle)))
             low, high = (middle, high) if (tried[-1].macs < target) == ends else (low, middle)
-        raise BudgetError(self._out_of_reach(reduction, tried, min(tried, key=off)))
+        best = min(tried, key=off)
+        raise BudgetError(self._out_of_reach(reduction, tried, best), best)
 
     def _crossing(self, target: float, tried: list[Calibration], steps: int = 12) -> tuple[float, float, bool]:
         """Two places between which the target is crossed, and whether the first is below; the last two if there are none."""

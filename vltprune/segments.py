@@ -1,7 +1,7 @@
 """Reductions, softmax and ranks over the tokens of each instance. Pure functions on [total, ...], nothing else.
 
 All of them look at the values as a padded batch, which for a uniform layout is a view. They are meant for scores and
-statistics, a few numbers a token: token contents are never padded.
+statistics, a few numbers a token: token contents are never padded on CPUs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def count(mask: Tensor, layout: Layout) -> Tensor:
 def softmax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     """Softmax over the tokens of each instance where `where` [total] bool holds, zero elsewhere; [total, ...]."""
     weight = torch.softmax(_hidden(values, layout, where), 1)
-    return flat(weight, layout).masked_fill(_like(~where, values), 0.0)
+    return flat(weight, layout).to(values.dtype).masked_fill(_like(~where, values), 0.0)
 
 
 def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     support = (ordered * place > cumulative) & (ordered > _LOWEST)
     size = support.sum(1, keepdim=True).clamp(min=1)
     threshold = cumulative.gather(1, size - 1) / size
-    return flat((hidden - threshold).clamp(min=0.0), layout).masked_fill(_like(~where, values), 0.0)
+    weight = flat((hidden - threshold).clamp(min=0.0), layout).to(values.dtype)
+    return weight.masked_fill(_like(~where, values), 0.0)
 
 
 def rank(scores: Tensor, layout: Layout) -> Tensor:
@@ -69,8 +70,8 @@ def rank(scores: Tensor, layout: Layout) -> Tensor:
 
 def mix(weight: Tensor, values: Tensor, layout: Layout) -> Tensor:
     """Weighted sums of token contents: weight [total, k], values [total, dim] -> [batch, k, dim]."""
-    if layout.is_uniform:
-        return pad(weight, layout).transpose(1, 2) @ values.view(layout.batch, layout.longest, -1)
+    if layout.is_uniform or values.device.type != "cpu":  # elsewhere a call for each instance costs more than padding
+        return pad(weight, layout).transpose(1, 2) @ pad(values, layout)
     parts = zip(weight.split(layout.lengths), values.split(layout.lengths), strict=True)
     return torch.stack([w.t() @ v for w, v in parts])
 
@@ -79,7 +80,8 @@ _LOWEST = -1e30  # stands for "not there"; finite, so that an instance without c
 
 
 def _hidden(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
-    """The padded values, lowest where no candidate is."""
+    """The padded values, lowest where no candidate is; of half precision in single, which has room for what is lowest."""
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     return pad(values.masked_fill(_like(~where, values), _LOWEST), layout, _LOWEST)
 
 

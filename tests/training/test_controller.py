@@ -11,6 +11,7 @@ from models import small
 
 import vltprune as vp
 from vltprune.training import Controller, target
+from vltprune.training.controller import Turns
 
 
 @given(steps=st.integers(1, 1000), reduction=st.floats(0.01, 0.99), ramp=st.floats(0, 1))
@@ -49,8 +50,38 @@ def test_it_begins_near_its_target_and_remembers_where_it_is():
     assert vp.budget.measure(model, [inputs]).reduction == pytest.approx(controller.saved)
     assert controller.saved == pytest.approx(0.4, abs=0.1)
 
+    ends = []
+    for beyond in (-0.1, 0.99):  # where two measurements say that no place between is nearer
+        controller.start([inputs], beyond)
+        ends.append(controller.dial.knob.place(controller.value))
+    assert ends == [1.0, 0.0]
     state = controller.state_dict()
     controller.step(0.0, 0.9)
     assert controller.state_dict() != state
     controller.load_state_dict(state)
     assert controller.state_dict() == state
+
+
+def test_costs_take_turns_and_each_is_measured_as_often():
+    model = vp.prune(small("blip").model, "madtp", keep="ratio(ratio=1.0)")
+    turns = Turns(model, (0.8, 0.3, 0.5))
+    assert [turns.place(step) for step in range(8)] == [0, 1, 0, 2, 0, 1, 0, 2]
+    steps = range(240)
+    for place, many in enumerate((120, 60, 60)):
+        assert sum(turns.place(step) == place for step in steps) == many
+        assert sum(turns.is_measured(step, 5) for step in steps if turns.place(step) == place) == many // 5
+
+    turns.controllers[1].step(0.0, 0.5)
+    low, high = turns.controllers[1].value, turns.controllers[0].value
+    assert low < high == 1.0
+    for place, value in ((0, high), (1, low), (2, high)):
+        assert turns.take(place).dial.value == value
+    state = turns.state_dict()
+    turns.controllers[2].step(0.0, 0.5)
+    turns.load_state_dict(state)
+    assert turns.state_dict() == state
+    assert turns.controllers[0].dial.value == high
+
+    alone = Turns(model, (0.8,))
+    assert [alone.place(step) for step in range(3)] == [0, 0, 0]
+    assert [alone.is_measured(step, 2) for step in range(4)] == [True, False, True, False]

@@ -102,12 +102,15 @@ def test_a_dense_model_can_be_trained_first(tmp_path):
         compress(settings.replace(freeze=["vision.*"]), tmp_path / "other")
 
 
-def test_a_cost_out_of_reach_loses_nothing_that_was_learnt(tmp_path):
+def test_a_cost_out_of_reach_gives_the_nearest(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "ratio", "at": {"text": [1]}}
-    settings = config("nlvr", tmp_path / "data", reduction=0.9, parts=parts)
-    with pytest.raises(vp.BudgetError, match=r"reduction=0\.9 is out of reach"):
-        compress(settings, tmp_path / "run")
-    assert vp.load(tmp_path / "run" / "model").pruning.config.part("keep").name == "ratio"
+    settings = config("nlvr", tmp_path / "data", reduction=0.9, serve=[0.8], parts=parts)
+    with pytest.warns(UserWarning, match=r"the nearest cost is examined and saved: reduction=0\.9 is out of reach"):
+        done = compress(settings, tmp_path / "run")
+    assert [row["reduction"] for row in done.rows] == [0.0, 0.9]
+    assert 0 < done.rows[-1]["macs_saved"] < 0.5
+    kept = vp.load(tmp_path / "run" / "model").pruning.config.part("keep")
+    assert kept.args["ratio"] == done.rows[-1]["knob"]["value"] == 0.0
 
 
 def test_pictures_that_cannot_be_opened_are_told_of(tmp_path):

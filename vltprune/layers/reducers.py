@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -22,14 +23,16 @@ _EPS = 1e-8
 class Merge:
     """One weighted sum for each instance that loses tokens.
 
-    spans     the packed rows of those instances, on the host
+    layout    of the tokens that are summed
+    instances which of its instances they are, on the host
     rows      [merges] int64: where their sums stand in the result
     sources   [total] bool: the tokens that are summed
     weight    [total]: the share of each source, zero elsewhere
     averages  whether the shares of an instance sum to one
     """
 
-    spans: tuple[slice, ...]
+    layout: Layout
+    instances: tuple[int, ...]
     rows: Tensor
     sources: Tensor
     weight: Tensor
@@ -37,7 +40,18 @@ class Merge:
 
     def sums(self, values: Tensor, weight: Tensor) -> Tensor:
         """values [total, ...] -> [merges, ...]."""
-        return torch.stack([torch.tensordot(weight[span], values[span], 1) for span in self.spans])
+        if values.device.type == "cpu":
+            return torch.stack([torch.tensordot(weight[span], values[span], 1) for span in self.spans])
+        weighted = values * weight.view(-1, *[1] * (values.dim() - 1))
+        mine = torch.tensor(self.instances, device=values.device)
+        sums = segments.sum(weighted, self.layout)  # not a call for each instance, which costs more than padding
+        return sums.to(values.dtype).index_select(0, mine)  # autocast sums in single precision
+
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        """The packed rows of each instance."""
+        starts = (0, *accumulate(self.layout.lengths))
+        return tuple(slice(starts[i], starts[i + 1]) for i in self.instances)
 
 
 @dataclass(frozen=True)
@@ -142,14 +156,12 @@ class Fuse(TokenReducer):
         lost, lengths = torch.stack([segments.count(m, layout) for m in (rest, ~rest | carrier)]).tolist()
         if not any(lost):
             return None
-        merging = [i for i, n in enumerate(lost) if n]
-        starts = layout.offsets.tolist()
-        spans = tuple(slice(starts[i], starts[i + 1]) for i in merging)
+        merging = tuple(i for i, n in enumerate(lost) if n)
 
         reduced = Layout(tuple(lengths), layout.device)
         index = rows_of(~rest | carrier, reduced.total)
         rows = rows_of(carrier.index_select(0, index), len(merging))
-        merge = Merge(spans, rows, rest, self._weight(scores, rest, layout), self.normalise)
+        merge = Merge(layout, merging, rows, rest, self._weight(scores, rest, layout), self.normalise)
         return Reduction(layout, reduced, index, merge)
 
     def _weight(self, scores: Tensor, rest: Tensor, layout: Layout) -> Tensor:

@@ -60,8 +60,8 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     knob, and nothing else is chosen by it: the weights are those of the last step. On a run that is at its end, nothing is
     trained and no record examined again: the page is made anew. Returns None in processes other than the first.
 
-    Raises what the config's parts raise; ValueError for a folder of another config, BudgetError for a cost that the parts
-    cannot reach, OSError where nothing can be written, BadLossError.
+    Where the parts cannot reach `reduction`, it warns, and the nearest cost is what is examined and saved. Raises what the
+    config's parts raise; ValueError for a folder of another config, OSError where nothing can be written, BadLossError.
     """
     folder = Path(output)
     _claim(folder, config)
@@ -147,19 +147,18 @@ def _served(run: Run, model: nn.Module, val: Sequence[Any]) -> list[tuple[dict[s
     """Calibrate to every cost on the first validation records, and examine there; the model is left at its own cost."""
     config, exams = run.config, []
     calls = calls_of(run.task, val[:_CALIBRATED], transforms(model), run.accelerator.device)
-    checkpoint.save(model, run.folder / "model")  # what was learnt, whether or not the knob reaches what was asked
-    for reduction in sorted({*config.serve, config.reduction}):
+    for reduction in sorted({*config.serve, config.reduction}, key=lambda share: (share == config.reduction, share)):
         try:
             found = budget.calibrate(model, calls, reduction)
-        except budget.BudgetError:
-            if reduction == config.reduction:
-                raise
-            continue  # a cost on the way that these parts cannot give
+        except budget.BudgetError as error:
+            if reduction != config.reduction:
+                continue  # a cost on the way that these parts cannot give
+            warnings.warn(f"the nearest cost is examined and saved: {error}", stacklevel=2)
+            found = error.nearest
+            budget.Dial(model).settle(found.value)
         exams.append(_examined(run, model, val, f"{reduction:g}", reduction, asdict(found)))
-        if reduction == config.reduction:
-            checkpoint.save(model, run.folder / "model")
-    budget.calibrate(model, calls, config.reduction)
-    return exams
+    checkpoint.save(model, run.folder / "model")
+    return sorted(exams, key=lambda exam: exam[0]["reduction"])
 
 
 def _shown(run: Run, model: nn.Module, val: Sequence[Any], answered: Sequence[Rows]) -> tuple[list[Example], str]:
@@ -176,7 +175,7 @@ def _examined(
     run: Run, model: nn.Module, val: Sequence[Any], name: str, reduction: float, knob: dict[str, Any] | None
 ) -> tuple[dict[str, Any], Rows]:
     """A row of results, and the rows of its records."""
-    loader = Loader(val, transforms(model), workers=2)
+    loader = Loader(val, transforms(model), workers=run.config.workers)
     journal = Journal(run.folder / "val" / name, {"reduction": reduction, "knob": knob})
     Exam(run.task, model, str(run.accelerator.device)).sit(loader, journal)
     return {"reduction": reduction, "knob": knob, **report(run.task, journal.rows)}, journal.rows

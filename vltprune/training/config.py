@@ -49,7 +49,8 @@ class CompressConfig:
     preset, parts   how to prune: a preset's name, and parts that replace its own, such as {"reducer": "drop"}
     freeze          shell patterns of the dense model's parameters that stay as they are
     reduction       share of the dense MACs to save; 0 trains the dense model, for want of one to begin with
-    serve           other shares, that the trained model is calibrated to and examined at as well
+    serve           other shares, that every second step trains for, by turns; the model is calibrated to them and examined
+                    there as well
     budget          "controller": measured MACs turn the keeper's knob; "learned": for the first half of the steps tokens are
                     kept softly, and a loss on the expected MACs moves scores and thresholds; then as "controller"
     ramp            the target rises from 0 to `reduction` over this share of the steps
@@ -62,6 +63,7 @@ class CompressConfig:
     clip            largest norm of the gradients
     augment         random crops and flips of the pictures
     precision       "no", "bf16" or "fp16"
+    workers         threads that open pictures
     checkpoint_every, log_every   in steps; max_bad: so many losses in a row that are no number end the run
     """
 
@@ -98,6 +100,7 @@ class CompressConfig:
     augment: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
+    workers: int = 2
     checkpoint_every: int = 500
     log_every: int = 50
     max_bad: int = 10
@@ -129,7 +132,7 @@ class CompressConfig:
         for name in ("ramp", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0 .. 1: a share of the steps")
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "max_bad"):
+        for name in ("steps", "batch_size", "accumulate", "workers", "checkpoint_every", "log_every", "max_bad"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")

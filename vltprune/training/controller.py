@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,33 +23,81 @@ def target(step: int, steps: int, reduction: float, ramp: float) -> float:
 
 @dataclass
 class Controller:
-    """Integral control of one knob by measured MACs. `saved` is the running mean of what was saved, for people to read."""
+    """Integral control of one knob by measured MACs. `value`: of the knob; `saved`: the running mean of what was saved, for
+    people to read."""
 
     model: nn.Module
     saved: float = 0.0
 
     def __post_init__(self) -> None:
         self.dial = Dial(self.model)
+        self.value = self.dial.value
 
     def start(self, batches: Iterable[Batch], reduction: float) -> None:
-        """Set the knob, from anywhere, as near to a first target as it comes on these batches."""
-        inputs, knob = list(batches), self.dial.knob
-        found = [measure(self.model, inputs, knob.at(place / (_PLACES - 1))) for place in range(_PLACES)]
+        """Set the knob, from anywhere, as near to a first target as it comes on these batches: beyond its ends, to an end."""
+        inputs = list(batches)
+        found = [measure(self.model, inputs, self.dial.knob.at(place)) for place in (0.0, 1.0)]
+        least, most = sorted(one.reduction for one in found)
+        if least < reduction < most:
+            between = (place / (_PLACES - 1) for place in range(1, _PLACES - 1))
+            found += [measure(self.model, inputs, self.dial.knob.at(place)) for place in between]
         best = min(found, key=lambda one: abs(one.reduction - reduction))
-        self.dial.turn(best.value)
-        self.saved = best.reduction
+        self.load_state_dict({"value": best.value, "saved": best.reduction})
 
     def step(self, saved: float, wanted: float) -> None:
         """saved: the share of the dense MACs that a step saved, of all processes; wanted: its target."""
         knob = self.dial.knob
         more = (saved - wanted) if knob.keeps else (wanted - saved)
-        place = min(max(knob.place(self.dial.value) + _PULL * more, 0.0), 1.0)
-        self.dial.turn(knob.at(place))
-        self.saved = _MEMORY * self.saved + (1 - _MEMORY) * saved
+        place = min(max(knob.place(self.value) + _PULL * more, 0.0), 1.0)
+        saved = _MEMORY * self.saved + (1 - _MEMORY) * saved
+        self.load_state_dict({"value": knob.at(place), "saved": saved})
 
     def state_dict(self) -> dict[str, float]:
-        return {"value": self.dial.value, "saved": self.saved}
+        return {"value": self.value, "saved": self.saved}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.dial.turn(state["value"])
-        self.saved = state["saved"]
+        """With the knob turned to where it was."""
+        self.value, self.saved = state["value"], state["saved"]
+        self.dial.turn(self.value)
+
+
+class Turns:
+    """Several costs that one model learns by turns: every second step is the first one's, the others share the rest.
+
+    A model that was trained at one cost is good at that: at a milder one its weights expect fewer tokens than there are.
+    """
+
+    def __init__(self, model: nn.Module, costs: Sequence[float]):
+        """costs: shares of the dense MACs to save, each once."""
+        self.costs = tuple(costs)
+        self.controllers = [Controller(model) for _ in self.costs]
+
+    def place(self, step: int) -> int:
+        """Whose turn a step is."""
+        others = len(self.costs) - 1
+        return 1 + step // 2 % others if others and step % 2 else 0
+
+    def is_measured(self, step: int, every: int) -> bool:
+        """Whether a step's cost is measured, where each cost is measured in every so many of its turns."""
+        others = len(self.costs) - 1
+        period = 1 if not others else 2 if self.place(step) == 0 else 2 * others
+        return step // period % every == 0
+
+    def take(self, place: int) -> Controller:
+        """The controller whose turn it is, the knob turned to its value."""
+        controller = self.controllers[place]
+        controller.dial.turn(controller.value)
+        return controller
+
+    def start(self, batches: Iterable[Batch], reduction: float) -> None:
+        """All of them from the same value."""
+        self.controllers[0].start(batches, reduction)
+        self.load_state_dict([self.controllers[0].state_dict()] * len(self.controllers))
+
+    def state_dict(self) -> list[dict[str, float]]:
+        return [controller.state_dict() for controller in self.controllers]
+
+    def load_state_dict(self, states: Sequence[dict[str, float]]) -> None:
+        """With the knob as the first one has it."""
+        for controller, state in reversed(list(zip(self.controllers, states, strict=True))):
+            controller.load_state_dict(state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,18 +22,21 @@ from ..surgery import pruning
 from .batches import Batches
 from .checkpoints import Checkpoints
 from .config import CompressConfig
-from .controller import Controller, target
+from .controller import Turns, target
 from .draws import Draws
 from .figures import History, Watch, gathered, trackers
 from .objectives import objective_of
+from .parameters import freeze, parameter_groups, schedule
 from .shards import ShardDraws
 from .student import Extra, Student
 
-_MEASURED = 5  # every so many steps the cost is measured and the knob turned
+_MEASURED, _OFTEN = (
+    5,
+    200,
+)  # the cost is measured, and the knob turned, every so many steps; so often in a run, at least
 _SOFT, _HARD = 0.5, 0.01  # softness at first and at last, in standard deviations of the scores
 _HARDENED = 0.5  # the share of the steps after which tokens stay or go, as in evaluation
 _PRICE = 0.05  # how much dearer each step makes a share of the dense MACs that is too much
-_KEEPERS, _GUIDE = 50.0, 20.0  # how much faster thresholds, and the guide, learn than weights that were trained before
 _START = 64  # records that the guide and the knob start from
 
 
@@ -61,14 +63,17 @@ class Run:
         config, device = self.config, self._accelerate().device
         self.draws = self._draws()
         self.steps = config.steps or self.draws.steps(float(config.epochs or 1))
-        _freeze(pruning(self.model).host, config.freeze)
+        freeze(pruning(self.model).host, config.freeze)
         self.model.to(device)
         objective = objective_of(self.task, self.model, config.seed).to(device)
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
         taught = (config.distil, config.distil_summaries)
         student = Student(self.model, objective, config.align, teacher, taught, config.saliency, self.extra)
-        optimizer = torch.optim.AdamW(_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0))
-        self.controller = Controller(self.model) if config.reduction else None
+        optimizer = torch.optim.AdamW(
+            parameter_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0)
+        )
+        costs = dict.fromkeys((config.reduction, *config.serve))
+        self.turns = Turns(self.model, tuple(costs)) if config.reduction else None
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator)
 
@@ -116,14 +121,15 @@ class Run:
             self.accelerator.process_index,
             processes,
             config.augment,
+            config.workers,
         )
 
     def _begin(self) -> int:
         """The step to go on from, with everything as it was; a fresh run's guide and knob are placed first."""
         state = self.checkpoints.restore()
         if state is not None:
-            if self.controller is not None:
-                self.controller.load_state_dict(state["controller"])
+            if self.turns is not None:
+                self.turns.load_state_dict(state["turns"])
             self.bad, self.skipped, self.price = state["bad"], state["skipped"], state["price"]
             return state["step"]
         first = self.draws.first(_START)
@@ -131,27 +137,32 @@ class Run:
         guide = pruning(self.model).guide
         if guide is not None and guide.is_untrained:
             fit_guide(self.model, calls, self.config.seed)
-        if self.controller is not None and self.config.budget == "controller":
-            self.controller.start(calls, self._target(0))
+        if self.turns is not None and self.config.budget == "controller":
+            self.turns.start(calls, self._target(0))
         return 0
 
     def _state(self) -> dict[str, Any]:
-        controller = None if self.controller is None else self.controller.state_dict()
-        return {"controller": controller, "bad": self.bad, "skipped": self.skipped, "price": self.price}
+        turns = None if self.turns is None else self.turns.state_dict()
+        return {"turns": turns, "bad": self.bad, "skipped": self.skipped, "price": self.price}
 
     def _standing(self, step: int) -> dict[str, float]:
         """What a report says besides the steps' own figures."""
         rate = self.optimizer.param_groups[0]["lr"]
         skipped = {"skipped_steps": self.skipped, "skipped_records": len(self.draws.skipped)}
-        knob = {} if self.controller is None else {"knob": self.controller.dial.value}
+        knob = {} if self.turns is None else {"knob": self.turns.controllers[0].value}
         return {"target": self._target(step), "rate": rate, **knob, **skipped}
 
-    def _target(self, step: int) -> float:
-        return target(step, self.steps, self.config.reduction, self.config.ramp)
+    def _target(self, step: int, place: int = 0) -> float:
+        cost = 0.0 if self.turns is None else self.turns.costs[place]
+        return target(step, self.steps, cost, self.config.ramp)
+
+    def _place(self, step: int) -> int:
+        """Which of the costs a step learns; thresholds learn softly at the first alone."""
+        return 0 if self.turns is None or self._is_soft(step) else self.turns.place(step)
 
     def _step(self, step: int, records: list[Any], images: Tensor) -> dict[str, Any] | None:
         """One step of the optimiser, and its figures; None where the loss or the gradient was no number."""
-        rate = float(self.config.rate or 0) * _schedule(step, self.steps, self.config.warmup)
+        rate = float(self.config.rate or 0) * schedule(step, self.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["times"] * rate
         pieces = self._gradients(step, records, images)
@@ -162,9 +173,13 @@ class Run:
         self.bad = 0
         figures = gathered(pieces, self.accelerator)
         self.price += _PRICE * figures.get("over", 0.0)
-        if "saved" in figures and self.controller is not None and not self._is_soft(step):
-            self.controller.step(figures["saved"], self._target(step))
-        return figures
+        place = self._place(step)
+        if "saved" in figures and self.turns is not None and not self._is_soft(step):
+            self.turns.controllers[place].step(figures["saved"], self._target(step, place))
+        if self.turns is None or place == 0:
+            return figures
+        cost = f"{self.turns.costs[place]:g}"  # beside the figures of the cost that was asked for, not among them
+        return {f"{name} {cost}": figures[name] for name in ("task", "saved") if name in figures}
 
     def _clip(self) -> bool:
         """Gradients cut to the largest norm; whether they are numbers. What thresholds get from the price is not cut, nor may
@@ -180,9 +195,9 @@ class Run:
     def _gradients(self, step: int, records: list[Any], images: Tensor) -> list[dict[str, Any]]:
         """Forward and backward, in `accumulate` pieces: the figures of each, none where a loss was no number."""
         config, a = self.config, self.accelerator
-        self._soften(step)
+        self._set_pruners(step)
         saving = self._target(step) if self._is_soft(step) else None
-        options = {"measured": step % _MEASURED == 0, "saving": saving, "price": self.price}
+        options = {"measured": self._is_measured(step), "saving": saving, "price": self.price}
         self.student.train()
         pieces, size = [], len(records) // config.accumulate
         for start in range(0, len(records), size):
@@ -196,12 +211,21 @@ class Run:
             pieces.append(figures)
         return pieces
 
+    def _is_measured(self, step: int) -> bool:
+        every = max(min(_MEASURED, self.steps // _OFTEN), 1)
+        if self.turns is None or self._is_soft(step):
+            return step % every == 0
+        return self.turns.is_measured(step, every)
+
     def _is_soft(self, step: int) -> bool:
         """Whether tokens are kept softly at a step, under a loss on their cost; otherwise the controller keeps the budget."""
         return self.config.reduction > 0 and self.config.budget == "learned" and step < _HARDENED * self.steps
 
-    def _soften(self, step: int) -> None:
-        """Less and less, and not at all in the end, so that the weights get used to it."""
+    def _set_pruners(self, step: int) -> None:
+        """The knob to where the step's cost has it; the softness less and less, and none in the end, so that the weights get
+        used to it."""
+        if self.turns is not None:
+            self.turns.take(self._place(step))
         softness = _SOFT * (_HARD / _SOFT) ** (step / (_HARDENED * self.steps)) if self._is_soft(step) else 0.0
         towers = pruning(self.model).towers.values()
         for pruner in [module for tower in towers for module in tower.modules() if isinstance(module, Pruner)]:
@@ -252,38 +276,6 @@ def calls_of(
         texts = tuple(text.to(device) for text in task.texts(some)[0])
         calls.append(partial(task.answer, records=some, images=images.to(device), texts=texts))
     return calls
-
-
-def _schedule(step: int, steps: int, warmup: float) -> float:
-    """A linear rise over a share of the steps, then a cosine to 0."""
-    rise = min((step + 1) / (warmup * steps), 1.0) if warmup > 0 else 1.0
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _freeze(host: nn.Module, patterns: Sequence[str]) -> None:
-    """Parameters of the dense model that are not trained. ValueError for a pattern that is nobody's."""
-    for pattern in patterns:
-        found = [parameter for name, parameter in host.named_parameters() if fnmatch.fnmatch(name, pattern)]
-        if not found:
-            some = ", ".join(name for name, _ in list(host.named_parameters())[:3])
-            raise ValueError(f"freeze: no parameter is called {pattern!r}; they are called {some}, ...")
-        for parameter in found:
-            parameter.requires_grad_(False)
-
-
-def _groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups, `times` the rate: matrices decay; vectors, the guide's anchors and thresholds do not."""
-    groups = [
-        {"params": [], "weight_decay": weight_decay, "times": 1.0},
-        {"params": [], "weight_decay": 0.0, "times": 1.0},
-        {"params": [], "weight_decay": 0.0, "times": _KEEPERS},
-        {"params": [], "weight_decay": 0.0, "times": _GUIDE},
-    ]
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            place = 2 if ".keeper." in name else 3 if ".guide." in name else 1 if parameter.ndim < 2 else 0
-            groups[place]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
 
 
 def _opened(record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:

@@ -1,0 +1,95 @@
+"""What the ablations change, one thing at a time, and how the scripts keep what they measured."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vltprune.training import CompressConfig
+
+COMMON: dict[str, Any] = {
+    "parts": {"guide": "codebook(anchors=32)"},
+    "budget": "controller",
+    "distil": 1.0,
+    "saliency": 0.5,
+    "rate": 1e-4,
+    "warmup": 0.05,
+    "ramp": 0.4,
+}
+
+# fields of the config, and parts of the pruner
+VARIANTS: dict[str, dict[str, Any]] = {
+    "madtp": {},
+    "without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "learned"}},
+    "without the alignment loss": {"align": 0.0},
+    "static count": {"parts": {"keep": "ratio"}},
+    "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
+    "learned thresholds": {"parts": {"keep": "learned"}},
+    "learned budget": {"budget": "learned"},
+    "learned thresholds and budget": {"budget": "learned", "parts": {"keep": "learned"}},
+    "self_attention alone": {"parts": {"scorer": "self_attention"}},
+    "cls_attention alone": {"parts": {"scorer": "cls_attention"}},
+    "alignment alone": {"parts": {"scorer": "alignment"}},
+    "sparsemax": {"parts": {"guide": "codebook(anchors=32, attend='sparsemax')"}},
+    "8 anchors": {"parts": {"guide": "codebook(anchors=8)"}},
+    "128 anchors": {"parts": {"guide": "codebook(anchors=128)"}},
+    "without distillation": {"distil": 0.0},
+    "summaries distilled too": {"distil_summaries": 1.0},
+    "scores not taught": {"saliency": 0.0},
+    "three costs by turns": {"serve": (0.5, 0.7)},
+    "drop": {"parts": {"reducer": "drop"}},
+    "random": {"parts": {"guide": None, "scorer": "random", "keep": "ratio", "reducer": "drop"}, "saliency": 0.0},
+}
+
+
+def config_of(variant: str, **own: Any) -> CompressConfig:
+    """The common config with the script's own fields, and the variant's change."""
+    changed = dict(VARIANTS[variant])
+    parts = {**COMMON["parts"], **own.pop("parts", {}), **changed.pop("parts", {})}
+    return CompressConfig.from_dict({**COMMON, **own, **changed, "parts": parts})
+
+
+def record(file: Path, keys: Sequence[str], row: dict[str, Any]) -> None:
+    """A row of a file of results, instead of an older one with the same keys; several processes may do so at once."""
+    file.parent.mkdir(exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = json.loads(file.read_text()) if file.exists() else []
+        rows = [one for one in rows if any(one[key] != row[key] for key in keys)] + [row]
+        rows.sort(key=lambda one: [one[key] for key in keys])
+        file.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def table(file: Path, value: Callable[[dict[str, Any]], float], dense: str = "dense") -> str:
+    """Mean and standard deviation over seeds, in %: a line a name, a column a share of MACs to save."""
+    rows = json.loads(file.read_text())
+    shares = sorted({row["reduction"] for row in rows})
+    names = sorted({row["name"] for row in rows}, key=lambda name: (name != dense, _place(name), name))
+    lines = [
+        "".ljust(32)
+        + "seeds"
+        + "".join(f"{share:.0%} fewer".rjust(15) if share else "dense".rjust(15) for share in shares)
+    ]
+    for name in names:
+        mine = [row for row in rows if row["name"] == name]
+        cells = [_cell([100 * value(row) for row in mine if row["reduction"] == share]) for share in shares]
+        lines.append(
+            name.ljust(32) + f"{len({row['seed'] for row in mine}):5d}" + "".join(cell.rjust(15) for cell in cells)
+        )
+    return "\n".join(lines)
+
+
+def _place(name: str) -> int:
+    order = list(VARIANTS)
+    return order.index(name.rstrip("*")) if name.rstrip("*") in order else -1
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"

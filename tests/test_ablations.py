@@ -1,0 +1,43 @@
+"""What the ablations change, and how their results are kept."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+MODULE = runpy.run_path(str(FOLDER / "variants.py"))
+OWN = {"task": "nlvr", "model": "blip_nlvr_tiny", "data": "synthetic:train:8", "val": "synthetic:val:8"}
+
+
+@pytest.mark.parametrize("variant", MODULE["VARIANTS"])
+def test_a_variant_is_a_config_that_differs(variant):
+    base, config = (MODULE["config_of"](name, **OWN, parts={"at": {"image": (0,)}}) for name in ("madtp", variant))
+    assert (config == base) == (variant == "madtp")
+    assert config.parts["at"] == {"image": (0,)}
+    other = {key for key, value in config.to_dict().items() if value != base.to_dict()[key]}
+    assert other <= {"parts", "budget", "align", "distil", "distil_summaries", "saliency", "serve"}
+
+
+def test_results_of_one_run_replace_older_ones_and_a_table_has_their_means(tmp_path):
+    file = tmp_path / "results" / "some.json"
+    rows = [
+        ("dense", 0, 0.0, 0.9),
+        ("madtp", 0, 0.5, 0.7),
+        ("madtp", 1, 0.5, 0.8),
+        ("drop", 0, 0.5, 0.4),
+        ("drop", 0, 0.5, 0.6),
+    ]
+    for name, seed, reduction, score in rows:
+        row = {"name": name, "seed": seed, "reduction": reduction, "score": score}
+        MODULE["record"](file, ("name", "seed", "reduction"), row)
+    assert len(json.loads(file.read_text())) == 4
+    lines = MODULE["table"](file, lambda row: row["score"]).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["dense", "1", "90.0"],
+        ["madtp", "2", "75.0", "±", "7.1"],
+        ["drop", "1", "60.0"],
+    ]
