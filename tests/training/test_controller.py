@@ -11,6 +11,7 @@ from models import small
 
 import vltprune as vp
 from vltprune.training import Controller, target
+from vltprune.training import controller as controller_module
 from vltprune.training.controller import Turns
 
 
@@ -50,16 +51,27 @@ def test_it_begins_near_its_target_and_remembers_where_it_is():
     assert vp.budget.measure(model, [inputs]).reduction == pytest.approx(controller.saved)
     assert controller.saved == pytest.approx(0.4, abs=0.1)
 
-    ends = []
-    for beyond in (-0.1, 0.99):  # where two measurements say that no place between is nearer
-        controller.start([inputs], beyond)
-        ends.append(controller.dial.knob.place(controller.value))
-    assert ends == [1.0, 0.0]
     state = controller.state_dict()
     controller.step(0.0, 0.9)
     assert controller.state_dict() != state
     controller.load_state_dict(state)
     assert controller.state_dict() == state
+
+
+@pytest.mark.parametrize(("wanted", "place"), [(0.0, 0.6), (0.95, 0.8)])
+def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch, wanted, place):
+    model = vp.prune(small("blip").model, "madtp")
+    controller = Controller(model)
+    knob = controller.dial.knob
+
+    def measure(model, batches, value):
+        saved = min(max(0.2 + 3.5 * (knob.place(value) - 0.6), 0.2), 0.9)
+        return vp.budget.Calibration(knob.name, value, 1 - saved, 1.0)
+
+    monkeypatch.setattr(controller_module, "measure", measure)
+    controller.start([], wanted)
+    assert knob.place(controller.value) == pytest.approx(place, abs=1 / 64 + 0.003)
+    assert controller.dial.value == controller.value
 
 
 def test_costs_take_turns_and_each_is_measured_as_often():

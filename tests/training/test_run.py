@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import json
 import os
@@ -111,6 +112,7 @@ def test_a_cost_out_of_reach_gives_the_nearest(tmp_path):
     assert 0 < done.rows[-1]["macs_saved"] < 0.5
     kept = vp.load(tmp_path / "run" / "model").pruning.config.part("keep")
     assert kept.args["ratio"] == done.rows[-1]["knob"]["value"] == 0.0
+    assert "90% fewer MACs are out of these parts' reach: the nearest, " in html.unescape(done.page.read_text())
 
 
 def test_pictures_that_cannot_be_opened_are_told_of(tmp_path):
@@ -157,7 +159,9 @@ def engine_of(settings, folder):
 
 
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
-    settings = dict(steps=14, checkpoint_every=3, distil=0.5, saliency=0.5, distil_summaries=0.5, augment=True)
+    settings = dict(
+        steps=14, checkpoint_every=3, distil=0.5, saliency=0.5, distil_summaries=0.5, augment=True, serve=[0.2]
+    )
     whole = start(tmp_path / "data", tmp_path / "whole", **settings)
     assert whole.wait(120) == 0, (tmp_path / "whole.log").read_text()
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..budget import Batch, Dial, measure
+from ..budget import Batch, Calibration, Dial, measure
 
 _PULL = 0.1  # of the knob's range, for each 100 % of the dense MACs that the cost is off
 _MEMORY = 0.9  # of the running mean of what was measured
-_PLACES = 25  # tried on the way to a first value
+_PLACES, _HALVINGS, _SAME = 25, 6, 0.01  # tried on the way to a first value, and what is the same share there
 
 
 def target(step: int, steps: int, reduction: float, ramp: float) -> float:
@@ -34,15 +34,35 @@ class Controller:
         self.value = self.dial.value
 
     def start(self, batches: Iterable[Batch], reduction: float) -> None:
-        """Set the knob, from anywhere, as near to a first target as it comes on these batches: beyond its ends, to an end."""
-        inputs = list(batches)
-        found = [measure(self.model, inputs, self.dial.knob.at(place)) for place in (0.0, 1.0)]
-        least, most = sorted(one.reduction for one in found)
+        """Set the knob, from anywhere, as near to a first target as it comes on these batches.
+
+        Where the target lies beyond what the knob can do, it begins where its end begins to make no difference.
+        """
+        inputs, knob = list(batches), self.dial.knob
+
+        def at(place: float) -> Calibration:
+            return measure(self.model, inputs, knob.at(place))
+
+        ends = [at(0.0), at(1.0)]
+        least, most = sorted(one.reduction for one in ends)
         if least < reduction < most:
-            between = (place / (_PLACES - 1) for place in range(1, _PLACES - 1))
-            found += [measure(self.model, inputs, self.dial.knob.at(place)) for place in between]
-        best = min(found, key=lambda one: abs(one.reduction - reduction))
+            tried = [*ends, *(at(place / (_PLACES - 1)) for place in range(1, _PLACES - 1))]
+            best = min(tried, key=lambda one: abs(one.reduction - reduction))
+        else:
+            best = min(ends, key=lambda one: abs(one.reduction - reduction))
+            best = self._edge(best, at)
         self.load_state_dict({"value": best.value, "saved": best.reduction})
+
+    def _edge(self, end: Calibration, at: Callable[[float], Calibration]) -> Calibration:
+        """The farthest from an end of the range that still saves what the end does, by bisection."""
+        near, far, best = self.dial.knob.place(end.value), 1 - self.dial.knob.place(end.value), end
+        for _ in range(_HALVINGS):
+            found = at((near + far) / 2)
+            if abs(found.reduction - end.reduction) < _SAME:
+                near, best = (near + far) / 2, found
+            else:
+                far = (near + far) / 2
+        return best
 
     def step(self, saved: float, wanted: float) -> None:
         """saved: the share of the dense MACs that a step saved, of all processes; wanted: its target."""

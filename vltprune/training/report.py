@@ -160,7 +160,7 @@ def _pruned(config: CompressConfig) -> list[tuple[str, str]]:
         ("pruning", f"preset {config.preset}; parts that replace its own: {own}"),
         *((f"&emsp;{name}", str(getattr(parts, name) or "none")) for name in ("guide", "scorer", "keep", "reducer")),
         ("&emsp;where", "every block of every tower" if parts.at is None else f"blocks {parts.to_dict()['at']}"),
-        ("MACs to save", f"{100 * config.reduction:g} %" + (f"; the same weights also at {serve}" if serve else "")),
+        ("MACs to save", f"{100 * config.reduction:g} %" + (f"; every second step {serve}, by turns" if serve else "")),
         ("budget", f"{_BUDGETS[config.budget]}; the target rises over {config.ramp:.0%} of the steps"),
     ]
 
@@ -228,6 +228,13 @@ def _gaps(story: Story) -> list[str]:
     lost = [f"{100 * share:g} %" for share in story.config.serve if share not in there]
     told = [f"Asked for as well, and out of these parts' reach: {', '.join(lost)} fewer MACs."] if lost else []
     row = story.rows[story.asked]
+    if (
+        row["knob"] is not None
+        and abs((found := 1 - row["knob"]["macs"] / row["knob"]["dense_macs"]) - row["reduction"]) > 0.02
+    ):
+        told.append(
+            f"{row['reduction']:.0%} fewer MACs are out of these parts' reach: the nearest, {found:.1%}, is in its place."
+        )
     told += [f"Not scored: {what}, since {why}." for what, why in row["unscored"].items()]
     if row["skipped"]:
         first = row["skipped"][0]
