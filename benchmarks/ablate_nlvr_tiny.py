@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python benchmarks/ablate_nlvr_tiny.py --work WORK --variant madtp --seed 0
 
 Every run starts from the packaged dense `blip_nlvr_tiny`, trains 1,500 steps of 8 pairs with 8 sentences each towards 80 %
-fewer MACs, the image tower pruned at its first three blocks, is calibrated on validation, and is scored there, on 1,200 pairs
-that the calibration's 256 are part of. The test split is not read. A run resumes from WORK. About 25 minutes of one core each.
-With `--long`, which is for a GPU (four minutes on an H200, beside a dozen other runs), it trains 1,300 steps of 32 pairs at
-twice the rate, and its name has a star.
+fewer MACs, the image tower pruned at its first three blocks, is calibrated on validation to that cost and to others, and is
+scored there, on 1,200 pairs that the calibration's 256 are part of. The test split is not read. A run resumes from WORK. About
+25 minutes of one core each, and 10 to be examined; `--steps 300` is for a look, and goes into its name. With `--long`, which is
+for a GPU (four minutes on an H200, beside a dozen other runs), it trains 1,300 steps of 32 pairs at twice the rate, and its
+name has a star.
 
     python benchmarks/ablate_nlvr_tiny.py --table
 
@@ -17,15 +18,25 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import variants
 
+import vltprune as vp
+from vltprune.data import Loader
+from vltprune.exam import Exam, report
+from vltprune.journal import Journal
+from vltprune.preprocessing import transforms
+from vltprune.tasks import Nlvr
 from vltprune.training import CompressConfig, compress
+from vltprune.training.compression import Compressed
+from vltprune.training.engine import calls_of
 
 RESULTS = Path(__file__).parent / "results" / "ablate_nlvr_tiny.json"
 
 
+_OTHERS = (0.3, 0.5, 0.7, 0.85)  # costs that a trained model is examined at besides its own
 _SHORT = {"steps": 1500, "batch_size": 8}
 _LONG = {"steps": 1300, "batch_size": 32, "rate": 2e-4}
 
@@ -52,6 +63,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=variants.VARIANTS, default="madtp")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--long", action="store_true", help="the training for a GPU")
+    parser.add_argument("--steps", type=int, help="another number of them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
     options = parser.parse_args()
@@ -60,19 +72,37 @@ def main() -> None:
     if options.work is None:
         parser.error("--work DIR is needed for a run")
     torch.set_num_threads(options.threads)
-    run(options.work, options.variant, options.seed, options.long)
+    run(options.work, options.variant, options.seed, options.long, options.steps)
 
 
-def run(work: Path, variant: str, seed: int, long: bool = False) -> None:
+def run(work: Path, variant: str, seed: int, long: bool = False, steps: int | None = None) -> None:
     """One run, and its lines in the results."""
-    called = variant + "*" * long
-    done = compress(config_of(variant, seed, long), work / f"{called.replace(' ', '_')}_{seed}")
+    called = variant + "*" * long + (f", {steps} steps" if steps else "")
+    config = config_of(variant, seed, long)
+    done = compress(config.replace(steps=steps) if steps else config, work / f"{called.replace(' ', '_')}_{seed}")
     assert done is not None
-    for row in done.rows:
+    there = [row["reduction"] for row in done.rows]
+    for row in [*done.rows, *(_served(done, cost) for cost in _OTHERS if cost not in there)]:
+        if row is None:
+            continue
         name = called if row["reduction"] else "dense"
         line = {"name": name, "seed": seed if row["reduction"] else 0, "reduction": row["reduction"]}
         line |= {"macs_saved": row["macs_saved"], "accuracy": row["scores"]["accuracy"]}
         variants.record(RESULTS, ("name", "seed", "reduction"), line)
+
+
+def _served(done: Compressed, reduction: float) -> dict[str, Any] | None:
+    """A row of the trained model at another cost, that it is calibrated to; None where that is out of its reach."""
+    val = Nlvr.read("synthetic:val:1200", "")
+    task, prepare = Nlvr.of(done.model), transforms(done.model)
+    device = next(done.model.parameters()).device
+    try:
+        vp.calibrate(done.model, calls_of(task, val[:256], prepare, device), reduction)
+    except vp.BudgetError as error:
+        return print(error)
+    journal = Journal(done.folder / "served" / f"{reduction:g}", {"reduction": reduction})
+    Exam(task, done.model, str(device)).sit(Loader(val, prepare, workers=2), journal)
+    return {"reduction": reduction, **report(task, journal.rows)}
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def table(file: Path, value: Callable[[dict[str, Any]], float], dense: str = "de
 
 def _place(name: str) -> int:
     order = list(VARIANTS)
-    return order.index(name.rstrip("*")) if name.rstrip("*") in order else -1
+    plain = name.split(",")[0].rstrip("*")
+    return order.index(plain) if plain in order else -1
 
 
 def _cell(values: list[float]) -> str:
