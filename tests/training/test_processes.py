@@ -15,6 +15,7 @@ from data import config
 
 import vltprune as vp
 from vltprune.data.shards import write
+from vltprune.training.compression import dense_model
 
 _SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "distil_summaries": 0.5, "checkpoint_every": 100}
 
@@ -52,8 +53,14 @@ def test_two_processes_learn_as_one(task, packed, tmp_path):
     torch.testing.assert_close(
         torch.tensor(losses(tmp_path / "run2")), torch.tensor(losses(tmp_path / "run1")), atol=1e-4, rtol=1e-4
     )
-    one, two = (vp.load(tmp_path / f"run{n}" / "model").state_dict() for n in (1, 2))
-    for name in one:
-        torch.testing.assert_close(
-            two[name], one[name], atol=1e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    one, two = (weights(vp.load(tmp_path / f"run{n}" / "model")) for n in (1, 2))
+    way = one - weights(vp.prune(dense_model(settings), settings.pruning))
+    assert way.abs().max() > 1e-3
+    # Adam moves a weight whose gradient is rounding error as far as any other, this way or that: no weight by itself tells.
+    # A handful of such weights is 1 % of the way; one record that the two saw differently is all of it.
+    assert float((two - one).norm() / way.norm()) < 0.05
+
+
+def weights(model) -> torch.Tensor:
+    """All of them but the guide's, which do not begin where they were born."""
+    return torch.cat([value.flatten() for name, value in model.state_dict().items() if "guide" not in name])
