@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,11 @@ def record(file: Path, keys: Sequence[str], row: dict[str, Any]) -> None:
         file.write_text("[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n")
 
 
-def table(file: Path, value: Callable[[dict[str, Any]], float], dense: str = "dense") -> str:
-    """Mean and standard deviation over seeds, in %: a line a name, a column a share of MACs to save."""
-    rows = json.loads(file.read_text())
+def table(file: Path, value: Callable[[dict[str, Any]], float], only: Collection[str] = ()) -> str:
+    """Mean and standard deviation over seeds, in %: a line a name, a column a share of MACs to save. only: some names."""
+    rows = [row for row in json.loads(file.read_text()) if not only or row["name"] in only]
     shares = sorted({row["reduction"] for row in rows})
-    names = sorted({row["name"] for row in rows}, key=lambda name: (name != dense, _place(name), name))
+    names = sorted({row["name"] for row in rows}, key=lambda name: (name != "dense", _place(name), name))
     lines = [
         "".ljust(32)
         + "seeds"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -60,6 +62,8 @@ def test_a_target_out_of_reach_is_named_and_nothing_changes(dense, inputs):
     model = vp.prune(dense, "madtp", keep="threshold(temperature=2.5)", at={"text": None})
     with pytest.raises(vp.BudgetError, match=r"reduction=0.9 is out of reach .*: temperature from .* \(at=") as caught:
         vp.calibrate(model, [inputs], 0.9)
+    again = pickle.loads(pickle.dumps(caught.value))  # as from a process of its own
+    assert (str(again), again.nearest) == (str(caught.value), caught.value.nearest)
     assert "nearest" in str(caught.value)
     assert model.pruning.config.keep == vp.Part("threshold", {"temperature": 2.5})
     assert {m.temperature for m in model.modules() if isinstance(m, vp.KeepRatioPredictor)} == {2.5}

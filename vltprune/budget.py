@@ -25,8 +25,14 @@ class BudgetError(ValueError):
     """A cost that the keeper's knob cannot reach. nearest: the Calibration that comes nearest to it."""
 
     def __init__(self, message: str, nearest: Calibration):
-        super().__init__(message)
-        self.nearest = nearest
+        super().__init__(message, nearest)  # both, so that it can be pickled
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+    @property
+    def nearest(self) -> Calibration:
+        return self.args[1]
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
             _run(model, batch)
             for trace in traces:
                 fresh = [_free(step.guidance.mapped) for step in trace.steps if step.guidance is not None]
+                if not fresh:
+                    continue  # this tower prunes nowhere
                 tokens = torch.cat([drawn[trace.tower], *fresh] if trace.tower in drawn else fresh)
                 drawn[trace.tower] = tokens[torch.randperm(len(tokens), generator=generator)[:each].to(tokens.device)]
             traces.clear()

@@ -155,8 +155,8 @@ class PruneTrace:
     def aligned(self) -> Tensor:
         """What the guide's anchors gathered over all pruned depths, [batch, anchors, anchor dim].
 
-        The sum over blocks that `losses.alignment` compares between towers; all blocks of a tower that is pruned nowhere.
-        LookupError without a guide.
+        The sum over blocks that `losses.alignment` compares between towers; with gradients
+        enabled, all blocks of a tower that is pruned nowhere. LookupError without a guide.
         """
         pooled = [step.guidance.pooled for step in self.steps if step.guidance is not None]
         if not pooled:
@@ -266,7 +266,7 @@ class PrunedEncoder(nn.Module):
 
         if pruner is None:
             context = attend(q, k, v, tokens.layout, scale, **room)
-            if self.guide is not None and not self.pruners and is_collecting():
+            if self.guide is not None and not self.pruners and is_collecting() and torch.is_grad_enabled():
                 guidance = self.guide(tokens, self.tower)  # so that the other tower has something to be aligned with
         else:
             context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **room)

@@ -87,7 +87,8 @@ def test_costs_take_turns_and_each_is_measured_as_often():
     low, high = turns.controllers[1].value, turns.controllers[0].value
     assert low < high == 1.0
     for place, value in ((0, high), (1, low), (2, high)):
-        assert turns.take(place).dial.value == value
+        turns.take(place)
+        assert turns.controllers[0].dial.value == value
     state = turns.state_dict()
     turns.controllers[2].step(0.0, 0.5)
     turns.load_state_dict(state)

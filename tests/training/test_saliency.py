@@ -47,11 +47,11 @@ class _Compared:
         self.direction = torch.tensor([3.0, 0.0, 4.0, 0.0])
 
     def apart(self, scores: torch.Tensor, tokens: PackedTokens) -> float:
-        self.saliency.clear()
-        self.saliency.entered["image", 0] = self.tokens
-        self.saliency.scored["image", 0] = (tokens, scores)
         answer = (self.matter * (self.tokens.x @ self.direction)).sum()
-        return self.saliency(torch.stack([answer, torch.zeros(())])[None], torch.Generator().manual_seed(0)).item()
+        with self.saliency as seen:
+            seen.entered["image", 0] = self.tokens
+            seen.scored["image", 0] = (tokens, scores)
+            return seen(torch.stack([answer, torch.zeros(())])[None], torch.Generator().manual_seed(0)).item()
 
 
 def _dense() -> nn.Module:
@@ -84,7 +84,10 @@ def test_tokens_that_are_gone_or_merged_are_not_asked_about():
 def test_every_task_can_teach_its_scores(task, budget, tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}
     settings = config(task, tmp_path / "data", budget=budget, parts=parts, saliency=0.5)
-    assert compress(settings, tmp_path / "run") is not None
+    done = compress(settings, tmp_path / "run")
+    assert done is not None
+    scorers = [module for module in done.model.modules() if isinstance(module, vp.TokenScorer)]
+    assert scorers and not any(scorer._forward_hooks for scorer in scorers)  # nothing keeps a batch alive
     rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert rows and all(0 < row["saliency"] < 1 for row in rows)
     assert all("distil" not in row for row in rows)

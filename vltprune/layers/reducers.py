@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import ClassVar
 
@@ -43,9 +44,13 @@ class Merge:
         if values.device.type == "cpu":
             return torch.stack([torch.tensordot(weight[span], values[span], 1) for span in self.spans])
         weighted = values * weight.view(-1, *[1] * (values.dim() - 1))
-        mine = torch.tensor(self.instances, device=values.device)
         sums = segments.sum(weighted, self.layout)  # not a call for each instance, which costs more than padding
-        return sums.to(values.dtype).index_select(0, mine)  # autocast sums in single precision
+        return sums.to(values.dtype).index_select(0, self._which)  # autocast sums in single precision
+
+    @cached_property
+    def _which(self) -> Tensor:
+        """[merges] int64: `instances`, on the device."""
+        return torch.tensor(self.instances, device=self.rows.device)
 
     @property
     def spans(self) -> tuple[slice, ...]:

@@ -69,7 +69,9 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     taught = config.distil or config.distil_summaries or config.saliency
     twin = copy.deepcopy(dense) if taught else None
     model = prune(dense, config.pruning)
-    teacher = None if twin is None else watched(twin, model)
+    teacher = None
+    if twin is not None:
+        teacher = watched(twin, model) if config.saliency else prune(twin, "random", at=())
     kind: Any = tasks.tasks[config.task]
     task = kind.of(model, Options(config.vocabulary, config.answers))
     records = _records(config, kind)

@@ -103,11 +103,10 @@ class Turns:
         period = 1 if not others else 2 if self.place(step) == 0 else 2 * others
         return step // period % every == 0
 
-    def take(self, place: int) -> Controller:
-        """The controller whose turn it is, the knob turned to its value."""
+    def take(self, place: int) -> None:
+        """The knob to where a cost has it."""
         controller = self.controllers[place]
         controller.dial.turn(controller.value)
-        return controller
 
     def start(self, batches: Iterable[Batch], reduction: float) -> None:
         """All of them from the same value."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import segments
 from ..pruner import PrunedEncoder, Pruner
@@ -29,16 +30,23 @@ class Saliency:
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module):
-        """model: pruned; teacher: of `watched`, of its dense model."""
+        """model: pruned; teacher: of `watched`, of its dense model. It looks at both within `with` blocks alone."""
+        self.model, self.teacher = model, teacher
         self.scored: dict[Site, tuple[PackedTokens, Tensor]] = {}
         self.entered: dict[Site, PackedTokens] = {}
-        for site, pruner in _pruners(model):
-            pruner.scorer.register_forward_hook(self._take_scores(site))
-        for site, pruner in _pruners(teacher):
-            pruner.register_forward_pre_hook(self._take_tokens(site))
+        self.hooks: list[RemovableHandle] = []
 
-    def clear(self) -> None:
-        """Forget what was seen: to be called before a model runs."""
+    def __enter__(self) -> Saliency:
+        for site, pruner in _pruners(self.model):
+            self.hooks.append(pruner.scorer.register_forward_hook(self._take_scores(site)))
+        for site, pruner in _pruners(self.teacher):
+            self.hooks.append(pruner.register_forward_pre_hook(self._take_tokens(site)))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
         self.scored.clear()
         self.entered.clear()
 
@@ -49,7 +57,7 @@ class Saliency:
         answer = directions(outputs, generator)
         gradients = torch.autograd.grad(answer, [one.x for one in tokens], allow_unused=True)
         apart = [
-            _apart(*self.scored[site], _salient(gradient, one))
+            _apart(*self.scored[site], _salient(gradient, one, self.scored[site][0]))
             for site, one, gradient in zip(sites, tokens, gradients, strict=True)
             if gradient is not None
         ]
@@ -95,18 +103,20 @@ def _pruners(model: nn.Module) -> Iterator[tuple[Site, Pruner]]:
             yield (name, int(depth)), pruner
 
 
-def _salient(gradient: Tensor, tokens: PackedTokens) -> Tensor:
-    """[batch, longest original place + 1]: the norm of each token's gradient, where it stood originally."""
-    norms = gradient.float().norm(dim=-1)
-    table = norms.new_zeros(tokens.layout.batch, int(tokens.position.amax()) + 1)
-    return table.index_put((tokens.layout.instance, tokens.position), norms)
+def _salient(gradient: Tensor, dense: PackedTokens, tokens: PackedTokens) -> Tensor:
+    """[total] of `tokens`: the norm of the gradient of the dense model's token that stood where each does."""
+    return gradient.float().norm(dim=-1)[torch.searchsorted(_key(dense), _key(tokens))]
+
+
+def _key(tokens: PackedTokens) -> Tensor:
+    """[total] int64, one for each place of each instance; ascending where nothing was reordered."""
+    return tokens.layout.instance * 2**32 + tokens.position
 
 
 def _apart(tokens: PackedTokens, scores: Tensor, salient: Tensor) -> Tensor:
-    """1 - the correlation of scores with saliency over the tokens of each instance; the mean over instances."""
+    """scores, salient [total] -> 1 - their correlation over the tokens of each instance; the mean over instances."""
     layout = tokens.layout
     asked = tokens.free if tokens.size is None else tokens.free & (tokens.size == 1)
-    wanted = salient[layout.instance, tokens.position]
     there = segments.sum(asked.to(scores.dtype), layout).clamp(min=1)
 
     def centred(values: Tensor) -> Tensor:
@@ -114,6 +124,6 @@ def _apart(tokens: PackedTokens, scores: Tensor, salient: Tensor) -> Tensor:
         middle = (segments.sum(values, layout) / there)[layout.instance]
         return (values - middle).masked_fill(~asked, 0.0)
 
-    ours, theirs = centred(scores.float()), centred(wanted)
+    ours, theirs = centred(scores.float()), centred(salient)
     sizes = (segments.sum(ours**2, layout) * segments.sum(theirs**2, layout)).clamp(min=_EPS**2).sqrt()
     return (1 - segments.sum(ours * theirs, layout) / sizes).mean()

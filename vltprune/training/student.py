@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -71,17 +72,16 @@ class Student(nn.Module):
         and `over`, the share too much; measured: also macs, dense_macs, of an instance, and kept, per tower [1 + depths],
         as of `Gauge`.
         """
-        if self.salient is not None:
-            self.salient.clear()
-        with collect() as traces:
-            loss = self.objective(self.model, records, images, step)
-        own = self._own(traces)
+        with self.salient or nullcontext():
+            with collect() as traces:
+                loss = self.objective(self.model, records, images, step)
+            own, has_teacher = self._own(traces), self.__dict__["teacher"] is not None
+            taught = self._taught(loss, own, records, images, step) if has_teacher else {}
         figures: dict[str, Any] = {}
         parts = {"task": loss.total / _mean_over_processes(loss.count)}
         if self.align and all(_is_guided(trace) for trace in own.values()):
             parts["align"] = self.align * self._alignment(own)
-        if self.__dict__["teacher"] is not None:
-            parts |= self._taught(loss, own, records, images, step)
+        parts |= taught
         if saving is not None:
             over = self._share(own, len(records)) - (1 - saving)
             parts["budget"] = price * over + _BUDGET * over**2
