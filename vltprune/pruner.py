@@ -31,12 +31,14 @@ class UntrainedGuideWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a pruner says of a block's tokens: the plan, None where all stay; in soft training also how much of each does.
+    """What a pruner says of a block's tokens: their scores [total], and the plan, None where all stay; in soft training also
+    how much of each does.
 
     presence [total]: with gradients to scores and threshold; counted [total]: the same, to the threshold alone.
     """
 
     plan: Reduction | None
+    scores: Tensor | None = None
     presence: Tensor | None = None
     counted: Tensor | None = None
 
@@ -83,7 +85,7 @@ class Pruner(nn.Module):
             counts = self.keeper(scores, tokens, guidance)
         if not self.scorer.site.has_summary:
             counts = counts.clamp(min=1)  # where nothing is protected, the last token stays all the same
-        return Verdict(self.reducer(tokens, scores, counts, stats), presence, counted)
+        return Verdict(self.reducer(tokens, scores, counts, stats), scores, presence, counted)
 
     def _presence(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         margin = self.keeper.margin(scores, tokens, guidance)
@@ -94,7 +96,8 @@ class Pruner(nn.Module):
 class Step:
     """One depth of a trace. position, protected [total] and lengths are those of the tokens that left the block.
 
-    expected [batch]: how many they are where some are there in part, in soft training; else None.
+    expected [batch]: how many they are where some are there in part, in soft training; else None. scored: the tokens that
+    entered a block that prunes, and their scores [total], for losses on them; None without gradients.
     """
 
     position: Tensor
@@ -104,6 +107,7 @@ class Step:
     reduced_early: bool
     guidance: Guidance | None
     expected: Tensor | None = None
+    scored: tuple[PackedTokens, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -273,6 +277,7 @@ class PrunedEncoder(nn.Module):
             guidance = self.guide(tokens, self.tower) if self.guide is not None else None
             verdict = pruner(tokens, stats, guidance)
         plan = verdict.plan
+        scored = (tokens, verdict.scores) if verdict.scores is not None and torch.is_grad_enabled() else None
 
         # an affine map commutes with averaging: reducing first, the output projection runs on what stays
         early = plan is not None and plan.is_affine and adapter.mixes_affinely(block)
@@ -285,7 +290,8 @@ class PrunedEncoder(nn.Module):
             tokens = plan.tokens(tokens)
         tokens = adapter.feed(block, tokens, beside)
         expected = None if tokens.presence is None else tokens.expected
-        return tokens, Step(tokens.position, tokens.protected, tokens.layout.lengths, plan, early, guidance, expected)
+        lengths = tokens.layout.lengths
+        return tokens, Step(tokens.position, tokens.protected, lengths, plan, early, guidance, expected, scored)
 
     def pruner(self, depth: int) -> Pruner | None:
         """The pruner at a depth, None where nothing is pruned."""

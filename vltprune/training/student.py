@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from ..gauge import Gauge
 from ..pruner import PruneTrace, collect
 from ..surgery import pruning
 from .objectives import Loss, Objective
-from .saliency import Saliency
+from .saliency import saliency
 
 _HEAT = 2.0  # the temperature that logits are taught at
 _BUDGET = 30.0  # weight of the squared share that the expected cost is off
@@ -52,7 +51,6 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.objective, self.align, self.taught = model, objective, align, taught
         self.saliency, self.extra = saliency, extra
-        self.salient = Saliency(model, teacher) if saliency and teacher is not None else None
         self.__dict__["teacher"] = teacher  # no child: it is neither trained nor kept in checkpoints
         self.gauge = Gauge(model)
 
@@ -72,11 +70,10 @@ class Student(nn.Module):
         and `over`, the share too much; measured: also macs, dense_macs, of an instance, and kept, per tower [1 + depths],
         as of `Gauge`.
         """
-        with self.salient or nullcontext():
-            with collect() as traces:
-                loss = self.objective(self.model, records, images, step)
-            own, has_teacher = self._own(traces), self.__dict__["teacher"] is not None
-            taught = self._taught(loss, own, records, images, step) if has_teacher else {}
+        with collect() as traces:
+            loss = self.objective(self.model, records, images, step)
+        own, has_teacher = self._own(traces), self.__dict__["teacher"] is not None
+        taught = self._taught(loss, own, records, images, step) if has_teacher else {}
         figures: dict[str, Any] = {}
         parts = {"task": loss.total / _mean_over_processes(loss.count)}
         if self.align and all(_is_guided(trace) for trace in own.values()):
@@ -110,13 +107,13 @@ class Student(nn.Module):
         self, loss: Loss, own: dict[str, PruneTrace], records: Sequence[Any], images: Tensor, step: int
     ) -> dict[str, Tensor]:
         """What the teacher teaches: distil, and saliency where the scores are taught."""
-        with torch.set_grad_enabled(self.salient is not None), collect() as traces:
+        with torch.set_grad_enabled(self.saliency > 0), collect() as traces:
             outputs = self.objective.teach(self.__dict__["teacher"], records, images, step)
         theirs = {trace.tower: trace for trace in reversed(traces)}
         parts = {}
-        if self.salient is not None and outputs is not None:
+        if self.saliency and outputs is not None:
             generator = torch.Generator().manual_seed(step)
-            parts["saliency"] = self.saliency * self.salient(outputs / _HEAT, generator)
+            parts["saliency"] = self.saliency * saliency(own, theirs, outputs / _HEAT, generator)
         if any(self.taught):
             outputs = None if outputs is None else outputs.detach()
             parts["distil"] = self._distil(loss, own, theirs, outputs)
