@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import DIM, HEADS, cases, generator, packed, values_of
 from torch.testing import assert_close
 
@@ -85,6 +86,28 @@ def test_threshold_across_the_batch(scores, each, together):
         assert Threshold(SITE, across=across)(scores.flatten(), tokens, guidance).tolist() == expected
 
 
+@given(cases(), st.floats(0, 1))
+def test_top_p_keeps_the_fewest_that_reach_the_share(case, p):
+    counts = keepers["top_p"](case.site, p=p)(case.scores, case.tokens, None)
+    for i in range(case.batch):
+        rows = (case.tokens.layout.instance == i) & case.tokens.free
+        scores = case.scores[rows].double().clamp(min=0).sort(descending=True).values
+        kept = min(int(counts[i]), len(scores))
+        if p == 1 or len(scores) == 0:
+            assert kept == len(scores)
+            continue
+        assert kept >= 1
+        assert scores[:kept].sum() >= p * scores.sum() * (1 - 1e-6)
+        assert kept == 1 or scores[: kept - 1].sum() <= p * scores.sum() * (1 + 1e-6)
+
+
+def test_top_p_counts_what_matters():
+    tokens = PackedTokens.pack(torch.zeros(2, 8, DIM))
+    scores = torch.tensor([8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0] + [1.0] * 8)
+    for p, expected in ((0.0, [1, 1]), (0.5, [1, 4]), (0.8, [5, 7]), (1.0, [8, 8])):
+        assert keepers["top_p"](SITE, p)(scores, tokens, None).tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("n", "ratio", "expected"),
     [
@@ -144,6 +167,7 @@ def test_random_ratio_without_spread_is_ratio():
         ("threshold", {"temperature": -1.0}, "must be above 0"),
         ("threshold", {"temperature": float("nan")}, "must be above 0"),
         ("threshold", {"across": "world"}, "across='instance' or across='batch'"),
+        ("top_p", {"p": 1.1}, r"top_p\(p=1.1\) must lie in 0 .. 1"),
         ("ratio", {"ratio": 1.5}, r"ratio\(ratio=1.5\) must lie in 0 .. 1"),
         ("ratio", {"ratio": float("nan")}, "must lie in 0 .. 1"),
         ("count", {"count": -1}, r"count\(count=-1\) must be 0 or more"),

@@ -120,7 +120,7 @@ class Threshold(KeepRatioPredictor):
         """[batch], in double precision: a cold softmax puts the threshold onto one token's own score, and rounding would
         decide the tie."""
         assert guidance is not None
-        exact = torch.float64 if scores.device.type != "mps" else scores.dtype
+        exact = _exact(scores)
         attention = guidance.attention(self.temperature, exact)
         return segments.sum(attention * scores.to(exact)[:, None], layout).amin(-1)
 
@@ -152,6 +152,31 @@ class Learned(KeepRatioPredictor):
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         mean, deviation = spread(scores, tokens)
         return (scores - mean) / deviation - self.threshold - self.shift
+
+
+@keepers.register("top_p")
+class TopP(KeepRatioPredictor):
+    """The fewest tokens whose scores add up to a share p of their instance's: few where a few matter, many where many do.
+
+    The rule of nucleus sampling (Holtzman et al., arXiv 1904.09751), with scores in the place of chances. Equal scores make
+    it a static share. Scores below 0 count as 0; one token stays at least, and p = 1 keeps all.
+    """
+
+    knob = Knob("p", 0.0, 1.0)
+
+    def __init__(self, site: Site, p: float = 0.9):
+        super().__init__(site)
+        if not 0 <= p <= 1:
+            raise ValueError(f"top_p(p={p}) must lie in 0 .. 1: the share of the scores' sum that is kept")
+        self.p = p
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
+        weight = scores.detach().to(_exact(scores)).clamp(min=0).masked_fill(tokens.protected, 0.0)
+        ranked = segments.pad(weight, layout, 0.0).sort(1, descending=True).values
+        reached = ranked.cumsum(1) - ranked  # by the tokens before each
+        wanted = self.p * ranked.sum(1, keepdim=True) * (1 - 1e-9)
+        return (reached < wanted).sum(1).clamp(min=1).minimum(there) if self.p < 1 else there
 
 
 @keepers.register("ratio")
@@ -217,6 +242,11 @@ class RandomRatio(KeepRatioPredictor):
         for column in farthest.unbind(1):
             drawn = hash_integers(drawn, column)
         return ((drawn >> 8).double() + 0.5) / 2**23
+
+
+def _exact(scores: Tensor) -> torch.dtype:
+    """What decides near a tie: double precision, where the device has it."""
+    return torch.float64 if scores.device.type != "mps" else scores.dtype
 
 
 def spread(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
