@@ -28,7 +28,17 @@ def port() -> int:
 
 def losses(folder: Path) -> list[list[float]]:
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [[row[name] for name in ("task", "align", "distil") if name in row] for row in rows]
+    return [[row[name] for name in ("task", "align", "distil", "saliency") if name in row] for row in rows]
+
+
+def run(folder: Path, output: str, processes: int, program: tuple[str, ...] = ("-m", "vltprune"), **more: str) -> None:
+    """Compress as folder/run.json says, into folder/output."""
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port())]
+    command = [sys.executable, *(several if processes > 1 else []), *program, "compress"]
+    command += ["--config", str(folder / "run.json"), "--output", str(folder / output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -40,14 +50,8 @@ def test_two_processes_learn_as_one(task, packed, tmp_path):
         write(settings.data, tmp_path / "data", tmp_path / "shards", per_shard=3)
         settings = settings.replace(data=f"{tmp_path}/shards/{task}-{{000000..000002}}.tar")
     settings.write(tmp_path / "run.json")
-    base = [sys.executable, "-m"]
-    several = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port()), "-m"]
-    for processes, launcher in ((1, []), (2, several)):
-        output = str(tmp_path / f"run{processes}")
-        command = [*base, *launcher, "vltprune", "compress", "--config", str(tmp_path / "run.json"), "--output", output]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (1, 2):
+        run(tmp_path, f"run{processes}", processes)
     if task == "retrieval":
         return  # negatives are drawn at random: see test_objectives
     torch.testing.assert_close(
@@ -59,6 +63,21 @@ def test_two_processes_learn_as_one(task, packed, tmp_path):
     # Adam moves a weight whose gradient is rounding error as far as any other, this way or that: no weight by itself tells.
     # A handful of such weights is 1 % of the way; one record that the two saw differently is all of it.
     assert float((two - one).norm() / way.norm()) < 0.05
+
+
+def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold_them_all(tmp_path):
+    settings = config("nlvr", tmp_path / "data", **{**_SETTINGS, "saliency": 0.5, "checkpoint_every": 2})
+    settings.write(tmp_path / "run.json")
+    run(tmp_path, "whole", 2)
+    sharded = (str(Path(__file__).with_name("sharded.py")),)
+    run(tmp_path, "sharded", 2, sharded, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="NO_WRAP")
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "sharded")), torch.tensor(losses(tmp_path / "whole")), atol=1e-4, rtol=1e-4
+    )
+    whole, parts = (weights(vp.load(tmp_path / name / "model")) for name in ("whole", "sharded"))
+    way = whole - weights(vp.prune(dense_model(settings), settings.pruning))
+    assert way.abs().max() > 1e-3
+    assert float((parts - whole).norm() / way.norm()) < 0.05
 
 
 def weights(model) -> torch.Tensor:

@@ -79,9 +79,9 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
 
     run = Run(config, folder, model, task, records, teacher, extra)
     run.train()
-    if not run.accelerator.is_main_process:
-        return None
-    return _finish(run, val)
+    trained = _trained(run)
+    run.accelerator.end_training()
+    return _finish(run, trained, val) if run.accelerator.is_main_process else None
 
 
 def dense_model(config: CompressConfig) -> nn.Module:
@@ -124,9 +124,21 @@ def _claim(folder: Path, config: CompressConfig) -> None:
         raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another output") from error
 
 
-def _finish(run: Run, val: Sequence[Any]) -> Compressed:
+def _trained(run: Run) -> nn.Module:
+    """The model that was trained; where processes held a part of it each, a whole one again, in the first process."""
+    if getattr(run.accelerator.state, "fsdp_plugin", None) is None:
+        return run.accelerator.unwrap_model(run.student).model
+    learnt = run.accelerator.get_state_dict(run.student)  # all processes must ask
+    model = prune(dense_model(run.config), run.config.pruning)
+    if run.accelerator.is_main_process:
+        own = {name.removeprefix("model."): value for name, value in learnt.items() if name.startswith("model.")}
+        model.load_state_dict(own)
+    return model.to(run.accelerator.device)
+
+
+def _finish(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
     """Examine on validation, dense and as trained, save, and report."""
-    config, model, folder = run.config, run.accelerator.unwrap_model(run.student).model, run.folder
+    config, folder = run.config, run.folder
     val = val[: config.val_limit] if config.val_limit else val
     exams = [_examined(run, dense_model(config).to(run.accelerator.device), val, "dense", 0.0, None)]
     if config.reduction:

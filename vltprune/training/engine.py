@@ -74,8 +74,10 @@ class Run:
         )
         costs = dict.fromkeys((config.reduction, *config.serve))
         self.turns = Turns(self.model, tuple(costs)) if config.reduction else None
-        self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator)
+        if not self.checkpoints.last_step():
+            self._place_first()  # now, while every process has the whole model
+        self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
 
     def train(self) -> None:
         """To the last step, from the last checkpoint if there is one.
@@ -93,7 +95,6 @@ class Run:
             if done % config.checkpoint_every == 0 or done == self.steps:
                 self.checkpoints.save(done, self._state())
         watch.bar.close()
-        self.accelerator.end_training()
 
     def _accelerate(self) -> Accelerator:
         self.accelerator = Accelerator(
@@ -125,13 +126,17 @@ class Run:
         )
 
     def _begin(self) -> int:
-        """The step to go on from, with everything as it was; a fresh run's guide and knob are placed first."""
+        """The step to go on from, with everything as it was."""
         state = self.checkpoints.restore()
-        if state is not None:
-            if self.turns is not None:
-                self.turns.load_state_dict(state["turns"])
-            self.bad, self.skipped, self.price = state["bad"], state["skipped"], state["price"]
-            return state["step"]
+        if state is None:
+            return 0
+        if self.turns is not None:
+            self.turns.load_state_dict(state["turns"])
+        self.bad, self.skipped, self.price = state["bad"], state["skipped"], state["price"]
+        return state["step"]
+
+    def _place_first(self) -> None:
+        """Where a fresh run's guide and knob begin."""
         first = self.draws.first(_START)
         calls = calls_of(self.task, first, self.draws.prepare, self.accelerator.device)
         guide = pruning(self.model).guide
@@ -139,7 +144,6 @@ class Run:
             fit_guide(self.model, calls, self.config.seed)
         if self.turns is not None and self.config.budget == "controller":
             self.turns.start(calls, self._target(0))
-        return 0
 
     def _state(self) -> dict[str, Any]:
         turns = None if self.turns is None else self.turns.state_dict()
