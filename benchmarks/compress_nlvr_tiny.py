@@ -1,221 +1,159 @@
-"""Fine-tunes `blip_nlvr_tiny` under MADTP to a share of its MACs, and writes the weights that the package carries.
+"""Compresses `blip_nlvr_tiny` to shares of its MACs, and writes the weights that the package carries.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_nlvr_tiny.py --work WORK          # first: the dense model and its data
-    OMP_NUM_THREADS=1 python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.5 --image-at 2 --reach 96 --steps 2000
-    OMP_NUM_THREADS=1 python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.8
+    python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.8
+    python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.8 --publish
+    python benchmarks/compress_nlvr_tiny.py --table
 
-Each starts from WORK/dense.pt with anchors at the k-means centres of its own tokens. The temperature is recalibrated to the
-reduction every 100 steps, on training pairs. The loss is the task's plus 0.1 L_align (MADTP, arXiv 2403.02991), plus two
-targets that drawn images afford and photographs do not: the scores of the image tower should choose patches that show a
-thing (at its second pruned layer: the middle of a thing, for three to six things need a token each to the end, and small ones
-lose theirs first), and words should find what they name, as when the dense model learnt to read. At the end the temperature
-is calibrated on the validation split, where every choice is made; the test split is read to report. A run resumes from
-WORK/compress_<percent>.pt.
+Each run starts from the packaged dense model and trains 2,000 steps of 64 pairs with 8 sentences each to one cost, by the
+recipe of the ablations (`variants.py`) at three times their rate, the image tower pruned at a few of its first blocks.
+`--reduction 0` trains the dense model on for as long, so that what training gains is not taken for what pruning gains.
+`--told` adds a target that drawn images afford and photographs do not: scores should choose patches that show a thing. The
+knob is set on the first 256 validation pairs; accuracy is of all 4,800, a sentence each. `--publish` calibrates more closely,
+reads the test split, and stores the model in half precision among the package's weights.
 
-About 0.9 s a step at 50 % and 0.6 s at 80 %, one core. Accuracy of the shipped weights on 4,800 validation and 7,200 test
-sentences: dense 96.2 % and 96.1 %, at 50 % 97.9 % and 97.4 %, at 80 % 93.3 % and 93.2 %. (The dense weights had no such further
-training, which is what puts 50 % above them.)
+For a GPU: EXPECTED. A run resumes from WORK. `--table` prints benchmarks/results/compress_nlvr_tiny.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
-import warnings
-from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nlvr_tiny_pairs import PATCH, Drawn
-from nlvr_tiny_targets import Contents, PhraseHeads
-from torch import Tensor, nn
-from train_nlvr_tiny import GROUNDED, SENTENCES, WIDTH, build_model, schedule, score
+import variants
+from nlvr_tiny_targets import patch_targets
+from torch import Tensor
 
 import vltprune as vp
-from vltprune import losses
+from vltprune.data import Loader, SyntheticPairs
 from vltprune.data.drawing import SIDE
+from vltprune.exam import Exam, report
+from vltprune.journal import Journal
 from vltprune.models import zoo
+from vltprune.preprocessing import transforms
+from vltprune.tasks import Nlvr
+from vltprune.training import CompressConfig, compress
+from vltprune.training.engine import calls_of
 
-ALIGN, CHOOSING, GROUNDING = 0.1, 0.5, 0.5  # weights of the added losses
+RESULTS = Path(__file__).parent / "results" / "compress_nlvr_tiny.json"
+PAIRS, PATCH = 32_000, 8
+AT = {0.3: (1, 3), 0.5: (1, 2), 0.7: (0, 1, 2), 0.8: (0, 1, 2), 0.85: (0, 1, 2, 3)}  # image blocks that prune, by cost
+RATE = 3e-4
+TOLD = 0.5  # weight of the added target
 SHARP, MISSED = 2.0, 2.0  # slope of the choice in units of the mean score; how much worse a miss is than a false keep
-ROUND = 100  # steps between calibrations
+NEAR = 5.0  # how near to its thing's middle, in pixels, a patch must lie to be asked to stay behind the first block
 
 
 def main() -> None:
-    options = _options()
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore", vp.UntrainedGuideWarning)
-    run = Compression(options)
-    run.train()
-    run.finish()
-
-
-def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of train_nlvr_tiny.py")
-    parser.add_argument("--reduction", type=float, required=True, help="share of the dense MACs to save")
-    parser.add_argument("--pairs", type=int, default=16000, help="train pairs, as drawn by train_nlvr_tiny.py")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=16, help="pairs a step")
-    parser.add_argument("--sentences", type=int, default=8, help="sentences a pair")
-    parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--anchors", type=int, default=32)
-    parser.add_argument("--reducer", default="fuse")
-    parser.add_argument("--image-at", type=int, nargs="+", default=[0, 1], help="image layers that prune")
+    parser.add_argument("--work", type=Path, help="folder for the runs")
+    parser.add_argument("--reduction", type=float, default=0.8, choices=[0.0, *AT])
+    parser.add_argument("--told", action="store_true", help="add the target that drawn images afford")
     parser.add_argument(
-        "--reach",
-        type=float,
-        nargs="+",
-        default=[96, 5],
-        help="of each of them: how far from its thing's centre, in pixels, a patch may lie and still be asked to stay",
+        "--serve", type=float, nargs="*", default=[], help="other costs, that every second step trains for"
     )
-    parser.add_argument("--text-at", type=int, nargs="+", default=[2, 3], help="text layers that prune")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--warm", type=Path, help="folder of a compressed model to go on from")
-    parser.add_argument("--name", help="folder under WORK for trials instead of the package's own weights")
-    return parser.parse_args()
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--publish", action="store_true", help="store a finished run's model among the package's weights"
+    )
+    parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
+    options = parser.parse_args()
+    if options.table:
+        return print(variants.table(RESULTS, lambda row: row["accuracy"]))
+    if options.work is None:
+        parser.error("--work DIR is needed for a run")
+    publish(options) if options.publish else run(options)
 
 
-class Compression:
-    """One run: dense model, pruned model, data, optimiser."""
+def config_of(options: argparse.Namespace) -> CompressConfig:
+    """The config of a run."""
+    return variants.config_of(
+        "madtp",
+        task="nlvr",
+        model="blip_nlvr_tiny",
+        data=f"synthetic:train:{PAIRS}x8",
+        val="synthetic:val:4800",
+        parts={"at": {"image": AT.get(options.reduction, ())}},
+        reduction=options.reduction,
+        serve=options.serve,
+        rate=options.rate,
+        steps=options.steps,
+        batch_size=64,
+        checkpoint_every=400,
+        seed=options.seed,
+    )
 
-    def __init__(self, options: argparse.Namespace):
-        self.options, self.work = options, options.work
-        self.label = options.name or f"compress_{round(100 * options.reduction)}"
-        self.train_pairs = Drawn(self.work, "train", options.pairs, SENTENCES)
-        self.val = Drawn(self.work, "val", 400, 12)
 
-        self.dense = build_model()
-        self.dense.load_state_dict(torch.load(self.work / "dense.pt", weights_only=True))
-        object.__setattr__(self.dense, "recipe", vp.Recipe("blip_nlvr_tiny"))
-        config = vp.preset("madtp").replace(
-            guide=f"codebook(anchors={options.anchors})",
-            reducer=options.reducer,
-            keep="threshold(temperature=1000)",  # until calibrated: where the target is out of reach, near enough
-            at={"image": options.image_at, "text": options.text_at},
-        )
-        self.model: Any = vp.prune(self.dense, config)
-        self.phrases, self.contents = PhraseHeads(WIDTH), Contents(options.pairs)
-        self.phrases.load_state_dict(torch.load(self.work / "read.pt", weights_only=True)["phrases"])
-        if options.warm:
-            self.model.load_state_dict(vp.load(options.warm).state_dict())
-        self.scored: list[tuple[vp.PackedTokens, Tensor]] = []
-        for pruner in self.model.pruning.towers["image"].pruners.values():
-            pruner.scorer.register_forward_hook(lambda scorer, inputs, scores: self.scored.append((inputs[0], scores)))
-        self.tuned = [*self.model.parameters(), *self.phrases.parameters()]
-        self.optimizer = torch.optim.AdamW(self.tuned, lr=options.rate, weight_decay=0.05, betas=(0.9, 0.98))
+def run(options: argparse.Namespace) -> None:
+    """One run, and its line in the results; the dense model's too."""
+    config = config_of(options)
+    extra = Choosing(SyntheticPairs("train", PAIRS)) if options.told else None
+    done = compress(config, folder_of(options), extra)
+    assert done is not None
+    name = (
+        f"madtp, {1 + len(config.serve)} costs"
+        if config.serve
+        else "madtp"
+        if config.reduction
+        else "dense, trained on"
+    )
+    name += ", told" * options.told + (f", rate {options.rate:g}" if options.rate != RATE else "")
+    for row, called in zip(done.rows, ["dense", *[name] * len(done.rows)], strict=False):
+        line = {"name": called, "seed": options.seed if called == name else 0, "reduction": row["reduction"]}
+        line |= {"macs_saved": row["macs_saved"], "macs": row["macs"], "accuracy": row["scores"]["accuracy"]}
+        variants.record(RESULTS, ("name", "seed", "reduction"), line)
 
-    def train(self) -> None:
-        """To the last step, from the last checkpoint if there is one."""
-        start = self._restore()
-        if start == 0 and not self.options.warm:
-            vp.budget.fit_guide(self.model, [self._inputs(self.val, np.arange(64))])
-        rng, began, seen = np.random.default_rng((2, start)), time.time(), []
-        for step in range(start, self.options.steps):
-            if step % ROUND == 0 or step == start:
-                self._calibrate(self.options.reduction)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.options.rate * schedule(step, self.options.steps)
-            seen.append(self._step(rng))
-            if (step + 1) % ROUND == 0:
-                task, align, choosing, hits = np.mean(seen, axis=0)
-                each = (time.time() - began) / (step + 1 - start)
-                self.log(
-                    f"{step + 1} {each:.3f} s/step task {task:.4f} align {align:.3f} choosing {choosing:.3f} train {hits:.4f}"
-                )
-                seen = []
-            if (step + 1) % 500 == 0:
-                self._keep(step + 1)
 
-    def finish(self) -> None:
-        """Calibrate on validation, report validation and test with the weights as they are stored, and save."""
-        self.model.eval()
-        self._calibrate(self.options.reduction, self.val, range(0, 400, 2), tolerance=0.003)
-        folder = zoo.WEIGHTS if self.options.name is None else self.work / "trials"
-        folder = folder / f"blip_nlvr_tiny_madtp.p{round(100 * self.options.reduction)}{self.options.name or ''}"
-        vp.save(self.model, folder, dtype=torch.float16)
-        stored = vp.load(folder)
-        report = {"config": stored.pruning.config.to_dict(), "val": score(stored, self.val)}
-        if self.options.name is None:
-            report["test"] = score(stored, Drawn(self.work, "test", 1200, 6))
-        self.log(json.dumps(report))
-        (self.work / f"{self.label}.json").write_text(json.dumps(report, indent=2) + "\n")
+def folder_of(options: argparse.Namespace) -> Path:
+    costs = "_".join(f"{cost:g}" for cost in (options.reduction, *options.serve))
+    return options.work / f"{costs}_{options.rate:g}{'_told' * options.told}_{options.seed}"
 
-    def log(self, text: str) -> None:
-        line = f"{time.strftime('%H:%M:%S')} {self.label} {text}"
-        print(line, flush=True)
-        with (self.work / f"{self.label}.log").open("a") as file:
-            file.write(line + "\n")
 
-    def _step(self, rng: np.random.Generator) -> tuple[float, ...]:
-        options = self.options
-        rows = np.sort(rng.choice(self.train_pairs.size, options.batch, replace=False))
-        chosen = rng.permuted(np.tile(np.arange(SENTENCES), (options.batch, 1)), axis=1)[:, : options.sentences]
-        ids, mask, labels, _ = self.train_pairs.said(rows, chosen)
-        images = self.train_pairs.images(rows).unflatten(0, (-1, 2))
+def publish(options: argparse.Namespace) -> None:
+    """The model of a finished run as the package carries it, and what it scores as stored."""
+    model, val = vp.load(folder_of(options) / "model"), Nlvr.read("synthetic:val:4800", "")
+    calls = calls_of(Nlvr.of(model), val[:512], transforms(model))
+    vp.calibrate(model, calls, options.reduction, tolerance=0.003)
+    folder = zoo.WEIGHTS / f"blip_nlvr_tiny_madtp.p{round(100 * options.reduction)}"
+    vp.save(model, folder, dtype=torch.float16)
+    for split, size in (("val", 4800), ("test", 7200)):
+        model = vp.load(folder)
+        task, journal = Nlvr.of(model), Journal(options.work / "published" / f"{folder.name}_{split}", {})
+        Exam(task, model).sit(Loader(Nlvr.read(f"synthetic:{split}:{size}", ""), transforms(model)), journal)
+        print(split, json.dumps(report(task, journal.rows)))
 
-        self.model.train()
-        self.scored.clear()
-        with vp.collect() as traces:
-            logits = self.model(images, ids, mask)
-        task, align = F.cross_entropy(logits, labels), losses.alignment(*(t.aligned for t in traces), images=2)
-        choosing = scores_choose(self.scored, self.train_pairs.targets(rows), options.reach)
-        grounding = self._grounding(traces[1], ids, np.repeat(rows, options.sentences))
-        self.optimizer.zero_grad()
-        (task + ALIGN * align + CHOOSING * choosing + GROUNDING * grounding).backward()
-        nn.utils.clip_grad_norm_(self.tuned, 1.0)
-        self.optimizer.step()
-        hits = (logits.argmax(-1) == labels).float().mean()
-        return float(task.detach()), float(align.detach()), float(choosing.detach()), float(hits)
 
-    def _grounding(self, trace: vp.PruneTrace, ids: Tensor, pairs: np.ndarray) -> Tensor:
-        """What the words and the summary should have found, as when the dense model learnt to read."""
-        words, above = (trace.steps[GROUNDED + more].guidance for more in (1, 2))
-        assert words is not None and above is not None and above.mapped.summary is not None
-        summary = above.mapped.read(above.mapped.summary)
-        return self.phrases.loss(words.mapped.unpack()[0], summary, ids.numpy(), pairs, self.contents)[0]
+class Choosing:
+    """Whether the image tower's scores tell what should stay: the mean over depths of a binary cross-entropy.
 
-    def _inputs(self, pairs: Drawn, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """One sentence a pair, as the model is used."""
-        chosen = (rows % pairs.sentences)[:, None]
-        ids, mask, *_ = pairs.said(rows, chosen)
-        return pairs.images(rows).unflatten(0, (-1, 2)), ids, mask
+    A token's score is compared with the mean of its instance, which is where a hot threshold lies. Tokens that stand for
+    several are not asked. At the first pruned block whatever shows a thing should stay; behind it the middle of each thing, for
+    three to six things need a token each to the end, and small ones lose theirs first.
+    """
 
-    def _calibrate(
-        self, reduction: float, pairs: Drawn | None = None, rows: range = range(48), tolerance: float = 0.01
-    ) -> None:
-        batches = [
-            self._inputs(pairs or self.train_pairs, part)
-            for part in np.array_split(np.array(rows), -(-len(rows) // 50))
-        ]
-        try:
-            found = vp.calibrate(self.model, batches, reduction, tolerance)
-            self.log(
-                f"temperature {found.value:.4g} saves {found.reduction:.4f} of {found.dense_macs / 1e6:.1f} M MACs"
-            )
-        except vp.BudgetError as error:
-            if pairs is not None:
-                raise
-            self.log(str(error))
+    def __init__(self, pairs: SyntheticPairs):
+        self.targets = lru_cache(PAIRS)(lambda index: patch_targets(pairs[index], PATCH))
 
-    def _keep(self, step: int) -> None:
-        file = self.work / f"{self.label}.pt"
-        keep = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(keep, file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
+    def __call__(self, records: Any, traces: dict[str, vp.PruneTrace]) -> Tensor:
+        targets = torch.from_numpy(np.concatenate([self.targets(record.index) for record in records]))
+        scored = [step.scored for step in traces["image"].steps if step.scored is not None]
+        each = [self._off(*one, targets, float(SIDE) if depth == 0 else NEAR) for depth, one in enumerate(scored)]
+        return TOLD * torch.stack(each).mean()
 
-    def _restore(self) -> int:
-        file = self.work / f"{self.label}.pt"
-        if not file.exists():
-            return 0
-        kept = torch.load(file, weights_only=True)
-        self.model.load_state_dict(kept["model"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        return kept["step"]
+    def _off(self, tokens: vp.PackedTokens, scores: Tensor, targets: Tensor, reach: float) -> Tensor:
+        asked = tokens.free if tokens.size is None else tokens.free & (tokens.size == 1)
+        instance, many = tokens.layout.instance, tokens.layout.sizes - 1
+        beyond = SHARP * (scores * many[instance] - 1)
+        wanted = to_keep(targets, reach).to(scores.device)[instance, (tokens.position - 1).clamp(min=0)].float()
+        weight = torch.where(wanted > 0, MISSED, 1.0)
+        return F.binary_cross_entropy_with_logits(beyond[asked], wanted[asked], weight[asked])
 
 
 def to_keep(targets: Tensor, reach: float) -> Tensor:
@@ -225,25 +163,6 @@ def to_keep(targets: Tensor, reach: float) -> Tensor:
     middle = torch.stack([place.repeat(grid), place.repeat_interleave(grid)], -1)  # x, y of each patch
     off = (targets[..., 4:].float() - middle).abs().amax(-1)
     return (targets[..., 0] > 0) & (off <= reach) | (targets[..., 3] > 0)
-
-
-def scores_choose(scored: list[tuple[vp.PackedTokens, Tensor]], targets: Tensor, reaches: Sequence[float]) -> Tensor:
-    """Whether scores tell what should stay: mean over depths of a binary cross-entropy.
-
-    A token's score is compared with the mean of its instance, which is where a hot threshold lies. Tokens that stand for
-    several are not asked. scored: tokens and scores [total] of each pruned depth, `reaches` of each; targets [images,
-    patches, 6].
-    """
-    each = []
-    for (tokens, scores), reach in zip(scored, reaches, strict=True):
-        asked = tokens.free if tokens.size is None else tokens.free & (tokens.size == 1)
-        many = torch.tensor(tokens.layout.lengths) - 1
-        instance = tokens.layout.instance
-        beyond = SHARP * (scores * many[instance] - 1)
-        wanted = to_keep(targets, reach)[instance, (tokens.position - 1).clamp(min=0)].float()
-        weight = torch.where(wanted > 0, MISSED, 1.0)
-        each.append(F.binary_cross_entropy_with_logits(beyond[asked], wanted[asked], weight[asked]))
-    return torch.stack(each).mean()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from typing import Any
 
 from vltprune.training import CompressConfig
 
+_NAME, _WIDE = 40, 16  # of columns
+_OFF = 0.015  # how far from what was asked a run may save and need no mention
+
 COMMON: dict[str, Any] = {
     "parts": {"guide": "codebook(anchors=32)"},
     "budget": "controller",
@@ -28,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without the alignment loss": {"align": 0.0},
     "static count": {"parts": {"keep": "ratio"}},
     "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
+    "top-p count": {"parts": {"keep": "top_p"}},
     "learned thresholds": {"parts": {"keep": "learned"}},
     "learned budget": {"budget": "learned"},
     "learned thresholds and budget": {"budget": "learned", "parts": {"keep": "learned"}},
@@ -65,21 +69,19 @@ def record(file: Path, keys: Sequence[str], row: dict[str, Any]) -> None:
 
 
 def table(file: Path, value: Callable[[dict[str, Any]], float], only: Collection[str] = ()) -> str:
-    """Mean and standard deviation over seeds, in %: a line a name, a column a share of MACs to save. only: some names."""
+    """Mean and standard deviation over runs, in %: a line a name, a column a share of MACs to save. only: some names.
+
+    Where a run could not save what was asked, its cell says what it saved.
+    """
     rows = [row for row in json.loads(file.read_text()) if not only or row["name"] in only]
     shares = sorted({row["reduction"] for row in rows})
     names = sorted({row["name"] for row in rows}, key=lambda name: (name != "dense", _place(name), name))
-    lines = [
-        "".ljust(32)
-        + "seeds"
-        + "".join(f"{share:.0%} fewer".rjust(15) if share else "dense".rjust(15) for share in shares)
-    ]
+    head = "".join(f"{share:.0%} fewer".rjust(_WIDE) if share else "dense".rjust(_WIDE) for share in shares)
+    lines = ["".ljust(_NAME) + " runs" + head]
     for name in names:
         mine = [row for row in rows if row["name"] == name]
-        cells = [_cell([100 * value(row) for row in mine if row["reduction"] == share]) for share in shares]
-        lines.append(
-            name.ljust(32) + f"{len({row['seed'] for row in mine}):5d}" + "".join(cell.rjust(15) for cell in cells)
-        )
+        cells = [_cell([row for row in mine if row["reduction"] == share], value).rjust(_WIDE) for share in shares]
+        lines.append(name.ljust(_NAME) + f"{len({row['seed'] for row in mine}):5d}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -89,8 +91,11 @@ def _place(name: str) -> int:
     return order.index(plain) if plain in order else -1
 
 
-def _cell(values: list[float]) -> str:
-    if not values:
+def _cell(rows: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> str:
+    if not rows:
         return ""
+    values = [100 * value(row) for row in rows]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    saved = statistics.mean(row["macs_saved"] for row in rows)
+    off = f" at {saved:.0%}" if abs(saved - rows[0]["reduction"]) > _OFF else ""
+    return f"{statistics.mean(values):.1f}{spread}{off}"

@@ -98,7 +98,7 @@ def test_lists():
 
 
 class TestShippedWeights:
-    NAMES = ("blip_nlvr_tiny", "blip_nlvr_tiny_madtp.p50", "blip_nlvr_tiny_madtp.p80")
+    NAMES = ("blip_nlvr_tiny", "blip_nlvr_tiny_madtp.p70", "blip_nlvr_tiny_madtp.p80")
 
     @pytest.mark.parametrize("name", NAMES)
     def test_they_load_offline(self, name):

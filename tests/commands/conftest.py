@@ -25,7 +25,7 @@ def tiny_weights(tmp_path_factory):
     vp.save(dense, folder / "blip_nlvr_tiny", dtype=torch.float16)
     pruned = vp.prune(dense, "madtp", guide="codebook(anchors=8)")
     vp.budget.fit_guide(pruned, [batch.inputs for batch in draw("val", 2)])
-    for tag in ("p50", "p80"):
+    for tag in ("p70", "p80"):
         vp.save(pruned, folder / f"blip_nlvr_tiny_madtp.{tag}", dtype=torch.float16)
     return folder
 

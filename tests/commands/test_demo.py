@@ -25,7 +25,7 @@ def shown(tiny_weights, tmp_path_factory):
     return folder / "new"
 
 
-MODELS = ("dense", "MADTP 50%", "random 50%", "MADTP 80%", "random 80%", "random 80%, tuned weights")
+MODELS = ("dense", "MADTP 70%", "random 70%", "MADTP 80%", "random 80%", "random 80%, tuned weights")
 
 
 def test_demo_writes_its_numbers(shown):
@@ -36,7 +36,7 @@ def test_demo_writes_its_numbers(shown):
     assert dense["macs_saved"] == 0
     assert dense["time_relative_to_dense"] == 1
     assert dense["tokens_kept"]["image"] == [145] * 7
-    for target in (50, 80):
+    for target in (70, 80):
         assert results["models"][f"random {target}%"]["macs_saved"] == pytest.approx(target / 100, abs=0.03)
     for model in results["models"].values():
         assert 0 <= model["accuracy"] <= 1
