@@ -7,11 +7,12 @@ fewer MACs, the image tower pruned at its first three blocks, is calibrated on v
 scored there, on 1,200 pairs that the calibration's 256 are part of. The test split is not read. A run resumes from WORK. About
 25 minutes of one core each, and 10 to be examined; `--steps 300` is for a look, and goes into its name. With `--long`, which is
 for a GPU (four minutes on an H200, beside a dozen other runs), it trains 1,300 steps of 32 pairs at twice the rate, and its
-name has a star.
+name has a star; `--long --steps 400` takes two minutes there.
 
     python benchmarks/ablate_nlvr_tiny.py --table
 
-prints benchmarks/results/ablate_nlvr_tiny.json: mean and standard deviation over the seeds that were run.
+prints what benchmarks/results/ablate_nlvr_tiny.json has of such runs, with `--long` and `--steps` of those: mean and standard
+deviation over the seeds that were run.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what there is, and run nothing")
     options = parser.parse_args()
     if options.table:
-        return print(variants.table(RESULTS, lambda row: row["accuracy"]))
+        only = {"dense", *(called(variant, options.long, options.steps) for variant in variants.VARIANTS)}
+        return print(variants.table(RESULTS, lambda row: row["accuracy"], only))
     if options.work is None:
         parser.error("--work DIR is needed for a run")
     torch.set_num_threads(options.threads)
@@ -77,18 +79,26 @@ def main() -> None:
 
 def run(work: Path, variant: str, seed: int, long: bool = False, steps: int | None = None) -> None:
     """One run, and its lines in the results."""
-    called = variant + "*" * long + (f", {steps} steps" if steps else "")
+    name = called(variant, long, steps)
     config = config_of(variant, seed, long)
-    done = compress(config.replace(steps=steps) if steps else config, work / f"{called.replace(' ', '_')}_{seed}")
+    done = compress(config.replace(steps=steps) if steps else config, work / f"{name.replace(' ', '_')}_{seed}")
     assert done is not None
     there = [row["reduction"] for row in done.rows]
     for row in [*done.rows, *(_served(done, cost) for cost in _OTHERS if cost not in there)]:
         if row is None:
             continue
-        name = called if row["reduction"] else "dense"
-        line = {"name": name, "seed": seed if row["reduction"] else 0, "reduction": row["reduction"]}
+        line = {
+            "name": name if row["reduction"] else "dense",
+            "seed": seed if row["reduction"] else 0,
+            "reduction": row["reduction"],
+        }
         line |= {"macs_saved": row["macs_saved"], "accuracy": row["scores"]["accuracy"]}
         variants.record(RESULTS, ("name", "seed", "reduction"), line)
+
+
+def called(variant: str, long: bool, steps: int | None) -> str:
+    """What a run is called in the results."""
+    return variant + "*" * long + (f", {steps} steps" if steps else "")
 
 
 def _served(done: Compressed, reduction: float) -> dict[str, Any] | None:

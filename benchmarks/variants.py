@@ -11,7 +11,7 @@ from typing import Any
 
 from vltprune.training import CompressConfig
 
-_NAME, _WIDE = 40, 16  # of columns
+_NAME, _WIDE = 44, 15  # of columns
 _OFF = 0.015  # how far from what was asked a run may save and need no mention
 
 COMMON: dict[str, Any] = {

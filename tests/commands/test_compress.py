@@ -28,8 +28,10 @@ def command(output, *options):
 
 
 def test_it_trains_says_what_came_of_it_and_goes_on(tmp_path, capsys):
-    options = ["--reduction", "0.5", *SHORT]
+    options = ["--reduction", "0.5", *SHORT, "--set", "seed=3"]  # beside the fields that were set before
     assert cli.main(command(tmp_path / "run", *options)) == 0
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (settings["steps"], settings["seed"]) == (2, 3)
     out = capsys.readouterr().out
     assert "accuracy %" in out and "50% asked" in out and "dense" in out and "ratio=" in out
     model = vp.load(tmp_path / "run" / "model")

@@ -29,7 +29,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser.add_argument("--reduction", type=float, help="share of the dense MACs to save (0.5)")
     parser.add_argument("--output", default="compress", metavar="DIR", help="folder of the run (%(default)s)")
     fields = "other fields of CompressConfig: steps=2000 rate=1e-4 distil=1.0 parts={'reducer':'drop'}"
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=fields)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=fields)
     parser.set_defaults(run=run)
 
 
