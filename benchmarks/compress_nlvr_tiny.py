@@ -13,8 +13,8 @@ reads the test split, and stores the model in half precision among the package's
 
 For a GPU: ten minutes on an H200, beside fifteen other runs. Accuracy at 30, 50 and 70 % fewer MACs 96.5, 96.6 and 96.5 %, at
 80 % 91.9 %; dense 95.8 %, trained on 97.0 %. The package carries this script's weights at 70 %. Those at 80 % are older: 3,000
-steps of 16 pairs, with the target of `--told` and one more, of what words should find; they answer 93.6 % of the same sentences.
-A run resumes from WORK. `--table` prints benchmarks/results/compress_nlvr_tiny.json.
+steps of 16 pairs, with the target of `--told` and one more, of what words should find; they answer 93.6 % of these sentences. A
+run resumes from WORK. `--table` prints benchmarks/results/compress_nlvr_tiny.json.
 """
 
 from __future__ import annotations

@@ -17,7 +17,14 @@ import vltprune as vp
 from vltprune.data.shards import write
 from vltprune.training.compression import dense_model
 
-_SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "distil_summaries": 0.5, "checkpoint_every": 100}
+_SETTINGS = {
+    "steps": 3,
+    "log_every": 1,
+    "distil": 0.5,
+    "distil_summaries": 0.5,
+    "saliency": 0.5,
+    "checkpoint_every": 100,
+}
 
 
 def port() -> int:
@@ -66,14 +73,15 @@ def test_two_processes_learn_as_one(task, packed, tmp_path):
 
 
 def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold_them_all(tmp_path):
-    settings = config("nlvr", tmp_path / "data", **{**_SETTINGS, "saliency": 0.5, "checkpoint_every": 2})
+    settings = config("nlvr", tmp_path / "data", **{**_SETTINGS, "steps": 2, "saliency": 0.5, "checkpoint_every": 1})
     settings.write(tmp_path / "run.json")
+    run(tmp_path, "alone", 1)
     run(tmp_path, "whole", 2)
     sharded = (str(Path(__file__).with_name("sharded.py")),)
     run(tmp_path, "sharded", 2, sharded, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="NO_WRAP")
-    torch.testing.assert_close(
-        torch.tensor(losses(tmp_path / "sharded")), torch.tensor(losses(tmp_path / "whole")), atol=1e-4, rtol=1e-4
-    )
+    alone, whole, parts = (torch.tensor(losses(tmp_path / name)) for name in ("alone", "whole", "sharded"))
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole[0], alone[0], atol=1e-4, rtol=1e-4)  # saliency's directions, too
     whole, parts = (weights(vp.load(tmp_path / name / "model")) for name in ("whole", "sharded"))
     way = whole - weights(vp.prune(dense_model(settings), settings.pruning))
     assert way.abs().max() > 1e-3

@@ -16,16 +16,16 @@ _EPS = 1e-12
 
 
 def saliency(
-    own: Mapping[str, PruneTrace], theirs: Mapping[str, PruneTrace], outputs: Tensor, generator: torch.Generator
+    own: Mapping[str, PruneTrace], theirs: Mapping[str, PruneTrace], outputs: Tensor, seed: int, before: int = 0
 ) -> Tensor:
     """How far the scores are from how much a dense twin's answers depend on the same tokens: mean of 1 - correlation.
 
     own: traces of the pruned model, by tower; theirs: of the twin, `watched`; outputs [rows, classes]: its logits; all with
-    gradients. A token's saliency at a depth is the norm of the gradient of the answers with respect to it, of the answers'
-    logits in random directions whose mean square is the second-order growth of the KL divergence that distillation punishes
-    (`directions`): how much the answers would move if the token did. It takes no labels, and one backward pass through the
-    twin. What the scores are compared by is their correlation over an instance's tokens, which asks for no scale. Protected
-    tokens are left out, and such as stand for several: the dense model has no such tokens.
+    gradients. seed, before: as of `directions`. A token's saliency at a depth is the norm of the gradient of the answers with
+    respect to it, of the answers' logits in random directions whose mean square is the second-order growth of the KL divergence
+    that distillation punishes (`directions`): how much the answers would move if the token did. It takes no labels, and one
+    backward pass through the twin. What the scores are compared by is their correlation over an instance's tokens, which asks
+    for no scale. Protected tokens are left out, and such as stand for several: the dense model has no such tokens.
     """
     pairs = [
         (ours.scored, dense.scored)
@@ -35,7 +35,7 @@ def saliency(
     ]
     if not pairs:  # nothing is pruned, and so nothing scored
         return outputs.new_zeros(())
-    answer = directions(outputs, generator)
+    answer = directions(outputs, seed, before)
     gradients = torch.autograd.grad(answer, [dense.x for _, (dense, _) in pairs], allow_unused=True)
     apart = [
         _apart(tokens, scores, _salient(gradient, dense, tokens))
@@ -51,13 +51,16 @@ def watched(dense: nn.Module, like: nn.Module) -> nn.Module:
     return prune(dense, "random", keep="ratio(ratio=1.0)", at=at)
 
 
-def directions(logits: Tensor, generator: torch.Generator) -> Tensor:
+def directions(logits: Tensor, seed: int, before: int = 0) -> Tensor:
     """A scalar whose gradient, squared, is in the mean over draws the curvature of KL(softmax(logits) || ...), row by row.
 
-    logits [rows, classes]. The curvature is diag(p) - p p^T; with signs e, sum_c e_c sqrt(p_c) (z_c - sum_d p_d z_d) has it.
+    logits [rows, classes]; seed of the draw; before: how many of its rows are other processes'. The
+    curvature is diag(p) - p p^T; with signs e, sum_c e_c sqrt(p_c) (z_c - sum_d p_d z_d) has it.
     """
     chance = logits.detach().softmax(-1)
-    signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(0, 2, (before + len(logits), logits.shape[1]), generator=generator)[before:]
+    signs = drawn.to(logits) * 2 - 1
     centred = logits - (chance * logits).sum(-1, keepdim=True)
     return (signs * chance.sqrt() * centred).sum()
 

@@ -112,8 +112,7 @@ class Student(nn.Module):
         theirs = {trace.tower: trace for trace in reversed(traces)}
         parts = {}
         if self.saliency and outputs is not None:
-            generator = torch.Generator().manual_seed(step)
-            parts["saliency"] = self.saliency * saliency(own, theirs, outputs / _HEAT, generator)
+            parts["saliency"] = self.saliency * saliency(own, theirs, outputs / _HEAT, step, _rows_before(outputs))
         if any(self.taught):
             outputs = None if outputs is None else outputs.detach()
             parts["distil"] = self._distil(loss, own, theirs, outputs)
@@ -159,6 +158,16 @@ class Student(nn.Module):
 def _is_guided(trace: PruneTrace) -> bool:
     """Whether the tower has a guide, and prunes somewhere: alignment needs both towers' anchors."""
     return any(step.guidance is not None for step in trace.steps)
+
+
+def _rows_before(outputs: Tensor) -> int:
+    """How many rows the processes before this one have."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return 0
+    rows = torch.tensor(len(outputs), device=outputs.device)
+    everyones = [torch.zeros_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, rows)
+    return int(torch.stack(everyones)[: dist.get_rank()].sum())
 
 
 def _mean_over_processes(count: Tensor) -> Tensor:
