@@ -17,14 +17,7 @@ import vltprune as vp
 from vltprune.data.shards import write
 from vltprune.training.compression import dense_model
 
-_SETTINGS = {
-    "steps": 3,
-    "log_every": 1,
-    "distil": 0.5,
-    "distil_summaries": 0.5,
-    "saliency": 0.5,
-    "checkpoint_every": 100,
-}
+_SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "distil_summaries": 0.5, "checkpoint_every": 100}
 
 
 def port() -> int:
