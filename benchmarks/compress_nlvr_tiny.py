@@ -13,8 +13,11 @@ reads the test split, and stores the model in half precision among the package's
 
 For a GPU: ten minutes on an H200, beside fifteen other runs. Accuracy at 30, 50 and 70 % fewer MACs 96.5, 96.6 and 96.5 %, at
 80 % 91.9 %; dense 95.8 %, trained on 97.0 %. The package carries this script's weights at 70 %. Those at 80 % are older: 3,000
-steps of 16 pairs, with the target of `--told` and one more, of what words should find; they answer 93.6 % of these sentences. A
-run resumes from WORK. `--table` prints benchmarks/results/compress_nlvr_tiny.json.
+steps of 16 pairs, with the target of `--told` and one more, of what words should find. They answer 93.6 % of these sentences:
+
+    vltprune eval --task nlvr --model blip_nlvr_tiny_madtp.p80 --data synthetic:val:4800 --output OUT
+
+A run resumes from WORK. `--table` prints benchmarks/results/compress_nlvr_tiny.json.
 """
 
 from __future__ import annotations
@@ -100,18 +103,18 @@ def run(options: argparse.Namespace) -> None:
     extra = Choosing(SyntheticPairs("train", PAIRS)) if options.told else None
     done = compress(config, folder_of(options), extra)
     assert done is not None
-    name = (
-        f"madtp, {1 + len(config.serve)} costs"
-        if config.serve
-        else "madtp"
-        if config.reduction
-        else "dense, trained on"
-    )
-    name += ", told" * options.told + (f", rate {options.rate:g}" if options.rate != RATE else "")
+    name = name_of(options)
     for row, called in zip(done.rows, ["dense", *[name] * len(done.rows)], strict=False):
         line = {"name": called, "seed": options.seed if called == name else 0, "reduction": row["reduction"]}
         line |= {"macs_saved": row["macs_saved"], "macs": row["macs"], "accuracy": row["scores"]["accuracy"]}
         variants.record(RESULTS, ("name", "seed", "reduction"), line)
+
+
+def name_of(options: argparse.Namespace) -> str:
+    """What a run is called in the results."""
+    name = "madtp" if options.reduction else "dense, trained on"
+    name += f", {1 + len(options.serve)} costs" if options.serve else ""
+    return name + ", told" * options.told + (f", rate {options.rate:g}" if options.rate != RATE else "")
 
 
 def folder_of(options: argparse.Namespace) -> Path:

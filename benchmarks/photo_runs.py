@@ -68,4 +68,5 @@ def record(results: Path, name: str, seed: int, row: dict[str, Any]) -> None:
     """A line of the results, from a row of a report."""
     line = {"name": name, "seed": seed, "reduction": row["reduction"]}
     line |= {"macs_saved": row["macs_saved"], "macs": row["macs"], "scores": row["scores"]}
+    line |= {"kept": row["kept"]}
     variants.record(results, ("name", "seed", "reduction"), line)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..data import Record
 from ..gauge import Gauge
+from ..models.momentum import everyones
 from ..pruner import PruneTrace, collect
 from ..surgery import pruning
 from .objectives import Loss, Objective
@@ -162,18 +163,10 @@ def _is_guided(trace: PruneTrace) -> bool:
 
 def _rows_before(outputs: Tensor) -> int:
     """How many rows the processes before this one have."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return 0
-    rows = torch.tensor(len(outputs), device=outputs.device)
-    everyones = [torch.zeros_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyones, rows)
-    return int(torch.stack(everyones)[: dist.get_rank()].sum())
+    rows = everyones(torch.tensor([len(outputs)], device=outputs.device))
+    return int(rows[: dist.get_rank()].sum()) if len(rows) > 1 else 0
 
 
 def _mean_over_processes(count: Tensor) -> Tensor:
     """A process's share of what all of them count, so that the mean of their gradients is that of all units together."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return count
-    total = count.clone().double()
-    dist.all_reduce(total)
-    return (total / dist.get_world_size()).to(torch.float32)
+    return everyones(count[None]).float().mean()
