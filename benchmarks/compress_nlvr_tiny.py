@@ -36,6 +36,7 @@ from nlvr_tiny_targets import patch_targets
 from torch import Tensor
 
 import vltprune as vp
+from vltprune import checkpoint
 from vltprune.data import Loader, SyntheticPairs
 from vltprune.data.drawing import SIDE
 from vltprune.exam import Exam, report
@@ -63,7 +64,13 @@ def main() -> None:
     parser.add_argument(
         "--serve", type=float, nargs="*", default=[], help="other costs, that every second step trains for"
     )
+    parser.add_argument(
+        "--begin-from",
+        dest="start",
+        help="begin from these packaged pruned weights, at their depths; nothing is distilled",
+    )
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--pairs", type=int, default=64, help="in a step")
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -80,7 +87,7 @@ def main() -> None:
 
 def config_of(options: argparse.Namespace) -> CompressConfig:
     """The config of a run."""
-    return variants.config_of(
+    config = variants.config_of(
         "madtp",
         task="nlvr",
         model="blip_nlvr_tiny",
@@ -91,10 +98,16 @@ def config_of(options: argparse.Namespace) -> CompressConfig:
         serve=options.serve,
         rate=options.rate,
         steps=options.steps,
-        batch_size=64,
+        batch_size=options.pairs,
         checkpoint_every=400,
         seed=options.seed,
     )
+    if options.start is None:
+        return config
+    there = checkpoint.saved_pruning(zoo.WEIGHTS / options.start)
+    assert there is not None
+    parts = {**config.parts, "at": there.at}
+    return config.replace(start=options.start, parts=parts, ramp=0.0, distil=0.0, saliency=0.0)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -102,7 +115,8 @@ def run(options: argparse.Namespace) -> None:
     config = config_of(options)
     extra = Choosing(SyntheticPairs("train", PAIRS)) if options.told else None
     done = compress(config, folder_of(options), extra)
-    assert done is not None
+    if done is None:  # a process that is not the first
+        return
     name = name_of(options)
     for row, called in zip(done.rows, ["dense", *[name] * len(done.rows)], strict=False):
         line = {"name": called, "seed": options.seed if called == name else 0, "reduction": row["reduction"]}
@@ -114,12 +128,14 @@ def name_of(options: argparse.Namespace) -> str:
     """What a run is called in the results."""
     name = "madtp" if options.reduction else "dense, trained on"
     name += f", {1 + len(options.serve)} costs" if options.serve else ""
+    name += f", from {options.start.rpartition('.')[2]}" if options.start else ""
     return name + ", told" * options.told + (f", rate {options.rate:g}" if options.rate != RATE else "")
 
 
 def folder_of(options: argparse.Namespace) -> Path:
     costs = "_".join(f"{cost:g}" for cost in (options.reduction, *options.serve))
-    return options.work / f"{costs}_{options.rate:g}{'_told' * options.told}_{options.seed}"
+    start = f"_{options.start}" if options.start else ""
+    return options.work / f"{costs}_{options.rate:g}{'_told' * options.told}{start}_{options.seed}"
 
 
 def publish(options: argparse.Namespace) -> None:

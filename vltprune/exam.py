@@ -15,7 +15,7 @@ from .data import Loader, Record, Skipped
 from .gauge import Gauge, Spent
 from .journal import Journal
 from .pruner import collect
-from .tasks import Explains, Round
+from .tasks import Explains, Matching, Round
 
 
 @dataclass
@@ -131,4 +131,24 @@ def report(
         "kept": {tower: mean("kept", tower) for tower in answered[0]["kept"]},
         "records_per_second": len(answered) / sum(row["seconds"] for row in answered),
         "skipped": skipped,
+    }
+
+
+def report_matching(matching: Matching, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of a second stage, summed up. ValueError for none.
+
+    macs, dense_macs: of a pair whose image is encoded already, the mean of all; kept: the tokens of its text.
+    """
+    found = report(matching, rows, lambda row: row["pairs"])
+    pairs, seconds = (sum(row[key] for row in rows if "pairs" in row) for key in ("pairs", "seconds"))
+    image = found["towers"]["image"]
+    return {
+        "k_test": matching.most,
+        "scores": found["scores"],
+        "pairs": pairs,
+        "pairs_per_second": pairs / seconds,
+        "macs": found["macs"] - image[0],
+        "dense_macs": found["dense_macs"] - image[1],
+        "kept": {tower: tokens for tower, tokens in found["kept"].items() if tower != "image"},
+        "skipped": found["skipped"],
     }

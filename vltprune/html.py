@@ -15,7 +15,7 @@ _STYLE = """
 :root { color-scheme: light }
 body { font: 16px/1.55 system-ui, sans-serif; color: #23272e; background: #f4f5f7; margin: 0 }
 main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px }
-h1 { font-size: 28px; margin: 0 0 4px } h2 { font-size: 20px; margin: 40px 0 6px }
+h1 { font-size: 28px; margin: 0 0 4px } h2 { font-size: 20px; margin: 40px 0 6px } h3 { font-size: 16px; margin: 24px 0 4px }
 p { margin: 6px 0 12px; max-width: 76ch } .lead { font-size: 18px }
 .card { background: #fff; border: 1px solid #dfe2e7; border-radius: 10px; padding: 16px 20px; margin: 16px 0; overflow-x: auto }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums }

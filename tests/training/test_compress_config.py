@@ -34,6 +34,7 @@ def test_files_say_the_same_again(tmp_path):
         ({"reduction": 1.0}, r"reduction=1.0 must lie in 0 .. 1"),
         ({"serve": (0.5, -1)}, r"serve=\(0.5, -1\): shares of the dense MACs, between 0 and 1"),
         ({"serve": (0.5,), "reduction": 0.0}, r"of a model that is pruned"),
+        ({"start": "run/model", "reduction": 0.0}, "start='run/model' begins a pruned model, and reduction=0 prunes"),
         ({"ramp": 1.5}, r"ramp=1.5 must lie in 0 .. 1: a share of the steps"),
         ({"steps": 0}, "steps=0 must be 1 or more"),
         ({"rate": 0.0}, "rate=0.0 must be above 0"),

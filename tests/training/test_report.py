@@ -8,9 +8,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from data import config
+from PIL import Image
 
-from vltprune import charts
+import vltprune as vp
+from vltprune import charts, metrics
+from vltprune.tasks import Options, Retrieval
 from vltprune.training import compress, compression, curves, report
 from vltprune.training.examples import Example, Said
 from vltprune.visualize import Fate
@@ -109,6 +113,31 @@ def test_nearest_texts_agree_with_recall(made):
     for place, row in enumerate(done.rows):  # 8 images, and 6 of them shown
         right = sum(example.said[place].right for example in shown)
         assert right <= 8 * row["scores"]["i2t_r1"] <= right + 2
+
+
+@pytest.mark.parametrize("made", ["retrieval"], indirect=True)
+def test_blips_second_stage_is_told_of(made):
+    """Every pair of so few is judged: the recalls of the sum of cosine and head, worked out here."""
+    _, page, done, _ = made
+    assert "The 128 texts nearest to each image" in page
+    entries = json.loads((done.folder.parent / "data" / "retrieval.json").read_text())
+    model, prepare = done.model.eval(), vp.transforms(done.model)
+    words = Retrieval.of(model, Options(str(done.folder.parent / "data" / "vocab.txt"))).encode
+    ids, mask = words([text for entry in entries for text in entry["caption"]])
+    with torch.no_grad():
+        pixels = torch.stack([prepare(Image.open(done.folder.parent / "data" / entry["image"])) for entry in entries])
+        cosines = model.image_features(pixels) @ model.text_features(ids, mask).T
+        heads = torch.stack([model(one[None], ids, mask)[:, 1] for one in pixels])
+    owners = [i for i, entry in enumerate(entries) for _ in entry["caption"]]
+    found = done.rows[-1]["matching"]
+    assert found["scores"] == pytest.approx(metrics.recalls(cosines + heads, owners))
+    assert f"<td>{found['pairs']:,}</td>" in page and found["pairs"] == 8 * 16
+    assert found["macs"] < found["dense_macs"]
+
+
+def test_the_second_stage_can_be_left_out(tmp_path):
+    page, done, _ = run("retrieval", tmp_path, k_test=0)
+    assert "Second stage" not in page and "matching" not in done.rows[0]
 
 
 @pytest.mark.filterwarnings("ignore:captions are written, and not scored")

@@ -239,8 +239,25 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 
 def test_pruned_models_are_not_pruned_again(tmp_path):
-    with pytest.raises(TypeError, match=r"model='blip_nlvr_tiny_evit' is pruned already: compress its dense model"):
+    with pytest.raises(
+        TypeError, match=r"model='blip_nlvr_tiny_evit' is pruned already: give its dense model, and this"
+    ):
         compress(config("nlvr", tmp_path / "data", model="blip_nlvr_tiny_evit"), tmp_path / "run")
+
+
+def test_a_milder_run_can_be_gone_on_from(tmp_path):
+    """The weights, anchors among them, are the earlier run's; the dense model stays the one that is compared with."""
+    first = config("nlvr", tmp_path / "data", reduction=0.2)
+    mild = compress(first, tmp_path / "mild")
+    further = first.replace(reduction=0.4, start=str(tmp_path / "mild" / "model"), ramp=0.0, rate=1e-12, steps=1)
+    done = compress(further, tmp_path / "further")
+    assert [row["reduction"] for row in done.rows] == [0.0, 0.4]
+    assert done.rows[0]["scores"] == mild.rows[0]["scores"]
+    there, now = weights(tmp_path / "mild"), weights(tmp_path / "further")
+    assert there.keys() == now.keys()
+    assert all(torch.allclose(there[name], now[name], atol=1e-9) for name in there)
+    with pytest.raises(vp.CheckpointError, match=r"there is no file .*nowhere"):
+        compress(further.replace(start=str(tmp_path / "nowhere")), tmp_path / "other")
 
 
 def test_batches_that_do_not_split(tmp_path):

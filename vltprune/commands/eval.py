@@ -13,16 +13,16 @@ from torch import nn
 
 from .. import hub, tasks
 from ..data import Loader
-from ..exam import Exam, report
+from ..exam import Exam, report, report_matching
 from ..journal import Journal, write_json
 from ..preprocessing import transforms
 from ..tasks.base import Images
+from ..tasks.matching import MOST
 from ..text import BERT
 from . import common
 
 _SETTINGS = ("task", "model", "model_args", "pretrained", "vocabulary", "answers")
 _SETTINGS += ("data", "images", "batch_size", "device")
-_MOST = 128  # what BLIP judges again on Flickr30k
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
@@ -58,7 +58,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", action="append", metavar="DIR", help=images)
     parser.add_argument("--answers", metavar="FILE", help="for vqa: a list of answers to choose from (free words)")
-    most = f"for retrieval by BLIP: how many nearest its matching head judges again ({_MOST}; 0 leaves that out)"
+    most = f"for retrieval by BLIP: how many nearest its matching head judges again ({MOST}; 0 leaves that out)"
     parser.add_argument("--k-test", type=common.natural, metavar="K", help=most)
 
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     rows = _sit("answering", Exam(task, model, args.device), loader, journal)[: len(loader)]
     summary = _first_stage(task, rows, settings, records, folder)
     if isinstance(task, tasks.Retrieval) and task.has_head and args.k_test != 0:
-        matching = task.matching(records, rows, args.k_test or _MOST)
+        matching = task.matching(records, rows, args.k_test or MOST)
         summary["matching"] = _second_stage(matching, model, settings, loader, folder)
         write_json(folder / "summary.json", summary)
         _print_matching(summary["matching"])
@@ -109,27 +109,12 @@ def _first_stage(
 def _second_stage(
     matching: tasks.Matching, model: nn.Module, settings: Mapping[str, Any], like: Loader[Any], folder: Path
 ) -> dict[str, Any]:
-    """What came of BLIP's second stage. Its journal is for these images and texts alone: a larger --limit has another.
-
-    macs, dense_macs: of a pair whose image is encoded already, the mean of all; kept: the tokens of its text.
-    """
+    """What came of BLIP's second stage. Its journal is for these images and texts alone: a larger --limit has another."""
     loader = replace(like, records=matching.pairs(), batch_size=1, stop=None)
     images, texts = matching.similarity.shape
     journal = Journal(folder / f"matching_{images}x{texts}_k{matching.most}", settings)
     rows = _sit("matching", Exam(matching, model, settings["device"]), loader, journal)
-    found = report(matching, rows, lambda row: row["pairs"])
-    pairs, seconds = (sum(row[key] for row in rows if "pairs" in row) for key in ("pairs", "seconds"))
-    image = found["towers"]["image"]
-    return {
-        "k_test": matching.most,
-        "scores": found["scores"],
-        "pairs": pairs,
-        "pairs_per_second": pairs / seconds,
-        "macs": found["macs"] - image[0],
-        "dense_macs": found["dense_macs"] - image[1],
-        "kept": {tower: tokens for tower, tokens in found["kept"].items() if tower != "image"},
-        "skipped": found["skipped"],
-    }
+    return report_matching(matching, rows)
 
 
 def _images(args: argparse.Namespace) -> Images:

@@ -16,6 +16,7 @@ from .base import pack, unpack
 
 Match = Callable[[Tensor, Tensor], Tensor]  # rows of images and of texts, [pairs] each, to how well they match [pairs]
 
+MOST = 128  # what BLIP judges again on Flickr30k; 256 on COCO
 _TOGETHER = 256  # texts that one call judges: popular images are near to thousands, and this bounds the memory
 _UNJUDGED = -1e4
 

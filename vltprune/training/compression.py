@@ -15,13 +15,13 @@ from torch import nn
 
 from .. import budget, checkpoint, hub, tasks
 from ..data import Loader, shards
-from ..exam import Exam, report
+from ..exam import Exam, report, report_matching
 from ..factory import create_model
 from ..journal import Journal, write_json
 from ..models import zoo
 from ..preprocessing import transforms
 from ..surgery import prune, pruning
-from ..tasks import Options
+from ..tasks import Matching, Options, Retrieval
 from .config import CompressConfig
 from .engine import Run, calls_of
 from .examples import Example, Rows, examples
@@ -37,7 +37,8 @@ _CALIBRATED = 256  # records of the validation split that the knob is set on
 class Compressed:
     """What came of a compression: the model, its folder, and one row of results a cost, dense first.
 
-    A row: reduction asked for (0: dense), knob, and what `exam.report` gives on the validation split. page: report.html,
+    A row: reduction asked for (0: dense), knob, and what `exam.report` gives on the validation split; `matching`, where a
+    model has a second stage: what `exam.report_matching` gives. page: report.html,
     for people to look at.
     """
 
@@ -61,7 +62,8 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     trained and no record examined again: the page is made anew. Returns None in processes other than the first.
 
     Where the parts cannot reach `reduction`, it warns, and the nearest cost is what is examined and saved. Raises what the
-    config's parts raise; ValueError for a folder of another config, OSError where nothing can be written, BadLossError.
+    config's parts raise; ValueError for a folder of another config, CheckpointError for a `start` that does not fit, OSError
+    where nothing can be written, BadLossError.
     """
     folder = Path(output)
     _claim(folder, config)
@@ -69,6 +71,8 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     taught = config.distil or config.distil_summaries or config.saliency
     twin = copy.deepcopy(dense) if taught else None
     model = prune(dense, config.pruning)
+    if config.start is not None:
+        checkpoint.load_into(model, zoo.packaged(config.start) or config.start)
     teacher = None
     if twin is not None:
         teacher = watched(twin, model) if config.saliency else prune(twin, "random", at=())
@@ -94,7 +98,7 @@ def dense_model(config: CompressConfig) -> nn.Module:
         pretrained = config.pretrained if config.pretrained is not None else own
         model = create_model(config.model, pretrained=pretrained, **config.model_args)
     if hasattr(model, "pruning"):
-        raise TypeError(f"model={config.model!r} is pruned already: compress its dense model")
+        raise TypeError(f"model={config.model!r} is pruned already: give its dense model, and this one as start=")
     return model
 
 
@@ -190,6 +194,18 @@ def _examined(
 ) -> tuple[dict[str, Any], Rows]:
     """A row of results, and the rows of its records."""
     loader = Loader(val, transforms(model), workers=run.config.workers)
-    journal = Journal(run.folder / "val" / name, {"reduction": reduction, "knob": knob})
+    folder = run.folder / "val" / name
+    journal = Journal(folder, {"reduction": reduction, "knob": knob})
     Exam(run.task, model, str(run.accelerator.device)).sit(loader, journal)
-    return {"reduction": reduction, "knob": knob, **report(run.task, journal.rows)}, journal.rows
+    row = {"reduction": reduction, "knob": knob, **report(run.task, journal.rows)}
+    if isinstance(run.task, Retrieval) and run.task.has_head and run.config.k_test:
+        matching = run.task.matching(val, journal.rows, run.config.k_test)
+        row["matching"] = _matched(run, model, matching, Journal(folder / "matching", {"knob": knob}))
+    return row, journal.rows
+
+
+def _matched(run: Run, model: nn.Module, matching: Matching, journal: Journal) -> dict[str, Any]:
+    """What came of a second stage."""
+    loader = Loader(matching.pairs(), transforms(model), batch_size=1, workers=run.config.workers)
+    Exam(matching, model, str(run.accelerator.device)).sit(loader, journal)
+    return report_matching(matching, journal.rows)

@@ -16,6 +16,7 @@ from ..config import PruneConfig
 from ..data import shards
 from ..presets import preset
 from ..registry import bind, tasks
+from ..tasks.matching import MOST
 from ..text import BERT
 
 
@@ -46,6 +47,9 @@ class CompressConfig:
                     shards, such as train-{000..009}.tar (see `vltprune.data.shards`), which need `steps`
     val, val_images annotations that everything is chosen on; never the test split. val_limit: only the first so many
     model_args, pretrained, vocabulary, answers   as `create_model` and `vltprune eval` take them
+    k_test          for retrieval by BLIP: how many nearest its matching head judges again in the exams (0: it is not asked)
+    start           a folder, or packaged name, of weights to begin from instead of `model`'s: of a model that was pruned alike
+                    to a milder cost. `model` still teaches, and is what the results are compared with
     preset, parts   how to prune: a preset's name, and parts that replace its own, such as {"reducer": "drop"}
     freeze          shell patterns of the dense model's parameters that stay as they are
     reduction       share of the dense MACs to save; 0 trains the dense model, for want of one to begin with
@@ -53,7 +57,8 @@ class CompressConfig:
                     there as well
     budget          "controller": measured MACs turn the keeper's knob; "learned": for the first half of the steps tokens are
                     kept softly, and a loss on the expected MACs moves scores and thresholds; then as "controller"
-    ramp            the target rises from 0 to `reduction` over this share of the steps
+    ramp            the target rises from 0 to `reduction` over this share of the steps (0: it is there at once, as suits a
+                    `start` that is pruned)
     epochs, steps   how long (steps wins; None: the recipe's epochs); batch_size: records a step, of all processes
     accumulate      a step's records go through the model in so many pieces
     rate, weight_decay   of AdamW (None: the recipe's); the rate falls by a cosine to 0, after `warmup`, a share of the steps
@@ -78,6 +83,8 @@ class CompressConfig:
     pretrained: str | bool | None = None
     vocabulary: str = BERT
     answers: str | None = None
+    k_test: int = MOST
+    start: str | None = None
     preset: str = "madtp"
     parts: Mapping[str, Any] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
@@ -124,6 +131,10 @@ class CompressConfig:
     def _check_ranges(self) -> None:
         if not 0 <= self.reduction < 1:
             raise ValueError(f"reduction={self.reduction} must lie in 0 .. 1: the share of the dense MACs to save")
+        if self.start is not None and not self.reduction:
+            raise ValueError(
+                f"start={self.start!r} begins a pruned model, and reduction=0 prunes nothing: give it as model"
+            )
         wrong = [share for share in self.serve if not 0 < share < 1]
         if wrong or (self.serve and not self.reduction):
             raise ValueError(
@@ -140,7 +151,7 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
-        for name in ("align", "distil", "distil_summaries", "saliency", "weight_decay"):
+        for name in ("k_test", "align", "distil", "distil_summaries", "saliency", "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.budget not in ("controller", "learned"):

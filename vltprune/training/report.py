@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import html
 from ..models import zoo
-from . import curves
+from . import curves, tables
 from .config import CompressConfig
 from .examples import Example, Rows
 
@@ -24,6 +24,10 @@ _COST = (
     "itself costs included. Dense is the model as it was before training; the pruned ones share their weights, and differ in "
     "the knob. Scores are in percent. Records a second are those of the model's calls, on this machine, one model after "
     "another: they are no benchmark."
+)
+_MATCHING = (
+    "The {most} texts nearest to each image by the features above, and the {most} images nearest to each text, judged again by "
+    "the head that sees both. GMACs are those of a pair whose image is encoded already."
 )
 _TOKENS = (
     "Tokens that are left after each layer, special tokens included: the mean over the validation records, and a band from "
@@ -87,39 +91,13 @@ def page(story: Story, shown: Sequence[Example], missing: str = "") -> str:
         f'<p class="lead">{_lead(story)}</p>',
         f"<h2>What was done</h2>{html.card(_table(_done(story)))}",
         f"<h2>What was selected on what</h2>{html.card(_list(_selected(story)))}",
-        f"<h2>Score and cost</h2><p>{_COST}</p>{html.card(_costs(story))}{_list(_gaps(story))}",
+        f"<h2>Score and cost</h2><p>{_COST}</p>{html.card(_costs(story))}{_list(_gaps(story))}{_matching(story)}",
         f"<h2>Where the tokens go</h2><p>{_TOKENS}</p>{curves.tokens(story.answered, story.names)}",
         f"<h2>How training went</h2><p>{_TRAINING}</p>{_training(story)}",
         "<h2>What each layer kept</h2>",
         *_pictures(story, shown, missing),
     ]
     return html.document(title, body)
-
-
-def columns(story: Story) -> list[list[str]]:
-    """The table of results: a header, then a line a row. "of dense" is of the main score, "speed" of records a second."""
-    dense, main = story.rows[0], curves.main_score(story.rows[0]["scores"])
-    names = list(dense["scores"])
-    relative = ["of dense"] if main else []
-    table = [["validation", *names, *relative, "GMACs", "saved", "knob", "records/s", "speed"]]
-    for name, row in zip(story.names, story.rows, strict=True):
-        scores = [f"{100 * row['scores'][one]:.2f}" for one in names]
-        relative = [_ratio(row["scores"][main], dense["scores"][main], ".1%")] if main else []
-        knob = f"{row['knob']['knob']} {row['knob']['value']:.4g}" if row["knob"] else ""
-        speed = _ratio(row["records_per_second"], dense["records_per_second"], ".2f") + " x"
-        costs = [
-            f"{row['macs'] / 1e9:.4g}",
-            f"{row['macs_saved']:.1%}",
-            knob,
-            f"{row['records_per_second']:.1f}",
-            speed,
-        ]
-        table.append([name, *scores, *relative, *costs])
-    return table
-
-
-def _ratio(value: float, dense: float, form: str) -> str:
-    return format(value / dense, form) if dense else "-"
 
 
 def _lead(story: Story) -> str:
@@ -244,9 +222,22 @@ def _gaps(story: Story) -> list[str]:
 def _costs(story: Story) -> str:
     main = curves.main_score(story.rows[0]["scores"])
     chart = curves.costs(story.rows, main) if main else ""
-    header, *lines = columns(story)
+    return chart + _tight(tables.results(story.names, story.rows))
+
+
+def _matching(story: Story) -> str:
+    """The second stage of a retrieval that has one."""
+    if "matching" not in story.rows[0]:
+        return ""
+    told = _MATCHING.format(most=story.rows[0]["matching"]["k_test"])
+    return f"<h3>Second stage</h3><p>{told}</p>{html.card(_tight(tables.matching(story.names, story.rows)))}"
+
+
+def _tight(table: Sequence[Sequence[str]]) -> str:
+    """A table whose lines have the colours of the charts."""
+    header, *lines = table
     cells = [[html.dot(i) + escape(name), *map(escape, rest)] for i, (name, *rest) in enumerate(lines)]
-    return f'{chart}<div class="tight">{html.table(header, cells)}</div>'
+    return f'<div class="tight">{html.table(header, cells)}</div>'
 
 
 def _training(story: Story) -> str:
