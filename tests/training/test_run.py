@@ -253,6 +253,7 @@ def test_a_milder_run_can_be_gone_on_from(tmp_path):
     done = compress(further, tmp_path / "further")
     assert [row["reduction"] for row in done.rows] == [0.0, 0.4]
     assert done.rows[0]["scores"] == mild.rows[0]["scores"]
+    assert f"begun from</th><td>{tmp_path / 'mild' / 'model'}" in done.page.read_text()
     there, now = weights(tmp_path / "mild"), weights(tmp_path / "further")
     assert there.keys() == now.keys()
     assert all(torch.allclose(there[name], now[name], atol=1e-9) for name in there)

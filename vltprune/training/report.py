@@ -117,10 +117,11 @@ def _done(story: Story) -> list[tuple[str, str]]:
     config, parts = story.config, story.config.pruning
     align = config.align if parts.guide is not None else 0.0
     taught = f"distillation of logits x {config.distil:g}, of summaries x {config.distil_summaries:g}"
-    losses = f"the task's, L_align x {align:g}, {taught}"
+    losses = f"the task's, L_align x {align:g}, {taught}, of scores x {config.saliency:g}"
     return [
         ("task", config.task),
         ("dense model", f"{config.model}, weights: {_weights(config)}"),
+        *([("begun from", config.start)] if config.start is not None else []),
         *(_pruned(config) if config.reduction else [("pruning", "none: the dense model was trained")]),
         *([("frozen", ", ".join(config.freeze))] if config.freeze else []),
         ("training", f"{story.steps:,} steps of {config.batch_size} records, seed {config.seed}, one run"),
