@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument(
         "--begin-from",
         dest="start",
-        help="begin from these packaged pruned weights, at their depths; nothing is distilled",
+        help="begin from these packaged pruned weights, at their depths, and without a teacher",
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--pairs", type=int, default=64, help="in a step")
@@ -111,7 +111,10 @@ def config_of(options: argparse.Namespace) -> CompressConfig:
     if options.start is None:
         return config
     there = checkpoint.saved_pruning(zoo.WEIGHTS / options.start)
-    assert there is not None
+    if there is None:
+        raise ValueError(
+            f"--begin-from {options.start}: that model is dense, give pruned weights, as blip_nlvr_tiny_madtp.p80"
+        )
     parts = {**config.parts, "at": there.at}
     return config.replace(start=options.start, parts=parts, ramp=0.0, distil=0.0, saliency=0.0)
 

@@ -27,7 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=512)
     pairs = parser.parse_args().pairs
-    things = np.array([len(scene) for i in range(pairs) for scene in SyntheticPairs("val", pairs)[i].scenes])
+    drawn = SyntheticPairs("val", pairs)
+    things = np.array([len(scene) for i in range(pairs) for scene in drawn[i].scenes])
     for name in NAMES:
         for depth, counts in tokens_left(name, pairs).items():
             means = ", ".join(f"{n}: {counts[things == n].mean():.1f}" for n in np.unique(things))

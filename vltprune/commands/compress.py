@@ -55,14 +55,8 @@ def config_of(args: argparse.Namespace) -> Any:
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     from ..training import tables
 
-    scored = list(rows[0]["scores"])
     names = [f"{row['reduction']:.0%} asked" if row["reduction"] else "dense" for row in rows]
-    table = [["validation", *(f"{name} %" for name in scored), "GMACs", "saved", "knob"]]
-    for name, row in zip(names, rows, strict=True):
-        knob = f"{row['knob']['knob']}={row['knob']['value']:.4g}" if row["knob"] else ""
-        scores = [f"{100 * row['scores'][one]:.2f}" for one in scored]
-        table.append([name, *scores, f"{row['macs'] / 1e9:.3f}", f"{row['macs_saved']:.1%}", knob])
-    print(common.table(table))
+    print(common.table(tables.results(names, rows)))
     if "matching" in rows[0]:
         print(f"\nsecond stage, the nearest {rows[0]['matching']['k_test']} judged by the matching head:")
         print(common.table(tables.matching(names, rows)))

@@ -11,11 +11,11 @@ from .examples import Rows
 
 def results(names: Sequence[str], rows: Rows) -> list[list[str]]:
     """names, rows: what the rows are called, and they, the dense model's first. "of dense" is of the main score, "speed" of
-    records a second."""
+    records a second, GMACs of an instance."""
     dense, main = rows[0], main_score(rows[0]["scores"])
     scores = list(dense["scores"])
     relative = ["of dense"] if main else []
-    table = [["validation", *scores, *relative, "GMACs", "saved", "knob", "records/s", "speed"]]
+    table = [["validation", *(f"{one} %" for one in scores), *relative, "GMACs", "saved", "knob", "records/s", "speed"]]
     for name, row in zip(names, rows, strict=True):
         relative = [_ratio(row["scores"][main], dense["scores"][main], ".1%")] if main else []
         knob = f"{row['knob']['knob']} {row['knob']['value']:.4g}" if row["knob"] else ""
@@ -32,9 +32,9 @@ def results(names: Sequence[str], rows: Rows) -> list[list[str]]:
 
 
 def matching(names: Sequence[str], rows: Rows) -> list[list[str]]:
-    """The second stage alone, of rows that have one."""
+    """The second stage alone, of rows that have one; GMACs of a pair whose image is encoded already."""
     scores = list(rows[0]["matching"]["scores"])
-    table = [["validation", *scores, "pairs", "GMACs", "saved"]]
+    table = [["validation", *(f"{one} %" for one in scores), "pairs", "GMACs", "saved"]]
     for name, row in zip(names, rows, strict=True):
         found = row["matching"]
         saved = f"{1 - found['macs'] / found['dense_macs']:.1%}"
