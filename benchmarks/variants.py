@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without the alignment loss": {"align": 0.0},
     "static count": {"parts": {"keep": "ratio"}},
     "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
+    "count by distortion": {"parts": {"keep": "distortion"}},
     "top-p count": {"parts": {"keep": "top_p"}},
     "learned thresholds": {"parts": {"keep": "learned"}},
     "learned budget": {"budget": "learned"},

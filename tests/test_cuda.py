@@ -19,6 +19,7 @@ PARTS = [
     {"guide": "codebook(anchors=5, attend='sparsemax')"},
     {"keep": "ratio(ratio=0.6)", "reducer": "fuse(normalise=False)"},
     {"keep": "learned(threshold=0.0)"},
+    {"keep": "distortion(error=0.3)"},
 ]
 
 

@@ -13,7 +13,7 @@ from strategies import DIM, HEADS, cases, generator, packed, values_of
 from torch.testing import assert_close
 
 from vltprune import Guidance, Layout, PackedTokens, Site, keepers
-from vltprune.layers import Threshold
+from vltprune.layers import Distortion, Threshold
 
 SITE = Site("image", 0, 4, DIM, HEADS, has_summary=True)
 
@@ -106,6 +106,40 @@ def test_top_p_counts_what_matters():
     scores = torch.tensor([8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0] + [1.0] * 8)
     for p, expected in ((0.0, [1, 1]), (0.5, [1, 4]), (0.8, [5, 7]), (1.0, [8, 8])):
         assert keepers["top_p"](SITE, p)(scores, tokens, None).tolist() == expected
+
+
+def naive_lost(scores, x):
+    """What each unprotected token of one instance takes with it, in double."""
+    z = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() / x.shape[1] ** 0.5
+    p = scores.clamp(min=0) + 1e-12
+    p = p / p.sum()
+    return p * (z - p @ z).square().sum(1)
+
+
+@given(cases(), st.floats(0, 1))
+def test_distortion_keeps_the_fewest_that_leave_the_error(case, error):
+    counts = Distortion(case.site, error)(case.scores, case.tokens, None)
+    for i in range(case.batch):
+        rows = (case.tokens.layout.instance == i) & case.tokens.free
+        if not rows.any():
+            assert counts[i] == 0
+            continue
+        lost = naive_lost(case.scores[rows].double(), case.tokens.x[rows].double())
+        lost = lost[case.scores[rows].argsort(descending=True, stable=True)]
+        kept = int(counts[i])
+        assert 1 <= kept <= len(lost)
+        assert lost[kept:].sum() <= error + 1e-5
+        assert kept == 1 or lost[kept - 1 :].sum() > error - 1e-5
+
+
+def test_distortion_counts_what_differs():
+    """Of tokens that are all alike one stands for all; of the others, as many as would be missed."""
+    alike = torch.eye(DIM)[:1].expand(6, DIM)
+    apart = torch.eye(DIM)[:6]
+    two_sorts = torch.eye(DIM)[[0, 0, 0, 1, 1, 1]]
+    tokens = PackedTokens.pack(torch.stack([alike, apart, two_sorts]))
+    for error, expected in ((0.1, [1, 6, 5]), (0.3, [1, 5, 3])):
+        assert Distortion(SITE, error)(torch.ones(18), tokens, None).tolist() == expected
 
 
 @pytest.mark.parametrize(

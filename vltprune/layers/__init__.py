@@ -1,7 +1,8 @@
 """The four parts a pruner is made of. They know tokens, segments and attention; they never hear of a host."""
 
+from .adaptive import Distortion, Threshold
 from .guides import AlignmentGuide, Codebook, Guidance
-from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio, Threshold
+from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio
 from .reducers import Drop, Fuse, Reduction, TokenReducer
 from .scorers import Alignment, ClsAttention, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
 from .site import Site
@@ -12,6 +13,7 @@ __all__ = [
     "ClsAttention",
     "Codebook",
     "Count",
+    "Distortion",
     "Drop",
     "Fuse",
     "Guidance",
