@@ -205,7 +205,7 @@ class _Search:
         return (
             f"reduction={reduction} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to {knob.high:g} saves "
             f"{least} to {most}, and the nearest is {best.reduction:.1%} at {knob.name}={best.value:g}. Ask for another "
-            "reduction, prune at other depths (at=...), or use keep='ratio'"
+            "reduction, prune at other depths (at=...), or use keep='distortion' or keep='ratio'"
         )
 
 
