@@ -149,23 +149,23 @@ class Distortion(KeepRatioPredictor):
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
-        order = segments.pad(scores.masked_fill(tokens.protected, float("-inf")), layout, float("-inf"))
-        ranked = segments.pad(self._lost(scores, tokens), layout).gather(
-            1, order.argsort(dim=1, descending=True, stable=True)
-        )
+        place = segments.rank(scores.masked_fill(tokens.protected, float("-inf")), layout)
+        lost = _lost(scores, tokens)
+        ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, place), lost)
         behind = ranked.flip(1).cumsum(1).flip(1)  # what each token and those below it take with them
         return (behind > self.error * (1 + 1e-5)).sum(1).clamp(min=1).minimum(there)
 
-    @torch.no_grad()
-    def _lost(self, scores: Tensor, tokens: PackedTokens) -> Tensor:
-        """[total]: what each token takes with it, in single precision; zero for protected ones."""
-        layout, dim = tokens.layout, tokens.x.shape[-1]
-        z = F.layer_norm(tokens.x.float(), (dim,)) / dim**0.5
-        weight = scores.float().clamp(min=0) + 1e-12  # equal where no score is above 0
-        weight = weight.masked_fill(tokens.protected, 0.0)
-        share = weight / segments.sum(weight, layout).clamp(min=1e-12)[layout.instance]
-        mean = segments.mix(share[:, None], z, layout)[:, 0]
-        return share * (z - mean[layout.instance]).square().sum(-1)
+
+@torch.no_grad()
+def _lost(scores: Tensor, tokens: PackedTokens) -> Tensor:
+    """[total]: what each token takes with it, in single precision; zero for protected ones."""
+    layout, dim = tokens.layout, tokens.x.shape[-1]
+    z = F.layer_norm(tokens.x.float(), (dim,)) / dim**0.5
+    weight = scores.float().clamp(min=0) + 1e-12  # equal where no score is above 0
+    weight = weight.masked_fill(tokens.protected, 0.0)
+    share = weight / segments.sum(weight, layout).clamp(min=1e-12)[layout.instance]
+    mean = segments.mix(share[:, None], z, layout)[:, 0]
+    return share * (z - mean[layout.instance]).square().sum(-1)
 
 
 def _exact(scores: Tensor) -> torch.dtype:
