@@ -60,8 +60,11 @@ def test_a_lone_tower_is_calibrated_too():
 
 def test_a_target_out_of_reach_is_named_and_nothing_changes(dense, inputs):
     model = vp.prune(dense, "madtp", keep="threshold(temperature=2.5)", at={"text": None})
+    tried = []
     with pytest.raises(vp.BudgetError, match=r"reduction=0.9 is out of reach .*: temperature from .* \(at=") as caught:
-        vp.calibrate(model, [inputs], 0.9)
+        vp.calibrate(model, [inputs], 0.9, progress=lambda value, saved: tried.append(saved))
+    assert len(tried) < 15  # both ends and the steps between them; there is nothing to halve
+    assert caught.value.nearest.reduction == max(tried)
     again = pickle.loads(pickle.dumps(caught.value))  # as from a process of its own
     assert (str(again), again.nearest) == (str(caught.value), caught.value.nearest)
     assert "nearest" in str(caught.value)

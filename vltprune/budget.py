@@ -18,6 +18,8 @@ from .pruner import PrunedEncoder, Pruner, UntrainedGuideWarning, collect
 from .surgery import pruning
 from .tokens import PackedTokens
 
+_STEPS, _MOST_TRIED = 12, 50  # of a search: equal steps where both ends are beyond a cost or short of it, values in all
+
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
 
 
@@ -59,9 +61,9 @@ def calibrate(
     """Set a pruned model's temperature (or ratio) so that its mean MACs over `batches` are `reduction` below dense.
 
     batches: inputs of the model, each a tensor, a tuple of positional inputs or a mapping of named ones, or a function that
-    puts its inputs to the model itself, by another method than the call; they are run up to some 40 times. The knob is set
-    at every depth of every tower, and in `model.pruning.config`. tolerance: relative to the target. progress: called with
-    each value tried and the reduction it gave. Returns a Calibration.
+    puts its inputs to the model itself, by another method than the call; they are run some ten times, and at most 50. The
+    knob is set at every depth of every tower, and in `model.pruning.config`. tolerance: relative to the target. progress:
+    called with each value tried and the reduction it gave. Returns a Calibration.
 
     Raises ValueError for a reduction outside (0, 1), no batches, or a keeper without a knob; BudgetError, with what can be
     had, where the target is out of reach. The model is then as it was.
@@ -172,32 +174,30 @@ class _Search:
         """The value that meets the target. Mean MACs need not fall or rise all the way: any crossing will do."""
         tried = [self.measure(self.knob.at(0.0)), self.measure(self.knob.at(1.0))]
         target = (1 - reduction) * tried[0].dense_macs
-        low, high, ends = 0.0, 1.0, tried[0].macs < target
-        if ends == (tried[1].macs < target):
-            low, high, ends = self._crossing(target, tried)
+        starts_below = tried[0].macs < target
+        between = (0.0, 1.0) if (tried[1].macs < target) != starts_below else self._crossing(target, tried)
 
         def off(found: Calibration) -> float:
             return abs(found.macs - target)
 
-        for _ in range(40):
-            if min(map(off, tried)) <= tolerance * target:
-                return min(tried, key=off)
+        while between and min(map(off, tried)) > tolerance * target and len(tried) < _MOST_TRIED:
+            low, high = between
             middle = (low + high) / 2
             tried.append(self.measure(self.knob.at(middle)))
-            low, high = (middle, high) if (tried[-1].macs < target) == ends else (low, middle)
+            between = (middle, high) if (tried[-1].macs < target) == starts_below else (low, middle)
         best = min(tried, key=off)
-        raise BudgetError(self._out_of_reach(reduction, tried, best), best)
+        if off(best) > tolerance * target:
+            raise BudgetError(self._out_of_reach(reduction, tried, best), best)
+        return best
 
-    def _crossing(self, target: float, tried: list[Calibration], steps: int = 12) -> tuple[float, float, bool]:
-        """Two places between which the target is crossed, and whether the first is below; the last two if there are none."""
-        low, below = 0.0, tried[0].macs < target
-        for step in range(1, steps):
-            high = step / steps
-            tried.append(self.measure(self.knob.at(high)))
+    def _crossing(self, target: float, tried: list[Calibration]) -> tuple[float, float] | None:
+        """Two places between which the target is crossed first; None where no step has it beyond."""
+        below = tried[0].macs < target
+        for step in range(1, _STEPS):
+            tried.append(self.measure(self.knob.at(step / _STEPS)))
             if (tried[-1].macs < target) != below:
-                return low, high, below
-            low = high
-        return low, 1.0, below
+                return (step - 1) / _STEPS, step / _STEPS
+        return None
 
     def _out_of_reach(self, reduction: float, tried: Sequence[Calibration], best: Calibration) -> str:
         keep, knob = str(pruning(self.model).config.keep), self.knob

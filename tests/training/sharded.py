@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from vltprune.cli import main
@@ -15,12 +15,12 @@ _init = Accelerator.__init__
 
 def _sharding(self, *args, **kwargs):
     _init(self, *args, **kwargs)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # what every later state is made from
     self.state.distributed_type = DistributedType.FSDP
     self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
 
 
 Accelerator.__init__ = _sharding
-AcceleratorState.is_fsdp2 = property(lambda self: True)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,10 @@ from vltprune.data.shards import write
 from vltprune.training.compression import dense_model
 
 _SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "distil_summaries": 0.5, "checkpoint_every": 100}
+_SHARDED = (
+    (str(Path(__file__).with_name("sharded.py")),),
+    {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"},
+)
 
 
 def port() -> int:
@@ -70,8 +75,7 @@ def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold
     settings.write(tmp_path / "run.json")
     run(tmp_path, "alone", 1)
     run(tmp_path, "whole", 2)
-    sharded = (str(Path(__file__).with_name("sharded.py")),)
-    run(tmp_path, "sharded", 2, sharded, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="NO_WRAP")
+    run(tmp_path, "sharded", 2, _SHARDED[0], **_SHARDED[1])
     alone, whole, parts = (torch.tensor(losses(tmp_path / name)) for name in ("alone", "whole", "sharded"))
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(whole[0], alone[0], atol=1e-4, rtol=1e-4)  # saliency's directions, too
@@ -79,6 +83,21 @@ def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold
     way = whole - weights(vp.prune(dense_model(settings), settings.pruning))
     assert way.abs().max() > 1e-3
     assert float((parts - whole).norm() / way.norm()) < 0.05
+
+
+def test_processes_that_hold_a_part_of_the_weights_each_go_on_where_they_were_stopped(tmp_path):
+    settings = config("nlvr", tmp_path / "data", **{**_SETTINGS, "steps": 3, "checkpoint_every": 2})
+    settings.write(tmp_path / "run.json")
+    run(tmp_path, "sharded", 2, _SHARDED[0], **_SHARDED[1])
+    folder = tmp_path / "sharded"
+    at_once, weighed = losses(folder), (folder / "model" / "model.safetensors").read_bytes()
+    assert (folder / "checkpoints/step_00000002/pytorch_model_fsdp_0").is_dir()  # every process wrote its own part
+
+    shutil.rmtree(folder / "checkpoints" / "step_00000003")  # as if they had been killed in their last step
+    shutil.rmtree(folder / "model")
+    run(tmp_path, "sharded", 2, _SHARDED[0], **_SHARDED[1])
+    assert losses(folder) == at_once
+    assert (folder / "model" / "model.safetensors").read_bytes() == weighed
 
 
 def weights(model) -> torch.Tensor:

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from data import config
 
 import vltprune as vp
 from vltprune.training import BadLossError, compress
 from vltprune.training import engine as engine_module
+from vltprune.training.checkpoints import Checkpoints
 from vltprune.training.compression import dense_model
 
 timm_host = importlib.import_module("vltprune.hosts.timm")  # `hosts` is also the name of a registry
@@ -226,6 +228,24 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
     monkeypatch.setattr(torch, "save", save)
     assert compress(settings, tmp_path / "run") is not None
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_full_disk_under_sharded_weights_says_so_too(tmp_path):
+    class Sharding:
+        is_main_process = True
+
+        def wait_for_everyone(self):
+            pass
+
+        def save_state(self, folder, safe_serialization):
+            place = Path(folder) / "pytorch_model_fsdp_0"
+            place.write_text("")  # no folder can be made there
+            dcp.save({"weight": torch.ones(2)}, checkpoint_id=place)
+
+    with pytest.raises(OSError, match=r"cannot write the checkpoint of step 4 .*File exists.* it goes on from step 0"):
+        Checkpoints(tmp_path, Sharding()).save(4, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_that_cannot_be_used(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch.distributed.checkpoint import CheckpointException
 
 _STATE = "state.json"
 
@@ -35,10 +36,11 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 (part / _STATE).write_text(json.dumps({"step": step, **state}))
                 part.rename(final)
-        except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        except (OSError, RuntimeError, CheckpointException) as error:  # a full disk is any of them, by the writer
             shutil.rmtree(part, ignore_errors=True)
+            why = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             raise OSError(
-                f"cannot write the checkpoint of step {step} to {self.folder}: {error}. Make room there and give the same "
+                f"cannot write the checkpoint of step {step} to {self.folder}: {why}. Make room there and give the same "
                 f"command again: it goes on from step {self.last_step()}"
             ) from error
         if self.accelerator.is_main_process:
