@@ -11,6 +11,8 @@ LEAST = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val":
 
 def test_what_is_left_out_is_the_papers():
     config = CompressConfig(**LEAST)
+    assert config.scores_taught == 0.5
+    assert config.replace(reduction=0.0).scores_taught == 0.0
     assert (config.rate, config.weight_decay, config.epochs, config.batch_size) == (3e-6, 0.05, 15, 128)
     assert (config.align, config.distil, config.preset) == (0.1, 0.0, "madtp")
     assert CompressConfig(**{**LEAST, "task": "vqa"}).rate == RECIPES["vqa"].rate

@@ -71,7 +71,7 @@ def test_two_processes_learn_as_one(task, packed, tmp_path):
 
 
 def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold_them_all(tmp_path):
-    settings = config("nlvr", tmp_path / "data", **{**_SETTINGS, "steps": 2, "saliency": 0.5, "checkpoint_every": 1})
+    settings = config("nlvr", tmp_path / "data", **{**_SETTINGS, "steps": 2, "checkpoint_every": 1})
     settings.write(tmp_path / "run.json")
     run(tmp_path, "alone", 1)
     run(tmp_path, "whole", 2)

@@ -95,6 +95,7 @@ def test_a_dense_model_can_be_trained_first(tmp_path):
     model = vp.load(tmp_path / "run" / "model")
     assert not hasattr(model, "pruning")
     assert [row["macs_saved"] for row in done.rows] == [0.0, 0.0]
+    assert "saliency" not in (tmp_path / "run" / "history.jsonl").read_text()  # no teacher, for there are no scores
     after = model.state_dict()
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {name for name in before if name.startswith("visual.blocks.0.")} <= same

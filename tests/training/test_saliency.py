@@ -50,7 +50,7 @@ class _Compared:
 
     def apart(self, scores: torch.Tensor, tokens: PackedTokens) -> float:
         answer = (self.matter * (self.tokens.x @ self.direction)).sum()
-        own, theirs = (_trace(tokens, scores), _trace(self.tokens, torch.zeros(18)))
+        own, theirs = (_trace(tokens, scores.requires_grad_()), _trace(self.tokens, torch.zeros(18)))
         outputs = torch.stack([answer, torch.zeros(())])[None]
         return saliency(own, theirs, outputs, seed=0).item()
 
@@ -93,6 +93,12 @@ def test_every_task_can_teach_its_scores(task, budget, tmp_path):
 def test_a_model_that_is_pruned_nowhere_has_no_scores_to_teach():
     nowhere = {"image": SimpleNamespace(steps=[SimpleNamespace(scored=None)])}
     assert saliency(nowhere, nowhere, torch.randn(2, 2), seed=0).item() == 0.0
+
+
+def test_scores_that_cannot_learn_are_not_taught():
+    seen = _Compared()
+    own = _trace(seen.tokens, torch.rand(18))
+    assert saliency(own, own, torch.randn(2, 2), seed=0).item() == 0.0  # outputs without gradients: none are asked for
 
 
 def test_anchors_learn_what_matters(tmp_path):

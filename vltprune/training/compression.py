@@ -68,14 +68,14 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     folder = Path(output)
     _claim(folder, config)
     dense = dense_model(config)
-    taught = config.distil or config.distil_summaries or config.saliency
+    taught = config.distil or config.distil_summaries or config.scores_taught
     twin = copy.deepcopy(dense) if taught else None
     model = prune(dense, config.pruning)
     if config.start is not None:
         checkpoint.load_into(model, zoo.packaged(config.start) or config.start)
     teacher = None
     if twin is not None:
-        teacher = watched(twin, model) if config.saliency else prune(twin, "random", at=())
+        teacher = watched(twin, model) if config.scores_taught else prune(twin, "random", at=())
     kind: Any = tasks.tasks[config.task]
     task = kind.of(model, Options(config.vocabulary, config.answers))
     records = _records(config, kind)

@@ -64,7 +64,7 @@ class CompressConfig:
     rate, weight_decay   of AdamW (None: the recipe's); the rate falls by a cosine to 0, after `warmup`, a share of the steps
     align           weight of L_align
     distil, distil_summaries   weights of what the dense model teaches: its logits, and its towers' summary tokens (0: nothing)
-    saliency        weight of teaching the scores what the dense model's answers depend on (0: they are not taught)
+    saliency        weight of teaching the scores what the dense model's answers depend on (0: they are not taught, as in MADTP)
     clip            largest norm of the gradients
     augment         random crops and flips of the pictures
     precision       "no", "bf16" or "fp16"
@@ -102,7 +102,7 @@ class CompressConfig:
     align: float = 0.1
     distil: float = 0.0
     distil_summaries: float = 0.0
-    saliency: float = 0.0
+    saliency: float = 0.5
     clip: float = 1.0
     augment: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -164,6 +164,11 @@ class CompressConfig:
         """The parts to prune with, nowhere where nothing is to be saved. Raises what PruneConfig does."""
         config = preset(self.preset).replace(**self.parts)
         return config if self.reduction else preset("random").replace(at=())
+
+    @property
+    def scores_taught(self) -> float:
+        """`saliency`, where something is pruned, and so scored."""
+        return self.saliency if self.reduction else 0.0
 
     def replace(self, **changes: Any) -> CompressConfig:
         """The same with other fields. TypeError for one that there is not."""

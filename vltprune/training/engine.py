@@ -68,7 +68,7 @@ class Run:
         objective = objective_of(self.task, self.model, config.seed).to(device)
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
         taught = (config.distil, config.distil_summaries)
-        student = Student(self.model, objective, config.align, teacher, taught, config.saliency, self.extra)
+        student = Student(self.model, objective, config.align, teacher, taught, config.scores_taught, self.extra)
         optimizer = torch.optim.AdamW(
             parameter_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0)
         )

@@ -117,7 +117,7 @@ def _done(story: Story) -> list[tuple[str, str]]:
     config, parts = story.config, story.config.pruning
     align = config.align if parts.guide is not None else 0.0
     taught = f"distillation of logits x {config.distil:g}, of summaries x {config.distil_summaries:g}"
-    losses = f"the task's, L_align x {align:g}, {taught}, of scores x {config.saliency:g}"
+    losses = f"the task's, L_align x {align:g}, {taught}, of scores x {config.scores_taught:g}"
     return [
         ("task", config.task),
         ("dense model", f"{config.model}, weights: {_weights(config)}"),

@@ -31,9 +31,9 @@ def saliency(
         (ours.scored, dense.scored)
         for tower, trace in own.items()
         for ours, dense in zip(trace.steps, theirs[tower].steps, strict=True)
-        if ours.scored is not None and dense.scored is not None
+        if ours.scored is not None and dense.scored is not None and ours.scored[1].requires_grad
     ]
-    if not pairs:  # nothing is pruned, and so nothing scored
+    if not pairs:  # nothing is scored, or nothing that could learn: noise
         return outputs.new_zeros(())
     answer = directions(outputs, seed, before)
     gradients = torch.autograd.grad(answer, [dense.x for _, (dense, _) in pairs], allow_unused=True)
