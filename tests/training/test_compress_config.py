@@ -9,10 +9,14 @@ from vltprune.training import RECIPES, CompressConfig
 LEAST = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json"}
 
 
+def test_scores_are_taught_where_there_are_any():
+    config = CompressConfig(**LEAST)
+    assert config.scores_taught == config.saliency == 0.5
+    assert config.replace(reduction=0.0).scores_taught == 0.0
+
+
 def test_what_is_left_out_is_the_papers():
     config = CompressConfig(**LEAST)
-    assert config.scores_taught == 0.5
-    assert config.replace(reduction=0.0).scores_taught == 0.0
     assert (config.rate, config.weight_decay, config.epochs, config.batch_size) == (3e-6, 0.05, 15, 128)
     assert (config.align, config.distil, config.preset) == (0.1, 0.0, "madtp")
     assert CompressConfig(**{**LEAST, "task": "vqa"}).rate == RECIPES["vqa"].rate
