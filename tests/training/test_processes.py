@@ -50,7 +50,8 @@ def run(folder: Path, output: str, processes: int, program: tuple[str, ...] = ("
     ("task", "packed"), [("nlvr", False), ("nlvr", True), ("caption", False), ("vqa", False), ("retrieval", False)]
 )
 def test_two_processes_learn_as_one(task, packed, tmp_path):
-    settings = config(task, tmp_path / "data", **_SETTINGS)
+    # Taught scores move anchors far and fast, rounding errors with them: the sharded test has them, in its first step.
+    settings = config(task, tmp_path / "data", saliency=0.0, **_SETTINGS)
     if packed:
         write(settings.data, tmp_path / "data", tmp_path / "shards", per_shard=3)
         settings = settings.replace(data=f"{tmp_path}/shards/{task}-{{000000..000002}}.tar")
