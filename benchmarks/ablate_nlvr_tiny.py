@@ -13,7 +13,7 @@ name has a star; `--long --steps 400` takes two minutes there. With `--steps 300
     python benchmarks/ablate_nlvr_tiny.py --table
 
 prints what benchmarks/results/ablate_nlvr_tiny.json has of such runs, with `--long` and `--steps` of those: mean and standard
-deviation over the seeds that were run.
+deviation over the seeds that were run, and how far below `madtp` each is, seed by seed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.table:
         only = {"dense", *(called(variant, options.long, options.steps) for variant in variants.VARIANTS)}
-        return print(variants.table(RESULTS, lambda row: row["accuracy"], only))
+        print(variants.table(RESULTS, accuracy, only), end="\n\n")
+        return print(variants.differences(RESULTS, accuracy, called("madtp", options.long, options.steps), only))
     if options.work is None:
         parser.error("--work DIR is needed for a run")
     torch.set_num_threads(options.threads)
@@ -95,6 +96,11 @@ def run(work: Path, variant: str, seed: int, long: bool = False, steps: int | No
         }
         line |= {"macs_saved": row["macs_saved"], "accuracy": row["scores"]["accuracy"]}
         variants.record(RESULTS, ("name", "seed", "reduction"), line)
+
+
+def accuracy(row: dict[str, Any]) -> float:
+    """What the tables are of."""
+    return row["accuracy"]
 
 
 def called(variant: str, long: bool, steps: int | None) -> str:

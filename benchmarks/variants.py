@@ -86,6 +86,25 @@ def table(file: Path, value: Callable[[dict[str, Any]], float], only: Collection
     return "\n".join(lines)
 
 
+def differences(file: Path, value: Callable[[dict[str, Any]], float], base: str, only: Collection[str]) -> str:
+    """How far names are below `base`, in points, seed by seed: mean, standard deviation, least and most; a line a name.
+
+    only: those names, where two seeds or more are shared with `base` at the largest share of MACs that it was run at; empty without any.
+    """
+    rows = json.loads(file.read_text())
+    share = max((row["reduction"] for row in rows if row["name"] == base), default=0.0)
+    seeds = {
+        name: {r["seed"]: 100 * value(r) for r in rows if (r["name"], r["reduction"]) == (name, share)} for name in only
+    }
+    lines = [f"points below {base}, at {share:.0%} fewer, seed by seed"]
+    for name in sorted(seeds, key=lambda name: (_place(name), name)):
+        apart = [seeds[base][seed] - here for seed, here in seeds[name].items() if seed in seeds[base]]
+        if name != base and len(apart) > 1:
+            spread = f"{statistics.mean(apart):5.1f} ± {statistics.stdev(apart):.1f}"
+            lines.append(f"{name.ljust(_NAME)}{spread}   {min(apart):.1f} .. {max(apart):.1f}")
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
 def _place(name: str) -> int:
     order = list(VARIANTS)
     plain = name.split(",")[0].rstrip("*")

@@ -42,3 +42,18 @@ def test_results_of_one_run_replace_older_ones_and_a_table_has_their_means(tmp_p
         ["madtp", "2", "75.0", "±", "7.1"],
         ["drop", "1", "60.0", "at", "44%"],
     ]
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path):
+    file = tmp_path / "some.json"
+    for name, seed, score in (
+        ("madtp", 0, 0.7),
+        ("madtp", 1, 0.8),
+        ("drop", 0, 0.6),
+        ("drop", 1, 0.75),
+        ("random", 1, 0.1),
+    ):
+        row = {"name": name, "seed": seed, "reduction": 0.5, "score": score}
+        MODULE["record"](file, ("name", "seed", "reduction"), row)
+    told = MODULE["differences"](file, lambda row: row["score"], "madtp", ["madtp", "drop", "random"])
+    assert [line.split() for line in told.splitlines()[1:]] == [["drop", "7.5", "±", "3.5", "5.0", "..", "10.0"]]
