@@ -89,7 +89,8 @@ def table(file: Path, value: Callable[[dict[str, Any]], float], only: Collection
 def differences(file: Path, value: Callable[[dict[str, Any]], float], base: str, only: Collection[str]) -> str:
     """How far names are below `base`, in points, seed by seed: mean, standard deviation, least and most; a line a name.
 
-    only: those names, where two seeds or more are shared with `base` at the largest share of MACs that it was run at; empty without any.
+    only: those names, where two seeds or more are shared with `base` at the largest share of MACs that it was run at; empty
+    without any.
     """
     rows = json.loads(file.read_text())
     share = max((row["reduction"] for row in rows if row["name"] == base), default=0.0)
