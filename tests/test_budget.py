@@ -72,6 +72,16 @@ def test_a_target_out_of_reach_is_named_and_nothing_changes(dense, inputs):
     assert {m.temperature for m in model.modules() if isinstance(m, vp.KeepRatioPredictor)} == {2.5}
 
 
+def test_a_target_between_two_counts_is_told_from_one_out_of_reach(dense, inputs):
+    model = vp.prune(dense, "madtp", keep="ratio(ratio=0.6)")
+    with pytest.raises(
+        vp.BudgetError, match=r"leaves 50\.0% .* its counts jump there, and the nearest is .* tolerance="
+    ) as caught:
+        vp.calibrate(model, [inputs], 0.5, tolerance=1e-9)
+    nearest = caught.value.nearest
+    assert vp.calibrate(model, [inputs], nearest.reduction, tolerance=1e-9).macs == nearest.macs
+
+
 def test_an_interrupted_calibration_changes_nothing(dense, inputs):
     model = vp.prune(dense, "madtp", keep="ratio(ratio=0.6)").train()
 

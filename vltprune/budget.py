@@ -66,7 +66,7 @@ def calibrate(
     called with each value tried and the reduction it gave. Returns a Calibration.
 
     Raises ValueError for a reduction outside (0, 1), no batches, or a keeper without a knob; BudgetError, with what can be
-    had, where the target is out of reach. The model is then as it was.
+    had, where the target is out of reach or between two counts. The model is then as it was.
     """
     if not 0 < reduction < 1:
         raise ValueError(f"reduction={reduction} must lie between 0 and 1: the share of the dense MACs to save")
@@ -187,7 +187,7 @@ class _Search:
             between = (middle, high) if (tried[-1].macs < target) == starts_below else (low, middle)
         best = min(tried, key=off)
         if off(best) > tolerance * target:
-            raise BudgetError(self._out_of_reach(reduction, tried, best), best)
+            raise BudgetError(self._missed(reduction, tolerance, tried, best), best)
         return best
 
     def _crossing(self, target: float, tried: list[Calibration]) -> tuple[float, float] | None:
@@ -199,13 +199,19 @@ class _Search:
                 return (step - 1) / _STEPS, step / _STEPS
         return None
 
-    def _out_of_reach(self, reduction: float, tried: Sequence[Calibration], best: Calibration) -> str:
+    def _missed(self, reduction: float, tolerance: float, tried: Sequence[Calibration], best: Calibration) -> str:
         keep, knob = str(pruning(self.model).config.keep), self.knob
-        least, most = (f"{f(c.reduction for c in tried):.1%}" for f in (min, max))
+        least, most = (f(one.reduction for one in tried) for f in (min, max))
+        nearest = f"the nearest is {best.reduction:.1%} at {knob.name}={best.value:g}"
+        if least < reduction < most:
+            return (
+                f"no {knob.name} of keep={keep!r} leaves {1 - reduction:.1%} of the MACs to within {tolerance:.1%} of them: "
+                f"its counts jump there, and {nearest}. Ask for that, for a larger tolerance=, or use keep='distortion'"
+            )
         return (
             f"reduction={reduction} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to {knob.high:g} saves "
-            f"{least} to {most}, and the nearest is {best.reduction:.1%} at {knob.name}={best.value:g}. Ask for another "
-            "reduction, prune at other depths (at=...), or use keep='distortion' or keep='ratio'"
+            f"{least:.1%} to {most:.1%}, and {nearest}. Ask for another reduction, prune at other depths (at=...), or use "
+            "keep='distortion' or keep='ratio'"
         )
 
 
