@@ -32,8 +32,8 @@ from vltprune.journal import Journal
 from vltprune.preprocessing import transforms
 from vltprune.tasks import Nlvr
 from vltprune.training import CompressConfig, compress
+from vltprune.training.calls import calls_of
 from vltprune.training.compression import Compressed
-from vltprune.training.engine import calls_of
 
 RESULTS = Path(__file__).parent / "results" / "ablate_nlvr_tiny.json"
 

@@ -51,12 +51,12 @@ from vltprune.models import zoo
 from vltprune.preprocessing import transforms
 from vltprune.tasks import Nlvr
 from vltprune.training import CompressConfig, compress
-from vltprune.training.engine import calls_of
+from vltprune.training.calls import calls_of
 
 RESULTS = Path(__file__).parent / "results" / "compress_nlvr_tiny.json"
 PAIRS, PATCH = 32_000, 8
 AT = {0.3: (1, 3), 0.5: (1, 2), 0.7: (0, 1, 2), 0.8: (0, 1, 2), 0.85: (0, 1, 2, 3)}  # image blocks that prune, by cost
-RATE = 3e-4
+RATE, SIZE = 3e-4, 64
 TOLD = 0.5  # weight of the added target
 SHARP, MISSED = 2.0, 2.0  # slope of the choice in units of the mean score; how much worse a miss is than a false keep
 NEAR = 5.0  # how near to its thing's middle, in pixels, a patch must lie to be asked to stay behind the first block
@@ -75,8 +75,9 @@ def main() -> None:
         dest="start",
         help="begin from these packaged pruned weights, at their depths, and without a teacher",
     )
+    parser.add_argument("--keep", help="another count than DTP's, as distortion")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--pairs", type=int, default=64, help="in a step")
+    parser.add_argument("--pairs", type=int, default=SIZE, help="in a step")
     parser.add_argument("--rate", type=float, default=RATE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -99,7 +100,7 @@ def config_of(options: argparse.Namespace) -> CompressConfig:
         model="blip_nlvr_tiny",
         data=f"synthetic:train:{PAIRS}x8",
         val="synthetic:val:4800",
-        parts={"at": {"image": AT.get(options.reduction, ())}},
+        parts={"at": {"image": AT.get(options.reduction, ())}, **({"keep": options.keep} if options.keep else {})},
         reduction=options.reduction,
         serve=options.serve,
         rate=options.rate,
@@ -137,14 +138,16 @@ def name_of(options: argparse.Namespace) -> str:
     """What a run is called in the results."""
     name = "madtp" if options.reduction else "dense, trained on"
     name += f", {1 + len(options.serve)} costs" if options.serve else ""
+    name += f", {options.keep}" if options.keep else ""
     name += f", from {options.start.rpartition('.')[2]}" if options.start else ""
+    name += f", {options.pairs} pairs" if options.pairs != SIZE else ""
     return name + ", told" * options.told + (f", rate {options.rate:g}" if options.rate != RATE else "")
 
 
 def folder_of(options: argparse.Namespace) -> Path:
     costs = "_".join(f"{cost:g}" for cost in (options.reduction, *options.serve))
-    start = f"_{options.start}" if options.start else ""
-    return options.work / f"{costs}_{options.rate:g}{'_told' * options.told}{start}_{options.seed}"
+    more = "".join(f"_{one}" for one in (options.keep, options.start) if one)
+    return options.work / f"{costs}_{options.rate:g}{'_told' * options.told}{more}_{options.seed}"
 
 
 def publish(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from vltprune.data import SyntheticPairs
 from vltprune.models import zoo
 from vltprune.preprocessing import transforms
 from vltprune.tasks import Nlvr
-from vltprune.training.engine import calls_of
+from vltprune.training.calls import calls_of
 
 NAMES = ("blip_nlvr_tiny_madtp.p70", "blip_nlvr_tiny_madtp.p80")
 

@@ -31,7 +31,7 @@ from vltprune.data import captions
 from vltprune.flops import Meter
 from vltprune.preprocessing import transforms
 from vltprune.tasks import Retrieval
-from vltprune.training.engine import calls_of
+from vltprune.training.calls import calls_of
 
 RECORDS, KNOB, REDUCTION = 400, 64, 0.7
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

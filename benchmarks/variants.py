@@ -29,7 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "madtp": {},
     "without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "learned"}},
     "without the alignment loss": {"align": 0.0},
+    "neither MAG nor taught scores": {
+        "parts": {"guide": None, "scorer": "self_attention", "keep": "learned"},
+        "saliency": 0.0,
+    },
     "static count": {"parts": {"keep": "ratio"}},
+    "static count without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "ratio"}},
     "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
     "count by distortion": {"parts": {"keep": "distortion"}},
     "top-p count": {"parts": {"keep": "top_p"}},

@@ -22,8 +22,9 @@ from ..models import zoo
 from ..preprocessing import transforms
 from ..surgery import prune, pruning
 from ..tasks import Matching, Options, Retrieval
+from .calls import calls_of
 from .config import CompressConfig
-from .engine import Run, calls_of
+from .engine import Run
 from .examples import Example, Rows, examples
 from .figures import History
 from .report import Story, write

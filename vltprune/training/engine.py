@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,11 @@ from ..preprocessing import transforms
 from ..pruner import Pruner
 from ..surgery import pruning
 from .batches import Batches
+from .calls import calls_of
 from .checkpoints import Checkpoints
 from .config import CompressConfig
 from .controller import Turns, target
+from .decoding import Searched
 from .draws import Draws
 from .figures import History, Watch, gathered, trackers
 from .objectives import objective_of
@@ -58,6 +59,7 @@ class Run:
     bad: int = 0  # losses that were no number, in a row
     skipped: int = 0  # and in all
     price: float = 0.0  # of the expected cost (the multiplier of an augmented Lagrangian)
+    searched: Searched | None = None  # what a decoder does in evaluation
 
     def __post_init__(self) -> None:
         config, device = self.config, self._accelerate().device
@@ -133,10 +135,11 @@ class Run:
         if self.turns is not None:
             self.turns.load_state_dict(state["turns"])
         self.bad, self.skipped, self.price = state["bad"], state["skipped"], state["price"]
+        self.searched = None if state["searched"] is None else Searched(**state["searched"])
         return state["step"]
 
     def _place_first(self) -> None:
-        """Where a fresh run's guide and knob begin."""
+        """Where a fresh run's guide and knob begin, and what decoding costs."""
         first = self.draws.first(_START)
         calls = calls_of(self.task, first, self.draws.prepare, self.accelerator.device)
         guide = pruning(self.model).guide
@@ -144,10 +147,13 @@ class Run:
             fit_guide(self.model, calls, self.config.seed)
         if self.turns is not None and self.config.budget == "controller":
             self.turns.start(calls, self._target(0))
+        self.searched = None if self.turns is None else Searched.by(self.model, calls)
 
     def _state(self) -> dict[str, Any]:
         turns = None if self.turns is None else self.turns.state_dict()
-        return {"turns": turns, "bad": self.bad, "skipped": self.skipped, "price": self.price}
+        searched = None if self.searched is None else asdict(self.searched)
+        more = {"bad": self.bad, "skipped": self.skipped, "price": self.price}
+        return {"turns": turns, "searched": searched, **more}
 
     def _standing(self, step: int) -> dict[str, float]:
         """What a report says besides the steps' own figures."""
@@ -201,7 +207,8 @@ class Run:
         config, a = self.config, self.accelerator
         self._set_pruners(step)
         saving = self._target(step) if self._is_soft(step) else None
-        options = {"measured": self._is_measured(step), "saving": saving, "price": self.price}
+        options: dict[str, Any] = {"measured": self._is_measured(step), "saving": saving, "price": self.price}
+        options["searched"] = self.searched
         self.student.train()
         pieces, size = [], len(records) // config.accumulate
         for start in range(0, len(records), size):
@@ -256,43 +263,6 @@ class Run:
         flag: Any = torch.tensor(float(here), device=self.accelerator.device)
         total: Any = self.accelerator.reduce(flag, "sum")
         return bool(total > 0)
-
-
-def calls_of(
-    task: Any,
-    records: Sequence[Any],
-    prepare: Callable[[Any], Tensor],
-    device: torch.device | str = "cpu",
-    size: int = 16,
-) -> list[Callable[..., Any]]:
-    """Calls that put the records, one text each, to a model as the task does: batches for `budget`.
-
-    Records whose pictures cannot be opened are left out; whoever examines or draws them tells of them.
-    """
-    calls: list[Callable[..., Any]] = []
-    for start in range(0, len(records), size):
-        opened = [(record, _opened(record, prepare)) for record in records[start : start + size]]
-        there = [(_with_one_text(record), images) for record, images in opened if images is not None]
-        if not there:
-            continue
-        some, images = list(map(list, zip(*there, strict=True)))
-        images = torch.stack(images)
-        texts = tuple(text.to(device) for text in task.texts(some)[0])
-        calls.append(partial(task.answer, records=some, images=images.to(device), texts=texts))
-    return calls
-
-
-def _opened(record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
-    """The images of a record, None where they cannot be opened."""
-    try:
-        return torch.stack([prepare(picture) for picture in record.pictures()])
-    except OSError:
-        return None
-
-
-def _with_one_text(record: Any) -> Any:
-    """A record with the first of its captions: an image and one text are what an instance costs."""
-    return replace(record, captions=record.captions[:1]) if hasattr(record, "captions") else record
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

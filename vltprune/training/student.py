@@ -16,6 +16,7 @@ from ..gauge import Gauge
 from ..models.momentum import everyones
 from ..pruner import PruneTrace, collect
 from ..surgery import pruning
+from .decoding import Searched
 from .objectives import Loss, Objective
 from .saliency import saliency
 
@@ -63,6 +64,7 @@ class Student(nn.Module):
         measured: bool = False,
         saving: float | None = None,
         price: float = 0.0,
+        searched: Searched | None = None,
     ) -> dict[str, Any]:
         """The loss of a batch, [] with gradients, and what it consists of, without.
 
@@ -80,15 +82,16 @@ class Student(nn.Module):
         if self.align and all(_is_guided(trace) for trace in own.values()):
             parts["align"] = self.align * self._alignment(own)
         parts |= taught
+        counted = own if searched is None else {tower: searched.instead(trace) for tower, trace in own.items()}
         if saving is not None:
-            over = self._share(own, len(records)) - (1 - saving)
+            over = self._share(counted, len(records)) - (1 - saving)
             parts["budget"] = price * over + _BUDGET * over**2
             figures["over"] = over.detach()
         if self.extra is not None:
             parts["extra"] = self.extra(records, own)
         figures |= {name: part.detach() for name, part in parts.items()}
         figures["loss"] = torch.stack(list(parts.values())).sum()
-        return figures | (self._cost(own, len(records)) if measured else {})
+        return figures | (self._cost(counted, len(records)) if measured else {})
 
     def _own(self, traces: Sequence[PruneTrace]) -> dict[str, PruneTrace]:
         """The first trace of each tower of the model itself."""
@@ -138,8 +141,10 @@ class Student(nn.Module):
         cost = self.gauge.meter(list(own.values()))
         units = {tower: batch if tower == "image" else macs.shape[1] for tower, macs in cost.dense.items()}
         ours, dense = (
-            torch.stack([macs.sum() / units[tower] for tower, macs in one.items()]).sum() + cost.head
-            for one in (cost.towers, cost.dense)
+            torch.stack([macs.sum() / units[tower] for tower, macs in one.items()]).sum()
+            + cost.head
+            + decoder / cost.instances
+            for one, decoder in ((cost.towers, cost.decoder), (cost.dense, cost.dense_decoder))
         )
         return ours / dense
 

@@ -1,0 +1,47 @@
+"""What a step says it cost is what its records cost in evaluation, where answers are searched for."""
+
+from __future__ import annotations
+
+import pytest
+from data import config
+
+from vltprune.budget import measure
+from vltprune.training import compress, compression, engine
+from vltprune.training.calls import calls_of
+from vltprune.training.decoding import Searched
+
+PARTS = {"guide": "codebook(anchors=4)", "keep": "ratio(ratio=0.6)"}
+
+
+def begun(task, folder, monkeypatch, **changes):
+    """A run that trained nothing."""
+    runs = []
+    monkeypatch.setattr(engine.Run, "train", lambda run: runs.append(run))
+    monkeypatch.setattr(compression, "_finish", lambda *a: None)
+    compress(config(task, folder, parts=PARTS, reduction=0.2, steps=4, **changes), folder / "run")
+    return runs[0]
+
+
+@pytest.mark.filterwarnings("ignore:captions are written, and not scored")
+@pytest.mark.parametrize("task", ["vqa", "caption", "nlvr", "retrieval"])
+def test_a_step_counts_what_evaluation_does(task, tmp_path, monkeypatch):
+    run = begun(task, tmp_path, monkeypatch)
+    records, images = next(iter(run.draws.batches(0, 1)))
+    run.student.train()
+    given, said = (run.student(records, images, 0, measured=True, searched=one) for one in (None, run.searched))
+    found = measure(run.model, calls_of(run.task, records, run.draws.prepare))
+    if run.searched is None:
+        assert task in ("nlvr", "retrieval")
+        return
+    assert float(said["macs"]) == pytest.approx(found.macs, rel=0.03)
+    assert float(said["dense_macs"]) == pytest.approx(found.dense_macs, rel=0.03)
+    assert float(given["dense_macs"]) < 0.9 * found.dense_macs
+
+
+def test_it_is_kept_with_the_checkpoints(tmp_path, monkeypatch):
+    run = begun("vqa", tmp_path, monkeypatch)
+    run.checkpoints.save(1, run._state())
+    again = begun("vqa", tmp_path, monkeypatch)
+    assert again.searched is None
+    assert again._begin() == 1
+    assert again.searched == run.searched != Searched(0, 0, 0, 0, 0)

@@ -1,0 +1,52 @@
+"""What a decoder does where answers are searched for, as in evaluation; in training they are given, which is cheaper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..pruner import Decoded, PruneTrace, collect
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The work of a decoder that answered so many instances: sums, as in `Decoded`."""
+
+    instances: int
+    tokens: int
+    words: int
+    pairs: int
+    memories: int
+
+    @classmethod
+    @torch.no_grad()
+    def by(cls, model: nn.Module, calls: Iterable[Callable[[nn.Module], Any]]) -> Searched | None:
+        """What a pruned model does in these calls, as `calls_of` makes them; None for one without a decoder."""
+        model.eval()
+        pieces, instances = [], 0
+        for call in calls:
+            with collect() as traces:
+                call(model)
+            decoding = [trace for trace in traces if trace.decoded]
+            if not decoding:
+                return None
+            pieces += [piece for trace in decoding for piece in trace.decoded]
+            instances += sum(trace.entered.layout.batch for trace in decoding)
+        sums = {
+            name: sum(getattr(piece, name) for piece in pieces) for name in ("tokens", "words", "pairs", "memories")
+        }
+        return cls(instances, **sums)
+
+    def instead(self, trace: PruneTrace) -> PruneTrace:
+        """The trace of a tower as if its decoder, where it has one, had searched for each instance."""
+        if not trace.decoded:
+            return trace
+        share = trace.entered.layout.batch / self.instances
+        tokens, words, pairs, memories = (
+            round(share * count) for count in (self.tokens, self.words, self.pairs, self.memories)
+        )
+        return replace(trace, decoded=[Decoded(tokens, words, pairs, memories)])
