@@ -11,7 +11,7 @@ from typing import Any
 
 from vltprune.training import CompressConfig
 
-_NAME, _WIDE = 44, 15  # of columns
+_NAME, _WIDE = 44, 15  # of columns, of the first at least
 _OFF = 0.015  # how far from what was asked a run may save and need no mention
 
 COMMON: dict[str, Any] = {
@@ -83,11 +83,12 @@ def table(file: Path, value: Callable[[dict[str, Any]], float], only: Collection
     shares = sorted({row["reduction"] for row in rows})
     names = sorted({row["name"] for row in rows}, key=lambda name: (name != "dense", _place(name), name))
     head = "".join(f"{share:.0%} fewer".rjust(_WIDE) if share else "dense".rjust(_WIDE) for share in shares)
-    lines = ["".ljust(_NAME) + " runs" + head]
+    wide = max(_NAME, *map(len, names))
+    lines = ["".ljust(wide) + " runs" + head]
     for name in names:
         mine = [row for row in rows if row["name"] == name]
         cells = [_cell([row for row in mine if row["reduction"] == share], value).rjust(_WIDE) for share in shares]
-        lines.append(name.ljust(_NAME) + f"{len({row['seed'] for row in mine}):5d}" + "".join(cells))
+        lines.append(name.ljust(wide) + f"{len({row['seed'] for row in mine}):5d}" + "".join(cells))
     return "\n".join(lines)
 
 
