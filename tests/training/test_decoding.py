@@ -31,8 +31,9 @@ def test_a_step_counts_what_evaluation_does(task, tmp_path, monkeypatch):
     given, said = (run.student(records, images, 0, measured=True, searched=one) for one in (None, run.searched))
     found = measure(run.model, calls_of(run.task, records, run.draws.prepare))
     assert (run.searched is None) == (task in ("nlvr", "retrieval"))  # which have no decoder
-    assert float(said["macs"]) == pytest.approx(found.macs, rel=0.03)
-    assert float(said["dense_macs"]) == pytest.approx(found.dense_macs, rel=0.03)
+    off = 0.02 if task == "retrieval" else 1e-6  # its captions are drawn, and evaluation is measured on the first ones
+    assert float(said["macs"]) == pytest.approx(found.macs, rel=off)
+    assert float(said["dense_macs"]) == pytest.approx(found.dense_macs, rel=off)
     if run.searched is not None:
         assert float(given["dense_macs"]) < 0.9 * found.dense_macs
 

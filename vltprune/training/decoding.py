@@ -39,7 +39,7 @@ class Searched:
         sums = {
             name: sum(getattr(piece, name) for piece in pieces) for name in ("tokens", "words", "pairs", "memories")
         }
-        return cls(instances, **sums)
+        return cls(instances, **sums) if instances else None  # none of the records may have opened
 
     def instead(self, trace: PruneTrace) -> PruneTrace:
         """The trace of a tower as if its decoder, where it has one, had searched for each instance."""
