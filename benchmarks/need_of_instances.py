@@ -1,6 +1,7 @@
 """Whether counts follow need: what one share of tokens costs each photograph and caption, and who keeps more there.
 
     python benchmarks/need_of_instances.py --data FLICKR8K --work WORK
+    python benchmarks/need_of_instances.py --data FLICKR8K --work WORK --trained "static count, short"
 
 WORK holds the dense model that `flickr8k_retrieval.py dense` trains. The first 400 records of dev, their first captions;
 nothing is trained. Both towers are pruned where that script prunes them. An instance's damage at a share is 1 - the cosine
@@ -9,8 +10,11 @@ over shares from 0.4 to 0.8, of its damage over everybody's.
 
 Printed are, of each keeper at 70 % fewer MACs: recall, the mean of R@1, 5, 10 both ways; and the rank correlation of a
 photograph's need with how many of its tokens stay behind the first depth that prunes, and behind the last. Then, of each tower,
-recall with the other one dense: of a static share, and where each instance has the share at which damage and MACs together
-are least, at the same cost. That is an oracle, for it knows the damage. Six minutes of two cores.
+recall with the other one whole: of a static share; where each instance has the share at which damage and MACs together are
+least, at the same cost; and the same where the damage at a share is what the instance's other shares let expect, a parabola in
+the logarithm of the cost. The first knows the damage, and so also which share happens to suit an instance, for no reason that
+anything else could tell; the second knows no more than that this instance needs much, or little, or gains by more. With
+`--trained`, the last alone, of a model that `ablate --short` trained (seed 1) with a static share. Six minutes of two cores.
 """
 
 from __future__ import annotations
@@ -77,26 +81,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the data set")
     parser.add_argument("--work", type=Path, required=True, help="folder of the dense model's run")
+    parser.add_argument("--trained", help="a variant that was trained with a static share, instead of the dense model")
     options = parser.parse_args()
     towers = Towers(options.work, options.data)
-    runs = [statically(towers, share) for share in SHARES]
+    trained = options.trained and options.work / f"{options.trained.replace(' ', '_')}_{REDUCTION:g}_1" / "model"
+    keeps = [f"ratio(ratio={share})" for share in SHARES]
+    runs = [statically(towers, vp.load(trained, keep=keep) if trained else towers.pruned(keep)) for keep in keeps]
     damage = {
         tower: torch.stack([1 - (features[tower] * towers.features[tower]).sum(-1) for features, _ in runs])
         for tower in AT
     }
     need = {tower: (one / one.mean(1, keepdim=True))[NEED].mean(0) for tower, one in damage.items()}
-    print("".ljust(12) + "recall".rjust(8) + "need, tokens at first and at last".rjust(36))
-    print("dense".ljust(12) + f"{towers.recall(**towers.features):8.1f}")
-    for keeper in KEEPERS:
-        print(keeper.ljust(12) + told(towers, keeper, need["image"]), flush=True)
+    if not trained:
+        print("".ljust(12) + "recall".rjust(8) + "need, tokens at first and at last".rjust(36))
+        print("dense".ljust(12) + f"{towers.recall(**towers.features):8.1f}")
+        for keeper in KEEPERS:
+            print(keeper.ljust(12) + told(towers, keeper, need["image"]), flush=True)
     for tower in AT:
         print(f"\n{tower}: need varies by {need[tower].std():.2f} of its mean")
         compare(towers, tower, runs, damage[tower])
 
 
-def statically(towers: Towers, share: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Features with a static share, and per tower [records]: MACs over the mean of the dense ones."""
-    model = towers.pruned(f"ratio(ratio={share})")
+def statically(towers: Towers, model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Features of a model with a static share, and per tower [records]: MACs over the mean of the dense ones."""
     with vp.collect() as traces:
         features = towers.run(model)
     cost = Meter(model)(traces)
@@ -116,19 +123,32 @@ def told(towers: Towers, keeper: str, need: Tensor) -> str:
 
 
 def compare(towers: Towers, tower: str, runs: Sequence[Any], damage: Tensor) -> None:
-    """Recall of a static share, and of shares by an oracle, at equal cost."""
+    """Recall of a static share, of shares by an oracle, and of shares by what may be expected, at equal costs."""
     features, costs = (torch.stack([run[part][tower] for run in runs]) for part in (0, 1))
     each = torch.arange(len(damage[0]))
 
     def recall(one: Tensor) -> float:
-        return towers.recall(**{**towers.features, tower: one})
+        return towers.recall(**{**runs[-1][0], tower: one})
 
     static = [(cost.mean().item(), recall(one)) for cost, one in zip(costs, features, strict=True)]
-    for price in PRICES:
-        best = (damage + price * costs).argmin(0)
-        cost = costs[best, each].mean().item()
-        by_oracle, by_share = recall(features[best, each]), between(static, cost)
-        print(f"  {1 - cost:.0%} fewer MACs: {by_share:.1f} by a static share, {by_oracle:.1f} by the oracle")
+    for name, known in (("an oracle", damage), ("what may be expected", expected(damage, costs))):
+        for price in PRICES:
+            best = (known + price * costs).argmin(0)
+            cost = costs[best, each].mean().item()
+            ours, static_ = recall(features[best, each]), between(static, cost)
+            print(f"  {1 - cost:.0%} fewer MACs: {static_:.1f} by a static share, {ours:.1f} by {name}")
+
+
+def expected(damage: Tensor, costs: Tensor) -> Tensor:
+    """[shares, records]: the damage at each share as an instance's others let expect it.
+
+    Fitted, each share left out in its turn, is how far an instance's damage is off the mean of all.
+    """
+    place = costs.mean(1).float().log()
+    basis = torch.stack([place**power for power in range(3)], 1)
+    fit, mean = basis @ torch.linalg.pinv(basis), damage.mean(1, keepdim=True)
+    off = damage - mean
+    return mean + off - (off - fit @ off) / (1 - fit.diag())[:, None]
 
 
 def between(points: Sequence[tuple[float, float]], at: float) -> float:

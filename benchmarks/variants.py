@@ -15,7 +15,7 @@ _NAME, _WIDE = 44, 15  # of columns, of the first at least
 _OFF = 0.015  # how far from what was asked a run may save and need no mention
 
 COMMON: dict[str, Any] = {
-    "parts": {"guide": "codebook(anchors=32)"},
+    "parts": {"guide": "codebook(anchors=32, project=False)"},
     "budget": "controller",
     "distil": 1.0,
     "saliency": 0.5,
@@ -24,9 +24,12 @@ COMMON: dict[str, Any] = {
     "ramp": 0.4,
 }
 
+_MAPPED = {"guide": "codebook(anchors=32)"}  # what the common config leaves out
+
 # fields of the config, and parts of the pruner
 VARIANTS: dict[str, dict[str, Any]] = {
     "madtp": {},
+    "with maps": {"parts": _MAPPED},
     "without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "learned"}},
     "without the alignment loss": {"align": 0.0},
     "neither MAG nor taught scores": {
@@ -34,9 +37,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "saliency": 0.0,
     },
     "static count": {"parts": {"keep": "ratio"}},
+    "static count with maps": {"parts": {**_MAPPED, "keep": "ratio"}},
+    "static count by alignment with maps": {"parts": {**_MAPPED, "keep": "ratio", "scorer": "alignment"}},
     "static count without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "ratio"}},
     "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
     "count by distortion": {"parts": {"keep": "distortion"}},
+    "count by distortion with maps": {"parts": {**_MAPPED, "keep": "distortion"}},
     "top-p count": {"parts": {"keep": "top_p"}},
     "learned thresholds": {"parts": {"keep": "learned"}},
     "learned budget": {"budget": "learned"},
@@ -44,9 +50,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "self_attention alone": {"parts": {"scorer": "self_attention"}},
     "cls_attention alone": {"parts": {"scorer": "cls_attention"}},
     "alignment alone": {"parts": {"scorer": "alignment"}},
-    "sparsemax": {"parts": {"guide": "codebook(anchors=32, attend='sparsemax')"}},
-    "8 anchors": {"parts": {"guide": "codebook(anchors=8)"}},
-    "128 anchors": {"parts": {"guide": "codebook(anchors=128)"}},
+    "alignment alone with maps": {"parts": {**_MAPPED, "scorer": "alignment"}},
+    "sparsemax": {"parts": {"guide": "codebook(anchors=32, project=False, attend='sparsemax')"}},
+    "8 anchors": {"parts": {"guide": "codebook(anchors=8, project=False)"}},
+    "128 anchors": {"parts": {"guide": "codebook(anchors=128, project=False)"}},
     "without distillation": {"distil": 0.0},
     "summaries distilled too": {"distil_summaries": 1.0},
     "scores not taught": {"saliency": 0.0},

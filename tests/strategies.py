@@ -41,12 +41,12 @@ class Case:
     def take(self, index: Tensor, sizes: Sequence[int]) -> Case:
         """The tokens at `index`, dealt out to instances of these sizes."""
         layout = Layout(tuple(sizes))
-        mapped = self.guidance.mapped.take(index, layout)
+        tokens = self.guidance.tokens.take(index, layout)
         return dataclasses.replace(
             self,
             tokens=self.tokens.take(index, layout),
             stats=AttentionStats(self.stats.asked, {stat: value[index] for stat, value in self.stats.values.items()}),
-            guidance=dataclasses.replace(self.guidance, affinity=self.guidance.affinity[index], mapped=mapped),
+            guidance=dataclasses.replace(self.guidance, affinity=self.guidance.affinity[index], tokens=tokens),
             scores=self.scores[index],
         )
 

@@ -66,6 +66,25 @@ def test_parts_can_be_replaced_while_loading(tmp_path, model):
     assert torch.equal(again.pruning.guide.anchors, model.pruning.guide.anchors)
 
 
+def test_anchors_without_maps_meet_the_tokens_as_they_are(tmp_path, model):
+    """Such are the reference's files. What maps the model had before are gone."""
+    parts = {"guide": "codebook(anchors=6, project=False)", "keep": "threshold(temperature=0.3)"}
+    plain = vp.create_model("blip_nlvr_tiny_madtp", **parts, **TINY)
+    with torch.no_grad():
+        for weight in model.pruning.guide.maps.parameters():
+            weight.normal_()
+    load_into(model, vp.save(plain, tmp_path))
+    assert same(plain.eval(), model.eval())
+
+
+def test_towers_of_two_widths_need_maps_of_their_own(tmp_path):
+    model = vp.create_model("blip_nlvr_tiny_madtp", text_width=64, **TINY)
+    file = vp.save(model, tmp_path) / "model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if ".maps." not in key}, file)
+    with pytest.raises(vp.CheckpointError, match=r"4 missing: pruning\.guide\.maps\.image\.weight"):
+        load_into(model, file)
+
+
 def test_half_precision_on_disk(tmp_path, model):
     vp.save(model, tmp_path, dtype=torch.float16)
     stored = load_file(tmp_path / "model.safetensors")

@@ -24,6 +24,7 @@ from .registry import bind
 _FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _HOST, _PRUNING = "host.", "pruning."
+_MAPS = f"{_PRUNING}guide.maps."
 
 
 class CheckpointError(ValueError):
@@ -103,6 +104,7 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     file = path / WEIGHTS if path.is_dir() else path
     state, partial = _own_keys(_read(file), model)
     wanted = _wanted(model)
+    state = _plain_maps(state, wanted) | state
     if partial:
         wanted = {key: value for key, value in wanted.items() if key.startswith(_PRUNING)}
     _check(state, wanted, file)
@@ -169,6 +171,16 @@ def _own_keys(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
             state = state | pruned
         return state, not any(key.startswith(_HOST) for key in state)
     return {_HOST + key: value for key, value in state.items()} | pruned, False
+
+
+def _plain_maps(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Maps for anchors that a file has without any, as the MADTP reference: they met the tokens as they are."""
+    maps = {key: value for key, value in wanted.items() if key.startswith(_MAPS)}
+    weights = [value for value in maps.values() if value.ndim == 2]
+    lacking = f"{_PRUNING}guide.anchors" in state and not any(key.startswith(_MAPS) for key in state)
+    if not lacking or any(rows != columns for rows, columns in (weight.shape for weight in weights)):
+        return {}
+    return {key: torch.eye(len(value)) if value.ndim == 2 else torch.zeros(len(value)) for key, value in maps.items()}
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -219,8 +219,11 @@ class _Units:
 
     @cached_property
     def guide(self) -> float:
-        guide = self.encoder.guide
-        return 0.0 if guide is None else _macs(lambda: guide(_blank(self.like, 1), self.encoder.tower))
+        guide, tower = self.encoder.guide, self.encoder.tower
+        if guide is None:
+            return 0.0
+        one, two = (_macs(lambda n=n: guide(_blank(self.like, n), tower)) for n in (1, 2))
+        return two - one  # what it costs once, whatever the tokens, is of no instance
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,9 @@ def guide(name: str, args: dict, case: Case, seed: int) -> None:
 
 def guide_learns(name: str, args: dict) -> None:
     """12, and the guide knows when it is noise."""
-    sites = {"image": Site("image", 0, 4, DIM, HEADS, True), "text": Site("text", 0, 4, DIM + 1, HEADS, True)}
-    part, x = guides[name](sites, **args), {"image": torch.randn(2, 5, DIM), "text": torch.randn(2, 4, DIM + 1)}
+    wide = DIM + int(args.get("project", True))  # towers of two widths need a map
+    sites = {"image": Site("image", 0, 4, DIM, HEADS, True), "text": Site("text", 0, 4, wide, HEADS, True)}
+    part, x = guides[name](sites, **args), {"image": torch.randn(2, 5, DIM), "text": torch.randn(2, 4, wide)}
     assert part.is_untrained
     optimizer = torch.optim.SGD(part.parameters(), 0.1)
     read = [part(PackedTokens.pack(x[tower]), tower) for tower in x]

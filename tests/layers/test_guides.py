@@ -9,7 +9,7 @@ from hypothesis import given
 from strategies import DIM, HEADS, cases
 from torch.testing import assert_close
 
-from vltprune import Site, guides
+from vltprune import PackedTokens, Site, guides
 from vltprune.layers import Codebook
 
 WIDE = {"image": Site("image", 0, 4, DIM, HEADS, True), "text": Site("text", 0, 4, DIM, HEADS, True)}
@@ -43,19 +43,79 @@ def test_attention_is_a_distribution_over_unprotected_tokens(case, attend, tempe
 @pytest.mark.parametrize(
     ("sites", "args", "maps", "width"),
     [
-        (WIDE, {}, [], DIM),
-        (WIDE, {"project": True}, ["image", "text"], DIM),
+        (WIDE, {}, ["image", "text"], DIM),
+        (WIDE, {"project": False}, [], DIM),
         (WIDE, {"dim": 6}, ["image", "text"], 6),
         (UNEVEN, {}, ["image", "text"], DIM),
-        (UNEVEN, {"dim": 3, "project": True}, ["image", "text"], 3),
+        (UNEVEN, {"dim": 3}, ["image", "text"], 3),
     ],
 )
-def test_maps_stand_where_widths_differ_or_are_asked_for(sites, args, maps, width):
+def test_each_tower_has_a_map_unless_it_is_left_out(sites, args, maps, width):
     guide = Codebook(sites, anchors=7, **args)
     assert sorted(guide.maps) == maps
     assert guide.anchors.shape == (7, width)
     for tower, site in sites.items():
         assert guide.map(torch.zeros(2, site.dim), tower).shape == (2, width)
+
+
+@given(cases())
+def test_maps_begin_as_the_identity(case):
+    """Bit for bit what it would be without them."""
+    mapped, plain = Codebook(WIDE, anchors=4), Codebook(WIDE, anchors=4, project=False)
+    mapped.load_state_dict(plain.state_dict(), strict=False)
+    ours, theirs = mapped(case.tokens, "text"), plain(case.tokens, "text")
+    assert torch.equal(ours.affinity, theirs.affinity)
+    assert torch.equal(ours.pooled, theirs.pooled)
+
+
+@given(cases(), st.booleans())
+def test_a_map_is_put_into_the_anchors(case, training):
+    """The affinity is that of mapped tokens, and has their gradients."""
+    guide = _noisy(Codebook(UNEVEN, anchors=4, dim=6)).train(training)
+    guidance = guide(case.tokens, "image")
+    expected = guide.map(case.tokens.x, "image") @ guide.anchors.t()
+    assert_close(guidance.affinity, expected, rtol=1e-4, atol=1e-4)
+    for weight in (guide.anchors, guide.maps["image"].weight, guide.maps["image"].bias):
+        ours, theirs = (
+            torch.autograd.grad(one.sum(), weight, retain_graph=True)[0] for one in (guidance.affinity, expected)
+        )
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_evaluation_keeps_follows_the_weights():
+    """However they change: by hand, by loading, by a step in training, by another type."""
+    guide = _noisy(Codebook(UNEVEN, anchors=4, dim=6)).eval()
+    tokens = PackedTokens.pack(torch.randn(2, 5, DIM))
+
+    def right():
+        expected = guide.map(tokens.x.to(guide.anchors.dtype), "image") @ guide.anchors.t()
+        assert_close(guide(tokens.with_x(tokens.x.to(guide.anchors.dtype)), "image").affinity, expected)
+
+    changes = [
+        lambda: guide.anchors.mul_(2),
+        lambda: guide.maps["image"].bias.add_(1),
+        lambda: guide.load_state_dict(_noisy(Codebook(UNEVEN, anchors=4, dim=6)).state_dict()),
+        lambda: guide.fit(torch.randn(50, 6)),
+        lambda: (guide.train(), guide.maps["image"].weight.data.neg_(), guide.eval()),
+        lambda: guide.double(),
+    ]
+    right()
+    for change in changes:
+        change()
+        right()
+        right()
+    with torch.autocast("cpu", torch.bfloat16):
+        guide.float().anchors.mul_(2)
+        guide(tokens, "image")
+    right()
+
+
+@torch.no_grad()
+def _noisy(guide):
+    for weight in guide.parameters():
+        weight.copy_(torch.randn_like(weight))
+    return guide
 
 
 @pytest.mark.parametrize(
