@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -222,7 +222,7 @@ class _Units:
         guide, tower = self.encoder.guide, self.encoder.tower
         if guide is None:
             return 0.0
-        one, two = (_macs(lambda n=n: guide(_blank(self.like, n), tower)) for n in (1, 2))
+        one, two = (_macs(partial(guide, _blank(self.like, n), tower)) for n in (1, 2))
         return two - one  # what it costs once, whatever the tokens, is of no instance
 
 
