@@ -157,12 +157,13 @@ class Codebook(AlignmentGuide):
         self.anchors.copy_(_kmeans(mapped.float(), len(self.anchors), seed))
 
 
-def _map(dim: int, width: int) -> nn.Linear:
-    """A tower's way to the anchors; where nothing need change, it begins with changing nothing."""
-    layer = nn.Linear(dim, width)
-    if dim == width:
-        nn.init.eye_(layer.weight)
-        nn.init.zeros_(layer.bias)
+def _map(dim: int, width: int) -> nn.Module:
+    """A tower's way to the anchors; where nothing need change, it begins with changing nothing, and draws no numbers."""
+    if dim != width:
+        return nn.Linear(dim, width)
+    layer: Any = nn.utils.skip_init(nn.Linear, dim, width)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
