@@ -55,7 +55,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_can_be_compressed(task, budget, tmp_path):
     keep = {"keep": "learned(threshold=-0.5)"} if budget == "learned" else {"keep": "ratio(ratio=0.7)"}
-    parts = {"guide": "codebook(anchors=4)", **keep}
+    parts = {"guide": "codebook(anchors=4, project=False)", **keep}
     settings = config(
         task,
         tmp_path / "data",
@@ -72,7 +72,7 @@ def test_every_task_can_be_compressed(task, budget, tmp_path):
 
     dense, *pruned = done.rows
     assert [row["reduction"] for row in done.rows] == [0.0, 0.2, 0.3]
-    assert all(row["macs_saved"] == pytest.approx(row["reduction"], abs=0.02) for row in pruned)
+    assert [row["macs_saved"] for row in pruned] == pytest.approx([row["reduction"] for row in pruned], abs=0.02)
     assert all(set(row["scores"]) == set(dense["scores"]) for row in pruned)
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == [1, 2, 3, 4]
