@@ -135,8 +135,8 @@ def compare(towers: Towers, tower: str, runs: Sequence[Any], damage: Tensor) -> 
         for price in PRICES:
             best = (known + price * costs).argmin(0)
             cost = costs[best, each].mean().item()
-            ours, static_ = recall(features[best, each]), between(static, cost)
-            print(f"  {1 - cost:.0%} fewer MACs: {static_:.1f} by a static share, {ours:.1f} by {name}")
+            own, same = recall(features[best, each]), between(static, cost)
+            print(f"  {1 - cost:.0%} fewer MACs: {same:.1f} by a static share, {own:.1f} by {name}")
 
 
 def expected(damage: Tensor, costs: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "ramp": 0.4,
 }
 
-_MAPPED = {"guide": "codebook(anchors=32)"}  # what the common config leaves out
+_MAPPED = {"guide": "codebook(anchors=32)"}  # with a map of each tower, as is the default
 
 # fields of the config, and parts of the pruner
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "static count": {"parts": {"keep": "ratio"}},
     "static count with maps": {"parts": {**_MAPPED, "keep": "ratio"}},
-    "static count by alignment with maps": {"parts": {**_MAPPED, "keep": "ratio", "scorer": "alignment"}},
     "static count without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "ratio"}},
     "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
     "count by distortion": {"parts": {"keep": "distortion"}},
@@ -50,7 +49,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "self_attention alone": {"parts": {"scorer": "self_attention"}},
     "cls_attention alone": {"parts": {"scorer": "cls_attention"}},
     "alignment alone": {"parts": {"scorer": "alignment"}},
-    "alignment alone with maps": {"parts": {**_MAPPED, "scorer": "alignment"}},
     "sparsemax": {"parts": {"guide": "codebook(anchors=32, project=False, attend='sparsemax')"}},
     "8 anchors": {"parts": {"guide": "codebook(anchors=8, project=False)"}},
     "128 anchors": {"parts": {"guide": "codebook(anchors=128, project=False)"}},

@@ -158,3 +158,15 @@ class TestFitGuide:
             budget.fit_guide(vp.prune(dense, "madtp"), [])
         with pytest.raises(ValueError, match="4000 anchors need at least as many"):
             budget.fit_guide(vp.prune(dense, "madtp", guide="codebook(anchors=4000)"), [inputs], points=1000)
+
+
+def test_what_is_saved_is_a_share_of_the_dense_macs_of_the_same_run(monkeypatch):
+    """A decoder says more words, and the dense one with it, the fewer tokens it sees."""
+    model = vp.create_model("blip_nlvr_tiny", pruning="random")
+
+    def measured(model, meter, dial, batches):
+        dense = 300 - 200 * dial.value
+        return budget.Calibration(dial.knob.name, dial.value, dense * (0.3 + 0.7 * dial.value), dense)
+
+    monkeypatch.setattr("vltprune.budget._measured", measured)
+    assert vp.calibrate(model, [()], 0.35).reduction == pytest.approx(0.35, abs=0.0065)

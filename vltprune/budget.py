@@ -171,31 +171,33 @@ class _Search:
         return found
 
     def find(self, reduction: float, tolerance: float) -> Calibration:
-        """The value that meets the target. Mean MACs need not fall or rise all the way: any crossing will do."""
+        """The value that meets the target. What is saved need not rise or fall all the way: any crossing will do.
+
+        A share of the dense MACs that were measured with each value: a decoder says other words with other tokens.
+        """
         tried = [self.measure(self.knob.at(0.0)), self.measure(self.knob.at(1.0))]
-        target = (1 - reduction) * tried[0].dense_macs
-        starts_below = tried[0].macs < target
-        between = (0.0, 1.0) if (tried[1].macs < target) != starts_below else self._crossing(target, tried)
+        starts_below = tried[0].reduction > reduction
+        between = (0.0, 1.0) if (tried[1].reduction > reduction) != starts_below else self._crossing(reduction, tried)
 
         def off(found: Calibration) -> float:
-            return abs(found.macs - target)
+            return abs(found.reduction - reduction)
 
-        while between and min(map(off, tried)) > tolerance * target and len(tried) < _MOST_TRIED:
+        while between and min(map(off, tried)) > tolerance * (1 - reduction) and len(tried) < _MOST_TRIED:
             low, high = between
             middle = (low + high) / 2
             tried.append(self.measure(self.knob.at(middle)))
-            between = (middle, high) if (tried[-1].macs < target) == starts_below else (low, middle)
+            between = (middle, high) if (tried[-1].reduction > reduction) == starts_below else (low, middle)
         best = min(tried, key=off)
-        if off(best) > tolerance * target:
+        if off(best) > tolerance * (1 - reduction):
             raise BudgetError(self._missed(reduction, tolerance, tried, best), best)
         return best
 
-    def _crossing(self, target: float, tried: list[Calibration]) -> tuple[float, float] | None:
+    def _crossing(self, reduction: float, tried: list[Calibration]) -> tuple[float, float] | None:
         """Two places between which the target is crossed first; None where no step has it beyond."""
-        below = tried[0].macs < target
+        below = tried[0].reduction > reduction
         for step in range(1, _STEPS):
             tried.append(self.measure(self.knob.at(step / _STEPS)))
-            if (tried[-1].macs < target) != below:
+            if (tried[-1].reduction > reduction) != below:
                 return (step - 1) / _STEPS, step / _STEPS
         return None
 

@@ -71,15 +71,16 @@ def test_maps_begin_as_the_identity(case):
 @given(cases(), st.booleans())
 def test_a_map_is_put_into_the_anchors(case, training):
     """The affinity is that of mapped tokens, and has their gradients."""
-    guide = _noisy(Codebook(UNEVEN, anchors=4, dim=6)).train(training)
-    guidance = guide(case.tokens, "image")
-    expected = guide.map(case.tokens.x, "image") @ guide.anchors.t()
-    assert_close(guidance.affinity, expected, rtol=1e-4, atol=1e-4)
+    guide = _noisy(Codebook(UNEVEN, anchors=4, dim=6)).double().train(training)
+    tokens = case.tokens.with_x(case.tokens.x.double())
+    guidance = guide(tokens, "image")
+    expected = guide.map(tokens.x, "image") @ guide.anchors.t()
+    assert_close(guidance.affinity, expected, rtol=0, atol=1e-12)
     for weight in (guide.anchors, guide.maps["image"].weight, guide.maps["image"].bias):
         ours, theirs = (
             torch.autograd.grad(one.sum(), weight, retain_graph=True)[0] for one in (guidance.affinity, expected)
         )
-        assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_can_be_compressed(task, budget, tmp_path):
     keep = {"keep": "learned(threshold=-0.5)"} if budget == "learned" else {"keep": "ratio(ratio=0.7)"}
-    parts = {"guide": "codebook(anchors=4, project=False)", **keep}
+    parts = {"guide": "codebook(anchors=4)", **keep}
     settings = config(
         task,
         tmp_path / "data",
