@@ -8,13 +8,15 @@ nothing is trained. Both towers are pruned where that script prunes them. An ins
 between its feature with that share of tokens, by the attention that they receive, and its dense one; its need is the mean,
 over shares from 0.4 to 0.8, of its damage over everybody's.
 
-Printed are, of each keeper at 70 % fewer MACs: recall, the mean of R@1, 5, 10 both ways; and the rank correlation of a
-photograph's need with how many of its tokens stay behind the first depth that prunes, and behind the last. Then, of each tower,
-recall with the other one whole: of a static share; where each instance has the share at which damage and MACs together are
-least, at the same cost; and the same where the damage at a share is what the instance's other shares let expect, a parabola in
-the logarithm of the cost. The first knows the damage, and so also which share happens to suit an instance, for no reason that
-anything else could tell; the second knows no more than that this instance needs much, or little, or gains by more. With
-`--trained`, the last alone, of a model that `ablate --short` trained (seed 1) with a static share. Six minutes of two cores.
+Printed are, of each keeper at 70 % fewer MACs: recall, the mean of R@1, 5, 10 both ways; recall as static, where all instances
+have, at each depth of each tower, the mean share of tokens that the keeper leaves there, these shares raised to one power so
+that the MACs are the same (interpolated, for counts are whole); and the rank correlation of a photograph's need with how many
+of its tokens stay behind the first depth that prunes, and behind the last. Then, of each tower, recall with the other one
+whole: of a static share; where each instance has the share at which damage and MACs together are least, at the same cost; and
+the same where the damage at a share is what the instance's other shares let expect, a parabola in the logarithm of the cost.
+The first knows the damage, and so also which share happens to suit an instance, for no reason that anything else could tell;
+the second knows no more than that this instance needs much, or little, or gains by more. With `--trained`, the last alone, of
+a model that `ablate --short` trained (seed 1) with a static share. Ten minutes of one core.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from flickr8k_retrieval import AT
 from torch import Tensor
 
 import vltprune as vp
+from vltprune import segments
 from vltprune.budget import fit_guide
 from vltprune.data import captions
 from vltprune.flops import Meter
+from vltprune.layers import Ratio
 from vltprune.preprocessing import transforms
 from vltprune.tasks import Retrieval
 from vltprune.training.calls import calls_of
@@ -93,7 +97,7 @@ def main() -> None:
     }
     need = {tower: (one / one.mean(1, keepdim=True))[NEED].mean(0) for tower, one in damage.items()}
     if not trained:
-        print("".ljust(12) + "recall".rjust(8) + "need, tokens at first and at last".rjust(36))
+        print("".ljust(12) + "recall".rjust(8) + "as static".rjust(11) + "need, tokens at first and at last".rjust(36))
         print("dense".ljust(12) + f"{towers.recall(**towers.features):8.1f}")
         for keeper in KEEPERS:
             print(keeper.ljust(12) + told(towers, keeper, need["image"]), flush=True)
@@ -114,12 +118,38 @@ def told(towers: Towers, keeper: str, need: Tensor) -> str:
     """A line of the table. need [records], of photographs."""
     model = towers.pruned(keeper)
     vp.calibrate(model, towers.knob_calls, REDUCTION)
+    if keeper == "ratio":  # the same count for all
+        return f"{towers.recall(**towers.run(model)):8.1f}"
+    pruners = [pruner for tower in model.pruning.towers.values() for pruner in tower.pruners.values()]
+    shares: list[float] = []  # of each, in the order in which they run
+
+    def note(_: Any, inputs: Any, counts: Tensor) -> None:
+        there = segments.count(inputs[1].free, inputs[1].layout)
+        shares.append((counts.minimum(there) / there).mean().item())
+
+    for pruner in pruners:
+        pruner.keeper.register_forward_hook(note)
     with vp.collect() as traces:
         line = f"{towers.recall(**towers.run(model)):8.1f}"
+    means = dict(zip(pruners, shares, strict=True))
+    line += f"{as_static(towers, model, means, Meter(model)(traces).reduction):11.1f}"
     counts = next(trace.lengths for trace in traces if trace.tower == "image")
-    if keeper == "ratio":  # the same count for all
-        return line
     return line + "".join(f"{correlation(need, torch.tensor(counts[at])):18.2f}" for at in (AT["image"][0], -1))
+
+
+def as_static(towers: Towers, model: Any, shares: dict[Any, float], reduction: float) -> float:
+    """Recall with one share for all at each pruner: these to one power, between the two nearest to the reduction."""
+    low, high, tried = 0.5, 1.5, set()
+    for _ in range(6):
+        power = (low + high) / 2
+        for pruner, share in shares.items():
+            pruner.keeper = Ratio(pruner.scorer.site, share**power)
+        with vp.collect() as traces:
+            features = towers.run(model)
+        saved = Meter(model)(traces).reduction
+        tried.add((1 - saved, towers.recall(**features)))
+        low, high = (low, power) if saved > reduction else (power, high)
+    return between(sorted(tried), 1 - reduction)
 
 
 def compare(towers: Towers, tower: str, runs: Sequence[Any], damage: Tensor) -> None:
