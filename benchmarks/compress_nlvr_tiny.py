@@ -99,7 +99,7 @@ def main() -> None:
 def config_of(options: argparse.Namespace) -> CompressConfig:
     """The config of a run."""
     config = variants.config_of(
-        "madtp",
+        "madtp without maps",
         task="nlvr",
         model="blip_nlvr_tiny",
         data=f"synthetic:train:{options.drawn}x8",

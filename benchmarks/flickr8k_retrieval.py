@@ -135,20 +135,26 @@ def _own(options: argparse.Namespace) -> dict[str, Any]:
 
 def ablations(short: bool) -> list[str]:
     """Their mean recall, how far it is from that of `madtp` and of a static count, and what they keep."""
-    only, bases = ([called(one, short) for one in some] for some in (variants.VARIANTS, ("madtp", "static count")))
-    apart = (variants.differences(RESULTS, _mean_recall, base, only) for base in bases)
+    only = [called(one, short) for one in variants.VARIANTS]
+    apart = (
+        variants.differences(
+            RESULTS, _mean_recall, called(base, short), [called(o, short) for o in variants.compared(base)]
+        )
+        for base in ("madtp", "static count", "madtp without maps", "static count without maps")
+    )
     return [variants.table(RESULTS, _mean_recall, only), *filter(None, apart), kept(only)]
 
 
 def kept(names: Sequence[str]) -> str:
     """Tokens that stay behind the last pruned block, of so many: means over instances and seeds, a line a name."""
     rows = json.loads(RESULTS.read_text())
-    lines = [f"{'tokens that stay':<32}{'image':>14}{'text':>14}"]
+    wide = max(32, *map(len, names))
+    lines = [f"{'tokens that stay':<{wide}}{'image':>14}{'text':>14}"]
     for name in names:
         mine = [one["kept"] for one in rows if one["name"] == name]
         if mine:
             cells = (f"{_mean(mine, tower, -1):.1f} of {_mean(mine, tower, 0):.1f}" for tower in ("image", "text"))
-            lines.append(f"{name:<32}" + "".join(f"{cell:>14}" for cell in cells))
+            lines.append(f"{name:<{wide}}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
 
 

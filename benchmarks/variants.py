@@ -12,10 +12,11 @@ from typing import Any
 from vltprune.training import CompressConfig
 
 _NAME, _WIDE = 44, 15  # of columns, of the first at least
+_PLAIN = " without maps"
 _OFF = 0.015  # how far from what was asked a run may save and need no mention
 
 COMMON: dict[str, Any] = {
-    "parts": {"guide": "codebook(anchors=32, project=False)"},
+    "parts": {"guide": "codebook(anchors=32)"},
     "budget": "controller",
     "distil": 1.0,
     "saliency": 0.5,
@@ -24,12 +25,9 @@ COMMON: dict[str, Any] = {
     "ramp": 0.4,
 }
 
-_MAPPED = {"guide": "codebook(anchors=32)"}  # with a map of each tower, as is the default
-
 # fields of the config, and parts of the pruner
 VARIANTS: dict[str, dict[str, Any]] = {
     "madtp": {},
-    "with maps": {"parts": _MAPPED},
     "without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "learned"}},
     "without the alignment loss": {"align": 0.0},
     "neither MAG nor taught scores": {
@@ -37,11 +35,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "saliency": 0.0,
     },
     "static count": {"parts": {"keep": "ratio"}},
-    "static count with maps": {"parts": {**_MAPPED, "keep": "ratio"}},
     "static count without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "ratio"}},
     "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
     "count by distortion": {"parts": {"keep": "distortion"}},
-    "count by distortion with maps": {"parts": {**_MAPPED, "keep": "distortion"}},
     "top-p count": {"parts": {"keep": "top_p"}},
     "learned thresholds": {"parts": {"keep": "learned"}},
     "learned budget": {"budget": "learned"},
@@ -49,9 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "self_attention alone": {"parts": {"scorer": "self_attention"}},
     "cls_attention alone": {"parts": {"scorer": "cls_attention"}},
     "alignment alone": {"parts": {"scorer": "alignment"}},
-    "sparsemax": {"parts": {"guide": "codebook(anchors=32, project=False, attend='sparsemax')"}},
-    "8 anchors": {"parts": {"guide": "codebook(anchors=8, project=False)"}},
-    "128 anchors": {"parts": {"guide": "codebook(anchors=128, project=False)"}},
+    "sparsemax": {"parts": {"guide": "codebook(anchors=32, attend='sparsemax')"}},
+    "8 anchors": {"parts": {"guide": "codebook(anchors=8)"}},
+    "128 anchors": {"parts": {"guide": "codebook(anchors=128)"}},
     "without distillation": {"distil": 0.0},
     "summaries distilled too": {"distil_summaries": 1.0},
     "scores not taught": {"saliency": 0.0},
@@ -61,11 +57,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _is_unguided(change: dict[str, Any]) -> bool:
+    return change.get("parts", {}).get("guide", "a guide") is None
+
+
+def _without_maps(change: dict[str, Any]) -> dict[str, Any]:
+    """The same change of a guide that has no map of each tower, which is what the reference has for BLIP."""
+    parts = {**COMMON["parts"], **change.get("parts", {})}
+    return {**change, "parts": {**parts, "guide": parts["guide"].replace(")", ", project=False)")}}
+
+
+VARIANTS |= {name + _PLAIN: _without_maps(change) for name, change in VARIANTS.items() if not _is_unguided(change)}
+
+
 def config_of(variant: str, **own: Any) -> CompressConfig:
     """The common config with the script's own fields, and the variant's change."""
     changed = dict(VARIANTS[variant])
     parts = {**COMMON["parts"], **own.pop("parts", {}), **changed.pop("parts", {})}
     return CompressConfig.from_dict({**COMMON, **own, **changed, "parts": parts})
+
+
+def compared(base: str) -> list[str]:
+    """The variants that a base is compared with: of guides like its own, without a guide, and itself without maps."""
+    plain = base.endswith(_PLAIN)
+    return [
+        name
+        for name, change in VARIANTS.items()
+        if name.endswith(_PLAIN) == plain or _is_unguided(change) or name == base + _PLAIN
+    ]
 
 
 def record(file: Path, keys: Sequence[str], row: dict[str, Any]) -> None:
@@ -108,12 +127,13 @@ def differences(file: Path, value: Callable[[dict[str, Any]], float], base: str,
     seeds = {
         name: {r["seed"]: 100 * value(r) for r in rows if (r["name"], r["reduction"]) == (name, share)} for name in only
     }
+    wide = max(_NAME, *(len(name) + 2 for name in seeds))
     lines = [f"points below {base}, at {share:.0%} fewer, seed by seed"]
     for name in sorted(seeds, key=lambda name: (_place(name), name)):
         apart = [seeds[base][seed] - here for seed, here in seeds[name].items() if seed in seeds[base]]
         if name != base and len(apart) > 1:
             spread = f"{statistics.mean(apart):5.1f} ± {statistics.stdev(apart):.1f}"
-            lines.append(f"{name.ljust(_NAME)}{spread}   {min(apart):.1f} .. {max(apart):.1f}")
+            lines.append(f"{name.ljust(wide)}{spread}   {min(apart):.1f} .. {max(apart):.1f}")
     return "\n".join(lines) if len(lines) > 1 else ""
 
 

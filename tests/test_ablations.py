@@ -57,3 +57,17 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
         MODULE["record"](file, ("name", "seed", "reduction"), row)
     told = MODULE["differences"](file, lambda row: row["score"], "madtp", ["madtp", "drop", "random"])
     assert [line.split() for line in told.splitlines()[1:]] == [["drop", "7.5", "±", "3.5", "5.0", "..", "10.0"]]
+
+
+def test_each_guide_can_be_without_maps_and_runs_are_compared_with_their_like():
+    guides = {name: MODULE["config_of"](name, **OWN).parts["guide"] for name in MODULE["VARIANTS"]}
+    twins = [name for name in guides if name.endswith(" without maps")]
+    assert {name.removesuffix(" without maps") for name in twins} == {
+        name for name, guide in guides.items() if guide is not None and name not in twins
+    }
+    assert all("project=False" in guides[name] for name in twins)
+    assert not any("project" in (guide or "") for name, guide in guides.items() if name not in twins)
+
+    mapped, plain = set(MODULE["compared"]("madtp")), set(MODULE["compared"]("madtp without maps"))
+    assert mapped & set(twins) == {"madtp without maps"}
+    assert mapped & plain == {name for name, guide in guides.items() if guide is None} | {"madtp without maps"}
