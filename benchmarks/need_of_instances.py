@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -121,18 +122,17 @@ def told(towers: Towers, keeper: str, need: Tensor) -> str:
     if keeper == "ratio":  # the same count for all
         return f"{towers.recall(**towers.run(model)):8.1f}"
     pruners = [pruner for tower in model.pruning.towers.values() for pruner in tower.pruners.values()]
-    shares: list[float] = []  # of each, in the order in which they run
+    shares: dict[Any, float] = {}  # that each leaves in the mean
 
-    def note(_: Any, inputs: Any, counts: Tensor) -> None:
+    def note(pruner: Any, _: Any, inputs: Any, counts: Tensor) -> None:
         there = segments.count(inputs[1].free, inputs[1].layout)
-        shares.append((counts.minimum(there) / there).mean().item())
+        shares[pruner] = (counts.minimum(there) / there).mean().item()
 
     for pruner in pruners:
-        pruner.keeper.register_forward_hook(note)
+        pruner.keeper.register_forward_hook(partial(note, pruner))
     with vp.collect() as traces:
         line = f"{towers.recall(**towers.run(model)):8.1f}"
-    means = dict(zip(pruners, shares, strict=True))
-    line += f"{as_static(towers, model, means, Meter(model)(traces).reduction):11.1f}"
+    line += f"{as_static(towers, model, shares, Meter(model)(traces).reduction):11.1f}"
     counts = next(trace.lengths for trace in traces if trace.tower == "image")
     return line + "".join(f"{correlation(need, torch.tensor(counts[at])):18.2f}" for at in (AT["image"][0], -1))
 
