@@ -99,9 +99,9 @@ def run(work: Path, variant: str, seed: int, long: bool = False, steps: int | No
 
 
 def apart(long: bool, steps: int | None) -> list[str]:
-    """How far runs are below `madtp`, and those without maps below that without maps."""
+    """How far runs are below `madtp`, and its twins below theirs."""
     told = []
-    for base in ("madtp", "madtp without maps"):
+    for base in ("madtp", "madtp by temperature", "madtp without maps"):
         some = [called(variant, long, steps) for variant in variants.compared(base)]
         told.append(variants.differences(RESULTS, accuracy, called(base, long, steps), some))
     return list(filter(None, told))

@@ -46,7 +46,7 @@ METHODS = {
     "self_attention": {"scorer": "self_attention", "keep": RATIO},
     "madtp - guide": {"scorer": "unguided", "keep": RATIO},
     "madtp": {"scorer": "madtp", "keep": RATIO, "guide": GUIDE},
-    "madtp, threshold": {"scorer": "madtp", "keep": "threshold", "guide": GUIDE},
+    "madtp, threshold": {"scorer": "madtp", "keep": "threshold(turn='temperature')", "guide": GUIDE},
 }
 SEEDS = (0, 1, 2)  # of random; its numbers are their mean
 FITTING = 6  # photographs to calibrate on: all have equally many tokens

@@ -57,7 +57,7 @@ _LOWER = ("visual.trunk.blocks.[0-5].*", "text.transformer.encoder.layer.[0-2].*
 _SHORT = {"steps": 140, "batch_size": 48, "val_limit": 500}
 _FREE = {
     "madtp": {"guide": "codebook(anchors=100)", "keep": "ratio"},
-    "madtp, DTP": {"guide": "codebook(anchors=100)"},
+    "madtp, DTP": {"guide": "codebook(anchors=100)", "keep": "threshold(turn='temperature')"},
     "self_attention": {"guide": None, "scorer": "self_attention", "keep": "ratio"},
     "random": {"guide": None, "scorer": "random", "keep": "ratio", "reducer": "drop"},
 }
@@ -140,7 +140,7 @@ def ablations(short: bool) -> list[str]:
         variants.differences(
             RESULTS, _mean_recall, called(base, short), [called(o, short) for o in variants.compared(base)]
         )
-        for base in ("madtp", "static count", "madtp without maps", "static count without maps")
+        for base in ("madtp", "static count", "madtp by temperature", "madtp without maps", "static count without maps")
     )
     return [variants.table(RESULTS, _mean_recall, only), *filter(None, apart), kept(only)]
 

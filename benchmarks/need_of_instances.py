@@ -70,7 +70,7 @@ class Towers:
         """The dense model, pruned; without a guide where the keeper reads none."""
         model = vp.preset("madtp").replace(at=AT, keep=keep)
         if keep == "threshold":
-            pruned = vp.prune(self.dense, model)
+            pruned = vp.prune(self.dense, model.replace(keep="threshold(turn='temperature')"))
             fit_guide(pruned, self.knob_calls)
             return pruned
         return vp.prune(self.dense, model.replace(guide=None, scorer="self_attention"))

@@ -12,7 +12,7 @@ from typing import Any
 from vltprune.training import CompressConfig
 
 _NAME, _WIDE = 44, 15  # of columns, of the first at least
-_PLAIN = " without maps"
+_TURNED, _PLAIN = " by temperature", " without maps"
 _OFF = 0.015  # how far from what was asked a run may save and need no mention
 
 COMMON: dict[str, Any] = {
@@ -57,17 +57,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _is_unguided(change: dict[str, Any]) -> bool:
-    return change.get("parts", {}).get("guide", "a guide") is None
+def _by_temperature(change: dict[str, Any]) -> dict[str, Any]:
+    """The same change where DTP's budget is kept as paper and reference do; itself where no DTP is."""
+    keep = change.get("parts", {}).get("keep", "threshold()")
+    if not keep.startswith("threshold"):
+        return change
+    turned = keep.replace("()", "(turn='temperature')").replace("='batch')", "='batch', turn='temperature')")
+    return {**change, "parts": {**change.get("parts", {}), "keep": turned}}
 
 
 def _without_maps(change: dict[str, Any]) -> dict[str, Any]:
-    """The same change of a guide that has no map of each tower, which is what the reference has for BLIP."""
+    """The same change of a guide that has no map of each tower, as the reference has none for BLIP, and by temperature."""
+    change = _by_temperature(change)
     parts = {**COMMON["parts"], **change.get("parts", {})}
+    if parts["guide"] is None:
+        return change
     return {**change, "parts": {**parts, "guide": parts["guide"].replace(")", ", project=False)")}}
 
 
-VARIANTS |= {name + _PLAIN: _without_maps(change) for name, change in VARIANTS.items() if not _is_unguided(change)}
+def _twins(suffix: str, twin: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of the variants that differ from them."""
+    return {name + suffix: twin(change) for name, change in VARIANTS.items() if twin(change) != change}
+
+
+VARIANTS |= _twins(_TURNED, _by_temperature) | _twins(_PLAIN, _without_maps)
 
 
 def config_of(variant: str, **own: Any) -> CompressConfig:
@@ -78,13 +91,13 @@ def config_of(variant: str, **own: Any) -> CompressConfig:
 
 
 def compared(base: str) -> list[str]:
-    """The variants that a base is compared with: of guides like its own, without a guide, and itself without maps."""
-    plain = base.endswith(_PLAIN)
-    return [
-        name
-        for name, change in VARIANTS.items()
-        if name.endswith(_PLAIN) == plain or _is_unguided(change) or name == base + _PLAIN
-    ]
+    """The variants that a base is compared with: twins like itself, variants that have none such, and its own other twins."""
+    suffix = next((one for one in (_TURNED, _PLAIN) if base.endswith(one)), "")
+    plain = base.removesuffix(suffix)
+    firsts = [name for name in VARIANTS if not name.endswith((_TURNED, _PLAIN))]
+    like = [name + suffix if name + suffix in VARIANTS else name for name in firsts]
+    own = [name for name in (plain, plain + _TURNED, plain + _PLAIN) if name in VARIANTS]
+    return list(dict.fromkeys([*like, *own]))
 
 
 def record(file: Path, keys: Sequence[str], row: dict[str, Any]) -> None:

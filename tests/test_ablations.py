@@ -59,15 +59,25 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert [line.split() for line in told.splitlines()[1:]] == [["drop", "7.5", "±", "3.5", "5.0", "..", "10.0"]]
 
 
-def test_each_guide_can_be_without_maps_and_runs_are_compared_with_their_like():
-    guides = {name: MODULE["config_of"](name, **OWN).parts["guide"] for name in MODULE["VARIANTS"]}
-    twins = [name for name in guides if name.endswith(" without maps")]
-    assert {name.removesuffix(" without maps") for name in twins} == {
-        name for name, guide in guides.items() if guide is not None and name not in twins
-    }
-    assert all("project=False" in guides[name] for name in twins)
-    assert not any("project" in (guide or "") for name, guide in guides.items() if name not in twins)
+def test_what_was_run_before_has_twins_and_runs_are_compared_with_their_like():
+    parts = {name: MODULE["config_of"](name, **OWN).parts for name in MODULE["VARIANTS"]}
+    turned, plain = (
+        {name.removesuffix(end) for name in parts if name.endswith(end)} for end in (" by temperature", " without maps")
+    )
+    firsts = {name for name in parts if not name.endswith((" by temperature", " without maps"))}
+    assert turned == {name for name in firsts if "threshold" in parts[name].get("keep", "threshold")}
+    assert plain == {name for name in firsts if parts[name]["guide"] is not None}
+    for name in firsts:
+        assert "project" not in (parts[name]["guide"] or "") and "turn" not in parts[name].get("keep", "")
+    for name in turned:
+        assert parts[name + " by temperature"]["keep"].endswith("turn='temperature')")
+        assert parts[name + " by temperature"]["guide"] == parts[name]["guide"]
+    for name in plain:
+        assert "project=False" in parts[name + " without maps"]["guide"]
+        assert ("temperature" in parts[name + " without maps"].get("keep", "")) == (name in turned)
 
-    mapped, plain = set(MODULE["compared"]("madtp")), set(MODULE["compared"]("madtp without maps"))
-    assert mapped & set(twins) == {"madtp without maps"}
-    assert mapped & plain == {name for name, guide in guides.items() if guide is None} | {"madtp without maps"}
+    compared = {base: set(MODULE["compared"](base)) for base in ("madtp", "madtp by temperature", "madtp without maps")}
+    own = set(compared)
+    assert compared["madtp"] == firsts | own
+    assert compared["madtp by temperature"] == firsts - turned | {f"{name} by temperature" for name in turned} | own
+    assert compared["madtp without maps"] == firsts - plain | {f"{name} without maps" for name in plain} | own

@@ -14,7 +14,7 @@ from strategies import arguments, cases, seeds, values_of
 from vltprune import KeepRatioPredictor, Stat, TokenReducer, TokenScorer, guides, keepers, reducers, scorers
 from vltprune.layers import Codebook, Drop, Fuse, Ratio
 
-TURNED = [name for name in keepers.names() if keepers[name].knob and not keepers[name].guided]
+TURNED = [name for name in keepers.names() if keepers[name].knob]
 
 
 @pytest.mark.parametrize("name", scorers.names())

@@ -17,6 +17,7 @@ from .keepers import KeepRatioPredictor, Knob
 from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
+_TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
 
 
 @keepers.register("threshold")
@@ -24,16 +25,29 @@ class Threshold(KeepRatioPredictor):
     """DTP: keep what scores above the weakest anchor's weighted mean score (MADTP, arXiv 2403.02991, section 3.3).
 
     theta = min over anchors k of sum over tokens j of softmax(A / temperature)[j, k] score[j]; kept are the tokens with
-    score > theta. Where none would stay, or only one would go, nothing is pruned, as in the reference.
+    score > theta + shift * sd, sd that of their instance's scores. Where none is above theta itself, or only one would go,
+    nothing is pruned, as in the reference; one token stays at least.
 
-    Arguments: temperature > 0, larger prunes more; across: "instance", each by its own count, or "batch", the reference's
-    rule that all keep as many as the neediest, which makes results depend on batch mates and exists for comparison only.
+    Paper and reference have no shift, and turn the temperature for a budget. But theta lies between one token's score and the
+    mean of all at any temperature: of a guide that was trained to score, that is a narrow range of costs (docs/results.md).
+    A shift reaches every cost.
+
+    Arguments: temperature > 0, larger prunes more as a rule; shift, larger prunes more; turn: which of them a budget turns;
+    across: "instance", each by its own count, or "batch", the reference's rule that all keep as many as the neediest, which
+    makes results depend on batch mates and exists for comparison only.
     """
 
     guided = True
-    knob = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
+    knob = Knob("shift", -8.0, 8.0, keeps=False)
 
-    def __init__(self, site: Site, temperature: float = 1.0, across: Literal["instance", "batch"] = "instance"):
+    def __init__(
+        self,
+        site: Site,
+        temperature: float = 1.0,
+        across: Literal["instance", "batch"] = "instance",
+        shift: float = 0.0,
+        turn: Literal["shift", "temperature"] = "shift",
+    ):
         super().__init__(site)
         if not temperature > 0:
             raise ValueError(
@@ -41,8 +55,15 @@ class Threshold(KeepRatioPredictor):
             )
         if across not in ("instance", "batch"):
             raise ValueError(f"threshold(across={across!r}): write across='instance' or across='batch'")
+        if not math.isfinite(shift):
+            raise ValueError(f"threshold(shift={shift}) must be finite: standard deviations of an instance's scores")
+        if turn not in ("shift", "temperature"):
+            raise ValueError(f"threshold(turn={turn!r}): write turn='shift' or turn='temperature'")
         self.temperature = temperature
         self.across = across
+        self.shift = shift
+        if turn == "temperature":
+            self.knob = _TEMPERATURE
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         return self._counts(scores, self._threshold(scores, guidance, tokens.layout), tokens)
@@ -50,16 +71,21 @@ class Threshold(KeepRatioPredictor):
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         threshold, there = self._threshold(scores, guidance, tokens.layout), segments.count(tokens.free, tokens.layout)
         whole = self._counts(scores, threshold, tokens) == there
-        margin = (scores - threshold[tokens.layout.instance]) / spread(scores, tokens)[1]
+        margin = (scores - threshold[tokens.layout.instance]) / spread(scores, tokens)[1] - self.shift
         return margin.masked_fill(whole[tokens.layout.instance], _ENTIRELY)
 
     def _counts(self, scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Tensor:
-        layout, free = tokens.layout, tokens.free
-        above = scores.to(threshold.dtype) > (threshold + 1e-8 * threshold.abs())[layout.instance]
-        counts, there = segments.count(above & free, layout), segments.count(free, layout)
-        if self.across == "batch":
-            counts = counts.amax().expand_as(counts)
-        return torch.where((counts < 1) | (there - counts <= 1), there, counts)
+        exact, layout, there = scores.to(threshold.dtype), tokens.layout, segments.count(tokens.free, tokens.layout)
+        least = (threshold + 1e-8 * threshold.abs())[layout.instance]
+        counts = self._above(exact, least, tokens)
+        whole = counts < 1
+        if self.shift:
+            counts = self._above(exact, least + self.shift * spread(exact, tokens)[1], tokens).clamp(min=1)
+        return torch.where(whole | (there - counts <= 1), there, counts)
+
+    def _above(self, scores: Tensor, least: Tensor, tokens: PackedTokens) -> Tensor:
+        counts = segments.count((scores > least) & tokens.free, tokens.layout)
+        return counts.amax().expand_as(counts) if self.across == "batch" else counts
 
     def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> Tensor:
         """[batch], in double precision: a cold softmax puts the threshold onto one token's own score, and rounding would

@@ -47,12 +47,12 @@ class Knob:
 class KeepRatioPredictor(nn.Module, ABC):
     """Says how many unprotected tokens each instance keeps at one site.
 
-    `guided`: whether it reads the guidance; `knob`: what a budget may turn, None if nothing. Implementations take `site`
-    and their own arguments, and hold the knob as an attribute of its name.
+    `guided`: whether it reads the guidance; `knob`: what a budget may turn, None if nothing; an instance may have another
+    than its class. Implementations take `site` and their own arguments, and hold the knob as an attribute of its name.
     """
 
     guided: ClassVar[bool] = False
-    knob: ClassVar[Knob | None] = None
+    knob: Knob | None = None
 
     def __init__(self, site: Site):
         super().__init__()
