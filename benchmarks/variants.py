@@ -152,7 +152,7 @@ def differences(file: Path, value: Callable[[dict[str, Any]], float], base: str,
 
 def _place(name: str) -> int:
     order = list(VARIANTS)
-    plain = name.split(",")[0].rstrip("*")
+    plain = name.split(",")[0].rstrip("*").split(" to ")[0]
     return order.index(plain) if plain in order else -1
 
 

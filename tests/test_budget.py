@@ -61,7 +61,7 @@ def test_a_lone_tower_is_calibrated_too():
 def test_a_target_out_of_reach_is_named_and_nothing_changes(dense, inputs):
     model = vp.prune(dense, "madtp", keep="threshold(temperature=2.5)", at={"image": (4,), "text": None})
     tried = []
-    with pytest.raises(vp.BudgetError, match=r"reduction=0.9 is out of reach .*: shift from .* \(at=") as caught:
+    with pytest.raises(vp.BudgetError, match=r"reduction=0.9 is out of reach .*: power from .* \(at=") as caught:
         vp.calibrate(model, [inputs], 0.9, progress=lambda value, saved: tried.append(saved))
     assert len(tried) == 13  # both ends and the steps between them; there is nothing to halve
     assert caught.value.nearest.reduction == max(tried)
@@ -69,7 +69,7 @@ def test_a_target_out_of_reach_is_named_and_nothing_changes(dense, inputs):
     assert (str(again), again.nearest) == (str(caught.value), caught.value.nearest)
     assert "nearest" in str(caught.value)
     assert model.pruning.config.keep == vp.Part("threshold", {"temperature": 2.5})
-    assert {(m.temperature, m.shift) for m in model.modules() if isinstance(m, vp.KeepRatioPredictor)} == {(2.5, 0.0)}
+    assert {(m.temperature, m.power) for m in model.modules() if isinstance(m, vp.KeepRatioPredictor)} == {(2.5, 1.0)}
 
 
 def test_a_target_between_two_counts_is_told_from_one_out_of_reach(dense, inputs):

@@ -58,7 +58,7 @@ def test_round_trip_of_other_libraries(tmp_path, name):
 def test_what_was_calibrated_is_kept(tmp_path, model):
     vp.budget.fit_guide(model, [INPUTS])
     found = vp.calibrate(model, [INPUTS], 0.6, tolerance=0.05)
-    assert vp.load(vp.save(model, tmp_path)).pruning.config.keep.args == {"temperature": 0.3, "shift": found.value}
+    assert vp.load(vp.save(model, tmp_path)).pruning.config.keep.args == {"temperature": 0.3, "power": found.value}
 
 
 def test_parts_can_be_replaced_while_loading(tmp_path, model):

@@ -18,18 +18,18 @@ from vltprune.layers import Distortion, Threshold
 SITE = Site("image", 0, 4, DIM, HEADS, has_summary=True)
 
 
-def naive_threshold(scores, affinity, tau, shift, sparse):
+def naive_threshold(scores, affinity, tau, power, sparse):
     """DTP for one instance, as the method states it: how many of its unprotected tokens stay."""
     if len(scores) == 0:
         return 0
     logits, scores = affinity.double() / tau, scores.double()
     weight = sparsemax(logits) if sparse else logits.softmax(0)
     theta = (weight * scores[:, None]).sum(0).min()
-    apart = shift * (scores.var(correction=0) + (1e-3 * scores.abs().mean() + 1e-12) ** 2).sqrt()
-    if min((scores - line).abs().min() for line in (theta, theta + apart)) < 1e-6 * (theta.abs() + apart.abs()):
+    if (scores - theta).abs().min() < 1e-6 * theta.abs():
         return None  # a tie: which side it falls on is rounding
-    n = max(int((scores > theta + apart).sum()), 1)
-    return len(scores) if not (scores > theta).any() or len(scores) - n <= 1 else n
+    n = int((scores > theta).sum())
+    n = len(scores) if n < 1 or len(scores) - n <= 1 else n
+    return math.ceil(len(scores) * (n / len(scores)) ** power - 1e-9)
 
 
 def sparsemax(z):
@@ -42,13 +42,13 @@ def sparsemax(z):
     return (z - high).clamp(min=0)
 
 
-@given(cases(), st.floats(-6, 6).map(lambda power: 10**power), st.just(0.0) | values_of(Threshold.knob))
-def test_threshold(case, tau, shift):
-    counts = Threshold(case.site, temperature=tau, shift=shift)(case.scores, case.tokens, case.guidance)
+@given(cases(), st.floats(-6, 6).map(lambda power: 10**power), st.just(1.0) | values_of(Threshold.knob))
+def test_threshold(case, tau, power):
+    counts = Threshold(case.site, temperature=tau, power=power)(case.scores, case.tokens, case.guidance)
     for i in range(case.batch):
         rows = (case.tokens.layout.instance == i) & case.tokens.free
         sparse = case.guidance.attend == "sparsemax"
-        expected = naive_threshold(case.scores[rows], case.guidance.affinity[rows], tau, shift, sparse)
+        expected = naive_threshold(case.scores[rows], case.guidance.affinity[rows], tau, power, sparse)
         assert expected is None or counts[i] == expected
 
 
@@ -201,8 +201,8 @@ def test_random_ratio_without_spread_is_ratio():
         ("threshold", {"temperature": 0.0}, r"temperature=0.0\) must be above 0"),
         ("threshold", {"temperature": -1.0}, "must be above 0"),
         ("threshold", {"temperature": float("nan")}, "must be above 0"),
-        ("threshold", {"shift": float("inf")}, r"shift=inf\) must be finite"),
-        ("threshold", {"turn": "both"}, "write turn='shift' or turn='temperature'"),
+        ("threshold", {"power": 0.0}, r"power=0.0\) must be above 0 and finite"),
+        ("threshold", {"turn": "both"}, "write turn='power' or turn='temperature'"),
         ("threshold", {"across": "world"}, "across='instance' or across='batch'"),
         ("top_p", {"p": 1.1}, r"top_p\(p=1.1\) must lie in 0 .. 1"),
         ("ratio", {"ratio": 1.5}, r"ratio\(ratio=1.5\) must lie in 0 .. 1"),

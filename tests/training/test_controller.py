@@ -24,7 +24,7 @@ def test_the_target_rises_to_the_reduction_and_stays(steps, reduction, ramp):
     assert target(math.ceil(ramp * steps), steps, reduction, ramp) == pytest.approx(reduction)
 
 
-@pytest.mark.parametrize(("keep", "centre"), [("threshold(temperature=1.0)", 1.5), ("ratio(ratio=0.9)", 0.3)])
+@pytest.mark.parametrize(("keep", "centre"), [("threshold(temperature=1.0)", 3.0), ("ratio(ratio=0.9)", 0.3)])
 def test_it_finds_a_target_and_follows_it(keep, centre):
     """Against a made-up response: the share that is saved as a logistic function of the knob's place."""
     model = vp.prune(small("blip").model, "madtp", keep=keep)

@@ -13,7 +13,7 @@ from .. import segments
 from ..registry import keepers
 from ..tokens import Layout, PackedTokens
 from .guides import Guidance
-from .keepers import KeepRatioPredictor, Knob
+from .keepers import KeepRatioPredictor, Knob, share
 from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
@@ -24,29 +24,29 @@ _TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
 class Threshold(KeepRatioPredictor):
     """DTP: keep what scores above the weakest anchor's weighted mean score (MADTP, arXiv 2403.02991, section 3.3).
 
-    theta = min over anchors k of sum over tokens j of softmax(A / temperature)[j, k] score[j]; kept are the tokens with
-    score > theta + shift * sd, sd that of their instance's scores. Where none is above theta itself, or only one would go,
-    nothing is pruned, as in the reference; one token stays at least.
+    theta = min over anchors k of sum over tokens j of softmax(A / temperature)[j, k] score[j]; of an instance's n tokens, m
+    score above it. Where none does, or only one would go, m is n, as in the reference. Kept are the best ceil(n (m / n)^power).
 
-    Paper and reference have no shift, and turn the temperature for a budget. But theta lies between one token's score and the
-    mean of all at any temperature: of a guide that was trained to score, that is a narrow range of costs (docs/results.md).
-    A shift reaches every cost.
+    At power 1 that is DTP. Paper and reference turn the temperature for a budget, but theta lies between one token's score and
+    the mean of all at any temperature: of a guide that was trained to score, that is a narrow range of costs. A power reaches
+    every cost. Who needs more than others keeps more, the less so the milder the cost; a threshold that is lowered until
+    as much stays lies among scores that are nearly equal, and counts there are chance (docs/results.md).
 
-    Arguments: temperature > 0, larger prunes more as a rule; shift, larger prunes more; turn: which of them a budget turns;
+    Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; turn: which of them a budget turns;
     across: "instance", each by its own count, or "batch", the reference's rule that all keep as many as the neediest, which
     makes results depend on batch mates and exists for comparison only.
     """
 
     guided = True
-    knob = Knob("shift", -8.0, 8.0, keeps=False)
+    knob = Knob("power", 1 / 64, 64.0, log=True, keeps=False)
 
     def __init__(
         self,
         site: Site,
         temperature: float = 1.0,
         across: Literal["instance", "batch"] = "instance",
-        shift: float = 0.0,
-        turn: Literal["shift", "temperature"] = "shift",
+        power: float = 1.0,
+        turn: Literal["power", "temperature"] = "power",
     ):
         super().__init__(site)
         if not temperature > 0:
@@ -55,13 +55,13 @@ class Threshold(KeepRatioPredictor):
             )
         if across not in ("instance", "batch"):
             raise ValueError(f"threshold(across={across!r}): write across='instance' or across='batch'")
-        if not math.isfinite(shift):
-            raise ValueError(f"threshold(shift={shift}) must be finite: standard deviations of an instance's scores")
-        if turn not in ("shift", "temperature"):
-            raise ValueError(f"threshold(turn={turn!r}): write turn='shift' or turn='temperature'")
+        if not 0 < power < math.inf:
+            raise ValueError(f"threshold(power={power}) must be above 0 and finite: 1 is DTP, less prunes less")
+        if turn not in ("power", "temperature"):
+            raise ValueError(f"threshold(turn={turn!r}): write turn='power' or turn='temperature'")
         self.temperature = temperature
         self.across = across
-        self.shift = shift
+        self.power = power
         if turn == "temperature":
             self.knob = _TEMPERATURE
 
@@ -70,22 +70,21 @@ class Threshold(KeepRatioPredictor):
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         threshold, there = self._threshold(scores, guidance, tokens.layout), segments.count(tokens.free, tokens.layout)
-        whole = self._counts(scores, threshold, tokens) == there
-        margin = (scores - threshold[tokens.layout.instance]) / spread(scores, tokens)[1] - self.shift
-        return margin.masked_fill(whole[tokens.layout.instance], _ENTIRELY)
+        counts = self._counts(scores, threshold, tokens)
+        if self.power != 1:  # what is kept is no longer what is above: the threshold as if it lay where the counts cut
+            cut = torch.where(counts < there, _cut(scores.to(threshold.dtype), tokens, counts), threshold)
+            threshold = threshold + (cut - threshold).detach()
+        margin = (scores - threshold[tokens.layout.instance]) / spread(scores, tokens)[1]
+        return margin.masked_fill((counts == there)[tokens.layout.instance], _ENTIRELY)
 
     def _counts(self, scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Tensor:
-        exact, layout, there = scores.to(threshold.dtype), tokens.layout, segments.count(tokens.free, tokens.layout)
-        least = (threshold + 1e-8 * threshold.abs())[layout.instance]
-        counts = self._above(exact, least, tokens)
-        whole = counts < 1
-        if self.shift:
-            counts = self._above(exact, least + self.shift * spread(exact, tokens)[1], tokens).clamp(min=1)
-        return torch.where(whole | (there - counts <= 1), there, counts)
-
-    def _above(self, scores: Tensor, least: Tensor, tokens: PackedTokens) -> Tensor:
-        counts = segments.count((scores > least) & tokens.free, tokens.layout)
-        return counts.amax().expand_as(counts) if self.across == "batch" else counts
+        layout, free = tokens.layout, tokens.free
+        above = scores.to(threshold.dtype) > (threshold + 1e-8 * threshold.abs())[layout.instance]
+        counts, there = segments.count(above & free, layout), segments.count(free, layout)
+        if self.across == "batch":
+            counts = counts.amax().expand_as(counts)
+        counts = torch.where((counts < 1) | (there - counts <= 1), there, counts)
+        return counts if self.power == 1 else share(there, (counts.double() / there.clamp(min=1)) ** self.power)
 
     def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> Tensor:
         """[batch], in double precision: a cold softmax puts the threshold onto one token's own score, and rounding would
@@ -189,9 +188,17 @@ def _lost(scores: Tensor, tokens: PackedTokens) -> Tensor:
     z = F.layer_norm(tokens.x.float(), (dim,)) / dim**0.5
     weight = scores.float().clamp(min=0) + 1e-12  # equal where no score is above 0
     weight = weight.masked_fill(tokens.protected, 0.0)
-    share = weight / segments.sum(weight, layout).clamp(min=1e-12)[layout.instance]
-    mean = segments.mix(share[:, None], z, layout)[:, 0]
-    return share * (z - mean[layout.instance]).square().sum(-1)
+    part = weight / segments.sum(weight, layout).clamp(min=1e-12)[layout.instance]
+    mean = segments.mix(part[:, None], z, layout)[:, 0]
+    return part * (z - mean[layout.instance]).square().sum(-1)
+
+
+def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
+    """[batch]: halfway between the last score that is kept, of so many, and the first that is not."""
+    ranked = segments.pad(scores.masked_fill(tokens.protected, float("-inf")), tokens.layout, float("-inf"))
+    ranked = ranked.sort(1, descending=True).values
+    last = torch.stack([counts - 1, counts.clamp(max=ranked.shape[1] - 1)], 1).clamp(min=0)
+    return ranked.gather(1, last).mean(1)
 
 
 def _exact(scores: Tensor) -> torch.dtype:
