@@ -6,13 +6,14 @@ Of the packaged models, on 512 validation pairs: mean tokens left behind each bl
 correlation over images. A count that is the same for all correlates with nothing. Then the accuracy, and the share of MACs
 saved, where each image keeps its own share of tokens, where it keeps that of the image before it, and where all keep the mean
 share of their batch: what it is worth that counts go to those who need them, to weights that learnt so. Four minutes of one
-core; with `--pairs 1024` seven.
+core; with `--pairs 1024` seven. `--model FOLDER` does so with another, such as `ablate_nlvr_tiny.py` leaves behind.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,13 @@ NAMES = ("blip_nlvr_tiny_madtp.p70", "blip_nlvr_tiny_madtp.p80")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=512)
-    pairs = parser.parse_args().pairs
+    parser.add_argument("--model", type=Path, help="the folder of another pruned model")
+    options = parser.parse_args()
+    pairs, folders = options.pairs, [zoo.WEIGHTS / name for name in NAMES]
     drawn = SyntheticPairs("val", pairs)
     things = np.array([len(scene) for i in range(pairs) for scene in drawn[i].scenes])
-    for name in NAMES:
-        model = vp.load(zoo.WEIGHTS / name)
+    for folder in folders if options.model is None else [options.model]:
+        name, model = folder.name, vp.load(folder)
         task = Nlvr.of(model)
         calls = calls_of(task, Nlvr.read(f"synthetic:val:{pairs}", ""), transforms(model))
         for depth, counts in tokens_left(model, calls).items():
