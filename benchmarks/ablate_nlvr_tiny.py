@@ -6,7 +6,7 @@ Every run starts from the packaged dense `blip_nlvr_tiny`, trains 1,500 steps of
 fewer MACs, the image tower pruned at its first three blocks, is calibrated on validation to that cost and to others, and is
 scored there, on 1,200 pairs that the calibration's 256 are part of. The test split is not read. A run resumes from WORK. About
 25 minutes of one core each, and 10 to be examined. `--steps 300` goes into its name, and is examined at 80 % alone: six
-minutes of one core, 71.2 ± 1.3 % of three seeds. With `--long`, which is for a GPU (four minutes on an H200, beside a dozen
+minutes of one core, 71.9 ± 1.0 % of three seeds. With `--long`, which is for a GPU (four minutes on an H200, beside a dozen
 other runs), it trains 1,300 steps of 32 pairs at twice the rate, and its name has a star; `--long --steps 400` takes two
 minutes there. `--reduction 0.5` trains to another cost, and is examined at that.
 
