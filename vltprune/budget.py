@@ -58,7 +58,7 @@ def calibrate(
     tolerance: float = 0.01,
     progress: Callable[[float, float], None] | None = None,
 ) -> Calibration:
-    """Set a pruned model's knob, DTP's threshold or a ratio, so that its mean MACs over `batches` are `reduction` below dense.
+    """Set a pruned model's knob, DTP's power or a ratio, so that its mean MACs over `batches` are `reduction` below dense.
 
     batches: inputs of the model, each a tensor, a tuple of positional inputs or a mapping of named ones, or a function that
     puts its inputs to the model itself, by another method than the call; they are run some ten times, and at most 50. The
