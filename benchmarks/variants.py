@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from vltprune import Part
 from vltprune.training import CompressConfig
 
 _NAME, _WIDE = 44, 15  # of columns, of the first at least
@@ -59,11 +60,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def _by_temperature(change: dict[str, Any]) -> dict[str, Any]:
     """The same change where DTP's budget is kept as paper and reference do; itself where no DTP is."""
-    keep = change.get("parts", {}).get("keep", "threshold()")
-    if not keep.startswith("threshold"):
+    keep = Part.of(change.get("parts", {}).get("keep", "threshold"))
+    if keep.name != "threshold":
         return change
-    turned = keep.replace("()", "(turn='temperature')").replace("='batch')", "='batch', turn='temperature')")
-    return {**change, "parts": {**change.get("parts", {}), "keep": turned}}
+    return {**change, "parts": {**change.get("parts", {}), "keep": str(keep.replace(turn="temperature"))}}
 
 
 def _without_maps(change: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _without_maps(change: dict[str, Any]) -> dict[str, Any]:
     parts = {**COMMON["parts"], **change.get("parts", {})}
     if parts["guide"] is None:
         return change
-    return {**change, "parts": {**parts, "guide": parts["guide"].replace(")", ", project=False)")}}
+    return {**change, "parts": {**parts, "guide": str(Part.of(parts["guide"]).replace(project=False))}}
 
 
 def _twins(suffix: str, twin: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -82,6 +82,14 @@ def test_a_target_between_two_counts_is_told_from_one_out_of_reach(dense, inputs
     assert vp.calibrate(model, [inputs], nearest.reduction, tolerance=1e-9).macs == nearest.macs
 
 
+@pytest.mark.parametrize(("turn", "turned"), [("power", (2.5, 3.0)), ("temperature", (3.0, 1.0))])
+def test_a_budget_turns_what_the_keeper_says(dense, turn, turned):
+    model = vp.prune(dense, "madtp", keep=f"threshold(temperature=2.5, turn={turn!r})")
+    vp.budget.Dial(model).settle(3.0)
+    assert {(m.temperature, m.power) for m in model.modules() if isinstance(m, vp.KeepRatioPredictor)} == {turned}
+    assert model.pruning.config.keep.args[turn] == 3.0
+
+
 def test_an_interrupted_calibration_changes_nothing(dense, inputs):
     model = vp.prune(dense, "madtp", keep="ratio(ratio=0.6)").train()
 

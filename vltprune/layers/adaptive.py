@@ -29,8 +29,8 @@ class Threshold(KeepRatioPredictor):
 
     At power 1 that is DTP. Paper and reference turn the temperature for a budget, but theta lies between one token's score and
     the mean of all at any temperature: of a guide that was trained to score, that is a narrow range of costs. A power reaches
-    every cost. Who needs more than others keeps more, the less so the milder the cost; a threshold that is lowered until
-    as much stays lies among scores that are nearly equal, and counts there are chance (docs/results.md).
+    every cost, but where m is n. Who keeps more than others at 1 does so at any power, by the less the milder the cost
+    (docs/results.md).
 
     Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; turn: which of them a budget turns;
     across: "instance", each by its own count, or "batch", the reference's rule that all keep as many as the neediest, which
