@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "static count": {"parts": {"keep": "ratio"}},
     "static count without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "ratio"}},
     "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
+    "count of the batch's mean": {"parts": {"keep": "threshold(across='mean')"}},
     "count by distortion": {"parts": {"keep": "distortion"}},
     "top-p count": {"parts": {"keep": "top_p"}},
     "learned thresholds": {"parts": {"keep": "learned"}},

@@ -71,19 +71,19 @@ def test_threshold_prunes_nothing_where_none_would_stay_or_one_would_go(scores, 
 
 
 @pytest.mark.parametrize(
-    ("scores", "each", "together"),
+    ("scores", "each", "together", "mean"),
     [
-        ([[0, 0, 0, 0, 0, 9], [0, 0, 0, 9, 9, 9]], [1, 3], [3, 3]),
-        ([[0, 0, 0, 0, 0, 9], [1, 1, 1, 1, 1, 1]], [1, 6], [1, 1]),  # no score above the threshold: it needs none
-        ([[0, 0, 0, 0, 0, 9], [0, 9, 9, 9, 9, 9]], [1, 6], [6, 6]),  # all but one: then all, by everybody
+        ([[0, 0, 0, 0, 0, 9], [0, 0, 0, 9, 9, 9]], [1, 3], [3, 3], [2, 2]),
+        ([[0, 0, 0, 0, 0, 9], [1, 1, 1, 1, 1, 1]], [1, 6], [1, 1], [4, 4]),  # none above the threshold
+        ([[0, 0, 0, 0, 0, 9], [0, 9, 9, 9, 9, 9]], [1, 6], [6, 6], [4, 4]),  # all but one: then all, by everybody
     ],
 )
-def test_threshold_across_the_batch(scores, each, together):
-    """The reference's rule: everybody keeps as many as the neediest. Only there do batch mates matter."""
+def test_threshold_across_the_batch(scores, each, together, mean):
+    """The reference's rule, as many as the neediest for everybody, and the mean share: only there do batch mates matter."""
     scores = torch.tensor(scores).float()
     tokens = PackedTokens.pack(torch.zeros(2, 6, DIM))
     guidance = Guidance(torch.zeros(12, 2), tokens)
-    for across, expected in (("instance", each), ("batch", together)):
+    for across, expected in (("instance", each), ("batch", together), ("mean", mean)):
         assert Threshold(SITE, across=across)(scores.flatten(), tokens, guidance).tolist() == expected
 
 
@@ -203,7 +203,7 @@ def test_random_ratio_without_spread_is_ratio():
         ("threshold", {"temperature": float("nan")}, "must be above 0"),
         ("threshold", {"power": 0.0}, r"power=0.0\) must be above 0 and finite"),
         ("threshold", {"turn": "both"}, "write turn='power' or turn='temperature'"),
-        ("threshold", {"across": "world"}, "across='instance' or across='batch'"),
+        ("threshold", {"across": "world"}, "across='batch' or across='mean'"),
         ("top_p", {"p": 1.1}, r"top_p\(p=1.1\) must lie in 0 .. 1"),
         ("ratio", {"ratio": 1.5}, r"ratio\(ratio=1.5\) must lie in 0 .. 1"),
         ("ratio", {"ratio": float("nan")}, "must lie in 0 .. 1"),

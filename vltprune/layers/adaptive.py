@@ -33,8 +33,9 @@ class Threshold(KeepRatioPredictor):
     (docs/results.md).
 
     Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; turn: which of them a budget turns;
-    across: "instance", each by its own count, or "batch", the reference's rule that all keep as many as the neediest, which
-    makes results depend on batch mates and exists for comparison only.
+    across: "instance", each by its own count, or one for all of a batch, which makes results depend on batch mates and exists
+    for comparison only: "batch", the reference's rule that all keep as many as the neediest, or "mean", the share that its
+    instances keep in the mean.
     """
 
     guided = True
@@ -44,7 +45,7 @@ class Threshold(KeepRatioPredictor):
         self,
         site: Site,
         temperature: float = 1.0,
-        across: Literal["instance", "batch"] = "instance",
+        across: Literal["instance", "batch", "mean"] = "instance",
         power: float = 1.0,
         turn: Literal["power", "temperature"] = "power",
     ):
@@ -53,8 +54,8 @@ class Threshold(KeepRatioPredictor):
             raise ValueError(
                 f"threshold(temperature={temperature}) must be above 0; to prune nothing, leave the depth out of `at`"
             )
-        if across not in ("instance", "batch"):
-            raise ValueError(f"threshold(across={across!r}): write across='instance' or across='batch'")
+        if across not in ("instance", "batch", "mean"):
+            raise ValueError(f"threshold(across={across!r}): write across='instance', across='batch' or across='mean'")
         if not 0 < power < math.inf:
             raise ValueError(f"threshold(power={power}) must be above 0 and finite: 1 is DTP, less prunes less")
         if turn not in ("power", "temperature"):
@@ -71,7 +72,9 @@ class Threshold(KeepRatioPredictor):
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         threshold, there = self._threshold(scores, guidance, tokens.layout), segments.count(tokens.free, tokens.layout)
         counts = self._counts(scores, threshold, tokens)
-        if self.power != 1:  # what is kept is no longer what is above: the threshold as if it lay where the counts cut
+        if (
+            self.power != 1 or self.across != "instance"
+        ):  # not what is above is kept: as if the threshold lay at the cut
             cut = torch.where(counts < there, _cut(scores.to(threshold.dtype), tokens, counts), threshold)
             threshold = threshold + (cut - threshold).detach()
         margin = (scores - threshold[tokens.layout.instance]) / spread(scores, tokens)[1]
@@ -84,7 +87,11 @@ class Threshold(KeepRatioPredictor):
         if self.across == "batch":
             counts = counts.amax().expand_as(counts)
         counts = torch.where((counts < 1) | (there - counts <= 1), there, counts)
-        return counts if self.power == 1 else share(there, (counts.double() / there.clamp(min=1)) ** self.power)
+        if self.power == 1 and self.across != "mean":
+            return counts
+        part = counts.double() / there.clamp(min=1)
+        part = part[there > 0].mean() if self.across == "mean" else part
+        return share(there, part**self.power)
 
     def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> Tensor:
         """[batch], in double precision: a cold softmax puts the threshold onto one token's own score, and rounding would
