@@ -104,7 +104,7 @@ def config_of(options: argparse.Namespace) -> CompressConfig:
         model="blip_nlvr_tiny",
         data=f"synthetic:train:{options.drawn}x8",
         val="synthetic:val:4800",
-        parts={"at": {"image": AT.get(options.reduction, ())}, **({"keep": options.keep} if options.keep else {})},
+        parts={"at": {"image": AT.get(options.reduction, ())}},
         reduction=options.reduction,
         serve=options.serve,
         rate=options.rate,
@@ -113,6 +113,8 @@ def config_of(options: argparse.Namespace) -> CompressConfig:
         checkpoint_every=400,
         seed=options.seed,
     )
+    if options.keep:  # instead of the variant's own
+        config = config.replace(parts={**config.parts, "keep": options.keep})
     if options.start is None:
         return config
     there = checkpoint.saved_pruning(zoo.WEIGHTS / options.start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
 from pathlib import Path
@@ -81,3 +82,14 @@ def test_what_was_run_before_has_twins_and_runs_are_compared_with_their_like():
     assert compared["madtp"] == firsts | own
     assert compared["madtp by temperature"] == firsts - turned | {f"{name} by temperature" for name in turned} | own
     assert compared["madtp without maps"] == firsts - plain | {f"{name} without maps" for name in plain} | own
+
+
+def test_another_keeper_takes_the_place_of_the_variants_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = runpy.run_path(str(FOLDER / "compress_nlvr_tiny.py"))
+    options = argparse.Namespace(
+        drawn=16, reduction=0.8, keep="distortion", serve=[], rate=1e-4, steps=2, pairs=8, seed=0, start=None
+    )
+    assert script["config_of"](options).parts["keep"] == "distortion"
+    options.start = "blip_nlvr_tiny_madtp.p80"
+    assert script["config_of"](options).parts["keep"] == "distortion"
