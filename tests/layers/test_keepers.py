@@ -70,6 +70,18 @@ def test_threshold_prunes_nothing_where_none_would_stay_or_one_would_go(scores, 
     assert counts.tolist() == [expected]
 
 
+@given(cases(), st.floats(0.1, 3), st.floats(0.1, 5), st.integers(0, 4))
+def test_shares_fade_by_the_block(case, fade, power, depth):
+    """At block d a faded keeper does what one without does at its power, or share, to the power fade^d."""
+    site = dataclasses.replace(case.site, depth=depth)
+    inputs = (case.scores, case.tokens, case.guidance)
+    faded = Threshold(site, power=power, fade=fade)(*inputs)
+    assert faded.tolist() == Threshold(site, power=power * fade**depth)(*inputs).tolist()
+    ratio = 1 / (1 + power)
+    faded = keepers["ratio"](site, ratio=ratio, fade=fade)(*inputs)
+    assert faded.tolist() == keepers["ratio"](site, ratio=ratio ** (fade**depth))(*inputs).tolist()
+
+
 @pytest.mark.parametrize(
     ("scores", "each", "together", "mean"),
     [
@@ -202,6 +214,8 @@ def test_random_ratio_without_spread_is_ratio():
         ("threshold", {"temperature": -1.0}, "must be above 0"),
         ("threshold", {"temperature": float("nan")}, "must be above 0"),
         ("threshold", {"power": 0.0}, r"power=0.0\) must be above 0 and finite"),
+        ("threshold", {"fade": 0.0}, r"threshold\(fade=0.0\) must be above 0 and finite"),
+        ("ratio", {"fade": float("inf")}, r"ratio\(fade=inf\) must be above 0 and finite"),
         ("threshold", {"turn": "both"}, "write turn='power' or turn='temperature'"),
         ("threshold", {"across": "world"}, "across='batch' or across='mean'"),
         ("top_p", {"p": 1.1}, r"top_p\(p=1.1\) must lie in 0 .. 1"),

@@ -13,7 +13,7 @@ from .. import segments
 from ..registry import keepers
 from ..tokens import Layout, PackedTokens
 from .guides import Guidance
-from .keepers import KeepRatioPredictor, Knob, share
+from .keepers import KeepRatioPredictor, Knob, faded, share
 from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
@@ -33,9 +33,10 @@ class Threshold(KeepRatioPredictor):
     (docs/results.md).
 
     Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; turn: which of them a budget turns;
-    across: "instance", each by its own count, or one for all of a batch, which makes results depend on batch mates and exists
-    for comparison only: "batch", the reference's rule that all keep as many as the neediest, or "mean", the share that its
-    instances keep in the mean.
+    fade > 0: at block d, counted from 0, the power is power * fade^d, so that below 1 the first blocks prune most, as with
+    `ratio`; across: "instance", each by its own count, or one for all of a batch, which makes results depend on batch mates
+    and exists for comparison only: "batch", the reference's rule that all keep as many as the neediest, or "mean", the share
+    that its instances keep in the mean.
     """
 
     guided = True
@@ -48,6 +49,7 @@ class Threshold(KeepRatioPredictor):
         across: Literal["instance", "batch", "mean"] = "instance",
         power: float = 1.0,
         turn: Literal["power", "temperature"] = "power",
+        fade: float = 1.0,
     ):
         super().__init__(site)
         if not temperature > 0:
@@ -62,7 +64,7 @@ class Threshold(KeepRatioPredictor):
             raise ValueError(f"threshold(turn={turn!r}): write turn='power' or turn='temperature'")
         self.temperature = temperature
         self.across = across
-        self.power = power
+        self.power, self.weight = power, faded(site, fade, "threshold")
         if turn == "temperature":
             self.knob = _TEMPERATURE
 
@@ -87,11 +89,15 @@ class Threshold(KeepRatioPredictor):
         if self.across == "batch":
             counts = counts.amax().expand_as(counts)
         counts = torch.where((counts < 1) | (there - counts <= 1), there, counts)
-        if self.power == 1 and self.across != "mean":
+        if self._exponent == 1 and self.across != "mean":
             return counts
         part = counts.double() / there.clamp(min=1)
         part = part[there > 0].mean() if self.across == "mean" else part
-        return share(there, part**self.power)
+        return share(there, part**self._exponent)
+
+    @property
+    def _exponent(self) -> float:
+        return self.power * self.weight
 
     def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> Tensor:
         """[batch], in double precision: a cold softmax puts the threshold onto one token's own score, and rounding would

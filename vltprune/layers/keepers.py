@@ -74,18 +74,22 @@ class KeepRatioPredictor(nn.Module, ABC):
 
 @keepers.register("ratio")
 class Ratio(KeepRatioPredictor):
-    """The same share of every instance's tokens: ceil(ratio * n), ratio in [0, 1]."""
+    """The same share of every instance's tokens: ceil(ratio * n), ratio in [0, 1].
+
+    fade > 0: at block d, counted from 0, the share is ratio to the power fade^d. At 1 all blocks keep the same share; below 1
+    the first blocks prune most, so that more tokens can stay to the end at the same cost.
+    """
 
     knob = Knob("ratio", 0.0, 1.0)
 
-    def __init__(self, site: Site, ratio: float = 0.7):
+    def __init__(self, site: Site, ratio: float = 0.7, fade: float = 1.0):
         super().__init__(site)
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio(ratio={ratio}) must lie in 0 .. 1: the share of tokens kept")
-        self.ratio = ratio
+        self.ratio, self.weight = ratio, faded(site, fade, "ratio")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return share(segments.count(tokens.free, tokens.layout), self.ratio)
+        return share(segments.count(tokens.free, tokens.layout), self.ratio**self.weight)
 
 
 @keepers.register("count")
@@ -135,6 +139,15 @@ class RandomRatio(KeepRatioPredictor):
         for column in farthest.unbind(1):
             drawn = hash_integers(drawn, column)
         return ((drawn >> 8).double() + 0.5) / 2**23
+
+
+def faded(site: Site, fade: float, name: str) -> float:
+    """fade^d: what power a share is taken to at the site's block d. ValueError for a fade that is not above 0 and finite."""
+    if not 0 < fade < math.inf:
+        raise ValueError(
+            f"{name}(fade={fade}) must be above 0 and finite: 1 prunes alike at all depths, less most at first"
+        )
+    return fade**site.depth
 
 
 def share(there: Tensor, ratio: Tensor | float) -> Tensor:
