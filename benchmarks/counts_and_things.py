@@ -4,9 +4,10 @@
 
 Of the packaged models, on 512 validation pairs: mean tokens left behind each block that prunes, by number of things, and their
 correlation over images. A count that is the same for all correlates with nothing. Then the accuracy, and the share of MACs
-saved, where each image keeps its own share of tokens, where it keeps that of the image before it, and where all keep the mean
-share of their batch: what it is worth that counts go to those who need them, to weights that learnt so. Four minutes of one
-core; with `--pairs 1024` seven. `--model FOLDER` does so with another, such as `ablate_nlvr_tiny.py` leaves behind.
+saved, where each image keeps its own share of tokens, where it keeps that of the image before it, where all keep the mean
+share of their batch, and where the first block divides that by how many things the images show: what it is worth that counts
+go to those who need them, to weights that learnt so. Five minutes of one core; with `--pairs 1024` nine. `--model FOLDER` does
+so with another, such as `ablate_nlvr_tiny.py` leaves behind.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
             means = ", ".join(f"{n}: {counts[things == n].mean():.1f}" for n in np.unique(things))
             print(f"{name}, block {depth}: tokens by things {means}; r = {np.corrcoef(things, counts)[0, 1]:.2f}")
         for whose, change in WHOSE.items():
-            print(f"{name}, {whose}:", exam(task, model, calls, change), flush=True)
+            print(f"{name}, {whose}:", exam(task, model, calls, change, torch.from_numpy(things).float()), flush=True)
 
 
 @torch.no_grad()
@@ -66,35 +67,51 @@ def tokens_left(model: Any, calls: Sequence[Any]) -> dict[int, np.ndarray]:
     return {depth: np.array(counts) for depth, counts in left.items()}
 
 
-class Given(KeepRatioPredictor):
-    """Another keeper's shares of tokens, [batch], changed before they become counts."""
+Change = Callable[
+    [Tensor, Tensor, bool], Tensor
+]  # shares [batch], things [batch], whether it is the first depth -> shares
 
-    def __init__(self, keeper: KeepRatioPredictor, change: Callable[[Tensor], Tensor]):
+
+class Given(KeepRatioPredictor):
+    """Another keeper's shares of tokens, [batch], changed before they become counts; `things` are set before each call."""
+
+    def __init__(self, keeper: KeepRatioPredictor, change: Change, first: bool):
         super().__init__(keeper.site)
-        self.keeper, self.change, self.guided = keeper, change, keeper.guided
+        self.keeper, self.change, self.first, self.guided = keeper, change, first, keeper.guided
+        self.things = torch.empty(0)
 
     def forward(self, scores: Tensor, tokens: vp.PackedTokens, guidance: Any) -> Tensor:
         there = segments.count(tokens.free, tokens.layout)
         own = self.keeper(scores, tokens, guidance).minimum(there) / there
-        return share(there, self.change(own))
+        return share(there, self.change(own, self.things, self.first).clamp(max=1.0))
 
 
-WHOSE: dict[str, Callable[[Tensor], Tensor]] = {
-    "own shares": lambda shares: shares,
-    "another's": lambda shares: shares.roll(1),
-    "the mean of a batch": lambda shares: shares.mean().expand_as(shares),
+def mean(shares: Tensor, *_: Any) -> Tensor:
+    """The same for all of a batch."""
+    return shares.mean().expand_as(shares)
+
+
+WHOSE: dict[str, Change] = {
+    "own shares": lambda shares, *_: shares,
+    "another's": lambda shares, *_: shares.roll(1),
+    "the mean of a batch": mean,
+    "the mean by things": lambda shares, things, first: mean(shares) * (things / things.mean() if first else 1.0),
 }
 
 
 @torch.no_grad()
-def exam(task: Any, model: Any, calls: Sequence[Any], change: Callable[[Tensor], Tensor]) -> str:
-    """Accuracy and MACs saved, with shares changed in every pruner of the image tower."""
+def exam(task: Any, model: Any, calls: Sequence[Any], change: Change, things: Tensor) -> str:
+    """Accuracy and MACs saved, with shares changed in every pruner of the image tower. things: of each image, in order."""
     pruners = list(vp.surgery.pruning(model).towers["image"].pruners.values())
     own = [pruner.keeper for pruner in pruners]
-    for pruner in pruners:
-        pruner.keeper = Given(pruner.keeper, change)
+    given = [Given(keeper, change, place == 0) for place, keeper in enumerate(own)]
+    for pruner, keeper in zip(pruners, given, strict=True):
+        pruner.keeper = keeper
     rows, saved = [], []
     for call in calls:
+        here = things[2 * len(rows) :][: 2 * len(call.keywords["records"])]
+        for keeper in given:
+            keeper.things = here
         with vp.collect() as traces:
             rows += call(model)
         saved.append(Meter(model)(traces).reduction)
