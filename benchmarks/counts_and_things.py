@@ -82,7 +82,7 @@ class Given(KeepRatioPredictor):
 
     def forward(self, scores: Tensor, tokens: vp.PackedTokens, guidance: Any) -> Tensor:
         there = segments.count(tokens.free, tokens.layout)
-        own = self.keeper(scores, tokens, guidance).minimum(there) / there
+        own = self.keeper(scores, tokens, guidance).minimum(there).double() / there
         return share(there, self.change(own, self.things, self.first).clamp(max=1.0))
 
 
