@@ -67,9 +67,8 @@ def tokens_left(model: Any, calls: Sequence[Any]) -> dict[int, np.ndarray]:
     return {depth: np.array(counts) for depth, counts in left.items()}
 
 
-Change = Callable[
-    [Tensor, Tensor, bool], Tensor
-]  # shares [batch], things [batch], whether it is the first depth -> shares
+# shares [batch], things [batch], whether it is the first depth -> shares
+Change = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 class Given(KeepRatioPredictor):

@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "static count without MAG": {"parts": {"guide": None, "scorer": "self_attention", "keep": "ratio"}},
     "madtp that fades": {"parts": {"keep": "threshold(fade=0.25)"}},
     "madtp at the first block": {"parts": {"keep": "threshold(fade=0.01)"}},
-    "mean count at the first block": {"parts": {"keep": "threshold(across='mean', fade=0.01)"}},
     "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
     "count of the batch's mean": {"parts": {"keep": "threshold(across='mean')"}},
     "count by distortion": {"parts": {"keep": "distortion"}},

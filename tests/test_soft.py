@@ -14,7 +14,12 @@ from vltprune.attention import Stat, attend, attend_with_stats
 from vltprune.models.blip import BlipNlvr
 from vltprune.models.caption import BlipCaption
 
-KEEPERS = ["learned(threshold=-0.3)", "threshold(temperature=20.0)", "threshold(temperature=20.0, power=0.7)"]
+KEEPERS = [
+    "learned(threshold=-0.3)",
+    "threshold(temperature=20.0)",
+    "threshold(temperature=20.0, power=0.7)",
+    "threshold(temperature=20.0, fade=0.5)",
+]
 
 
 def pruned(keep, reducer="drop", **parts):

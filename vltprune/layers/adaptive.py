@@ -74,9 +74,8 @@ class Threshold(KeepRatioPredictor):
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         threshold, there = self._threshold(scores, guidance, tokens.layout), segments.count(tokens.free, tokens.layout)
         counts = self._counts(scores, threshold, tokens)
-        if (
-            self.power != 1 or self.across != "instance"
-        ):  # not what is above is kept: as if the threshold lay at the cut
+        if self._exponent != 1 or self.across != "instance":
+            # what is kept is no longer what is above: the threshold as if it lay where the counts cut
             cut = torch.where(counts < there, _cut(scores.to(threshold.dtype), tokens, counts), threshold)
             threshold = threshold + (cut - threshold).detach()
         margin = (scores - threshold[tokens.layout.instance]) / spread(scores, tokens)[1]
