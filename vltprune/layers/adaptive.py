@@ -64,7 +64,7 @@ class Threshold(KeepRatioPredictor):
             raise ValueError(f"threshold(turn={turn!r}): write turn='power' or turn='temperature'")
         self.temperature = temperature
         self.across = across
-        self.power, self.weight = power, faded(site, fade, "threshold")
+        self.power, self._falloff = power, faded(site, fade, "threshold")
         if turn == "temperature":
             self.knob = _TEMPERATURE
 
@@ -91,12 +91,13 @@ class Threshold(KeepRatioPredictor):
         if self._exponent == 1 and self.across != "mean":
             return counts
         part = counts.double() / there.clamp(min=1)
-        part = part[there > 0].mean() if self.across == "mean" else part
+        if self.across == "mean":
+            part = part.sum() / (there > 0).sum().clamp(min=1)
         return share(there, part**self._exponent)
 
     @property
     def _exponent(self) -> float:
-        return self.power * self.weight
+        return self.power * self._falloff
 
     def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> Tensor:
         """[batch], in double precision: a cold softmax puts the threshold onto one token's own score, and rounding would

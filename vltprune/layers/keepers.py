@@ -86,10 +86,10 @@ class Ratio(KeepRatioPredictor):
         super().__init__(site)
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio(ratio={ratio}) must lie in 0 .. 1: the share of tokens kept")
-        self.ratio, self.weight = ratio, faded(site, fade, "ratio")
+        self.ratio, self._falloff = ratio, faded(site, fade, "ratio")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return share(segments.count(tokens.free, tokens.layout), self.ratio**self.weight)
+        return share(segments.count(tokens.free, tokens.layout), self.ratio**self._falloff)
 
 
 @keepers.register("count")
