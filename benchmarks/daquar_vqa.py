@@ -38,7 +38,8 @@ def main() -> None:
 
 def dense(options: argparse.Namespace) -> None:
     """The model that all others start from."""
-    photo_runs.dense(options.work, RESULTS, lambda: vqa_model(options.real), freeze=_WORDS + _LOWER, **_own(options))
+    fields = {**_own(options), "freeze": _WORDS + _LOWER, "epochs": 10}
+    photo_runs.dense(options.work, RESULTS, "dense", lambda: vqa_model(options.real), **fields)
 
 
 def trained(options: argparse.Namespace) -> None:

@@ -77,7 +77,9 @@ def main() -> None:
 
 def dense(options: argparse.Namespace) -> None:
     """The model that all others start from."""
-    photo_runs.dense(options.work, RESULTS, lambda: dual_encoder(options.real), freeze=_WORDS + _LOWER, **_own(options))
+    fields = {**_own(options), **({"epochs": 5, "val_limit": 500} if options.short else {"epochs": 10})}
+    name = called("dense", options.short)
+    photo_runs.dense(options.work, RESULTS, name, lambda: dual_encoder(options.real), freeze=_WORDS + _LOWER, **fields)
 
 
 def free(options: argparse.Namespace) -> None:

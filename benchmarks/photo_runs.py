@@ -29,17 +29,15 @@ def parser(about: str | None, stages: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def dense(work: Path, results: Path, build: Callable[[], nn.Module], **fields: Any) -> None:
-    """Train the model that all others start from: built once, under a seed. fields: of the config."""
+def dense(work: Path, results: Path, name: str, build: Callable[[], nn.Module], **fields: Any) -> None:
+    """Train the model that all others start from: built once, under a seed. name: in the results. fields: of the config."""
     start = work / "start"
     if not start.is_dir():
         torch.manual_seed(0)
         vp.save(build(), start)
-    done = compress(
-        CompressConfig(**fields, model=str(start), reduction=0.0, rate=2e-4, warmup=0.1, epochs=10), work / "dense"
-    )
+    done = compress(CompressConfig(**fields, model=str(start), reduction=0.0, rate=2e-4, warmup=0.1), work / "dense")
     assert done is not None
-    record(results, "dense", 0, done.rows[-1])
+    record(results, name, 0, done.rows[-1])
 
 
 def trained(work: Path, results: Path, name: str, config: CompressConfig) -> None:

@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "count of the batch's neediest": {"parts": {"keep": "threshold(across='batch')"}},
     "count of the batch's mean": {"parts": {"keep": "threshold(across='mean')"}},
     "count by distortion": {"parts": {"keep": "distortion"}},
+    "count by distortion that fades": {"parts": {"keep": "distortion(fade=0.25)"}},
     "top-p count": {"parts": {"keep": "top_p"}},
     "learned thresholds": {"parts": {"keep": "learned"}},
     "learned budget": {"budget": "learned"},

@@ -150,8 +150,8 @@ def test_the_last_token_stays_where_nothing_is_protected():
 def test_parts_hold_their_own_site():
     model = vp.prune(small("nlvr").model, FUSE, at={"image": (1, 2), "text": (0.75,)})
     sites = {t: [p.scorer.site for p in e.pruners.values()] for t, e in model.pruning.towers.items()}
-    assert [(s.tower, s.depth, s.depths) for s in sites["image"]] == [("image", 1, 4), ("image", 2, 4)]
-    assert [(s.tower, s.depth, s.depths) for s in sites["text"]] == [("text", 3, 4)]
+    assert [(s.tower, s.depth, s.depths, s.before) for s in sites["image"]] == [("image", 1, 4, 0), ("image", 2, 4, 1)]
+    assert [(s.tower, s.depth, s.depths, s.before) for s in sites["text"]] == [("text", 3, 4, 0)]
 
 
 # ---- noise

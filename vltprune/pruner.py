@@ -238,7 +238,8 @@ class PrunedEncoder(nn.Module):
         super().__init__()
         self.host, self.guide, self.adapter, self.tower = host, guide, adapter, tower
         depths = config.depths(tower, len(adapter.blocks(host)))
-        self.pruners = nn.ModuleDict({str(d): Pruner.build(config, adapter.site(host, d, tower)) for d in depths})
+        sites = [replace(adapter.site(host, d, tower), before=i) for i, d in enumerate(depths)]
+        self.pruners = nn.ModuleDict({str(site.depth): Pruner.build(config, site) for site in sites})
         self.train(host.training)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:

@@ -71,15 +71,17 @@ def test_threshold_prunes_nothing_where_none_would_stay_or_one_would_go(scores, 
 
 
 @given(cases(), st.floats(0.1, 3), st.floats(0.1, 5), st.integers(0, 4))
-def test_shares_fade_by_the_block(case, fade, power, depth):
-    """At block d a faded keeper does what one without does at its power, or share, to the power fade^d."""
-    site = dataclasses.replace(case.site, depth=depth)
+def test_what_fades_from_block_to_block(case, fade, power, before):
+    """Behind i others a faded keeper does what one without does at power or error times fade^i, at a share to that power."""
+    site = dataclasses.replace(case.site, before=before)
     inputs = (case.scores, case.tokens, case.guidance)
     faded = Threshold(site, power=power, fade=fade)(*inputs)
-    assert faded.tolist() == Threshold(site, power=power * fade**depth)(*inputs).tolist()
+    assert faded.tolist() == Threshold(site, power=power * fade**before)(*inputs).tolist()
     ratio = 1 / (1 + power)
     faded = keepers["ratio"](site, ratio=ratio, fade=fade)(*inputs)
-    assert faded.tolist() == keepers["ratio"](site, ratio=ratio ** (fade**depth))(*inputs).tolist()
+    assert faded.tolist() == keepers["ratio"](site, ratio=ratio ** (fade**before))(*inputs).tolist()
+    faded = Distortion(site, error=ratio / 81, fade=fade)(*inputs)
+    assert faded.tolist() == Distortion(site, error=ratio / 81 * fade**before)(*inputs).tolist()
 
 
 @pytest.mark.parametrize(
@@ -215,6 +217,7 @@ def test_random_ratio_without_spread_is_ratio():
         ("threshold", {"temperature": float("nan")}, "must be above 0"),
         ("threshold", {"power": 0.0}, r"power=0.0\) must be above 0 and finite"),
         ("threshold", {"fade": 0.0}, r"threshold\(fade=0.0\) must be above 0 and finite"),
+        ("distortion", {"fade": -1.0}, r"distortion\(fade=-1.0\) must be above 0 and finite"),
         ("ratio", {"fade": float("inf")}, r"ratio\(fade=inf\) must be above 0 and finite"),
         ("threshold", {"turn": "both"}, "write turn='power' or turn='temperature'"),
         ("threshold", {"across": "world"}, "across='batch' or across='mean'"),

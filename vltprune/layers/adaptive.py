@@ -33,7 +33,7 @@ class Threshold(KeepRatioPredictor):
     (docs/results.md).
 
     Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; turn: which of them a budget turns;
-    fade > 0: at block d, counted from 0, the power is power * fade^d, so that below 1 the first blocks prune most, as with
+    fade > 0: behind i blocks that prune, the power is power * fade^i, so that below 1 the first blocks prune most, as with
     `ratio`; across: "instance", each by its own count, or one for all of a batch, which makes results depend on batch mates
     and exists for comparison only: "batch", the reference's rule that all keep as many as the neediest, or "mean", the share
     that its instances keep in the mean.
@@ -174,16 +174,17 @@ class Distortion(KeepRatioPredictor):
     Thresholds on scores, as DTP's, see how scores are spread, and not what is lost with the tokens, which differs between
     instances (docs/results.md).
 
-    Arguments: error in 0 .. 1, larger prunes more. Scores below 0 count as 0.
+    Arguments: error in 0 .. 1, larger prunes more; fade > 0: behind i blocks that prune, the error is error * fade^i, so
+    that below 1 the first blocks prune most, as with `ratio`. Scores below 0 count as 0.
     """
 
     knob = Knob("error", 1e-6, 1.0, log=True, keeps=False)
 
-    def __init__(self, site: Site, error: float = 0.1):
+    def __init__(self, site: Site, error: float = 0.1, fade: float = 1.0):
         super().__init__(site)
         if not 0 <= error <= 1:
             raise ValueError(f"distortion(error={error}) must lie in 0 .. 1: what may be lost of a squared length of 1")
-        self.error = error
+        self.error, self._falloff = error, faded(site, fade, "distortion")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
@@ -191,7 +192,7 @@ class Distortion(KeepRatioPredictor):
         lost = _lost(scores, tokens)
         ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, place), lost)
         behind = ranked.flip(1).cumsum(1).flip(1)  # what each token and those below it take with them
-        return (behind > self.error * (1 + 1e-5)).sum(1).clamp(min=1).minimum(there)
+        return (behind > self.error * self._falloff * (1 + 1e-5)).sum(1).clamp(min=1).minimum(there)
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class KeepRatioPredictor(nn.Module, ABC):
 class Ratio(KeepRatioPredictor):
     """The same share of every instance's tokens: ceil(ratio * n), ratio in [0, 1].
 
-    fade > 0: at block d, counted from 0, the share is ratio to the power fade^d. At 1 all blocks keep the same share; below 1
+    fade > 0: behind i blocks that prune, the share is ratio to the power fade^i. At 1 all blocks keep the same share; below 1
     the first blocks prune most, so that more tokens can stay to the end at the same cost.
     """
 
@@ -142,12 +142,15 @@ class RandomRatio(KeepRatioPredictor):
 
 
 def faded(site: Site, fade: float, name: str) -> float:
-    """fade^d: what power a share is taken to at the site's block d. ValueError for a fade that is not above 0 and finite."""
+    """fade^i, with i blocks that prune before the site: what a share is raised to there, or an error multiplied by.
+
+    ValueError for a fade that is not above 0 and finite.
+    """
     if not 0 < fade < math.inf:
         raise ValueError(
             f"{name}(fade={fade}) must be above 0 and finite: 1 prunes alike at all depths, less most at first"
         )
-    return fade**site.depth
+    return fade**site.before
 
 
 def share(there: Tensor, ratio: Tensor | float) -> Tensor:

@@ -10,7 +10,8 @@ class Site:
     """One depth of one tower.
 
     tower: its name ("image", "text"); depth of depths; dim: token width; heads; has_summary: whether one protected token
-    (CLS, EOT) speaks for its instance; causal: whether a token sees only what stands before it.
+    (CLS, EOT) speaks for its instance; causal: whether a token sees only what stands before it; before: how many of the tower's
+    blocks that prune lie before this depth.
     """
 
     tower: str
@@ -20,3 +21,4 @@ class Site:
     heads: int
     has_summary: bool
     causal: bool = False
+    before: int = 0
