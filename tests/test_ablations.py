@@ -84,6 +84,20 @@ def test_what_was_run_before_has_twins_and_runs_are_compared_with_their_like():
     assert compared["madtp without maps"] == firsts - plain | {f"{name} without maps" for name in plain} | own
 
 
+def test_what_a_part_is_worth_is_of_like_runs_and_two_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    worth = runpy.run_path(str(FOLDER / "worth.py"))["worth"]
+    runs = {"madtp, short": {0: 5.0, 1: 7.0, 2: 9.0}, "drop, short": {1: 6.0}, "random": {0: 1.0, 1: 2.0}}
+    runs |= {"madtp by temperature": {0: 4.0, 1: 5.0}, "drop by temperature": {0: 3.0, 1: 2.0, 2: 8.0}}
+    runs |= {"madtp without maps": {0: 4.0, 1: 5.0}}
+    lengths = {", short": "", "": "l"}
+    assert worth(runs, "madtp", "drop", lengths) == "2.0 ± 1.4 (2) lt"
+    assert worth(runs, "madtp", "random", {"": ""}) == "3.0 ± 0.0 (2) t "
+    assert worth(runs, "madtp", "madtp without maps", lengths) == "0.0 ± 0.0 (2) lt"
+    assert worth(runs, "drop", "drop without maps", lengths) == ""
+    assert worth({**runs, "drop, short": {1: 6.0, 2: 4.0}}, "madtp", "drop", lengths) == "3.0 ± 2.8 (2)   "
+
+
 def test_another_keeper_takes_the_place_of_the_variants_own(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     script = runpy.run_path(str(FOLDER / "compress_nlvr_tiny.py"))
