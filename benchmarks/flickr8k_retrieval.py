@@ -8,8 +8,8 @@
 REAL holds the encoders' weights, as `photo_towers.py` says; FLICKR8K train.json, dev.json and images/. `dense` trains the
 projections and the upper halves of both encoders on the 6,000 training photographs at 112 px, contrastively, one of the
 five captions drawn a step. `free` prunes that model without training: anchors by k-means on training photographs, the knob
-calibrated. `trained` trains it pruned, to one cost, its dense self as teacher; `ablate` does so for a shorter time, to 70
-%, with one thing changed (`variants.py`). With `--short`, which is for two cores, `dense` takes 300 steps, and the others
+calibrated. `trained` trains it pruned, to one cost, its dense self as teacher; `ablate` does so for a shorter time, at
+70 %, with one thing changed (`variants.py`). With `--short`, which is for two cores, `dense` takes 300 steps, and the others
 140 of 48 pairs, judged on the first 500 records of dev: 25 minutes of two cores, and 10 to 30 of one core a run.
 Thresholds, anchors and weights learn from train.json; the knob is set on the first 256 records of dev.json, and R@1, 5, 10
 both ways are of all its 1,000 photographs and 5,000 captions. Test captions are not read. Runs resume. Results go to
