@@ -31,8 +31,7 @@ class UntrainedGuideWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a pruner says of a block's tokens: their scores [total], and the plan, None where all stay; in soft training also
-    how much of each does.
+    """What a pruner says of tokens: scores [total], and the plan, None where all stay; in soft training also how much of each.
 
     presence [total]: with gradients to scores and threshold; counted [total]: the same, to the threshold alone.
     """
