@@ -78,7 +78,7 @@ def main() -> None:
 
 def dense(options: argparse.Namespace) -> None:
     """The model that all others start from."""
-    fields = {**_own(options), **({"epochs": 5, "val_limit": 500} if options.short else {"epochs": 10})}
+    fields = {**_own(options), **({"epochs": 5, "val_limit": _SHORT["val_limit"]} if options.short else {"epochs": 10})}
     name = called("dense", options.short)
     photo_runs.dense(options.work, RESULTS, name, lambda: dual_encoder(options.real), freeze=_WORDS + _LOWER, **fields)
 
@@ -109,13 +109,8 @@ def free(options: argparse.Namespace) -> None:
 
 def trained(options: argparse.Namespace) -> None:
     """The dense model, trained to a cost."""
-    run(
-        options,
-        "madtp",
-        called("trained", options.short),
-        options.reduction,
-        _SHORT if options.short else {"epochs": 8},
-    )
+    length = _SHORT if options.short else {"epochs": 8}
+    run(options, "madtp", called("trained", options.short), options.reduction, length)
 
 
 def ablate(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from vltprune import Part
 from vltprune.training import CompressConfig
 
 _NAME, _WIDE = 44, 15  # of columns, of the first at least
-_TURNED, _PLAIN = " by temperature", " without maps"
+TURNED, PLAIN = " by temperature", " without maps"
 _OFF = 0.015  # how far from what was asked a run may save and need no mention
 
 COMMON: dict[str, Any] = {
@@ -86,7 +86,7 @@ def _twins(suffix: str, twin: Callable[[dict[str, Any]], dict[str, Any]]) -> dic
     return {name + suffix: twin(change) for name, change in VARIANTS.items() if twin(change) != change}
 
 
-VARIANTS |= _twins(_TURNED, _by_temperature) | _twins(_PLAIN, _without_maps)
+VARIANTS |= _twins(TURNED, _by_temperature) | _twins(PLAIN, _without_maps)
 
 
 def config_of(variant: str, **own: Any) -> CompressConfig:
@@ -96,13 +96,18 @@ def config_of(variant: str, **own: Any) -> CompressConfig:
     return CompressConfig.from_dict({**COMMON, **own, **changed, "parts": parts})
 
 
+def twin(name: str, suffix: str) -> str:
+    """The twin of a variant, or itself where it has none such."""
+    return name + suffix if name + suffix in VARIANTS else name
+
+
 def compared(base: str) -> list[str]:
     """The variants that a base is compared with: twins like itself, variants that have none such, and its own other twins."""
-    suffix = next((one for one in (_TURNED, _PLAIN) if base.endswith(one)), "")
+    suffix = next((one for one in (TURNED, PLAIN) if base.endswith(one)), "")
     plain = base.removesuffix(suffix)
-    firsts = [name for name in VARIANTS if not name.endswith((_TURNED, _PLAIN))]
-    like = [name + suffix if name + suffix in VARIANTS else name for name in firsts]
-    own = [name for name in (plain, plain + _TURNED, plain + _PLAIN) if name in VARIANTS]
+    firsts = [name for name in VARIANTS if not name.endswith((TURNED, PLAIN))]
+    like = [twin(name, suffix) for name in firsts]
+    own = [name for name in (plain, plain + TURNED, plain + PLAIN) if name in VARIANTS]
     return list(dict.fromkeys([*like, *own]))
 
 
@@ -141,19 +146,31 @@ def differences(file: Path, value: Callable[[dict[str, Any]], float], base: str,
     only: those names, where two seeds or more are shared with `base` at the largest share of MACs that it was run at; empty
     without any.
     """
-    rows = json.loads(file.read_text())
-    share = max((row["reduction"] for row in rows if row["name"] == base), default=0.0)
-    seeds = {
-        name: {r["seed"]: 100 * value(r) for r in rows if (r["name"], r["reduction"]) == (name, share)} for name in only
-    }
-    wide = max(_NAME, *(len(name) + 2 for name in seeds))
+    share = max((row["reduction"] for row in json.loads(file.read_text()) if row["name"] == base), default=0.0)
+    runs = points(file, value, share)
+    wide = max(_NAME, *(len(name) + 2 for name in only))
     lines = [f"points below {base}, at {share:.0%} fewer, seed by seed"]
-    for name in sorted(seeds, key=lambda name: (_place(name), name)):
-        apart = [seeds[base][seed] - here for seed, here in seeds[name].items() if seed in seeds[base]]
+    for name in sorted(only, key=lambda name: (_place(name), name)):
+        apart = above(runs, base, name)
         if name != base and len(apart) > 1:
             spread = f"{statistics.mean(apart):5.1f} ± {statistics.stdev(apart):.1f}"
             lines.append(f"{name.ljust(wide)}{spread}   {min(apart):.1f} .. {max(apart):.1f}")
     return "\n".join(lines) if len(lines) > 1 else ""
+
+
+def points(file: Path, value: Callable[[dict[str, Any]], float], reduction: float) -> dict[str, dict[int, float]]:
+    """What was measured at one cost, in points: by name, and by seed."""
+    found: dict[str, dict[int, float]] = {}
+    for row in json.loads(file.read_text()):
+        if row["reduction"] == reduction:
+            found.setdefault(row["name"], {})[row["seed"]] = 100 * value(row)
+    return found
+
+
+def above(runs: Mapping[str, Mapping[int, float]], one: str, other: str) -> list[float]:
+    """How far one name is above the other, seed by seed, of the seeds that both have."""
+    left, right = runs.get(one, {}), runs.get(other, {})
+    return [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
 
 
 def _place(name: str) -> int:

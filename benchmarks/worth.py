@@ -11,11 +11,8 @@ photographs the short runs, then the long ones, "l".
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import ablate_nlvr_tiny
 import flickr8k_retrieval
@@ -24,14 +21,14 @@ import variants
 _LINES = (
     ("scores, not chance", "static count", "random"),
     ("scores that the dense model teaches", "madtp", "scores not taught"),
-    ("most of it at the first block", "static count that fades", "static count"),
-    ("... for DTP", "madtp that fades", "madtp"),
+    ("shares that fade, for a static count", "static count that fades", "static count"),
+    ("shares that fade, for DTP", "madtp that fades", "madtp"),
     ("DTP, not one share everywhere", "madtp", "static count"),
     ("own counts, where both fade", "madtp that fades", "static count that fades"),
     ("own counts, not the neediest's", "madtp", "count of the batch's neediest"),
     ("MAG, for DTP", "madtp", "without MAG"),
     ("MAG, for a static count", "static count", "static count without MAG"),
-    ("its maps, for DTP", "madtp", "madtp without maps"),
+    ("its maps, for DTP by temperature", "madtp by temperature", "madtp without maps"),
     ("its maps, for a static count", "static count", "static count without maps"),
     ("three scores, not self-attention alone", "madtp", "self_attention alone"),
     ("three scores, not class attention alone", "madtp", "cls_attention alone"),
@@ -42,7 +39,7 @@ _LINES = (
     ("the teacher's logits", "madtp", "without distillation"),
     ("fusing, not dropping", "madtp", "drop"),
 )
-_TWINS = {"": "", " by temperature": "t", " without maps": "m"}
+_TWINS = {"": "", variants.TURNED: "t", variants.PLAIN: "m"}
 _WIDE, _CELL = 42, 20
 
 Runs = Mapping[str, Mapping[int, float]]  # points, of each seed, by name
@@ -51,23 +48,14 @@ Runs = Mapping[str, Mapping[int, float]]  # points, of each seed, by name
 def main() -> None:
     """Print the table."""
     print("worth, in points".ljust(_WIDE) + "".join(name.rjust(_CELL) for name in ("drawn pairs", "photographs")))
-    drawn = runs(ablate_nlvr_tiny.RESULTS, ablate_nlvr_tiny.accuracy, 0.8)
-    photographs = runs(flickr8k_retrieval.RESULTS, flickr8k_retrieval.mean_recall, 0.7)
+    drawn = variants.points(ablate_nlvr_tiny.RESULTS, ablate_nlvr_tiny.accuracy, 0.8)
+    photographs = variants.points(flickr8k_retrieval.RESULTS, flickr8k_retrieval.mean_recall, 0.7)
     for label, one, other in _LINES:
         cells = [
             worth(drawn, one, other, {", 300 steps": ""}),
             worth(photographs, one, other, {", short": "", "": "l"}),
         ]
         print((label.ljust(_WIDE) + "".join(cell.rjust(_CELL) for cell in cells)).rstrip())
-
-
-def runs(file: Path, value: Callable[[dict[str, Any]], float], reduction: float) -> Runs:
-    """What was measured at one cost."""
-    found: dict[str, dict[int, float]] = {}
-    for row in json.loads(file.read_text()):
-        if row["reduction"] == reduction:
-            found.setdefault(row["name"], {})[row["seed"]] = 100 * value(row)
-    return found
 
 
 def worth(runs: Runs, one: str, other: str, lengths: Mapping[str, str]) -> str:
@@ -77,22 +65,12 @@ def worth(runs: Runs, one: str, other: str, lengths: Mapping[str, str]) -> str:
     """
     for length, mark in lengths.items():
         for twin, twins_mark in _TWINS.items():
-            names = [_twin(name, twin) + length for name in (one, other)]
-            above = _above(runs, *names) if len({*names}) > 1 else []
+            names = [variants.twin(name, twin) + length for name in (one, other)]
+            above = variants.above(runs, *names) if len({*names}) > 1 else []
             if len(above) > 1:
                 spread = f"{statistics.mean(above):.1f} ± {statistics.stdev(above):.1f} ({len(above)})"
-                return spread + f"{' ' + mark + twins_mark if mark + twins_mark else '':<3}"
+                return f"{spread} {mark + twins_mark:<2}"
     return ""
-
-
-def _twin(name: str, suffix: str) -> str:
-    """The twin of a variant, or itself where it has none such."""
-    return name + suffix if name + suffix in variants.VARIANTS else name
-
-
-def _above(runs: Runs, one: str, other: str) -> Sequence[float]:
-    shared = sorted(runs.get(one, {}).keys() & runs.get(other, {}).keys())
-    return [runs[one][seed] - runs[other][seed] for seed in shared]
 
 
 if __name__ == "__main__":
