@@ -30,7 +30,7 @@ class Threshold(KeepRatioPredictor):
     At power 1 that is DTP. Paper and reference turn the temperature for a budget, but theta lies between one token's score and
     the mean of all at any temperature: of a guide that was trained to score, that is a narrow range of costs. A power reaches
     every cost, but where m is n. Who keeps more than others at 1 does so at any power, by the less the milder the cost
-    (docs/results.md).
+    (docs/ablations.md).
 
     Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; turn: which of them a budget turns;
     fade > 0: behind i blocks that prune, the power is power * fade^i, so that below 1 the first blocks prune most, as with
@@ -172,7 +172,7 @@ class Distortion(KeepRatioPredictor):
     below 1. The best by score stay, as many as it needs for the rest to take at most `error`. One token stays at least.
 
     Thresholds on scores, as DTP's, see how scores are spread, and not what is lost with the tokens, which differs between
-    instances (docs/results.md).
+    instances (docs/ablations.md).
 
     Arguments: error in 0 .. 1, larger prunes more; fade > 0: behind i blocks that prune, the error is error * fade^i, so
     that below 1 the first blocks prune most, as with `ratio`. Scores below 0 count as 0.

@@ -83,7 +83,7 @@ class Codebook(AlignmentGuide):
     """MAG: learnable tokens that both modalities share (MADTP, arXiv 2403.02991, section 3.2).
 
     affinity = q T^T for tokens q and anchors T, unscaled. In front stands a linear map of each tower, as the paper draws it:
-    what shared anchors say of a token is learnt by the maps, and hardly without them (docs/results.md). Between equal widths
+    what shared anchors say of a token is learnt by the maps, and hardly without them (docs/ablations.md). Between equal widths
     they begin as the identity, which is the reference, for BLIP; `project=False` leaves them out. In evaluation a map costs
     nothing, for it is put into the anchors. `attend` is "softmax" (the reference) or "sparsemax" (the paper).
 
