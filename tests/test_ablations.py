@@ -107,3 +107,25 @@ def test_another_keeper_takes_the_place_of_the_variants_own(monkeypatch):
     assert script["config_of"](options).parts["keep"] == "distortion"
     options.start = "blip_nlvr_tiny_madtp.p80"
     assert script["config_of"](options).parts["keep"] == "distortion"
+
+
+def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script = runpy.run_path(str(FOLDER / "flickr8k_retrieval.py"))
+    called, table = script["called"], script["table"]
+    monkeypatch.setitem(table.__globals__, "RESULTS", tmp_path / "some.json")
+    runs = [argparse.Namespace(size=size, short=short) for size in (112, 224) for short in (False, True)]
+    assert [called("dense", run) for run in runs] == [
+        "dense",
+        "dense, short",
+        "dense, 224 px",
+        "dense, 224 px, short",
+    ]
+    scores = {f"{way}_r{k}": 0.5 for way in ("t2i", "i2t") for k in (1, 5, 10)}
+    for run in runs:
+        for name in ("dense", "free, distortion", "madtp"):  # the last is an ablation, which has a table of its own
+            row = {"name": called(name, run), "seed": 0, "reduction": 0.0, "macs_saved": 0.0, "macs": 1e9}
+            MODULE["record"](tmp_path / "some.json", ("name",), row | {"scores": scores})
+    for run in runs:
+        lines = [line.split("  ")[0] for line in table(run).splitlines()[1:]]
+        assert lines == [called(name, run) for name in ("dense", "free, distortion")]

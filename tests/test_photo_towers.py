@@ -81,6 +81,20 @@ def test_the_dual_encoder_is_saved_whole(words, tmp_path):
 
 
 @torch.no_grad()
+def test_the_dual_encoder_keeps_its_weights_at_another_size():
+    model = TOWERS["dual_encoder"](ROOM, image_size=56, embed_dim=64)
+    for size in (56, 84):
+        other = TOWERS["resized"](model, ROOM, size)
+        own, theirs = model.state_dict(), other.state_dict()
+        changed = [key for key in own if not torch.equal(own[key], theirs[key])]
+        assert changed == ([] if size == 56 else ["visual.trunk.pos_embed"])
+        assert other.encode_image(photographs(vp.transforms(other))).isfinite().all()
+    there, here = own["visual.trunk.pos_embed"], theirs["visual.trunk.pos_embed"]
+    assert here.shape == (1, 1 + 6 * 6, 384) and torch.equal(here[:, 0], there[:, 0])  # the class token's is its own
+    assert_near(here[:, 1:].mean(1), there[:, 1:].mean(1), 0.05)
+
+
+@torch.no_grad()
 def test_the_model_that_answers_sees_and_reads_as_both_encoders(vit, bert, words):
     model = TOWERS["vqa_model"](ROOM)
     want = vit.forward_features(photographs(vp.transforms(vit)))
