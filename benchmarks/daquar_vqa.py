@@ -39,7 +39,7 @@ def main() -> None:
 def dense(options: argparse.Namespace) -> None:
     """The model that all others start from."""
     fields = {**_own(options), "freeze": _WORDS + _LOWER, "epochs": 10}
-    photo_runs.dense(options.work / "dense", RESULTS, "dense", lambda: vqa_model(options.real), **fields)
+    photo_runs.dense(options.work, RESULTS, "dense", lambda: vqa_model(options.real), **fields)
 
 
 def trained(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ five captions drawn a step. `free` prunes that model without training: anchors b
 calibrated. `trained` trains it pruned, to one cost, its dense self as teacher; `ablate` does so for a shorter time, at
 70 %, with one thing changed (`variants.py`). With `--short`, which is for two cores, `dense` takes 300 steps, and the others
 140 of 48 pairs, judged on the first 500 records of dev: 25 minutes of two cores, and 10 to 30 of one core a run. `--size 224`
-takes photographs of 256 patches and not of 64; its `dense` goes on from the other's weights, for as long as `ablate` trains.
+takes photographs of 256 patches and not of 64; its `dense` is the other's, with its positions resampled, and is not trained.
 Thresholds, anchors and weights learn from train.json; the knob is set on the first 256 records of dev.json, and R@1, 5, 10
 both ways are of all its 1,000 photographs and 5,000 captions. Test captions are not read. Runs resume. Results go to
 benchmarks/results/flickr8k_retrieval.json; `table` prints R@1, 5, 10 of the first three stages, and the mean of the six
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="in little time; `table`: of such runs")
     parser.add_argument("--size", type=int, default=_SIZE, help="of images, in pixels, a multiple of 14")
     parser.add_argument("--score", choices=_FREE, help="of `free`: this one alone")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of `free`")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of what is not trained"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.stage == "table":
@@ -82,26 +85,24 @@ def main() -> None:
 
 
 def dense(options: argparse.Namespace) -> None:
-    """The model that all others of its size start from; of another size than the first it goes on from the first's."""
-    again = options.size != _SIZE
-    if options.short:
-        length = _SHORT if again else {"epochs": 5, "val_limit": _SHORT["val_limit"]}
-    else:
-        length = {"epochs": 4 if again else 10}
+    """The model that all others of its size start from; of another size than the first it is the first's."""
+    if options.size != _SIZE:
+        return again(options)
+    fields = {**_own(options), **({"epochs": 5, "val_limit": _SHORT["val_limit"]} if options.short else {"epochs": 10})}
+    build = partial(dual_encoder, options.real)
+    photo_runs.dense(options.work, RESULTS, called("dense", options), build, freeze=_WORDS + _LOWER, **fields)
 
-    def build() -> torch.nn.Module:
-        if again:
-            return resized(vp.load(options.work / "dense" / "model"), options.real, options.size)
-        return dual_encoder(options.real)
 
-    fields = {**_own(options), **length, "freeze": _WORDS + _LOWER}
-    photo_runs.dense(_dense(options), RESULTS, called("dense", options), build, **fields)
+def again(options: argparse.Namespace) -> None:
+    """The dense model of the first size at another, as it is."""
+    model = resized(vp.load(options.work / "dense" / "model"), options.real, options.size).to(options.device)
+    vp.save(model, _dense(options) / "model")
+    examined(options, model, "dense", 0.0)
 
 
 def free(options: argparse.Namespace) -> None:
     """The trained dense model, pruned without training, by several scores."""
     records, val = (captions(options.data / f"{split}.json", options.data) for split in ("train", "dev"))
-    val = val[: _SHORT["val_limit"]] if options.short else val
     for name, parts in _FREE.items() if options.score is None else [(options.score, _FREE[options.score])]:
         model = vp.prune(vp.load(_dense(options) / "model"), vp.preset("madtp").replace(**parts, at=AT))
         task, prepare = Retrieval.of(model.to(options.device)), transforms(model)
@@ -116,11 +117,17 @@ def free(options: argparse.Namespace) -> None:
             except vp.BudgetError as error:
                 print(name, error)
                 continue
-            folder = options.work / f"{called('free', options).replace(' ', '_')}" / f"{name}_{reduction}"
-            journal = Journal(folder, {"name": name, "reduction": reduction})
-            Exam(task, model, options.device).sit(Loader(val, prepare, workers=2), journal)
-            row = {"reduction": reduction, **report(task, journal.rows)}
-            photo_runs.record(RESULTS, called(f"free, {name}", options), options.seed, row)
+            examined(options, model, f"free, {name}", reduction)
+
+
+def examined(options: argparse.Namespace, model: Any, name: str, reduction: float) -> None:
+    """The scores of a model as it is, and their line in the results."""
+    val = captions(options.data / "dev.json", options.data)
+    val = val[: _SHORT["val_limit"]] if options.short else val
+    name, task = called(name, options), Retrieval.of(model)
+    journal = Journal(options.work / "examined" / f"{name}_{reduction}", {"name": name, "reduction": reduction})
+    Exam(task, model, options.device).sit(Loader(val, transforms(model), workers=2), journal)
+    photo_runs.record(RESULTS, name, options.seed, {"reduction": reduction, **report(task, journal.rows)})
 
 
 def trained(options: argparse.Namespace) -> None:

@@ -29,13 +29,13 @@ def parser(about: str | None, stages: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def dense(folder: Path, results: Path, name: str, build: Callable[[], nn.Module], **fields: Any) -> None:
-    """Train the model that others start from: built once, under a seed. name: in the results. fields: of the config."""
-    start = folder.with_name(f"{folder.name}_start")
+def dense(work: Path, results: Path, name: str, build: Callable[[], nn.Module], **fields: Any) -> None:
+    """Train the model that all others start from: built once, under a seed. name: in the results. fields: of the config."""
+    start = work / "start"
     if not start.is_dir():
         torch.manual_seed(0)
         vp.save(build(), start)
-    done = compress(CompressConfig(**fields, model=str(start), reduction=0.0, rate=2e-4, warmup=0.1), folder)
+    done = compress(CompressConfig(**fields, model=str(start), reduction=0.0, rate=2e-4, warmup=0.1), work / "dense")
     assert done is not None
     record(results, name, 0, done.rows[-1])
 
