@@ -166,8 +166,10 @@ def _own(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ablations(options: argparse.Namespace) -> list[str]:
-    """Their mean recall, how far it is from that of `madtp` and of a static count, and what they keep."""
+    """Their mean recall, how far it is from that of `madtp` and of a static count, and what they keep; nothing of none."""
     only = [called(one, options) for one in variants.VARIANTS]
+    if not any(row["name"] in only for row in json.loads(RESULTS.read_text())):
+        return []
     apart = (
         variants.differences(
             RESULTS, mean_recall, called(base, options), [called(o, options) for o in variants.compared(base)]
@@ -203,7 +205,7 @@ def table(options: argparse.Namespace) -> str:
     """R@1, 5, 10 of both directions on dev, a line a run of this size and length; ablations left out."""
     names = {called(stage, options) for stage in _STAGES}
     rows = [row for row in json.loads(RESULTS.read_text()) if row["name"] in names]
-    wide = max(23, *(len(row["name"]) for row in rows))
+    wide = max([23, *(len(row["name"]) for row in rows)])
     lines = ["run".ljust(wide) + " saved      MACs  text to image R@1 5 10  image to text"]
     for row in sorted(rows, key=lambda row: (row["reduction"], row["name"])):
         recalls = (100 * row["scores"][f"{way}_r{k}"] for way in ("t2i", "i2t") for k in (1, 5, 10))

@@ -121,11 +121,14 @@ def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatc
         "dense, 224 px",
         "dense, 224 px, short",
     ]
-    scores = {f"{way}_r{k}": 0.5 for way in ("t2i", "i2t") for k in (1, 5, 10)}
+    scores = {f"{way}_r{k}": 0.5 for way in ("t2i", "i2t") for k in (1, 5, 10)} | {"mean_recall": 0.5}
+    kept = {"image": [65.0, 12.0], "text": [14.0, 7.0]}
     for run in runs:
         for name in ("dense", "free, distortion", "madtp"):  # the last is an ablation, which has a table of its own
             row = {"name": called(name, run), "seed": 0, "reduction": 0.0, "macs_saved": 0.0, "macs": 1e9}
-            MODULE["record"](tmp_path / "some.json", ("name",), row | {"scores": scores})
+            MODULE["record"](tmp_path / "some.json", ("name",), row | {"scores": scores, "kept": kept})
     for run in runs:
         lines = [line.split("  ")[0] for line in table(run).splitlines()[1:]]
         assert lines == [called(name, run) for name in ("dense", "free, distortion")]
+    assert "madtp, 224 px" in script["ablations"](runs[2])[0]
+    assert script["ablations"](argparse.Namespace(size=56, short=False)) == []
