@@ -125,9 +125,11 @@ def record(file: Path, keys: Sequence[str], row: dict[str, Any]) -> None:
 def table(file: Path, value: Callable[[dict[str, Any]], float], only: Collection[str] = ()) -> str:
     """Mean and standard deviation over runs, in %: a line a name, a column a share of MACs to save. only: some names.
 
-    Where a run could not save what was asked, its cell says what it saved.
+    Empty without any. Where a run could not save what was asked, its cell says what it saved.
     """
     rows = [row for row in json.loads(file.read_text()) if not only or row["name"] in only]
+    if not rows:
+        return ""
     shares = sorted({row["reduction"] for row in rows})
     names = sorted({row["name"] for row in rows}, key=lambda name: (name != "dense", _place(name), name))
     head = "".join(f"{share:.0%} fewer".rjust(_WIDE) if share else "dense".rjust(_WIDE) for share in shares)
