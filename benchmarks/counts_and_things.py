@@ -51,7 +51,8 @@ def main() -> None:
             means = ", ".join(f"{n}: {counts[things == n].mean():.1f}" for n in np.unique(things))
             print(f"{name}, block {depth}: tokens by things {means}; r = {np.corrcoef(things, counts)[0, 1]:.2f}")
         for whose, change in WHOSE.items():
-            print(f"{name}, {whose}:", exam(task, model, calls, change, torch.from_numpy(things).float()), flush=True)
+            rows, saved = answered(model, calls, change, torch.from_numpy(things).float())
+            print(f"{name}, {whose}: {task.score(rows)['accuracy']:.1%} at {saved:.1%} fewer MACs", flush=True)
 
 
 @torch.no_grad()
@@ -99,16 +100,17 @@ WHOSE: dict[str, Change] = {
 
 
 @torch.no_grad()
-def exam(task: Any, model: Any, calls: Sequence[Any], change: Change, things: Tensor) -> str:
-    """Accuracy and MACs saved, with shares changed in every pruner of the image tower. things: of each image, in order."""
+def answered(model: Any, calls: Sequence[Any], change: Change, things: Tensor) -> tuple[list[Any], float]:
+    """Answers, and the share of MACs saved, with shares changed in every pruner of the image tower. things: of each image."""
     pruners = list(vp.surgery.pruning(model).towers["image"].pruners.values())
     own = [pruner.keeper for pruner in pruners]
     given = [Given(keeper, change, place == 0) for place, keeper in enumerate(own)]
     for pruner, keeper in zip(pruners, given, strict=True):
         pruner.keeper = keeper
     rows, saved = [], []
-    for call in calls:
-        here = things[2 * len(rows) :][: 2 * len(call.keywords["records"])]
+    for call, here in zip(
+        calls, things.split([len(call.keywords["images"].flatten(0, 1)) for call in calls]), strict=True
+    ):
         for keeper in given:
             keeper.things = here
         with vp.collect() as traces:
@@ -116,7 +118,7 @@ def exam(task: Any, model: Any, calls: Sequence[Any], change: Change, things: Te
         saved.append(Meter(model)(traces).reduction)
     for pruner, keeper in zip(pruners, own, strict=True):
         pruner.keeper = keeper
-    return f"{task.score(rows)['accuracy']:.1%} at {np.mean(saved):.1%} fewer MACs"
+    return rows, float(np.mean(saved))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ calibrated. `trained` trains it pruned, to one cost, its dense self as teacher; 
 70 %, with one thing changed (`variants.py`). With `--short`, which is for two cores, `dense` takes 300 steps, and the others
 140 of 48 pairs, judged on the first 500 records of dev: 25 minutes of two cores, and 10 to 30 of one core a run. `--size 224`
 takes photographs of 256 patches and not of 64; its `dense` is the other's, with its positions resampled, and is not trained.
+With `--pages` FLICKR8K is what `photographs_on_pages.py` made of it, where photographs differ in how much there is to see.
 Thresholds, anchors and weights learn from train.json; the knob is set on the first 256 records of dev.json, and R@1, 5, 10
 both ways are of all its 1,000 photographs and 5,000 captions. Test captions are not read. Runs resume. Results go to
 benchmarks/results/flickr8k_retrieval.json; `table` prints R@1, 5, 10 of the first three stages, and the mean of the six
-recalls of the ablations, with differences seed by seed, and what they keep; with `--short` and `--size` those of such runs.
+recalls of the ablations, with differences seed by seed, and what they keep; with `--short`, `--size`, `--pages` those of such
+runs.
 
 A GPU is used where there is one. On one H200, beside a dozen other runs, `dense` took 86 s, `trained` 215 s, `ablate` 90 to
 130 s, and each score of `free` 46 to 117 s; two cores take hours. The photographs were stored at 128 px there. Text to image
@@ -74,6 +76,7 @@ def main() -> None:
     parser = photo_runs.parser(__doc__, ["dense", "free", "trained", "ablate", "table"])
     parser.add_argument("--short", action="store_true", help="in little time; `table`: of such runs")
     parser.add_argument("--size", type=int, default=_SIZE, help="of images, in pixels, a multiple of 14")
+    parser.add_argument("--pages", action="store_true", help="FLICKR8K is of photographs_on_pages.py: kept apart")
     parser.add_argument("--score", choices=_FREE, help="of `free`: this one alone")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of what is not trained"
@@ -145,7 +148,8 @@ def ablate(options: argparse.Namespace) -> None:
 
 def called(name: str, options: argparse.Namespace) -> str:
     """What a run is called in the results."""
-    return name + (f", {options.size} px" if options.size != _SIZE else "") + _LITTLE * options.short
+    size = f", {options.size} px" if options.size != _SIZE else ""
+    return name + size + ", pages" * options.pages + _LITTLE * options.short
 
 
 def run(options: argparse.Namespace, variant: str, name: str, reduction: float, length: dict[str, Any]) -> None:
