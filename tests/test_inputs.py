@@ -42,7 +42,10 @@ class TestDegenerate:
     def test_all_patches_equal(self, preset, value):
         lengths(vp.create_model(f"blip_nlvr_tiny_{preset}"), torch.full((1, 2, 3, 96, 96), value), IDS)
 
-    def test_equal_tokens_without_positions_are_a_tie_that_prunes_nothing(self):
+    @pytest.mark.parametrize("seed", range(8))
+    def test_equal_tokens_without_positions_are_a_tie_that_prunes_nothing(self, seed):
+        """Whichever weights, and so whichever rounding, which differs between processors."""
+        torch.manual_seed(seed)
         model = nlvr()
         with torch.no_grad():
             model.visual.host.pos_embed.zero_()

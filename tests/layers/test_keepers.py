@@ -102,6 +102,17 @@ def test_threshold_across_the_batch(scores, each, together, mean):
         assert Threshold(SITE, across=across)(scores.flatten(), tokens, guidance).tolist() == expected
 
 
+def test_scores_that_are_equal_but_for_rounding_are_a_tie_that_prunes_nothing():
+    """Of 64 equal tokens a matrix product in single precision may score one higher in the last digits, or all but one."""
+    tokens = PackedTokens.pack(torch.zeros(3, 64, DIM))
+    scores = torch.full((3, 64), 0.013)
+    scores[0, 5], scores[1, 6:] = 0.013 * (1 + 4e-7), 0.013 * (1 + 4e-7)
+    scores[2, :32] = 0.013 * (1 + 4e-6)
+    for temperature in (1e-3, 1.0, 1e3):
+        counts = Threshold(SITE, temperature)(scores.flatten(), tokens, Guidance(torch.zeros(192, 2), tokens))
+        assert counts.tolist() == [64, 64, 32]
+
+
 @given(cases(), st.floats(0, 1))
 def test_top_p_keeps_the_fewest_that_reach_the_share(case, p):
     counts = keepers["top_p"](case.site, p=p)(case.scores, case.tokens, None)

@@ -17,6 +17,7 @@ from .keepers import KeepRatioPredictor, Knob, faded, share
 from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
+_TIE = 1e-6  # relative: equal tokens' scores differ by so little, in single precision, by where in a matrix they stand
 _TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
 
 
@@ -25,7 +26,8 @@ class Threshold(KeepRatioPredictor):
     """DTP: keep what scores above the weakest anchor's weighted mean score (MADTP, arXiv 2403.02991, section 3.3).
 
     theta = min over anchors k of sum over tokens j of softmax(A / temperature)[j, k] score[j]; of an instance's n tokens, m
-    score above it. Where none does, or only one would go, m is n, as in the reference. Kept are the best ceil(n (m / n)^power).
+    score above it. Where none does, as where all are alike, or only one would go, m is n, as in the reference. Kept are the
+    best ceil(n (m / n)^power).
 
     At power 1 that is DTP. Paper and reference turn the temperature for a budget, but theta lies between one token's score and
     the mean of all at any temperature: of a guide that was trained to score, that is a narrow range of costs. A power reaches
@@ -85,6 +87,7 @@ class Threshold(KeepRatioPredictor):
         layout, free = tokens.layout, tokens.free
         above = scores.to(threshold.dtype) > (threshold + 1e-8 * threshold.abs())[layout.instance]
         counts, there = segments.count(above & free, layout), segments.count(free, layout)
+        counts = counts.masked_fill(_range(scores, tokens) <= _TIE * threshold.abs(), 0)  # all alike: none is above
         if self.across == "batch":
             counts = counts.amax().expand_as(counts)
         counts = torch.where((counts < 1) | (there - counts <= 1), there, counts)
@@ -205,6 +208,15 @@ def _lost(scores: Tensor, tokens: PackedTokens) -> Tensor:
     part = weight / segments.sum(weight, layout).clamp(min=1e-12)[layout.instance]
     mean = segments.mix(part[:, None], z, layout)[:, 0]
     return part * (z - mean[layout.instance]).square().sum(-1)
+
+
+def _range(scores: Tensor, tokens: PackedTokens) -> Tensor:
+    """[batch]: from the lowest score of each instance to its highest, protected ones left out; -inf where there is none."""
+    low, high = (
+        segments.pad(scores.masked_fill(tokens.protected, outside), tokens.layout, outside)
+        for outside in (float("inf"), float("-inf"))
+    )
+    return high.amax(1) - low.amin(1)
 
 
 def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
