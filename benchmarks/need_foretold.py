@@ -21,12 +21,13 @@ core a data set.
 from __future__ import annotations
 
 import argparse
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from flickr8k_retrieval import AT
-from need_of_instances import SHARES, between
+from need_of_instances import SHARES, between, recall
 from torch import Tensor
 
 import vltprune as vp
@@ -66,7 +67,7 @@ class Split:
         self.image, self.costs, self.scale = torch.stack(features), torch.stack(costs).float(), dense.logit_scale.exp()
 
     def damage(self) -> Tensor:
-        """[n, shares]"""
+        """[n, shares]: 1 - the cosine with the dense feature."""
         return 1 - (self.image * self.image[-1]).sum(-1).T
 
     def loss(self) -> Tensor:
@@ -81,9 +82,12 @@ class Split:
 
     def recall(self, image: Tensor) -> float:
         """In %, of these features in the place of the dense ones."""
-        both = (of for text in self.text for of in (image @ text.T, text @ image.T))
-        ranks = torch.stack([(of > of.diag()[:, None]).sum(1) for of in both])
-        return 100 * sum((ranks < k).float().mean().item() for k in (1, 5, 10)) / 3
+        return sum(recall(image, text) for text in self.text) / CAPTIONS
+
+    @cached_property
+    def static(self) -> list[tuple[float, float]]:
+        """MACs, as a share of the dense ones, and recall, of each share."""
+        return list(zip(self.costs.tolist(), map(self.recall, self.image), strict=True))
 
 
 def early(trunk: Any, images: Tensor) -> Tensor:
@@ -128,14 +132,13 @@ def explained(truth: Tensor, told: Tensor) -> float:
 
 def gains(split: Split, told: Tensor) -> str:
     """Recall over that of one share for all, a cell each range of MACs saved. told [n, shares]."""
-    static = list(zip(split.costs.tolist(), map(split.recall, split.image), strict=True))
     found: list[tuple[float, float]] = []
     for price in PRICES:
         chosen = (told + price * split.costs).argmin(1)
         cost = split.costs[chosen].mean().item()
-        if any(low <= 1 - cost < high for low, high in SAVED):
+        if SAVED[0][0] <= 1 - cost < SAVED[-1][1]:
             own = split.recall(split.image[chosen, torch.arange(len(chosen))])
-            found.append((1 - cost, own - between(static, cost)))
+            found.append((1 - cost, own - between(split.static, cost)))
     cells = ([gain for saved, gain in found if low <= saved < high] for low, high in SAVED)
     return "".join(f"{sum(cell) / len(cell):+12.1f}" if cell else " " * 12 for cell in cells)
 

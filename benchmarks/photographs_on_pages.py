@@ -39,7 +39,8 @@ def main() -> None:
 
 def page(photograph: Image.Image, split: str, place: int) -> Image.Image:
     """A white page of the photograph's size, and on it the photograph, smaller. place: of the record in its split."""
-    share, numbers = side(split, place)
+    numbers = _numbers(split, place)
+    share = _side(numbers)
     width, height = (max(1, round(share * length)) for length in photograph.size)
     left, top = (int(numbers.integers(room + 1)) for room in (photograph.width - width, photograph.height - height))
     white = Image.new("RGB", photograph.size, WHITE)
@@ -47,10 +48,19 @@ def page(photograph: Image.Image, split: str, place: int) -> Image.Image:
     return white
 
 
-def side(split: str, place: int) -> tuple[float, np.random.Generator]:
-    """The photograph's side as a share of its page's, and what draws where it lies."""
-    numbers = np.random.default_rng([SPLITS.index(split), place])
-    return numbers.uniform(LEAST, 1), numbers
+def area(split: str, place: int) -> float:
+    """The photograph's share of its page."""
+    return _side(_numbers(split, place)) ** 2
+
+
+def _numbers(split: str, place: int) -> np.random.Generator:
+    """What a page is drawn from: first the photograph's side, then where it lies."""
+    return np.random.default_rng([SPLITS.index(split), place])
+
+
+def _side(numbers: np.random.Generator) -> float:
+    """As a share of the page's."""
+    return numbers.uniform(LEAST, 1)
 
 
 if __name__ == "__main__":

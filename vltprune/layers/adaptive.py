@@ -17,7 +17,7 @@ from .keepers import KeepRatioPredictor, Knob, faded, share
 from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
-_TIE = 1e-6  # relative: equal tokens' scores differ by so little, in single precision, by where in a matrix they stand
+_ROUNDING = 1e-6  # relative: equal tokens' scores differ by less, in single precision, by where in a matrix they stand
 _TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
 
 
@@ -84,10 +84,12 @@ class Threshold(KeepRatioPredictor):
         return margin.masked_fill((counts == there)[tokens.layout.instance], _ENTIRELY)
 
     def _counts(self, scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Tensor:
-        layout, free = tokens.layout, tokens.free
-        above = scores.to(threshold.dtype) > (threshold + 1e-8 * threshold.abs())[layout.instance]
-        counts, there = segments.count(above & free, layout), segments.count(free, layout)
-        counts = counts.masked_fill(_range(scores, tokens) <= _TIE * threshold.abs(), 0)  # all alike: none is above
+        layout, free, exact = tokens.layout, tokens.free, scores.to(threshold.dtype)
+
+        def above(by: float) -> Tensor:
+            return segments.count((exact > (threshold + by * threshold.abs())[layout.instance]) & free, layout)
+
+        there, counts = segments.count(free, layout), above(1e-8).masked_fill(above(_ROUNDING) == 0, 0)
         if self.across == "batch":
             counts = counts.amax().expand_as(counts)
         counts = torch.where((counts < 1) | (there - counts <= 1), there, counts)
@@ -208,15 +210,6 @@ def _lost(scores: Tensor, tokens: PackedTokens) -> Tensor:
     part = weight / segments.sum(weight, layout).clamp(min=1e-12)[layout.instance]
     mean = segments.mix(part[:, None], z, layout)[:, 0]
     return part * (z - mean[layout.instance]).square().sum(-1)
-
-
-def _range(scores: Tensor, tokens: PackedTokens) -> Tensor:
-    """[batch]: from the lowest score of each instance to its highest, protected ones left out; -inf where there is none."""
-    low, high = (
-        segments.pad(scores.masked_fill(tokens.protected, outside), tokens.layout, outside)
-        for outside in (float("inf"), float("-inf"))
-    )
-    return high.amax(1) - low.amin(1)
 
 
 def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
