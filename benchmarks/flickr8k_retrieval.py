@@ -9,15 +9,16 @@ REAL holds the encoders' weights, as `photo_towers.py` says; FLICKR8K train.json
 projections and the upper halves of both encoders on the 6,000 training photographs at 112 px, contrastively, one of the
 five captions drawn a step. `free` prunes that model without training: anchors by k-means on training photographs, the knob
 calibrated. `trained` trains it pruned, to one cost, its dense self as teacher; `ablate` does so for a shorter time, at
-70 %, with one thing changed (`variants.py`). With `--short`, which is for two cores, `dense` takes 300 steps, and the others
-140 of 48 pairs, judged on the first 500 records of dev: 25 minutes of two cores, and 10 to 30 of one core a run. `--size 224`
-takes photographs of 256 patches and not of 64; its `dense` is the other's, with its positions resampled, and is not trained.
+70 % or `--reduction`, with one thing changed (`variants.py`). With `--short`, which is for two cores, `dense` takes 300 steps,
+and the others 140 of 48 pairs, or `--steps`, judged on the first 500 records of dev: 25 minutes of two cores, and 10 to 30 of
+one core a run; `--precision bf16` saves a fifth of that on cores with AMX. `--size 224` takes photographs of 256 patches and
+not of 64; its `dense` is the other's, with its positions resampled, and is not trained.
 With `--pages` FLICKR8K is what `photographs_on_pages.py` made of it, where photographs differ in how much there is to see.
 Thresholds, anchors and weights learn from train.json; the knob is set on the first 256 records of dev.json, and R@1, 5, 10
 both ways are of all its 1,000 photographs and 5,000 captions. Test captions are not read. Runs resume. Results go to
 benchmarks/results/flickr8k_retrieval.json; `table` prints R@1, 5, 10 of the first three stages, and the mean of the six
-recalls of the ablations, with differences seed by seed, and what they keep; with `--short`, `--size`, `--pages` those of such
-runs.
+recalls of the ablations, with differences seed by seed, and what they keep; with the same options those of
+such runs.
 
 A GPU is used where there is one. On one H200, beside a dozen other runs, `dense` took 86 s, `trained` 215 s, `ablate` 90 to
 130 s, and each score of `free` 46 to 117 s; two cores take hours. The photographs were stored at 128 px there. Text to image
@@ -61,12 +62,15 @@ _WORDS = (
 _LOWER = ("visual.trunk.blocks.[0-5].*", "text.transformer.encoder.layer.[0-2].*")  # stay as they were trained before
 _SIZE = 112  # of images, in pixels, where nothing else is said
 _LITTLE = ", short"
+_ABLATED = 0.7  # fewer MACs, where nothing else is said
 _SHORT = {"steps": 140, "batch_size": 48, "val_limit": 500}
 _FREE = {
     "madtp": {"guide": "codebook(anchors=100)", "keep": "ratio"},
     "madtp, DTP": {"guide": "codebook(anchors=100)", "keep": "threshold(turn='temperature')"},
     "self_attention": {"guide": None, "scorer": "self_attention", "keep": "ratio"},
     "distortion": {"guide": None, "scorer": "self_attention", "keep": "distortion"},
+    "distinct_attention": {"guide": None, "scorer": "distinct_attention", "keep": "ratio"},
+    "distinct_attention, distortion": {"guide": None, "scorer": "distinct_attention", "keep": "distortion"},
     "random": {"guide": None, "scorer": "random", "keep": "ratio", "reducer": "drop"},
 }
 _STAGES = ("dense", "trained", "trained without maps", *(f"free, {score}" for score in _FREE))  # all but ablations
@@ -74,9 +78,12 @@ _STAGES = ("dense", "trained", "trained without maps", *(f"free, {score}" for sc
 
 def main() -> None:
     parser = photo_runs.parser(__doc__, ["dense", "free", "trained", "ablate", "table"])
+    parser.set_defaults(reduction=None)  # as the stage has it
     parser.add_argument("--short", action="store_true", help="in little time; `table`: of such runs")
     parser.add_argument("--size", type=int, default=_SIZE, help="of images, in pixels, a multiple of 14")
     parser.add_argument("--pages", action="store_true", help="FLICKR8K is of photographs_on_pages.py: kept apart")
+    parser.add_argument("--steps", type=int, default=_SHORT["steps"], help="of `trained` and `ablate`, with --short")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of trainings")
     parser.add_argument("--score", choices=_FREE, help="of `free`: this one alone")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of what is not trained"
@@ -136,20 +143,28 @@ def examined(options: argparse.Namespace, model: Any, name: str, reduction: floa
 
 def trained(options: argparse.Namespace) -> None:
     """The dense model, trained to a cost."""
-    length = _SHORT if options.short else {"epochs": 8}
-    run(options, "madtp", called("trained", options), options.reduction, length)
+    length = _short(options) if options.short else {"epochs": 8}
+    run(options, "madtp", called("trained", options), options.reduction or 0.5, length)
 
 
 def ablate(options: argparse.Namespace) -> None:
     """A shorter training, with one thing changed."""
-    length = _SHORT if options.short else {"epochs": 4}
-    run(options, options.variant, called(options.variant, options), 0.7, length)
+    length = _short(options) if options.short else {"epochs": 4}
+    reduction = options.reduction or _ABLATED
+    run(options, options.variant, called(options.variant + _cost(options), options), reduction, length)
+
+
+def _cost(options: argparse.Namespace) -> str:
+    """What an ablation's name says of its cost."""
+    return "" if options.reduction in (None, _ABLATED) else f" to {options.reduction:.0%}"
 
 
 def called(name: str, options: argparse.Namespace) -> str:
     """What a run is called in the results."""
     size = f", {options.size} px" if options.size != _SIZE else ""
-    return name + size + ", pages" * options.pages + _LITTLE * options.short
+    precision = f", {options.precision}" if options.precision != "no" else ""
+    length = f", {options.steps} steps" if options.steps != _SHORT["steps"] else _LITTLE
+    return name + size + ", pages" * options.pages + precision + length * options.short
 
 
 def run(options: argparse.Namespace, variant: str, name: str, reduction: float, length: dict[str, Any]) -> None:
@@ -161,22 +176,28 @@ def run(options: argparse.Namespace, variant: str, name: str, reduction: float, 
     photo_runs.trained(options.work, RESULTS, name, config)
 
 
+def _short(options: argparse.Namespace) -> dict[str, Any]:
+    return {**_SHORT, "steps": options.steps}
+
+
 def _dense(options: argparse.Namespace) -> Path:
     """The run of the dense model of a size."""
     return options.work / ("dense" if options.size == _SIZE else f"dense_{options.size}")
 
 
 def _own(options: argparse.Namespace) -> dict[str, Any]:
-    return {"task": "retrieval", **photo_runs.common(options)}
+    return {"task": "retrieval", "precision": options.precision, **photo_runs.common(options)}
 
 
 def ablations(options: argparse.Namespace) -> list[str]:
     """Their mean recall, how far it is from that of `madtp` and of a static count, and what they keep; nothing of none."""
-    only = [called(one, options) for one in variants.VARIANTS]
+
+    def names(ones: Sequence[str]) -> list[str]:
+        return [called(one + _cost(options), options) for one in ones]
+
+    only = names(list(variants.VARIANTS))
     apart = (
-        variants.differences(
-            RESULTS, mean_recall, called(base, options), [called(o, options) for o in variants.compared(base)]
-        )
+        variants.differences(RESULTS, mean_recall, *names([base]), names(variants.compared(base)))
         for base in ("madtp", "static count", "madtp by temperature", "madtp without maps", "static count without maps")
     )
     return list(filter(None, [variants.table(RESULTS, mean_recall, only), *apart, kept(only)]))

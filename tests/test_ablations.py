@@ -114,14 +114,16 @@ def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatc
     script = runpy.run_path(str(FOLDER / "flickr8k_retrieval.py"))
     called, table = script["called"], script["table"]
     monkeypatch.setitem(table.__globals__, "RESULTS", tmp_path / "some.json")
+    usual = {"size": 112, "short": False, "pages": False, "steps": 140, "precision": "no", "reduction": None}
     runs = [
-        argparse.Namespace(size=size, short=short, pages=pages)
-        for size, short, pages in (
-            (112, False, False),
-            (112, True, False),
-            (224, False, False),
-            (224, True, False),
-            (112, True, True),
+        argparse.Namespace(**usual | change)
+        for change in (
+            {},
+            {"short": True},
+            {"size": 224},
+            {"size": 224, "short": True},
+            {"short": True, "pages": True},
+            {"short": True, "steps": 600, "precision": "bf16"},
         )
     ]
     assert [called("dense", run) for run in runs] == [
@@ -130,6 +132,7 @@ def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatc
         "dense, 224 px",
         "dense, 224 px, short",
         "dense, pages, short",
+        "dense, bf16, 600 steps",
     ]
     scores = {f"{way}_r{k}": 0.5 for way in ("t2i", "i2t") for k in (1, 5, 10)} | {"mean_recall": 0.5}
     kept = {"image": [65.0, 12.0], "text": [14.0, 7.0]}
@@ -141,4 +144,5 @@ def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatc
         lines = [line.split("  ")[0] for line in table(run).splitlines()[1:]]
         assert lines == [called(name, run) for name in ("dense", "free, distortion")]
     assert "madtp, 224 px" in script["ablations"](runs[2])[0]
-    assert script["ablations"](argparse.Namespace(size=56, short=False, pages=False)) == []
+    assert script["ablations"](argparse.Namespace(**usual | {"size": 56})) == []
+    assert script["ablations"](argparse.Namespace(**usual | {"reduction": 0.5})) == []

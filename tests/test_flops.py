@@ -48,6 +48,11 @@ def assert_counts(dense, pruned, *inputs, **named):
     assert cost.total < cost.dense_total
 
 
+def test_tokens_that_are_compared_with_each_other_cost_what_that_takes():
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=384).eval()
+    assert_counts(dense, vp.prune(dense, "madtp", scorer="distinct_madtp"), torch.randn(2, 3, 384, 384))
+
+
 def test_vit_base_at_384():
     dense = timm.create_model("vit_base_patch16_384").eval()
     images = torch.randn(1, 3, 384, 384)

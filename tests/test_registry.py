@@ -87,6 +87,7 @@ def test_bind_accepts():
     [
         (vp.guides, {"codebook"}),
         (vp.scorers, {"madtp", "self_attention", "cls_attention", "mean_cls_attention", "alignment", "random"}),
+        (vp.scorers, {"distinct", "distinct_attention", "distinct_madtp"}),
         (vp.keepers, {"threshold", "ratio", "count", "random_ratio"}),
         (vp.reducers, {"drop", "fuse"}),
         (vp.presets, {"madtp", "evit", "random"}),

@@ -169,7 +169,7 @@ class _Units:
     def pruned(self, before: Tensor, after: Tensor, memory: _Memory | None, step: Step) -> Tensor:
         mixed = after if step.reduced_early else before
         block = self.qkv * before + 2 * self.width * before**2 + self.mix * mixed + self._feed(after, memory)
-        return block + self._scoring(step) * before
+        return block + self._scoring(step) * before + self._comparing * before**2
 
     def _feed(self, n: Tensor, memory: _Memory | None) -> Tensor:
         token, entry, pair = self.feed
@@ -183,6 +183,12 @@ class _Units:
         merges = step.reduction is not None and step.reduction.merge is not None
         summed = self.like.x.shape[-1] + (self.width if step.reduced_early else 0)
         return self.guide + (self.width if Stat.SUMMARY in pruner.needs else 0) + (summed if merges else 0)
+
+    @property
+    def _comparing(self) -> int:
+        """Per pair of tokens."""
+        pruner = self.encoder.pruner(self.depth)
+        return self.like.x.shape[-1] if pruner is not None and pruner.scorer.pairwise else 0
 
     @cached_property
     def _query(self) -> Tensor:

@@ -1,6 +1,7 @@
 """The four parts a pruner is made of. They know tokens, segments and attention; they never hear of a host."""
 
 from .adaptive import Distortion, Threshold
+from .distinct import Distinct, DistinctAttention, DistinctMadtp
 from .guides import AlignmentGuide, Codebook, Guidance
 from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio
 from .reducers import Drop, Fuse, Reduction, TokenReducer
@@ -13,6 +14,9 @@ __all__ = [
     "ClsAttention",
     "Codebook",
     "Count",
+    "Distinct",
+    "DistinctAttention",
+    "DistinctMadtp",
     "Distortion",
     "Drop",
     "Fuse",

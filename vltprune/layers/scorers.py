@@ -22,11 +22,13 @@ class TokenScorer(nn.Module, ABC):
     """Scores the tokens of one site; larger is kept longer.
 
     `needs` declares the statistics it reads and `guided` whether it reads the guidance: a pairing that cannot work fails
-    when the model is built. Implementations take `site` and their own arguments.
+    when the model is built. `pairwise`: whether it compares each two tokens of an instance, which its MACs then count.
+    Implementations take `site` and their own arguments.
     """
 
     needs: ClassVar[Stat] = Stat.NONE
     guided: ClassVar[bool] = False
+    pairwise: ClassVar[bool] = False
 
     def __init__(self, site: Site):
         super().__init__()

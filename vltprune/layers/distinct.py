@@ -1,0 +1,91 @@
+"""What is not told twice: scores that tokens share with those that resemble them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import segments
+from ..attention import AttentionStats
+from ..registry import scorers
+from ..tokens import PackedTokens
+from .guides import Guidance
+from .scorers import Madtp, SelfAttention, TokenScorer, normalise
+from .site import Site
+
+
+@scorers.register("distinct")
+class Distinct(TokenScorer):
+    """1 / how many unprotected tokens of the instance a token resembles, itself among them: 1 for one that is like no other.
+
+    Tokens z, at zero mean and unit length (a layer norm over sqrt(dim)), resemble each other by exp(-||z_i - z_j||^2 / width).
+    Over an instance the scores add up to how many different tokens it has, the diversity of order 0 of Leinster and Cobbold
+    (Ecology 93, 2012, equation 3, all tokens as frequent). A plain ground, whose patches attention likes no less than others,
+    goes first. Words hardly resemble each other: for texts use `distinct_attention`.
+
+    It has no gradients: what a token resembles cannot be taught. It costs n^2 dim MACs.
+    """
+
+    pairwise = True
+
+    def __init__(self, site: Site, width: float = 0.03):
+        super().__init__(site)
+        if not width > 0:
+            raise ValueError(f"width={width} of a scorer must be above 0: the squared distance at which tokens differ")
+        self.width = width
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        return uniqueness(tokens, self.width)
+
+
+class _Shared(Distinct):
+    """Another scorer's scores, each times what `distinct` says, normalised over the instance."""
+
+    scorer: ClassVar[type[TokenScorer]]
+
+    def __init__(self, site: Site, width: float = 0.03):
+        super().__init__(site, width)
+        self.of = self.scorer(site)
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        return normalise(self.of(tokens, stats, guidance) * uniqueness(tokens, self.width), tokens)
+
+
+@scorers.register("distinct_attention")
+class DistinctAttention(_Shared):
+    """`self_attention` times `distinct`: what tokens receive that resemble each other, they share."""
+
+    scorer = SelfAttention
+    needs = SelfAttention.needs
+
+
+@scorers.register("distinct_madtp")
+class DistinctMadtp(_Shared):
+    """`madtp`, MADTP's mean of three scores, times `distinct`."""
+
+    scorer = Madtp
+    needs = Madtp.needs
+    guided = True
+
+
+@torch.no_grad()
+def uniqueness(tokens: PackedTokens, width: float) -> Tensor:
+    """What `Distinct` scores: [total], in (0, 1] for unprotected tokens; in single precision at least."""
+    layout, dim = tokens.layout, tokens.x.shape[-1]
+    with torch.autocast(tokens.x.device.type, enabled=False):
+        z = F.layer_norm(tokens.x.float(), (dim,)) / dim**0.5
+        if layout.is_uniform or z.device.type != "cpu":  # elsewhere a call for each instance costs less than padding
+            counts = _resembling(segments.pad(z, layout), segments.pad(tokens.free, layout, False), width)
+            return 1 / segments.flat(counts, layout)
+        parts = zip(z.split(layout.lengths), tokens.free.split(layout.lengths), strict=True)
+        return 1 / torch.cat([_resembling(one, free, width) for one, free in parts])
+
+
+def _resembling(z: Tensor, free: Tensor, width: float) -> Tensor:
+    """z [..., n, dim], free [..., n] -> how many free tokens each resembles, [..., n], itself at least."""
+    size = z.square().sum(-1)
+    apart = size[..., :, None] + size[..., None, :] - 2 * z @ z.mT
+    return ((-apart.clamp(min=0) / width).exp() * free[..., None, :]).sum(-1).clamp(min=1)
