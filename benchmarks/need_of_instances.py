@@ -22,7 +22,7 @@ a model that `ablate --short` trained (seed 1) with a static share. Ten minutes 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +39,7 @@ from vltprune.data import captions
 from vltprune.flops import Meter
 from vltprune.layers import Ratio
 from vltprune.preprocessing import transforms
+from vltprune.surgery import pruning
 from vltprune.tasks import Retrieval
 from vltprune.training.calls import calls_of
 
@@ -122,33 +123,45 @@ def told(towers: Towers, keeper: str, need: Tensor) -> str:
     vp.calibrate(model, towers.knob_calls, REDUCTION)
     if keeper == "ratio":  # the same count for all
         return f"{recall(**towers.run(model)):8.1f}"
-    pruners = [pruner for tower in model.pruning.towers.values() for pruner in tower.pruners.values()]
-    shares: dict[Any, float] = {}  # that each leaves in the mean
-
-    def note(pruner: Any, _: Any, inputs: Any, counts: Tensor) -> None:
-        there = segments.count(inputs[1].free, inputs[1].layout)
-        shares[pruner] = (counts.minimum(there) / there).mean().item()
-
-    for pruner in pruners:
-        pruner.keeper.register_forward_hook(partial(note, pruner))
+    left = watch(model)
     with vp.collect() as traces:
         line = f"{recall(**towers.run(model)):8.1f}"
-    line += f"{as_static(towers, model, shares, Meter(model)(traces).reduction):11.1f}"
+    shares, reduction = means(left), Meter(model)(traces).reduction
+    line += f"{as_static(lambda: recall(**towers.run(model)), shares, reduction, model):11.1f}"
     counts = next(trace.lengths for trace in traces if trace.tower == "image")
     return line + "".join(f"{correlation(need, torch.tensor(counts[at])):18.2f}" for at in (AT["image"][0], -1))
 
 
-def as_static(towers: Towers, model: Any, shares: dict[Any, float], reduction: float) -> float:
-    """Recall with one share for all at each pruner: these to one power, between the two nearest to the reduction."""
+def watch(model: Any) -> dict[Any, list[Tensor]]:
+    """Filled as the model runs: what share of an instance's tokens each pruner leaves, [batch] a run."""
+    left: dict[Any, list[Tensor]] = {}
+
+    def note(pruner: Any, _: Any, inputs: Any, counts: Tensor) -> None:
+        there = segments.count(inputs[1].free, inputs[1].layout)
+        left.setdefault(pruner, []).append(counts.minimum(there) / there)
+
+    for tower in pruning(model).towers.values():
+        for pruner in tower.pruners.values():
+            pruner.keeper.register_forward_hook(partial(note, pruner))
+    return left
+
+
+def means(left: dict[Any, list[Tensor]]) -> dict[Any, float]:
+    """The mean share that each pruner leaves."""
+    return {pruner: torch.cat(shares).mean().item() for pruner, shares in left.items()}
+
+
+def as_static(measure: Callable[[], float], shares: dict[Any, float], reduction: float, model: Any) -> float:
+    """What is measured with one share for all at each pruner: these to one power, between the two nearest to the reduction."""
     low, high, tried = 0.5, 1.5, set()
     for _ in range(6):
         power = (low + high) / 2
         for pruner, share in shares.items():
             pruner.keeper = Ratio(pruner.scorer.site, share**power)
         with vp.collect() as traces:
-            features = towers.run(model)
+            measured = measure()
         saved = Meter(model)(traces).reduction
-        tried.add((1 - saved, recall(**features)))
+        tried.add((1 - saved, measured))
         low, high = (low, power) if saved > reduction else (power, high)
     return between(sorted(tried), 1 - reduction)
 
