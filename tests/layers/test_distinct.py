@@ -27,6 +27,7 @@ def alone(x, width):
 def test_the_formula(width, case):
     """Of every layout: protected tokens are not counted, nor those of others."""
     scores = scorers["distinct"](case.site, width=width)(case.tokens, case.stats, None)
+    assert ((scores > 0) & (scores <= 1)).all()
     for i in range(case.batch):
         rows = (case.tokens.layout.instance == i) & case.tokens.free
         assert_close(scores[rows], alone(case.tokens.x[rows], width), rtol=1e-3, atol=1e-5)
