@@ -17,8 +17,7 @@ With `--pages` FLICKR8K is what `photographs_on_pages.py` made of it, where phot
 Thresholds, anchors and weights learn from train.json; the knob is set on the first 256 records of dev.json, and R@1, 5, 10
 both ways are of all its 1,000 photographs and 5,000 captions. Test captions are not read. Runs resume. Results go to
 benchmarks/results/flickr8k_retrieval.json; `table` prints R@1, 5, 10 of the first three stages, and the mean of the six
-recalls of the ablations, with differences seed by seed, and what they keep; with the same options those of
-such runs.
+recalls of the ablations, with differences seed by seed, and what they keep; with a run's options those of such runs.
 
 A GPU is used where there is one. On one H200, beside a dozen other runs, `dense` took 86 s, `trained` 215 s, `ablate` 90 to
 130 s, and each score of `free` 46 to 117 s; two cores take hours. The photographs were stored at 128 px there. Text to image
@@ -70,7 +69,6 @@ _FREE = {
     "self_attention": {"guide": None, "scorer": "self_attention", "keep": "ratio"},
     "distortion": {"guide": None, "scorer": "self_attention", "keep": "distortion"},
     "distinct_attention": {"guide": None, "scorer": "distinct_attention", "keep": "ratio"},
-    "distinct_attention, distortion": {"guide": None, "scorer": "distinct_attention", "keep": "distortion"},
     "random": {"guide": None, "scorer": "random", "keep": "ratio", "reducer": "drop"},
 }
 _STAGES = ("dense", "trained", "trained without maps", *(f"free, {score}" for score in _FREE))  # all but ablations
@@ -177,6 +175,7 @@ def run(options: argparse.Namespace, variant: str, name: str, reduction: float, 
 
 
 def _short(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a short run."""
     return {**_SHORT, "steps": options.steps}
 
 

@@ -22,11 +22,12 @@ class Distinct(TokenScorer):
     """1 / how many unprotected tokens of the instance a token resembles, itself among them: 1 for one that is like no other.
 
     Tokens z, at zero mean and unit length (a layer norm over sqrt(dim)), resemble each other by exp(-||z_i - z_j||^2 / width).
-    Over an instance the scores add up to how many different tokens it has, the diversity of order 0 of Leinster and Cobbold
-    (Ecology 93, 2012, equation 3, all tokens as frequent). A plain ground, whose patches attention likes no less than others,
-    goes first. Words hardly resemble each other: for texts use `distinct_attention`.
+    Over an instance the scores add up to how many different tokens it has: the diversity of order 0 of Leinster and Cobbold
+    (Ecology 93, 2012), all tokens as frequent. A plain ground, whose patches attention likes no less than others, goes first.
+    Words hardly resemble each other: for texts use `distinct_attention`.
 
-    It has no gradients: what a token resembles cannot be taught. It costs n^2 dim MACs.
+    width: the squared distance at which tokens differ. ValueError unless above 0. The scores have no gradients, so that they
+    cannot be taught; of those they are multiplied with the gradients stay. They cost n^2 dim MACs.
     """
 
     pairwise = True
