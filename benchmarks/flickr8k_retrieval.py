@@ -71,6 +71,15 @@ _FREE = {
     "distinct_attention": {"guide": None, "scorer": "distinct_attention", "keep": "ratio"},
     "random": {"guide": None, "scorer": "random", "keep": "ratio", "reducer": "drop"},
 }
+_BASES = (
+    "madtp",
+    "static count",
+    "madtp that fades",
+    "madtp by temperature",
+    "madtp without maps",
+    "static count without maps",
+)
+_TRAINED = ("trained", "ablate", "table")  # stages of pruned models that are trained
 _STAGES = ("dense", "trained", "trained without maps", *(f"free, {score}" for score in _FREE))  # all but ablations
 
 
@@ -81,12 +90,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=_SIZE, help="of images, in pixels, a multiple of 14")
     parser.add_argument("--pages", action="store_true", help="FLICKR8K is of photographs_on_pages.py: kept apart")
     parser.add_argument("--steps", type=int, default=_SHORT["steps"], help="of `trained` and `ablate`, with --short")
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of trainings")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of `trained` and `ablate`")
     parser.add_argument("--score", choices=_FREE, help="of `free`: this one alone")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of what is not trained"
     )
     options = parser.parse_args()
+    if options.steps != _SHORT["steps"] and not (options.short and options.stage in _TRAINED):
+        parser.error(f"--steps is of {', '.join(_TRAINED)}, with --short")
+    if options.precision != "no" and options.stage not in _TRAINED:
+        parser.error(f"--precision is of {', '.join(_TRAINED)}")
     torch.set_num_threads(options.threads)
     if options.stage == "table":
         return print(table(options), *ablations(options), sep="\n\n")
@@ -196,8 +209,7 @@ def ablations(options: argparse.Namespace) -> list[str]:
 
     only = names(list(variants.VARIANTS))
     apart = (
-        variants.differences(RESULTS, mean_recall, *names([base]), names(variants.compared(base)))
-        for base in ("madtp", "static count", "madtp by temperature", "madtp without maps", "static count without maps")
+        variants.differences(RESULTS, mean_recall, *names([base]), names(variants.compared(base))) for base in _BASES
     )
     return list(filter(None, [variants.table(RESULTS, mean_recall, only), *apart, kept(only)]))
 
@@ -225,14 +237,14 @@ def mean_recall(row: dict[str, Any]) -> float:
 
 
 def table(options: argparse.Namespace) -> str:
-    """R@1, 5, 10 of both directions on dev, a line a run of this size and length; ablations left out."""
+    """R@1, 5, 10 of both directions on dev, and their mean, a line a run of this size and length; ablations left out."""
     names = {called(stage, options) for stage in _STAGES}
     rows = [row for row in json.loads(RESULTS.read_text()) if row["name"] in names]
     wide = max([23, *(len(row["name"]) for row in rows)])
-    lines = ["run".ljust(wide) + " saved      MACs  text to image R@1 5 10  image to text"]
+    lines = ["run".ljust(wide) + " saved      MACs  text to image R@1 5 10  image to text      mean"]
     for row in sorted(rows, key=lambda row: (row["reduction"], row["name"])):
-        recalls = (100 * row["scores"][f"{way}_r{k}"] for way in ("t2i", "i2t") for k in (1, 5, 10))
-        scores = "  ".join(f"{one:5.1f}" for one in recalls)
+        recalls = [100 * row["scores"][f"{way}_r{k}"] for way in ("t2i", "i2t") for k in (1, 5, 10)]
+        scores = "  ".join(f"{one:5.1f}" for one in [*recalls, 100 * mean_recall(row)])
         lines.append(f"{row['name']:<{wide}}{row['macs_saved']:6.1%}  {row['macs'] / 1e9:6.3f} G  {scores}")
     return "\n".join(lines)
 

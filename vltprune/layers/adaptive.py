@@ -6,7 +6,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import segments
@@ -14,6 +13,7 @@ from ..registry import keepers
 from ..tokens import Layout, PackedTokens
 from .guides import Guidance
 from .keepers import KeepRatioPredictor, Knob, faded, share
+from .scorers import unit
 from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
@@ -203,8 +203,7 @@ class Distortion(KeepRatioPredictor):
 @torch.no_grad()
 def _lost(scores: Tensor, tokens: PackedTokens) -> Tensor:
     """[total]: what each token takes with it, in single precision; zero for protected ones."""
-    layout, dim = tokens.layout, tokens.x.shape[-1]
-    z = F.layer_norm(tokens.x.float(), (dim,)) / dim**0.5
+    layout, z = tokens.layout, unit(tokens)
     weight = scores.float().clamp(min=0) + 1e-12  # equal where no score is above 0
     weight = weight.masked_fill(tokens.protected, 0.0)
     part = weight / segments.sum(weight, layout).clamp(min=1e-12)[layout.instance]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import segments
@@ -13,7 +12,7 @@ from ..attention import AttentionStats
 from ..registry import scorers
 from ..tokens import PackedTokens
 from .guides import Guidance
-from .scorers import Madtp, SelfAttention, TokenScorer, normalise
+from .scorers import Madtp, SelfAttention, TokenScorer, normalise, unit
 from .site import Site
 
 
@@ -35,7 +34,7 @@ class Distinct(TokenScorer):
     def __init__(self, site: Site, width: float = 0.03):
         super().__init__(site)
         if not width > 0:
-            raise ValueError(f"width={width} of a scorer must be above 0: the squared distance at which tokens differ")
+            raise ValueError(f"{type(self).__name__}(width={width}) must be above 0: a squared distance, such as 0.03")
         self.width = width
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
@@ -57,7 +56,7 @@ class _Shared(Distinct):
 
 @scorers.register("distinct_attention")
 class DistinctAttention(_Shared):
-    """`self_attention` times `distinct`: what tokens receive that resemble each other, they share."""
+    """`self_attention` times `distinct`: what tokens receive that resemble each other, they share. width: as there."""
 
     scorer = SelfAttention
     needs = SelfAttention.needs
@@ -65,7 +64,7 @@ class DistinctAttention(_Shared):
 
 @scorers.register("distinct_madtp")
 class DistinctMadtp(_Shared):
-    """`madtp`, MADTP's mean of three scores, times `distinct`."""
+    """`madtp`, MADTP's mean of three scores, times `distinct`. width: as there."""
 
     scorer = Madtp
     needs = Madtp.needs
@@ -74,10 +73,10 @@ class DistinctMadtp(_Shared):
 
 @torch.no_grad()
 def uniqueness(tokens: PackedTokens, width: float) -> Tensor:
-    """What `Distinct` scores: [total], in (0, 1] for unprotected tokens; in single precision at least."""
-    layout, dim = tokens.layout, tokens.x.shape[-1]
+    """What `Distinct` scores: [total], in (0, 1], in single precision."""
+    layout = tokens.layout
     with torch.autocast(tokens.x.device.type, enabled=False):
-        z = F.layer_norm(tokens.x.float(), (dim,)) / dim**0.5
+        z = unit(tokens)
         if layout.is_uniform or z.device.type != "cpu":  # elsewhere a call for each instance costs less than padding
             counts = _resembling(segments.pad(z, layout), segments.pad(tokens.free, layout, False), width)
             return 1 / segments.flat(counts, layout)

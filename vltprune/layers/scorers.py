@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import segments
@@ -142,6 +143,12 @@ def normalise(scores: Tensor, tokens: PackedTokens) -> Tensor:
     lifted = (scores - lift[layout.instance]).masked_fill(~free, 0.0)
     total = torch.where(odd, segments.sum(lifted, layout), total)
     return lifted / (total + _EPS)[layout.instance]
+
+
+def unit(tokens: PackedTokens) -> Tensor:
+    """[total, dim]: tokens at zero mean and unit length, a layer norm over sqrt(dim), in single precision; 0 if constant."""
+    dim = tokens.x.shape[-1]
+    return F.layer_norm(tokens.x.float(), (dim,)) / dim**0.5
 
 
 def hash_integers(a: Tensor, b: Tensor) -> Tensor:
