@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import fractions
 import json
+import pathlib
+import pickle
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from strategies import arguments
 
@@ -173,6 +179,8 @@ def test_configs_are_frozen():
         ({"image": (2,)}, "image", (2,)),
         ({"image": (2,)}, "text", ()),
         ({"image": None, "text": (0.5,)}, "image", (0, 1, 2, 3)),
+        ((-1,), "image", (3,)),
+        ((3, -1, -4, 0.75), "image", (0, 3)),
         ({"image": None, "text": (0.5,)}, "text", (2,)),
     ],
 )
@@ -180,19 +188,149 @@ def test_depths(at, tower, expected):
     assert BASE.replace(at=at).depths(tower, 4) == expected
 
 
-@pytest.mark.parametrize("at", [3, 0.5, "all", ("a",), (None,), (True,), {"image": 3}, {"image": {"text": (1,)}}])
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        (3, (3,)),
+        (0.5, (0.5,)),
+        (-1, (-1,)),
+        (range(2), (0, 1)),
+        ({3, -1, 1}, (-1, 1, 3)),
+        (frozenset(), ()),
+        ((depth for depth in (2, 0)), (2, 0)),
+        (iter([]), ()),
+        ({1: "a", 0: "b"}.keys(), (0, 1)),
+        ([1, 1, -1, 1], (1, -1)),
+        (np.arange(3), (0, 1, 2)),
+        (np.array([]), ()),
+        (np.int64(2), (2,)),
+        (np.float32(0.5), (0.5,)),
+        (np.array(-2), (-2,)),
+        ([np.int8(1), np.float64(0.25)], (1, 0.25)),
+        (torch.tensor([1, 2]), (1, 2)),
+        (torch.tensor(3), (3,)),
+        ([torch.tensor(3), 1], (3, 1)),
+        (fractions.Fraction(1, 4), (0.25,)),
+        ({"image": 3, "text": np.arange(2)}, {"image": (3,), "text": (0, 1)}),
+        ({"image": None, "text": []}, {"image": None, "text": ()}),
+        ({}, {}),
+    ],
+)
+def test_depths_of_every_form_become_plain_numbers(at, expected):
+    config = BASE.replace(at=at)
+    assert config.at == expected
+    assert [type(d) for d in numbers_of(config.at)] == [type(d) for d in numbers_of(expected)]
+    assert there_and_back(config) == config
+    assert hash(there_and_back(config)) == hash(config)
+
+
+def numbers_of(at):
+    return [d for depths in (at.values() if isinstance(at, dict) else [at]) for d in depths or ()]
+
+
+@pytest.mark.parametrize(
+    "at",
+    ["all", "3", b"3", ("a",), (None,), (True,), True, np.array([True, False]), np.bool_(True), torch.ones(3) > 0]
+    + [{"image": {"text": (1,)}}, {"image": "all"}, [[1, 2]], np.zeros((2, 2), int), slice(3), object(), 1j],
+)
 def test_bad_depths(at):
     with pytest.raises(TypeError, match="depths"):
         BASE.replace(at=at)
 
 
-@pytest.mark.parametrize("at", [(1.0,), (-0.1,), {"text": (7.5,)}, (float("nan"),)])
+def test_towers_have_names():
+    with pytest.raises(TypeError, match="towers have names, such as 'image', 0 is none"):
+        BASE.replace(at={0: (3,)})
+
+
+@pytest.mark.parametrize("at", [(1.0,), 1.0, (-0.1,), {"text": (7.5,)}, (float("nan"),), np.arange(3.0), np.float32(2)])
 def test_bad_fractions(at):
     with pytest.raises(ValueError, match=r"a fraction of the depth lies in \[0, 1\)"):
         BASE.replace(at=at)
 
 
-@pytest.mark.parametrize("depth", [4, -1])
+@pytest.mark.parametrize("depth", [4, -5, 99])
 def test_depths_a_tower_does_not_have(depth):
-    with pytest.raises(ValueError, match=rf"the text tower has depths 0 .. 3, not {depth}"):
+    with pytest.raises(ValueError, match=rf"the text tower has depths 0 .. 3, or -4 .. -1 from the end, not {depth}"):
         BASE.replace(at=(depth,)).depths("text", 4)
+
+
+@given(depths=st.integers(1, 64), data=st.data())
+def test_every_way_to_name_a_block_names_it(depths, data):
+    block = data.draw(st.integers(0, depths - 1))
+    for at in (block, block - depths, block / depths, {"text": [block, block - depths]}):
+        assert BASE.replace(at=at).depths("text", depths) == (block,)
+
+
+class TestHash:
+    @pytest.mark.parametrize("name", presets.names())
+    def test_equal_configs_have_the_same(self, name):
+        assert hash(preset(name)) == hash(preset(name)) == hash(there_and_back(preset(name)))
+        assert len({preset(name), preset(name), preset(name).replace(at=())}) == 2
+
+    @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+    def test_copies_are_equal_and_as_fixed(self, copied):
+        config = BASE.replace(at={"image": (1, 0.5), "text": None}, keep=Part("ratio", {"ratio": 0.4}))
+        again = copied(config)
+        assert again == config and hash(again) == hash(config)
+        with pytest.raises(TypeError, match=r"cannot be changed: make another config with replace"):
+            again.keep.args["ratio"] = 0.5
+        with pytest.raises(TypeError, match="cannot be changed"):
+            again.at.update(image=None)
+
+    def test_parts_of_nested_arguments(self):
+        part = Part("x", {"a": [1, {"b": [2]}]})
+        assert hash(part) == hash(Part.of(json.loads(json.dumps(part.to_dict())))) == hash(Part.of(str(part)))
+        assert part.to_dict() == {"name": "x", "a": [1, {"b": [2]}]}
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (np.str_("two"), "two"),
+        (np.array([1, 2]), (1, 2)),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([[1], [2]]), ((1,), (2,))),
+        (range(2), (0, 1)),
+        ({"b", "a"}, ("a", "b")),
+        ({"a": np.float64(1)}, {"a": 1.0}),
+        (pathlib.PurePosixPath("a/b"), "a/b"),
+    ],
+)
+def test_arguments_become_plain(value, plain):
+    part = Part("x", {"a": value})
+    assert part.args == {"a": plain} and type(part.args["a"]) is type(Part("x", {"a": plain}).args["a"])
+    assert Part.of(json.loads(json.dumps(part.to_dict()))) == part == Part.of(str(part))
+
+
+@pytest.mark.parametrize("value", [object(), b"x", 1j, print, torch.float16, {1: 2}, [object()]])
+def test_arguments_that_json_has_no_form_for(value):
+    with pytest.raises(TypeError, match=r"x\(a=...\)"):
+        Part("x", {"a": value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), [float("-inf")]])
+def test_arguments_that_are_not_finite(value):
+    with pytest.raises(ValueError, match=r"x\(a=...\) is .*: give a finite number"):
+        Part("x", {"a": value})
+
+
+def test_mutable_arguments_may_change_afterwards():
+    sizes = [1, 2]
+    part = Part("x", {"sizes": sizes})
+    sizes.append(3)
+    assert part.args["sizes"] == (1, 2)
+
+
+@pytest.mark.parametrize("args", [[("ratio", 0.5)], "ratio", 3])
+def test_arguments_are_a_mapping(args):
+    with pytest.raises(TypeError, match="args must be a dict"):
+        Part("ratio", args)
+
+
+def test_names_of_parts_are_text():
+    with pytest.raises(TypeError, match="a part's name is text"):
+        Part.of({"name": 3})

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+import threading
+
 import pytest
 
 import vltprune as vp
@@ -38,7 +42,36 @@ def test_duplicates_are_refused(fruits):
     assert fruits["apple"] is str
 
 
-@pytest.mark.parametrize("name", ["", "two words", "a-b", "3d", "a(b)", "a..b"])
+@pytest.mark.parametrize("name", ["blip_base", "blip_nlvr_tiny"])
+def test_taken_backbones_are_refused(name):
+    with pytest.raises(ValueError, match=f"backbone '{name}' is already a Backbone: choose another name"):
+        vp.backbones.register(name)(int)
+
+
+@pytest.mark.parametrize("maker", [functools.partial(int, 3), type("Maker", (), {"__call__": lambda self: 3})()])
+def test_makers_without_a_name_of_their_own(fruits, maker):
+    fruits.register("fig")(maker)
+    with pytest.raises(ValueError, match=r"fruit 'fig' is already a (partial|Maker): choose another name"):
+        fruits.register("fig")(str)
+    assert fruits["fig"] is maker
+
+
+@pytest.mark.parametrize("maker", [3, None, "fig"])
+def test_what_cannot_be_called_makes_nothing(fruits, maker):
+    with pytest.raises(TypeError, match="fruit 'fig' must be a class or function"):
+        fruits.register("fig")(maker)
+    with pytest.raises(TypeError, match="fruit 'fig' must be a class or function"), fruits.temporarily(fig=maker):
+        pass
+    assert "fig" not in fruits
+
+
+@pytest.mark.parametrize("name", [str, None, 3])
+def test_register_takes_a_name(fruits, name):
+    with pytest.raises(TypeError, match=r"write register\('name'\)"):
+        fruits.register(name)
+
+
+@pytest.mark.parametrize("name", ["None", "class", "lambda", "", "two words", "a-b", "3d", "a(b)", "a..b"])
 def test_names_must_stand_in_a_config(fruits, name):
     with pytest.raises(ValueError, match="must be an identifier"):
         fruits.register(name)(str)
@@ -60,6 +93,48 @@ def test_temporarily(fruits):
     assert fruits.names() == ["apple", "apricot", "banana"]
 
 
+class TestTemporarily:
+    def test_what_is_registered_meanwhile_stays(self, fruits):
+        with fruits.temporarily(apple=int, fig=int):
+            fruits.register("cherry")(float)
+            with pytest.raises(ValueError, match="fruit 'fig' is already int"):
+                fruits.register("fig")(str)
+        assert fruits.names() == ["apple", "apricot", "banana", "cherry"]
+        assert (fruits["cherry"], fruits["apple"]) == (float, str)
+
+    def test_blocks_nest(self, fruits):
+        with fruits.temporarily(apple=int):
+            with fruits.temporarily(apple=float, fig=float):
+                assert fruits["apple"] is float
+            assert fruits["apple"] is int and "fig" not in fruits
+        assert fruits["apple"] is str
+
+    def test_blocks_that_overlap(self, fruits):
+        """As in two threads: the first to begin is the first to end."""
+        one, two = fruits.temporarily(apple=int), fruits.temporarily(apple=float)
+        one.__enter__()
+        two.__enter__()
+        one.__exit__(None, None, None)
+        assert fruits["apple"] is float
+        two.__exit__(None, None, None)
+        assert fruits["apple"] is str
+
+    def test_threads_do_not_lose_names(self, fruits):
+        start = threading.Barrier(8)
+
+        def work(i):
+            start.wait()
+            for j in range(50):
+                with fruits.temporarily(**{f"temporary_{i}": int}):
+                    assert fruits[f"temporary_{i}"] is int
+                    fruits.register(f"stays_{i}_{j}")(int)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+        assert len(fruits.names("stays_*")) == 400
+        assert fruits.names("temporary_*") == []
+
+
 def maker(site, size, shape="round"):
     return site, size, shape
 
@@ -69,6 +144,7 @@ def maker(site, size, shape="round"):
     [
         ({"sise": 1}, r"fruit takes no argument 'sise'; did you mean size\?"),
         ({"site": 1, "size": 2}, "fruit takes no argument 'site'"),
+        ({"size": 1, "site": 3}, "fruit takes no argument 'site'"),
         ({}, r"fruit needs size: write fruit\(size=...\)"),
     ],
 )
@@ -78,6 +154,7 @@ def test_bind_refuses(arguments, text):
 
 
 def test_bind_accepts():
+    bind("fruit", lambda site, *rest, size, **more: None, {"size": 1, "colour": "red"}, given=("site",))
     bind("fruit", maker, {"size": 1}, given=("site",))
     bind("fruit", maker, {"size": 1, "shape": "long"}, given=("site",))
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from .frozen import FrozenDict, frozen, thawed
 from .registry import Registry, bind, guides, keepers, nearest, reducers, scorers
 
-Depths = Sequence[int | float] | None
+Depths = Iterable[int | float] | int | float | None
 
 _KINDS: dict[str, tuple[Registry, tuple[str, ...]]] = {
     "guide": (guides, ("sites",)),
@@ -22,13 +25,22 @@ _KINDS: dict[str, tuple[Registry, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """A part by registered name and arguments: Part("ratio", {"ratio": 0.5}); short form "ratio(ratio=0.5)"."""
+    """A part by registered name and arguments: Part("ratio", {"ratio": 0.5}); short form "ratio(ratio=0.5)".
+
+    args: what JSON has a form for. They are copied and cannot be changed: lists, arrays and tensors are held as tuples,
+    scalars of numpy and torch as numbers. Raises TypeError for other values, ValueError for numbers that are not finite.
+    """
 
     name: str
-    args: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any] = field(default_factory=FrozenDict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "args", dict(self.args))  # our own: the caller may go on with theirs
+        if not isinstance(self.name, str):
+            raise TypeError(f"a part's name is text, such as 'ratio', not {self.name!r}")
+        if not isinstance(self.args, Mapping):
+            raise TypeError(f"{self.name}: args must be a dict of the part's arguments, not {self.args!r}")
+        args = {key: frozen(value, f"{self.name}({key}=...)") for key, value in self.args.items()}
+        object.__setattr__(self, "args", FrozenDict(args))
 
     @classmethod
     def of(cls, spec: Part | str | Mapping[str, Any]) -> Part:
@@ -67,7 +79,8 @@ class Part:
         return Part(self.name, {**self.args, **args})
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **self.args}
+        """Plain data that json can write."""
+        return {"name": self.name, **thawed(self.args)}
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.args.items())
@@ -78,9 +91,12 @@ class Part:
 class PruneConfig:
     """The four parts of a pruner and the depths it stands at.
 
-    scorer, keep, reducer, guide: Part or its short form; guide may be None. at: None, every block of every tower; a
-    sequence of depths, counted from 0, or of fractions of the depth in [0, 1); or a mapping from tower name ("image",
-    "text") to either, where towers it does not name are left alone.
+    scorer, keep, reducer, guide: Part or its short form; guide may be None. at: None, every block of every tower; depths,
+    as one number or any collection of them (a list, range, set, array or tensor), counted from 0, from the end where they
+    are negative (-1 is the last block), or fractions of the depth in [0, 1); or a mapping from tower name ("image", "text")
+    to either, where towers it does not name are left alone. Empty depths prune nowhere.
+
+    Configs are equal, and have the same hash, where their parts and depths are equal.
 
     Wrong names and arguments fail here, with the nearest right one: LookupError, TypeError or ValueError.
     """
@@ -101,7 +117,7 @@ class PruneConfig:
             part = Part.of(spec)
             bind(f"{registry.kind} {part.name!r}", registry[part.name], part.args, given)
             object.__setattr__(self, kind, part)
-        object.__setattr__(self, "at", _frozen(self.at))
+        object.__setattr__(self, "at", _frozen_at(self.at))
         self._check_guide()
 
     def _check_guide(self) -> None:
@@ -131,26 +147,25 @@ class PruneConfig:
 
     def depths(self, tower: str, depths: int) -> tuple[int, ...]:
         """The block indices to prune in a tower of `depths` blocks. ValueError for depths that it does not have."""
-        at = self.at
+        at: Any = self.at
         if isinstance(at, Mapping):
             if tower not in at:
                 return ()
             at = at[tower]
         if at is None:
             return tuple(range(depths))
-        chosen = [int(d * depths) if isinstance(d, float) else d for d in at]
-        wrong = [d for d in chosen if not 0 <= d < depths]
+        wrong = [d for d in at if not -depths <= d < depths]
         if wrong:
-            raise ValueError(f"at={list(at)}: the {tower} tower has depths 0 .. {depths - 1}, not {wrong[0]}")
-        return tuple(sorted(set(chosen)))
+            raise ValueError(
+                f"at={list(at)}: the {tower} tower has depths 0 .. {depths - 1}, or -{depths} .. -1 from the end, "
+                f"not {wrong[0]}"
+            )
+        return tuple(sorted({_block(d, depths) for d in at}))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write."""
         parts = {kind: getattr(self, kind) and self.part(kind).to_dict() for kind in _KINDS}
-        at = self.at
-        if isinstance(at, Mapping):
-            return {**parts, "at": {t: None if d is None else list(d) for t, d in at.items()}}
-        return {**parts, "at": None if at is None else list(at)}
+        return {**parts, "at": thawed(self.at)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruneConfig:
@@ -159,21 +174,44 @@ class PruneConfig:
         return cls(**data)
 
 
-def _frozen(at: Any) -> Any:
-    """Depths as tuples, also those of a mapping. TypeError or ValueError for anything that is not depths."""
-    if isinstance(at, Mapping):
-        return {tower: _frozen_depths(depths) for tower, depths in at.items()}
-    return _frozen_depths(at)
+def _block(depth: int | float, depths: int) -> int:
+    """The block that a depth means in a tower of `depths` blocks."""
+    if isinstance(depth, float):
+        return math.floor(depth * depths + 1e-9)  # 15 / 26 * 26 rounds to below 15
+    return depth % depths
+
+
+def _frozen_at(at: Any) -> Any:
+    """Depths as tuples of numbers, also those of a mapping. TypeError or ValueError for anything that is not depths."""
+    if not isinstance(at, Mapping):
+        return _frozen_depths(at)
+    wrong = [tower for tower in at if not isinstance(tower, str)]
+    if wrong:
+        raise TypeError(f"at={dict(at)!r}: towers have names, such as 'image', {wrong[0]!r} is none")
+    return FrozenDict({tower: _frozen_depths(depths) for tower, depths in at.items()})
 
 
 def _frozen_depths(at: Any) -> tuple[int | float, ...] | None:
+    """The depths as Python's numbers, each once."""
     if at is None:
         return None
-    if not isinstance(at, Sequence) or isinstance(at, str):
-        raise TypeError(f"at={at!r} must be a sequence of depths, such as at=(3, 6, 9), or a mapping from tower to one")
-    for depth in at:
-        if isinstance(depth, bool) or not isinstance(depth, (int, float)):
-            raise TypeError(f"at={list(at)}: depths are numbers, {depth!r} is not")
-        if isinstance(depth, float) and not 0 <= depth < 1:
-            raise ValueError(f"at={list(at)}: a fraction of the depth lies in [0, 1); {depth} does not")
-    return tuple(at)
+    given = at.tolist() if hasattr(at, "tolist") else at  # arrays and scalars of numpy, tensors of torch
+    if isinstance(given, numbers.Real) and not isinstance(given, bool):
+        given = (given,)
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, bytearray, Mapping)):
+        raise TypeError(f"at={at!r}: write depths, such as at=6 or at=(3, 6, 9), or a mapping from tower to depths")
+    entries = list(given)
+    depths = [_frozen_depth(depth, entries) for depth in entries]
+    return tuple(dict.fromkeys(sorted(depths) if isinstance(given, Set) else depths))
+
+
+def _frozen_depth(depth: Any, among: list[Any]) -> int | float:
+    number = depth.tolist() if hasattr(depth, "tolist") else depth
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
+        raise TypeError(f"at={among}: depths are numbers, {number!r} is not")
+    if isinstance(number, numbers.Integral):
+        return int(number)
+    fraction = float(number)
+    if not 0 <= fraction < 1:
+        raise ValueError(f"at={among}: a fraction of the depth lies in [0, 1); {fraction} does not")
+    return fraction

@@ -6,6 +6,8 @@ import contextlib
 import difflib
 import fnmatch
 import inspect
+import keyword
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -18,43 +20,65 @@ class Registry:
     def __init__(self, kind: str):
         self.kind = kind
         self._makers: dict[str, Callable[..., Any]] = {}
+        self._temporary: tuple[dict[str, Callable[..., Any]], ...] = ()  # the last one wins
+        self._lock = threading.Lock()
 
     def register(self, name: str) -> Callable[[M], M]:
-        """Decorator. ValueError if the name is taken or is no identifier."""
+        """Decorator. ValueError if the name is taken or is no identifier, TypeError for a maker that cannot be called."""
+        self._check_name(name)
 
         def add(maker: M) -> M:
-            if name in self._makers:
-                raise ValueError(
-                    f"{self.kind} {name!r} is already {self._makers[name].__qualname__}: choose another name"
-                )
-            if not all(word.isidentifier() for word in name.split(".")):
-                raise ValueError(f"{self.kind} name {name!r} must be an identifier, so that it can stand in a config")
-            self._makers[name] = maker
+            self._check_maker(name, maker)
+            with self._lock:
+                if name in self:
+                    raise ValueError(f"{self.kind} {name!r} is already {_described(self[name])}: choose another name")
+                self._makers[name] = maker
             return maker
 
         return add
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        if name not in self._makers:
-            raise LookupError(f"there is no {self.kind} {name!r}" + nearest(name, self._makers))
-        return self._makers[name]
+        makers = self._all()
+        if name not in makers:
+            raise LookupError(f"there is no {self.kind} {name!r}" + nearest(str(name), makers))
+        return makers[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._makers
+        return name in self._all()
 
     def names(self, pattern: str = "*") -> list[str]:
         """Registered names that match a shell pattern, sorted."""
-        return sorted(fnmatch.filter(self._makers, pattern))
+        return sorted(fnmatch.filter(self._all(), pattern))
 
     @contextlib.contextmanager
     def temporarily(self, **makers: Callable[..., Any]) -> Iterator[Registry]:
-        """Within the `with` block, these names too (or instead)."""
-        before = dict(self._makers)
-        self._makers.update(makers)
+        """Within the `with` block, these names too (or instead), in every thread.
+
+        What is registered within the block stays registered. Blocks may overlap: the one that was entered last wins.
+        """
+        for name, maker in makers.items():
+            self._check_name(name)
+            self._check_maker(name, maker)
+        with self._lock:
+            self._temporary = (*self._temporary, makers)
         try:
             yield self
         finally:
-            self._makers = before
+            with self._lock:
+                self._temporary = tuple(others for others in self._temporary if others is not makers)
+
+    def _all(self) -> dict[str, Callable[..., Any]]:
+        return {name: maker for makers in (self._makers, *self._temporary) for name, maker in makers.copy().items()}
+
+    def _check_name(self, name: Any) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"register takes the {self.kind}'s name: write register('name') above it, not {name!r}")
+        if not all(word.isidentifier() and not keyword.iskeyword(word) for word in name.split(".")):
+            raise ValueError(f"{self.kind} name {name!r} must be an identifier, so that it can stand in a config")
+
+    def _check_maker(self, name: str, maker: Any) -> None:
+        if not callable(maker):
+            raise TypeError(f"{self.kind} {name!r} must be a class or function that makes one, not {maker!r}")
 
 
 guides = Registry("guide")
@@ -65,6 +89,11 @@ presets = Registry("preset")
 backbones = Registry("backbone")
 hosts = Registry("host")
 tasks = Registry("task")
+
+
+def _described(maker: Any) -> str:
+    """A maker's own name, or its type's where it has none: "str", "a Backbone"."""
+    return getattr(maker, "__qualname__", None) or f"a {type(maker).__qualname__}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -81,12 +110,14 @@ def bind(what: str, maker: Callable[..., Any], arguments: Mapping[str, Any], giv
 
     The message names `what`, the argument, and what there is to write instead.
     """
-    signature = inspect.signature(maker)
-    known = [name for name in signature.parameters if name not in given]
+    parameters = inspect.signature(maker).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = [p.name for p in named]
     for name in arguments:
-        if name not in known:
+        if name in given or (name not in known and not takes_any):
             there = nearest(name, known) if known else "; it takes none"
             raise TypeError(f"{what} takes no argument {name!r}{there}")
-    missing = [n for n in known if signature.parameters[n].default is inspect.Parameter.empty and n not in arguments]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
     if missing:
         raise TypeError(f"{what} needs {', '.join(missing)}: write {what}({missing[0]}=...)")

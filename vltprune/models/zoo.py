@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..frozen import FrozenDict, frozen
 from ..registry import backbones, bind
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -24,9 +25,12 @@ class Backbone:
 
     module: str
     cls: str
-    sizes: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=FrozenDict)
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", frozen(self.sizes, "sizes"))
 
     def type(self) -> type[nn.Module]:
         return getattr(importlib.import_module(self.module), self.cls)

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
-from ..config import PruneConfig
+from ..config import Part, PruneConfig
 from ..data import shards
+from ..frozen import FrozenDict, frozen, thawed
 from ..presets import preset
 from ..registry import bind, tasks
 from ..tasks.matching import MOST
@@ -79,14 +80,14 @@ class CompressConfig:
     images: str | None = None
     val_images: str | None = None
     val_limit: int | None = None
-    model_args: Mapping[str, Any] = field(default_factory=dict)
+    model_args: Mapping[str, Any] = field(default_factory=FrozenDict)
     pretrained: str | bool | None = None
     vocabulary: str = BERT
     answers: str | None = None
     k_test: int = MOST
     start: str | None = None
     preset: str = "madtp"
-    parts: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=FrozenDict)
     freeze: tuple[str, ...] = ()
     reduction: float = 0.5
     serve: tuple[float, ...] = ()
@@ -123,6 +124,8 @@ class CompressConfig:
             )
         for name in ("serve", "freeze"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("model_args", "parts"):
+            object.__setattr__(self, name, frozen(_plain(name, getattr(self, name)), name))
         for name in ("rate", "weight_decay", "epochs", "batch_size"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(RECIPES[self.task], name))
@@ -176,7 +179,7 @@ class CompressConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write."""
-        return {**dataclasses.asdict(self), "serve": list(self.serve), "freeze": list(self.freeze)}
+        return thawed(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressConfig:
@@ -203,6 +206,13 @@ def fields_of(file: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold the fields of a compression config, it holds {type(data).__name__}")
     return {name: _number(value) for name, value in data.items()}
+
+
+def _plain(name: str, given: Any) -> dict[str, Any]:
+    """Arguments or parts as plain data. TypeError for no mapping."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}={given!r} must be a mapping, such as {name}={{'name': value}}")
+    return {key: value.to_dict() if isinstance(value, Part) else value for key, value in given.items()}
 
 
 def _number(value: Any) -> Any:

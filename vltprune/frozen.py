@@ -1,0 +1,67 @@
+"""Plain values that cannot change: what configs hold, compare, hash and write as JSON."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise TypeError("this mapping belongs to a config and cannot be changed: make another config with replace(...)")
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that cannot be changed and has a hash, so that a frozen dataclass may hold it. Copies and pickles."""
+
+    _refused: Any = _refuse  # `dict` overloads what follows
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refused
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  (a dict has none)
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)
+
+
+def frozen(value: Any, what: str) -> Any:
+    """The value in plain, unchangeable form: tuples for lists, arrays and tensors, FrozenDict for mappings.
+
+    Scalars of numpy and torch become Python's numbers. `what` names the value in errors. Raises TypeError for a value
+    that JSON has no form for, and ValueError for one that is not finite: JSON has none for that either. Paths become text.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return str(value) if isinstance(value, str) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # arrays and scalars of numpy, tensors of torch
+        return frozen(value.tolist(), what)
+    if isinstance(value, numbers.Real):
+        return _number(value, what)
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if not isinstance(key, str)]
+        if wrong:
+            raise TypeError(f"{what}: keys are text, {wrong[0]!r} is not")
+        return FrozenDict({str(key): frozen(entry, what) for key, entry in value.items()})
+    if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
+        entries = tuple(frozen(entry, what) for entry in value)
+        return tuple(sorted(entries, key=repr)) if isinstance(value, (set, frozenset)) else entries
+    raise TypeError(f"{what} is {value!r}: give numbers, text, None, or lists and dicts of them")
+
+
+def thawed(value: Any) -> Any:
+    """The inverse of `frozen`: lists and dicts, as JSON reads them."""
+    if isinstance(value, Mapping):
+        return {key: thawed(entry) for key, entry in value.items()}
+    return [thawed(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _number(value: numbers.Real, what: str) -> int | float:
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{what} is {number}: give a finite number")
+    return number
