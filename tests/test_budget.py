@@ -100,6 +100,7 @@ def test_an_interrupted_calibration_changes_nothing(dense, inputs):
         vp.calibrate(model, [inputs], 0.5, progress=stop)
     assert {m.ratio for m in model.modules() if isinstance(m, vp.KeepRatioPredictor)} == {0.6}
     assert model.training
+    model.eval()  # and with it the dense model, which other tests have too
 
 
 def test_bad_requests(dense, inputs):

@@ -17,12 +17,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each room may import from those before it; the same line is one room
 FLOORS = [
-    ("checks", "frozen", "registry", "text", "caption_metrics", "journal", "html", "charts"),
+    ("checks", "frozen", "registry", "modes", "text", "caption_metrics", "journal", "html", "charts"),
     ("tokens", "metrics"),
     ("segments",),
     ("attention",),
     ("layers",),
     ("config", "losses", "models", "convert"),
+    ("traces",),
     ("presets", "checkpoint", "pruner", "data"),
     ("hosts",),
     ("surgery", "preprocessing", "sources"),

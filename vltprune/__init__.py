@@ -10,10 +10,11 @@ from .hub import from_pretrained, load, push_to_hub
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
 from .preprocessing import Preprocessing, transforms
 from .presets import preset
-from .pruner import PrunedEncoder, Pruner, PruneTrace, Pruning, UntrainedGuideWarning, collect
+from .pruner import PrunedEncoder, Pruner, Pruning, UntrainedGuideWarning
 from .registry import Registry, backbones, guides, hosts, keepers, presets, reducers, scorers
 from .surgery import prune
 from .tokens import Layout, PackedTokens
+from .traces import PruneTrace, collect
 
 __version__ = "0.1.0"
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from .flops import Meter
 from .layers import KeepRatioPredictor, Knob, Ratio
-from .pruner import PrunedEncoder, Pruner, UntrainedGuideWarning, collect
+from .modes import evaluating
+from .pruner import PrunedEncoder, Pruner, UntrainedGuideWarning
 from .surgery import pruning
 from .tokens import PackedTokens
+from .traces import collect
 
 _STEPS, _MOST_TRIED = 12, 50  # of a search: equal steps where both ends are beyond a cost or short of it, values in all
 
@@ -74,28 +76,22 @@ def calibrate(
     if not inputs:
         raise ValueError("calibrate needs at least one batch of inputs")
     search = _Search(model, inputs, progress)
-    before, training = search.dial.value, model.training
-    try:
+    with search.dial.unless_done():
         found = search.find(reduction, tolerance)
-    except BaseException:
-        search.dial.turn(before)
-        raise
-    finally:
-        model.train(training)
     search.dial.settle(found.value)
     return found
 
 
 def measure(model: nn.Module, batches: Iterable[Batch], value: float | None = None) -> Calibration:
-    """Mean MACs per instance over batches, as in `calibrate`, with the knob at `value`, where it stays (None: as it is)."""
+    """Mean MACs per instance over batches, as in `calibrate`, with the knob at `value`, where it stays (None: as it is).
+
+    Where it fails, the knob is where it was.
+    """
     dial = Dial(model)
-    if value is not None:
-        dial.turn(value)
-    training = model.training
-    try:
+    with dial.unless_done():
+        if value is not None:
+            dial.turn(value)
         return _measured(model, Meter(model), dial, batches)
-    finally:
-        model.train(training)
 
 
 def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points: int = 20_000) -> None:
@@ -110,7 +106,7 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
         raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
     generator, each = torch.Generator().manual_seed(seed), points // len(pruning(model).towers)
     drawn: dict[str, Tensor] = {}
-    with torch.no_grad(), collect() as traces, _keeping_all(model):
+    with evaluating(model), torch.no_grad(), collect() as traces, _keeping_all(model):
         for batch in batches:
             _run(model, batch)
             for trace in traces:
@@ -141,11 +137,23 @@ class Dial:
 
     @property
     def value(self) -> float:
+        """The first depth's."""
         return getattr(self.keepers[0], self.knob.name)
 
     def turn(self, value: float) -> None:
         for keeper in self.keepers:
             setattr(keeper, self.knob.name, value)
+
+    @contextlib.contextmanager
+    def unless_done(self) -> Iterator[None]:
+        """Where the `with` block fails, every depth has the value again that it had before."""
+        before = [getattr(keeper, self.knob.name) for keeper in self.keepers]
+        try:
+            yield
+        except BaseException:
+            for keeper, value in zip(self.keepers, before, strict=True):
+                setattr(keeper, self.knob.name, value)
+            raise
 
     def settle(self, value: float) -> None:
         """Turn it, and write the value into `model.pruning.config`."""
@@ -217,12 +225,10 @@ class _Search:
         )
 
 
-@torch.no_grad()
 def _measured(model: nn.Module, meter: Meter, dial: Dial, batches: Iterable[Batch]) -> Calibration:
-    model.eval()
     macs = dense = instances = 0.0
     for batch in batches:
-        with collect() as traces:
+        with evaluating(model), torch.no_grad(), collect() as traces:
             _run(model, batch)
         cost = meter(traces)
         macs, dense, instances = macs + cost.total, dense + cost.dense_total, instances + cost.instances
@@ -231,8 +237,8 @@ def _measured(model: nn.Module, meter: Meter, dial: Dial, batches: Iterable[Batc
 
 @contextlib.contextmanager
 def _keeping_all(model: nn.Module) -> Iterator[None]:
-    """Within the `with` block the model is in evaluation and every token stays; scores and guidance are computed still."""
-    training, kept = model.training, []
+    """Within the `with` block every token stays; scores and guidance are computed still."""
+    kept = []
     for pruner in [
         m for tower in pruning(model).towers.values() for m in tower.pruners.modules() if isinstance(m, Pruner)
     ]:
@@ -241,10 +247,8 @@ def _keeping_all(model: nn.Module) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedGuideWarning)  # of no matter where everything stays
-            model.eval()
             yield
     finally:
-        model.train(training)
         for pruner, keeper in kept:
             pruner.keeper = keeper
 

@@ -16,7 +16,8 @@ from .data import Pair, SyntheticPairs, normalise
 from .data.sentences import FAMILIES
 from .data.words import WordTokenizer
 from .gauge import Gauge, Spent
-from .pruner import collect
+from .modes import evaluating
+from .traces import collect
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,15 @@ class Outcome:
 def evaluate(
     models: Mapping[str, nn.Module], batches: Sequence[Questions], tick: Callable[[int], object] | None = None
 ) -> dict[str, Outcome]:
-    """Every model on the same batches. tick: called with the number of sentences each model has just answered.
+    """Every model on the same batches, in evaluation mode.
 
+    tick: called with the number of sentences each model has just answered.
     What dense models cost is read off the pruned ones, of which there must be one.
     """
     outcomes = {}
     for name, model in models.items():
-        outcomes[name] = _evaluate(model.eval(), batches, tick)
+        with evaluating(model):
+            outcomes[name] = _evaluate(model, batches, tick)
     pruned = next(outcome for outcome in outcomes.values() if outcome.kept)
     entered = {tower: (sizes[0],) * len(sizes) for tower, sizes in pruned.kept.items()}
     dense = {"macs": pruned.dense_macs, "dense_macs": pruned.dense_macs, "kept": entered}
@@ -155,21 +158,23 @@ def _means(spent: Sequence[Spent]) -> dict[str, Any]:
 def race(
     models: Mapping[str, nn.Module], batches: Sequence[Questions], tick: Callable[[int], object] | None = None
 ) -> dict[str, tuple[float, ...]]:
-    """Seconds of every model on every batch, the models taking turns, so that what disturbs the machine disturbs all.
+    """Seconds of every model on every batch, in evaluation mode.
 
-    The first batch is run once more beforehand, unmeasured. tick: called with 1 after each run that counts.
+    The models take turns, so that what disturbs the machine disturbs all. The first batch is run once more beforehand,
+    unmeasured. tick: called with 1 after each run that counts.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn, batch in _turns(batches):
-        inputs = batch.inputs
-        names = [*models][turn % len(models) :] + [*models][: turn % len(models)]
-        for name in names:
-            start = time.perf_counter()
-            models[name](*inputs)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-                if tick is not None:
-                    tick(1)
+    with evaluating(*models.values()):
+        for turn, batch in _turns(batches):
+            inputs = batch.inputs
+            names = [*models][turn % len(models) :] + [*models][: turn % len(models)]
+            for name in names:
+                start = time.perf_counter()
+                models[name](*inputs)
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+                    if tick is not None:
+                        tick(1)
     return {name: tuple(times) for name, times in seconds.items()}
 
 

@@ -14,20 +14,24 @@ from torch import Tensor, nn
 from .data import Loader, Record, Skipped
 from .gauge import Gauge, Spent
 from .journal import Journal
-from .pruner import collect
+from .modes import evaluating
 from .tasks import Explains, Matching, Round
+from .traces import collect
 
 
 @dataclass
 class Exam:
-    """A task set to a model on a device; `sit` answers what the journal does not have yet, `report` sums it up."""
+    """A task set to a model on a device; `sit` answers what the journal does not have yet, `report` sums it up.
+
+    Answers are those of evaluation, whatever mode the model is in.
+    """
 
     task: Round[Any]
     model: nn.Module
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        self.model.to(self.device).eval()
+        self.model.to(self.device)
         self.gauge = Gauge(self.model)
         self._dense_costs: dict[Any, list[Spent]] = {}
 
@@ -39,10 +43,11 @@ class Exam:
         OSError where the loader is strict.
         """
         loader = replace(loader, start=len(journal.rows), skipped=[])
-        for records, images in loader:
-            rows = self._answer(records, images.to(self.device))
-            _write(rows, loader.skipped, journal, tick)
-        _write([], loader.skipped, journal, tick)
+        with evaluating(self.model, self.gauge.model):
+            for records, images in loader:
+                rows = self._answer(records, images.to(self.device))
+                _write(rows, loader.skipped, journal, tick)
+            _write([], loader.skipped, journal, tick)
 
     def _answer(self, records: Sequence[Record], images: Tensor) -> list[dict[str, Any]]:
         texts, counts = self.task.texts(records)

@@ -24,9 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import Stat
 from .hosts.base import find_composite
-from .pruner import PrunedEncoder, PruneTrace, Step, collect
+from .modes import evaluating
+from .pruner import PrunedEncoder
 from .surgery import pruning
 from .tokens import Layout, PackedTokens
+from .traces import PruneTrace, Step, collect
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,8 @@ def count(model: nn.Module, *inputs: Any, **named: Any) -> Cost:
     For the cost of a dense model, prune it with any config and read `dense_total`. For another method than the call, such as
     `generate`, collect its traces and give them to a `Meter`.
     """
-    training = model.training
-    try:
-        with torch.no_grad(), collect() as traces:
-            model.eval()(*inputs, **named)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), collect() as traces:
+        model(*inputs, **named)
     return Meter(model)(traces)
 
 
@@ -141,7 +139,8 @@ class _TowerMeter:
         shape = tuple(trace.inputs[0].shape[1:])
         if shape not in self._opening:
             adapter, host = self.encoder.adapter, self.encoder.host
-            self._opening[shape] = _macs(lambda: adapter.open(host, *trace.inputs)) / trace.entered.layout.batch
+            macs = _macs(self.encoder, lambda: adapter.open(host, *trace.inputs))
+            self._opening[shape] = macs / trace.entered.layout.batch
         return torch.full_like(trace.entered.layout.sizes, 1.0, dtype=torch.float64) * self._opening[shape]
 
     def _close(self, lengths: Tensor) -> Tensor:
@@ -152,7 +151,9 @@ class _TowerMeter:
     def _closing(self) -> tuple[float, float]:
         """MACs behind the blocks: of any instance, and of each of its tokens."""
         adapter, host = self.encoder.adapter, self.encoder.host
-        two, three = (_macs(lambda n=n: adapter.close(host, _blank(self.like, n), self.beside)) for n in (2, 3))
+        two, three = (
+            _macs(self.encoder, lambda n=n: adapter.close(host, _blank(self.like, n), self.beside)) for n in (2, 3)
+        )
         return 3 * two - 2 * three, three - two
 
 
@@ -192,7 +193,7 @@ class _Units:
 
     @cached_property
     def _query(self) -> Tensor:
-        with torch.no_grad():
+        with evaluating(self.encoder), torch.no_grad():
             return self.adapter.qkv(self.block, _blank(self.like, 1), self.beside)[0]
 
     @cached_property
@@ -202,19 +203,21 @@ class _Units:
 
     @cached_property
     def qkv(self) -> float:
-        return _macs(lambda: self.adapter.qkv(self.block, _blank(self.like, 1), self.beside))
+        return _macs(self.encoder, lambda: self.adapter.qkv(self.block, _blank(self.like, 1), self.beside))
 
     @cached_property
     def mix(self) -> float:
         context = torch.zeros_like(self._query)
-        return _macs(lambda: self.adapter.mix(self.block, _blank(self.like, 1), context))
+        return _macs(self.encoder, lambda: self.adapter.mix(self.block, _blank(self.like, 1), context))
 
     @cached_property
     def feed(self) -> tuple[float, float, float]:
         """MACs per token, per memory token, and per pair of both."""
 
         def at(n: int, m: int) -> float:
-            return _macs(lambda: self.adapter.feed(self.block, _blank(self.like, n), _cut(self.beside, m)))
+            return _macs(
+                self.encoder, lambda: self.adapter.feed(self.block, _blank(self.like, n), _cut(self.beside, m))
+            )
 
         one = at(1, 1)
         if not _is_memory(self.beside):
@@ -228,7 +231,7 @@ class _Units:
         guide, tower = self.encoder.guide, self.encoder.tower
         if guide is None:
             return 0.0
-        one, two = (_macs(partial(guide, _blank(self.like, n), tower)) for n in (1, 2))
+        one, two = (_macs(self.encoder, partial(guide, _blank(self.like, n), tower)) for n in (1, 2))
         return two - one  # what it costs once, whatever the tokens, is of no instance
 
 
@@ -266,10 +269,12 @@ def _left(step: Step, like: Tensor) -> Tensor:
     return torch.tensor(step.lengths, dtype=torch.float64, device=like.device)
 
 
-def _macs(run: Callable[[], Any]) -> float:
-    """MACs of a call, by torch's counter. Under the math backend, since fused attention kernels count as nothing."""
+def _macs(encoder: PrunedEncoder, run: Callable[[], Any]) -> float:
+    """MACs of a call on parts of a tower, by torch's counter. Under the math backend, since fused attention kernels count as
+    nothing; in evaluation, where dropout draws no numbers and batch norms learn nothing of the tokens that are measured on."""
     counter = FlopCounterMode(display=False)
     with (
+        evaluating(encoder),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         counter,

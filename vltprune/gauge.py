@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .flops import Meter
-from .pruner import PruneTrace
 from .surgery import prune
+from .traces import PruneTrace
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from .config import PruneConfig
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Reduction, Site, TokenReducer, TokenScorer
 from .registry import keepers, reducers, scorers
 from .tokens import PackedTokens
+from .traces import PruneTrace, Step, collectors, is_collecting
 
 if TYPE_CHECKING:
     from .hosts.base import Host
@@ -91,142 +90,6 @@ class Pruner(nn.Module):
         return (margin / self.softness).sigmoid().to(scores.dtype).masked_fill(tokens.protected, 1.0)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One depth of a trace. position, protected [total] and lengths are those of the tokens that left the block.
-
-    expected [batch]: how many they are where some are there in part, in soft training; else None. scored: the tokens that
-    entered a block that prunes, and their scores [total], for losses on them; None without gradients.
-    """
-
-    position: Tensor
-    protected: Tensor
-    lengths: tuple[int, ...]
-    reduction: Reduction | None
-    reduced_early: bool
-    guidance: Guidance | None
-    expected: Tensor | None = None
-    scored: tuple[PackedTokens, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A piece of a decoder's work, summed over its rows (sentences, or beams of them), padding included.
-
-    tokens    new tokens that went through the layers
-    words     those of them whose next token's logits were made
-    pairs     of a new token and one of its own row, itself and later ones included, that attention multiplied
-    memories  those whose keys and values were made
-    gathered  [captions, anchors, anchor dim]: what the guide's anchors gathered from captions, while training
-    """
-
-    tokens: int = 0
-    words: int = 0
-    pairs: int = 0
-    memories: int = 0
-    gathered: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class PruneTrace:
-    """What one call of one tower did.
-
-    tower    its name; encoder, the PrunedEncoder that ran
-    entered  tokens per instance that entered the first block, protected ones included
-    steps    one Step a depth
-    beside   what the blocks got besides their tokens (memory, rotary tables), one entry a depth
-    inputs   what the tower was called with, as its host's `open` takes it
-    decoded  what a decoder then did that looks at what the tower returned, in order
-    left     the tokens that left the last block, before the host's final norm; None while the tower still runs
-    """
-
-    tower: str
-    encoder: PrunedEncoder
-    entered: PackedTokens
-    inputs: tuple[Any, ...]
-    beside: tuple[Any, ...]
-    steps: list[Step] = field(default_factory=list)
-    decoded: list[Decoded] = field(default_factory=list)
-    left: PackedTokens | None = None
-
-    @property
-    def lengths(self) -> tuple[tuple[int, ...], ...]:
-        """Per depth, per instance: tokens leaving the block, protected ones included."""
-        return tuple(step.lengths for step in self.steps)
-
-    @property
-    def aligned(self) -> Tensor:
-        """What the guide's anchors gathered over all pruned depths, [batch, anchors, anchor dim].
-
-        The sum over blocks that `losses.alignment` compares between towers; with gradients
-        enabled, all blocks of a tower that is pruned nowhere. LookupError without a guide.
-        """
-        pooled = [step.guidance.pooled for step in self.steps if step.guidance is not None]
-        if not pooled:
-            raise LookupError(f"the {self.tower} tower has no guide at any depth: prune it with guide='codebook'")
-        return torch.stack(pooled).sum(0)
-
-    @property
-    def summary(self) -> Tensor:
-        """What speaks for each instance behind the last block, [batch, dim]: its summary token, or the mean of what is left."""
-        assert self.left is not None
-        left = self.left
-        if left.summary is not None:
-            return left.read(left.summary)
-        total = segments.sum(left.x * left.weight[:, None], left.layout)
-        return total / segments.sum(left.weight, left.layout)[:, None]
-
-    @property
-    def spoken(self) -> Tensor:
-        """What the guide's anchors gathered from captions that a decoder then read, [captions, anchors, anchor dim].
-
-        `losses.alignment(trace.aligned, trace.spoken)` aligns an image with its captions, as `aligned` of two towers does.
-        LookupError where no decoder read captions under the guide, with gradients, while this was collected.
-        """
-        gathered = [decoded.gathered for decoded in self.decoded if decoded.gathered is not None]
-        if not gathered:
-            raise LookupError(
-                f"no captions were read behind the {self.tower} tower: call a pruned BlipCaption with gradients enabled, on "
-                "images and captions, pruned with guide='codebook'"
-            )
-        return torch.cat(gathered)
-
-    def owners(self, depth: int) -> Tensor:
-        """Provenance, [entered total] int64: the row, among tokens leaving block `depth`, that holds each; -1 if dropped."""
-        owner = torch.arange(self.entered.layout.total, device=self.entered.x.device)
-        for step in self.steps[: depth + 1]:
-            if step.reduction is not None:
-                target = step.reduction.target()
-                owner = torch.where(owner >= 0, target[owner.clamp(min=0)], owner)
-        return owner
-
-
-_collectors: ContextVar[tuple[list[PruneTrace], ...]] = ContextVar("collectors", default=())
-
-
-@contextlib.contextmanager
-def collect() -> Iterator[list[PruneTrace]]:
-    """Within the `with` block, a list of the traces of every pruned tower that runs, in order; also in foreign code."""
-    traces: list[PruneTrace] = []
-    token = _collectors.set((*_collectors.get(), traces))
-    try:
-        yield traces
-    finally:
-        _collectors.reset(token)
-
-
-def is_collecting() -> bool:
-    """Whether anybody collects."""
-    return bool(_collectors.get())
-
-
-def tell_collectors(decoded: Decoded) -> None:
-    """A decoder says what it did: it goes to the trace of the tower that ran last, which is the one it looks at."""
-    for traces in _collectors.get():
-        if traces:
-            traces[-1].decoded.append(decoded)
-
-
 class PrunedEncoder(nn.Module):
     """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
 
@@ -239,7 +102,8 @@ class PrunedEncoder(nn.Module):
         depths = config.depths(tower, len(adapter.blocks(host)))
         sites = [replace(adapter.site(host, d, tower), before=i) for i, d in enumerate(depths)]
         self.pruners = nn.ModuleDict({str(site.depth): Pruner.build(config, site) for site in sites})
-        self.train(host.training)
+        self.training = host.training  # not by `train`, which would change the host's own modules
+        self.pruners.train(host.training)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         tokens, beside = self.encode(*inputs, **named)
@@ -250,14 +114,14 @@ class PrunedEncoder(nn.Module):
         self._warn_of_noise()
         inputs = self.adapter.call(self.host, *inputs, **named)
         tokens, beside = self.adapter.open(self.host, *inputs)
-        traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in _collectors.get()]
+        traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in collectors()]
         recompute = self.training and torch.is_grad_enabled() and self.adapter.recomputes(self.host)
         run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
         for depth, block in enumerate(self.adapter.blocks(self.host)):
             tokens, step = run(depth, block, tokens, beside[depth])
             for trace in traces:
                 trace.steps.append(step)
-        for collector, trace in zip(_collectors.get(), traces, strict=True):
+        for collector, trace in zip(collectors(), traces, strict=True):
             collector.append(replace(trace, left=tokens))
         return tokens, beside
 

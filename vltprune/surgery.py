@@ -23,7 +23,8 @@ def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Modul
     all. config: a PruneConfig or the name of a preset; **parts replace single parts of it, as in
     prune(model, "madtp", reducer="drop", at=(6, 7, 8)).
 
-    The result has `.pruning` (config, dense host, guide, towers) and `.host`, the dense model. Raises TypeError for
+    The result has `.pruning` (config, dense host, guide, towers) and `.host`, the dense model. New parts are in training or
+    in evaluation mode as their tower is. Raises TypeError for
     a model that no host takes apart, and the errors of PruneConfig; ValueError for parts that need what a tower lacks.
     """
     if hasattr(model, "pruning"):
@@ -40,6 +41,8 @@ def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Modul
 
     sites = {name: host.site(tower, 0, name) for name, (tower, host) in towers.items()}
     guide = build_guide(config, sites | (composite.listeners(model) if composite is not None else {}))
+    if guide is not None:
+        guide.train(model.training)
     pruned = {name: PrunedEncoder(tower, host, config, guide, name) for name, (tower, host) in towers.items()}
     if composite is None:
         result: nn.Module = pruned[next(iter(pruned))]

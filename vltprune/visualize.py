@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .pruner import PruneTrace
+from .traces import PruneTrace
 
 LEGEND = "clear: kept     teal: merged into another token     black: dropped"
 _INK, _PAPER = (40, 44, 52), (255, 255, 255)

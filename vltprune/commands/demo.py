@@ -16,8 +16,8 @@ from torch import nn
 from .. import report, visualize
 from ..evaluate import Outcome, Questions, draw, evaluate, race, relative_time
 from ..factory import create_model
-from ..pruner import PruneTrace, collect
 from ..surgery import prune
+from ..traces import PruneTrace, collect
 from . import common
 
 DENSE = "dense"

@@ -16,7 +16,7 @@ from ..data import pictures
 from ..data.words import WordTokenizer
 from ..flops import Meter
 from ..preprocessing import transforms
-from ..pruner import PruneTrace, collect
+from ..traces import PruneTrace, collect
 from . import common
 
 _PICTURE = "prediction.png"

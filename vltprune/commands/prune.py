@@ -20,8 +20,9 @@ from ..flops import Meter
 from ..hosts.base import find_composite
 from ..preprocessing import Preprocessing, transforms
 from ..presets import preset
-from ..pruner import PruneTrace, Pruning, collect
+from ..pruner import Pruning
 from ..tokens import PackedTokens
+from ..traces import PruneTrace, collect
 from . import common
 
 _PARTS = ("scorer", "keep", "reducer", "guide", "at")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from .. import segments
 from ..attention import PairBias
 from ..layers.site import Site
-from ..pruner import Decoded
 from ..registry import hosts
 from ..tokens import Layout, PackedTokens
+from ..traces import Decoded
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -12,9 +12,9 @@ from ..attention import attend
 from ..layers.site import Site
 from ..models.decoder import Cache
 from ..models.med import Attention, MedEncoder, MedLayer
-from ..pruner import Decoded, tell_collectors
 from ..registry import hosts
 from ..tokens import Layout, PackedTokens
+from ..traces import Decoded, tell_collectors
 from .base import Host, ImageAndText
 from .decoder import WithDecoder, linear_macs
 from .listening import Listener

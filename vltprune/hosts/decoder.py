@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..pruner import Decoded, tell_collectors
+from ..traces import Decoded, tell_collectors
 from .base import WithTowers, sharing, with_submodule
 
 

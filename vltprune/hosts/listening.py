@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import AlignmentGuide
-from ..pruner import Decoded, is_collecting, tell_collectors
 from ..tokens import PackedTokens
+from ..traces import Decoded, is_collecting, tell_collectors
 
 
 class Listener:

@@ -155,7 +155,7 @@ def _finish(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
     rows, answered = map(list, zip(*exams, strict=True))
     write_json(folder / "results.json", rows)
 
-    done = Compressed(model, folder, rows)
+    done = Compressed(model.eval(), folder, rows)
     history = History(folder / "history.jsonl").rows
     story = Story(config, run.steps, min(len(val), _CALIBRATED), rows, answered, history)
     write(done.page, story, *_shown(run, model, val, answered))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..pruner import Decoded, PruneTrace, collect
+from ..modes import evaluating
+from ..traces import Decoded, PruneTrace, collect
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,9 @@ class Searched:
     @torch.no_grad()
     def by(cls, model: nn.Module, calls: Iterable[Callable[[nn.Module], Any]]) -> Searched | None:
         """What a pruned model does in these calls, as `calls_of` makes them; None for one without a decoder."""
-        model.eval()
         pieces, instances = [], 0
         for call in calls:
-            with collect() as traces:
+            with evaluating(model), collect() as traces:
                 call(model)
             decoding = [trace for trace in traces if trace.decoded]
             if not decoding:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from .. import metrics, visualize
 from ..data import Record
+from ..modes import evaluating
 from ..preprocessing import transforms
-from ..pruner import PruneTrace, collect
 from ..tasks.base import unpack
+from ..traces import PruneTrace, collect
 
 Rows = Sequence[Mapping[str, Any]]  # of an exam, one a record
 
@@ -69,8 +70,7 @@ def _looked(task: Any, model: nn.Module, record: Record) -> tuple[Image.Image | 
     prepare, device = transforms(model), next(model.parameters()).device
     images = torch.stack([prepare(picture) for picture in record.pictures()])
     texts, _ = task.texts([record])
-    model.eval()
-    with collect() as traces:
+    with evaluating(model), collect() as traces:
         task.answer(model, [record], images[None].to(device), tuple(text.to(device) for text in texts))
     towers = {trace.tower: trace for trace in traces}
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import segments
-from ..pruner import PruneTrace
 from ..surgery import prune, pruning
 from ..tokens import PackedTokens
+from ..traces import PruneTrace
 
 _EPS = 1e-12
 

@@ -14,8 +14,8 @@ from .. import losses
 from ..data import Record
 from ..gauge import Gauge
 from ..models.momentum import everyones
-from ..pruner import PruneTrace, collect
 from ..surgery import pruning
+from ..traces import PruneTrace, collect
 from .decoding import Searched
 from .objectives import Loss, Objective
 from .saliency import saliency

@@ -17,9 +17,9 @@ from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLay
 from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextSelfAttention
 
 from ...attention import attend
-from ...pruner import Decoded, tell_collectors
 from ...registry import hosts
 from ...tokens import PackedTokens
+from ...traces import Decoded, tell_collectors
 from ..base import WithTowers
 from ..decoder import WithDecoder, linear_macs
 from .base import Images, PreNorm

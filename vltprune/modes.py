@@ -1,0 +1,38 @@
+"""Training and evaluation mode: a model is put into evaluation for a while, and every module then has its own mode again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Within the `with` block the models, dense or pruned, are in evaluation mode.
+
+    Afterwards each module is in the mode that it was in before, frozen blocks of a model in training as well, and so are
+    the modules of the dense model that a pruned one shares. It is so after an error, too.
+    """
+    before = [(module, module.training) for module in _modules(models)]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, mode in before:  # through `train`, which some modules override; a parent comes before its children
+            if module.training != mode:
+                module.train(mode)
+        for module, mode in before:  # a module may be the child of several
+            module.training = mode
+
+
+def _modules(models: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
+    """Every module of the models, and of the dense models behind pruned ones; some may come twice."""
+    for model in models:
+        yield from model.modules()
+        record: Any = getattr(model, "pruning", None)
+        if record is not None:
+            yield from record.host.modules()

@@ -1,0 +1,160 @@
+"""Traces: what a call of a pruned tower did, and who is told of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import segments
+from .layers import Guidance, Reduction
+from .tokens import PackedTokens
+
+if TYPE_CHECKING:
+    from .pruner import PrunedEncoder
+
+
+@dataclass(frozen=True)
+class Step:
+    """One depth of a trace. position, protected [total] and lengths are those of the tokens that left the block.
+
+    expected [batch]: how many they are where some are there in part, in soft training; else None. scored: the tokens that
+    entered a block that prunes, and their scores [total], for losses on them; None without gradients.
+    """
+
+    position: Tensor
+    protected: Tensor
+    lengths: tuple[int, ...]
+    reduction: Reduction | None
+    reduced_early: bool
+    guidance: Guidance | None
+    expected: Tensor | None = None
+    scored: tuple[PackedTokens, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A piece of a decoder's work, summed over its rows (sentences, or beams of them), padding included.
+
+    tokens    new tokens that went through the layers
+    words     those of them whose next token's logits were made
+    pairs     of a new token and one of its own row, itself and later ones included, that attention multiplied
+    memories  those whose keys and values were made
+    gathered  [captions, anchors, anchor dim]: what the guide's anchors gathered from captions, while training
+    """
+
+    tokens: int = 0
+    words: int = 0
+    pairs: int = 0
+    memories: int = 0
+    gathered: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PruneTrace:
+    """What one call of one tower did.
+
+    tower    its name; encoder, the PrunedEncoder that ran
+    entered  tokens per instance that entered the first block, protected ones included
+    steps    one Step a depth
+    beside   what the blocks got besides their tokens (memory, rotary tables), one entry a depth
+    inputs   what the tower was called with, as its host's `open` takes it
+    decoded  what a decoder then did that looks at what the tower returned, in order
+    left     the tokens that left the last block, before the host's final norm; None while the tower still runs
+    """
+
+    tower: str
+    encoder: PrunedEncoder
+    entered: PackedTokens
+    inputs: tuple[Any, ...]
+    beside: tuple[Any, ...]
+    steps: list[Step] = field(default_factory=list)
+    decoded: list[Decoded] = field(default_factory=list)
+    left: PackedTokens | None = None
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Per depth, per instance: tokens leaving the block, protected ones included."""
+        return tuple(step.lengths for step in self.steps)
+
+    @property
+    def aligned(self) -> Tensor:
+        """What the guide's anchors gathered over all pruned depths, [batch, anchors, anchor dim].
+
+        The sum over blocks that `losses.alignment` compares between towers; with gradients
+        enabled, all blocks of a tower that is pruned nowhere. LookupError without a guide.
+        """
+        pooled = [step.guidance.pooled for step in self.steps if step.guidance is not None]
+        if not pooled:
+            raise LookupError(f"the {self.tower} tower has no guide at any depth: prune it with guide='codebook'")
+        return torch.stack(pooled).sum(0)
+
+    @property
+    def summary(self) -> Tensor:
+        """What speaks for each instance behind the last block, [batch, dim]: its summary token, or the mean of what is left."""
+        assert self.left is not None
+        left = self.left
+        if left.summary is not None:
+            return left.read(left.summary)
+        total = segments.sum(left.x * left.weight[:, None], left.layout)
+        return total / segments.sum(left.weight, left.layout)[:, None]
+
+    @property
+    def spoken(self) -> Tensor:
+        """What the guide's anchors gathered from captions that a decoder then read, [captions, anchors, anchor dim].
+
+        `losses.alignment(trace.aligned, trace.spoken)` aligns an image with its captions, as `aligned` of two towers does.
+        LookupError where no decoder read captions under the guide, with gradients, while this was collected.
+        """
+        gathered = [decoded.gathered for decoded in self.decoded if decoded.gathered is not None]
+        if not gathered:
+            raise LookupError(
+                f"no captions were read behind the {self.tower} tower: call a pruned BlipCaption with gradients enabled, on "
+                "images and captions, pruned with guide='codebook'"
+            )
+        return torch.cat(gathered)
+
+    def owners(self, depth: int) -> Tensor:
+        """Provenance, [entered total] int64: the row, among tokens leaving block `depth`, that holds each; -1 if dropped."""
+        owner = torch.arange(self.entered.layout.total, device=self.entered.x.device)
+        for step in self.steps[: depth + 1]:
+            if step.reduction is not None:
+                target = step.reduction.target()
+                owner = torch.where(owner >= 0, target[owner.clamp(min=0)], owner)
+        return owner
+
+
+_collectors: ContextVar[tuple[list[PruneTrace], ...]] = ContextVar("collectors", default=())
+
+
+@contextlib.contextmanager
+def collect() -> Iterator[list[PruneTrace]]:
+    """Within the `with` block, a list of the traces of every pruned tower that runs, in order; also in foreign code."""
+    traces: list[PruneTrace] = []
+    token = _collectors.set((*_collectors.get(), traces))
+    try:
+        yield traces
+    finally:
+        _collectors.reset(token)
+
+
+def collectors() -> tuple[list[PruneTrace], ...]:
+    """The lists of those who collect."""
+    return _collectors.get()
+
+
+def is_collecting() -> bool:
+    """Whether anybody collects."""
+    return bool(collectors())
+
+
+def tell_collectors(decoded: Decoded) -> None:
+    """A decoder says what it did: it goes to the trace of the tower that ran last, which is the one it looks at."""
+    for traces in collectors():
+        if traces:
+            traces[-1].decoded.append(decoded)
