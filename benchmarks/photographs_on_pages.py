@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vltprune.data import pictures
+
 SPLITS = ("train", "dev")
 LEAST, WHITE = 0.4, (255, 255, 255)
 
@@ -32,8 +34,7 @@ def main() -> None:
         for place, record in enumerate(records):
             file = options.out / record["image"]
             file.parent.mkdir(parents=True, exist_ok=True)
-            with Image.open(options.data / record["image"]) as photograph:
-                page(photograph.convert("RGB"), split, place).save(file, quality=95)
+            page(pictures.read(options.data / record["image"]), split, place).save(file, quality=95)
         shutil.copy(options.data / f"{split}.json", options.out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import pytest
 import torch
@@ -34,6 +35,20 @@ def test_prune_a_timm_model_to_a_budget(photos, tmp_path, capsys):
         assert file.get_tensor("features").shape == (3, 192)
         assert json.loads(file.metadata()["files"]) == list(summary["pictures"])
     assert sorted(path.name for path in (output / "pictures").iterdir()) == ["a.jpg.png", "b.png.png"]
+
+
+def test_prune_turns_a_photograph_beside_a_broken_tag_and_goes_past_damage(photos, tmp_path, capsys):
+    """A sound JPEG of Orientation 6 with a text where a number belongs, and a DDS that ends in its header."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x011A, 2, 4, 0x41424344)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    Image.new("RGB", (40, 20), "red").save(photos / "turned.jpg", exif=exif)
+    Image.new("RGB", (40, 20)).save(photos / "whole.dds")
+    (photos / "d.png").write_bytes((photos / "whole.dds").read_bytes()[:100])
+    argv = ["prune", "vit_tiny_patch16_224", "--preset", "evit", str(photos), "--output", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert "turned.jpg" in summary["pictures"] and "d.png" in summary["unreadable"]
+    assert f"skipped: cannot read {photos / 'd.png'} as a picture: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,9 @@ def test_pictures_that_cannot_be_opened_are_told_of(tmp_path):
     assert [len(row["skipped"]) for row in done.rows] == [2, 2]  # the records that show it
     rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert rows[-1]["skipped_records"] > 0
+    notes = json.loads((tmp_path / "run" / "skipped.json").read_text())
+    assert notes == list(done.skipped) and len(notes) == rows[-1]["skipped_records"]
+    assert all(note.startswith("entry ") and str(tmp_path / "data" / "0.png") in note for note in notes)
 
 
 def test_half_precision(tmp_path):

@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> None:
     done = compress(config_of(args), args.output)
     if done is not None:
         _print(done.rows)
+        for one in done.skipped[:5]:
+            common.say(f"vltprune: skipped: {one}")
+        if done.skipped:
+            print(f"others were trained on in place of {len(done.skipped)} records; skipped.json lists them")
         print(f"wrote {os.path.join(done.folder, 'model')}, and how it came about: {done.page} (open it in a browser)")
 
 

@@ -40,12 +40,13 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 def run(args: argparse.Namespace) -> None:
     output = _output(args.output)
     common.use_threads(args.threads)
-    images = [pictures.read(path) for path in (args.left, args.right)]
+    for path in (args.left, args.right):
+        pictures.read(path)  # before a model is built
     input_ids, mask = WordTokenizer().encode(args.sentence)
     model = common.load_model(args.model, args.pretrained)
     _check(model, args.model)
     prepare = transforms(model)
-    pair = torch.stack([prepare(image) for image in images])
+    pair = torch.stack([pictures.prepared(path, prepare) for path in (args.left, args.right)])
 
     with torch.no_grad(), collect() as traces:
         chance = float(model(pair[None], input_ids, mask).softmax(-1)[0, 1])

@@ -1,16 +1,41 @@
-"""Pictures from the user's disk, or out of an archive: any format, mode and size that Pillow reads, as RGB."""
+"""Pictures from disk, from an archive or from memory, as RGB: the one place in the library that decodes them."""
 
 from __future__ import annotations
 
 import io
+import threading
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+)
 _WHITE = (255, 255, 255)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what undoes each value of EXIF's Orientation; 1 is upright
+
+_FILTERS = threading.Lock()
+
+
+class PictureError(OSError):
+    """A picture that cannot be read: missing, damaged, too large, or of no format that Pillow knows. Its message names it."""
+
+
+class PictureNotFoundError(PictureError, FileNotFoundError):
+    """A picture whose file does not exist."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +46,31 @@ class Encoded:
     data: bytes = field(repr=False)
 
 
-def read(file: str | Path | Encoded) -> Image.Image:
+def read(file: str | Path | Encoded | np.ndarray) -> Image.Image:
     """The picture as RGB, turned as its EXIF data ask; what is transparent becomes white, 16 bits become 8.
 
-    OSError that names the file where there is none, or none that can be read.
+    file: a path, a file's bytes, or pixels, uint8 [height, width, 3]. Of a picture with several frames the first is read.
+    Metadata that are damaged are ignored. Raises PictureError, an OSError that names the file, and nothing else.
     """
-    if isinstance(file, Encoded):
-        return _decoded(io.BytesIO(file.data), file.name)
-    path = Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no picture {path}" + (" (it is a folder)" if path.is_dir() else ""))
-    return _decoded(path, str(path))
+    try:
+        return _rgb(Image.fromarray(file)) if isinstance(file, np.ndarray) else _decoded(file)
+    except PictureError:
+        raise
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        raise PictureError(f"cannot read {_name(file)} as a picture: {_reason(error)}") from error
+
+
+def prepared(file: str | Path | Encoded | np.ndarray, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
+    """The picture as a model takes it. prepare: an RGB picture to [3, height, width], as `vltprune.transforms` gives it.
+
+    PictureError as of `read`, and for a picture that `prepare` refuses, such as one so thin that nothing is left of it.
+    """
+    picture = read(file)
+    try:
+        return prepare(picture)
+    except Exception as error:
+        size = f"{picture.width} x {picture.height} pixels"
+        raise PictureError(f"cannot prepare {_name(file)}, {size}, for the model: {_reason(error)}") from error
 
 
 def listing(folder: str | Path) -> list[Path]:
@@ -45,23 +84,71 @@ def listing(folder: str | Path) -> list[Path]:
     return files
 
 
-def _decoded(file: Path | io.BytesIO, name: str) -> Image.Image:
+def _name(file: str | Path | Encoded | np.ndarray) -> str:
+    if isinstance(file, np.ndarray):
+        return f"an array {list(file.shape)} of {file.dtype}"
+    return file.name if isinstance(file, Encoded) else str(file)
+
+
+def _decoded(file: str | Path | Encoded) -> Image.Image:
     try:
-        with Image.open(
-            file
-        ) as opened:  # of damaged EXIF data Pillow warns, and so it may: filters are not a thread's own
-            return _rgb(ImageOps.exif_transpose(opened))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = str(error).splitlines()[0].replace(repr(file), "it")  # bytes are called by their place in memory
-        raise OSError(f"cannot read {name} as a picture: {why}") from error
+        return _opened(file)
+    except Image.DecompressionBombWarning:
+        raise
+    except Warning:  # of damaged metadata, where a program makes warnings errors
+        with _FILTERS, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return _opened(file)
+
+
+def _opened(file: str | Path | Encoded) -> Image.Image:
+    with Image.open(_source(file)) as picture:
+        return _rgb(_upright(picture))
+
+
+def _source(file: str | Path | Encoded) -> Path | io.BytesIO:
+    if isinstance(file, Encoded):
+        return io.BytesIO(file.data)
+    path = Path(file)
+    if not path.is_file():
+        raise PictureNotFoundError(f"there is no picture {path}" + (" (it is a folder)" if path.is_dir() else ""))
+    return path
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or its type where it says nothing."""
+    lines = str(error).splitlines()
+    if not lines:
+        return type(error).__name__
+    return "of no format that is known" if isinstance(error, UnidentifiedImageError) else lines[0]
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture, decoded, and turned as its metadata ask where these can be read."""
+    picture.load()
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Warning:
+        raise
+    except Exception:  # sound pixels beside damaged metadata: read as they lie
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
+    if 0 in picture.size:
+        raise ValueError(f"it has no pixels, {picture.width} x {picture.height}")
     if picture.mode == "F" or picture.mode.startswith("I"):
-        levels = np.asarray(picture, np.float64)
-        high = 65535 if picture.mode != "F" and levels.max() <= 65535 else max(levels.max(), 1e-9)
-        picture = Image.fromarray((levels / high * 255).clip(0, 255).astype(np.uint8))
+        picture = _eight_bits(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, (*_WHITE, 255)), picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16 bits by their own range; 32 bits and floats by the largest value there is, as 255."""
+    levels = np.nan_to_num(np.asarray(picture, np.float64), posinf=0.0, neginf=0.0)
+    high = 65535 if picture.mode != "F" and levels.max() <= 65535 else max(levels.max(), 1e-9)
+    return Image.fromarray((levels / high * 255).clip(0, 255).astype(np.uint8))

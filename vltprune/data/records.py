@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, overload
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from . import pictures
 from .pictures import Encoded
@@ -28,8 +30,12 @@ class Record:
     images: tuple[Picture, ...]
 
     def pictures(self) -> tuple[Image.Image, ...]:
-        """The images, opened, as RGB. OSError that names one which is missing or broken."""
-        return tuple(Image.fromarray(i) if isinstance(i, np.ndarray) else pictures.read(i) for i in self.images)
+        """The images, opened, as RGB. PictureError that names one which is missing or broken."""
+        return tuple(map(pictures.read, self.images))
+
+    def prepared(self, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
+        """The images as a model takes them, [images, 3, height, width]. prepare, errors: as of `pictures.prepared`."""
+        return torch.stack([pictures.prepared(image, prepare) for image in self.images])
 
 
 @dataclass(frozen=True)

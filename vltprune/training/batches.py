@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Generic
 
@@ -92,11 +93,13 @@ class Batches(ABC, Generic[R]):
         for one in islice(several, TRIES):
             try:
                 record = self._record(one)
-                pictures = [varied(p, rng) if self.augment else p for p in record.pictures()]
-                return record, torch.stack([self.prepare(picture) for picture in pictures]), lost
+                return record, record.prepared(partial(self._prepare, rng)), lost
             except OSError as error:
                 lost.append(self._lost(one, error))
         raise OSError(f"{TRIES} records in a row cannot be opened; the last: {lost[-1]}")
+
+    def _prepare(self, rng: np.random.Generator, picture: Image.Image) -> Tensor:
+        return self.prepare(varied(picture, rng) if self.augment else picture)
 
     def _gather(self, opening: list[Future[Opened[R]]]) -> tuple[list[R], Tensor]:
         records, images, lost = zip(*(future.result() for future in opening), strict=True)

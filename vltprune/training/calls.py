@@ -38,7 +38,7 @@ def calls_of(
 def _opened(record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
     """The images of a record, None where they cannot be opened."""
     try:
-        return torch.stack([prepare(picture) for picture in record.pictures()])
+        return record.prepared(prepare)
     except OSError:
         return None
 

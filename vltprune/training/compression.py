@@ -40,12 +40,13 @@ class Compressed:
 
     A row: reduction asked for (0: dense), knob, and what `exam.report` gives on the validation split; `matching`, where a
     model has a second stage: what `exam.report_matching` gives. page: report.html,
-    for people to look at.
+    for people to look at. skipped: records that could not be trained on since the run was last taken up, and why.
     """
 
     model: nn.Module
     folder: Path
     rows: Sequence[dict[str, Any]]
+    skipped: Sequence[str] = ()
 
     @property
     def page(self) -> Path:
@@ -155,7 +156,10 @@ def _finish(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
     rows, answered = map(list, zip(*exams, strict=True))
     write_json(folder / "results.json", rows)
 
-    done = Compressed(model.eval(), folder, rows)
+    skipped = [str(one) for one in run.draws.skipped]
+    if skipped:
+        write_json(folder / "skipped.json", skipped)
+    done = Compressed(model.eval(), folder, rows, skipped)
     history = History(folder / "history.jsonl").rows
     story = Story(config, run.steps, min(len(val), _CALIBRATED), rows, answered, history)
     write(done.page, story, *_shown(run, model, val, answered))

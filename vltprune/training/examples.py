@@ -68,7 +68,7 @@ def examples(
 def _looked(task: Any, model: nn.Module, record: Record) -> tuple[Image.Image | None, list[tuple[str, visualize.Fate]]]:
     """What became of one record's pictures and of its first text, as the model answers it."""
     prepare, device = transforms(model), next(model.parameters()).device
-    images = torch.stack([prepare(picture) for picture in record.pictures()])
+    images = record.prepared(prepare)
     texts, _ = task.texts([record])
     with evaluating(model), collect() as traces:
         task.answer(model, [record], images[None].to(device), tuple(text.to(device) for text in texts))
