@@ -23,7 +23,7 @@ FLOORS = [
     ("attention",),
     ("layers",),
     ("config", "losses", "models", "convert"),
-    ("traces",),
+    ("traces", "naming"),
     ("presets", "checkpoint", "pruner", "data"),
     ("hosts",),
     ("surgery", "preprocessing", "sources"),

@@ -16,6 +16,7 @@ from . import segments
 from .attention import AttentionStats, Stat, attend, attend_with_stats
 from .config import PruneConfig
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Reduction, Site, TokenReducer, TokenScorer
+from .naming import fqn_modifiers, use_dense_names
 from .registry import keepers, reducers, scorers
 from .tokens import PackedTokens
 from .traces import PruneTrace, Step, collectors, is_collecting
@@ -93,17 +94,56 @@ class Pruner(nn.Module):
 class PrunedEncoder(nn.Module):
     """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
 
-    Calling it takes what the host takes and returns what the host returns.
+    Calling it takes what the host takes and returns what the host returns. Its state dict has the host's own names, and
+    `pruners.*` and `guide.*` beside them. A tower of a composite model leaves the guide to that model, whose towers share it,
+    and so the host where that is the composite model itself: no tensor is registered twice.
     """
 
-    def __init__(self, host: nn.Module, adapter: Host, config: PruneConfig, guide: AlignmentGuide | None, tower: str):
+    host: nn.Module
+    guide: AlignmentGuide | None
+
+    def __init__(
+        self,
+        host: nn.Module,
+        adapter: Host,
+        config: PruneConfig,
+        guide: AlignmentGuide | None,
+        tower: str,
+        composite: nn.Module | None = None,
+    ):
         super().__init__()
-        self.host, self.guide, self.adapter, self.tower = host, guide, adapter, tower
+        self.adapter, self.tower = adapter, tower
+        self._hold("host", host, is_child=host is not composite)
+        self._hold("guide", guide, is_child=composite is None)
         depths = config.depths(tower, len(adapter.blocks(host)))
         sites = [replace(adapter.site(host, d, tower), before=i) for i, d in enumerate(depths)]
         self.pruners = nn.ModuleDict({str(site.depth): Pruner.build(config, site) for site in sites})
+        use_dense_names(self)
         self.training = host.training  # not by `train`, which would change the host's own modules
         self.pruners.train(host.training)
+
+    def _hold(self, name: str, module: nn.Module | None, is_child: bool) -> None:
+        """As a child, or as an attribute that the module tree does not have: the composite model has it."""
+        if is_child:
+            setattr(self, name, module)
+        else:
+            object.__setattr__(self, name, module)
+
+    @property
+    def _dense(self) -> nn.Module:
+        return self.host
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """torch.distributed.checkpoint asks for this."""
+        return fqn_modifiers(self)
+
+    def _replicate_for_data_parallel(self) -> PrunedEncoder:
+        if self.__dict__.get("host") is not None or self.__dict__.get("guide") is not None:
+            raise RuntimeError(
+                f"DataParallel over several devices cannot copy the {self.tower} tower, which shares its guide with other "
+                "towers: use torch.nn.parallel.DistributedDataParallel, one process a device (torchrun, accelerate launch)"
+            )
+        return super()._replicate_for_data_parallel()  # pyright: ignore[reportReturnType]
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         tokens, beside = self.encode(*inputs, **named)

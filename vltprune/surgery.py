@@ -43,11 +43,14 @@ def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Modul
     guide = build_guide(config, sites | (composite.listeners(model) if composite is not None else {}))
     if guide is not None:
         guide.train(model.training)
-    pruned = {name: PrunedEncoder(tower, host, config, guide, name) for name, (tower, host) in towers.items()}
+    owner = model if composite is not None else None
+    pruned = {name: PrunedEncoder(tower, host, config, guide, name, owner) for name, (tower, host) in towers.items()}
     if composite is None:
         result: nn.Module = pruned[next(iter(pruned))]
     else:
         result = composite.assemble(model, pruned)
+        if guide is not None:
+            result.add_module("guide", guide)  # here alone: towers that share it do not register it
         object.__setattr__(result, "host", model)  # not a child: its towers are in `result` already
     object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
     return result

@@ -232,9 +232,17 @@ def sharing(model: M) -> M:
 
 
 def _beside(model: M) -> M:
-    """The same module once more, which shares its parameters and children."""
+    """The same module once more, which shares its parameters, buffers and children.
+
+    Parameters and buffers stand in the same tables, so that one that is replaced (`to`, `load_state_dict(assign=True)`) is
+    replaced in both.
+    """
     out = copy.copy(model)
-    out.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in model.__dict__.items()}
+    shared = ("_parameters", "_buffers")
+    out.__dict__ = {
+        key: value.copy() if isinstance(value, dict) and key not in shared else value
+        for key, value in model.__dict__.items()
+    }
     return out
 
 
