@@ -27,16 +27,15 @@ def _every_product_is_seen():
 def counted(model, *inputs, **named):
     """MACs by torch, which asserts on views of parameters made without gradients.
 
-    Less what putting maps into the guide's anchors takes: without gradients that is done once for all that comes.
+    Less what putting maps into the guide's anchors takes: that is done once a call, however many instances it has.
     """
-    counter, once, fold = FlopCounterMode(display=False), [], Codebook._as_met_by
+    counter, once, bind = FlopCounterMode(display=False), [], Codebook.bind
 
     def noted(self, tower):
-        if torch.is_grad_enabled():
-            once.append(len(self.anchors) * self.maps[tower].weight.numel())
-        return fold(self, tower)
+        once.append(len(self.anchors) * self.maps[tower].weight.numel())
+        return bind(self, tower)
 
-    with mock.patch.object(Codebook, "_as_met_by", noted), sdpa_kernel(SDPBackend.MATH), counter:
+    with mock.patch.object(Codebook, "bind", noted), sdpa_kernel(SDPBackend.MATH), counter:
         model(*inputs, **named)
     return counter.get_total_flops() / 2 - sum(once)
 

@@ -107,10 +107,13 @@ def test_a_tower_that_is_pruned_nowhere_is_aligned_all_the_same(monkeypatch):
     assert_close(text.aligned, torch.stack([step.guidance.pooled for step in text.steps]).sum(0))
     assert image.aligned.shape == text.aligned.shape
     seen = []
-    guided = model.pruning.guide.forward
-    monkeypatch.setattr(
-        model.pruning.guide, "forward", lambda tokens, tower: seen.append(tower) or guided(tokens, tower)
-    )
+    bind = model.pruning.guide.bind
+
+    def bound(tower):
+        guide = bind(tower)
+        return lambda tokens: seen.append(tower) or guide(tokens)
+
+    monkeypatch.setattr(model.pruning.guide, "bind", bound)
     model(*inputs)  # nobody collects
     assert seen == ["image"]
 

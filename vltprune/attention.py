@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import segments
+from . import precision, segments
 from .tokens import Layout, PackedTokens
 
 _ROWS = 128  # query rows whose probabilities are held at once: they stay in cache, and no [heads, n, n] is ever made
@@ -19,7 +19,7 @@ _SMALL = {"cpu": 2**12, "cuda": 2**22}
 
 
 class Stat(enum.Flag):
-    """What attention may be asked to report, per token of the keys.
+    """What attention may be asked to report, per token of the keys; in single precision where the model is in half.
 
     SUMMARY   [total, heads]     attention paid by the summary token (CLS; in a causal tower the EOT)
     RECEIVED  [total]            attention received from unprotected tokens: maximum over heads, summed over queries
@@ -142,19 +142,21 @@ def attend_with_stats(
     if Stat.SUMMARY in needs and tokens.summary is None:
         raise ValueError("Stat.SUMMARY needs a summary token, and these tokens have none")
 
-    rules, values = _Logits(scale, causal, key_bias, pairs, dropout), {}
-    if Stat.RECEIVED in needs:
-        with_map = _attend_padded if _is_small(q, tokens.layout, tokens.layout) else _attend_by_rows
-        out, values[Stat.RECEIVED] = with_map(q, k, v, tokens, rules)
-    else:
+    rules, values, out = _Logits(scale, causal, key_bias, pairs, dropout), {}, None
+    if Stat.RECEIVED not in needs:
         out = attend(q, k, v, tokens.layout, scale, causal=causal, key_bias=key_bias, pairs=pairs, dropout=dropout)
 
-    if Stat.SUMMARY in needs:
-        values[Stat.SUMMARY] = _summary_attention(q, k, tokens, rules)
-    if Stat.CONTEXT in needs:
-        values[Stat.CONTEXT] = out.norm(dim=-1)
-    if Stat.KEY in needs:
-        values[Stat.KEY] = k.mean(1)
+    with torch.autocast(q.device.type, enabled=False):  # which would take the products of statistics in half again
+        query, keys = precision.single(q), precision.single(k)
+        if out is None:
+            with_map = _attend_padded if _is_small(q, tokens.layout, tokens.layout) else _attend_by_rows
+            out, values[Stat.RECEIVED] = with_map(query, keys, v, tokens, rules)
+        if Stat.SUMMARY in needs:
+            values[Stat.SUMMARY] = _summary_attention(query, keys, tokens, rules)
+        if Stat.CONTEXT in needs:
+            values[Stat.CONTEXT] = precision.single(out).norm(dim=-1)
+        if Stat.KEY in needs:
+            values[Stat.KEY] = keys.mean(1)
     return out, AttentionStats(needs, values)
 
 
@@ -229,7 +231,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules:
     weight = (logits + _future(layout.longest, 0, layout.longest, q) if rules.causal else logits).softmax(-1)
 
     received = (segments.pad(_asking(tokens, q), layout)[:, None] @ weight.amax(1)).squeeze(1)
-    out = (F.dropout(weight, rules.dropout) if rules.dropout else weight) @ values
+    out = (F.dropout(weight, rules.dropout) if rules.dropout else weight).to(v.dtype) @ values
     return segments.flat(out.transpose(1, 2), layout), segments.flat(received, layout)
 
 
@@ -252,7 +254,7 @@ def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules
             weight = logits.softmax(-1)
             total = total + seen[rows] @ weight.amax(0)
             weight = F.dropout(weight, rules.dropout) if rules.dropout else weight
-            outputs.append(torch.bmm(weight, values).transpose(0, 1))
+            outputs.append(torch.bmm(weight.to(v.dtype), values).transpose(0, 1))
         received.append(total)
 
     return torch.cat(outputs), torch.cat(received)

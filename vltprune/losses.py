@@ -6,6 +6,8 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
+from . import precision
+
 _EPS = 1e-10
 
 
@@ -27,4 +29,5 @@ def alignment(image: Tensor, text: Tensor, images: int = 1) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
+    x = precision.single(x)  # half overflows in the sum of squares, and has no 1e-10
     return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + _EPS)

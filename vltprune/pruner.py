@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,19 @@ if TYPE_CHECKING:
     from .hosts.base import Host
 
 
+M = TypeVar("M", bound=nn.Module)
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 class UntrainedGuideWarning(UserWarning):
     """An alignment guide decides what to prune while its anchors are still noise."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a pruner says of tokens: scores [total], and the plan, None where all stay; in soft training also how much of each.
+    """What a pruner says of tokens: scores [total], in single precision, those that are equal within rounding made equal; and
+    the plan, None where all stay; in soft training also how much of each.
 
     presence [total]: with gradients to scores and threshold; counted [total]: the same, to the threshold alone.
     """
@@ -75,7 +82,11 @@ class Pruner(nn.Module):
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Verdict:
         """tokens: the block's input -> the plan for its output. ValueError for soft training of a keeper without a margin."""
-        scores = self.scorer(tokens, stats, guidance)
+        with torch.autocast(tokens.x.device.type, enabled=False):  # which would take sums of scores in half
+            return self._judge(tokens, stats, guidance)
+
+    def _judge(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Verdict:
+        scores = segments.settle(self.scorer(tokens, stats, guidance).float(), tokens.layout)
         presence = counted = None
         if self.training and self.softness > 0:
             presence, counted = (self._presence(one, tokens, guidance) for one in (scores, scores.detach()))
@@ -89,6 +100,19 @@ class Pruner(nn.Module):
     def _presence(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         margin = self.keeper.margin(scores, tokens, guidance)
         return (margin / self.softness).sigmoid().to(scores.dtype).masked_fill(tokens.protected, 1.0)
+
+
+def born_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any) -> M:
+    """What `build` makes of the arguments, in the floating-point type and on the device of the host's weights.
+
+    It is made on the CPU, whatever the default device, so that what is drawn at random is the same on each. Hosts without
+    such weights, as some quantized ones, leave it in single precision.
+    """
+    with torch.device("cpu"):
+        part = build(*args, **named)
+    weights = [*chain(host.parameters(), host.buffers())]
+    floating = [weight.dtype for weight in weights if weight.dtype in _FLOATING]
+    return part.to(weights[0].device if weights else "cpu", floating[0] if floating else torch.float32)
 
 
 class PrunedEncoder(nn.Module):
@@ -115,9 +139,11 @@ class PrunedEncoder(nn.Module):
         self.adapter, self.tower = adapter, tower
         self._hold("host", host, is_child=host is not composite)
         self._hold("guide", guide, is_child=composite is None)
-        depths = config.depths(tower, len(adapter.blocks(host)))
+        blocks = adapter.blocks(host)
+        depths = config.depths(tower, len(blocks))
         sites = [replace(adapter.site(host, d, tower), before=i) for i, d in enumerate(depths)]
-        self.pruners = nn.ModuleDict({str(site.depth): Pruner.build(config, site) for site in sites})
+        pruners = {str(site.depth): born_like(blocks[site.depth], Pruner.build, config, site) for site in sites}
+        self.pruners = nn.ModuleDict(pruners)
         use_dense_names(self)
         self.training = host.training  # not by `train`, which would change the host's own modules
         self.pruners.train(host.training)
@@ -157,15 +183,23 @@ class PrunedEncoder(nn.Module):
         traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in collectors()]
         recompute = self.training and torch.is_grad_enabled() and self.adapter.recomputes(self.host)
         run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
+        guide = self.guide.bind(self.tower) if self.guide is not None else None
         for depth, block in enumerate(self.adapter.blocks(self.host)):
-            tokens, step = run(depth, block, tokens, beside[depth])
+            tokens, step = run(depth, block, tokens, beside[depth], guide)
             for trace in traces:
                 trace.steps.append(step)
         for collector, trace in zip(collectors(), traces, strict=True):
             collector.append(replace(trace, left=tokens))
         return tokens, beside
 
-    def _block(self, depth: int, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[PackedTokens, Step]:
+    def _block(
+        self,
+        depth: int,
+        block: nn.Module,
+        tokens: PackedTokens,
+        beside: Any,
+        guide: Callable[[PackedTokens], Guidance] | None,
+    ) -> tuple[PackedTokens, Step]:
         adapter, pruner = self.adapter, self.pruner(depth)
         q, k, v = adapter.qkv(block, tokens, beside)
         room: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
@@ -174,11 +208,11 @@ class PrunedEncoder(nn.Module):
 
         if pruner is None:
             context = attend(q, k, v, tokens.layout, scale, **room)
-            if self.guide is not None and not self.pruners and is_collecting() and torch.is_grad_enabled():
-                guidance = self.guide(tokens, self.tower)  # so that the other tower has something to be aligned with
+            if guide is not None and not self.pruners and is_collecting() and torch.is_grad_enabled():
+                guidance = guide(tokens)  # so that the other tower has something to be aligned with
         else:
             context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **room)
-            guidance = self.guide(tokens, self.tower) if self.guide is not None else None
+            guidance = guide(tokens) if guide is not None else None
             verdict = pruner(tokens, stats, guidance)
         plan = verdict.plan
         scored = (tokens, verdict.scores) if verdict.scores is not None and torch.is_grad_enabled() else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import precision
 from .tokens import Layout
 
 
@@ -28,8 +29,8 @@ def flat(padded: Tensor, layout: Layout) -> Tensor:
 
 
 def sum(values: Tensor, layout: Layout) -> Tensor:
-    """[total, ...] -> [batch, ...]."""
-    return pad(values, layout).sum(1)
+    """[total, ...] -> [batch, ...]; of half precision in single, since half overflows at 65,504."""
+    return pad(precision.single(values), layout).sum(1)
 
 
 def count(mask: Tensor, layout: Layout) -> Tensor:
@@ -62,10 +63,19 @@ def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
 
 
 def rank(scores: Tensor, layout: Layout) -> Tensor:
-    """0 for the largest score of each instance, ties by place: scores [total] -> [total] int64."""
-    order = pad(scores, layout, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    """0 for the largest score of each instance, ties by place: scores [total] -> [total] int64.
+
+    Scores that are equal within rounding are ties.
+    """
+    rows = precision.settle(pad(scores.detach(), layout, float("-inf")))
+    order = rows.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(layout.longest, device=scores.device).expand_as(order)
     return flat(torch.empty_like(order).scatter_(1, order, places), layout)
+
+
+def settle(scores: Tensor, layout: Layout) -> Tensor:
+    """Scores in which those of one instance that are equal within rounding are equal: [total] -> [total]."""
+    return flat(precision.settle(pad(scores, layout, float("-inf"))), layout)
 
 
 def mix(weight: Tensor, values: Tensor, layout: Layout) -> Tensor:
@@ -81,7 +91,7 @@ _LOWEST = -1e30  # stands for "not there"; finite, so that an instance without c
 
 def _hidden(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     """The padded values, lowest where no candidate is; of half precision in single, which has room for what is lowest."""
-    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    values = precision.single(values)
     return pad(values.masked_fill(_like(~where, values), _LOWEST), layout, _LOWEST)
 
 

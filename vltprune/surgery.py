@@ -10,7 +10,7 @@ from .config import PruneConfig
 from .hosts.base import find_composite, find_host
 from .layers import AlignmentGuide
 from .presets import preset
-from .pruner import PrunedEncoder, Pruning
+from .pruner import PrunedEncoder, Pruning, born_like
 from .registry import guides
 
 
@@ -40,7 +40,7 @@ def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Modul
     _check_towers(config, tuple(towers))
 
     sites = {name: host.site(tower, 0, name) for name, (tower, host) in towers.items()}
-    guide = build_guide(config, sites | (composite.listeners(model) if composite is not None else {}))
+    guide = build_guide(config, sites | (composite.listeners(model) if composite is not None else {}), model)
     if guide is not None:
         guide.train(model.training)
     owner = model if composite is not None else None
@@ -56,12 +56,12 @@ def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Modul
     return result
 
 
-def build_guide(config: PruneConfig, sites: dict[str, Any]) -> AlignmentGuide | None:
-    """The guide of a config for towers with these sites (any depth of each), None where it has none."""
+def build_guide(config: PruneConfig, sites: dict[str, Any], model: nn.Module) -> AlignmentGuide | None:
+    """The guide of a config for towers with these sites (any depth of each), in the model's type; None where it has none."""
     if config.guide is None:
         return None
     part = config.part("guide")
-    return guides[part.name](sites, **part.args)
+    return born_like(model, guides[part.name], sites, **part.args)
 
 
 def pruning(model: nn.Module) -> Pruning:

@@ -10,6 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from . import precision
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -144,17 +146,19 @@ class PackedTokens:
 
     @property
     def weight(self) -> Tensor:
-        """[total]: how much a token counts in a mean: as many as it stands for, as far as it is there."""
-        weight = torch.ones_like(self.x[:, 0]) if self.size is None else self.size.to(self.x.dtype)
+        """[total]: how much a token counts in a mean: as many as it stands for, as far as it is there. Never in half."""
+        weight = torch.ones_like(precision.single(self.x[:, 0]))
+        weight = weight if self.size is None else self.size.to(weight.dtype)
         return weight if self.presence is None else weight * self.presence
 
     @property
     def expected(self) -> Tensor:
         """[batch]: tokens of each instance, those that are there in part counted in part."""
+        dtype = precision.exact(self.x.device)
         if self.counted is None:
-            return self.layout.sizes.double()
-        empty = self.counted.new_zeros(self.layout.batch, dtype=torch.float64)
-        return empty.index_add(0, self.layout.instance, self.counted.double())
+            return self.layout.sizes.to(dtype)
+        empty = self.counted.new_zeros(self.layout.batch, dtype=dtype)
+        return empty.index_add(0, self.layout.instance, self.counted.to(dtype))
 
     def fade(self, presence: Tensor, counted: Tensor | None = None) -> PackedTokens:
         """The same tokens, of each but this share left: presence [total]; counted: the same, where its gradients differ."""

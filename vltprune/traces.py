@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import segments
+from . import precision, segments
 from .layers import Guidance, Reduction
 from .tokens import PackedTokens
 
@@ -101,8 +101,8 @@ class PruneTrace:
         left = self.left
         if left.summary is not None:
             return left.read(left.summary)
-        total = segments.sum(left.x * left.weight[:, None], left.layout)
-        return total / segments.sum(left.weight, left.layout)[:, None]
+        total = segments.sum(precision.single(left.x) * left.weight[:, None], left.layout)
+        return (total / segments.sum(left.weight, left.layout)[:, None]).to(left.x.dtype)
 
     @property
     def spoken(self) -> Tensor:

@@ -84,8 +84,8 @@ def test_a_map_is_put_into_the_anchors(case, training):
 
 
 @torch.no_grad()
-def test_what_evaluation_keeps_follows_the_weights():
-    """However they change: by hand, by loading, by a step in training, by another type."""
+def test_evaluation_follows_the_weights():
+    """However they change: by hand, behind autograd's back, by loading, by a step in training, by another type."""
     guide = _noisy(Codebook(UNEVEN, anchors=4, dim=6)).eval()
     tokens = PackedTokens.pack(torch.randn(2, 5, DIM))
 
@@ -99,6 +99,9 @@ def test_what_evaluation_keeps_follows_the_weights():
         lambda: guide.load_state_dict(_noisy(Codebook(UNEVEN, anchors=4, dim=6)).state_dict()),
         lambda: guide.fit(torch.randn(50, 6)),
         lambda: (guide.train(), guide.maps["image"].weight.data.neg_(), guide.eval()),
+        lambda: guide.anchors.data.mul_(0.1).add_(0.9 * torch.randn_like(guide.anchors)),  # an average of weights
+        lambda: guide.maps["image"].weight.data.copy_(torch.randn(6, DIM)),
+        lambda: guide.maps["image"].bias.untyped_storage().copy_(torch.randn(6).untyped_storage()),
         lambda: guide.double(),
     ]
     right()
@@ -110,6 +113,46 @@ def test_what_evaluation_keeps_follows_the_weights():
         guide.float().anchors.mul_(2)
         guide(tokens, "image")
     right()
+    other = torch.randn_like(guide.anchors)
+    called = torch.func.functional_call(guide, {"anchors": other}, (tokens, "image"))
+    assert_close(called.affinity, guide.map(tokens.x, "image") @ other.t())
+    right()
+
+
+class _Adapted(torch.nn.Module):
+    """A linear map and what somebody learnt beside it; it has no attributes of the map."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.delta = base, torch.nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.delta(x)
+
+
+def _hooked(layer):
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+    return layer
+
+
+def _doubled(layer):
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Twice())
+    return layer
+
+
+@pytest.mark.parametrize("change", [_Adapted, _hooked, _doubled, lambda layer: torch.nn.Identity()])
+@torch.no_grad()
+def test_a_map_that_is_more_than_its_weight_is_called(change):
+    guide = _noisy(Codebook(UNEVEN, anchors=4, dim=DIM)).eval()
+    guide.maps["image"] = change(guide.maps["image"])
+    tokens = PackedTokens.pack(torch.randn(2, 5, DIM))
+    guidance = guide(tokens, "image")
+    assert_close(guidance.affinity, guide.map(tokens.x, "image") @ guide.anchors.t())
+    assert_close(guidance.mapped.x, guide.map(tokens.x, "image"))
 
 
 @torch.no_grad()
@@ -161,3 +204,21 @@ def test_being_untrained_travels_with_the_weights(name):
     assert not loaded.is_untrained
     loaded.load_state_dict(noise.state_dict())
     assert loaded.is_untrained
+
+
+CASTS = [torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", CASTS)
+@pytest.mark.parametrize("name", guides.names())
+def test_being_untrained_survives_a_cast(name, dtype):
+    """And a change of a single number in any type is training."""
+    guide = guides[name](WIDE)
+    assert guide.to(dtype).is_untrained
+    assert guide.float().is_untrained
+    with torch.no_grad():
+        next(guide.to(dtype).parameters()).view(-1)[0] += 0.25
+    assert not guide.is_untrained
+    fitted = guides[name](WIDE)
+    fitted.fit(torch.randn(500, DIM))
+    assert not fitted.to(dtype).is_untrained

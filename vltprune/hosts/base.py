@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import segments
+from .. import precision, segments
 from ..attention import PairBias
 from ..layers.site import Site
 from ..registry import hosts
@@ -263,8 +263,10 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
 
 def weighted_mean(tokens: PackedTokens, counted: Tensor) -> Tensor:
     """Mean over the counted [total] tokens of each instance, [batch, dim]; a merged token weighs as many as it stands for."""
-    size = counted.to(tokens.x.dtype) * tokens.weight
-    return segments.sum(tokens.x * size[:, None], tokens.layout) / segments.sum(size, tokens.layout)[:, None]
+    x = precision.single(tokens.x)  # in half a sum of many tokens overflows
+    size = counted.to(x.dtype) * tokens.weight
+    mean = segments.sum(x * size[:, None], tokens.layout) / segments.sum(size, tokens.layout)[:, None]
+    return mean.to(tokens.x.dtype)
 
 
 def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor, rows: int = 640) -> Tensor:

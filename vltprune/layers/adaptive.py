@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import segments
+from .. import precision, segments
 from ..registry import keepers
 from ..tokens import Layout, PackedTokens
 from .guides import Guidance
@@ -17,7 +17,8 @@ from .scorers import unit
 from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
-_ROUNDING = 1e-6  # relative: equal tokens' scores differ by less, in single precision, by where in a matrix they stand
+_TIE = 1e-8  # relative: a score that is nearer to a threshold does not count as above it
+_ALIKE = 1e-9  # a squared distance, of unit vectors, that rounding may make of none
 _TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
 
 
@@ -71,31 +72,30 @@ class Threshold(KeepRatioPredictor):
             self.knob = _TEMPERATURE
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return self._counts(scores, self._threshold(scores, guidance, tokens.layout), tokens)
+        scores = segments.settle(scores, tokens.layout)
+        return self._counts(scores, *self._threshold(scores, guidance, tokens.layout), tokens)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        threshold, there = self._threshold(scores, guidance, tokens.layout), segments.count(tokens.free, tokens.layout)
-        counts = self._counts(scores, threshold, tokens)
+        scores, there = segments.settle(scores, tokens.layout), segments.count(tokens.free, tokens.layout)
+        near, beyond = self._threshold(scores, guidance, tokens.layout)
+        counts, threshold = self._counts(scores, near, beyond, tokens), near + beyond
         if self._exponent != 1 or self.across != "instance":
             # what is kept is no longer what is above: the threshold as if it lay where the counts cut
-            cut = torch.where(counts < there, _cut(scores.to(threshold.dtype), tokens, counts), threshold)
+            cut = torch.where(counts < there, _cut(scores, tokens, counts), threshold)
             threshold = threshold + (cut - threshold).detach()
         margin = (scores - threshold[tokens.layout.instance]) / spread(scores, tokens)[1]
         return margin.masked_fill((counts == there)[tokens.layout.instance], _ENTIRELY)
 
-    def _counts(self, scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Tensor:
-        layout, free, exact = tokens.layout, tokens.free, scores.to(threshold.dtype)
-
-        def above(by: float) -> Tensor:
-            return segments.count((exact > (threshold + by * threshold.abs())[layout.instance]) & free, layout)
-
-        there, counts = segments.count(free, layout), above(1e-8).masked_fill(above(_ROUNDING) == 0, 0)
+    def _counts(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
+        layout, free = tokens.layout, tokens.free
+        above = scores - near[layout.instance] > (beyond + _TIE * near.abs())[layout.instance]
+        there, counts = segments.count(free, layout), segments.count(above & free, layout)
         if self.across == "batch":
             counts = counts.amax().expand_as(counts)
         counts = torch.where((counts < 1) | (there - counts <= 1), there, counts)
         if self._exponent == 1 and self.across != "mean":
             return counts
-        part = counts.double() / there.clamp(min=1)
+        part = counts.to(precision.exact(counts.device)) / there.clamp(min=1)
         if self.across == "mean":
             part = part.sum() / (there > 0).sum().clamp(min=1)
         return share(there, part**self._exponent)
@@ -104,13 +104,16 @@ class Threshold(KeepRatioPredictor):
     def _exponent(self) -> float:
         return self.power * self._falloff
 
-    def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> Tensor:
-        """[batch], in double precision: a cold softmax puts the threshold onto one token's own score, and rounding would
-        decide the tie."""
+    def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> tuple[Tensor, Tensor]:
+        """A number near the threshold, and by how much the threshold is beyond it: [batch] each.
+
+        A cold softmax puts the threshold onto one token's own score, or very little off. The sum of what the scores are apart
+        from a number near them is exact there, where the sum of the scores would be rounded.
+        """
         assert guidance is not None
-        exact = _exact(scores)
-        attention = guidance.attention(self.temperature, exact)
-        return segments.sum(attention * scores.to(exact)[:, None], layout).amin(-1)
+        attention = guidance.attention(self.temperature)
+        near = segments.sum(attention.detach() * scores.detach()[:, None], layout).amin(-1)
+        return near, segments.sum(attention * (scores - near[layout.instance])[:, None], layout).amin(-1)
 
 
 @keepers.register("learned")
@@ -134,7 +137,9 @@ class Learned(KeepRatioPredictor):
         self.shift = shift
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        above = self.margin(scores, tokens, guidance) > 0
+        middle, deviation = spread(scores, tokens)
+        size = middle.abs() + deviation  # scores that are alike are not above their mean, whatever rounding says
+        above = scores - middle - (self.threshold + self.shift) * deviation > precision.ROUNDING * size
         return segments.count(above & tokens.free, tokens.layout).clamp(min=1)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
@@ -160,10 +165,12 @@ class TopP(KeepRatioPredictor):
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
-        weight = scores.detach().to(_exact(scores)).clamp(min=0).masked_fill(tokens.protected, 0.0)
+        exact = precision.exact(scores.device)
+        settled = segments.settle(scores.detach(), layout)
+        weight = settled.to(exact).clamp(min=0).masked_fill(tokens.protected, 0.0)
         ranked = segments.pad(weight, layout, 0.0).sort(1, descending=True).values
         reached = ranked.cumsum(1) - ranked  # by the tokens before each
-        wanted = self.p * ranked.sum(1, keepdim=True) * (1 - 1e-9)
+        wanted = self.p * ranked.sum(1, keepdim=True) * (1 - precision.rounding(exact))
         return (reached < wanted).sum(1).clamp(min=1).minimum(there) if self.p < 1 else there
 
 
@@ -197,7 +204,7 @@ class Distortion(KeepRatioPredictor):
         lost = _lost(scores, tokens)
         ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, place), lost)
         behind = ranked.flip(1).cumsum(1).flip(1)  # what each token and those below it take with them
-        return (behind > self.error * self._falloff * (1 + 1e-5)).sum(1).clamp(min=1).minimum(there)
+        return (behind > max(self.error * self._falloff * (1 + 1e-5), _ALIKE)).sum(1).clamp(min=1).minimum(there)
 
 
 @torch.no_grad()
@@ -217,11 +224,6 @@ def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
     ranked = ranked.sort(1, descending=True).values
     last = torch.stack([counts - 1, counts.clamp(max=ranked.shape[1] - 1)], 1).clamp(min=0)
     return ranked.gather(1, last).mean(1)
-
-
-def _exact(scores: Tensor) -> torch.dtype:
-    """What decides near a tie: double precision, where the device has it."""
-    return torch.float64 if scores.device.type != "mps" else scores.dtype
 
 
 def spread(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import segments
+from .. import precision, segments
 from ..registry import guides
 from ..tokens import PackedTokens
 from .site import Site
@@ -21,7 +22,7 @@ from .site import Site
 class Guidance:
     """How the tokens of one block relate to the anchors.
 
-    affinity  [total, anchors]: raw logits, larger is closer
+    affinity  [total, anchors]: raw logits, larger is closer; never in half precision
     tokens    that they are of, x [total, dim of the tower]
     attend    "softmax" or "sparsemax": how logits become weights over the tokens of an instance
     map       their way into the anchors' space, [total, dim] -> [total, anchor dim]; None where they are in it
@@ -32,12 +33,10 @@ class Guidance:
     attend: Literal["softmax", "sparsemax"] = "softmax"
     map: Callable[[Tensor], Tensor] | None = None
 
-    def attention(self, temperature: float, dtype: torch.dtype | None = None) -> Tensor:
+    def attention(self, temperature: float) -> Tensor:
         """Weights over the unprotected tokens of each instance, one distribution per anchor: [total, anchors]."""
         normalise = segments.sparsemax if self.attend == "sparsemax" else segments.softmax
-        return normalise(
-            self.affinity.to(dtype or self.affinity.dtype) / temperature, self.tokens.layout, self.tokens.free
-        )
+        return normalise(self.affinity / temperature, self.tokens.layout, self.tokens.free)
 
     @cached_property
     def mapped(self) -> PackedTokens:
@@ -50,8 +49,9 @@ class Guidance:
 
         MADTP (arXiv 2403.02991), section 3.2: attention of the anchors over the tokens, scaled by sqrt(anchor dim).
         """
-        weight = self.attention(self.mapped.x.shape[-1] ** 0.5)
-        return segments.mix(weight, self.mapped.x, self.mapped.layout)
+        x = precision.single(self.mapped.x)
+        with torch.autocast(x.device.type, enabled=False):
+            return segments.mix(self.attention(x.shape[-1] ** 0.5), x, self.mapped.layout)
 
 
 class AlignmentGuide(nn.Module, ABC):
@@ -63,6 +63,10 @@ class AlignmentGuide(nn.Module, ABC):
     @abstractmethod
     def forward(self, tokens: PackedTokens, tower: str) -> Guidance:
         """tokens: a block's input, x [total, dim of the tower] -> Guidance."""
+
+    def bind(self, tower: str) -> Callable[[PackedTokens], Guidance]:
+        """`forward` for one tower and one call of it: what does not depend on the tokens may be computed here, once."""
+        return partial(self, tower=tower)
 
     @property
     @abstractmethod
@@ -84,8 +88,9 @@ class Codebook(AlignmentGuide):
 
     affinity = q T^T for tokens q and anchors T, unscaled. In front stands a linear map of each tower, as the paper draws it:
     what shared anchors say of a token is learnt by the maps, and hardly without them (docs/ablations.md). Between equal widths
-    they begin as the identity, which is the reference, for BLIP; `project=False` leaves them out. In evaluation a map costs
-    nothing, for it is put into the anchors. `attend` is "softmax" (the reference) or "sparsemax" (the paper).
+    they begin as the identity, which is the reference, for BLIP; `project=False` leaves them out. A map costs little, for it
+    is put into the anchors, once a call: (q W^T + b) T^T = q (T W)^T + T b. A map that somebody exchanged or wrapped (LoRA,
+    quantization, hooks) is called instead. `attend` is "softmax" (the reference) or "sparsemax" (the paper).
 
     Arguments: anchors, how many shared tokens; dim, their width (None: the widest tower's); project; attend.
     Raises ValueError for widths that differ without `project` and for arguments outside their range.
@@ -112,42 +117,43 @@ class Codebook(AlignmentGuide):
             )
 
         self.attend: Literal["softmax", "sparsemax"] = attend
-        self.anchors = nn.Parameter(torch.randn(anchors, width))
+        self.anchors = nn.Parameter(_noise(anchors, width))
         self.maps = nn.ModuleDict({tower: _map(w, width) for tower, w in widths.items()} if project else {})
-        self.register_buffer("birth", self.anchors.detach().double().sum())
-        self._met: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = {}
+        self.register_buffer("birth", _fingerprint(self.anchors))
 
     def map(self, x: Tensor, tower: str) -> Tensor:
         return self.maps[tower](x) if self.maps else x
 
     def forward(self, tokens: PackedTokens, tower: str) -> Guidance:
-        if not self.maps:
-            return Guidance(tokens.x @ self.anchors.t(), tokens, self.attend)
-        anchors, offset = self._as_met_by(tower)
-        affinity = torch.addmm(offset, tokens.x, anchors.t())
-        return Guidance(affinity, tokens, self.attend, partial(self.map, tower=tower))
+        return self.bind(tower)(tokens)
 
-    def train(self, mode: bool = True) -> Codebook:
-        if mode:
-            self._met.clear()
-        return super().train(mode)
+    def bind(self, tower: str) -> Callable[[PackedTokens], Guidance]:
+        layer = self.maps[tower] if self.maps else None
+        if layer is not None and not _is_plain(layer):
+            return partial(self._of_mapped, tower=tower)
+        with torch.autocast(self.anchors.device.type, enabled=False):
+            anchors, offset = precision.single(self.anchors), None
+            if isinstance(layer, nn.Linear):
+                offset = None if layer.bias is None else anchors @ precision.single(layer.bias)
+                anchors = anchors @ precision.single(layer.weight)
+        return partial(self._of_tokens, tower=tower, anchors=anchors, offset=offset)
 
-    def _as_met_by(self, tower: str) -> tuple[Tensor, Tensor]:
-        """The anchors T behind a tower's map, [anchors, dim of the tower], and what is added to the affinity, [anchors]:
-        (q W^T + b) T^T = q (T W)^T + T b. In evaluation they are computed anew only when the weights are others."""
-        layer: Any = self.maps[tower]
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.anchors.is_inference():
-            return self.anchors @ layer.weight, self.anchors @ layer.bias
-        state = [(w.data_ptr(), w._version, w.dtype) for w in (self.anchors, layer.weight, layer.bias)]
-        kept = self._met.get(tower)
-        if kept is None or kept[0] != state:
-            with torch.autocast(self.anchors.device.type, enabled=False):  # whoever comes next may not be under it
-                kept = self._met[tower] = state, (self.anchors @ layer.weight, self.anchors @ layer.bias)
-        return kept[1]
+    def _of_tokens(self, tokens: PackedTokens, tower: str, anchors: Tensor, offset: Tensor | None) -> Guidance:
+        """Guidance by anchors that have the tower's map in them: anchors [anchors, dim of the tower], offset [anchors]."""
+        with torch.autocast(tokens.x.device.type, enabled=False):
+            affinity = F.linear(precision.single(tokens.x), anchors, offset)
+        return Guidance(affinity, tokens, self.attend, partial(self.map, tower=tower) if self.maps else None)
+
+    def _of_mapped(self, tokens: PackedTokens, tower: str) -> Guidance:
+        """Guidance by tokens that went through the tower's map as it stands."""
+        mapped = self.map(tokens.x, tower)
+        with torch.autocast(tokens.x.device.type, enabled=False):
+            affinity = F.linear(precision.single(mapped), precision.single(self.anchors))
+        return Guidance(affinity, tokens, self.attend, lambda x: mapped)
 
     @property
     def is_untrained(self) -> bool:
-        return bool(self.anchors.detach().double().sum() == self.birth)
+        return self.anchors.is_meta or bool(_fingerprint(self.anchors) == self.birth)
 
     @torch.no_grad()
     def fit(self, mapped: Tensor, seed: int = 0) -> None:
@@ -167,10 +173,30 @@ def _map(dim: int, width: int) -> nn.Module:
     return layer
 
 
+def _noise(anchors: int, width: int) -> Tensor:
+    """[anchors, width]: normal noise in steps of 1/64 up to 4, which every floating-point type from bfloat16 on holds exactly.
+
+    A model that is cast then has the anchors it was born with, and knows it.
+    """
+    return torch.randn(anchors, width).mul(64).round().clamp(-256, 256).div(64)
+
+
+def _fingerprint(anchors: Tensor) -> Tensor:
+    """int64 scalar: of the values, in whatever floating-point type; it stays as it is when a model is cast."""
+    return anchors.detach().float().contiguous().view(torch.int32).sum(dtype=torch.int64)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a linear map is its weight and bias, and nothing else: then it may be put into the anchors."""
+    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
+        return False  # an adapter around it, a parametrization, or a weight that is quantized or sharded
+    return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 def _kmeans(points: Tensor, k: int, seed: int, rounds: int = 20) -> Tensor:
     """Centres [k, dim] of points [n, dim]; a centre that loses all its points is put on the worst served one."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = points[torch.randperm(len(points), generator=generator)[:k].to(points.device)].clone()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    centres = points[torch.randperm(len(points), generator=generator, device="cpu")[:k].to(points.device)].clone()
     for _ in range(rounds):
         distance, nearest = torch.cdist(points, centres).min(1)
         counts = torch.bincount(nearest, minlength=k)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import segments
+from .. import precision, segments
 from ..registry import keepers
 from ..tokens import PackedTokens
 from .guides import Guidance
@@ -111,7 +111,7 @@ class RandomRatio(KeepRatioPredictor):
     """A share drawn for each instance, uniform in mean - spread .. mean + spread, cut to [0, 1].
 
     The baseline for per-instance counts. An instance's draw comes from `seed`, the depth, and from which of its tokens
-    lie farthest along a few fixed random directions: it differs between instances and ignores batch mates.
+    lie farthest along four random directions: it differs between instances and ignores batch mates.
     """
 
     knob = Knob("mean", 0.0, 1.0)
@@ -121,9 +121,6 @@ class RandomRatio(KeepRatioPredictor):
         if not 0 <= mean <= 1 or not 0 <= spread <= 1:
             raise ValueError(f"random_ratio(mean={mean}, spread={spread}): both must lie in 0 .. 1")
         self.mean, self.spread, self.seed = mean, spread, seed
-        directions = torch.randn(4, site.dim, generator=torch.Generator().manual_seed(seed)).t().contiguous()
-        self.directions: Tensor
-        self.register_buffer("directions", directions, persistent=False)
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         ratio = self.mean + self.spread * (2 * self._draw(tokens) - 1)
@@ -131,14 +128,18 @@ class RandomRatio(KeepRatioPredictor):
 
     def _draw(self, tokens: PackedTokens) -> Tensor:
         """One number in (0, 1) an instance: [batch]."""
-        reach = (tokens.x @ self.directions.to(tokens.x.dtype)).masked_fill(tokens.protected[:, None], float("-inf"))
-        padded = segments.pad(reach, tokens.layout, float("-inf"))
-        farthest = segments.pad(tokens.position, tokens.layout).gather(1, padded.argmax(1))  # [batch, 4]
+        x, layout = precision.single(tokens.x), tokens.layout
+        entry = torch.arange(4 * x.shape[1], device=x.device).view(4, -1)
+        signs = ((hash_integers(entry, self.seed) >> 8) % 2 * 2 - 1).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            reach = (x @ signs.t()).masked_fill(tokens.protected[:, None], float("-inf"))
+        position = segments.pad(tokens.position, layout)
 
-        drawn = torch.full_like(farthest[:, 0], self.seed * 1009 + self.site.depth)
-        for column in farthest.unbind(1):
-            drawn = hash_integers(drawn, column)
-        return ((drawn >> 8).double() + 0.5) / 2**23
+        drawn = torch.full_like(position[:, 0], self.seed * 1009 + self.site.depth)
+        for column in reach.unbind(1):
+            place = segments.pad(segments.rank(column, layout), layout, layout.longest).argmin(1, keepdim=True)
+            drawn = hash_integers(drawn, position.gather(1, place)[:, 0])
+        return ((drawn >> 8).float() + 0.5) / 2**23
 
 
 def faded(site: Site, fade: float, name: str) -> float:
@@ -154,5 +155,7 @@ def faded(site: Site, fade: float, name: str) -> float:
 
 
 def share(there: Tensor, ratio: Tensor | float) -> Tensor:
-    """ceil(ratio * there) as int64: there [batch]; in double, and with a hair off so that 0.7 * 10 is 7."""
-    return (there.double() * ratio - 1e-9).ceil().long().clamp(min=0)
+    """ceil(ratio * there) as int64, with a hair off so that 0.7 * 10 is 7: there [batch] int64, ratio [batch] or one."""
+    dtype = precision.exact(there.device)
+    part = there.to(dtype) * ratio
+    return (part - part * precision.rounding(dtype) - 1e-9).ceil().long().clamp(min=0)

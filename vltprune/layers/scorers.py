@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import segments
+from .. import precision, segments
 from ..attention import AttentionStats, Stat
 from ..registry import scorers
 from ..tokens import PackedTokens
@@ -20,7 +20,7 @@ _EPS = 1e-8
 
 
 class TokenScorer(nn.Module, ABC):
-    """Scores the tokens of one site; larger is kept longer.
+    """Scores the tokens of one site; larger is kept longer. Scores are in single precision, whatever the model is in.
 
     `needs` declares the statistics it reads and `guided` whether it reads the guidance: a pairing that cannot work fails
     when the model is built. `pairwise`: whether it compares each two tokens of an instance, which its MACs then count.
@@ -89,7 +89,8 @@ class Alignment(TokenScorer):
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         assert guidance is not None
-        return normalise(guidance.affinity.amax(-1), tokens)
+        # tokens that are alike must stay so where logits are lifted, which leaves of them little more than rounding
+        return normalise(segments.settle(guidance.affinity.amax(-1), tokens.layout), tokens)
 
 
 @scorers.register("madtp")
@@ -120,20 +121,21 @@ class Random(TokenScorer):
 
     def __init__(self, site: Site, seed: int = 0):
         super().__init__(site)
-        self.key = hash_integers(torch.tensor(seed), torch.tensor(site.depth)).item()
+        self.key = hash_integers(seed, site.depth)
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        drawn = hash_integers(tokens.position, torch.full_like(tokens.position, int(self.key)))
-        return ((drawn >> 8).to(tokens.x.dtype) + 0.5) / 2**23
+        drawn = hash_integers(tokens.position, self.key)
+        return ((drawn >> 8).float() + 0.5) / 2**23
 
 
 def normalise(scores: Tensor, tokens: PackedTokens) -> Tensor:
     """Scores [total] divided by their sum over the unprotected tokens of each instance.
 
-    MADTP's norm1(z) = z / (sum z + 1e-8). Dot products may sum to zero or less, where that division would blow up or turn
-    the order round: there z is first lifted to start at zero, and the tokens of an instance stay in their order.
+    MADTP's norm1(z) = z / (sum z + 1e-8), in single precision where z is in half. Dot products may sum to zero or less, where
+    that division would blow up or turn the order round: there z is first lifted to start at zero, and the tokens of an
+    instance stay in their order.
     """
-    layout, free = tokens.layout, tokens.free
+    layout, free, scores = tokens.layout, tokens.free, precision.single(scores)
     z = scores.masked_fill(~free, 0.0)
     total, size = segments.sum(z, layout), segments.sum(z.abs(), layout)
 
@@ -151,8 +153,11 @@ def unit(tokens: PackedTokens) -> Tensor:
     return F.layer_norm(tokens.x.float(), (dim,)) / dim**0.5
 
 
-def hash_integers(a: Tensor, b: Tensor) -> Tensor:
-    """A well-mixed 31-bit hash of two int64 tensors, element by element (xorshift-multiply rounds)."""
+Integers = TypeVar("Integers", Tensor, int)
+
+
+def hash_integers(a: Integers, b: Integers | int) -> Integers:
+    """A well-mixed 31-bit hash of two integers, or of two int64 tensors element by element (xorshift-multiply rounds)."""
     h = (a * 0x9E3779B1 + b * 0x85EBCA77 + 0x165667B1) & 0x7FFFFFFF
     for multiplier in (0x2C1B3C6D, 0x297A2D39):
         h = ((h ^ (h >> 15)) * multiplier) & 0x7FFFFFFF

@@ -1,0 +1,185 @@
+"""Types and devices: models in half and double, devices without double precision, default devices, scores that tie."""
+
+from __future__ import annotations
+
+import copy
+
+import hypothesis.strategies as st
+import pytest
+import timm
+import torch
+from hypothesis import given
+from models import NAMES, small
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vltprune as vp
+from vltprune import losses, precision, scorers
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float64]
+KEEPERS = ["ratio(ratio=0.5)", "random_ratio", "threshold", "learned", "top_p(p=0.5)", "distortion", "count(count=3)"]
+
+
+def cast(inputs, dtype):
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+
+
+class _Refuses(TorchDispatchMode):
+    """A device that has no float64, as Apple's MPS: whatever makes a tensor of it fails."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                raise TypeError("Cannot convert a tensor to float64: this device does not have it")
+        return out
+
+
+def parts(model):
+    yield from (model.pruning.guide,) if model.pruning.guide is not None else ()
+    yield from (tower.pruners for tower in model.pruning.towers.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_parts_are_born_in_the_host_s_type(name, dtype):
+    dense, draw = copy.deepcopy(small(name).model).to(dtype), small(name).draw
+    for keep in KEEPERS:
+        model = vp.prune(dense, "madtp", keep=keep, guide="codebook(anchors=6)")
+        tensors = [t for part in parts(model) for t in part.parameters()]
+        assert {t.dtype for t in tensors} == {dtype}
+        with vp.collect() as traces:
+            out = model(*cast(draw(2), dtype))
+        out = getattr(out, "x", out)
+        assert out.dtype == dtype
+        assert out.isfinite().all()
+        assert all(step.scored is None for trace in traces for step in trace.steps)
+
+
+@pytest.mark.parametrize("scorer", scorers.names())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_are_single_whatever_the_model_is(scorer, dtype):
+    """In half some hundred tokens would tie, or their sums overflow; gradients reach the weights all the same."""
+    dense = timm.create_model("test_vit").to(dtype)
+    model = vp.prune(dense, "madtp", scorer=scorer, keep="ratio(ratio=0.9)")
+    with vp.collect() as traces:
+        model(torch.randn(2, 3, 160, 160, dtype=dtype)).float().sum().backward()
+    for step in traces[0].steps:
+        tokens, scores = step.scored
+        assert scores.dtype == torch.float32
+        assert scores.isfinite().all()
+        for one, free in zip(
+            scores.split(tokens.layout.lengths), tokens.free.split(tokens.layout.lengths), strict=True
+        ):
+            assert len(one[free].unique()) > 0.9 * free.sum() or scorer.startswith("distinct")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@torch.no_grad()
+def test_a_random_baseline_is_the_same_in_every_type(dtype):
+    """And no crop: what it keeps is spread over the image."""
+    dense = timm.create_model("test_vit")
+    kept = []
+    for model in (dense, copy.deepcopy(dense).to(dtype)):
+        pruned, images = vp.prune(model, "random", keep="ratio(ratio=0.5)", at=(0,)), torch.randn(1, 3, 160, 160)
+        with vp.collect() as traces:
+            pruned(images.to(dtype if model is not dense else torch.float32))
+        kept.append(traces[0].steps[0].position)
+    assert torch.equal(*kept)
+    half = len(kept[0]) // 2
+    assert kept[0][-1] > 1.5 * len(kept[0])
+    assert kept[0][half] > 1.5 * half
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_alignment_in_half(dtype):
+    """What anchors gather is of single precision, and large features do not overflow."""
+    blip = small("blip")
+    model = vp.prune(copy.deepcopy(blip.model).to(dtype), "madtp", guide="codebook(anchors=6)")
+    with vp.collect() as traces:
+        model(*cast(blip.draw(2), dtype))
+    assert losses.alignment(traces[0].aligned, traces[1].aligned).isfinite()
+    large = torch.full((2, 3, 600), 300.0, dtype=dtype)
+    assert losses.alignment(large, large).item() == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_autocast_does_not_reach_scores(name, dtype):
+    model, inputs = vp.prune(small(name).model, "madtp", guide="codebook(anchors=6)"), small(name).draw(2)
+    with torch.enable_grad(), torch.autocast("cpu", dtype), vp.collect() as traces:
+        model(*inputs)
+    assert {s.scored[1].dtype for trace in traces for s in trace.steps if s.scored} == {torch.float32}
+    assert {s.guidance.affinity.dtype for trace in traces for s in trace.steps} == {torch.float32}
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_device_without_double_precision(name, keep):
+    inputs = small(name).draw(2)
+    expected = vp.prune(small(name).model, "madtp", keep=keep, guide="codebook(anchors=6)").eval()
+    with _Refuses():
+        model = vp.prune(small(name).model, "madtp", keep=keep, guide="codebook(anchors=6)").eval()
+        model.load_state_dict(expected.state_dict())
+        assert model.pruning.guide.is_untrained
+        with vp.collect() as traces:
+            model(*inputs)
+    with vp.collect() as others:
+        expected(*inputs)
+    assert [trace.lengths for trace in traces] == [trace.lengths for trace in others]
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_the_default_device_is_not_asked(name, keep):
+    """A part or a helper that forgot to say where would stand on the default device, here one that holds no numbers."""
+    inputs = small(name).draw(2)
+    with torch.device("meta"):
+        model = vp.prune(small(name).model, "madtp", keep=keep, guide="codebook(anchors=6)")
+        out = model(*inputs)
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    out = getattr(out, "x", out)
+    assert out.device.type == "cpu"
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+@pytest.mark.parametrize("name", ["test_vit", "blip_nlvr_tiny"])
+def test_a_model_without_numbers_yet(name, keep):
+    """Built on the meta device, then filled from a state dict: nothing else holds numbers that would be lost."""
+    real = vp.create_model(name, pruning="madtp", keep=keep)
+    with torch.device("meta"):
+        model = vp.create_model(name, pruning="madtp", keep=keep)
+    assert {t.device.type for t in model.state_dict().values()} == {"meta"}
+    assert [*model.state_dict()] == [*real.state_dict()]
+    persistent = set(model.pruning.guide.state_dict())
+    assert {name for name, _ in model.pruning.guide.named_buffers()} <= persistent
+    for tower in model.pruning.towers.values():
+        assert {name for name, _ in tower.pruners.named_buffers()} <= set(tower.pruners.state_dict())
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_scores_that_differ_by_rounding_are_settled(values, copies, seed):
+    """Copies of a few scores, each moved by up to 4e-7 of itself: afterwards copies are equal, and others as they were."""
+    g = torch.Generator().manual_seed(seed)
+    exact = torch.tensor(values, dtype=torch.float64).repeat(copies)[None]
+    near = (exact * (1 + 4e-7 * (2 * torch.rand(exact.shape, generator=g, dtype=torch.float64) - 1))).float()
+    settled = precision.settle(near)
+    assert_close(settled, near, rtol=3e-6 * len(values), atol=0)
+    for value in values:
+        assert len(settled[exact == value].unique()) == 1
+    assert torch.equal(precision.settle(settled), settled)
+    padded = torch.cat([near, near.new_full((1, 3), float("-inf"))], 1)
+    assert torch.equal(precision.settle(padded)[:, :-3], settled)
+
+
+def test_settled_scores_have_their_gradients():
+    scores = torch.tensor([[1.0, 1.0000005, 2.0, float("-inf")]], requires_grad=True)
+    settled = precision.settle(scores)
+    assert settled[0, 0] == settled[0, 1]
+    settled[:, :3].sum().backward()
+    assert torch.equal(scores.grad, torch.tensor([[1.0, 1.0, 1.0, 0.0]]))

@@ -1,0 +1,52 @@
+"""Numerical precision: in what type scores are computed, and when two of them count as equal.
+
+Scores and their sums are in single precision whatever the model's type is. Rounding never decides what stays: scores that
+differ by rounding alone are made equal here, once, and equal scores go by place. An instance by itself and in a batch,
+whose sums are made in another order, then keeps the same tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROUNDING = 2e-6  # relative: sums in single precision in another order differ by less (4e-7 was seen on AVX-512)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def single(values: Tensor) -> Tensor:
+    """values, in single precision where they are in half; others as they are."""
+    return values.float() if values.dtype in _HALF else values
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """The widest floating-point type that the device computes in: float64, or float32 where it refuses that, as MPS does."""
+    try:
+        torch.empty((), dtype=torch.float64, device=device)
+    except Exception:  # each backend has an error of its own for it
+        return torch.float32
+    return torch.float64
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Within what share of themselves two numbers are equal that were computed in this type from scores in single precision."""
+    return 1e-8 if dtype == torch.float64 else ROUNDING
+
+
+def settle(rows: Tensor) -> Tensor:
+    """Scores in which those of one row that are equal within rounding are equal: rows [batch, n] -> [batch, n].
+
+    In the order of their size, neighbors closer than `ROUNDING` of the larger one are one group, and take its largest score.
+    Gradients are those of the scores as they came. Minus infinity marks padding.
+    """
+    ordered, order = rows.detach().sort(dim=1, descending=True, stable=True)
+    above, below = ordered[:, :-1], ordered[:, 1:]
+    apart = above - below > ROUNDING * torch.maximum(above.abs(), below.abs()).nan_to_num(posinf=0.0)
+    if rows.device.type == "cpu" and not (~apart & (above > below)).any():
+        return rows  # as nearly always: nothing to do, and on CPUs the question costs no synchronization
+
+    place = torch.arange(1, rows.shape[1], device=rows.device)
+    leader = F.pad(torch.where(apart, place, 0), (1, 0)).cummax(1).values  # [batch, n]: where each one's group begins
+    settled = torch.empty_like(ordered).scatter_(1, order, ordered.gather(1, leader))
+    return settled if not rows.requires_grad else torch.where(settled > rows, rows + (settled - rows).detach(), rows)
