@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each room may import from those before it; the same line is one room
 FLOORS = [
-    ("checks", "frozen", "registry", "modes", "text", "caption_metrics", "journal", "html", "charts"),
+    ("checks", "frozen", "precision", "registry", "modes", "text", "caption_metrics", "journal", "html", "charts"),
     ("tokens", "metrics"),
     ("segments",),
     ("attention",),
