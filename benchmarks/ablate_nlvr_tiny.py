@@ -60,6 +60,7 @@ class Training:
             variant,
             task="nlvr",
             model="blip_nlvr_tiny",
+            pretrained=True,
             data="synthetic:train:16000x8",
             val="synthetic:val:1200",
             parts={"at": {"image": (0, 1, 2)}},

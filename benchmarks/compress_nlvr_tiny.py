@@ -102,6 +102,7 @@ def config_of(options: argparse.Namespace) -> CompressConfig:
         "madtp without maps",
         task="nlvr",
         model="blip_nlvr_tiny",
+        pretrained=True,
         data=f"synthetic:train:{options.drawn}x8",
         val="synthetic:val:4800",
         parts={"at": {"image": AT.get(options.reduction, ())}},

@@ -5,7 +5,7 @@ from .attention import AttentionStats, PairBias, Stat, attend, attend_with_stats
 from .budget import BudgetError, calibrate
 from .checkpoint import CheckpointError, Recipe, save
 from .config import Part, PruneConfig
-from .factory import create_model, list_models
+from .factory import create_model, list_models, list_pretrained
 from .hub import from_pretrained, load, push_to_hub
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
 from .preprocessing import Preprocessing, transforms
@@ -57,6 +57,7 @@ __all__ = [
     "hosts",
     "keepers",
     "list_models",
+    "list_pretrained",
     "load",
     "losses",
     "metrics",

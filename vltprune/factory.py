@@ -2,82 +2,60 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from . import checkpoint, sources
+from .catalog import CONFIGURED, Name, list_models, list_pretrained, open_clip_name
 from .config import PruneConfig
 from .models import zoo
 from .presets import preset
-from .registry import backbones, bind, nearest, presets
+from .registry import backbones, bind
 from .surgery import prune
 
-CONFIGURED = "clip"  # any of open_clip's architectures, by its configuration
-_PARTS = ("scorer", "keep", "reducer", "guide", "at")
+__all__ = ["CONFIGURED", "Name", "create_model", "list_models", "list_pretrained", "open_clip_name"]
 
-
-@dataclass(frozen=True)
-class Name:
-    """A model's name, read: library is "vltprune", "timm" or "open_clip"."""
-
-    library: str
-    backbone: str
-    preset: str | None
-    tag: str | None
-
-    @classmethod
-    def read(cls, text: str) -> Name:
-        """ "blip_base_madtp.tag" -> its parts. LookupError, with the nearest names, where no library knows the backbone."""
-        arch, _, tag = text.partition(".")
-        stem, _, last = arch.rpartition("_")
-        if last in presets and stem:
-            library = _library(stem)
-            if library is not None:
-                return cls(library, stem, last, tag or None)
-        library = _library(arch)
-        if library is not None:
-            return cls(library, arch, None, tag or None)
-        known = [
-            *list_models(),
-            *(f"{b}_{p}" for b in (*backbones.names(), stem) for p in presets.names() if _library(b)),
-            CONFIGURED,
-        ]
-        raise LookupError(f"there is no model {text!r}" + nearest(arch, known))
+PARTS = ("scorer", "keep", "reducer", "guide", "at")
 
 
 def create_model(
     name: str,
     *,
-    pretrained: bool | str | Path = False,
+    pretrained: bool | str | Path | None = None,
     pruning: PruneConfig | str | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """A model by name, dense or pruned.
 
     name: a backbone of this library ("blip_nlvr_base"), of timm under its own name ("vit_base_patch16_224") or of
-    open_clip ("clip_vit_b_32" is its "ViT-B-32", and "clip" is what embed_dim=, vision_cfg= and text_cfg= say, as in its
-    files of architectures); "_" and a preset prune it ("blip_base_madtp"); "." and a tag choose its weights. pretrained:
-    True for the weights that belong to the name (the package's own, or downloaded), or the path of a file or folder: our
-    own, BLIP's as Salesforce, the MADTP reference or transformers write it, told apart by their keys.
-    pruning: a PruneConfig or preset instead of the one in the name. Arguments named scorer, keep, reducer, guide, at
-    replace parts of it; all others go to the backbone.
+    open_clip under its own or ours ("ViT-B-32" is "clip_vit_b_32", and "clip" is what embed_dim=, vision_cfg= and text_cfg=
+    say, as in its files of architectures); "_" and a preset prune it ("blip_base_madtp"); "." and a tag mean its weights
+    ("clip_vit_b_32.openai"; `list_pretrained` gives them). pretrained: None for the weights of the tag, and random ones
+    without a tag; True for the weights that belong to the name (the package's own, or downloaded); False for random ones;
+    or the path of a file or folder: our own, BLIP's as Salesforce, the MADTP reference or transformers write it, told
+    apart by their keys.
+    pruning: a PruneConfig or preset instead of the one in the name. Where a preset is named and the folder of `pretrained`
+    was saved with a pruning of the same parts, it is pruned as saved, calibration included. Arguments named scorer, keep,
+    reducer, guide, at replace parts of it; all others go to the backbone.
 
-    Raises LookupError for unknown names, TypeError for arguments nobody takes, CheckpointError for weights that do not fit.
+    Raises LookupError for unknown names and tags, TypeError for arguments nobody takes, ValueError for a preset that
+    contradicts the saved pruning, CheckpointError for weights that do not fit.
     """
-    parts = {key: arguments.pop(key) for key in _PARTS if key in arguments}
+    parts = {key: arguments.pop(key) for key in PARTS if key in arguments}
     read = Name.read(name)
+    read.check_tag()
     if pruning is not None and read.preset is not None:
         raise ValueError(f"{name!r} already names the preset {read.preset!r}: give pruning=... to {read.backbone!r}")
 
-    path = _weights(name, read) if pretrained is True else None if pretrained is False else Path(pretrained)
-    config = _config(read, pruning, parts, path)
-    model = _build(read, name, pretrained is True and path is None, arguments)
+    own = read.tag is not None if pretrained is None else pretrained is True
+    path = _own_weights(read) if own else _given_weights(read, pretrained)
+    config = _config(read, pruning, parts, path, given=not own)
+    model = _build(read, own and path is None, arguments)
     object.__setattr__(model, "recipe", checkpoint.Recipe(_dense_name(read), _recorded(read, arguments)))
     if config is not None:
         model = prune(model, config)
@@ -86,38 +64,37 @@ def create_model(
     return model.eval()
 
 
-def list_models(pattern: str = "*", *, library: str | None = None) -> list[str]:
-    """Names that `create_model` builds and that match a shell pattern, sorted; any preset may be appended to each.
-
-    library: "vltprune", "timm" or "open_clip" to list only its models, None for all. ValueError for another.
-    """
-    makers = {"vltprune": lambda: backbones.names(), "timm": _timm_names, "open_clip": lambda: sorted(_clip_names())}
-    if library is not None and library not in makers:
-        raise ValueError(f"library={library!r}: there is {', '.join(makers)}")
-    names = [n for key, make in makers.items() if library in (None, key) for n in make()]
-    return fnmatch.filter(names, pattern)
-
-
-def open_clip_name(backbone: str) -> str:
-    """open_clip's own spelling of an architecture: "clip_vit_b_32" -> "ViT-B-32". LookupError for none of its."""
-    if backbone not in _clip_names():
-        raise LookupError(f"open_clip has no {backbone!r}{nearest(backbone, _clip_names())}")
-    return _clip_names()[backbone]
-
-
 def _config(
-    name: Name, pruning: PruneConfig | str | None, parts: Mapping[str, Any], path: Path | None
+    name: Name, pruning: PruneConfig | str | None, parts: Mapping[str, Any], path: Path | None, given: bool
 ) -> PruneConfig | None:
-    """The pruning that was asked for: the saved one of `path`, else the given or named one, with single parts replaced."""
-    config = preset(pruning) if isinstance(pruning, str) else pruning
-    if name.preset is not None:
+    """The pruning that was asked for: the given one, or the named one as `path` was saved with it; single parts replaced.
+
+    given: whether the user chose `path`, which may contradict the name; a tag's folder is what the name means.
+    """
+    asked = pruning if name.preset is None else name.preset
+    if isinstance(asked, str):
         saved = checkpoint.saved_pruning(path) if path is not None else None
-        config = saved or _as_stored(preset(name.preset), path)
+        if saved is not None and given:
+            check_same(asked, preset(asked), saved, path, parts)
+        config = saved or _as_stored(preset(asked), path)
+    else:
+        config = asked
     if config is None and parts:
         raise TypeError(
             f"{', '.join(parts)} given, but {name.backbone!r} is dense: append a preset or give pruning=..."
         )
     return config.replace(**parts) if config is not None and parts else config
+
+
+def check_same(asked: str, config: PruneConfig, saved: PruneConfig, path: object, replaced: Mapping[str, Any]) -> None:
+    """ValueError unless a preset and a saved pruning are of the same parts, but for those that are replaced anyway."""
+    for kind in ("scorer", "keep", "reducer", "guide"):
+        here, there = getattr(config, kind), getattr(saved, kind)
+        if kind not in replaced and getattr(here, "name", None) != getattr(there, "name", None):
+            raise ValueError(
+                f"{path} was saved with {kind}={str(there)!r}, and the preset {asked!r} has {kind}={str(here)!r}: to prune "
+                f"as saved, give that folder as the model; to prune otherwise, say {kind}=... too"
+            )
 
 
 def _as_stored(config: PruneConfig, path: Path | None) -> PruneConfig:
@@ -127,28 +104,69 @@ def _as_stored(config: PruneConfig, path: Path | None) -> PruneConfig:
     return config if temperature is None else config.replace(keep=keep.replace(temperature=temperature))
 
 
-def _weights(full: str, name: Name) -> Path | None:
-    """The file or folder of a name's own weights: the package's, or what was published; None where its library knows."""
-    folder = zoo.packaged(full)
-    if folder is not None or name.library != "vltprune":
-        return folder
-    return sources.fetch(sources.published(name.backbone, name.tag))
+def _own_weights(name: Name) -> Path | None:
+    """The file or folder of a name's own weights, downloaded where need be; None where timm or open_clip load them.
 
-
-def _build(name: Name, full: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
+    LookupError for none, ValueError where the name does not say which of several.
+    """
     if name.library == "timm":
-        timm = importlib.import_module("timm")
+        timm: Any = importlib.import_module("timm")
+        if not name.tags() and timm.list_models(name.backbone):  # an outdated name is not listed, and may have weights
+            raise LookupError(name.no_weights())
+        return None
+    if name.library == "open_clip":
+        if name.tag is None and name.backbone != CONFIGURED:
+            raise _unsaid(name, name.tags())
+        return None
+    folder = zoo.packaged(str(name))
+    if folder is None and name.tag is None:
+        pruned = [tag for tag in name.tags() if name.preset is not None and zoo.packaged(f"{name.arch}.{tag}")]
+        if pruned:
+            raise _unsaid(name, pruned)
+        folder = zoo.packaged(name.backbone)
+    return folder or sources.fetch(sources.published(name.backbone, name.tag))
+
+
+def _unsaid(name: Name, tags: list[str]) -> Exception:
+    if not tags:
+        return LookupError(name.no_weights())
+    return ValueError(
+        f"{str(name)!r} does not say which weights: append a tag, one of {', '.join('.' + tag for tag in tags)}"
+    )
+
+
+def _given_weights(name: Name, pretrained: Any) -> Path | None:
+    """The path that `pretrained` is, None for none. ValueError for a tag, CheckpointError for no such file."""
+    if pretrained is None or pretrained is False:
+        return None
+    if not isinstance(pretrained, (str, os.PathLike)):
+        raise TypeError(f"pretrained={pretrained!r}: write True, False, or the path of a file or folder")
+    path = Path(pretrained)
+    if path.exists():
+        return path
+    tag = str(pretrained).lower().replace("-", "_")
+    if tag in name.tags():
+        raise ValueError(f"pretrained={str(pretrained)!r} is a tag: it belongs to the name, '{name.arch}.{tag}'")
+    if str(pretrained).startswith("hf-hub:"):
+        raise ValueError(f"pretrained={pretrained!r}: read it with vltprune.from_pretrained({pretrained!r})")
+    raise checkpoint.CheckpointError(
+        f"there is no file {path}: give a folder with {checkpoint.WEIGHTS}, a .safetensors or a .pth file, or append a tag "
+        "to the name"
+    )
+
+
+def _build(name: Name, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
+    """The dense model; with `pretrained`, timm and open_clip load its weights."""
+    if name.library == "timm":
+        timm: Any = importlib.import_module("timm")
         return timm.create_model(_dense_name(name), pretrained=pretrained, **arguments)
     if name.backbone == CONFIGURED:
         return _configured(pretrained, arguments)
     if name.library == "open_clip":
-        open_clip = importlib.import_module("open_clip")
-        tag = name.tag if pretrained else None
-        if pretrained and tag is None:
-            tags = open_clip.list_pretrained_tags_by_model(_clip_names()[name.backbone])
-            raise ValueError(f"{full!r} has several weights: append a tag, one of {', '.join('.' + t for t in tags)}")
+        open_clip: Any = importlib.import_module("open_clip")
         own = {"pretrained_text": False}  # open_clip would fetch those of a text tower of transformers, unasked
-        return open_clip.create_model(_clip_names()[name.backbone], pretrained=tag, **{**own, **arguments})
+        tag = name.tag if pretrained else None
+        return open_clip.create_model(name.in_open_clip, pretrained=tag, **{**own, **arguments})
     return backbones[name.backbone](**arguments)
 
 
@@ -173,22 +191,3 @@ def _recorded(name: Name, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dense_name(name: Name) -> str:
     return f"{name.backbone}.{name.tag}" if name.library == "timm" and name.tag else name.backbone
-
-
-def _library(backbone: str) -> str | None:
-    if backbone in backbones:
-        return "vltprune"
-    if backbone == CONFIGURED or (backbone.startswith("clip_") and backbone in _clip_names()):
-        return "open_clip"
-    return "timm" if importlib.import_module("timm").is_model(backbone) else None
-
-
-def _timm_names() -> list[str]:
-    timm = importlib.import_module("timm")
-    return sorted(n for module in ("vision_transformer", "eva") for n in timm.list_models(module=module))
-
-
-def _clip_names() -> dict[str, str]:
-    """Our spelling of open_clip's architectures: "clip_vit_b_32" -> "ViT-B-32"."""
-    open_clip = importlib.import_module("open_clip")
-    return {"clip_" + n.lower().replace("-", "_").replace(".", "_"): n for n in open_clip.list_models()}

@@ -32,7 +32,7 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
             raise CheckpointError(
                 f"{folder} holds only the pruning of a {saved.backbone}: give load(..., host=that model)"
             )
-        host = create_model(saved.backbone, **saved.model_args)
+        host = create_model(saved.backbone, pretrained=False, **saved.model_args)
     if saved.pruning is not None:
         config = PruneConfig.from_dict(saved.pruning)
         host = prune(host, config.replace(**overrides) if overrides else config)

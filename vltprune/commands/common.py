@@ -15,8 +15,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import budget
-from ..factory import create_model
-from ..models import zoo
+from ..catalog import Name
+from ..opening import is_random, open_model
+
+MODEL = "a name, such as vit_base_patch16_224_evit or clip_vit_b_32.openai, a saved model's folder, or hf-hub:org/name"
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
@@ -76,19 +78,41 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_model(name: str, pretrained: str | bool | None = None, *, judged: bool = False, **arguments: Any) -> nn.Module:
-    """create_model, with the package's own weights where it has some.
+def add_pretrained(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that takes a model by name."""
+    parser.add_argument(
+        "--pretrained",
+        nargs="?",
+        const=True,
+        metavar="PATH",
+        help="weights: a file or folder; alone, those that belong to the name (random, unless the name has a tag)",
+    )
+
+
+def load_model(
+    model: str,
+    pretrained: str | bool | None = None,
+    *,
+    preset: str | None = None,
+    default: str | None = None,
+    judged: bool = False,
+    **arguments: Any,
+) -> nn.Module:
+    """The model of a command's model argument: see `open_model`.
 
     Says so where random weights choose the tokens; of a model that is `judged` by its answers, wherever they are random.
     """
-    if pretrained is None:
-        pretrained = zoo.packaged(name) is not None and not arguments
-    model = create_model(name, pretrained=pretrained, **arguments)
-    if pretrained is False and (judged or hasattr(model, "pruning")):
-        say(
-            f"vltprune: {name} has RANDOM weights here: which tokens it keeps, and what it makes of them, means nothing"
-        )
-    return model
+    opened = open_model(model, pretrained=pretrained, preset=preset, default=default, arguments=arguments)
+    if is_random(model, pretrained) and (judged or hasattr(opened, "pruning")):
+        say_random(model, "which tokens it keeps, and what it makes of them, means nothing")
+    return opened
+
+
+def say_random(model: str, so: str) -> None:
+    """That a named model has random weights, and so what."""
+    trained = Name.read(model).tags()
+    how = f"append a tag, such as .{trained[0]}" if trained else "give a file of weights with --pretrained PATH"
+    say(f"vltprune: {model} has RANDOM weights here: {so}. For trained ones, {how}")
 
 
 def bar(what: str, total: int | None = None) -> tqdm:

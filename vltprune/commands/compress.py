@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import tasks
+from ..opening import is_random
 from ..registry import presets
 from . import common
 
-_FIELDS = ("task", "model", "data", "images", "val", "val_images", "preset", "reduction")
+_FIELDS = ("task", "model", "pretrained", "data", "images", "val", "val_images", "preset", "reduction")
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
@@ -20,7 +21,8 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML or JSON file of fields; what is given here wins")
     parser.add_argument("--task", choices=tasks.tasks.names(), help="what the model is trained to do")
-    parser.add_argument("--model", help="the dense model: a name, such as blip_nlvr_base, or a saved model's folder")
+    parser.add_argument("--model", help=f"the dense model: {common.MODEL}")
+    common.add_pretrained(parser)
     parser.add_argument("--data", metavar="FILE", help="annotations or shards to train on, or synthetic:train:16000x8")
     parser.add_argument("--images", metavar="DIR", help="the folder that their paths begin in (their own)")
     parser.add_argument("--val", metavar="FILE", help="annotations that everything is chosen on; never the test split")
@@ -37,7 +39,10 @@ def run(args: argparse.Namespace) -> None:
     from ..training import compress  # accelerate is of the extra `train`
 
     common.use_threads(args.threads)
-    done = compress(config_of(args), args.output)
+    config = config_of(args)
+    if is_random(config.model, config.pretrained):
+        common.say_random(config.model, "it learns from nothing")
+    done = compress(config, args.output)
     if done is not None:
         _print(done.rows)
         for one in done.skipped[:5]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import hub, tasks
+from .. import tasks
 from ..data import Loader
 from ..exam import Exam, report, report_matching
 from ..journal import Journal, write_json
@@ -41,11 +41,10 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    name = "a name, such as blip_nlvr_base_madtp, or a saved model's folder"
-    parser.add_argument("--model", required=True, help=name)
+    parser.add_argument("--model", required=True, help=common.MODEL)
     arguments = "for the named model: vocab_size=30524, keep='ratio(ratio=0.5)'"
     parser.add_argument("--model-args", nargs="+", default=[], metavar="NAME=VALUE", help=arguments)
-    parser.add_argument("--pretrained", nargs="?", const=True, metavar="PATH", help="weights; alone, the name's own")
+    common.add_pretrained(parser)
     vocabulary = "for BLIP: vocab.txt or tokenizer.json (the hub's %(default)s)"
     parser.add_argument("--vocabulary", default=BERT, metavar="PATH", help=vocabulary)
 
@@ -135,13 +134,8 @@ def _check_second_stage(task: Any, most: int | None) -> None:
 
 
 def _load(args: argparse.Namespace) -> nn.Module:
-    if not Path(args.model).is_dir():
-        torch.manual_seed(0)  # random weights must be the same when a stopped run goes on
-        return common.load_model(args.model, args.pretrained, judged=True, **common.keywords(args.model_args))
-    if args.pretrained or args.model_args:
-        option = "--pretrained" if args.pretrained else "--model-args"
-        raise ValueError(f"{option}: the folder {args.model} says itself what its model is, leave one of them out")
-    return hub.load(args.model)
+    torch.manual_seed(0)  # random weights must be the same when a stopped run goes on
+    return common.load_model(args.model, args.pretrained, judged=True, **common.keywords(args.model_args))
 
 
 def _print(summary: Mapping[str, Any]) -> None:

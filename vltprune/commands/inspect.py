@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import flops, registry
-from ..factory import Name, list_models
+from ..catalog import Name, list_models, list_pretrained, unprunable
 from ..gauge import keep_all
 from ..hosts.base import find_composite
 from ..models import zoo
+from ..opening import is_saved
 from ..preprocessing import image_size
 from . import common
 
@@ -33,19 +34,21 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         "pattern", nargs="?", default="*", help="a part of the name, or a shell pattern such as 'vit_*_384'"
     )
     lister.add_argument("--library", choices=("vltprune", "timm", "open_clip"), help="only models of this library")
+    lister.add_argument("--pretrained", action="store_true", help="names with weights, by their tags")
     lister.add_argument("--parts", action="store_true", help="presets, scorers, keepers, reducers and guides instead")
     lister.set_defaults(run=run_list)
 
     info = commands.add_parser("info", parents=parents, help="parts, sites, parameters, and MACs layer by layer")
-    info.add_argument("model", help="such as blip_nlvr_tiny_madtp.p80 or vit_base_patch16_224_evit")
+    info.add_argument("model", help=common.MODEL)
     info.add_argument(
         "arguments", nargs="*", metavar="name=value", help="for the model: image_size=96, keep='ratio(ratio=0.5)'"
     )
-    info.add_argument("--pretrained", metavar="PATH", help="weights, unless the package's own")
+    common.add_pretrained(info)
     info.set_defaults(run=run_info)
 
     cost = commands.add_parser("flops", parents=parents, help="MACs of a model, dense and pruned")
-    cost.add_argument("model", help="as for info")
+    cost.add_argument("model", help=common.MODEL)
+    common.add_pretrained(cost)
     cost.add_argument("--image-size", type=common.positive, help="pixels (the model's own)")
     cost.add_argument("--tokens", type=common.positive, help="length of the sentence (35, or what the model takes)")
     cost.set_defaults(run=run_flops)
@@ -57,27 +60,35 @@ def run_list(args: argparse.Namespace) -> None:
             print(f"{kind:10}{', '.join(getattr(registry, kind).names())}")
         return
     pattern = args.pattern if any(c in args.pattern for c in "*?[") else f"*{args.pattern}*"
-    names = list_models(pattern, library=args.library)
+    names = (list_pretrained if args.pretrained else list_models)(pattern, library=args.library)
     if args.library in (None, "vltprune"):
-        names = sorted({*names, *fnmatch.filter(_packaged(), pattern)})
+        names = sorted({*names, *fnmatch.filter(zoo.packaged_names(), pattern)})
     if not names:
-        raise LookupError(f"no model's name matches {args.pattern!r}{registry.nearest(args.pattern, list_models())}")
+        raise LookupError(f"no model's name matches {args.pattern!r}{_instead(args, pattern)}")
     print("\n".join(names))
 
 
-def _packaged() -> list[str]:
-    """Names whose weights come with the package."""
-    return [folder.name for folder in zoo.WEIGHTS.glob("*") if zoo.packaged(folder.name) is not None]
+def _instead(args: argparse.Namespace, pattern: str) -> str:
+    """What there is where nothing was found."""
+    if args.pretrained and list_models(pattern, library=args.library):
+        return ": there are such models, and no weights of them"
+    others = unprunable(pattern)
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        return f" of those that can be pruned; {', '.join(others[:3])}{more} cannot"
+    return registry.nearest(args.pattern, list_models(library=args.library))
 
 
 def run_info(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
     model: Any = common.load_model(args.model, args.pretrained, **common.keywords(args.arguments))
-    name, dense = Name.read(args.model), not hasattr(model, "pruning")
+    dense = not hasattr(model, "pruning")
     pruned: Any = keep_all(model) if dense else model
-    print(f"{args.model}: {name.backbone} of {name.library}, {_millions(pruned.pruning.host)} parameters")
+    print(f"{args.model}: {_origin(pruned.pruning.host)}, {_millions(pruned.pruning.host)} parameters")
     if dense:
-        print("dense: append a preset to prune it, as in " + f"{name.backbone}_madtp")
+        print(
+            f"dense: append a preset to prune it, as in {Name.read(pruned.pruning.host.recipe.backbone).backbone}_madtp"
+        )
     else:
         _print_parts(pruned)
     cost = flops.count(pruned, *example(pruned.pruning.host))
@@ -87,10 +98,18 @@ def run_info(args: argparse.Namespace) -> None:
     _print_rest(cost, pruned.pruning.host, dense)
 
 
+def _origin(host: Any) -> str:
+    """The backbone that a dense model was built as, and its library."""
+    name = Name.read(host.recipe.backbone)
+    return f"{name.backbone} of {name.library}"
+
+
 def run_flops(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
+    if args.image_size and is_saved(args.model):
+        raise ValueError(f"--image-size {args.image_size}: the folder {args.model} says itself what its model is")
     size = {_SIZE_ARGUMENT[Name.read(args.model).library]: args.image_size} if args.image_size else {}
-    model: Any = common.load_model(args.model, **size)
+    model: Any = common.load_model(args.model, args.pretrained, **size)
     dense = not hasattr(model, "pruning")
     pruned: Any = keep_all(model) if dense else model
     cost = flops.count(pruned, *example(pruned.pruning.host, args.tokens))

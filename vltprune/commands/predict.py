@@ -30,7 +30,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser.add_argument(
         "--model", default="blip_nlvr_tiny_madtp.p80", help="a blip_nlvr_tiny, dense or pruned (%(default)s)"
     )
-    parser.add_argument("--pretrained", metavar="PATH", help="weights, unless the package's own")
+    common.add_pretrained(parser)
     parser.add_argument(
         "--output", default=_PICTURE, metavar="PATH", help="picture file, or a folder for it (%(default)s)"
     )
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.left, args.right):
         pictures.read(path)  # before a model is built
     input_ids, mask = WordTokenizer().encode(args.sentence)
-    model = common.load_model(args.model, args.pretrained)
+    model = common.load_model(args.model, args.pretrained, judged=True)
     _check(model, args.model)
     prepare = transforms(model)
     pair = torch.stack([pictures.prepared(path, prepare) for path in (args.left, args.right)])

@@ -15,35 +15,27 @@ from torch import Tensor, nn
 
 from .. import budget, visualize
 from ..data import Loader, Record, pictures
-from ..factory import Name
+from ..factory import PARTS
 from ..flops import Meter
 from ..hosts.base import find_composite
 from ..preprocessing import Preprocessing, transforms
-from ..presets import preset
 from ..pruner import Pruning
+from ..registry import presets
 from ..tokens import PackedTokens
 from ..traces import PruneTrace, collect
 from . import common
-
-_PARTS = ("scorer", "keep", "reducer", "guide", "at")
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "prune", parents=parents, help="features, cost and pictures of any timm or open_clip model on your pictures"
     )
-    parser.add_argument("model", help="such as vit_small_patch14_dinov2, clip_vit_b_32 or vit_base_patch16_224_evit")
+    parser.add_argument("model", help=common.MODEL)
     parser.add_argument("folder", help="a folder of pictures")
     parser.add_argument("--output", default="pruned", metavar="DIR", help="folder for the results (pruned)")
     _add_parts(parser)
     parser.add_argument("--reduction", type=float, metavar="SHARE", help="calibrate to this share of MACs saved: 0.5")
-    parser.add_argument(
-        "--pretrained",
-        nargs="?",
-        const=True,
-        metavar="PATH",
-        help="weights: a file or folder; alone, the library's own",
-    )
+    common.add_pretrained(parser)
     parser.add_argument("--limit", type=common.positive, help="only the first so many pictures")
     parser.add_argument("--pictures", type=int, default=16, metavar="N", help="draw what was kept of the first N (16)")
     parser.add_argument("--batch-size", type=common.positive, default=8, help="pictures at a time (8)")
@@ -54,8 +46,10 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def _add_parts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="where the model's name has none (madtp)")
-    for part in _PARTS[:-1]:
+    parser.add_argument(
+        "--preset", choices=presets.names(), help="where neither the model's name nor what was saved has one (madtp)"
+    )
+    for part in PARTS[:-1]:
         none = ", or none" if part == "guide" else ""
         parser.add_argument(
             f"--{part}", metavar="PART", help=f"instead of the preset's, as name or 'name(key=value)'{none}"
@@ -90,19 +84,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> nn.Module:
     """The pruned model that was asked for."""
-    parts = {name: getattr(args, name) for name in _PARTS if getattr(args, name) is not None}
+    parts = {name: getattr(args, name) for name in PARTS if getattr(args, name) is not None}
     if parts.get("guide", "").lower() == "none":
         parts["guide"] = None
     if "at" in parts:
         parts["at"] = _depths(parts["at"])
-    if Name.read(args.model).preset is None:
-        config = preset(args.preset or "madtp")
-        pruning: dict[str, Any] = {"pruning": config.replace(**parts) if parts else config}
-    elif args.preset:
-        raise ValueError(f"--preset {args.preset}: {args.model} names a preset already, leave one of them out")
-    else:
-        pruning = parts
-    return common.load_model(args.model, args.pretrained, **pruning)
+    return common.load_model(args.model, args.pretrained, preset=args.preset, default="madtp", **parts)
 
 
 def _depths(text: str) -> Any:

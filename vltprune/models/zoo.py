@@ -81,3 +81,8 @@ def packaged(name: str) -> Path | None:
     """The folder of weights of this name ("backbone", "backbone_preset.tag") inside the package, None without one."""
     folder = WEIGHTS / name
     return folder if (folder / "config.json").is_file() else None
+
+
+def packaged_names() -> list[str]:
+    """The names whose weights come with the package, sorted."""
+    return sorted(folder.name for folder in WEIGHTS.glob("*") if packaged(folder.name) is not None)

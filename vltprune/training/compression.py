@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import budget, checkpoint, hub, tasks
+from .. import budget, checkpoint, tasks
 from ..data import Loader, shards
 from ..exam import Exam, report, report_matching
-from ..factory import create_model
 from ..journal import Journal, write_json
 from ..models import zoo
+from ..opening import open_model
 from ..preprocessing import transforms
 from ..surgery import prune, pruning
 from ..tasks import Matching, Options, Retrieval
@@ -93,12 +93,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
 def dense_model(config: CompressConfig) -> nn.Module:
     """The dense model of a config, with its weights. TypeError for a pruned one."""
     torch.manual_seed(config.seed)  # of weights that are random
-    if Path(config.model).is_dir():
-        model = hub.load(config.model)
-    else:
-        own = zoo.packaged(config.model) is not None and not config.model_args
-        pretrained = config.pretrained if config.pretrained is not None else own
-        model = create_model(config.model, pretrained=pretrained, **config.model_args)
+    model = open_model(config.model, pretrained=config.pretrained, arguments=config.model_args)
     if hasattr(model, "pruning"):
         raise TypeError(f"model={config.model!r} is pruned already: give its dense model, and this one as start=")
     return model

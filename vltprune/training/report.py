@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import html
-from ..models import zoo
+from ..opening import is_random, is_saved
 from . import curves, tables
 from .config import CompressConfig
 from .examples import Example, Rows
@@ -145,11 +145,11 @@ def _pruned(config: CompressConfig) -> list[tuple[str, str]]:
 
 
 def _weights(config: CompressConfig) -> str:
-    if Path(config.model).is_dir():
+    if is_saved(config.model):
         return "the folder's"
-    own = zoo.packaged(config.model) is not None and not config.model_args
-    pretrained = own if config.pretrained is None else config.pretrained
-    return ("random" if not pretrained else "those published") if isinstance(pretrained, bool) else pretrained
+    if is_random(config.model, config.pretrained):
+        return "random"
+    return "those published" if config.pretrained in (None, True) else str(config.pretrained)
 
 
 def _selected(story: Story) -> list[str]:
