@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 
 import pytest
 import torch
 
 import vltprune as vp
 from vltprune import budget
+from vltprune.dial import keepers_of
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +26,19 @@ def inputs():
 def dense():
     torch.manual_seed(0)
     return vp.create_model("blip_nlvr_tiny")
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """Two towers that do not look at each other, and inputs for them."""
+    torch.manual_seed(0)
+    vision = {"image_size": 64, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
+    text = {"context_length": 40, "vocab_size": 60, "width": 32, "heads": 2, "layers": 3}
+    ids = torch.zeros(4, 40, dtype=torch.int64)
+    for row, length in zip(ids, (20, 30, 24, 16), strict=True):
+        row[:length] = torch.randint(1, 50, (length,))
+        row[length - 1] = 59
+    return vp.create_model("clip", embed_dim=16, vision_cfg=vision, text_cfg=text), (torch.randn(4, 3, 64, 64), ids)
 
 
 @pytest.mark.parametrize("keep", ["ratio", "random_ratio(spread=0.1)", "threshold"])
@@ -114,6 +130,105 @@ def test_bad_requests(dense, inputs):
         vp.calibrate(vp.prune(dense, "madtp", keep="count(count=5)"), [inputs], 0.5)
     with pytest.raises(TypeError, match="not pruned"):
         vp.calibrate(dense, [inputs], 0.5)
+
+
+class TestTowers:
+    """A target for each tower, and what each of them saves."""
+
+    @pytest.fixture
+    def words(self):
+        """Images, and few words in many places."""
+        generator = torch.Generator().manual_seed(5)
+        ids = torch.randint(4, 57, (4, 30), generator=generator)
+        mask = (torch.arange(30) < torch.tensor([5, 9, 3, 12])[:, None]).long()
+        return torch.randn(4, 2, 3, 96, 96, generator=generator), ids, mask
+
+    def test_padding_is_not_what_a_budget_saves(self, dense, words):
+        images, ids, mask = words
+        found = []
+        for places in (12, 30):
+            model = vp.prune(dense, "random")
+            found.append(vp.calibrate(model, [(images, ids[:, :places], mask[:, :places])], 0.4))
+        short, long = found
+        assert (long.macs, long.dense_macs, long.value) == pytest.approx((short.macs, short.dense_macs, short.value))
+        assert 0 < short.padding < long.padding == pytest.approx(long.towers["text"].padding)
+        assert long.towers["image"].padding == 0
+        assert sum(long.shares.values()) == pytest.approx(1)
+
+    @pytest.mark.parametrize("keep", ["ratio", "threshold", {"image": "ratio", "text": "threshold"}])
+    def test_each_tower_meets_its_own_target(self, clip, keep, tmp_path):
+        dense, inputs = clip
+        model = vp.prune(dense, "madtp", keep=keep, guide="codebook(anchors=8)")
+        budget.fit_guide(model, [inputs])
+        targets = {"text": 0.3, "image": 0.6}
+        found = vp.calibrate(model, [inputs], targets, tolerance=0.05)
+        cost = vp.flops.count(model, *inputs)
+        for tower, target in targets.items():
+            assert cost.reductions[tower] == pytest.approx(target, abs=0.05)
+            assert cost.reductions[tower] == pytest.approx(found.towers[tower].reduction)
+            assert f"{tower} tower: {found.towers[tower].knob}=" in str(found)
+        assert (found.knob, found.value) == (None, None)
+        assert found.reduction == pytest.approx(cost.reduction)
+
+        config = model.pruning.config
+        assert vp.PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert {tower: config.part("keep", tower).args[one.knob] for tower, one in found.towers.items()} == {
+            tower: one.value for tower, one in found.towers.items()
+        }
+        again = vp.load(vp.save(model, tmp_path))
+        assert vp.flops.count(again, *inputs).total == cost.total
+
+    def test_a_tower_that_is_not_named_stays_as_it_is(self, dense, words):
+        model = vp.prune(dense, "random", keep="ratio(ratio=0.9)")
+        found = vp.calibrate(model, [words], {"image": 0.5})
+        assert model.pruning.config.part("keep", "text") == vp.Part("ratio", {"ratio": 0.9})
+        assert found.towers["text"].value == 0.9 != found.towers["image"].value
+        both = vp.calibrate(model, [words], 0.5)  # and one value for all, again
+        assert model.pruning.config.keep == vp.Part("ratio", {"ratio": both.value})
+
+    def test_where_one_tower_fails_both_are_as_they_were(self, dense, words):
+        model = vp.prune(dense, "random", keep={"image": "ratio(ratio=0.9)", "text": "ratio(ratio=0.8)"})
+        before = model.pruning.config
+        with pytest.raises(vp.BudgetError, match=r"reduction=0\.99 of the text tower is out of reach"):
+            vp.calibrate(model, [words], {"image": 0.5, "text": 0.99})
+        assert model.pruning.config == before
+        ratios = {name: {k.ratio for k in keepers_of(tower)} for name, tower in model.pruning.towers.items()}
+        assert ratios == {"image": {0.9}, "text": {0.8}}
+
+    def test_it_says_whose_the_saving_is(self, dense, words, clip):
+        both = vp.calibrate(vp.prune(dense, "random"), [words], 0.4)
+        assert both.note == ""
+        assert re.search(r"image tower: .*; \d+% of the saving", str(both))
+        assert "more on padding, which is skipped" in str(both)
+        alone = vp.calibrate(vp.prune(clip[0], "random", at={"image": None}), [clip[1]], 0.3)
+        assert alone.shares == pytest.approx({"image": 1.0, "text": 0.0})
+        assert alone.note == (
+            "Nearly all of the saving (100%) is the image tower's. The text tower by itself spends 100.0% of its dense MACs, "
+            "and is no faster than dense."
+        )
+        assert alone.note in str(alone)
+        lone = vp.calibrate(vp.prune(dense.visual, "random"), [words[0].flatten(0, 1)], 0.4)
+        assert lone.note == "" and "tower" not in str(lone)
+        whole = budget.measure(vp.prune(dense, "random", keep="ratio(ratio=1.0)"), [words])
+        assert "no faster than the dense one" in whole.note
+
+    def test_bad_targets(self, dense, words):
+        model = vp.prune(dense, "random", at={"image": None})
+        with pytest.raises(ValueError, match="names the tower 'picture'; this model has image, text"):
+            vp.calibrate(model, [words], {"picture": 0.5})
+        with pytest.raises(ValueError, match="the text tower is pruned nowhere"):
+            vp.calibrate(model, [words], {"text": 0.5})
+        for wrong in ({"image": 0.5, "text": 0}, {"image": 1}, {}):
+            with pytest.raises(ValueError, match="must lie between 0 and 1"):
+                vp.calibrate(model, [words], wrong)
+        two = vp.prune(dense, "random", keep={"image": "ratio", "text": "top_p"})
+        with pytest.raises(ValueError, match=r"different knobs.*calibrate each, with reduction=\{"):
+            vp.calibrate(two, [words], 0.5)
+        pair = vp.prune(vp.create_model("blip_retrieval_tiny"), "random")
+        with pytest.raises(ValueError, match="none of the batches ran the text tower"):
+            vp.calibrate(pair, [lambda model: model.image_features(words[0][:, 0])], {"text": 0.5})
+        with pytest.raises(ValueError, match="has nothing a budget can turn"):
+            vp.calibrate(vp.prune(dense, "random", keep={"image": "count(count=3)", "text": "ratio"}), [words], 0.5)
 
 
 class TestFitGuide:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from models import small
 from strategies import arguments
 
-from vltprune import Part, PruneConfig, guides, keepers, preset, presets, reducers, scorers
+from vltprune import Part, PruneConfig, guides, keepers, preset, presets, prune, reducers, scorers
 
 KINDS = {"scorer": scorers, "keep": keepers, "reducer": reducers, "guide": guides}
 EVERY = [(kind, name) for kind, registry in KINDS.items() for name in registry.names()]
@@ -334,3 +335,49 @@ def test_arguments_are_a_mapping(args):
 def test_names_of_parts_are_text():
     with pytest.raises(TypeError, match="a part's name is text"):
         Part.of({"name": 3})
+
+
+class TestKeepersByTower:
+    """One keeper a tower, as a budget for each of them leaves it."""
+
+    both = BASE.replace(keep={"image": "ratio(ratio=0.5)", "text": {"name": "top_p", "p": 0.8}})
+
+    def test_it_survives_json_and_replacing(self):
+        assert there_and_back(self.both) == self.both
+        assert self.both.replace(at=(1, 2)).keep == self.both.keep
+        assert self.both.part("keep", "text") == Part("top_p", {"p": 0.8})
+        assert self.both.part("scorer", "text") == self.both.part("scorer") == Part("random")
+        assert self.both.parts("keep") == (Part("ratio", {"ratio": 0.5}), Part("top_p", {"p": 0.8}))
+        assert self.both.spelled("keep") == "image: ratio(ratio=0.5), text: top_p(p=0.8)"
+        assert (BASE.spelled("keep"), BASE.replace(guide=None).spelled("guide")) == ("ratio", "none")
+
+    def test_each_tower_gets_its_own(self):
+        model = prune(small("blip").model, self.both)
+        kinds = {name: type(tower.pruner(0).keeper) for name, tower in model.pruning.towers.items()}
+        assert kinds == {"image": keepers["ratio"], "text": keepers["top_p"]}
+
+    @pytest.mark.parametrize(
+        ("keep", "error", "says"),
+        [
+            ({}, ValueError, "name a keeper for each tower"),
+            ({"image": "ratoi"}, LookupError, "did you mean ratio"),
+            ({"image": "ratio(p=1)"}, TypeError, "no argument 'p'"),
+            ({"image": 0.5}, TypeError, "a part is 'name'"),
+        ],
+    )
+    def test_what_is_wrong_is_told_when_it_is_made(self, keep, error, says):
+        with pytest.raises(error, match=says):
+            BASE.replace(keep=keep)
+
+    def test_a_guided_one_needs_a_guide(self):
+        with pytest.raises(ValueError, match="reads the alignment guide"):
+            self.both.replace(keep={"image": "ratio", "text": "threshold"}, guide=None)
+
+    def test_towers_are_checked_when_it_prunes(self):
+        with pytest.raises(ValueError, match="and the text tower, which is pruned, has none"):
+            prune(small("blip").model, BASE.replace(keep={"image": "ratio"}))
+        prune(small("blip").model, BASE.replace(keep={"image": "ratio"}, at={"image": None}))
+        with pytest.raises(ValueError, match=r"keep=.* names the tower 'picture'; this model has image, text"):
+            prune(small("blip").model, BASE.replace(keep={"picture": "ratio"}))
+        with pytest.raises(ValueError, match=r"say whose is meant, part\('keep', 'image'\)"):
+            self.both.part("keep")

@@ -42,9 +42,9 @@ def counted(model, *inputs, **named):
 
 def assert_counts(dense, pruned, *inputs, **named):
     cost = vp.flops.count(pruned, *inputs, **named)
-    assert cost.dense_total == pytest.approx(counted(dense, *inputs, **named), rel=5e-3)
+    assert cost.padded_total == pytest.approx(counted(dense, *inputs, **named), rel=5e-3)
     assert cost.total == pytest.approx(counted(pruned, *inputs, **named), rel=5e-3)
-    assert cost.total < cost.dense_total
+    assert cost.total < cost.padded_total
 
 
 def test_tokens_that_are_compared_with_each_other_cost_what_that_takes():
@@ -167,6 +167,66 @@ def test_keeping_all_costs_the_dense_macs_and_the_scoring():
     assert nothing.total == nothing.dense_total
     scored = vp.flops.count(vp.prune(dense, "madtp", keep="ratio(ratio=1.0)"), *inputs)
     assert 1 < scored.total / scored.dense_total < 1.1
+
+
+CLIP_TEXT = {"context_length": 24, "vocab_size": 60, "width": 32, "heads": 2, "layers": 3, "no_causal_mask": False}
+
+
+def clip_words(lengths, padded):
+    """Ids for open_clip: words, the end, which has the highest id, and padding up to `padded`."""
+    ids = torch.zeros(len(lengths), padded, dtype=torch.int64)
+    for row, length in zip(ids, lengths, strict=True):
+        row[:length] = torch.randint(1, 50, (length,))
+        row[length - 1] = 59
+    return ids
+
+
+def padded_texts(name):
+    """A dense model, and a function from the number of places to inputs with the same words."""
+    torch.manual_seed(0)
+    if name == "open_clip":
+        vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
+        dense = vp.create_model("clip", embed_dim=16, vision_cfg=vision, text_cfg=CLIP_TEXT)
+        ids, images = clip_words((5, 9, 3), 24), torch.randn(3, 3, 32, 32)
+        return dense, lambda places: (images, ids)
+    dense = vp.create_model(name)
+    ids = torch.randint(4, 57, (3, 20))
+    mask = (torch.arange(20) < torch.tensor([5, 9, 3])[:, None]).long()
+    images = torch.randn(3, *((2,) if "nlvr" in name else ()), 3, 96, 96)
+    answers = (torch.randint(4, 57, (3, 4)),) if "vqa" in name else ()
+    return dense, lambda places: (images, ids[:, :places], mask[:, :places], *answers)
+
+
+@pytest.mark.parametrize("name", ["blip_nlvr_tiny", "blip_retrieval_tiny", "blip_vqa_tiny"])
+def test_what_is_saved_is_not_of_padding(name):
+    """The same words with more padding behind them: the pruned and the dense model spend the same on the words."""
+    dense, inputs = padded_texts(name)
+    for config in ("evit", vp.preset("random").replace(keep="ratio(ratio=1.0)")):
+        model = vp.prune(dense, config)
+        short, long = (vp.flops.count(model, *inputs(places)) for places in (9, 20))
+        assert short.total == pytest.approx(long.total)
+        assert short.dense_total == pytest.approx(long.dense_total)
+        assert short.reduction == pytest.approx(long.reduction)
+        assert (
+            0 < short.skipped < long.skipped == pytest.approx(float(long.padding["text"].sum()) + long.decoder_padding)
+        )
+        assert float(long.padding["image"].sum()) == 0
+        assert long.padded_total == long.dense_total + long.skipped
+        assert ("vqa" in name) == (long.decoder_padding > 0)
+    assert long.reduction == pytest.approx(0.0)
+
+
+def test_what_each_tower_saves_is_of_its_own_macs():
+    dense, inputs = padded_texts("open_clip")
+    text_alone = vp.prune(dense, "random", keep="ratio(ratio=0.4)", at={"text": None})
+    cost = vp.flops.count(text_alone, *inputs(24))
+    assert cost.reductions["image"] == 0
+    assert 0.1 < cost.reductions["text"] < 0.9
+    assert cost.shares == pytest.approx({"image": 0.0, "text": 1.0})
+    full = vp.flops.count(vp.prune(dense, "random", keep="ratio(ratio=1.0)"), *inputs(24))
+    assert full.reductions == {"image": 0.0, "text": 0.0}
+    assert full.shares == {}
+    assert full.skipped > full.dense["text"].sum()  # three short sentences in 24 places
 
 
 def test_counting_needs_a_pruned_model_and_a_call():

@@ -24,6 +24,23 @@ def test_a_record_costs_what_it_costs_alone():
         assert one.kept["image"] == tuple(sum(row[2 * i : 2 * i + 2]) / 2 for row in pairs)
 
 
+def test_padding_stands_beside_what_a_record_costs():
+    model, (images, ids, mask) = vp.prune(small("nlvr").model, "evit"), small("nlvr").draw(4)
+    shortest = ids[:, : int(mask.sum(1).max())], mask[:, : int(mask.sum(1).max())]
+    spent = []
+    for texts in (shortest, (torch.nn.functional.pad(ids, (0, 4)), torch.nn.functional.pad(mask, (0, 4)))):
+        with torch.no_grad(), vp.collect() as traces:
+            model(images, *texts)
+        cost = vp.flops.Meter(model)(traces)
+        spent.append(Gauge(model)(traces, [1] * 4))
+        assert sum(one.padding for one in spent[-1]) == pytest.approx(cost.skipped)
+        assert [one.tower_padding["text"] for one in spent[-1]] == pytest.approx([one.padding for one in spent[-1]])
+        assert all(one.tower_padding["image"] == 0 for one in spent[-1])
+    for short, long in zip(*spent, strict=True):
+        assert (short.macs, short.dense_macs) == pytest.approx((long.macs, long.dense_macs))
+        assert short.padding < long.padding
+
+
 def test_a_dense_model_saves_nothing():
     gauge = Gauge(small("nlvr").model)
     with torch.no_grad(), vp.collect() as traces:

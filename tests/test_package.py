@@ -17,7 +17,19 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each room may import from those before it; the same line is one room
 FLOORS = [
-    ("checks", "frozen", "precision", "registry", "modes", "text", "caption_metrics", "journal", "html", "charts"),
+    (
+        "checks",
+        "frozen",
+        "precision",
+        "registry",
+        "modes",
+        "text",
+        "caption_metrics",
+        "journal",
+        "html",
+        "charts",
+        "savings",
+    ),
     ("tokens", "metrics"),
     ("segments",),
     ("attention",),
@@ -27,7 +39,7 @@ FLOORS = [
     ("presets", "checkpoint", "pruner", "data"),
     ("hosts",),
     ("surgery", "preprocessing", "sources"),
-    ("flops", "catalog"),
+    ("flops", "catalog", "dial"),
     ("budget", "factory", "gauge"),
     ("hub",),
     ("opening",),

@@ -6,16 +6,17 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .dial import Dial, keepers_of
 from .flops import Meter
-from .layers import KeepRatioPredictor, Knob, Ratio
+from .layers import Ratio
 from .modes import evaluating
 from .pruner import PrunedEncoder, Pruner, UntrainedGuideWarning
+from .savings import Calibration, TowerCalibration
 from .surgery import pruning
 from .tokens import PackedTokens
 from .traces import collect
@@ -39,47 +40,63 @@ class BudgetError(ValueError):
         return self.args[1]
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What `calibrate` found: the knob and its value, MACs per instance with it and dense, and the share saved."""
-
-    knob: str
-    value: float
-    macs: float
-    dense_macs: float
-
-    @property
-    def reduction(self) -> float:
-        return 1 - self.macs / self.dense_macs
-
-
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],
-    reduction: float = 0.5,
+    reduction: float | Mapping[str, float] = 0.5,
     tolerance: float = 0.01,
     progress: Callable[[float, float], None] | None = None,
 ) -> Calibration:
     """Set a pruned model's knob, DTP's power or a ratio, so that its mean MACs over `batches` are `reduction` below dense.
 
     batches: inputs of the model, each a tensor, a tuple of positional inputs or a mapping of named ones, or a function that
-    puts its inputs to the model itself, by another method than the call; they are run some ten times, and at most 50. The
-    knob is set at every depth of every tower, and in `model.pruning.config`. tolerance: relative to the target. progress:
-    called with each value tried and the reduction it gave. Returns a Calibration.
+    puts its inputs to the model itself, by another method than the call; they are run some ten times, and at most 50.
+    reduction: a share of what the dense model spends on the tokens that are there, padding left out, in (0, 1). One number
+    sets one value of the knob at every depth of every tower; a mapping from tower to a share, {"image": 0.5, "text": 0.3},
+    sets a value for each tower it names, so that the tower saves that of its own MACs, and leaves the others as they are.
+    The values are also written into `model.pruning.config`. tolerance: relative to the target. progress: called with each
+    value tried and the reduction it gave. Returns a Calibration, whose text says what each tower saves.
 
-    Raises ValueError for a reduction outside (0, 1), no batches, or a keeper without a knob; BudgetError, with what can be
-    had, where the target is out of reach or between two counts. The model is then as it was.
+    Raises ValueError for a reduction outside (0, 1), a tower that the model lacks or does not prune, no batches, or a keeper
+    without a knob; BudgetError, with what can be had, where the target is out of reach or between two counts. The model is
+    then as it was.
     """
-    if not 0 < reduction < 1:
-        raise ValueError(f"reduction={reduction} must lie between 0 and 1: the share of the dense MACs to save")
+    _check(model, reduction)
     inputs = list(batches)
     if not inputs:
         raise ValueError("calibrate needs at least one batch of inputs")
-    search = _Search(model, inputs, progress)
-    with search.dial.unless_done():
-        found = search.find(reduction, tolerance)
-    search.dial.settle(found.value)
-    return found
+    wanted: dict[str | None, float] = {}
+    if isinstance(reduction, Mapping):
+        # in the model's order, images first: a text tower's cost depends on the image tokens that it looks at
+        wanted |= {tower: reduction[tower] for tower in pruning(model).towers if tower in reduction}
+    else:
+        wanted[None] = reduction
+    searches = {tower: _Search(model, inputs, progress, tower) for tower in wanted}
+    with contextlib.ExitStack() as undo:
+        for search in searches.values():
+            undo.enter_context(search.dial.unless_done())
+        found = [search.find(wanted[tower], tolerance) for tower, search in searches.items()]
+    for search, one in zip(searches.values(), found, strict=True):
+        search.dial.settle(search.value(one))
+    # the last was measured with all the others set
+    return dataclasses.replace(found[-1], knob=None, value=None) if isinstance(reduction, Mapping) else found[-1]
+
+
+def _check(model: nn.Module, reduction: float | Mapping[str, float]) -> None:
+    """ValueError for targets that are no shares, or of towers that the model does not prune."""
+    towers = pruning(model).towers
+    by_tower = dict(reduction) if isinstance(reduction, Mapping) else {}
+    for share in by_tower.values() if by_tower else (reduction,):
+        if isinstance(share, (bool, Mapping)) or not 0 < share < 1:
+            raise ValueError(
+                f"reduction={reduction} must lie between 0 and 1: the share of the dense MACs to save"
+                + (", for each tower; leave a tower out to leave it as it is" if by_tower else "")
+            )
+    for tower in by_tower:
+        if tower not in towers:
+            raise ValueError(f"reduction={reduction} names the tower {tower!r}; this model has {', '.join(towers)}")
+        if not towers[tower].pruners:
+            raise ValueError(f"reduction={reduction}: the {tower} tower is pruned nowhere, so it cannot save anything")
 
 
 def measure(model: nn.Module, batches: Iterable[Batch], value: float | None = None) -> Calibration:
@@ -121,62 +138,32 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
     guide.fit(torch.cat(list(drawn.values())), seed)
 
 
-class Dial:
-    """The knob of a pruned model, at all its depths. ValueError for a keeper that has none."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.keepers = [keeper for tower in pruning(model).towers.values() for keeper in _keepers(tower)]
-        knob = self.keepers[0].knob if self.keepers else None
-        if knob is None:
-            raise ValueError(
-                f"keep={str(pruning(model).config.part('keep'))!r} has nothing a budget can turn: use keep='threshold', "
-                "'ratio' or 'random_ratio'"
-            )
-        self.knob: Knob = knob
-
-    @property
-    def value(self) -> float:
-        """The first depth's."""
-        return getattr(self.keepers[0], self.knob.name)
-
-    def turn(self, value: float) -> None:
-        for keeper in self.keepers:
-            setattr(keeper, self.knob.name, value)
-
-    @contextlib.contextmanager
-    def unless_done(self) -> Iterator[None]:
-        """Where the `with` block fails, every depth has the value again that it had before."""
-        before = [getattr(keeper, self.knob.name) for keeper in self.keepers]
-        try:
-            yield
-        except BaseException:
-            for keeper, value in zip(self.keepers, before, strict=True):
-                setattr(keeper, self.knob.name, value)
-            raise
-
-    def settle(self, value: float) -> None:
-        """Turn it, and write the value into `model.pruning.config`."""
-        self.turn(value)
-        record = pruning(self.model)
-        config = record.config.replace(keep=record.config.part("keep").replace(**{self.knob.name: value}))
-        object.__setattr__(self.model, "pruning", dataclasses.replace(record, config=config))
-
-
 class _Search:
-    """Mean MACs as a function of the knob, and the bisection on it."""
+    """Mean MACs, of the model or of one tower, as a function of the knob, and the bisection on it."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any):
-        self.model, self.inputs, self.progress = model, inputs, progress
-        self.dial, self.meter = Dial(model), Meter(model)
+    def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any, tower: str | None = None):
+        self.model, self.inputs, self.progress, self.tower = model, inputs, progress, tower
+        self.dial, self.meter = Dial(model, tower), Meter(model)
         self.knob = self.dial.knob
 
     def measure(self, value: float) -> Calibration:
         self.dial.turn(value)
         found = _measured(self.model, self.meter, self.dial, self.inputs)
         if self.progress is not None:
-            self.progress(value, found.reduction)
+            self.progress(value, self.saved(found))
         return found
+
+    def value(self, found: Calibration) -> Any:
+        """The knob's value where it was measured."""
+        return found.value if self.tower is None else found.towers[self.tower].value
+
+    def saved(self, found: Calibration) -> float:
+        """The share that was saved of the MACs that the target is of."""
+        if self.tower is None:
+            return found.reduction
+        if self.tower not in found.towers:
+            raise ValueError(f"none of the batches ran the {self.tower} tower: give inputs that it reads too")
+        return found.towers[self.tower].reduction
 
     def find(self, reduction: float, tolerance: float) -> Calibration:
         """The value that meets the target. What is saved need not rise or fall all the way: any crossing will do.
@@ -184,55 +171,69 @@ class _Search:
         A share of the dense MACs that were measured with each value: a decoder says other words with other tokens.
         """
         tried = [self.measure(self.knob.at(0.0)), self.measure(self.knob.at(1.0))]
-        starts_below = tried[0].reduction > reduction
-        between = (0.0, 1.0) if (tried[1].reduction > reduction) != starts_below else self._crossing(reduction, tried)
+        starts_below = self.saved(tried[0]) > reduction
+        between = (0.0, 1.0) if (self.saved(tried[1]) > reduction) != starts_below else self._crossing(reduction, tried)
 
         def off(found: Calibration) -> float:
-            return abs(found.reduction - reduction)
+            return abs(self.saved(found) - reduction)
 
         while between and min(map(off, tried)) > tolerance * (1 - reduction) and len(tried) < _MOST_TRIED:
             low, high = between
             middle = (low + high) / 2
             tried.append(self.measure(self.knob.at(middle)))
-            between = (middle, high) if (tried[-1].reduction > reduction) == starts_below else (low, middle)
+            between = (middle, high) if (self.saved(tried[-1]) > reduction) == starts_below else (low, middle)
         best = min(tried, key=off)
         if off(best) > tolerance * (1 - reduction):
             raise BudgetError(self._missed(reduction, tolerance, tried, best), best)
+        self.dial.turn(self.value(best))  # as the next tower's search must find it
         return best
 
     def _crossing(self, reduction: float, tried: list[Calibration]) -> tuple[float, float] | None:
         """Two places between which the target is crossed first; None where no step has it beyond."""
-        below = tried[0].reduction > reduction
+        below = self.saved(tried[0]) > reduction
         for step in range(1, _STEPS):
             tried.append(self.measure(self.knob.at(step / _STEPS)))
-            if (tried[-1].reduction > reduction) != below:
+            if (self.saved(tried[-1]) > reduction) != below:
                 return (step - 1) / _STEPS, step / _STEPS
         return None
 
     def _missed(self, reduction: float, tolerance: float, tried: Sequence[Calibration], best: Calibration) -> str:
-        keep, knob = str(pruning(self.model).config.keep), self.knob
-        least, most = (f(one.reduction for one in tried) for f in (min, max))
-        nearest = f"the nearest is {best.reduction:.1%} at {knob.name}={best.value:g}"
+        keep, knob = pruning(self.model).config.spelled("keep"), self.knob
+        saved, whose = self.saved(best), "" if self.tower is None else f" of the {self.tower} tower"
+        least, most = (f(self.saved(one) for one in tried) for f in (min, max))
+        beside = "" if self.tower is None else " with the other towers as they then are"
+        nearest = f"the nearest is {saved:.1%} at {knob.name}={self.value(best):g}"
         if least < reduction < most:
             return (
-                f"no {knob.name} of keep={keep!r} leaves {1 - reduction:.1%} of the MACs to within {tolerance:.1%} of them: "
-                f"its counts jump there, and {nearest}. Ask for that, for a larger tolerance=, or use keep='distortion'"
+                f"no {knob.name} of keep={keep!r} leaves {1 - reduction:.1%} of the MACs{whose} to within {tolerance:.1%} of "
+                f"them: its counts jump there, and {nearest}. Ask for that, for a larger tolerance=, or use keep='distortion'"
             )
         return (
-            f"reduction={reduction} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to {knob.high:g} saves "
-            f"{least:.1%} to {most:.1%}, and {nearest}. Ask for another reduction, prune at other depths (at=...), or use "
-            "keep='distortion' or keep='ratio'"
+            f"reduction={reduction}{whose} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to {knob.high:g} "
+            f"saves {least:.1%} to {most:.1%}{beside}, and {nearest}. Ask for another reduction, prune at other depths "
+            "(at=...), or use keep='distortion' or keep='ratio'"
         )
 
 
 def _measured(model: nn.Module, meter: Meter, dial: Dial, batches: Iterable[Batch]) -> Calibration:
-    macs = dense = instances = 0.0
+    macs = dense = padding = instances = 0.0
+    towers: dict[str, Tensor] = {}
     for batch in batches:
         with evaluating(model), torch.no_grad(), collect() as traces:
             _run(model, batch)
         cost = meter(traces)
-        macs, dense, instances = macs + cost.total, dense + cost.dense_total, instances + cost.instances
-    return Calibration(dial.knob.name, dial.value, macs / instances, dense / instances)
+        macs, dense, padding = macs + cost.total, dense + cost.dense_total, padding + cost.skipped
+        instances += cost.instances
+        for tower in cost.towers:
+            spent = [float(one[tower].sum()) for one in (cost.towers, cost.dense, cost.padding)]
+            towers[tower] = towers.get(tower, 0.0) + torch.tensor(spent, dtype=torch.float64)
+    encoders = pruning(model).towers
+    each = {}
+    for tower, sums in towers.items():
+        pruned, whole, padded = (sums / instances).tolist()
+        each[tower] = TowerCalibration(pruned, whole, padded, *_set_to(encoders[tower]))
+    value = dial.value if len(set(dial.values)) == 1 else None
+    return Calibration(dial.knob.name, value, macs / instances, dense / instances, padding / instances, each)
 
 
 @contextlib.contextmanager
@@ -265,5 +266,11 @@ def _free(tokens: PackedTokens) -> Tensor:
     return tokens.x[tokens.free]
 
 
-def _keepers(tower: PrunedEncoder) -> list[KeepRatioPredictor]:
-    return [module for module in tower.pruners.modules() if isinstance(module, KeepRatioPredictor)]
+def _set_to(tower: PrunedEncoder) -> tuple[str | None, float | None]:
+    """The knob of a tower's keepers, and its value; None for none, and for values that differ by depth."""
+    keepers = keepers_of(tower)
+    if not keepers or keepers[0].knob is None:
+        return None, None
+    name = keepers[0].knob.name
+    values = {getattr(keeper, name) for keeper in keepers}
+    return name, values.pop() if len(values) == 1 else None

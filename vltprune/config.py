@@ -91,10 +91,12 @@ class Part:
 class PruneConfig:
     """The four parts of a pruner and the depths it stands at.
 
-    scorer, keep, reducer, guide: Part or its short form; guide may be None. at: None, every block of every tower; depths,
-    as one number or any collection of them (a list, range, set, array or tensor), counted from 0, from the end where they
-    are negative (-1 is the last block), or fractions of the depth in [0, 1); or a mapping from tower name ("image", "text")
-    to either, where towers it does not name are left alone. Empty depths prune nowhere.
+    scorer, keep, reducer, guide: Part or its short form; guide may be None, and keep a mapping from tower name to a keeper,
+    {"image": "ratio(ratio=0.5)", "text": "ratio(ratio=0.7)"}, which has one for every tower that is pruned. at: None,
+    every block of every tower; depths, as one number or any collection of them (a list, range, set, array or tensor),
+    counted from 0, from the end where they are negative (-1 is the last block), or fractions of the depth in [0, 1); or a
+    mapping from tower name ("image", "text") to either, where towers it does not name are left alone. Empty depths prune
+    nowhere.
 
     Configs are equal, and have the same hash, where their parts and depths are equal.
 
@@ -102,7 +104,7 @@ class PruneConfig:
     """
 
     scorer: Part | str
-    keep: Part | str
+    keep: Part | str | Mapping[str, Any]
     reducer: Part | str = "drop"
     guide: Part | str | None = None
     at: Depths | Mapping[str, Depths] = None
@@ -114,9 +116,13 @@ class PruneConfig:
                 if kind == "guide":
                     continue
                 raise TypeError(f"{kind}=None: a pruner needs a {kind}, such as {kind}={registry.names()[0]!r}")
-            part = Part.of(spec)
-            bind(f"{registry.kind} {part.name!r}", registry[part.name], part.args, given)
-            object.__setattr__(self, kind, part)
+            by_tower = kind == "keep" and isinstance(spec, Mapping) and "name" not in spec
+            parts = {tower: Part.of(one) for tower, one in spec.items()} if by_tower else {"": Part.of(spec)}
+            if not parts:
+                raise ValueError(f"{kind}={{}}: name a {registry.kind} for each tower, such as {{'image': 'ratio'}}")
+            for part in parts.values():
+                bind(f"{registry.kind} {part.name!r}", registry[part.name], part.args, given)
+            object.__setattr__(self, kind, FrozenDict(parts) if by_tower else parts[""])
         object.__setattr__(self, "at", _frozen_at(self.at))
         self._check_guide()
 
@@ -124,18 +130,42 @@ class PruneConfig:
         if self.guide is not None:
             return
         for kind in ("scorer", "keep"):
-            part = self.part(kind)
-            if getattr(_KINDS[kind][0][part.name], "guided", False):
-                raise ValueError(
-                    f"{kind}={str(part)!r} reads the alignment guide, and guide=None: write guide='codebook', "
-                    f"or choose another {kind}"
-                )
+            for part in self.parts(kind):
+                if getattr(_KINDS[kind][0][part.name], "guided", False):
+                    raise ValueError(
+                        f"{kind}={str(part)!r} reads the alignment guide, and guide=None: write guide='codebook', "
+                        f"or choose another {kind}"
+                    )
 
-    def part(self, kind: str) -> Part:
-        """The Part of "scorer", "keep", "reducer" or "guide" (which must not be None)."""
+    def part(self, kind: str, tower: str | None = None) -> Part:
+        """The Part of "scorer", "keep", "reducer" or "guide" (which must not be None), as a tower has it.
+
+        ValueError where the towers have keepers of their own, and none is asked for or this one has none.
+        """
         part = getattr(self, kind)
+        if isinstance(part, Mapping):
+            if tower not in part:
+                asked = (
+                    f"say whose is meant, part({kind!r}, {next(iter(part))!r})"
+                    if tower is None
+                    else f"and the {tower} tower, which is pruned, has none: add it, or leave the tower out of at="
+                )
+                raise ValueError(f"{kind}= is given by tower, for {', '.join(part)}, {asked}")
+            part = part[tower]
         assert isinstance(part, Part)
         return part
+
+    def parts(self, kind: str) -> tuple[Part, ...]:
+        """All Parts of a kind: one, none where there is no guide, or the keepers of the towers."""
+        part = getattr(self, kind)
+        return tuple(part.values()) if isinstance(part, Mapping) else () if part is None else (part,)
+
+    def spelled(self, kind: str) -> str:
+        """A kind's part, or "none", or the keepers of the towers, for people to read."""
+        part = getattr(self, kind)
+        if isinstance(part, Mapping):
+            return ", ".join(f"{tower}: {one}" for tower, one in part.items())
+        return str(part or "none")
 
     def replace(self, **changes: Any) -> PruneConfig:
         """The same config with other parts: config.replace(keep="ratio(ratio=0.5)", guide=None)."""
@@ -164,7 +194,7 @@ class PruneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write."""
-        parts = {kind: getattr(self, kind) and self.part(kind).to_dict() for kind in _KINDS}
+        parts = {kind: _plain(getattr(self, kind)) for kind in _KINDS}
         return {**parts, "at": thawed(self.at)}
 
     @classmethod
@@ -172,6 +202,13 @@ class PruneConfig:
         """The inverse of `to_dict`. Unknown keys raise TypeError, missing parts too."""
         bind("a pruning config", cls, data)
         return cls(**data)
+
+
+def _plain(part: Any) -> Any:
+    """A Part, several by tower, or None, as plain data."""
+    if isinstance(part, Mapping):
+        return {tower: one.to_dict() for tower, one in part.items()}
+    return None if part is None else part.to_dict()
 
 
 def _block(depth: int | float, depths: int) -> int:

@@ -65,7 +65,8 @@ class Outcome:
     """How one model did.
 
     chance    [questions] the probability it gave to "true"; labels and families are the questions'
-    macs      mean multiply-accumulates a sentence, both images included; dense_macs, of the dense model
+    macs      mean multiply-accumulates a sentence, both images included; dense_macs, of the dense model, and padding, what
+              that spends on padding besides
     kept      per tower: mean tokens that entered, then mean tokens leaving each block
     seconds   a batch, once per batch and round of the race; empty if there was none
     """
@@ -77,6 +78,7 @@ class Outcome:
     dense_macs: float = float("nan")
     kept: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     seconds: tuple[float, ...] = ()
+    padding: float = 0.0
 
     @property
     def right(self) -> np.ndarray:
@@ -89,7 +91,7 @@ class Outcome:
 
     @property
     def saved(self) -> float:
-        """The share of the dense MACs that was saved."""
+        """The share of the dense MACs that was saved; padding counts neither as spent nor as saved."""
         return 1 - self.macs / self.dense_macs
 
     @property
@@ -122,7 +124,7 @@ def evaluate(
             outcomes[name] = _evaluate(model, batches, tick)
     pruned = next(outcome for outcome in outcomes.values() if outcome.kept)
     entered = {tower: (sizes[0],) * len(sizes) for tower, sizes in pruned.kept.items()}
-    dense = {"macs": pruned.dense_macs, "dense_macs": pruned.dense_macs, "kept": entered}
+    dense = {"macs": pruned.dense_macs, "dense_macs": pruned.dense_macs, "kept": entered, "padding": pruned.padding}
     return {name: outcome if outcome.kept else replace(outcome, **dense) for name, outcome in outcomes.items()}
 
 
@@ -150,6 +152,7 @@ def _means(spent: Sequence[Spent]) -> dict[str, Any]:
     return {
         "macs": statistics.fmean(one.macs for one in spent),
         "dense_macs": statistics.fmean(one.dense_macs for one in spent),
+        "padding": statistics.fmean(one.padding for one in spent),
         "kept": {tower: tuple(sizes.tolist()) for tower, sizes in kept.items()},
     }
 

@@ -40,8 +40,14 @@ class Exam:
         """Answers the loader's records in order, a row each in the journal, from the first that has none.
 
         tick: called with the number of rows just written. Pictures that cannot be opened get a row that says so, or
-        OSError where the loader is strict.
+        OSError where the loader is strict. ValueError for a journal of an earlier version, whose dense costs had padding in
+        them.
         """
+        if any("macs" in row and "padding" not in row for row in journal.rows):
+            raise ValueError(
+                "these results were begun by an earlier version, which counted padding as spent by the dense model, and so as "
+                "saved: remove their folder, or choose another output, and they are measured anew"
+            )
         loader = replace(loader, start=len(journal.rows), skipped=[])
         with evaluating(self.model, self.gauge.model):
             for records, images in loader:
@@ -105,8 +111,10 @@ def report(
     weight: how much a row counts in the means of costs.
 
     unscored  what could not be scored on this machine, and why
-    macs      multiply-accumulates of an instance: the images of a record and one of its texts
-    towers    per tower: [MACs, dense MACs] of one of its images or texts
+    macs      multiply-accumulates of an instance: the images of a record and one of its texts; of a dense model on the tokens
+              that are there, as `dense_macs`. macs_saved: the share of these that is saved; padding: what the dense
+              model spends on padding besides
+    towers    per tower: [MACs, dense MACs] of one of its images or texts; tower_padding: likewise
     kept      per tower: tokens that entered, then leaving each block, mean; empty for a dense model
     records_per_second   of the model's calls alone, without reading pictures and texts
     """
@@ -132,7 +140,9 @@ def report(
         "macs": macs,
         "dense_macs": dense,
         "macs_saved": 1 - macs / dense,
+        "padding": mean("padding"),
         "towers": {tower: mean("towers", tower) for tower in answered[0]["towers"]},
+        "tower_padding": {tower: mean("tower_padding", tower) for tower in answered[0]["tower_padding"]},
         "kept": {tower: mean("kept", tower) for tower in answered[0]["kept"]},
         "records_per_second": len(answered) / sum(row["seconds"] for row in answered),
         "skipped": skipped,
@@ -154,6 +164,7 @@ def report_matching(matching: Matching, rows: Sequence[Mapping[str, Any]]) -> di
         "pairs_per_second": pairs / seconds,
         "macs": found["macs"] - image[0],
         "dense_macs": found["dense_macs"] - image[1],
+        "padding": found["padding"] - found["tower_padding"]["image"],
         "kept": {tower: tokens for tower, tokens in found["kept"].items() if tower != "image"},
         "skipped": found["skipped"],
     }

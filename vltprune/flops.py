@@ -6,6 +6,9 @@ acts token by token, so a block's costs are measured on one and two tokens and t
 it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted. A
 window (ModernBERT's local blocks) saves nothing: products with keys that it hides are made all the same, here and there.
 
+A dense model also computes on the padding of its texts, which a pruned one skips. That is counted by itself: what pruning
+saves is a share of what the dense model spends on the tokens that are there.
+
 A decoder behind the towers, of captions or answers, is counted by what it did: all tokens it was given or said, and all
 beams, the memory and the sentences as padded as they were. It is not pruned, but pays less where less is left to look at.
 """
@@ -26,43 +29,10 @@ from .attention import Stat
 from .hosts.base import find_composite
 from .modes import evaluating
 from .pruner import PrunedEncoder
+from .savings import Cost
 from .surgery import pruning
 from .tokens import Layout, PackedTokens
 from .traces import PruneTrace, Step, collect
-
-
-@dataclass(frozen=True)
-class Cost:
-    """MACs of one call.
-
-    towers         per tower name, [depths + 2, instances of the tower]: before, in and after its blocks
-    dense          the same for the dense host, which also pays for padding
-    head           of what stands behind the towers, once an instance
-    instances      sentences, or images where there is no text
-    decoder        of a decoder, in the whole call
-    dense_decoder  the same for as many tokens behind the dense towers
-    """
-
-    towers: dict[str, Tensor]
-    dense: dict[str, Tensor]
-    head: float
-    instances: int
-    decoder: float = 0.0
-    dense_decoder: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """MACs of the whole call."""
-        return sum(float(t.sum()) for t in self.towers.values()) + self.head * self.instances + self.decoder
-
-    @property
-    def dense_total(self) -> float:
-        return sum(float(t.sum()) for t in self.dense.values()) + self.head * self.instances + self.dense_decoder
-
-    @property
-    def reduction(self) -> float:
-        """The share of the dense MACs that was saved."""
-        return 1 - self.total / self.dense_total
 
 
 def count(model: nn.Module, *inputs: Any, **named: Any) -> Cost:
@@ -70,8 +40,8 @@ def count(model: nn.Module, *inputs: Any, **named: Any) -> Cost:
 
     TypeError for a dense model.
 
-    For the cost of a dense model, prune it with any config and read `dense_total`. For another method than the call, such as
-    `generate`, collect its traces and give them to a `Meter`.
+    For the cost of a dense model, prune it with any config and read `dense_total`, or `padded_total` with its padding. For
+    another method than the call, such as `generate`, collect its traces and give them to a `Meter`.
     """
     with evaluating(model), torch.no_grad(), collect() as traces:
         model(*inputs, **named)
@@ -91,20 +61,27 @@ class Meter:
         """traces: those of one call of the model. ValueError if there are none."""
         if not traces:
             raise ValueError("no traces: call the model inside `with vltprune.collect() as traces:`")
-        towers, dense, entered = {}, {}, None
+        towers, dense, padding, entered = {}, {}, {}, None
         for trace in traces:
             looks = tuple(map(_is_memory, trace.beside))  # a block costs more where it is called with a memory
             meter = self._towers.setdefault((trace.tower, looks), _TowerMeter(trace))
             towers[trace.tower] = meter.count(trace)
-            dense[trace.tower] = meter.count_dense(trace, entered)
+            dense[trace.tower] = meter.count_dense(trace, trace.entered.layout.sizes.double(), entered)
+            padding[trace.tower] = meter.count_dense(trace, _padded_lengths(trace), entered) - dense[trace.tower]
             entered = trace.entered.layout
-        decoder = sum(self._decoder(trace, max(trace.lengths[-1])) for trace in traces)
-        dense_decoder = sum(self._decoder(trace, int(_dense_lengths(trace).max())) for trace in traces)
-        return Cost(towers, dense, self.head, traces[-1].entered.layout.batch, decoder, dense_decoder)
+        decoder = self._decoder(traces, [max(trace.lengths[-1]) for trace in traces])
+        dense_decoder = self._decoder(traces, [trace.entered.layout.longest for trace in traces])
+        padded_decoder = self._decoder(traces, [int(_padded_lengths(trace).max()) for trace in traces])
+        instances = traces[-1].entered.layout.batch
+        decoder_padding = padded_decoder - dense_decoder
+        return Cost(towers, dense, self.head, instances, decoder, dense_decoder, padding, decoder_padding)
 
-    def _decoder(self, trace: PruneTrace, memory: int) -> float:
-        """MACs of what a decoder did, looking at so many of the tower's tokens an instance."""
-        return self.composite.decoder_macs(self.host, trace.decoded, memory) if self.composite is not None else 0.0
+    def _decoder(self, traces: Sequence[PruneTrace], memories: Sequence[int]) -> float:
+        """MACs of what a decoder did, looking at so many tokens an instance of each trace's tower."""
+        if self.composite is None:
+            return 0.0
+        looks = zip(traces, memories, strict=True)
+        return sum(self.composite.decoder_macs(self.host, trace.decoded, memory) for trace, memory in looks)
 
 
 class _TowerMeter:
@@ -127,9 +104,9 @@ class _TowerMeter:
             before = after
         return torch.stack([*rows, self._close(before)])
 
-    def count_dense(self, trace: PruneTrace, image: Layout | None) -> Tensor:
-        """What the host itself pays, padding included; `image`: the layout that entered the tower this one looks at."""
-        lengths = _dense_lengths(trace)
+    def count_dense(self, trace: PruneTrace, lengths: Tensor, image: Layout | None) -> Tensor:
+        """What the host itself pays for so many tokens of each instance, lengths [batch]; `image`: the layout that entered
+        the tower this one looks at."""
         rows = [self._open(trace)]
         for unit, beside in zip(self.units, trace.beside, strict=True):
             rows.append(unit.dense(lengths, _Memory.of(beside, len(lengths), image)))
@@ -255,7 +232,7 @@ class _Memory:
         return cls(sizes.mean(1).repeat_interleave(batch // groups), groups / batch)
 
 
-def _dense_lengths(trace: PruneTrace) -> Tensor:
+def _padded_lengths(trace: PruneTrace) -> Tensor:
     """Tokens of each instance that the dense tower computes on, padding included: [batch]."""
     lengths = trace.entered.layout.sizes.double()
     padded = trace.encoder.adapter.padded_length(*trace.inputs)

@@ -17,15 +17,19 @@ from .traces import PruneTrace
 class Spent:
     """What one record cost: its images, and one of its texts (their mean, where it has several).
 
-    macs, dense_macs   multiply-accumulates, and those of the dense model, which also pays for padding
+    macs, dense_macs   multiply-accumulates, and those of the dense model, on the tokens that are there
     towers             per tower: both of them, of one of its images or texts
     kept               per tower: tokens that entered, then tokens leaving each block, mean over the record's instances
+    padding            what the dense model spends on padding besides
+    tower_padding      per tower: the same of one of its images or texts
     """
 
     macs: float
     dense_macs: float
     towers: Mapping[str, tuple[float, float]]
     kept: Mapping[str, tuple[float, ...]]
+    padding: float
+    tower_padding: Mapping[str, float]
 
 
 class Gauge:
@@ -47,16 +51,23 @@ class Gauge:
         cost = self.meter(traces)
         dense = self._each(cost.dense, texts)
         pruned = dense if self.is_dense else self._each(cost.towers, texts)
+        padding = self._each(cost.padding, texts)
         behind = cost.head + cost.dense_decoder / cost.instances
         behind_pruned = behind if self.is_dense else cost.head + cost.decoder / cost.instances
         kept = {trace.tower: self._kept(trace, texts) for trace in traces}
         images = {tower: macs.shape[-1] // len(texts) if tower == "image" else 1 for tower, macs in cost.dense.items()}
+
+        def total(towers: Mapping[str, Tensor], record: int) -> float:
+            return sum(images[tower] * float(macs[record]) for tower, macs in towers.items())
+
         return [
             Spent(
-                sum(images[tower] * float(macs[i]) for tower, macs in pruned.items()) + behind_pruned,
-                sum(images[tower] * float(macs[i]) for tower, macs in dense.items()) + behind,
+                total(pruned, i) + behind_pruned,
+                total(dense, i) + behind,
                 {tower: (float(pruned[tower][i]), float(macs[i])) for tower, macs in dense.items()},
                 {tower: tuple(lengths[i].tolist()) for tower, lengths in kept.items()},
+                total(padding, i) + cost.decoder_padding / cost.instances,
+                {tower: float(macs[i]) for tower, macs in padding.items()},
             )
             for i in range(len(texts))
         ]

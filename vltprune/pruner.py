@@ -70,7 +70,10 @@ class Pruner(nn.Module):
     def build(cls, config: PruneConfig, site: Site) -> Pruner:
         """The parts of a config, for one site. ValueError for parts that need what the site does not have."""
         kinds = {"scorer": scorers, "keep": keepers, "reducer": reducers}
-        parts = [registry[config.part(kind).name](site, **config.part(kind).args) for kind, registry in kinds.items()]
+        parts = []
+        for kind, registry in kinds.items():
+            part = config.part(kind, site.tower)
+            parts.append(registry[part.name](site, **part.args))
         pruner = cls(*parts)
         if Stat.SUMMARY in pruner.needs and not site.has_summary:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -73,7 +74,9 @@ def pruning(model: nn.Module) -> Pruning:
 
 
 def _check_towers(config: PruneConfig, towers: tuple[str, ...]) -> None:
-    at = config.at
-    unknown = [name for name in at if name not in towers] if isinstance(at, dict) else []
-    if unknown:
-        raise ValueError(f"at={at!r} names the tower {unknown[0]!r}; this model has {', '.join(towers)}")
+    """ValueError for a tower that the config names and the model lacks."""
+    for name, given in (("at", config.at), ("keep", config.keep)):
+        unknown = [tower for tower in given if tower not in towers] if isinstance(given, Mapping) else []
+        if unknown:
+            asked = f"{name}={config.to_dict()[name]!r}"
+            raise ValueError(f"{asked} names the tower {unknown[0]!r}; this model has {', '.join(towers)}")

@@ -77,12 +77,13 @@ def test_padding_makes_no_difference(name):
     assert torch.equal(short, long)
 
 
-def test_dense_cost_counts_the_padding():
+def test_padding_is_counted_beside_the_dense_cost():
     case = make("bert: mean")
     cost = vp.flops.count(case.pruned(keep="ratio(ratio=1.0)"), *case.inputs)
     with torch.no_grad():
         full = vp.flops.count(case.pruned(keep="ratio(ratio=1.0)"), case.inputs[0].clamp(min=3))
-    assert cost.dense_total == full.dense_total > cost.total
+    assert cost.padded_total == full.dense_total > cost.dense_total
+    assert full.skipped == 0
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
