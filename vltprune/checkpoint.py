@@ -71,7 +71,8 @@ def save(
 
     only="pruning" leaves the dense weights out: the small file to lay over a stock backbone. dtype: of the floating-point
     tensors on disk (None: as they are). Files appear whole or not at all. Raises OSError, naming the folder, where it
-    cannot be written, ValueError for only="pruning" of a dense model.
+    cannot be written, ValueError for only="pruning" of a dense model, TypeError for a quantized one, before anything is
+    written.
     """
     folder, record = Path(folder), getattr(model, "pruning", None)
     if only == "pruning" and record is None:
@@ -84,6 +85,7 @@ def save(
     state = dict(_pruning_state(model))
     if only is None:
         state |= {_HOST + key: value for key, value in host.state_dict().items()}
+    _check_plain(state if only else {**state, **model.state_dict()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / WEIGHTS, lambda path: save_file(_storable(state, dtype), path, {"format": "pt"}))
@@ -225,6 +227,16 @@ def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: Path
 
 def _listed(keys: list[str], most: int = 12) -> str:
     return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _check_plain(state: Mapping[str, Any]) -> None:
+    """TypeError for what is no plain tensor, as quantized layers have it: `load` would build them unquantized."""
+    strange = [key for key, value in state.items() if type(value) not in (Tensor, nn.Parameter)]
+    if strange:
+        raise TypeError(
+            f"cannot save this model: {strange[0]} is a {type(state[strange[0]]).__name__}, quantized, and not a plain tensor. "
+            "Save the model before it is quantized, and quantize it again after loading"
+        )
 
 
 def _storable(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

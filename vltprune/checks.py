@@ -5,10 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def check_images(images: Tensor, channels: int, size: tuple[int, int] | None, name: str = "images") -> None:
-    """ValueError unless images is [batch >= 1, channels, *size] and finite; `size` None: any."""
-    wanted = f"[batch, {channels}, {size[0]}, {size[1]}]" if size else f"[batch, {channels}, height, width]"
-    if images.dim() != 4 or images.shape[1] != channels or (size and tuple(images.shape[2:]) != size):
+def check_images(images: Tensor, channels: int | None, size: tuple[int, int] | None, name: str = "images") -> None:
+    """ValueError unless images is [batch >= 1, channels, *size] and finite; `channels` or `size` None: any."""
+    wanted = f"[batch, {channels or 'channels'}, {', '.join(map(str, size or ('height', 'width')))}]"
+    if (
+        images.dim() != 4
+        or (channels is not None and images.shape[1] != channels)
+        or (size and tuple(images.shape[2:]) != size)
+    ):
         raise ValueError(
             f"{name} must be {wanted}, got {list(images.shape)}: resize them, or build the model for that size"
         )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import precision, segments
 from ..attention import PairBias
@@ -170,7 +171,7 @@ def find_host(tower: nn.Module) -> Host:
     """The host of a tower, by exact type. TypeError, with what is supported, for a type or block we cannot take apart."""
     found = _find(tower)
     if not isinstance(found, Host):
-        raise TypeError(f"cannot prune a {_dotted(tower)}: no host takes it apart. Supported: {supported()}")
+        raise TypeError(f"cannot prune a {dotted(tower)}: no host takes it apart. Supported: {supported()}")
     found.check(tower)
     return found
 
@@ -194,11 +195,11 @@ def _find(module: nn.Module) -> Host | Composite | None:
     room = _ROOMS.get(home) or _ROOMS.get(home.partition(".")[0])
     if room is not None:
         importlib.import_module(f"{__package__}.{room}")
-    name = _dotted(module)
+    name = dotted(module)
     return hosts[name].of(module) if name in hosts else None  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _dotted(module: nn.Module) -> str:
+def dotted(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -211,7 +212,7 @@ def check_blocks(
         if part is block or type(part) not in known[type(block)]:
             pairs = "; ".join(f"{b.__name__} with {', '.join(a.__name__ for a in attns)}" for b, attns in known.items())
             raise TypeError(
-                f"cannot prune this {type(tower).__name__}: block {depth} has a {_dotted(part)}, which no host takes "
+                f"cannot prune this {type(tower).__name__}: block {depth} has a {dotted(part)}, which no host takes "
                 f"apart. Supported blocks: {pairs}"
             )
 
@@ -259,6 +260,19 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
     if getattr(module, "scale_by_keep", True):
         mask = mask / keep
     return branch * mask[layout.instance, None]
+
+
+def is_affine(projection: nn.Module) -> bool:
+    """Whether a projection is certain to be x W^T + b.
+
+    An adapter, a quantized layer or a hook may compute anything, and then tokens are averaged behind it.
+    """
+    if type(projection) is nn.Identity:
+        return True
+    if type(projection) not in (nn.Linear, NonDynamicallyQuantizableLinear):
+        return False
+    weight: Any = projection.weight
+    return type(weight) is nn.Parameter and not (projection._forward_hooks or projection._forward_pre_hooks)
 
 
 def weighted_mean(tokens: PackedTokens, counted: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class MedHost(Host):
 
     def site(self, tower: Any, depth: int, name: str) -> Site:
         layer: MedLayer = tower.layers[depth]
-        return Site(name, depth, len(tower.layers), tower.word.embedding_dim, layer.attention.heads, has_summary=True)
+        return Site(name, depth, len(tower.layers), tower.width, layer.attention.heads, has_summary=True)
 
     def open(
         self,
@@ -117,8 +117,11 @@ class _Speaking(WithDecoder):
     def crosses(self, decoder: Any) -> Sequence[Any]:
         return [layer.cross.streams[0] for layer in self.body(decoder).layers]
 
+    def width(self, cross: Any) -> int:
+        return cross.heads * cross.head_dim
+
     def word_macs(self, decoder: Any) -> float:
-        return linear_macs(decoder.transform) + decoder.body.word.weight.numel()
+        return linear_macs(decoder.transform) + decoder.body.vocab_size * decoder.body.width
 
     def body(self, decoder: Any) -> Any:
         return decoder.body
@@ -140,8 +143,8 @@ class CaptionComposite(_Speaking):
 
     def listeners(self, model: Any) -> dict[str, Site]:
         body = model.decoder.body
-        width, heads = body.word.embedding_dim, body.layers[0].attention.heads
-        return {"text": Site("text", 0, len(body.layers), width, heads, has_summary=True, causal=True)}
+        heads = body.layers[0].attention.heads
+        return {"text": Site("text", 0, len(body.layers), body.width, heads, has_summary=True, causal=True)}
 
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         assembled: Any = super().assemble(model, towers)
@@ -186,4 +189,4 @@ def _project(attention: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _scale(attention: Any) -> float:
-    return (attention.query.out_features // attention.heads) ** -0.5
+    return attention.head_dim**-0.5

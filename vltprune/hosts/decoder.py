@@ -26,6 +26,10 @@ class WithDecoder(WithTowers):
         """The cross-attentions, layer by layer, each with its linear maps `query`, `key` and `value`."""
 
     @abstractmethod
+    def width(self, cross: Any) -> int:
+        """heads * head_dim of a cross-attention."""
+
+    @abstractmethod
     def word_macs(self, decoder: Any) -> float:
         """MACs of the logits of one next token, from what the last layer made of the token before it."""
 
@@ -43,8 +47,8 @@ class WithDecoder(WithTowers):
         """Attention counts whole: what the causal mask and padding hide is computed all the same."""
         decoder = getattr(model, self.decoder)
         crosses = self.crosses(decoder)
-        width = sum(cross.query.out_features for cross in crosses)  # heads * head_dim, of all layers
-        keys_values = sum(cross.key.weight.numel() + cross.value.weight.numel() for cross in crosses)
+        width = sum(self.width(cross) for cross in crosses)
+        keys_values = sum(linear_macs(cross.key) + linear_macs(cross.value) for cross in crosses)
         token, word = linear_macs(self.body(decoder)) - keys_values, self.word_macs(decoder)
         return sum(
             token * call.tokens
@@ -56,8 +60,18 @@ class WithDecoder(WithTowers):
 
 
 def linear_macs(module: nn.Module) -> float:
-    """MACs of all linear maps in a module, on one token."""
-    return float(sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear)))
+    """MACs of all linear maps in a module, quantized or of adapters too, on one token."""
+    return float(sum(linear.in_features * linear.out_features for linear in module.modules() if is_linear_map(linear)))
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Whether a module multiplies by a matrix [out_features, in_features] of its own.
+
+    What holds another such module, as an adapter does, leaves the product to that one.
+    """
+    _, *within = module.modules()
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes) and not any(map(is_linear_map, within))
 
 
 def _tell_memories(key: nn.Module, args: tuple[Any, ...], keys: Tensor) -> None:

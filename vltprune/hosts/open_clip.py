@@ -15,10 +15,22 @@ from ..checks import check_ids, check_images
 from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import PackedTokens
-from .base import Composite, Host, ImageAndText, by_tiles, check_blocks, find_host, weighted_mean, with_submodule
+from .base import (
+    Composite,
+    Host,
+    ImageAndText,
+    by_tiles,
+    check_blocks,
+    dotted,
+    find_host,
+    is_affine,
+    weighted_mean,
+    with_submodule,
+)
 from .wrapper import Wrapper
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
+_ATTENTIONS = (nn.MultiheadAttention, Attention)
 
 
 class _ClipHost(Host):
@@ -37,6 +49,11 @@ class _ClipHost(Host):
 
     def qkv(self, block: Any, tokens: PackedTokens, beside: None) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
+        if type(attn) not in _ATTENTIONS:
+            raise TypeError(
+                f"cannot prune with a {dotted(attn)} around attention: torch's attention reads its weights and calls no "
+                "projection, so that an adapter would have no effect here. Merge it, or adapt the MLPs (c_fc, c_proj)"
+            )
         x = F.linear(block.ln_1(tokens.x), attn.in_proj_weight, attn.in_proj_bias)
         q, k, v = x.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return (q, k, v) if type(attn) is nn.MultiheadAttention else (attn.ln_q(q), attn.ln_k(k), v)
@@ -44,7 +61,7 @@ class _ClipHost(Host):
     def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         attn = block.attn
         if type(attn) is nn.MultiheadAttention:
-            branch = attn.out_proj(context.flatten(1))
+            branch = _read_projection(attn.out_proj, context.flatten(1))
         else:
             context = context if attn.head_scale is None else context * attn.head_scale[..., 0]
             branch = block.ln_attn(attn.out_drop(attn.out_proj(attn.ln_inner(context.flatten(1)))))
@@ -56,7 +73,7 @@ class _ClipHost(Host):
     def mixes_affinely(self, block: Any) -> bool:
         attn = block.attn
         plain = type(attn) is nn.MultiheadAttention
-        return plain or (isinstance(attn.ln_inner, nn.Identity) and isinstance(block.ln_attn, nn.Identity))
+        return plain or all(map(is_affine, (attn.ln_inner, attn.out_proj, block.ln_attn)))
 
     def recomputes(self, tower: Any) -> bool:
         return tower.transformer.grad_checkpointing
@@ -76,7 +93,8 @@ class ClipVision(_ClipHost):
         return Site(name, depth, len(blocks), tower.transformer.width, block.attn.num_heads, has_summary=True)
 
     def open(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
-        check_images(images, tower.conv1.in_channels, tower.image_size)
+        channels = getattr(tower.conv1, "in_channels", None)  # None where an adapter stands around it
+        check_images(images, channels, tower.image_size)
         x = tower._embeds(images)
         first = torch.arange(x.shape[1], device=x.device) == 0
         return PackedTokens.pack(x, protected=first, summary=first), (None,) * len(tower.transformer.resblocks)
@@ -101,13 +119,14 @@ class _ClipText(_ClipHost):
         return tower.attn_mask is not None
 
     def site(self, tower: Any, depth: int, name: str) -> Site:
-        blocks, width = self.blocks(tower), tower.token_embedding.embedding_dim
+        blocks, width = self.blocks(tower), tower.transformer.width
         block: Any = blocks[depth]
         return Site(name, depth, len(blocks), width, block.attn.num_heads, has_summary=True, causal=self.causal(tower))
 
     def open(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
-        check_ids(text, tower.token_embedding.num_embeddings, len(tower.positional_embedding), "text")
-        dtype = tower.transformer.get_cast_dtype()
+        check_ids(text, tower.vocab_size, len(tower.positional_embedding), "text")
+        first: Any = self.blocks(tower)[0]
+        dtype = first.attn.in_proj_weight.dtype  # open_clip asks the MLP, which may be quantized or adapted
         x = tower.token_embedding(text).to(dtype) + tower.positional_embedding[: text.shape[1]].to(dtype)
         place = torch.arange(text.shape[1], device=text.device)
         pooled = self.pooled_place(tower, text)[:, None]
@@ -140,7 +159,7 @@ class _ClipText(_ClipHost):
         pooled = tokens.read(tokens.summary)
         projection = tower.text_projection
         if projection is not None:
-            pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+            pooled = pooled @ projection if isinstance(projection, Tensor) else projection(pooled)
         return (pooled, tokens.unpack()[0]) if getattr(tower, "output_tokens", False) else pooled
 
     def pooled_place(self, tower: Any, text: Tensor) -> Tensor:
@@ -215,6 +234,16 @@ class PrunedClip(CLIP):
         """text [batch, length] token ids -> features [batch, embed_dim]."""
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
+
+
+def _read_projection(projection: Any, x: Tensor) -> Tensor:
+    """The output projection of torch's MultiheadAttention, x [total, dim].
+
+    It is read and not called, there as here: what is hooked or adapted to it is without effect in both. One without a weight
+    to read, at which torch fails, is called.
+    """
+    weight = getattr(projection, "weight", None)
+    return F.linear(x, weight, projection.bias) if isinstance(weight, Tensor) else projection(x)
 
 
 def _pool(tower: Any, tokens: PackedTokens) -> tuple[Tensor, Tensor]:

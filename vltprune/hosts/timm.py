@@ -19,7 +19,7 @@ from ..checks import check_images
 from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import PackedTokens
-from .base import Host, by_tiles, check_blocks, drop_path, weighted_mean
+from .base import Host, by_tiles, check_blocks, drop_path, is_affine, weighted_mean
 
 _POOLS = ("", "token", "avg", "max", "avgmax", "map")
 
@@ -50,7 +50,7 @@ class _TimmHost(Host):
     def mixes_affinely(self, block: Any) -> bool:
         attn = block.attn
         pre_norm = type(block) in (Block, EvaBlock)
-        return pre_norm and attn.gate is None and isinstance(attn.norm, nn.Identity)
+        return pre_norm and attn.gate is None and is_affine(attn.norm) and is_affine(attn.proj)
 
     def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Tensor:
         tokens = tokens.with_x(tower.norm(tokens.x))
@@ -65,8 +65,7 @@ class _TimmHost(Host):
 
     def _check_images(self, tower: Any, images: Tensor) -> None:
         embed = tower.patch_embed
-        channels = getattr(tower, "in_chans", None) or embed.proj.in_channels
-        check_images(images, channels, embed.img_size if getattr(embed, "strict_img_size", False) else None)
+        check_images(images, tower.in_chans, embed.img_size if getattr(embed, "strict_img_size", False) else None)
 
 
 @hosts.register("timm.models.vision_transformer.VisionTransformer")
@@ -138,10 +137,7 @@ class EvaVit(_TimmHost):
                 p(x).unflatten(-1, (-1, attn.head_dim)).repeat_interleave(groups, 1) for p in (attn.k_proj, attn.v_proj)
             )
             return attn.q_proj(x).unflatten(-1, heads), k, v
-        bias = attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        q, k, v = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, *heads)).unbind(1)
+        q, k, v = _fused(attn, x).unflatten(-1, (3, *heads)).unbind(1)
         return q, k, v
 
     def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
@@ -164,6 +160,22 @@ class EvaVit(_TimmHost):
         else:
             branch = by_tiles(lambda x: block.gamma_2 * block.mlp(block.norm2(x)), tokens.x)
         return tokens.with_x(tokens.x + drop_path(block.drop_path2, branch, tokens.layout))
+
+
+def _fused(attn: Any, x: Tensor) -> Tensor:
+    """Query, key and value as one projection of x [total, dim]: [total, 3 * heads * head_dim].
+
+    With biases of its own, EvaAttention reads the weight of `qkv` and never calls it, so that what is hooked or adapted to
+    `qkv` is without effect in timm. It is here too, for a pruned tower to be its host; a `qkv` that has no weight to read,
+    at which timm fails, is called.
+    """
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv(x)
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    weight = getattr(attn.qkv, "weight", None)
+    if attn.qkv_bias_separate or not isinstance(weight, Tensor):
+        return attn.qkv(x) + bias
+    return F.linear(x, weight, bias)
 
 
 def _rotate(attn: Any, x: Tensor, tokens: PackedTokens, table: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class MedDecoder(nn.Module):
 
     def __init__(self, body: MedEncoder):
         super().__init__()
-        vocab_size, width = body.word.weight.shape
+        vocab_size, width = body.vocab_size, body.width
         self.body = body
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
@@ -106,7 +106,7 @@ class MedDecoder(nn.Module):
 
         ValueError where the rules allow sentences past `max_positions`, or leave no room behind the prompt.
         """
-        longest = self.body.position.num_embeddings
+        longest = self.body.max_positions
         if rules.max_length > longest:
             raise ValueError(f"max_length={rules.max_length} is past the decoder's max_positions={longest}: lower it")
 

@@ -21,7 +21,7 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} does not split into {heads} heads: choose a multiple")
-        self.heads = heads
+        self.heads, self.head_dim = heads, width // heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(memory_width or width, width)
         self.value = nn.Linear(memory_width or width, width)
@@ -120,6 +120,7 @@ class MedEncoder(nn.Module):
             merge = images > 1 and index >= merge_from
             return CrossAttention(width, heads, memory_width, images, merge) if memory_width else None
 
+        self.vocab_size, self.max_positions, self.width = vocab_size, max_positions, width
         self.word = nn.Embedding(vocab_size, width, padding_idx=0)
         self.position = nn.Embedding(max_positions, width)
         self.embedding_norm = nn.LayerNorm(width, eps=EPS)
@@ -135,15 +136,15 @@ class MedEncoder(nn.Module):
         """
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids must be [batch, length] and not empty, got {list(input_ids.shape)}")
-        longest, end = self.position.num_embeddings, start + input_ids.shape[1]
+        longest, end = self.max_positions, start + input_ids.shape[1]
         if end > longest:
             raise ValueError(
                 f"input_ids has {end} tokens, the text tower has max_positions={longest}: "
                 "shorten the sentences, or build the model with a larger max_positions"
             )
-        if input_ids.min() < 0 or input_ids.max() >= self.word.num_embeddings:
-            raise ValueError(f"input_ids must lie in 0 .. {self.word.num_embeddings - 1} (vocab_size)")
-        x = self.word(input_ids) + self.position.weight[start:end]
+        if input_ids.min() < 0 or input_ids.max() >= self.vocab_size:
+            raise ValueError(f"input_ids must lie in 0 .. {self.vocab_size - 1} (vocab_size)")
+        x = self.word(input_ids) + self.position(torch.arange(start, end, device=input_ids.device))
         return self.dropout(self.embedding_norm(x))
 
     def check_memory(self, sentences: int, memories: int) -> None:

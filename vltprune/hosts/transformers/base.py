@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...checks import check_ids, check_images
 from ...layers.site import Site
 from ...tokens import PackedTokens
-from ..base import Host, by_tiles, check_blocks
+from ..base import Host, by_tiles, check_blocks, is_affine
 
 # all of them compute the same numbers
 _KERNELS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -30,6 +30,7 @@ class TransformersHost(Host):
 
     layers: ClassVar[str]  # where a tower keeps its blocks
     attention: ClassVar[str]  # where a block keeps its attention
+    head_size: ClassVar[str] = "head_dim"  # what the attention calls the width of a head
     projections: ClassVar[tuple[str, str, str]] = ("q_proj", "k_proj", "v_proj")
     dropout: ClassVar[str] = "dropout"  # what the attention calls the dropout of its weights
     known: ClassVar[Mapping[type, Sequence[type]]]
@@ -85,8 +86,7 @@ class TransformersHost(Host):
         return query(x).unflatten(-1, heads), key(memory).unflatten(-1, heads), value(memory).unflatten(-1, heads)
 
     def scale(self, block: nn.Module) -> float:
-        attn = self.attn(block)
-        return (getattr(attn, self.projections[0]).out_features // self.heads(attn)) ** -0.5
+        return getattr(self.attn(block), self.head_size) ** -0.5
 
     def attention_dropout(self, block: nn.Module) -> float:
         dropout = getattr(self.attn(block), self.dropout)
@@ -121,7 +121,7 @@ class PreNorm(TransformersHost):
         return x
 
     def mixes_affinely(self, block: nn.Module) -> bool:
-        return True
+        return is_affine(getattr(self.attn(block), self.output))
 
 
 class Images(TransformersHost):
@@ -157,7 +157,6 @@ class Sentences(TransformersHost):
     """Towers of token ids. One token of each sentence is protected and speaks for it: the first, if nothing else is said."""
 
     tower = "text"
-    positions: ClassVar[str] = "position_embeddings"  # what the embeddings call their table of positions
 
     def place(self, tower: Any, input_ids: Tensor) -> Tensor | int:
         """[batch, 1] or one for all: where the token stands that speaks for its sentence."""
@@ -178,8 +177,8 @@ class Sentences(TransformersHost):
         """Checked ids through the tower's embeddings, which get **embedding too, and without their padding."""
         embed = tower.embeddings
         first = getattr(embed, "padding_idx", -1) + 1  # RoBERTa counts positions from behind its padding token
-        longest = getattr(embed, self.positions).num_embeddings - first
-        check_ids(input_ids, tower.get_input_embeddings().num_embeddings, longest)
+        longest = tower.config.max_position_embeddings - first
+        check_ids(input_ids, tower.config.vocab_size, longest)
         x = embed(input_ids, **embedding)
         return self.pack(x, attention_mask, self.place(tower, input_ids)), (None,) * len(self.blocks(tower))
 

@@ -100,7 +100,7 @@ class BlipRetrieval(WithTowers):
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
 
     def head_macs(self, model: Any) -> float:
-        return float(model.itm_head.weight.numel())
+        return linear_macs(model.itm_head)
 
 
 class _Speaking(WithDecoder):
@@ -110,6 +110,9 @@ class _Speaking(WithDecoder):
 
     def crosses(self, decoder: Any) -> Sequence[Any]:
         return [layer.crossattention.self for layer in decoder.bert.encoder.layer]
+
+    def width(self, cross: Any) -> int:
+        return cross.all_head_size
 
     def word_macs(self, decoder: Any) -> float:
         return linear_macs(decoder.cls)

@@ -14,6 +14,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Sigli
 from ...registry import hosts
 from ...tokens import PackedTokens
 from ..base import WithTowers
+from ..decoder import linear_macs
 from .base import Images, PreNorm, Sentences
 
 
@@ -66,7 +67,7 @@ class Siglip2Vision(SiglipVision):
     def open(
         self, tower: Any, pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Tensor
     ) -> tuple[PackedTokens, tuple[None, ...]]:
-        width = tower.embeddings.patch_embedding.in_features
+        width = tower.config.num_channels * tower.config.patch_size**2
         if pixel_values.dim() != 3 or pixel_values.shape[-1] != width or len(pixel_values) == 0:
             raise ValueError(
                 f"pixel_values must be patches [batch, patches, {width}], got {list(pixel_values.shape)}: prepare them with "
@@ -82,8 +83,6 @@ class Siglip2Vision(SiglipVision):
 
 class _Text(_Blocks, Sentences):
     """All tokens that the mask shows enter, those behind the pooled one too: the last hidden state has them."""
-
-    positions = "position_embedding"
 
     def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         tokens = tokens.with_x(tower.final_layer_norm(tokens.x))
@@ -130,7 +129,7 @@ class TwoTowers(WithTowers):
 
     def head_macs(self, model: Any) -> float:
         projections = [getattr(model, name, nn.Identity()) for name in ("visual_projection", "text_projection")]
-        return float(sum(parameter.numel() for module in projections for parameter in module.parameters()))
+        return sum(map(linear_macs, projections))
 
 
 def _pool(head: nn.Module, tokens: PackedTokens) -> Tensor:

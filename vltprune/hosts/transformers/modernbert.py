@@ -53,7 +53,7 @@ class ModernBert(PreNorm, Sentences):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[PackedTokens, tuple[Beside, ...]]:
-        check_ids(input_ids, tower.get_input_embeddings().num_embeddings, longest=None)
+        check_ids(input_ids, tower.config.vocab_size, longest=None)
         if isinstance(attention_mask, dict):
             raise TypeError(
                 "a pruned ModernBertModel takes one attention_mask [batch, length], not one a kind of block"

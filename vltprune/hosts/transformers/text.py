@@ -29,6 +29,7 @@ class PostNorm(Sentences):
 
     layers = "encoder.layer"
     attention = "attention.self"
+    head_size = "attention_head_size"
     projections = ("query", "key", "value")
     answers: ClassVar[Any] = BaseModelOutputWithPoolingAndCrossAttentions
 
@@ -124,6 +125,7 @@ class DistilBert(Sentences):
 
     layers = "transformer.layer"
     attention = "attention"
+    head_size = "attention_head_size"
     projections = ("q_lin", "k_lin", "v_lin")
     known: ClassVar = {TransformerBlock: (DistilBertSelfAttention,)}
 

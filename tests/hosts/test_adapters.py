@@ -1,0 +1,79 @@
+"""Hosts call the projections of their towers, so that adapters around them act, whatever these show of what they wrap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import Case, same
+from test_hosts import every, make
+from timm.models.eva import EvaAttention
+from torch import nn
+
+import vltprune as vp
+
+
+class Adapter(nn.Module):
+    """A linear layer and a product of low rank beside it. It has nothing of what the layer has, except its forward."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def is_read(parent: nn.Module, path: str) -> bool:
+    """Whether the library itself reads the weight of a layer, so that the dense model cannot do with an adapter there."""
+    name = path.rpartition(".")[2]
+    return (
+        isinstance(parent, nn.MultiheadAttention)
+        or (isinstance(parent, EvaAttention) and name == "qkv" and parent.q_bias is not None)
+        or name in ("patch_embedding", "text_projection")  # of SigLIP 2, and of open_clip
+        or path.endswith("transformer.resblocks.0.mlp.c_fc")  # by which open_clip knows the dtype of its text
+    )
+
+
+def adapt(model: nn.Module) -> int:
+    """An adapter around each linear layer; how many those are."""
+    parents = dict(model.named_modules())
+    linear = [path for path, module in parents.items() if isinstance(module, nn.Linear)]
+    paths = [path for path in linear if not is_read(parents[path.rpartition(".")[0]], path)]
+    for path in paths:
+        setattr(parents[path.rpartition(".")[0]], path.rpartition(".")[2], Adapter(parents[path]))
+    return len(paths)
+
+
+FAMILIES = ["timm: vit: plain", "timm: eva: rope attention", "open_clip: image: tok", "open_clip: clip"]
+FAMILIES += ["open_clip_hf: clip", "transformers: bert: plain", "transformers: modernbert: plain", "transformers: clip"]
+FAMILIES += ["transformers: siglip2", "transformers: dinov3: plain", "transformers: blip answers"]
+FAMILIES += ["transformers: headed: DistilBertForSequenceClassification", "blip: nlvr", "blip: caption", "blip: vqa"]
+
+
+def keep_all(case: Case):
+    return case.pruned("random", keep="ratio(ratio=1.0)", reducer="fuse")
+
+
+@every
+@torch.no_grad()
+def test_adapters_act(name):
+    case = make(name)
+    plain = case.expected()
+    assert adapt(case.model) >= 4
+    expected = case.expected()
+    with pytest.raises(AssertionError):
+        same(expected, plain)
+    same(keep_all(case)(*case.inputs), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_adapters_act_in_towers_that_were_pruned_before(name):
+    case = make(name)
+    pruned, merging = keep_all(case), case.pruned(reducer="fuse")
+    plain = vp.flops.count(merging, *case.inputs)
+    for tower in pruned.pruning.towers.values():
+        adapt(tower.host)
+    same(pruned(*case.inputs), case.expected())
+    assert vp.flops.count(merging, *case.inputs).dense_total > plain.dense_total
