@@ -15,8 +15,7 @@ beams, the memory and the sentences as padded as they were. It is not pruned, bu
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -24,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import Stat
 from .hosts.base import find_composite
-from .hosts.decoder import is_linear_map
+from .hosts.linear_maps import uncounted_macs
 from .modes import evaluating
 from .pruner import PrunedEncoder
 from .savings import Cost
@@ -258,35 +256,10 @@ def _macs(encoder: PrunedEncoder, run: Callable[[], Any]) -> float:
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         counter,
-        _unknown_products(counter) as unknown,
+        uncounted_macs(counter) as uncounted,
     ):  # the counter fails on views made without gradients
         run()
-    return counter.get_total_flops() / 2 + sum(unknown)
-
-
-@contextlib.contextmanager
-def _unknown_products(counter: FlopCounterMode) -> Iterator[list[int]]:
-    """Within the `with` block, MACs of linear maps whose kernels the counter does not know, such as those of quantized ones.
-
-    They are what an unquantized map of the same size costs.
-    """
-    unknown: list[int] = []
-    before: list[int] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        if is_linear_map(module):
-            before.append(counter.get_total_flops())
-
-    def leave(module: Any, args: Any, out: Tensor) -> None:
-        if is_linear_map(module) and counter.get_total_flops() == before.pop():
-            unknown.append(out.numel() * module.in_features)
-
-    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
-    try:
-        yield unknown
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return counter.get_total_flops() / 2 + sum(uncounted)
 
 
 def _blank(like: PackedTokens, n: int) -> PackedTokens:

@@ -174,6 +174,18 @@ class PrunedEncoder(nn.Module):
             )
         return super()._replicate_for_data_parallel()  # pyright: ignore[reportReturnType]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """AttributeError for a module that is the dense tower's to have, such as a new head: here nothing would run it."""
+        modules = self.__dict__.get("_modules", {})
+        if (
+            isinstance(value, nn.Module)
+            and "host" in modules
+            and name not in modules
+            and name in modules["host"]._modules
+        ):
+            raise AttributeError(f"{name} is a module of the dense tower, which is run: write pruned.host.{name} = ...")
+        super().__setattr__(name, value)
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         tokens, beside = self.encode(*inputs, **named)
         return self.adapter.answer(self.host, self.adapter.close(self.host, tokens, beside), **named)
@@ -189,8 +201,8 @@ class PrunedEncoder(nn.Module):
         guide = self.guide.bind(self.tower) if self.guide is not None else None
         for depth, block in enumerate(self.adapter.blocks(self.host)):
             tokens, step = run(depth, block, tokens, beside[depth], guide)
-            for trace in traces:
-                trace.steps.append(step)
+            for collector, trace in zip(collectors(), traces, strict=True):
+                trace.steps.append(replace(step, tokens=tokens) if collector.tokens else step)
         for collector, trace in zip(collectors(), traces, strict=True):
             collector.append(replace(trace, left=tokens))
         return tokens, beside

@@ -11,7 +11,7 @@ from .config import PruneConfig
 from .hosts.base import find_composite, find_host
 from .layers import AlignmentGuide
 from .presets import preset
-from .pruner import PrunedEncoder, Pruning, born_like
+from .pruner import Pruning, born_like
 from .registry import guides
 
 
@@ -45,7 +45,7 @@ def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Modul
     if guide is not None:
         guide.train(model.training)
     owner = model if composite is not None else None
-    pruned = {name: PrunedEncoder(tower, host, config, guide, name, owner) for name, (tower, host) in towers.items()}
+    pruned = {name: host.encoder(tower, host, config, guide, name, owner) for name, (tower, host) in towers.items()}
     if composite is None:
         result: nn.Module = pruned[next(iter(pruned))]
     else:

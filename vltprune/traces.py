@@ -24,7 +24,8 @@ class Step:
     """One depth of a trace. position, protected [total] and lengths are those of the tokens that left the block.
 
     expected [batch]: how many they are where some are there in part, in soft training; else None. scored: the tokens that
-    entered a block that prunes, and their scores [total], for losses on them; None without gradients.
+    entered a block that prunes, and their scores [total], for losses on them; None without gradients. tokens: those that left
+    the block, in `collect(tokens=True)`; else None.
     """
 
     position: Tensor
@@ -35,6 +36,7 @@ class Step:
     guidance: Guidance | None
     expected: Tensor | None = None
     scored: tuple[PackedTokens, Tensor] | None = None
+    tokens: PackedTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,24 @@ class PruneTrace:
         return owner
 
 
-_collectors: ContextVar[tuple[list[PruneTrace], ...]] = ContextVar("collectors", default=())
+class Collector(list[PruneTrace]):
+    """The traces that one `collect` gathers. tokens: whether their steps hold the tokens that left each block."""
+
+    tokens = False
+
+
+_collectors: ContextVar[tuple[Collector, ...]] = ContextVar("collectors", default=())
 
 
 @contextlib.contextmanager
-def collect() -> Iterator[list[PruneTrace]]:
-    """Within the `with` block, a list of the traces of every pruned tower that runs, in order; also in foreign code."""
-    traces: list[PruneTrace] = []
+def collect(tokens: bool = False) -> Iterator[list[PruneTrace]]:
+    """Within the `with` block, a list of the traces of every pruned tower that runs, in order; also in foreign code.
+
+    tokens: whether each `Step.tokens` is what left its block, for those who want features of single blocks (forward hooks on
+    blocks do not fire, for a block is run in parts). Without it none of them is kept in memory.
+    """
+    traces = Collector()
+    traces.tokens = tokens
     token = _collectors.set((*_collectors.get(), traces))
     try:
         yield traces
@@ -143,7 +156,7 @@ def collect() -> Iterator[list[PruneTrace]]:
         _collectors.reset(token)
 
 
-def collectors() -> tuple[list[PruneTrace], ...]:
+def collectors() -> tuple[Collector, ...]:
     """The lists of those who collect."""
     return _collectors.get()
 

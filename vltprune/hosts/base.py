@@ -18,9 +18,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .. import precision, segments
 from ..attention import PairBias
 from ..layers.site import Site
+from ..pruner import PrunedEncoder
 from ..registry import hosts
 from ..tokens import Layout, PackedTokens
 from ..traces import Decoded
+from .refusals import dotted, refusal
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,6 +45,7 @@ class Host(ABC):
     """
 
     tower: str = "image"
+    encoder: ClassVar[type[PrunedEncoder]] = PrunedEncoder  # with what the library reads of such a tower
 
     @classmethod
     def of(cls, module: nn.Module) -> Host:
@@ -53,7 +56,16 @@ class Host(ABC):
         """TypeError or ValueError, with what is supported, for a tower of the right type with parts we cannot take apart."""
 
     def call(self, tower: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, ...]:
-        """The positional inputs of `open` for a call tower(*inputs, **named). TypeError for arguments that it lacks."""
+        """The positional inputs of `open` for a call tower(*inputs, **named). TypeError for arguments that it lacks.
+
+        A keyword that the dense tower has as well, and that says what it says by default, may be there.
+        """
+        own, dense = (inspect.signature(call).parameters for call in (self.open, tower.forward))
+        named = {
+            name: value
+            for name, value in named.items()
+            if name in own or name not in dense or value is not dense[name].default
+        }
         bound = inspect.signature(self.open).bind(tower, *inputs, **named)
         bound.apply_defaults()
         return bound.args[1:]
@@ -171,7 +183,9 @@ def find_host(tower: nn.Module) -> Host:
     """The host of a tower, by exact type. TypeError, with what is supported, for a type or block we cannot take apart."""
     found = _find(tower)
     if not isinstance(found, Host):
-        raise TypeError(f"cannot prune a {dotted(tower)}: no host takes it apart. Supported: {supported()}")
+        for base in type(tower).__mro__:
+            _load_hosts(base)
+        raise refusal(tower, _find, supported)
     found.check(tower)
     return found
 
@@ -191,16 +205,16 @@ def supported() -> str:
 
 
 def _find(module: nn.Module) -> Host | Composite | None:
-    home = type(module).__module__
-    room = _ROOMS.get(home) or _ROOMS.get(home.partition(".")[0])
-    if room is not None:
-        importlib.import_module(f"{__package__}.{room}")
-    name = dotted(module)
+    _load_hosts(type(module))
+    name = dotted(type(module))
     return hosts[name].of(module) if name in hosts else None  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def dotted(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def _load_hosts(cls: type) -> None:
+    """Register the hosts of the library that a class is from."""
+    room = _ROOMS.get(cls.__module__) or _ROOMS.get(cls.__module__.partition(".")[0])
+    if room is not None:
+        importlib.import_module(f"{__package__}.{room}")
 
 
 def check_blocks(
@@ -212,7 +226,7 @@ def check_blocks(
         if part is block or type(part) not in known[type(block)]:
             pairs = "; ".join(f"{b.__name__} with {', '.join(a.__name__ for a in attns)}" for b, attns in known.items())
             raise TypeError(
-                f"cannot prune this {type(tower).__name__}: block {depth} has a {dotted(part)}, which no host takes "
+                f"cannot prune this {type(tower).__name__}: block {depth} has a {dotted(type(part))}, which no host takes "
                 f"apart. Supported blocks: {pairs}"
             )
 

@@ -16,7 +16,8 @@ from ..registry import hosts
 from ..tokens import Layout, PackedTokens
 from ..traces import Decoded, tell_collectors
 from .base import Host, ImageAndText
-from .decoder import WithDecoder, linear_macs
+from .decoder import WithDecoder
+from .linear_maps import linear_macs
 from .listening import Listener
 from .timm import Vit
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..traces import Decoded, tell_collectors
 from .base import WithTowers, sharing, with_submodule
+from .linear_maps import linear_macs
 
 
 class WithDecoder(WithTowers):
@@ -57,21 +58,6 @@ class WithDecoder(WithTowers):
             + keys_values * call.memories * memory
             for call in decoded
         )
-
-
-def linear_macs(module: nn.Module) -> float:
-    """MACs of all linear maps in a module, quantized or of adapters too, on one token."""
-    return float(sum(linear.in_features * linear.out_features for linear in module.modules() if is_linear_map(linear)))
-
-
-def is_linear_map(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix [out_features, in_features] of its own.
-
-    What holds another such module, as an adapter does, leaves the product to that one.
-    """
-    _, *within = module.modules()
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(isinstance(size, int) for size in sizes) and not any(map(is_linear_map, within))
 
 
 def _tell_memories(key: nn.Module, args: tuple[Any, ...], keys: Tensor) -> None:

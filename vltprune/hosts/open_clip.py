@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
 
@@ -21,12 +20,13 @@ from .base import (
     ImageAndText,
     by_tiles,
     check_blocks,
-    dotted,
     find_host,
     is_affine,
     weighted_mean,
     with_submodule,
 )
+from .pruned_open_clip import PrunedClip, PrunedClipOwnText, PrunedClipText, PrunedClipVision, PrunedTimmModel
+from .refusals import dotted
 from .wrapper import Wrapper
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
@@ -51,7 +51,7 @@ class _ClipHost(Host):
         attn = block.attn
         if type(attn) not in _ATTENTIONS:
             raise TypeError(
-                f"cannot prune with a {dotted(attn)} around attention: torch's attention reads its weights and calls no "
+                f"cannot prune with a {dotted(type(attn))} around attention: torch's attention reads its weights and calls no "
                 "projection, so that an adapter would have no effect here. Merge it, or adapt the MLPs (c_fc, c_proj)"
             )
         x = F.linear(block.ln_1(tokens.x), attn.in_proj_weight, attn.in_proj_bias)
@@ -86,6 +86,8 @@ class _ClipHost(Host):
 @hosts.register("open_clip.transformer.VisionTransformer")
 class ClipVision(_ClipHost):
     """open_clip's VisionTransformer. The class token is always there, and protected."""
+
+    encoder = PrunedClipVision
 
     def site(self, tower: Any, depth: int, name: str) -> Site:
         blocks = self.blocks(tower)
@@ -179,6 +181,8 @@ class _ClipText(_ClipHost):
 class ClipText(_ClipText):
     """open_clip's TextTransformer."""
 
+    encoder = PrunedClipText
+
     def check(self, tower: Any) -> None:
         super().check(tower)
         if tower.cls_emb is not None or tower.pool_type == "none":
@@ -190,6 +194,8 @@ class ClipText(_ClipText):
 class ClipOwnText(_ClipText):
     """The text half of open_clip's CLIP, which holds it on itself."""
 
+    encoder = PrunedClipOwnText
+
     def pooling(self, tower: Any) -> tuple[str, int]:
         return tower.text_pool_type, tower.text_eos_id
 
@@ -199,6 +205,7 @@ class TimmTower(Wrapper):
     """A timm trunk with open_clip's projection on top: the trunk's own host, and the projection at the end."""
 
     name: ClassVar = "trunk"
+    encoder = PrunedTimmModel
 
     def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         return tower.head(self.inner.close(tower.trunk, tokens, beside))
@@ -223,17 +230,6 @@ class Clip(Composite):
         pruned.__dict__.update(with_submodule(model, "visual", towers["image"]).__dict__)
         pruned._modules["text"] = towers["text"]
         return pruned
-
-
-class PrunedClip(CLIP):
-    """CLIP with pruned towers. It has the parameters of the CLIP it was made from, and `text` beside `visual`."""
-
-    text: nn.Module
-
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """text [batch, length] token ids -> features [batch, embed_dim]."""
-        features = self.text(text)
-        return F.normalize(features, dim=-1) if normalize else features
 
 
 def _read_projection(projection: Any, x: Tensor) -> Tensor:

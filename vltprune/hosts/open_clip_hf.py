@@ -10,13 +10,20 @@ from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, MaxPooler, M
 from torch import Tensor, nn
 
 from .. import segments
+from ..pruner import PrunedEncoder
 from ..registry import hosts
 from ..tokens import PackedTokens
+from .attributes import forwards
 from .base import weighted_mean
 from .wrapper import Wrapper
 
 _FIRST = (ClsPooler, ClsLastHiddenStatePooler)
 _POOLERS = (MeanPooler, MaxPooler, *_FIRST)
+
+
+@forwards("config", "context_length", "vocab_size", "output_dim", "output_tokens", "lock", "set_grad_checkpointing")
+class PrunedHfText(PrunedEncoder):
+    """An encoder of transformers in open_clip."""
 
 
 @hosts.register("open_clip.hf_model.HFTextEncoder")
@@ -30,6 +37,7 @@ class HfText(Wrapper):
 
     name: ClassVar = "transformer"
     tower = "text"
+    encoder = PrunedHfText
 
     def check(self, tower: Any) -> None:
         if type(tower.pooler) not in _POOLERS:

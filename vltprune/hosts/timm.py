@@ -20,6 +20,7 @@ from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import PackedTokens
 from .base import Host, by_tiles, check_blocks, drop_path, is_affine, weighted_mean
+from .pruned_timm import PrunedTimm
 
 _POOLS = ("", "token", "avg", "max", "avgmax", "map")
 
@@ -27,6 +28,7 @@ _POOLS = ("", "token", "avg", "max", "avgmax", "map")
 class _TimmHost(Host):
     """What the two families have in common: blocks with `attn`, `mlp` and two norms, prefix tokens, pooling, head."""
 
+    encoder = PrunedTimm
     known: ClassVar[Mapping[type, Sequence[type]]] = {}
 
     def check(self, tower: Any) -> None:

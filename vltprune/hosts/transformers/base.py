@@ -12,13 +12,32 @@ from torch import Tensor, nn
 
 from ...checks import check_ids, check_images
 from ...layers.site import Site
+from ...pruner import PrunedEncoder
 from ...tokens import PackedTokens
+from ..attributes import forwards
 from ..base import Host, by_tiles, check_blocks, is_affine
 
 # all of them compute the same numbers
 _KERNELS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+# what a trainer or a tokenizer gives a tower beside its inputs, and an encoder's answer does not depend on
+_WITHOUT_EFFECT = ("num_items_in_batch", "labels", "return_loss", "use_cache", "token_type_ids")
 # what a call or a configuration may ask for beside the inputs, and pruning cannot give
 _EXTRAS = ("output_attentions", "output_hidden_states", "is_causal")
+
+
+@forwards("config", "device", "dtype", "main_input_name", "input_modalities", "base_model_prefix", "name_or_path")
+@forwards("generation_config", "can_generate", "dummy_inputs", "hf_device_map", "warnings_issued")
+@forwards("get_input_embeddings", "set_input_embeddings", "resize_token_embeddings")
+@forwards("enable_input_require_grads", "disable_input_require_grads", "supports_gradient_checkpointing")
+@forwards("gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing")
+@forwards("activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing")
+class PrunedTransformer(PrunedEncoder):
+    """A pruned tower of transformers, with what its pipelines, its trainer, and models around the tower read of one."""
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The tower itself, as of any model without a head."""
+        return self
 
 
 class TransformersHost(Host):
@@ -28,6 +47,7 @@ class TransformersHost(Host):
     `open` names its arguments as the tower does, and takes those that pruning supports.
     """
 
+    encoder = PrunedTransformer
     layers: ClassVar[str]  # where a tower keeps its blocks
     attention: ClassVar[str]  # where a block keeps its attention
     head_size: ClassVar[str] = "head_dim"  # what the attention calls the width of a head
@@ -53,7 +73,7 @@ class TransformersHost(Host):
 
         takes = list(inspect.signature(self.open).parameters)[1:]  # behind the tower
         asked = [name for name, value in given.items() if value is not None and value is not False]
-        strange = [name for name in asked if name not in (*takes, "return_dict")]
+        strange = [name for name in asked if name not in (*takes, *_WITHOUT_EFFECT, "return_dict")]
         if strange:
             raise TypeError(
                 f"a pruned {type(tower).__name__} does not take {strange[0]}: leave it out (hidden states and attentions of "

@@ -21,7 +21,8 @@ from ...registry import hosts
 from ...tokens import PackedTokens
 from ...traces import Decoded, tell_collectors
 from ..base import WithTowers
-from ..decoder import WithDecoder, linear_macs
+from ..decoder import WithDecoder
+from ..linear_maps import linear_macs
 from .base import Images, PreNorm
 from .text import PostNorm
 

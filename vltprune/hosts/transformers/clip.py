@@ -14,7 +14,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Sigli
 from ...registry import hosts
 from ...tokens import PackedTokens
 from ..base import WithTowers
-from ..decoder import linear_macs
+from ..linear_maps import linear_macs
 from .base import Images, PreNorm, Sentences
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...registry import hosts
 from ..base import Composite, Host, find_host, with_submodule
-from ..decoder import linear_macs
+from ..linear_maps import linear_macs
 
 
 @hosts.register("transformers.models.bert.modeling_bert.BertForSequenceClassification")

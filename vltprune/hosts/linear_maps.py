@@ -1,0 +1,52 @@
+"""Linear maps in a model, plain, quantized or of adapters, and the products that they cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Whether a module multiplies by a matrix [out_features, in_features] of its own.
+
+    What holds another such module, as an adapter does, leaves the product to that one.
+    """
+    _, *within = module.modules()
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes) and not any(map(is_linear_map, within))
+
+
+def linear_macs(module: nn.Module) -> float:
+    """MACs of all linear maps in a module, on one token."""
+    maps: list[Any] = list(filter(is_linear_map, module.modules()))
+    return float(sum(linear.in_features * linear.out_features for linear in maps))
+
+
+@contextlib.contextmanager
+def uncounted_macs(counter: FlopCounterMode) -> Iterator[list[int]]:
+    """Within the `with` block, MACs of linear maps whose kernels the counter does not know, such as those of quantized ones.
+
+    They are what an unquantized map of the same size costs.
+    """
+    uncounted: list[int] = []
+    before: list[int] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if is_linear_map(module):
+            before.append(counter.get_total_flops())
+
+    def leave(module: Any, args: Any, out: Tensor) -> None:
+        if is_linear_map(module) and counter.get_total_flops() == before.pop():
+            uncounted.append(out.numel() * module.in_features)
+
+    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave))
+    try:
+        yield uncounted
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,84 @@
+"""Pruned towers of timm, with what timm's scripts, optimizers and feature extraction read of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from ..pruner import PrunedEncoder
+from ..traces import collect
+from .attributes import forwards, of_host
+
+
+@forwards("pretrained_cfg", "default_cfg", "num_classes", "num_features", "head_hidden_size", "embed_dim", "in_chans")
+@forwards("global_pool", "num_prefix_tokens", "feature_info", "patch_embed", "dynamic_img_size", "grad_checkpointing")
+@forwards("set_grad_checkpointing", "get_classifier", "reset_classifier", "set_input_size")
+class PrunedTimm(PrunedEncoder):
+    """A pruned VisionTransformer or Eva."""
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that weight decay leaves alone, by their names here."""
+        host: Any = self.host
+        return of_host(host.no_weight_decay())
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names for layer decay, as timm's; guide and pruners are in no group of their own."""
+        host: Any = self.host
+        return {group: _prefixed(patterns) for group, patterns in host.group_matcher(coarse).items()}
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens that are left, normed: [batch, longest, dim], in their order, prefix tokens first, and zeros behind."""
+        tokens, _ = self.encode(images)
+        host: Any = self.host
+        return tokens.with_x(host.norm(tokens.x)).unpack()[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The head on what `forward_features` returned. TypeError for towers that pool more than one token: how many there
+        are, and what was merged into them, `x` does not say."""
+        host: Any = self.host
+        if host.global_pool != "token" or host.attn_pool is not None:
+            raise TypeError(
+                f"a pruned tower with global_pool={host.global_pool!r} pools within its call: write model(images), with "
+                "model.reset_classifier(0) before it for features"
+            )
+        return host.forward_head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Tokens that left single blocks, as timm's: [batch, longest there, dim], in their order, and zeros behind.
+
+        ValueError unless output_fmt is "NLC". `vltprune.collect(tokens=True)` says where they stood.
+        """
+        host: Any = self.host
+        if output_fmt != "NLC":
+            raise ValueError(
+                f"output_fmt={output_fmt!r}: what is left of a pruned image fills no grid; write output_fmt='NLC', and see "
+                "Step.position of vltprune.collect(tokens=True) for where tokens stood"
+            )
+        taken, _ = feature_take_indices(len(host.blocks), indices)
+        with collect(tokens=True) as traces:
+            last, _ = self.encode(x)
+        outputs = [step.tokens for depth, step in enumerate(traces[-1].steps) if depth in taken]
+        padded = [t.with_x(host.norm(t.x) if norm else t.x).unpack()[0] for t in outputs if t is not None]
+        prefix = host.num_prefix_tokens
+        parts: list[Any] = [each[:, prefix:] for each in padded]
+        if return_prefix_tokens and prefix:
+            parts = [(part, each[:, :prefix]) for part, each in zip(parts, padded, strict=True)]
+        return parts if intermediates_only else (last.with_x(host.norm(last.x)).unpack()[0], parts)
+
+
+def _prefixed(patterns: Any) -> Any:
+    """A pattern of timm's, or a list of them in pairs with what they stand for, for names that begin with "host."."""
+    if isinstance(patterns, str):
+        return rf"^host\.(?:{patterns.replace('^', '')})"
+    return [(_prefixed(pattern), value) for pattern, value in patterns]
