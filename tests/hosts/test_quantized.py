@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from checks import same
+from checks import same, tensors
 from test_adapters import FAMILIES
 from test_hosts import make
 from torch import nn
@@ -61,3 +61,33 @@ def test_what_is_quantized_cannot_be_saved(name, quantize, tmp_path):
         vp.save(pruned, folder)
     assert not folder.exists()
     vp.save(pruned, folder, only="pruning")
+
+
+@pytest.mark.parametrize("quantize", [by_torch, by_torchao])
+@pytest.mark.parametrize("name", ["timm: eva: rope attention", "open_clip_hf: clip", "blip: nlvr", "blip: caption"])
+@torch.no_grad()
+def test_a_quantized_pruned_model(name, quantize, tmp_path):
+    """The guide's maps are quantized, too."""
+    case = make(name)
+    pruned = case.pruned()
+    plain, macs = pruned(*case.inputs), vp.flops.count(pruned, *case.inputs)
+    small = quantize(pruned)
+    out = small(*case.inputs)
+    assert all(a.dim() == b.dim() and a.isfinite().all() for a, b in zip(tensors(out), tensors(plain), strict=True))
+    cost = vp.flops.count(small, *case.inputs)
+    assert cost.dense_total == pytest.approx(macs.dense_total, rel=1e-9)
+    assert cost.total == pytest.approx(macs.total, rel=0.1)  # other tokens may stay
+
+    with pytest.raises(TypeError, match=r"quantized.*Save the model before it is quantized"):
+        vp.save(small, tmp_path / "quantized", only="pruning")
+    assert not (tmp_path / "quantized").exists()
+
+
+@torch.no_grad()
+def test_the_shipped_model_is_quantized():
+    pruned = vp.create_model("blip_nlvr_tiny_madtp.p80", pretrained=True)
+    small = by_torch(pruned)
+    ids, mask = torch.randint(1, 50, (2, 10)), torch.ones(2, 10, dtype=torch.int64)
+    inputs = (torch.randn(2, 2, 3, 96, 96), ids, mask)
+    assert (small(*inputs) - pruned(*inputs)).abs().max() < 1
+    assert vp.flops.count(small, *inputs).dense_total == vp.flops.count(pruned, *inputs).dense_total
