@@ -94,8 +94,11 @@ def _pycocoevalcap() -> tuple[Callable[..., Any], ...]:
 
 
 def _lines(texts: Sequence[str]) -> list[dict[str, str]]:
-    """Each text as one line, in the tokenizer's form: it counts lines, and any other break would move the captions after."""
-    return [{"caption": " ".join(text.split())} for text in texts]
+    """Each text as one line, in the tokenizer's form: it counts lines, and any other break would move the captions after.
+
+    What UTF-8 cannot write, half of a character, becomes a question mark: the tokenizer is another program.
+    """
+    return [{"caption": " ".join(text.encode("utf-8", "replace").decode("utf-8").split())} for text in texts]
 
 
 def _spice_folder() -> Path:

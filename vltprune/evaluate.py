@@ -82,8 +82,8 @@ class Outcome:
 
     @property
     def right(self) -> np.ndarray:
-        """[questions] bool"""
-        return (self.chance > 0.5) == (self.labels == 1)
+        """[questions] bool; NaN is never right."""
+        return ((self.chance > 0.5) == (self.labels == 1)) & np.isfinite(self.chance)
 
     @property
     def accuracy(self) -> float:
@@ -136,6 +136,8 @@ def _evaluate(model: nn.Module, batches: Sequence[Questions], tick: Callable[[in
     for batch in batches:
         with collect() as traces:
             chances.append(model(*batch.inputs).softmax(-1)[:, 1])
+        if not chances[-1].isfinite().all():
+            raise FloatingPointError("the model's logits are NaN or infinite, which is no answer: check its weights")
         if gauge is not None:
             spent += gauge(traces, [1] * len(batch.labels))
         if tick is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,9 +40,9 @@ class Exam:
     def sit(self, loader: Loader[Any], journal: Journal, tick: Callable[[int], object] | None = None) -> None:
         """Answers the loader's records in order, a row each in the journal, from the first that has none.
 
-        tick: called with the number of rows just written. Pictures that cannot be opened get a row that says so, or
-        OSError where the loader is strict. ValueError for a journal of an earlier version, whose dense costs had padding in
-        them.
+        tick: called with the number of rows just written. A record whose pictures cannot be opened, or whose texts the model
+        cannot read, gets a row that says so; where the loader is strict, OSError and ValueError. ValueError for a journal of an
+        earlier version, whose dense costs had padding in them.
         """
         if any("macs" in row and "padding" not in row for row in journal.rows):
             raise ValueError(
@@ -51,9 +52,27 @@ class Exam:
         loader = replace(loader, start=len(journal.rows), skipped=[])
         with evaluating(self.model, self.gauge.model):
             for records, images in loader:
-                rows = self._answer(records, images.to(self.device))
+                places = self._legible(records, loader)
+                rows = self._answer([records[i] for i in places], images[places].to(self.device)) if places else []
                 _write(rows, loader.skipped, journal, tick)
             _write([], loader.skipped, journal, tick)
+
+    def _legible(self, records: Sequence[Record], loader: Loader[Any]) -> list[int]:
+        """The places of the records whose texts have token ids; the others go to what the loader skipped."""
+        try:
+            self.task.texts(records)
+            return [*range(len(records))]
+        except ValueError:
+            places = []
+        for place, record in enumerate(records):
+            try:
+                self.task.texts([record])
+                places.append(place)
+            except ValueError as error:
+                if loader.strict:
+                    raise ValueError(f"entry {record.index}: {error}") from error
+                loader.skipped.append(Skipped(record.index, str(error)))
+        return places
 
     def _answer(self, records: Sequence[Record], images: Tensor) -> list[dict[str, Any]]:
         texts, counts = self.task.texts(records)
@@ -133,6 +152,8 @@ def report(
 
     macs, dense = mean("macs"), mean("dense_macs")
     scores = task.score(answered)
+    if wrong := [name for name, score in scores.items() if not math.isfinite(score)]:
+        raise FloatingPointError(f"{wrong[0]} of {len(answered)} records is {scores[wrong[0]]}, which is no score")
     return {
         "scores": scores,
         "unscored": task.unscored(scores) if isinstance(task, Explains) else {},

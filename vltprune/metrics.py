@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -15,9 +16,15 @@ RANKS = (1, 5, 10)
 
 
 def accuracy(chances: Sequence[float], labels: Sequence[int]) -> float:
-    """The share of statements judged right: chances [n] that each is true, labels [n] 1 or 0. ValueError for none."""
+    """The share of statements judged right: chances [n] that each is true, labels [n] 1 or 0.
+
+    ValueError for none, and for chances that are NaN or infinite: these are no answers.
+    """
     if not chances:
         raise ValueError("accuracy of no statements: give at least one")
+    wrong = [f"chances[{i}] is {chance}" for i, chance in enumerate(chances) if not math.isfinite(chance)]
+    if wrong:
+        raise ValueError(f"accuracy needs the chance that each statement is true, and {wrong[0]}")
     return sum((chance > 0.5) == (label == 1) for chance, label in zip(chances, labels, strict=True)) / len(chances)
 
 
@@ -35,10 +42,12 @@ def recalls(
     ValueError for similarities that are not finite, or images without a text.
     """
     owner = torch.as_tensor(owners, device=similarity.device)
-    if similarity.dim() != 2 or owner.shape != similarity.shape[1:] or not similarity.isfinite().all():
+    by_text = similarity if by_text is None else by_text
+    finite = bool(similarity.isfinite().all() and by_text.isfinite().all())
+    if similarity.dim() != 2 or owner.shape != similarity.shape[1:] or by_text.shape != similarity.shape or not finite:
         raise ValueError(
-            f"similarity must be finite [images, texts], with the image of each text in owners [texts]; "
-            f"got {list(similarity.shape)} and {list(owner.shape)}"
+            "similarity, and by_text if it is given, must be finite [images, texts], with the image of each text in owners "
+            f"[texts]; got {list(similarity.shape)} and {list(owner.shape)}{'' if finite else ', and NaN or infinity in it'}"
         )
     own = torch.arange(len(similarity), device=similarity.device)[:, None] == owner
     if not own.any(1).all() or not own.any(0).all():
@@ -46,7 +55,6 @@ def recalls(
 
     best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     texts_before = ((similarity >= best) & ~own).sum(1)
-    by_text = similarity if by_text is None else by_text
     images_before = ((by_text >= by_text.gather(0, owner[None])) & ~own).sum(0)
     found = {f"i2t_r{k}": float((texts_before < k).double().mean()) for k in ranks}
     found |= {f"t2i_r{k}": float((images_before < k).double().mean()) for k in ranks}

@@ -20,6 +20,11 @@ BERT = "google-bert/bert-base-uncased"  # on the hub
 _FILES = ("vocab.txt", "tokenizer.json")
 
 
+def well_formed(text: str) -> str:
+    """The text with each half of a character (a lone surrogate) as U+FFFD: UTF-8 cannot write one, tokenizers refuse it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class BlipTokenizer:
     """Lower-case WordPiece over a vocabulary of BERT's, with `[DEC]` and `[ENC]` behind it (30522 and 30523).
 
@@ -86,7 +91,7 @@ class BlipTokenizer:
         return [self._tokenizer.decode(self._said(row)) for row in input_ids.tolist()]
 
     def _row(self, text: str, first: str, max_length: int | None) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(well_formed(text), add_special_tokens=False).ids
         if max_length is not None:
             ids = ids[: max_length - 2]
         elif len(ids) + 2 > self.max_positions:
@@ -153,11 +158,11 @@ def _locate(source: str | Path, cache_dir: str | None) -> Path:
 
 def _read(file: Path) -> dict[str, int]:
     """Token to id, from one token a line or from the JSON of a tokenizer."""
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8-sig")
     if file.suffix != ".json":
-        return {token: index for index, token in enumerate(text.splitlines())}
+        return {token: index for index, token in enumerate(text.removesuffix("\n").split("\n"))}
     try:
         model = json.loads(text)["model"]
         return {str(token): int(index) for token, index in model["vocab"].items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no tokenizer.json with a vocabulary of word pieces") from error

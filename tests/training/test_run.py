@@ -288,3 +288,25 @@ def test_a_milder_run_can_be_gone_on_from(tmp_path):
 def test_batches_that_do_not_split(tmp_path):
     with pytest.raises(ValueError, match=r"batch_size=4 does not split into 1 processes x accumulate=3 equal parts"):
         compress(config("nlvr", tmp_path / "data", accumulate=3), tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:captions are written, and not scored")
+@pytest.mark.parametrize("task", TASKS)
+def test_texts_that_cannot_be_read_are_told_of(task, tmp_path):
+    """Half an emoji is repaired; a text of more tokens than the model takes, and answers held back, are not learnt from."""
+    settings = config(task, tmp_path / "data", steps=2, distil=0.0, saliency=0.0)
+    file = Path(settings.data)
+    entries = json.loads(file.read_text())
+    half, long = "above \ud83d blue", " ".join("abcdefgh" * 4)
+    for entry, text in ((entries[0], half), (entries[1], long)):
+        changed = {"nlvr": "sentence", "vqa": "question"}.get(task, "caption")
+        entry[changed] = text
+    if task == "vqa":
+        del entries[2]["answer"]
+        entries[3]["answer"] = [long] * 2
+    file.write_text(json.dumps(entries))
+    done = compress(settings, tmp_path / "run")
+    assert done is not None
+    wrong = {"nlvr": {1}, "vqa": {2, 3}, "caption": {1}, "retrieval": set()}[task]
+    assert {int(note.split()[1].rstrip(":")) for note in done.skipped} <= wrong
+    assert all(row["records"] >= 7 for row in done.rows)

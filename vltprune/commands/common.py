@@ -25,7 +25,9 @@ Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 def say(text: str) -> None:
     """A line for the user, beside the result: on stderr, so that stdout can be piped; above a progress bar, if there is one."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(
+        text.encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr
+    )  # names of files may be no UTF-8
 
 
 def positive(text: str) -> int:

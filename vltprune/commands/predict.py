@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ def run(args: argparse.Namespace) -> None:
 
     with torch.no_grad(), collect() as traces:
         chance = float(model(pair[None], input_ids, mask).softmax(-1)[0, 1])
+    if not math.isfinite(chance):
+        raise FloatingPointError(
+            f"the logits of {args.model} are NaN or infinite, which is no answer: check its weights"
+        )
     print(f"{str(chance > 0.5).lower()}  (probability of true: {chance:.1%})")
     _report(model, traces)
     _draw([prepare.seen(image) for image in pair], traces, args.sentence, chance).save(output)

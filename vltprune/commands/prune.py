@@ -149,6 +149,9 @@ class Results:
         if isinstance(features, PackedTokens):  # BLIP's image tower hands on all that is left
             assert features.summary is not None
             features = features.read(features.summary)
+        if not features.isfinite().all():
+            wrong = next(file for file, feature in zip(files, features, strict=True) if not feature.isfinite().all())
+            raise FloatingPointError(f"the features of {wrong} are NaN or infinite: check the model's weights")
         lengths = [trace.entered.layout.lengths, *trace.lengths]
         for i, file in enumerate(files):
             feature = features[i] if features.dim() == 2 else features[i, : lengths[-1][i]]
@@ -187,7 +190,8 @@ class Results:
         if self.features[0].dim() == 1:
             tensors = {"features": torch.stack(self.features)}
         else:
-            tensors = dict(zip(self.files, self.features, strict=True))
+            names = [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in self.files]
+            tensors = dict(zip(names, self.features, strict=True))
         save_file(tensors, self.folder / "features.safetensors", {"files": json.dumps(self.files)})
 
     def mean_kept(self) -> list[float]:

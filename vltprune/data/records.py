@@ -56,6 +56,7 @@ class Question(Record):
 
     together: the answers belong together (what is on the desk? a lamp and a cup), and are not one each of several people.
     share: how much the question counts in training (BLIP gives those of Visual Genome 0.2).
+    id, given: the question's identifier as a text, and as the annotations have it, None where they have none.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Question(Record):
     answers: tuple[str, ...]
     together: bool = False
     share: float = 1.0
+    given: str | int | float | None = None
 
     @property
     def weights(self) -> dict[str, float]:
@@ -72,10 +74,20 @@ class Question(Record):
 
 @dataclass(frozen=True)
 class Captioned(Record):
-    """An image and what people wrote of it: for captioning, and for retrieval in both directions."""
+    """An image and what people wrote of it: for captioning, and for retrieval in both directions.
+
+    id, given: the image's identifier as a text, and as the annotations have it, None where they have none.
+    """
 
     id: str
     captions: tuple[str, ...]
+    given: str | int | float | None = None
+
+    @property
+    def image_name(self) -> str:
+        """Which image it is: equal for records of one image, such as those of files with an entry a caption."""
+        path = self.images[0] if self.images else None
+        return str(path) if isinstance(path, Path) else self.id
 
 
 R = TypeVar("R", bound=Record)

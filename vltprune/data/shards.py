@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from vltprune.data import pictures
-from vltprune.data.annotations import UNREADABLE, entries, reason
+from vltprune.data.annotations import KEY, UNREADABLE, decoded, entries, parsed, reason
 from vltprune.data.records import Picture, R
 
 _SHARDS = re.compile(r"(pipe:|\w+://).*|.*\.(tar|tgz|tar\.\w+)")
@@ -71,9 +71,7 @@ class Shards(Generic[R]):
     def record(self, index: int, sample: Sample) -> R:
         """What a sample holds; its key is the id of an entry that has none. OSError that says why there is no record."""
         try:
-            entry = _entry(sample)
-            named = {"question_id": sample.key, "image_id": entry.get("image", sample.key), **entry}
-            return self.entry(index, named, _pictures(sample))
+            return self.entry(index, {KEY: sample.key, **_entry(sample)}, _pictures(sample))
         except UNREADABLE as error:
             raise OSError(reason(error)) from error
 
@@ -140,13 +138,15 @@ def _found(name: str) -> list[str]:
 
 def _entry(sample: Sample) -> Mapping[str, Any]:
     """What is said of a sample's pictures. Raises one of `UNREADABLE`."""
-    said = {kind: sample.files[kind].decode("utf-8") for kind in ("json", "txt") if kind in sample.files}
+    said = {kind: decoded(sample.files[kind]) for kind in ("json", "txt") if kind in sample.files}
     if not said:
         raise ValueError("it has neither json nor txt")
-    entry = json.loads(said["json"]) if "json" in said else {}
+    entry = parsed(said["json"]) if "json" in said else {}
     if not isinstance(entry, dict):
         raise ValueError(f"its json must hold an entry, it holds a {type(entry).__name__}")
-    return {"caption": said["txt"].strip(), **entry} if "txt" in said else entry
+    if "txt" in said and not any(entry.get(key) not in (None, "", []) for key in ("caption", "captions")):
+        return {**entry, "caption": said["txt"].strip(), "captions": None}
+    return entry
 
 
 def _pictures(sample: Sample) -> list[Picture]:

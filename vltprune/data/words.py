@@ -61,13 +61,13 @@ class WordTokenizer:
             raise ValueError(f"WordTokenizer.encode was given an empty sentence: {sentence!r}")
         if len(words) + 2 > self.max_positions:
             raise ValueError(
-                f"{sentence!r} takes {len(words) + 2} positions, [CLS] and [SEP] included, and the model has "
+                f"{sentence[:60]!r} ... takes {len(words) + 2} positions, [CLS] and [SEP] included, and the model has "
                 f"max_positions={self.max_positions}: shorten the sentence"
             )
 
         unknown = [word for word in words if word not in self._ids]
         if unknown:
-            raise ValueError(f"unknown words in {sentence!r}: " + "; ".join(map(self._nearest, unknown)))
+            raise ValueError(f"unknown words in {sentence[:200]!r}: " + "; ".join(map(self._nearest, unknown)))
         return [CLS, *(self._ids[word] for word in words), SEP]
 
     def _nearest(self, word: str) -> str:

@@ -73,7 +73,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def __call__(self, step: Step, state: State, prompt: Tensor, rules: Rules) -> Tensor:
-        """Sentences [rows, n], n <= max_length, that continue prompt [rows, prompt length], padded behind their ends."""
+        """Sentences [rows, n], n <= max_length, that continue prompt [rows, prompt length], padded behind their ends.
+
+        FloatingPointError for logits that are NaN or infinite.
+        """
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class Beam(Strategy):
         new, ended = prompt.repeat_interleave(beams, 0), _Ended.none(rows, beams, rules, prompt.device)
         for length in rules.room(prompt):
             logits, state = step(new, state)
-            chances = rules.apply(logits.float().log_softmax(-1), said.flatten(0, 1)).unflatten(0, (rows, beams))
+            chances = _checked(rules.apply(logits.float().log_softmax(-1), said.flatten(0, 1)))
+            chances = chances.unflatten(0, (rows, beams))
 
             found, begun, said = _best(2 * beams, scores[..., None] + chances, said)
             ends = (said[..., -1] == rules.eos_id) | (length == rules.max_length)
@@ -172,11 +176,21 @@ class _Ended:
         return replace(self, done=self.done | (self.scores.amin(1) >= hope))
 
 
+def _checked(scores: Tensor) -> Tensor:
+    """scores [rows, vocab_size], as they are. FloatingPointError where a row has no best token: NaN, infinity, or none left."""
+    if not scores.amax(-1).isfinite().all():
+        raise FloatingPointError(
+            "the decoder's logits are NaN or infinite, and no token can be chosen by them: check the weights, or compute in "
+            "full precision"
+        )
+    return scores
+
+
 def _one_by_one(step: Step, state: State, prompt: Tensor, rules: Rules, choose: Callable[[Tensor], Tensor]) -> Tensor:
     said, new, goes_on = prompt, prompt, torch.ones_like(prompt[:, 0], dtype=torch.bool)
     for _ in rules.room(prompt):
         logits, state = step(new, state)
-        token = choose(rules.apply(logits.float(), said))
+        token = choose(_checked(rules.apply(logits.float(), said)))
         new = torch.where(goes_on, token, rules.pad_id)[:, None]
         said, goes_on = torch.cat([said, new], 1), goes_on & (token != rules.eos_id)
         if not goes_on.any():

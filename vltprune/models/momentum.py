@@ -125,7 +125,10 @@ def _hard_negatives(image: Tensor, text: Tensor, ids: Tensor, temperature: Tenso
     drawn = []
     for features, others in ((image, everyones(text)), (text, everyones(image))):
         chances = (features @ others.T / temperature).masked_fill(same, -torch.inf).softmax(1)
-        drawn.append(torch.multinomial(chances, 1).squeeze(1))
+        legible = chances.isfinite().all(
+            1, keepdim=True
+        )  # features may be NaN: the loss is then, and it is skipped as such
+        drawn.append(torch.multinomial(torch.where(legible, chances, (~same).to(chances)), 1).squeeze(1))
     return drawn[0], drawn[1]
 
 

@@ -112,7 +112,8 @@ class BlipVqa(nn.Module):
 
         answer_ids, answer_mask [answers, length]: one list for all questions; the rest as in `read`. The k answers whose
         first word is likeliest are scored in full: minus the cost in training, which for BLIP is smoothed by 0.1; with
-        smoothing=0 it is the log-likelihood. Raises ValueError for answers without a word.
+        smoothing=0 it is the log-likelihood. Raises ValueError for answers without a word, FloatingPointError for scores that
+        are NaN.
         """
         if answer_ids.dim() != 2 or answer_ids.shape[1] < 2:
             raise ValueError(f"answer_ids must be [answers, 2 or more], [CLS] first; got {list(answer_ids.shape)}")
@@ -127,6 +128,10 @@ class BlipVqa(nn.Module):
             ids, mask = answer_ids[some], None if answer_mask is None else answer_mask[some]
             logits, _ = self.decoder(ids, cache.about(start.new_tensor([question])), mask)
             costs.append(next_token_costs(logits, ids, mask, smoothing=smoothing)[0])
+        if first.isnan().any() or any(cost.isnan().any() for cost in costs):
+            raise FloatingPointError(
+                "the answers' scores are NaN, and none can be ranked by them: check the weights, or compute in full precision"
+            )
         scores, order = (-torch.stack(costs)).sort(descending=True)
         return chosen.gather(1, order), scores
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -158,9 +158,22 @@ def one_folder(images: Images) -> str | Path:
     return images
 
 
+def finite(scores: Tensor, records: Iterable[Record], what: str) -> Tensor:
+    """What a model gave for records, scores [records, ...], as it is. FloatingPointError that names a record for NaN or
+    infinity: no answer can be read off them."""
+    bad = (~scores.flatten(1).isfinite().all(1)).nonzero()
+    if len(bad):
+        index = [record.index for record in records][int(bad[0])]
+        raise FloatingPointError(
+            f"the model's {what} of entry {index} are NaN or infinite, which is no answer: check its weights, or compute in "
+            "full precision"
+        )
+    return scores
+
+
 def number(id: str) -> int | str:
-    """An id as published: a number where it is one."""
-    return int(id) if id.isdecimal() else id
+    """An identifier that was made here, not given: a number where it is one."""
+    return int(id) if id.isdecimal() and str(int(id)) == id else id
 
 
 def pack(values: Tensor) -> str:

@@ -55,7 +55,7 @@ class Caption:
     ) -> list[dict[str, Any]]:
         written = self.words.decode(model.generate(images[:, 0])[:, self.prompt :])
         return [
-            {"id": record.id, "caption": text, "captions": list(record.captions)}
+            {"id": record.id, "given": record.given, "caption": text, "captions": list(record.captions)}
             for text, record in zip(written, records, strict=True)
         ]
 
@@ -74,11 +74,14 @@ class Caption:
         return {} if "SPICE" in scores else {"SPICE": caption_metrics.spice_lacks() or "its program failed"}
 
     def results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """COCO's form: `image_id` and `caption`, of each image."""
-        return [{"image_id": _image_id(row["id"]), "caption": row["caption"]} for row in rows]
+        """COCO's form: `image_id`, as it was given, and `caption`, of each image."""
+        return [{"image_id": _image_id(row), "caption": row["caption"]} for row in rows]
 
 
-def _image_id(id: str) -> int | str:
-    """COCO's number of an image, where the id is one or the path of one; else the id."""
-    found = _COCO.search(id)
-    return number(found[1] if found else id)
+def _image_id(row: Mapping[str, Any]) -> str | int | float:
+    """As the annotations have it; where they have none, COCO's number out of the image's path, or the path."""
+    given = row.get("given")
+    if given is not None:
+        return given
+    found = _COCO.search(row["id"])
+    return number(found[1] if found else row["id"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..data import Captioned, Record
-from .base import pack, unpack
+from .base import finite, pack, unpack
 
 Match = Callable[[Tensor, Tensor], Tensor]  # rows of images and of texts, [pairs] each, to how well they match [pairs]
 
@@ -72,7 +72,9 @@ class Matching:
         self, model: Any, records: Sequence[Pairs], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
         """As of `Task`, for one image at a time or images with equally many texts."""
-        logits = model(images[:, 0], *texts)[:, 1].split([len(record.texts) for record in records])
+        each = [record for record in records for _ in record.texts]
+        logits = finite(model(images[:, 0], *texts), each, "matching logits")[:, 1]
+        logits = logits.split([len(record.texts) for record in records])
         return [
             {"image": record.row, "pairs": len(some), "texts": pack(record.texts.int()), "match": pack(some.float())}
             for record, some in zip(records, logits, strict=True)
@@ -97,7 +99,10 @@ def rerank(similarity: Tensor, match: Match, most: int = 256) -> tuple[Tensor, T
     similarity [images, texts]; match(rows of images, rows of texts) -> [pairs], added to the similarity; most: how many
     nearest are judged (BLIP: 256 on COCO, 128 on Flickr30k). Returns what ranks texts for an image and what ranks images
     for a text, both [images, texts], for `metrics.recalls(first, owners, by_text=second)`; pairs not judged come last.
+    ValueError for similarities, and FloatingPointError for matches, that are NaN or infinite.
     """
+    if not similarity.isfinite().all():
+        raise ValueError("similarity holds NaN or infinity, and nothing can be ranked by it: check the features")
 
     def turned(texts: Tensor, images: Tensor) -> Tensor:
         return match(images, texts)
@@ -110,5 +115,8 @@ def _judged(similarity: Tensor, match: Match, most: int) -> Tensor:
     result = torch.full_like(similarity, _UNJUDGED)
     for row, scores in enumerate(similarity):
         best, columns = scores.topk(min(most, len(scores)))
-        result[row, columns] = best + match(torch.full_like(columns, row), columns)
+        judged = best + match(torch.full_like(columns, row), columns)
+        if not judged.isfinite().all():
+            raise FloatingPointError(f"a match in row {row} is NaN or infinite, and nothing can be ranked by it")
+        result[row, columns] = judged
     return result

@@ -14,7 +14,7 @@ from ..data import Statement, SyntheticStatements, nlvr2
 from ..data.annotations import statement
 from ..registry import tasks
 from ..text import ENC, clean_caption
-from .base import DEFAULTS, Images, Options, Words, dense, one_folder, words_of
+from .base import DEFAULTS, Images, Options, Words, dense, finite, one_folder, words_of
 
 SYNTHETIC, _PAIRS = "synthetic:", 1800
 _WORDS = 40  # what BLIP cuts NLVR2's sentences at
@@ -50,7 +50,7 @@ class Nlvr:
     def answer(
         self, model: Any, records: Sequence[Statement], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
-        chances = model(images, *texts).softmax(-1)[:, 1].tolist()
+        chances = finite(model(images, *texts), records, "logits").softmax(-1)[:, 1].tolist()
         return [{"chance": chance, "label": record.label} for chance, record in zip(chances, records, strict=True)]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -16,8 +16,8 @@ from ..data import Captioned, captions
 from ..data.annotations import captioned
 from ..factory import CONFIGURED, open_clip_name
 from ..registry import tasks
-from ..text import clean_caption
-from .base import DEFAULTS, LONGEST, Images, Options, dense, one_folder, pack, unpack, words_of
+from ..text import clean_caption, well_formed
+from .base import DEFAULTS, LONGEST, Images, Options, dense, finite, one_folder, pack, unpack, words_of
 from .matching import Matching
 
 
@@ -47,7 +47,7 @@ class Retrieval:
         recipe = getattr(host, "recipe", None)
         if hasattr(host, "encode_image") and recipe is not None:
             tokenize = _tokenizer(recipe)
-            return cls(lambda texts: (tokenize(list(texts)),), _clip_image, _clip_text)
+            return cls(lambda texts: (tokenize([*map(well_formed, texts)]),), _clip_image, _clip_text)
         if hasattr(host, "match"):
             words = words_of(host, host.text, options, clean_caption, max_length=LONGEST)
             return cls(words.encode, _blip_image, _blip_text, has_head=True)
@@ -62,8 +62,10 @@ class Retrieval:
     def answer(
         self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
-        seen = self.image_features(model, images[:, 0])
-        read = self.text_features(model, *texts).split([len(record.captions) for record in records])
+        counts = [len(record.captions) for record in records]
+        each = [record for record in records for _ in record.captions]
+        seen = finite(self.image_features(model, images[:, 0]), records, "image features")
+        read = finite(self.text_features(model, *texts), each, "text features").split(counts)
         return [
             {"image": pack(one.float()), "texts": [*map(pack, some.float())]}
             for one, some in zip(seen, read, strict=True)

@@ -60,7 +60,13 @@ class Vqa:
         else:
             said = self.words.decode(model.generate(images[:, 0], *texts))
         return [
-            {"id": record.id, "answer": one, "answers": list(record.answers), "together": record.together}
+            {
+                "id": record.id,
+                "given": record.given,
+                "answer": one,
+                "answers": list(record.answers),
+                "together": record.together,
+            }
             for one, record in zip(said, records, strict=True)
         ]
 
@@ -72,5 +78,11 @@ class Vqa:
         return scores | {name: sum(one[name] for one in sets) / len(sets) for name in (sets[0] if sets else ())}
 
     def results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """VQA's form: `question_id` and `answer`, of each question."""
-        return [{"question_id": number(row["id"]), "answer": row["answer"]} for row in rows]
+        """VQA's form: `question_id`, as it was given, and `answer`, of each question."""
+        return [{"question_id": _question_id(row), "answer": row["answer"]} for row in rows]
+
+
+def _question_id(row: Mapping[str, Any]) -> str | int | float:
+    """As the annotations have it; the question's place in them where they have none."""
+    given = row.get("given")
+    return number(row["id"]) if given is None else given

@@ -30,7 +30,8 @@ class Batches(ABC, Generic[R]):
 
     records: where they come from. batch_size: records a step, of all `world` processes, of which this one, `rank`, opens
     its share. What cannot be opened is replaced, and noted in `skipped`, once; OSError where `TRIES` in a row are like that.
-    augment: random crops and flips. workers: threads that open.
+    augment: random crops and flips. workers: threads that open. check: raises ValueError for a record that cannot be used for
+    another reason than its pictures; it is replaced as well.
     """
 
     records: Any
@@ -42,6 +43,7 @@ class Batches(ABC, Generic[R]):
     augment: bool = False
     workers: int = 2
     skipped: list[Any] = field(default_factory=list)
+    check: Callable[[Any], object] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world:
@@ -84,7 +86,7 @@ class Batches(ABC, Generic[R]):
         """OSError that says why it cannot be read."""
 
     @abstractmethod
-    def _lost(self, one: Any, error: OSError) -> Any:
+    def _lost(self, one: Any, error: Exception) -> Any:
         """What `skipped` says of one that cannot be opened."""
 
     def _open(self, rng: np.random.Generator, several: Iterable[Any]) -> Opened[R]:
@@ -93,8 +95,10 @@ class Batches(ABC, Generic[R]):
         for one in islice(several, TRIES):
             try:
                 record = self._record(one)
+                if self.check is not None:
+                    self.check(record)
                 return record, record.prepared(partial(self._prepare, rng)), lost
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 lost.append(self._lost(one, error))
         raise OSError(f"{TRIES} records in a row cannot be opened; the last: {lost[-1]}")
 

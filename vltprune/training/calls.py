@@ -20,12 +20,13 @@ def calls_of(
 ) -> list[Callable[..., Any]]:
     """Calls that put the records, one text each, to a model as the task does: batches for `budget`.
 
-    Records whose pictures cannot be opened are left out; whoever examines or draws them tells of them.
+    Records whose pictures or texts cannot be read are left out; whoever examines or draws them tells of them.
     """
     calls: list[Callable[..., Any]] = []
     for start in range(0, len(records), size):
-        opened = [(record, _opened(record, prepare)) for record in records[start : start + size]]
-        there = [(_with_one_text(record), images) for record, images in opened if images is not None]
+        some = [_with_one_text(record) for record in records[start : start + size]]
+        opened = [(record, _opened(task, record, prepare)) for record in some]
+        there = [(record, images) for record, images in opened if images is not None]
         if not there:
             continue
         some, images = list(map(list, zip(*there, strict=True)))
@@ -35,11 +36,12 @@ def calls_of(
     return calls
 
 
-def _opened(record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
-    """The images of a record, None where they cannot be opened."""
+def _opened(task: Any, record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
+    """The images of a record, None where they cannot be opened, or its texts have no token ids."""
     try:
+        task.texts([record])
         return record.prepared(prepare)
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

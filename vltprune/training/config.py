@@ -200,8 +200,8 @@ class CompressConfig:
 def fields_of(file: str | Path) -> dict[str, Any]:
     """What a YAML or JSON file says, unchecked. OSError for no such file; ValueError for one that holds no fields."""
     try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold the fields of a compression config, it holds {type(data).__name__}")

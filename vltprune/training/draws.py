@@ -61,7 +61,7 @@ class Draws(Batches[R]):
     def _record(self, one: R) -> R:
         return one
 
-    def _lost(self, one: R, error: OSError) -> Skipped:
+    def _lost(self, one: R, error: Exception) -> Skipped:
         return Skipped(one.index, str(error))
 
     def _shuffled(self, epoch: int) -> np.ndarray:

@@ -68,6 +68,7 @@ class Run:
         freeze(pruning(self.model).host, config.freeze)
         self.model.to(device)
         objective = objective_of(self.task, self.model, config.seed).to(device)
+        self.draws.check = objective.check
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
         taught = (config.distil, config.distil_summaries)
         student = Student(self.model, objective, config.align, teacher, taught, config.scores_taught, self.extra)

@@ -48,6 +48,10 @@ class Objective(nn.Module, ABC):
     def forward(self, model: Any, records: Sequence[Any], images: Tensor, step: int) -> Loss:
         """images [batch, images a record, 3, height, width]."""
 
+    @abstractmethod
+    def check(self, record: Any) -> None:
+        """ValueError for a record that nothing can be learnt from: its texts have no token ids, or it has none."""
+
     def teach(self, model: Any, records: Sequence[Any], images: Tensor, step: int) -> Tensor | None:
         """What a teacher says of the same: logits as `Loss.outputs`."""
         return self(model, records, images, step).outputs
@@ -68,6 +72,9 @@ class NlvrObjective(Objective):
 
     images = 2
 
+    def check(self, record: Statement) -> None:
+        self.task.words.encode([record.sentence, *(sentence for sentence, _ in record.more)])
+
     def forward(self, model: Any, records: Sequence[Statement], images: Tensor, step: int) -> Loss:
         said = [one for record in records for one in ((record.sentence, record.label), *record.more)]
         ids, mask = self.encode(self.task.words, [sentence for sentence, _ in said], images)
@@ -78,6 +85,18 @@ class NlvrObjective(Objective):
 
 class CaptionObjective(Objective):
     """Cross-entropy of each next word of one of an image's captions, behind the prompt."""
+
+    def __init__(self, task: Any, model: Any, seed: int = 0):
+        super().__init__(task, model, seed)
+        self.longest = dense(model).decoder.body.position.num_embeddings
+
+    def check(self, record: Captioned) -> None:
+        ids, _ = self.task.words.encode([clean_caption(text, _WORDS) for text in record.captions])
+        length = ids.shape[1] + self.task.prompt - 1  # the prompt's first token is the caption's own
+        if length > self.longest:
+            raise ValueError(
+                f"a caption takes {length} positions behind the prompt, and the decoder has {self.longest}"
+            )
 
     def forward(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Loss:
         texts = [clean_caption(self.choose(record, record.captions, step), _WORDS) for record in records]
@@ -94,10 +113,15 @@ class CaptionObjective(Objective):
 class VqaObjective(Objective):
     """Cross-entropy of the answers that people gave, each weighed by how many did; answers that belong together are one."""
 
+    def check(self, record: Question) -> None:
+        if not record.answers:
+            raise ValueError("its answers are held back: there is nothing to learn")
+        self.task.words.encode([record.question])
+        self.task.answer_words.encode([*_answers(record)])
+
     def forward(self, model: Any, records: Sequence[Question], images: Tensor, step: int) -> Loss:
         ids, mask = self.encode(self.task.words, [record.question for record in records], images)
-        weights = [{", ".join(r.answers): r.share} if r.together else r.weights for r in records]
-        rows = [(i, answer, w) for i, some in enumerate(weights) for answer, w in some.items()]
+        rows = [(i, answer, w) for i, record in enumerate(records) for answer, w in _answers(record).items()]
         question, answers, shares = zip(*rows, strict=True)
         answer_ids, answer_mask = self.encode(self.task.answer_words, answers, images)
         about = torch.tensor(question, device=images.device)
@@ -112,6 +136,9 @@ class ContrastObjective(Objective):
 
     Pairs of one image are all right for each other.
     """
+
+    def check(self, record: Captioned) -> None:
+        self.task.encode(record.captions)
 
     def forward(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Loss:
         image, text = self._features(model, records, images, step)
@@ -183,13 +210,19 @@ def objective_of(task: Any, model: nn.Module, seed: int = 0) -> Objective:
     return kind(task, model, seed)
 
 
+def _answers(record: Question) -> Mapping[str, float]:
+    """What is to be said, and how much each counts."""
+    return {", ".join(record.answers): record.share} if record.together else record.weights
+
+
 def _number(n: int, like: Tensor) -> Tensor:
     return torch.tensor(n, device=like.device)
 
 
 def _image_numbers(records: Sequence[Captioned], like: Tensor) -> Tensor:
     """[batch] int64, equal for records of one image (training files of COCO and Flickr30k have an entry a caption)."""
-    digests = (hashlib.blake2s(record.id.encode(), digest_size=7).digest() for record in records)
+    names = (record.image_name.encode("utf-8", "surrogatepass") for record in records)
+    digests = (hashlib.blake2s(name, digest_size=7).digest() for name in names)
     return torch.tensor([int.from_bytes(digest, "big") for digest in digests], device=like.device)
 
 

@@ -80,7 +80,7 @@ class Story:
 
 def write(file: Path, story: Story, shown: Sequence[Example], missing: str = "") -> None:
     """The page as a file. OSError where it cannot be written."""
-    file.write_text(page(story, shown, missing), encoding="utf-8")
+    file.write_text(page(story, shown, missing), encoding="utf-8", errors="backslashreplace")
 
 
 def page(story: Story, shown: Sequence[Example], missing: str = "") -> str:

@@ -99,7 +99,7 @@ class ShardDraws(Batches[R]):
     def _record(self, one: Numbered) -> R:
         return self.records.record(*one)
 
-    def _lost(self, one: Numbered, error: OSError) -> Lost:
+    def _lost(self, one: Numbered, error: Exception) -> Lost:
         return Lost(one[1].shard, one[1].key, str(error))
 
     def _nothing(self) -> OSError:
