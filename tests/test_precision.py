@@ -8,8 +8,9 @@ import hypothesis.strategies as st
 import pytest
 import timm
 import torch
-from hypothesis import given
-from models import NAMES, small
+from hypothesis import given, settings
+from models import NAMES, scrambled, sentences, small
+from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +19,8 @@ from vltprune import losses, precision, scorers
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 KEEPERS = ["ratio(ratio=0.5)", "random_ratio", "threshold", "learned", "top_p(p=0.5)", "distortion", "count(count=3)"]
+
+TYING = [*KEEPERS, "ratio(ratio=0.3)", "learned(threshold=0.0)", "distortion(error=0.0)", "top_p"]
 
 
 def cast(inputs, dtype):
@@ -183,3 +186,43 @@ def test_settled_scores_have_their_gradients():
     assert settled[0, 0] == settled[0, 1]
     settled[:, :3].sum().backward()
     assert torch.equal(scores.grad, torch.tensor([[1.0, 1.0, 1.0, 0.0]]))
+
+
+@st.composite
+def plain_batches(draw):
+    """A tower without positions, and inputs of which most tokens are copies of a few: images, or sentences of any length."""
+    name, seed, large = draw(st.sampled_from(["vit", "text"])), draw(st.integers(0, 2**32 - 1)), draw(st.booleans())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if name == "vit":
+            patch = 8 if large else 16  # 145 tokens, attended to by rows, or 37, all instances at once
+            sizes = {"img_size": 96, "patch_size": patch, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+            model = scrambled(VisionTransformer(**sizes))
+            model.pos_embed.data.zero_()
+            kinds = torch.randn(4, 3, patch, patch)
+            which = torch.randint(0, draw(st.integers(1, 4)), (3, 96 // patch, 96 // patch))
+            return model, (kinds[which].permute(0, 3, 1, 4, 2, 5).reshape(3, 3, 96, 96),)
+        model = copy.deepcopy(small("text").model)
+        model.position.weight.data.zero_()
+        ids, mask = sentences(3)
+        return model, (ids % draw(st.integers(1, 4)) + 1, mask)
+
+
+@pytest.mark.parametrize("scorer", scorers.names())
+@given(batch=plain_batches(), keep=st.sampled_from(TYING), reducer=st.sampled_from(["fuse", "drop"]))
+@settings(max_examples=settings.default.max_examples // 2)
+@torch.no_grad()
+def test_copies_of_a_token_tie_whoever_shares_the_batch(scorer, batch, keep, reducer):
+    """Where nearly all tokens tie, an instance keeps the same of them by itself, in a batch, and in another order."""
+    dense, inputs = batch
+    model = vp.prune(dense, "madtp", scorer=scorer, keep=keep, reducer=reducer, guide="codebook(anchors=6)").eval()
+
+    def kept(*rows):
+        with vp.collect() as traces:
+            model(*(x[list(rows)] for x in inputs))
+        steps = traces[0].steps
+        return [[part.tolist() for part in step.position.split(step.lengths)] for step in steps]
+
+    together = kept(0, 1, 2)
+    for rows in ((0,), (1,), (2,), (2, 0), (1, 1, 0, 2)):
+        assert kept(*rows) == [[depth[i] for i in rows] for depth in together]

@@ -34,15 +34,15 @@ def rounding(dtype: torch.dtype) -> float:
     return 1e-8 if dtype == torch.float64 else ROUNDING
 
 
-def settle(rows: Tensor) -> Tensor:
+def settle(rows: Tensor, within: float = ROUNDING) -> Tensor:
     """Scores in which those of one row that are equal within rounding are equal: rows [batch, n] -> [batch, n].
 
-    In the order of their size, neighbors closer than `ROUNDING` of the larger one are one group, and take its largest score.
+    In the order of their size, neighbors closer than `within` of the larger one are one group, and take its largest score.
     Gradients are those of the scores as they came. Minus infinity marks padding.
     """
     ordered, order = rows.detach().sort(dim=1, descending=True, stable=True)
     above, below = ordered[:, :-1], ordered[:, 1:]
-    apart = above - below > ROUNDING * torch.maximum(above.abs(), below.abs()).nan_to_num(posinf=0.0)
+    apart = above - below > within * torch.maximum(above.abs(), below.abs()).nan_to_num(posinf=0.0)
     if rows.device.type == "cpu" and not (~apart & (above > below)).any():
         return rows  # as nearly always: nothing to do, and on CPUs the question costs no synchronization
 

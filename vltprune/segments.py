@@ -73,9 +73,9 @@ def rank(scores: Tensor, layout: Layout) -> Tensor:
     return flat(torch.empty_like(order).scatter_(1, order, places), layout)
 
 
-def settle(scores: Tensor, layout: Layout) -> Tensor:
+def settle(scores: Tensor, layout: Layout, within: float = precision.ROUNDING) -> Tensor:
     """Scores in which those of one instance that are equal within rounding are equal: [total] -> [total]."""
-    return flat(precision.settle(pad(scores, layout, float("-inf"))), layout)
+    return flat(precision.settle(pad(scores, layout, float("-inf")), within), layout)
 
 
 def mix(weight: Tensor, values: Tensor, layout: Layout) -> Tensor:

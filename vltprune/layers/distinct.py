@@ -16,6 +16,7 @@ from .scorers import Madtp, SelfAttention, TokenScorer, normalise, unit
 from .site import Site
 
 _FAR = 1e-3  # a resemblance that counts as none
+_ROUNDING = 1e-4  # relative: rounding of products near 1, divided by the width, leaves this much of a count in doubt
 
 
 @scorers.register("distinct")
@@ -83,9 +84,11 @@ def uniqueness(tokens: PackedTokens, width: float) -> Tensor:
         z = unit(tokens)
         if layout.is_uniform or z.device.type != "cpu":  # elsewhere a call for each instance costs less than padding
             counts = _resembling(segments.pad(z, layout), segments.pad(tokens.free, layout, False), width)
-            return 1 / segments.flat(counts, layout)
-        parts = zip(z.split(layout.lengths), tokens.free.split(layout.lengths), strict=True)
-        return 1 / torch.cat([_resembling(one, free, width) for one, free in parts])
+            counts = segments.flat(counts, layout)
+        else:
+            parts = zip(z.split(layout.lengths), tokens.free.split(layout.lengths), strict=True)
+            counts = torch.cat([_resembling(one, free, width) for one, free in parts])
+        return 1 / segments.settle(counts, layout, _ROUNDING)
 
 
 def _resembling(z: Tensor, free: Tensor, width: float) -> Tensor:

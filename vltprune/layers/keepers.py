@@ -132,7 +132,10 @@ class RandomRatio(KeepRatioPredictor):
         entry = torch.arange(4 * x.shape[1], device=x.device).view(4, -1)
         signs = ((hash_integers(entry, self.seed) >> 8) % 2 * 2 - 1).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            reach = (x @ signs.t()).masked_fill(tokens.protected[:, None], float("-inf"))
+            reach = x @ signs.t()
+        # measured from as far back as a token can reach, so that what is equal within rounding is so relative to itself
+        reach = reach + segments.pad(x.abs().sum(1), layout).amax(1)[layout.instance, None]
+        reach = reach.masked_fill(tokens.protected[:, None], float("-inf"))
         position = segments.pad(tokens.position, layout)
 
         drawn = torch.full_like(position[:, 0], self.seed * 1009 + self.site.depth)
