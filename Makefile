@@ -1,9 +1,11 @@
 # make demo: prune a vision-language model and look at what it kept.   make test: run every test.
+# make test-fast: what takes less than 90 seconds.   make explore MINUTES=60: property tests with new examples, again and again.
 PYTHON ?= python3
+MINUTES ?= 10
 BIN := .venv/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo test lint speed api clean
+.PHONY: install demo test test-fast explore lint speed api clean
 
 install: .venv/installed
 
@@ -22,6 +24,15 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+
+test-fast: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	HYPOTHESIS_PROFILE=fast $(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8
+
+explore: install
+	end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m property --numprocesses auto --maxprocesses 8 || exit 1; done
 
 lint: install
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import hypothesis
 import pytest
@@ -10,10 +11,17 @@ import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the tests' models are too small for more
 
-_COMMON = {"deadline": None, "report_multiple_bugs": False, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("dev", max_examples=25, **_COMMON)
-hypothesis.settings.register_profile("ci", max_examples=60, derandomize=True, print_blob=True, **_COMMON)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+# "ci" draws the same examples on every run, so that who changed nothing sees what everybody sees; "explore" draws new ones
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "report_multiple_bugs": False,
+    "print_blob": True,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **_COMMON)
+hypothesis.settings.register_profile("fast", max_examples=5, derandomize=True, database=None, **_COMMON)
+hypothesis.settings.register_profile("explore", max_examples=100, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 class _TorchRandom:
@@ -25,6 +33,13 @@ class _TorchRandom:
 
 _torch_random = _TorchRandom()
 hypothesis.register_random(_torch_random)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that draw their examples are marked, so that `make explore` finds them."""
+    for item in items:
+        if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker("property")
 
 
 @pytest.fixture(autouse=True)
