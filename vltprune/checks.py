@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -33,3 +34,8 @@ def check_ids(ids: Tensor, vocabulary: int, longest: int | None, name: str = "in
         )
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise ValueError(f"{name} must hold token ids in 0 .. {vocabulary - 1}")
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace, or an export that is built on it, records what runs: host integers become constants then."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

@@ -15,6 +15,7 @@ beams, the memory and the sentences as padded as they were. It is not pruned, bu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -171,7 +172,7 @@ class _Units:
 
     @cached_property
     def _query(self) -> Tensor:
-        with evaluating(self.encoder), torch.no_grad():
+        with _evaluating(self.encoder), torch.no_grad():
             return self.adapter.qkv(self.block, _blank(self.like, 1), self.beside)[0]
 
     @cached_property
@@ -252,7 +253,7 @@ def _macs(encoder: PrunedEncoder, run: Callable[[], Any]) -> float:
     nothing; in evaluation, where dropout draws no numbers and batch norms learn nothing of the tokens that are measured on."""
     counter = FlopCounterMode(display=False)
     with (
-        evaluating(encoder),
+        _evaluating(encoder),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         counter,
@@ -260,6 +261,11 @@ def _macs(encoder: PrunedEncoder, run: Callable[[], Any]) -> float:
     ):  # the counter fails on views made without gradients
         run()
     return counter.get_total_flops() / 2 + sum(uncounted)
+
+
+def _evaluating(encoder: PrunedEncoder) -> contextlib.AbstractContextManager[None]:
+    """A tower in evaluation, with its host and guide, which are children of the composite model where there is one."""
+    return evaluating(encoder, encoder.host, *([] if encoder.guide is None else [encoder.guide]))
 
 
 def _blank(like: PackedTokens, n: int) -> PackedTokens:

@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from . import segments
 from .attention import AttentionStats, Stat, attend, attend_with_stats
+from .checks import is_traced
 from .config import PruneConfig
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Reduction, Site, TokenReducer, TokenScorer
+from .layers.reducers import best
 from .naming import fqn_modifiers, use_dense_names
 from .registry import keepers, reducers, scorers
 from .tokens import PackedTokens
@@ -83,26 +85,43 @@ class Pruner(nn.Module):
             )
         return pruner
 
-    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Verdict:
-        """tokens: the block's input -> the plan for its output. ValueError for soft training of a keeper without a margin."""
-        with torch.autocast(tokens.x.device.type, enabled=False):  # which would take sums of scores in half
-            return self._judge(tokens, stats, guidance)
+    def forward(
+        self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, least: int = 0
+    ) -> Verdict:
+        """tokens: the block's input -> the plan for its output.
 
-    def _judge(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Verdict:
+        least: how many unprotected tokens of each instance stay in any case, the best by score. ValueError for soft training
+        of a keeper without a margin, and under torch.jit.trace for counts that depend on what tokens hold.
+        """
+        soft = self.training and self.softness > 0
+        if is_traced() and (soft or not self.keeper.fixed):
+            raise ValueError(
+                "torch.jit.trace would keep this example's counts for every other input, and "
+                f"{'soft training' if soft else type(self.keeper).__name__} counts tokens by what they hold: prune with "
+                "keep='ratio(...)' or keep='count(...)', whose counts are the same for all inputs of one shape, or run the "
+                "model without tracing it"
+            )
+        with torch.autocast(tokens.x.device.type, enabled=False):  # which would take sums of scores in half
+            return self._judge(tokens, stats, guidance, soft, least)
+
+    def _judge(
+        self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, soft: bool, least: int
+    ) -> Verdict:
         scores = segments.settle(self.scorer(tokens, stats, guidance).float(), tokens.layout)
         presence = counted = None
-        if self.training and self.softness > 0:
-            presence, counted = (self._presence(one, tokens, guidance) for one in (scores, scores.detach()))
+        if soft:
+            whole = best(tokens, scores, tokens.layout.sizes.new_full((tokens.layout.batch,), least))
+            presence, counted = (self._presence(one, tokens, guidance, whole) for one in (scores, scores.detach()))
             counts = segments.count((presence > self.gone) & tokens.free, tokens.layout)
         else:
             counts = self.keeper(scores, tokens, guidance)
-        if not self.scorer.site.has_summary:
-            counts = counts.clamp(min=1)  # where nothing is protected, the last token stays all the same
+        counts = counts.clamp(min=least)
         return Verdict(self.reducer(tokens, scores, counts, stats), scores, presence, counted)
 
-    def _presence(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+    def _presence(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, whole: Tensor) -> Tensor:
+        """[total]: how much of each token stays; all of those that are `whole` [total] bool, which stay in any case."""
         margin = self.keeper.margin(scores, tokens, guidance)
-        return (margin / self.softness).sigmoid().to(scores.dtype).masked_fill(tokens.protected, 1.0)
+        return (margin / self.softness).sigmoid().to(scores.dtype).masked_fill(whole, 1.0)
 
 
 def born_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any) -> M:
@@ -228,7 +247,7 @@ class PrunedEncoder(nn.Module):
         else:
             context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **room)
             guidance = guide(tokens) if guide is not None else None
-            verdict = pruner(tokens, stats, guidance)
+            verdict = pruner(tokens, stats, guidance, self._least(pruner))
         plan = verdict.plan
         scored = (tokens, verdict.scores) if verdict.scores is not None and torch.is_grad_enabled() else None
 
@@ -245,6 +264,11 @@ class PrunedEncoder(nn.Module):
         expected = None if tokens.presence is None else tokens.expected
         lengths = tokens.layout.lengths
         return tokens, Step(tokens.position, tokens.protected, lengths, plan, early, guidance, expected, scored)
+
+    def _least(self, pruner: Pruner) -> int:
+        """How many unprotected tokens must stay: one, where nothing else is there to answer with. Asked at each call, for the
+        pooling of a tower may be exchanged."""
+        return int(not pruner.scorer.site.has_summary or self.adapter.pools_free(self.host))
 
     def pruner(self, depth: int) -> Pruner | None:
         """The pruner at a depth, None where nothing is pruned."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import precision
+from .checks import is_traced
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class PackedTokens:
         """From a padded batch.
 
         x [batch, n, dim]; valid [batch, n] bool, false on padding (None: no padding); protected and summary bool,
-        broadcastable to [batch, n]. Raises ValueError on an empty batch and on an instance without any token.
+        broadcastable to [batch, n]. Raises ValueError on an empty batch, on an instance without any token, and, for lengths
+        that `valid` says, under torch.jit.trace.
         """
         batch, n, dim = x.shape
         if batch == 0 or n == 0:
@@ -123,13 +125,18 @@ class PackedTokens:
             mask = mask if mask is not None else torch.zeros((), dtype=torch.bool, device=x.device)
             return mask.to(x.device).expand(batch, n)
 
+        if valid is not None and is_traced():
+            raise ValueError(
+                "torch.jit.trace would keep the lengths of this example for every other input, and a mask or the words say "
+                "what they are: trace the image tower alone (model.visual, say), leave the mask out where all instances are "
+                "equally long, or run the model without tracing it"
+            )
         columns = [torch.arange(n, device=x.device).expand(batch, n), spread(protected)]
         columns += [spread(summary)] if summary is not None else []
-        if valid is None:
+        lengths = (n,) * batch if valid is None else tuple(valid.sum(1).tolist())
+        if valid is None or min(lengths) == n:
             flat = [column.reshape(-1) for column in columns]
-            return cls(x.reshape(batch * n, dim), Layout((n,) * batch, x.device), *flat)
-
-        lengths = tuple(valid.sum(1).tolist())
+            return cls(x.reshape(batch * n, dim), Layout(lengths, x.device), *flat)
         if 0 in lengths:
             raise ValueError(f"instance {lengths.index(0)} has no token at all: every row of `valid` needs one")
         return cls(x[valid], Layout(lengths, x.device), *(column[valid] for column in columns))
@@ -142,7 +149,10 @@ class PackedTokens:
     @property
     def bias(self) -> Tensor | None:
         """[total]: what is added to the attention logits of a key that is there in part; None where all are entirely."""
-        return None if self.presence is None else self.presence.log()
+        if self.presence is None:
+            return None
+        # where nothing is left of any key, all count alike: minus infinity for each would give NaN
+        return self.presence.clamp(min=torch.finfo(self.presence.dtype).tiny).log()
 
     @property
     def weight(self) -> Tensor:

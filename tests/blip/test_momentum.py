@@ -7,6 +7,7 @@ import small
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from models import soften
 from torch.testing import assert_close
 
 import vltprune as vp
@@ -166,6 +167,8 @@ def on_one_of_two_ranks(rank, address, folder):
         whole = pruned.visual(pictures)
         gathered = momentum._everyones_memory(pruned.visual(pictures[mine]))
         logits = pruned.match(gathered, ids, mask)
+    soft = soften(vp.prune(model, "random", keep="learned(threshold=-0.3)"), 0.5)
+    parts = soft.visual(pictures), momentum._everyones_memory(soft.visual(pictures[mine]))
     slow = Momentum(pruned, queue=8)
     losses = slow(pruned, pictures[mine], ids[mine], mask[mine], torch.arange(4)[mine])
     torch.stack(losses).sum().backward()
@@ -175,6 +178,9 @@ def on_one_of_two_ranks(rank, address, folder):
             "lengths": (whole.layout.lengths, gathered.layout.lengths),
             "x": (whole.x, gathered.x),
             "logits": (pruned.match(whole, ids, mask).detach(), logits),
+            "presence": tuple(part.presence.detach() for part in parts),
+            "counted": tuple(part.counted.detach() for part in parts),
+            "soft logits": tuple(soft.match(part, ids, mask).detach() for part in parts),
             "queue": slow.images,
             "ids": slow.ids[:4],
             "finite": all(p.grad is None or p.grad.isfinite().all() for p in pruned.parameters()),
@@ -192,7 +198,9 @@ def test_two_ranks(tmp_path):
     for seen in (first, second):
         assert seen["lengths"][0] == seen["lengths"][1]
         assert_close(*seen["x"], rtol=0, atol=1e-5)
-        assert_close(*seen["logits"], rtol=0, atol=1e-5)
+        for name in ("logits", "presence", "counted", "soft logits"):
+            assert_close(*seen[name], rtol=0, atol=1e-5)
+        assert seen["presence"][0].min() < 1
         assert seen["ids"].tolist() == [0, 1, 2, 3]
         assert seen["finite"]
     assert torch.equal(first["queue"], second["queue"])

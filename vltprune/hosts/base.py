@@ -117,6 +117,10 @@ class Host(ABC):
         """Whether a token sees only what stands before it."""
         return False
 
+    def pools_free(self, tower: nn.Module) -> bool:
+        """Whether what the tower returns is made of unprotected tokens alone, so that one at least must stay."""
+        return False
+
     def recomputes(self, tower: nn.Module) -> bool:
         """Whether the tower was told to save memory in training by recomputing its blocks (gradient checkpointing)."""
         return bool(getattr(tower, "grad_checkpointing", False))
@@ -295,6 +299,24 @@ def weighted_mean(tokens: PackedTokens, counted: Tensor) -> Tensor:
     size = counted.to(x.dtype) * tokens.weight
     mean = segments.sum(x * size[:, None], tokens.layout) / segments.sum(size, tokens.layout)[:, None]
     return mean.to(tokens.x.dtype)
+
+
+def padded_bias(tokens: PackedTokens) -> Tensor | None:
+    """[batch, longest]: what is added to the attention logits of each token's key, padded as `unpack` pads; minus infinity
+    where there is no token. None for nothing."""
+    if tokens.bias is None and tokens.layout.is_uniform:
+        return None
+    bias = torch.zeros_like(tokens.x[:, 0]) if tokens.bias is None else tokens.bias.to(tokens.x.dtype)
+    return segments.pad(bias, tokens.layout, float("-inf"))
+
+
+def refuse_parts(tokens: PackedTokens, reader: str, instead: str) -> None:
+    """ValueError where tokens are there in part, for a reader that would take them for whole; `instead`: what to do."""
+    if tokens.presence is not None:
+        raise ValueError(
+            f"{reader} takes each token for whole, and soft training keeps some in part: {instead}, or train with softness 0 "
+            "(CompressConfig(budget='controller'))"
+        )
 
 
 def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor, rows: int = 640) -> Tensor:

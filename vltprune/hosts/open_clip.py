@@ -22,6 +22,7 @@ from .base import (
     check_blocks,
     find_host,
     is_affine,
+    refuse_parts,
     weighted_mean,
     with_submodule,
 )
@@ -101,6 +102,9 @@ class ClipVision(_ClipHost):
         first = torch.arange(x.shape[1], device=x.device) == 0
         return PackedTokens.pack(x, protected=first, summary=first), (None,) * len(tower.transformer.resblocks)
 
+    def pools_free(self, tower: Any) -> bool:
+        return tower.attn_pool is None and tower.pool_type == "avg"
+
     def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         pooled, rest = _pool(tower, tokens)
         if tower.proj is not None:
@@ -134,8 +138,6 @@ class _ClipText(_ClipHost):
         pooled = self.pooled_place(tower, text)[:, None]
 
         valid = self.valid(tower, text, place, pooled)
-        if valid is not None and valid.all():
-            valid = None
         tokens = PackedTokens.pack(x, valid, protected=place == pooled, summary=place == pooled)
         return tokens, (None,) * len(tower.transformer.resblocks)
 
@@ -245,15 +247,18 @@ def _read_projection(projection: Any, x: Tensor) -> Tensor:
 def _pool(tower: Any, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     """The tower's own pooling: pooled [batch, dim], and its other tokens, padded with zeros.
 
-    Averages weigh a merged token by how many tokens it stands for; the rest is the tower's, instance by instance.
+    Averages weigh a merged token by how many tokens it stands for; the rest is the tower's, instance by instance. ValueError
+    for an attention pool over tokens that are there in part.
     """
+    if tower.attn_pool is not None:
+        refuse_parts(tokens, "open_clip's attention pool", "build the tower with attentional_pool=False")
     if tokens.layout.is_uniform:
         pooled, rest = tower._pool(tokens.unpack()[0])
     else:
         each = [tower._pool(x.unsqueeze(0)) for x in tokens.x.split(tokens.layout.lengths)]
         pooled = torch.cat([one for one, _ in each]) if tower.pool_type != "none" else _padded([p for p, _ in each])
         rest = _padded([rest for _, rest in each])
-    if tower.attn_pool is None and tower.pool_type == "avg" and tokens.size is not None:
+    if tower.attn_pool is None and tower.pool_type == "avg" and (tokens.size, tokens.presence) != (None, None):
         after = tower.final_ln_after_pool
         normed = tokens if after else tokens.with_x(tower.ln_post(tokens.x))
         pooled = weighted_mean(normed, normed.free)

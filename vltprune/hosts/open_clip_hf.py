@@ -14,7 +14,7 @@ from ..pruner import PrunedEncoder
 from ..registry import hosts
 from ..tokens import PackedTokens
 from .attributes import forwards
-from .base import weighted_mean
+from .base import refuse_parts, weighted_mean
 from .wrapper import Wrapper
 
 _FIRST = (ClsPooler, ClsLastHiddenStatePooler)
@@ -75,5 +75,6 @@ def _pooled(pooler: nn.Module, out: Any, tokens: PackedTokens) -> Tensor:
     if type(pooler) is MeanPooler:
         return weighted_mean(tokens, torch.ones_like(tokens.protected))
     if type(pooler) is MaxPooler:
+        refuse_parts(tokens, "the pooler 'max_pooler'", "pool by 'mean_pooler' or 'cls_pooler'")
         return segments.pad(tokens.x, tokens.layout, float("-inf")).amax(1)
     return pooler(out, None)

@@ -19,7 +19,16 @@ from ..checks import check_images
 from ..layers.site import Site
 from ..registry import hosts
 from ..tokens import PackedTokens
-from .base import Host, by_tiles, check_blocks, drop_path, is_affine, weighted_mean
+from .base import (
+    Host,
+    by_tiles,
+    check_blocks,
+    drop_path,
+    is_affine,
+    padded_bias,
+    refuse_parts,
+    weighted_mean,
+)
 from .pruned_timm import PrunedTimm
 
 _POOLS = ("", "token", "avg", "max", "avgmax", "map")
@@ -59,6 +68,10 @@ class _TimmHost(Host):
         if tower.global_pool == "" and tower.attn_pool is None:
             return tokens.with_x(tower.head(tower.head_drop(tower.fc_norm(tokens.x)))).unpack()[0]
         return tower.head(tower.head_drop(tower.fc_norm(_pool(tower, tokens))))
+
+    def pools_free(self, tower: Any) -> bool:
+        unpooled = tower.attn_pool is None and tower.global_pool in ("", "token")
+        return not unpooled and not _pools_prefix(tower)
 
     def _pack(self, tower: Any, x: Tensor) -> PackedTokens:
         place = torch.arange(x.shape[1], device=x.device)
@@ -193,25 +206,32 @@ def _rotate(attn: Any, x: Tensor, tokens: PackedTokens, table: Tensor) -> Tensor
     return torch.where(prefix[:, None, None], x, turned)
 
 
+def _pools_prefix(tower: Any) -> bool:
+    """Whether the pooling sees prefix tokens: as the tower says, and, where it does not, in Eva's attention pool alone."""
+    return getattr(tower, "pool_include_prefix", tower.attn_pool is not None)
+
+
 def _pool(tower: Any, tokens: PackedTokens) -> Tensor:
     """The tower's pooling over what is left: [batch, dim].
 
-    Averages weigh a merged token by how many tokens it stands for.
+    Averages weigh a merged token by how many tokens it stands for. ValueError for a maximum over tokens that are there in
+    part.
     """
     kind = tower.global_pool
     if tower.attn_pool is not None:
-        everything = getattr(tower, "pool_include_prefix", True)  # Eva's attention pool sees its prefix tokens
-        x, valid = (tokens if everything else tokens.select(tokens.free)).unpack()
+        pooled = tokens if _pools_prefix(tower) else tokens.select(tokens.free)
+        bias = padded_bias(pooled)
         pool: AttentionPoolLatent = tower.attn_pool
-        return pool(x, attn_mask=None if valid is None else valid[:, None, None])
+        return pool(pooled.unpack()[0], attn_mask=None if bias is None else bias[:, None, None])
     if kind == "token":
         assert tokens.summary is not None
         return tokens.read(tokens.summary)
 
-    counted = tokens.free if not getattr(tower, "pool_include_prefix", False) else torch.ones_like(tokens.protected)
+    counted = torch.ones_like(tokens.protected) if _pools_prefix(tower) else tokens.free
     average = weighted_mean(tokens, counted)
     if kind == "avg":
         return average
+    refuse_parts(tokens, f"global_pool={kind!r}", "pool by 'avg', 'token' or 'map'")
     hidden = tokens.x.masked_fill(~counted[:, None], float("-inf"))
     largest = segments.pad(hidden, tokens.layout, float("-inf")).amax(1)
     return largest if kind == "max" else (average + largest) / 2

@@ -59,6 +59,9 @@ class Wrapper(Host):
     def causal(self, tower: nn.Module) -> bool:
         return self.inner.causal(self.within(tower))
 
+    def pools_free(self, tower: nn.Module) -> bool:
+        return self.inner.pools_free(self.within(tower))
+
     def recomputes(self, tower: nn.Module) -> bool:
         return self.inner.recomputes(self.within(tower))
 

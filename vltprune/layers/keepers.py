@@ -47,11 +47,13 @@ class Knob:
 class KeepRatioPredictor(nn.Module, ABC):
     """Says how many unprotected tokens each instance keeps at one site.
 
-    `guided`: whether it reads the guidance; `knob`: what a budget may turn, None if nothing; an instance may have another
+    `guided`: whether it reads the guidance; `fixed`: whether its counts follow from how many tokens there are, and from nothing
+    that they hold; `knob`: what a budget may turn, None if nothing; an instance may have another
     than its class. Implementations take `site` and their own arguments, and hold the knob as an attribute of its name.
     """
 
     guided: ClassVar[bool] = False
+    fixed: ClassVar[bool] = False
     knob: Knob | None = None
 
     def __init__(self, site: Site):
@@ -80,6 +82,7 @@ class Ratio(KeepRatioPredictor):
     the first blocks prune most, so that more tokens can stay to the end at the same cost.
     """
 
+    fixed = True
     knob = Knob("ratio", 0.0, 1.0)
 
     def __init__(self, site: Site, ratio: float = 0.7, fade: float = 1.0):
@@ -95,6 +98,8 @@ class Ratio(KeepRatioPredictor):
 @keepers.register("count")
 class Count(KeepRatioPredictor):
     """The same number of tokens of every instance, or all it has if those are fewer."""
+
+    fixed = True
 
     def __init__(self, site: Site, count: int):
         super().__init__(site)

@@ -6,6 +6,7 @@ Li et al., BLIP, arXiv 2201.12086, section 3.2, after ALBEF (Li et al., arXiv 21
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
+from .. import segments
 from ..tokens import PackedTokens
 from .retrieval import BlipRetrieval
 
@@ -167,11 +169,17 @@ def _everyones_memory(memory: Tensor | PackedTokens) -> Tensor | PackedTokens:
         return memory
     if not isinstance(memory, PackedTokens):
         return everyones(memory)
-    x, _ = memory.unpack()
-    longest = torch.tensor(x.shape[1], device=x.device)
+    layout = memory.layout
+    longest = torch.tensor(layout.longest, device=layout.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    room = (0, int(longest) - x.shape[1])
-    return PackedTokens.pack(everyones(F.pad(x, (0, 0, *room))), everyones(F.pad(memory.layout.real, room)))
+    room = (0, int(longest) - layout.longest)
+    real = everyones(F.pad(layout.real, room))
+
+    def of_all(column: Tensor | None) -> Tensor | None:
+        return None if column is None else everyones(F.pad(segments.pad(column, layout), room))[real]
+
+    tokens = PackedTokens.pack(everyones(F.pad(memory.unpack()[0], (0, 0, *room))), real)
+    return replace(tokens, presence=of_all(memory.presence), counted=of_all(memory.counted))
 
 
 def _is_distributed() -> bool:

@@ -224,4 +224,4 @@ class Sentences(TransformersHost):
                 f"attention_mask hides token {hidden[0][1]} of sentence {hidden[0][0]}, which speaks for it: pad BERT and its "
                 "kin on the right, let CLIP see the end of its text, and call SigLIP without a mask (it pools its last token)"
             )
-        return PackedTokens.pack(x, None if valid.all() else valid, protected=summary, summary=summary)
+        return PackedTokens.pack(x, valid, protected=summary, summary=summary)

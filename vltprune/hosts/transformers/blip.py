@@ -20,12 +20,13 @@ from ...attention import attend
 from ...registry import hosts
 from ...tokens import PackedTokens
 from ...traces import Decoded, tell_collectors
-from ..base import WithTowers
+from ..base import Host, WithTowers, refuse_parts
 from ..decoder import WithDecoder
 from ..linear_maps import linear_macs
 from .base import Images, PreNorm
 from .text import PostNorm
 
+_READER, _INSTEAD = "what looks at an image or a question in transformers' BLIP", "use this library's Blip models"
 Memory = tuple[PackedTokens]  # the tokens that sentences cross-attend to: one instance a sentence, or one for all
 
 
@@ -47,6 +48,7 @@ class BlipVision(PreNorm, Images):
         return block.self_attn.scale
 
     def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        refuse_parts(tokens, _READER, _INSTEAD)
         x = tokens.with_x(tower.post_layernorm(tokens.x)).unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
 
@@ -94,6 +96,14 @@ class BlipText(PostNorm):
         return attend(q, k, v, together, q.shape[-1] ** -0.5, key_layout=memory.layout, dropout=dropout)
 
 
+class BlipQuestion(BlipText):
+    """BLIP's text tower where a decoder looks at all that it leaves."""
+
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        refuse_parts(tokens, _READER, _INSTEAD)
+        return super().close(tower, tokens, beside)
+
+
 @hosts.register("transformers.models.blip.modeling_blip.BlipForImageTextRetrieval")
 class BlipRetrieval(WithTowers):
     """Both towers, one guide, and the matching head."""
@@ -133,6 +143,10 @@ class BlipAnswers(_Speaking):
     """Image and question, one guide; the decoder of the answer looks at the question."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
+
+    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+        found = super().towers(model)
+        return {**found, "text": (found["text"][0], BlipQuestion())}
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForConditionalGeneration")

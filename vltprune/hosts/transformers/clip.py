@@ -13,7 +13,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Sigli
 
 from ...registry import hosts
 from ...tokens import PackedTokens
-from ..base import WithTowers
+from ..base import WithTowers, padded_bias
 from ..linear_maps import linear_macs
 from .base import Images, PreNorm, Sentences
 
@@ -132,8 +132,19 @@ class TwoTowers(WithTowers):
         return sum(map(linear_macs, projections))
 
 
-def _pool(head: nn.Module, tokens: PackedTokens) -> Tensor:
+def _pool(head: Any, tokens: PackedTokens) -> Tensor:
     """The head over the tokens of each instance, [batch, dim]."""
+    if tokens.presence is not None:
+        return _pool_in_part(head, tokens)
     if tokens.layout.is_uniform:
         return head(tokens.unpack()[0])
     return torch.cat([head(x.unsqueeze(0)) for x in tokens.x.split(tokens.layout.lengths)])
+
+
+def _pool_in_part(head: Any, tokens: PackedTokens) -> Tensor:
+    """The head, step by step, on tokens that are there in part: [batch, dim]. It has no argument for such a bias."""
+    x, bias = tokens.unpack()[0], padded_bias(tokens)
+    assert bias is not None
+    biases = bias[:, None].repeat_interleave(head.attention.num_heads, 0)  # [batch * heads, 1, longest]
+    pooled = head.attention(head.probe.repeat(len(x), 1, 1), x, x, attn_mask=biases)[0]
+    return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]
