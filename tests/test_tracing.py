@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import vltprune as vp
 
-pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 FIXED = {"ratio": "ratio(ratio=0.5)", "count": "count(count=3)"}
 EVERY = {**dict.fromkeys(vp.keepers.names()), **FIXED}
 

@@ -277,7 +277,7 @@ class PrunedEncoder(nn.Module):
         return pruner
 
     def _warn_of_noise(self) -> None:
-        if self.training or self.guide is None or not self.pruners or not self.guide.is_untrained:
+        if self.training or self.guide is None or not self.pruners or is_traced() or not self.guide.is_untrained:
             return
         warnings.warn(
             f"the {self.tower} tower is pruned by an alignment guide whose anchors are untrained noise: load trained "
