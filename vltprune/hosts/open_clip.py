@@ -22,7 +22,6 @@ from .base import (
     check_blocks,
     find_host,
     is_affine,
-    refuse_parts,
     weighted_mean,
     with_submodule,
 )
@@ -32,6 +31,7 @@ from .wrapper import Wrapper
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
 _ATTENTIONS = (nn.MultiheadAttention, Attention)
+from .soft import refuse_parts
 
 
 class _ClipHost(Host):

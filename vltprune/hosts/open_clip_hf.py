@@ -14,11 +14,12 @@ from ..pruner import PrunedEncoder
 from ..registry import hosts
 from ..tokens import PackedTokens
 from .attributes import forwards
-from .base import refuse_parts, weighted_mean
+from .base import weighted_mean
 from .wrapper import Wrapper
 
 _FIRST = (ClsPooler, ClsLastHiddenStatePooler)
 _POOLERS = (MeanPooler, MaxPooler, *_FIRST)
+from .soft import refuse_parts
 
 
 @forwards("config", "context_length", "vocab_size", "output_dim", "output_tokens", "lock", "set_grad_checkpointing")

@@ -25,13 +25,12 @@ from .base import (
     check_blocks,
     drop_path,
     is_affine,
-    padded_bias,
-    refuse_parts,
     weighted_mean,
 )
 from .pruned_timm import PrunedTimm
 
 _POOLS = ("", "token", "avg", "max", "avgmax", "map")
+from .soft import padded_bias, refuse_parts
 
 
 class _TimmHost(Host):

@@ -20,7 +20,7 @@ from ...attention import attend
 from ...registry import hosts
 from ...tokens import PackedTokens
 from ...traces import Decoded, tell_collectors
-from ..base import Host, WithTowers, refuse_parts
+from ..base import Host, WithTowers
 from ..decoder import WithDecoder
 from ..linear_maps import linear_macs
 from .base import Images, PreNorm
@@ -28,6 +28,7 @@ from .text import PostNorm
 
 _READER, _INSTEAD = "what looks at an image or a question in transformers' BLIP", "use this library's Blip models"
 Memory = tuple[PackedTokens]  # the tokens that sentences cross-attend to: one instance a sentence, or one for all
+from ..soft import refuse_parts
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipVisionModel")

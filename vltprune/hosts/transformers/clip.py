@@ -13,8 +13,9 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Sigli
 
 from ...registry import hosts
 from ...tokens import PackedTokens
-from ..base import WithTowers, padded_bias
+from ..base import WithTowers
 from ..linear_maps import linear_macs
+from ..soft import padded_bias
 from .base import Images, PreNorm, Sentences
 
 
