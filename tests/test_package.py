@@ -28,6 +28,7 @@ FLOORS = [
         "journal",
         "html",
         "charts",
+        "progress",
         "savings",
     ),
     ("tokens", "metrics"),

@@ -45,7 +45,7 @@ def calibrate(
     batches: Iterable[Batch],
     reduction: float | Mapping[str, float] = 0.5,
     tolerance: float = 0.01,
-    progress: Callable[[float, float], None] | None = None,
+    progress: Callable[[float, float], object] | None = None,
 ) -> Calibration:
     """Set a pruned model's knob, DTP's power or a ratio, so that its mean MACs over `batches` are `reduction` below dense.
 

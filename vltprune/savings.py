@@ -139,10 +139,13 @@ def _set(knob: str | None, value: float | None) -> str:
 
 def saving(macs: float, dense: float, padding: float = 0.0) -> str:
     """What was saved: MACs, the dense model's on the tokens that are there, and what that spends on padding besides."""
+    return f"{macs / 1e9:.3f} GMACs, {less(macs, dense)} than dense ({dense / 1e9:.3f}){skipped(padding)}"
+
+
+def less(macs: float, dense: float) -> str:
+    """How many MACs fewer than dense, or how many more."""
     change = 1 - macs / dense
-    word = "fewer" if change > 0 else "MORE"
-    less = "as many as dense" if macs == dense else f"{abs(change):.1%} {word} than dense ({dense / 1e9:.3f})"
-    return f"{macs / 1e9:.3f} GMACs, {less}" + skipped(padding)
+    return f"{abs(change):.1%} {'fewer' if change >= 0 else 'MORE'}"
 
 
 def skipped(padding: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,22 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import budget
 from ..catalog import Name
 from ..opening import is_random, open_model
+from ..progress import bar, say
 
 MODEL = "a name, such as vit_base_patch16_224_evit or clip_vit_b_32.openai, a saved model's folder, or hf-hub:org/name"
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
-
-
-def say(text: str) -> None:
-    """A line for the user, beside the result: on stderr, so that stdout can be piped; above a progress bar, if there is one."""
-    tqdm.write(
-        text.encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr
-    )  # names of files may be no UTF-8
 
 
 def positive(text: str) -> int:
@@ -115,12 +107,6 @@ def say_random(model: str, so: str) -> None:
     trained = Name.read(model).tags()
     how = f"append a tag, such as .{trained[0]}" if trained else "give a file of weights with --pretrained PATH"
     say(f"vltprune: {model} has RANDOM weights here: {so}. For trained ones, {how}")
-
-
-def bar(what: str, total: int | None = None) -> tqdm:
-    """A progress bar on stderr that goes away when it is done."""
-    pace = 0.2 if sys.stderr.isatty() else 5.0  # a log file needs no animation
-    return tqdm(desc=what, total=total, unit="", leave=False, dynamic_ncols=True, mininterval=pace)
 
 
 def calibrate(model: nn.Module, batches: Sequence[Any], reduction: float, what: str) -> budget.Calibration:

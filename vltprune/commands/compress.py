@@ -36,6 +36,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def run(args: argparse.Namespace) -> None:
+    common.say("vltprune: loading Accelerate ...")
     from ..training import compress  # accelerate is of the extra `train`
 
     common.use_threads(args.threads)

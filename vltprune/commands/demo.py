@@ -126,7 +126,9 @@ def _write(folder: Path, outcomes: Mapping[str, Outcome], examples: Sequence[rep
     error = (outcomes[DENSE].accuracy * (1 - outcomes[DENSE].accuracy) / questions) ** 0.5
     notes = (
         f"Measured on {questions:,} synthetic pairs (test split, seed {args.seed}), one sentence each; the accuracy has a "
-        f"standard error of about {error:.1%}. MACs are multiply-accumulates of matrix products, pruning's own included. "
+        f"standard error of about {error:.1%}. MACs are multiply-accumulates of matrix products, pruning's own included, on "
+        f"the patches and words that are there; the dense model spends {outcomes[DENSE].padding / 1e9:.3f} G a sentence more "
+        "on padding, which counts neither as spent nor as saved. "
         f"Time is the median over batches of {_BATCH} sentences, relative to the dense model on the same batch, all models "
         f"taking turns; {threads} thread{'s' * (threads > 1)}. Random pruning leaves the sentence alone, prunes the "
         "pictures at the layers where MADTP does, and is calibrated on other pairs to the same MACs; 'tuned weights' are "
@@ -148,6 +150,7 @@ def _numbers(outcome: Outcome, dense: Outcome) -> dict[str, Any]:
         "accuracy_by_family": outcome.by_family(),
         "macs_per_sentence": outcome.macs,
         "macs_saved": outcome.saved,
+        "padding": outcome.padding,
         "tokens_kept": {tower: list(sizes) for tower, sizes in outcome.kept.items()},
         "seconds_per_batch": statistics.median(outcome.seconds),
         "time_relative_to_dense": relative_time(outcome.seconds, dense.seconds),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import tasks
+from .. import savings, tasks
 from ..data import Loader
 from ..exam import Exam, report, report_matching
 from ..journal import Journal, write_json
@@ -143,9 +143,13 @@ def _print(summary: Mapping[str, Any]) -> None:
     for what, why in summary["unscored"].items():
         print(f"{what}: not scored ({why})")
     print(f"{summary['records']} records, {summary['records_per_second']:.1f} a second")
-    _print_macs("an instance", summary["macs"], summary["dense_macs"])
+    _print_macs("an instance", summary["macs"], summary["dense_macs"], summary["padding"])
     for tower, (macs, dense) in summary["towers"].items():
-        _print_macs(f"one {tower}", macs, dense)
+        _print_macs(f"one {tower}", macs, dense, summary["tower_padding"][tower])
+    reductions = {tower: 1 - macs / dense for tower, (macs, dense) in summary["towers"].items()}
+    note = savings.whose({}, reductions, summary["macs_saved"])
+    if summary["kept"] and note:  # nothing is kept of a dense model
+        print(note)
     _print_kept(summary)
     for one in summary["skipped"][:5]:
         common.say(f"vltprune: skipped: entry {one['index']}: {one['skipped']}")
@@ -157,7 +161,7 @@ def _print_matching(found: Mapping[str, Any]) -> None:
     print(f"\nsecond stage, the nearest {found['k_test']} judged by the matching head:")
     _print_scores(found["scores"])
     print(f"{found['pairs']} pairs, {found['pairs_per_second']:.1f} a second")
-    _print_macs("a matched pair, its image encoded already", found["macs"], found["dense_macs"])
+    _print_macs("a matched pair, its image encoded already", found["macs"], found["dense_macs"], found["padding"])
     _print_kept(found)
     if found["skipped"]:
         print(f"skipped {len(found['skipped'])} calls, whose pictures could not be read; summary.json lists them")
@@ -168,9 +172,9 @@ def _print_scores(scores: Mapping[str, float]) -> None:
     print(common.table([["", "%"], *rows]) if rows else "no scores here: score the result file elsewhere")
 
 
-def _print_macs(what: str, macs: float, dense: float) -> None:
-    saved = f"{1 - macs / dense:.1%} fewer than dense ({dense / 1e9:.3f})" if macs != dense else "as dense"
-    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}")
+def _print_macs(what: str, macs: float, dense: float, padding: float) -> None:
+    saved = f"{savings.less(macs, dense)} than dense ({dense / 1e9:.3f})" if macs != dense else "as dense"
+    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}{savings.skipped(padding)}")
 
 
 def _print_kept(summary: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import flops, registry
+from .. import flops, registry, savings
 from ..catalog import Name, list_models, list_pretrained, unprunable
 from ..gauge import keep_all
 from ..hosts.base import find_composite
@@ -21,8 +21,8 @@ from . import common
 
 _COUNTED = (
     "Counted: multiply-accumulates (MACs) of all matrix products, attention and the pruners' own scoring included, of one\n"
-    "instance ({instance}); norms, activations and softmax are not.\n"
-    "FLOPs are twice as many."
+    "instance ({instance}); norms, activations and softmax are not. Dense is\n"
+    "what the dense model spends on the tokens that are there; padding stands beside it. FLOPs are twice as many."
 )
 _ANSWER = 5  # tokens; BLIP's answers are short
 _PARTS = ("presets", "scorers", "keepers", "reducers", "guides")
@@ -95,7 +95,7 @@ def run_info(args: argparse.Namespace) -> None:
     for tower, encoder in pruned.pruning.towers.items():
         _print_tower(tower, encoder, cost, dense)
     print()
-    _print_rest(cost, pruned.pruning.host, dense)
+    _print_cost(cost, pruned.pruning.host, dense)
 
 
 def _origin(host: Any) -> str:
@@ -113,9 +113,7 @@ def run_flops(args: argparse.Namespace) -> None:
     dense = not hasattr(model, "pruning")
     pruned: Any = keep_all(model) if dense else model
     cost = flops.count(pruned, *example(pruned.pruning.host, args.tokens))
-    for tower in cost.towers:
-        _print_macs(f"{tower} tower", float(cost.dense[tower].sum()), float(cost.towers[tower].sum()), dense)
-    _print_rest(cost, pruned.pruning.host, dense)
+    _print_cost(cost, pruned.pruning.host, dense)
     if not dense:
         print("What is pruned depends on the input: this one was noise. Measure your own with vltprune.flops.count.")
 
@@ -181,17 +179,25 @@ def _print_tower(tower: str, encoder: Any, cost: flops.Cost, dense: bool) -> Non
     print(common.table(rows))
 
 
-def _print_rest(cost: flops.Cost, host: nn.Module, dense: bool) -> None:
-    """What is not a tower, the sum of all, and what was counted."""
+def _print_cost(cost: flops.Cost, host: nn.Module, dense: bool) -> None:
+    """Each tower, a decoder, the sum of all, whose the saving is, and what was counted."""
+    for tower, macs in cost.towers.items():
+        before, after, padding = (float(one.sum()) for one in (cost.dense[tower], macs, cost.padding[tower]))
+        share = "" if dense else savings.share(tower, cost.shares)
+        _print_macs(f"{tower} tower", before, after, padding, dense, share)
     if cost.dense_decoder:
-        _print_macs("decoder", cost.dense_decoder, cost.decoder, dense)
-    _print_macs("all", cost.dense_total, cost.total, dense)
+        _print_macs("decoder", cost.dense_decoder, cost.decoder, cost.decoder_padding, dense)
+    _print_macs("all", cost.dense_total, cost.total, cost.skipped, dense)
+    note = "" if dense else savings.whose(cost.shares, cost.reductions, cost.reduction)
+    if note:
+        print(note)
     print(_COUNTED.format(instance=_instance(host)))
 
 
-def _print_macs(what: str, before: float, after: float, dense: bool) -> None:
-    saved = "" if dense else f"   pruned {after / 1e9:9.3f} GMACs   ({1 - after / before:.1%} fewer)"
-    print(f"{what:12} dense {before / 1e9:9.3f} GMACs{saved}")
+def _print_macs(what: str, before: float, after: float, padding: float, dense: bool, share: str = "") -> None:
+    saved = "" if dense else f"   pruned {after / 1e9:9.3f} GMACs   ({savings.less(after, before)}{share})"
+    beside = f"   and {padding / 1e9:.3f} on padding{'' if dense else ', skipped'}" if padding > 0 else ""
+    print(f"{what:12} dense {before / 1e9:9.3f} GMACs{saved}{beside}")
 
 
 def _millions(model: nn.Module) -> str:

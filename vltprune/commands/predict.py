@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .. import visualize
+from .. import savings, visualize
 from ..data import pictures
 from ..data.words import WordTokenizer
 from ..flops import Meter
@@ -87,7 +87,7 @@ def _report(model: nn.Module, traces: Sequence[PruneTrace]) -> None:
         print("this model is dense: every token stays at every layer")
         return
     cost = Meter(model)(traces)
-    print(f"{cost.total / 1e9:.3f} GMACs, {cost.reduction:.1%} fewer than dense ({cost.dense_total / 1e9:.3f})")
+    print(savings.saving(cost.total, cost.dense_total, cost.skipped))
     print("tokens kept, layer by layer:")
     for trace in traces:
         for instance, entered in enumerate(trace.entered.layout.lengths):

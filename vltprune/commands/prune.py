@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import budget, visualize
+from .. import budget, savings, visualize
 from ..data import Loader, Record, pictures
 from ..factory import PARTS
 from ..flops import Meter
@@ -129,7 +129,7 @@ def prepare(model: Any, loader: Loader[Record], args: argparse.Namespace) -> dic
         return done
     found = common.calibrate(model, images, args.reduction, f"calibrating on {number} pictures")
     common.say(f"vltprune: {found.knob}={found.value:.4g} saves {found.reduction:.1%} on {number} pictures")
-    return {**done, "calibrated_on": number, found.knob: found.value}
+    return {**done, "calibrated_on": number, str(found.knob): found.value}
 
 
 @dataclass
@@ -203,7 +203,7 @@ def _print(results: Results, unreadable: dict[str, str]) -> None:
     number, (entered, *kept) = len(results.files), results.mean_kept()
     macs, dense = sum(results.macs) / number / 1e9, results.dense_macs / number / 1e9
     print(f"{number} pictures, features {' x '.join(map(str, results.features[0].shape))}")
-    print(f"GMACs a picture: {macs:.3f}, {results.reduction:.1%} fewer than dense ({dense:.3f})")
+    print(f"GMACs a picture: {macs:.3f}, {savings.less(macs, dense)} than dense ({dense:.3f})")
     print(f"tokens, layer by layer (mean): {entered:.0f} -> " + " ".join(f"{n:.0f}" for n in kept))
     for reason in unreadable.values():
         common.say(f"vltprune: skipped: {reason}")

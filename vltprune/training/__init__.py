@@ -5,6 +5,7 @@ from .config import RECIPES, CompressConfig, Recipe
 from .controller import Controller, target
 from .engine import BadLossError, Run
 from .objectives import Loss, Objective
+from .stopping import Stopped
 from .student import Extra, Student
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "RECIPES",
     "Recipe",
     "Run",
+    "Stopped",
     "Student",
     "compress",
     "target",

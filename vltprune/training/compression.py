@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,9 +27,10 @@ from .calls import calls_of
 from .config import CompressConfig
 from .engine import Run
 from .examples import Example, Rows, examples
-from .figures import History
+from .figures import History, told
 from .report import Story, write
 from .saliency import watched
+from .stopping import Stopped
 from .student import Extra
 
 _CALIBRATED = 256  # records of the validation split that the knob is set on
@@ -65,11 +67,13 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
 
     Where the parts cannot reach `reduction`, it warns, and the nearest cost is what is examined and saved. Raises what the
     config's parts raise; ValueError for a folder of another config, CheckpointError for a `start` that does not fit, OSError
-    where nothing can be written, BadLossError.
+    where nothing can be written, BadLossError; Stopped, a KeyboardInterrupt that says where the same call goes on, for Ctrl-C
+    and SIGTERM.
     """
-    folder = Path(output)
+    folder, tell = Path(output), _is_first()
     _claim(folder, config)
-    dense = dense_model(config)
+    with told(f"loading {config.model}", tell):
+        dense = dense_model(config)
     taught = config.distil or config.distil_summaries or config.scores_taught
     twin = copy.deepcopy(dense) if taught else None
     model = prune(dense, config.pruning)
@@ -80,14 +84,27 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
         teacher = watched(twin, model) if config.scores_taught else prune(twin, "random", at=())
     kind: Any = tasks.tasks[config.task]
     task = kind.of(model, Options(config.vocabulary, config.answers))
-    records = _records(config, kind)
-    val = kind.read(config.val, config.val_images or config.images or str(Path(config.val).parent), False)
-
+    records, val = _read(config, kind, tell)
     run = Run(config, folder, model, task, records, teacher, extra)
     run.train()
     trained = _trained(run)
     run.accelerator.end_training()
-    return _finish(run, trained, val) if run.accelerator.is_main_process else None
+    return _finish_or_tell(run, trained, val) if run.accelerator.is_main_process else None
+
+
+def _finish_or_tell(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
+    """`_finish`. Stopped, which says that nothing is lost, for an interrupt meanwhile."""
+    try:
+        return _finish(run, model, val)
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"stopped behind the last step, {run.steps:,}, while the models were examined; the same command goes on from there"
+        ) from None
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of several, before Accelerate has met them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def dense_model(config: CompressConfig) -> nn.Module:
@@ -99,11 +116,15 @@ def dense_model(config: CompressConfig) -> nn.Module:
     return model
 
 
-def _records(config: CompressConfig, kind: Any) -> Any:
-    """What to train on: shards, or the records of an annotation file."""
-    if shards.are_meant(config.data):
-        return shards.Shards.of(config.data, kind.entry)
-    return kind.read(config.data, config.images or str(Path(config.data).parent), False)
+def _read(config: CompressConfig, kind: Any, tell: bool) -> tuple[Any, Sequence[Any]]:
+    """What to train on, shards or the records of an annotation file, and the records to examine on."""
+    with told(f"reading {config.data}", tell):
+        if shards.are_meant(config.data):
+            records = shards.Shards.of(config.data, kind.entry)
+        else:
+            records = kind.read(config.data, config.images or str(Path(config.data).parent), False)
+    with told(f"reading {config.val}", tell):
+        return records, kind.read(config.val, config.val_images or config.images or str(Path(config.val).parent), False)
 
 
 def _claim(folder: Path, config: CompressConfig) -> None:
@@ -164,15 +185,18 @@ def _finish(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
 def _served(run: Run, model: nn.Module, val: Sequence[Any]) -> list[tuple[dict[str, Any], Rows]]:
     """Calibrate to every cost on the first validation records, and examine there; the model is left at its own cost."""
     config, exams = run.config, []
-    calls = calls_of(run.task, val[:_CALIBRATED], transforms(model), run.accelerator.device)
+    with told(f"opening the pictures of {len(val[:_CALIBRATED])} validation records"):
+        calls = calls_of(run.task, val[:_CALIBRATED], transforms(model), run.accelerator.device)
     for reduction in sorted({*config.serve, config.reduction}, key=lambda share: (share == config.reduction, share)):
         try:
-            found = budget.calibrate(model, calls, reduction)
+            with told(f"setting the knob to {reduction:.0%} fewer MACs") as bar:
+                found = budget.calibrate(model, calls, reduction, progress=lambda value, saved: bar.update())
         except budget.BudgetError as error:
             if reduction != config.reduction:
                 continue  # a cost on the way that these parts cannot give
             warnings.warn(f"the nearest cost is examined and saved: {error}", stacklevel=2)
             found = error.nearest
+            assert found.value is not None  # one for all towers was asked for
             budget.Dial(model).settle(found.value)
         exams.append(_examined(run, model, val, f"{reduction:g}", reduction, asdict(found)))
     checkpoint.save(model, run.folder / "model")
@@ -196,7 +220,9 @@ def _examined(
     loader = Loader(val, transforms(model), workers=run.config.workers)
     folder = run.folder / "val" / name
     journal = Journal(folder, {"reduction": reduction, "knob": knob})
-    Exam(run.task, model, str(run.accelerator.device)).sit(loader, journal)
+    what = f"examining {len(loader)} validation records, {f'{reduction:.0%} fewer MACs' if reduction else name}"
+    with told(what, total=len(loader)) as bar:
+        Exam(run.task, model, str(run.accelerator.device)).sit(loader, journal, bar.update)
     row = {"reduction": reduction, "knob": knob, **report(run.task, journal.rows)}
     if isinstance(run.task, Retrieval) and run.task.has_head and run.config.k_test:
         matching = run.task.matching(val, journal.rows, run.config.k_test)
@@ -207,5 +233,6 @@ def _examined(
 def _matched(run: Run, model: nn.Module, matching: Matching, journal: Journal) -> dict[str, Any]:
     """What came of a second stage."""
     loader = Loader(matching.pairs(), transforms(model), batch_size=1, workers=run.config.workers)
-    Exam(matching, model, str(run.accelerator.device)).sit(loader, journal)
+    with told("judging the nearest again, the second stage") as bar:
+        Exam(matching, model, str(run.accelerator.device)).sit(loader, journal, bar.update)
     return report_matching(matching, journal.rows)

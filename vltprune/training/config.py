@@ -53,7 +53,8 @@ class CompressConfig:
                     to a milder cost. `model` still teaches, and is what the results are compared with
     preset, parts   how to prune: a preset's name, and parts that replace its own, such as {"reducer": "drop"}
     freeze          shell patterns of the dense model's parameters that stay as they are
-    reduction       share of the dense MACs to save; 0 trains the dense model, for want of one to begin with
+    reduction       share to save of the dense MACs on the tokens that are there, padding left out; 0 trains the dense model,
+                    for want of one to begin with
     serve           other shares, that every second step trains for, by turns; the model is calibrated to them and examined
                     there as well
     budget          "controller": measured MACs turn the keeper's knob; "learned": for the first half of the steps tokens are

@@ -33,15 +33,19 @@ class Controller:
         self.dial = Dial(self.model)
         self.value = self.dial.value
 
-    def start(self, batches: Iterable[Batch], reduction: float) -> None:
+    def start(self, batches: Iterable[Batch], reduction: float, tick: Callable[[], object] | None = None) -> None:
         """Set the knob, from anywhere, as near to a first target as it comes on these batches.
 
-        Where the target lies beyond what the knob can do, it begins where its end begins to make no difference.
+        Where the target lies beyond what the knob can do, it begins where its end begins to make no difference. tick: called
+        after each value that was tried.
         """
         inputs, knob = list(batches), self.dial.knob
 
         def at(place: float) -> Calibration:
-            return measure(self.model, inputs, knob.at(place))
+            found = measure(self.model, inputs, knob.at(place))
+            if tick is not None:
+                tick()
+            return found
 
         ends = [at(0.0), at(1.0)]
         least, most = sorted(one.reduction for one in ends)
@@ -51,10 +55,12 @@ class Controller:
         else:
             best = min(ends, key=lambda one: abs(one.reduction - reduction))
             best = self._edge(best, at)
+        assert best.value is not None  # `measure` set all depths alike
         self.load_state_dict({"value": best.value, "saved": best.reduction})
 
     def _edge(self, end: Calibration, at: Callable[[float], Calibration]) -> Calibration:
         """The farthest from an end of the range that still saves what the end does, by bisection."""
+        assert end.value is not None
         near, far, best = self.dial.knob.place(end.value), 1 - self.dial.knob.place(end.value), end
         for _ in range(_HALVINGS):
             found = at((near + far) / 2)
@@ -108,9 +114,9 @@ class Turns:
         controller = self.controllers[place]
         controller.dial.turn(controller.value)
 
-    def start(self, batches: Iterable[Batch], reduction: float) -> None:
-        """All of them from the same value."""
-        self.controllers[0].start(batches, reduction)
+    def start(self, batches: Iterable[Batch], reduction: float, tick: Callable[[], object] | None = None) -> None:
+        """All of them from the same value. tick: called after each value that was tried."""
+        self.controllers[0].start(batches, reduction, tick)
         self.load_state_dict([self.controllers[0].state_dict()] * len(self.controllers))
 
     def state_dict(self) -> list[dict[str, float]]:

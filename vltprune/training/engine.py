@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..budget import fit_guide
 from ..data.shards import Shards
 from ..preprocessing import transforms
+from ..progress import say
 from ..pruner import Pruner
 from ..surgery import pruning
 from .batches import Batches
@@ -25,10 +26,11 @@ from .config import CompressConfig
 from .controller import Turns, target
 from .decoding import Searched
 from .draws import Draws
-from .figures import History, Watch, gathered, trackers
+from .figures import History, Watch, counted, gathered, told, trackers
 from .objectives import objective_of
 from .parameters import freeze, parameter_groups, schedule
 from .shards import ShardDraws
+from .stopping import Stop, Stopped
 from .student import Extra, Student
 
 _MEASURED, _OFTEN = (
@@ -60,6 +62,8 @@ class Run:
     skipped: int = 0  # and in all
     price: float = 0.0  # of the expected cost (the multiplier of an augmented Lagrangian)
     searched: Searched | None = None  # what a decoder does in evaluation
+    done: int = 0  # whole steps
+    is_whole: bool = True  # whether no step is half done
 
     def __post_init__(self) -> None:
         config, device = self.config, self._accelerate().device
@@ -86,18 +90,51 @@ class Run:
         """To the last step, from the last checkpoint if there is one.
 
         OSError for a checkpoint that cannot be written; BadLossError after `max_bad` losses in a row that are no number.
+        Stopped, behind a checkpoint of the last whole step, for Ctrl-C and SIGTERM.
         """
-        start, config = self._begin(), self.config
-        self.accelerator.init_trackers("vltprune", config=_plain(config.to_dict()))
-        watch = Watch(self.accelerator, History(self.folder / "history.jsonl"), start, self.steps)
-        for step, (records, images) in enumerate(self.draws.batches(start, self.steps), start):
+        self.done = self._begin()
+        self.accelerator.init_trackers("vltprune", config=_plain(self.config.to_dict()))
+        if self.accelerator.is_main_process:
+            on = f"going on from step {self.done:,}" if self.done else "the first step"
+            say(f"vltprune: training {self.steps:,} steps of {self.config.batch_size} records: {on}")
+        watch = Watch(self.accelerator, History(self.folder / "history.jsonl"), self.done, self.steps)
+        stop = Stop(self.accelerator.num_processes)
+        try:
+            with stop.watched():
+                self._train(watch, stop)
+        except KeyboardInterrupt as interrupt:
+            if not isinstance(interrupt, Stopped) and self.is_whole and not stop.asked:
+                self._save()  # an interrupt that was no signal, between two steps
+            raise Stopped(self._stopped()) from None
+        finally:
+            watch.bar.close()
+
+    def _train(self, watch: Watch, stop: Stop) -> None:
+        for step, (records, images) in enumerate(self.draws.batches(self.done, self.steps), self.done):
             watch.add(self._step(step, records, images))
-            done = step + 1
-            if done % config.log_every == 0 or done == self.steps:
-                watch.report(done, **self._standing(step))
-            if done % config.checkpoint_every == 0 or done == self.steps:
-                self.checkpoints.save(done, self._state())
-        watch.bar.close()
+            if self.done % self.config.log_every == 0 or self.done == self.steps:
+                watch.report(self.done, **self._standing(step))
+            asked = self._anywhere(stop.asked)  # all processes end behind the same step
+            if asked or self.done % self.config.checkpoint_every == 0 or self.done == self.steps:
+                self._save()
+            if asked:
+                raise Stopped
+
+    def _save(self) -> None:
+        if self.done and self.done != self.checkpoints.last_step():
+            self.checkpoints.save(self.done, self._state())
+
+    def _stopped(self) -> str:
+        """Where the same command goes on, for people to read."""
+        last = self.checkpoints.last_step()
+        if not self.done:
+            return "stopped before the first step was whole; the same command begins anew"
+        if last == self.done:
+            return f"stopped after step {last:,} of {self.steps:,}; the same command goes on from there"
+        on = (
+            f"goes on from step {last:,}, of the last checkpoint" if last else "begins anew: there is no checkpoint yet"
+        )
+        return f"stopped in the middle of step {self.done + 1:,} of {self.steps:,}; the same command {on}"
 
     def _accelerate(self) -> Accelerator:
         self.accelerator = Accelerator(
@@ -141,14 +178,19 @@ class Run:
 
     def _place_first(self) -> None:
         """Where a fresh run's guide and knob begin, and what decoding costs."""
-        first = self.draws.first(_START)
-        calls = calls_of(self.task, first, self.draws.prepare, self.accelerator.device)
+        first, tell = self.draws.first(_START), self.accelerator.is_main_process
+        with told(f"opening the pictures of {len(first)} records to start from", tell):
+            calls = calls_of(self.task, first, self.draws.prepare, self.accelerator.device)
         guide = pruning(self.model).guide
         if guide is not None and guide.is_untrained:
-            fit_guide(self.model, calls, self.config.seed)
+            with told("placing the guide's anchors among their tokens, by k-means", tell) as bar:
+                fit_guide(self.model, counted(calls, bar), self.config.seed)
         if self.turns is not None and self.config.budget == "controller":
-            self.turns.start(calls, self._target(0))
-        self.searched = None if self.turns is None else Searched.by(self.model, calls)
+            with told("measuring MACs, to set the knob", tell) as bar:
+                self.turns.start(calls, self._target(0), bar.update)
+        if self.turns is not None:
+            with told("measuring what decoding costs, where there is a decoder", tell) as bar:
+                self.searched = Searched.by(self.model, counted(calls, bar))
 
     def _state(self) -> dict[str, Any]:
         turns = None if self.turns is None else self.turns.state_dict()
@@ -173,6 +215,12 @@ class Run:
 
     def _step(self, step: int, records: list[Any], images: Tensor) -> dict[str, Any] | None:
         """One step of the optimiser, and its figures; None where the loss or the gradient was no number."""
+        self.is_whole = False
+        figures = self._learn(step, records, images)
+        self.done, self.is_whole = step + 1, True
+        return figures
+
+    def _learn(self, step: int, records: list[Any], images: Tensor) -> dict[str, Any] | None:
         rate = float(self.config.rate or 0) * schedule(step, self.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["times"] * rate

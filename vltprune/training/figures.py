@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +16,28 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..progress import bar, say
+
+T = TypeVar("T")
+
 _SHOWN = ("task", "align", "distil", "budget", "extra")
 _KEPT = "kept "
+
+
+@contextlib.contextmanager
+def told(what: str, tell: bool = True, total: int | None = None) -> Iterator[tqdm]:
+    """Says what is being done, as it begins, and gives a progress bar for it; nothing is shown unless `tell`."""
+    if tell:
+        say(f"vltprune: {what} ...")
+    with bar(what, total, disable=not tell) as shown:
+        yield shown
+
+
+def counted(things: Iterable[T], shown: tqdm) -> Iterator[T]:
+    """The same things, each noted in a progress bar when it is done with."""
+    for thing in things:
+        yield thing
+        shown.update()
 
 
 class History:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .. import html
+from .. import html, savings
 from ..opening import is_random, is_saved
 from . import curves, tables
 from .config import CompressConfig
@@ -21,9 +21,10 @@ _BUDGETS = {
 }
 _COST = (
     "Scores on the validation split against multiply-accumulates of an instance, its pictures and one text, what the pruning "
-    "itself costs included. Dense is the model as it was before training; the pruned ones share their weights, and differ in "
-    "the knob. Scores are in percent. Records a second are those of the model's calls, on this machine, one model after "
-    "another: they are no benchmark."
+    "itself costs included. MACs are those of the tokens that are there: what the dense model spends on padding, and a pruned "
+    "one skips, is a column of its own, where there is any, and counts neither as spent nor as saved. Dense is the model as it "
+    "was before training; the pruned ones share their weights, and differ in the knob. Scores are in percent. Records a second "
+    "are those of the model's calls, on this machine, one model after another: they are no benchmark."
 )
 _MATCHING = (
     "The {most} texts nearest to each image by the features above, and the {most} images nearest to each text, judged again by "
@@ -137,7 +138,7 @@ def _pruned(config: CompressConfig) -> list[tuple[str, str]]:
     serve = ", ".join(f"{100 * share:g} %" for share in config.serve)
     return [
         ("pruning", f"preset {config.preset}; parts that replace its own: {own}"),
-        *((f"&emsp;{name}", str(getattr(parts, name) or "none")) for name in ("guide", "scorer", "keep", "reducer")),
+        *((f"&emsp;{name}", parts.spelled(name)) for name in ("guide", "scorer", "keep", "reducer")),
         ("&emsp;where", "every block of every tower" if parts.at is None else f"blocks {parts.to_dict()['at']}"),
         ("MACs to save", f"{100 * config.reduction:g} %" + (f"; every second step {serve}, by turns" if serve else "")),
         ("budget", f"{_BUDGETS[config.budget]}; the target rises over {config.ramp:.0%} of the steps"),
@@ -213,6 +214,9 @@ def _gaps(story: Story) -> list[str]:
         told.append(
             f"{row['reduction']:.0%} fewer MACs are out of these parts' reach: the nearest, {found:.1%}, is in its place."
         )
+    reductions = {tower: 1 - macs / dense for tower, (macs, dense) in row["towers"].items()}
+    if row["knob"]:
+        told += [one for one in [savings.whose({}, reductions, row["macs_saved"])] if one]
     told += [f"Not scored: {what}, since {why}." for what, why in row["unscored"].items()]
     if row["skipped"]:
         first = row["skipped"][0]
