@@ -77,7 +77,7 @@ class Count:
         with vp.collect() as traces:
             call(self.model)
         norms = 5 * self.normed
-        return torch.tensor([self.meter(traces).dense_total, norms], dtype=torch.float64) / 1e9
+        return torch.tensor([self.meter(traces).padded_total, norms], dtype=torch.float64) / 1e9
 
     def _note(self, norm: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
         self.normed += out.numel()
