@@ -89,7 +89,9 @@ def test_towers_of_two_widths_need_maps_of_their_own(tmp_path):
 def test_half_precision_on_disk(tmp_path, model):
     vp.save(model, tmp_path, dtype=torch.float16)
     stored = load_file(tmp_path / "model.safetensors")
-    assert {v.dtype for v in stored.values()} == {torch.float16}
+    assert {key: v.dtype for key, v in stored.items() if v.dtype != torch.float16} == {
+        "pruning.guide.birth": torch.int64
+    }
     again = vp.load(tmp_path)
     assert torch.equal(again.pruning.guide.anchors, model.pruning.guide.anchors.half().float())
     assert not again.pruning.guide.is_untrained
@@ -196,7 +198,7 @@ class TestBroken:
         vp.save(model, tmp_path)
         before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-        def full(state, path, metadata):
+        def full(state, path, metadata=None):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("vltprune.checkpoint.save_file", full)

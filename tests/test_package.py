@@ -17,6 +17,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # each room may import from those before it; the same line is one room
 FLOORS = [
+    ("files", "wrappers"),
+    ("structure",),
+    ("recipe",),
     (
         "checks",
         "frozen",
@@ -31,7 +34,7 @@ FLOORS = [
         "progress",
         "savings",
     ),
-    ("tokens", "metrics"),
+    ("tokens", "metrics", "pair"),
     ("segments",),
     ("attention",),
     ("layers",),

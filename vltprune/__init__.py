@@ -15,6 +15,7 @@ from .registry import Registry, backbones, guides, hosts, keepers, presets, redu
 from .surgery import prune
 from .tokens import Layout, PackedTokens
 from .traces import PruneTrace, collect
+from .wrappers import unwrapped
 
 __version__ = "0.1.0"
 
@@ -70,4 +71,5 @@ __all__ = [
     "scorers",
     "text",
     "transforms",
+    "unwrapped",
 ]

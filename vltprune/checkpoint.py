@@ -3,65 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import convert
 from .config import PruneConfig
-from .registry import bind
+from .files import Write, replace_together
+from .pair import BACKUP, CONFIG, DIGEST, WEIGHTS, CheckpointError, Saved, finish_interrupted, weights_of
+from .recipe import Recipe, check_shared, recipe_of
+from .wrappers import plain_name, record_of, unwrapped
 
-_FORMAT = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+__all__ = ["CONFIG", "WEIGHTS", "CheckpointError", "Recipe", "Saved", "load_into", "save"]
+
 _HOST, _PRUNING = "host.", "pruning."
 _MAPS = f"{_PRUNING}guide.maps."
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be read, or whose tensors do not fit the model. Nothing of it was loaded."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How `create_model` built a dense model: what a checkpoint needs to build it again."""
-
-    backbone: str
-    model_args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The contents of config.json."""
-
-    backbone: str | None
-    model_args: dict[str, Any]
-    pruning: dict[str, Any] | None
-    contents: Literal["all", "pruning"] = "all"
-    format: int = _FORMAT
-
-    @classmethod
-    def read(cls, folder: Path) -> Saved:
-        try:
-            data = json.loads((folder / CONFIG).read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder} has no {CONFIG}: give a folder that vltprune.save wrote") from None
-        except ValueError as error:
-            raise CheckpointError(f"{folder / CONFIG} is not JSON: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            found = data.get("format") if isinstance(data, dict) else None
-            raise CheckpointError(f"{folder / CONFIG} has format {found!r}, this version reads {_FORMAT}")
-        bind(f"{folder / CONFIG}", cls, data)
-        return cls(**data)
 
 
 def save(
@@ -70,31 +35,45 @@ def save(
     """Write a model, dense or pruned, as config.json and model.safetensors, and return the folder.
 
     only="pruning" leaves the dense weights out: the small file to lay over a stock backbone. dtype: of the floating-point
-    tensors on disk (None: as they are). Files appear whole or not at all. Raises OSError, naming the folder, where it
-    cannot be written, ValueError for only="pruning" of a dense model, TypeError for a quantized one, before anything is
-    written.
+    tensors on disk (None: as they are). Both files are written or none: after any failure, an earlier save in the folder is
+    there as it was. What was exchanged in the model after it was built is saved too, where it is an argument of the model.
+    Raises ValueError, naming it, where it is not, and for only="pruning" of a dense model; OSError, naming the folder, where
+    it cannot be written, TypeError for a quantized model, and for arguments of the model that JSON cannot hold.
     """
-    folder, record = Path(folder), getattr(model, "pruning", None)
+    folder, model = Path(folder), unwrapped(model)
+    record = record_of(model)
     if only == "pruning" and record is None:
         raise ValueError("only='pruning' needs a pruned model: this one is dense")
     host = model if record is None else record.host
-    recipe = getattr(host, "recipe", None) or Recipe("", {})
-    pruning = None if record is None else record.config.to_dict()
-    saved = Saved(recipe.backbone or None, recipe.model_args, pruning, only or "all")
-
     state = dict(_pruning_state(model))
     if only is None:
-        state |= {_HOST + key: value for key, value in host.state_dict().items()}
+        state |= {_HOST + plain_name(key): value for key, value in host.state_dict().items()}
     _check_plain(state if only else {**state, **model.state_dict()})
+
+    recipe = recipe_of(host)
+    if record is not None:
+        check_shared(model, record)
+    pruning = None if record is None else record.config.to_dict()
+    saved = Saved(recipe.backbone or None, recipe.model_args, pruning, only or "all")
+    saved.check()
+    _write(folder, saved.signed(), _storable(state, dtype))
+    return folder
+
+
+def _write(folder: Path, saved: Saved, state: dict[str, Tensor]) -> None:
+    config = json.dumps(asdict(saved), indent=2) + "\n"
+    labels = {"format": "pt", DIGEST: str(saved.digest)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, lambda path: save_file(_storable(state, dtype), path, {"format": "pt"}))
-        _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(asdict(saved), indent=2) + "\n"))
-    except OSError as error:
-        raise OSError(
-            f"cannot write the model to {folder}: {error.strerror or error}; choose a folder you may write"
-        ) from error
-    return folder
+        finish_interrupted(folder)
+        writes: dict[Path, Write] = {
+            folder / WEIGHTS: lambda path: save_file(state, path, labels),
+            folder / CONFIG: lambda path: path.write_text(config, encoding="utf-8"),
+        }
+        replace_together(writes, {folder / WEIGHTS: folder / BACKUP})
+    except (OSError, SafetensorError) as error:  # a full disk is either, by the writer
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write the model to {folder}: {why}; choose a folder you may write") from error
 
 
 def load_into(model: nn.Module, path: str | Path) -> None:
@@ -103,7 +82,7 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     What a file is, its keys tell. Raises CheckpointError as `load` does.
     """
     path = Path(path)
-    file = path / WEIGHTS if path.is_dir() else path
+    file = weights_of(path) if path.is_dir() else path
     state, partial = _own_keys(_read(file), model)
     wanted = _wanted(model)
     state = _plain_maps(state, wanted) | state
@@ -137,21 +116,26 @@ def saved_temperature(path: Path) -> float | None:
 
 def _pruning_state(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of guide and pruners: "pruning.guide.*" and "pruning.<tower>.<depth>.*"."""
-    record = getattr(model, "pruning", None)
+    record = record_of(model)
     if record is None:
         return {}
     modules = {tower: encoder.pruners for tower, encoder in record.towers.items()}
     modules |= {"guide": record.guide} if record.guide is not None else {}
-    return {f"{_PRUNING}{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
+    return {
+        f"{_PRUNING}{name}.{plain_name(key)}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
 
 
 def _wanted(model: nn.Module) -> dict[str, Tensor]:
-    return {_HOST + key: value for key, value in _host(model).state_dict().items()} | _pruning_state(model)
+    host = {_HOST + plain_name(key): value for key, value in _host(model).state_dict().items()}
+    return host | _pruning_state(model)
 
 
 def _host(model: nn.Module) -> nn.Module:
-    record = getattr(model, "pruning", None)
-    return model if record is None else record.host
+    record = record_of(model)
+    return unwrapped(model) if record is None else record.host
 
 
 def _own_keys(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], bool]:
@@ -248,16 +232,3 @@ def _storable(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
         .contiguous()
         for key, value in state.items()
     }
-
-
-def _replace(target: Path, write: Any) -> None:
-    """Write beside the target, then take its place in one step."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-    os.close(handle)
-    try:
-        write(name)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -13,6 +13,7 @@ from .config import Part
 from .layers import KeepRatioPredictor, Knob
 from .pruner import PrunedEncoder
 from .surgery import pruning
+from .wrappers import unwrapped
 
 
 class Dial:
@@ -75,7 +76,9 @@ class Dial:
             keep |= {tower: keep[tower].replace(**{self.knob.name: value}) for tower in self.towers}
             one = keep[self.towers[0]]
             keep = one if all(part == one for part in keep.values()) else keep
-        object.__setattr__(self.model, "pruning", dataclasses.replace(record, config=config.replace(keep=keep)))
+        object.__setattr__(
+            unwrapped(self.model), "pruning", dataclasses.replace(record, config=config.replace(keep=keep))
+        )
 
 
 def keepers_of(tower: PrunedEncoder) -> list[KeepRatioPredictor]:

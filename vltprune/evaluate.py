@@ -18,6 +18,7 @@ from .data.words import WordTokenizer
 from .gauge import Gauge, Spent
 from .modes import evaluating
 from .traces import collect
+from .wrappers import is_pruned
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def evaluate(
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, batches: Sequence[Questions], tick: Callable[[int], object] | None) -> Outcome:
-    gauge = Gauge(model) if hasattr(model, "pruning") else None
+    gauge = Gauge(model) if is_pruned(model) else None
     chances: list[Tensor] = []
     spent: list[Spent] = []
     for batch in batches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from .catalog import CONFIGURED, Name, list_models, list_pretrained, open_clip_n
 from .config import PruneConfig
 from .models import zoo
 from .presets import preset
+from .recipe import Recipe
 from .registry import backbones, bind
+from .structure import Structure
 from .surgery import prune
 
 __all__ = ["CONFIGURED", "Name", "create_model", "list_models", "list_pretrained", "open_clip_name"]
@@ -56,7 +59,12 @@ def create_model(
     path = _own_weights(read) if own else _given_weights(read, pretrained)
     config = _config(read, pruning, parts, path, given=not own)
     model = _build(read, own and path is None, arguments)
-    object.__setattr__(model, "recipe", checkpoint.Recipe(_dense_name(read), _recorded(read, arguments)))
+    recorded = _recorded(read, arguments)
+    pixels: Any = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
+    if own and path is None and pixels is not None:
+        recorded.setdefault("force_preprocess_cfg", dict(pixels))  # the weights' own, which the tag brought
+    recipe = Recipe(_dense_name(read), recorded, Structure.of(model), partial(create_model, pretrained=False))
+    object.__setattr__(model, "recipe", recipe)
     if config is not None:
         model = prune(model, config)
     if path is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .flops import Meter
 from .surgery import prune
 from .traces import PruneTrace
+from .wrappers import is_pruned, unwrapped
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Gauge:
     """Reads the costs of one model. `model` is what to run for its traces: the model, or a dense one's keep-all twin."""
 
     def __init__(self, model: nn.Module):
-        self.is_dense = not hasattr(model, "pruning")
+        self.is_dense = not is_pruned(model)
         self.model = keep_all(model) if self.is_dense else model
         self.meter = Meter(self.model)
 
@@ -91,7 +92,7 @@ class Gauge:
 
 def keep_all(model: nn.Module) -> nn.Module:
     """A dense model in a form whose cost can be counted: it prunes nothing."""
-    return prune(model, "random", keep="ratio(ratio=1.0)")
+    return prune(unwrapped(model), "random", keep="ratio(ratio=1.0)")
 
 
 def _sizes(tower: str, instances: int, texts: Sequence[int]) -> list[int]:

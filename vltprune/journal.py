@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from .files import write_text
 
 _SETTINGS, _ROWS = "settings.json", "results.jsonl"
 
@@ -43,9 +44,7 @@ class Journal:
 
 def write_json(file: Path, value: Any) -> None:
     """The whole file or none of it, whenever the program is stopped, and whoever else writes it."""
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(file)
+    write_text(file, json.dumps(value, indent=2) + "\n")
 
 
 def _compare(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

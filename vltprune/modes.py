@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .wrappers import record_of
+
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -33,6 +35,6 @@ def _modules(models: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
     """Every module of the models, and of the dense models behind pruned ones; some may come twice."""
     for model in models:
         yield from model.modules()
-        record: Any = getattr(model, "pruning", None)
+        record: Any = record_of(model)
         if record is not None:
             yield from record.host.modules()

@@ -15,6 +15,7 @@ from .catalog import Name
 from .factory import PARTS, check_same, create_model
 from .presets import preset as preset_of
 from .surgery import prune, pruning
+from .wrappers import is_pruned
 
 _HUB = "hf-hub:"
 
@@ -86,7 +87,7 @@ def _saved(
         what = "--pretrained" if pretrained else ", ".join(f"{name}=" for name in others)
         raise ValueError(f"{what}: the folder {model} says itself what its model is, leave one of them out")
     opened = hub.from_pretrained(model)
-    if hasattr(opened, "pruning"):
+    if is_pruned(opened):
         if preset is not None:
             check_same(preset, preset_of(preset), pruning(opened).config, model, arguments)
         return hub.from_pretrained(model, **arguments) if arguments else opened

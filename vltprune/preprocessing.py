@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .hosts.base import find_composite
 from .models import zoo
 from .registry import backbones
+from .wrappers import record_of, unwrapped
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -36,6 +37,20 @@ class Preprocessing:
         return Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())
 
 
+@dataclass(frozen=True)
+class _Squeezed:
+    """The whole picture at a model's width and height, by bicubic interpolation, normalized."""
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        pixels = np.asarray(picture.resize(self.size, Image.Resampling.BICUBIC), np.float32) / 255
+        normalized = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(normalized).permute(2, 0, 1).contiguous()
+
+
 def transforms(model: nn.Module) -> Preprocessing:
     """The evaluation transform that a model was trained for, dense or pruned, of timm, open_clip or this library.
 
@@ -43,8 +58,8 @@ def transforms(model: nn.Module) -> Preprocessing:
     size by bicubic interpolation, normalised as CLIP's; a backbone of ours that was trained on other pixels is known by
     the name that `create_model` built it by. TypeError for a model that takes no images.
     """
-    record = getattr(model, "pruning", None)
-    host: Any = model if record is None else record.host
+    record = record_of(model)
+    host: Any = unwrapped(model) if record is None else record.host
     composite = find_composite(host)
     towers = {"image": host} if composite is None else {t: tower for t, (tower, _) in composite.towers(host).items()}
     tower: Any = towers.get("image")
@@ -81,13 +96,7 @@ def _own(tower: Any, host: nn.Module) -> Preprocessing:
     height, width = image_size(tower)
     recipe: Any = getattr(host, "recipe", None)
     maker: Any = backbones[recipe.backbone] if recipe is not None and recipe.backbone in backbones else zoo.Backbone
-    mean, std = (np.array(maker.mean, np.float32), np.array(maker.std, np.float32))
-
-    def transform(picture: Image.Image) -> Tensor:
-        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
-        return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).contiguous()
-
-    return _preprocessing(transform, maker.mean, maker.std)
+    return _preprocessing(_Squeezed((width, height), maker.mean, maker.std), maker.mean, maker.std)
 
 
 def _preprocessing(transform: Transform, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:

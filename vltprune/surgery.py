@@ -13,6 +13,7 @@ from .layers import AlignmentGuide
 from .presets import preset
 from .pruner import Pruning, born_like
 from .registry import guides
+from .wrappers import is_pruned, record_of, unwrapped
 
 
 def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Module:
@@ -28,7 +29,12 @@ def prune(model: nn.Module, config: PruneConfig | str, **parts: Any) -> nn.Modul
     in evaluation mode as their tower is. Raises TypeError for
     a model that no host takes apart, and the errors of PruneConfig; ValueError for parts that need what a tower lacks.
     """
-    if hasattr(model, "pruning"):
+    if unwrapped(model) is not model:
+        raise TypeError(
+            f"a {type(model).__name__} wraps a {type(unwrapped(model)).__name__}: prune that one, and wrap what `prune` "
+            "returns (vltprune.unwrapped(model) is the model itself)"
+        )
+    if is_pruned(model):
         raise TypeError("this model is pruned already: prune its dense host, prune(model.host, ...)")
     config = preset(config) if isinstance(config, str) else config
     config = config.replace(**parts) if parts else config
@@ -66,10 +72,10 @@ def build_guide(config: PruneConfig, sites: dict[str, Any], model: nn.Module) ->
 
 
 def pruning(model: nn.Module) -> Pruning:
-    """What `prune` made of a model. TypeError for a dense one."""
-    record = getattr(model, "pruning", None)
+    """What `prune` made of a model, wrapped (compiled, in parallel) or not. TypeError for a dense one."""
+    record = record_of(model)
     if not isinstance(record, Pruning):
-        raise TypeError(f"this {type(model).__name__} is not pruned: give it to vltprune.prune first")
+        raise TypeError(f"this {type(unwrapped(model)).__name__} is not pruned: give it to vltprune.prune first")
     return record
 
 

@@ -16,6 +16,7 @@ from .. import budget
 from ..catalog import Name
 from ..opening import is_random, open_model
 from ..progress import bar, say
+from ..wrappers import is_pruned
 
 MODEL = "a name, such as vit_base_patch16_224_evit or clip_vit_b_32.openai, a saved model's folder, or hf-hub:org/name"
 
@@ -97,7 +98,7 @@ def load_model(
     Says so where random weights choose the tokens; of a model that is `judged` by its answers, wherever they are random.
     """
     opened = open_model(model, pretrained=pretrained, preset=preset, default=default, arguments=arguments)
-    if is_random(model, pretrained) and (judged or hasattr(opened, "pruning")):
+    if is_random(model, pretrained) and (judged or is_pruned(opened)):
         say_random(model, "which tokens it keeps, and what it makes of them, means nothing")
     return opened
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from torch import nn
 from .. import report, visualize
 from ..evaluate import Outcome, Questions, draw, evaluate, race, relative_time
 from ..factory import create_model
+from ..files import write_text
+from ..journal import write_json
 from ..surgery import prune
 from ..traces import PruneTrace, collect
 from . import common
@@ -134,14 +135,14 @@ def _write(folder: Path, outcomes: Mapping[str, Outcome], examples: Sequence[rep
         "pictures at the layers where MADTP does, and is calibrated on other pairs to the same MACs; 'tuned weights' are "
         "those that were trained under MADTP.",
     )
-    (folder / "report.html").write_text(report.page(outcomes, examples, DENSE, notes), encoding="utf-8")
+    write_text(folder / "report.html", report.page(outcomes, examples, DENSE, notes))
     results = {
         "pairs": questions,
         "seed": args.seed,
         "threads": threads,
         "models": {name: _numbers(outcome, outcomes[DENSE]) for name, outcome in outcomes.items()},
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", results)
 
 
 def _numbers(outcome: Outcome, dense: Outcome) -> dict[str, Any]:

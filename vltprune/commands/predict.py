@@ -15,6 +15,7 @@ from torch import nn
 from .. import savings, visualize
 from ..data import pictures
 from ..data.words import WordTokenizer
+from ..files import replacing
 from ..flops import Meter
 from ..preprocessing import transforms
 from ..traces import PruneTrace, collect
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
         )
     print(f"{str(chance > 0.5).lower()}  (probability of true: {chance:.1%})")
     _report(model, traces)
-    _draw([prepare.seen(image) for image in pair], traces, args.sentence, chance).save(output)
+    with replacing(output) as part:
+        _draw([prepare.seen(image) for image in pair], traces, args.sentence, chance).save(part)
     print(f"wrote {output}")
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from .. import budget, savings, visualize
 from ..data import Loader, Record, pictures
 from ..factory import PARTS
+from ..files import replacing
 from ..flops import Meter
 from ..hosts.base import find_composite
+from ..journal import write_json
 from ..preprocessing import Preprocessing, transforms
 from ..pruner import Pruning
 from ..registry import presets
@@ -167,7 +169,8 @@ class Results:
         seen = self.preprocessing.seen(image)
         target = self.folder / "pictures" / f"{file.name}.png"
         target.parent.mkdir(exist_ok=True)
-        visualize.stack([visualize.film(seen, trace, place, side=160)], [file.name]).save(target)
+        with replacing(target) as part:
+            visualize.stack([visualize.film(seen, trace, place, side=160)], [file.name]).save(part)
 
     @property
     def reduction(self) -> float:
@@ -186,13 +189,14 @@ class Results:
             "pictures": rows,
             "unreadable": unreadable,
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder / "summary.json", summary)
         if self.features[0].dim() == 1:
             tensors = {"features": torch.stack(self.features)}
         else:
             names = [name.encode("utf-8", "backslashreplace").decode("utf-8") for name in self.files]
             tensors = dict(zip(names, self.features, strict=True))
-        save_file(tensors, self.folder / "features.safetensors", {"files": json.dumps(self.files)})
+        with replacing(self.folder / "features.safetensors") as part:
+            save_file(tensors, part, {"files": json.dumps(self.files)})
 
     def mean_kept(self) -> list[float]:
         """Tokens that entered, then tokens leaving each block, mean over the pictures."""

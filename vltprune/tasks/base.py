@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data.records import Picture, Record
 from ..data.words import WordTokenizer
 from ..text import BERT, CLS, DEC, ENC, BlipTokenizer
+from ..wrappers import record_of, unwrapped
 
 R = TypeVar("R", bound=Record)
 Read = TypeVar("Read", bound=Record, contravariant=True)
@@ -148,7 +149,8 @@ def _check_ids(host: Any, blip: BlipTokenizer) -> None:
 
 def dense(model: Any) -> Any:
     """The dense host of a pruned model; a dense one as it is."""
-    return model.pruning.host if hasattr(model, "pruning") else model
+    record = record_of(model)
+    return unwrapped(model) if record is None else record.host
 
 
 def one_folder(images: Images) -> str | Path:

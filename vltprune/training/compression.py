@@ -23,6 +23,7 @@ from ..opening import open_model
 from ..preprocessing import transforms
 from ..surgery import prune, pruning
 from ..tasks import Matching, Options, Retrieval
+from ..wrappers import is_pruned
 from .calls import calls_of
 from .config import CompressConfig
 from .engine import Run
@@ -111,7 +112,7 @@ def dense_model(config: CompressConfig) -> nn.Module:
     """The dense model of a config, with its weights. TypeError for a pruned one."""
     torch.manual_seed(config.seed)  # of weights that are random
     model = open_model(config.model, pretrained=config.pretrained, arguments=config.model_args)
-    if hasattr(model, "pruning"):
+    if is_pruned(model):
         raise TypeError(f"model={config.model!r} is pruned already: give its dense model, and this one as start=")
     return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import yaml
 from ..config import Part, PruneConfig
 from ..data import shards
 from ..frozen import FrozenDict, frozen, thawed
+from ..journal import write_json
 from ..presets import preset
 from ..registry import bind, tasks
 from ..tasks.matching import MOST
@@ -195,7 +195,7 @@ class CompressConfig:
 
     def write(self, file: str | Path) -> None:
         """As JSON, which is YAML too."""
-        Path(file).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(file), self.to_dict())
 
 
 def fields_of(file: str | Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import write_text
 from ..progress import bar, say
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ class History:
     def rewind(self, step: int) -> None:
         """Forget what was reported after a step: a run that goes on from it reports it again."""
         self.rows = [row for row in self.rows if row["step"] <= step]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        write_text(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import html, savings
+from ..files import write_text
 from ..opening import is_random, is_saved
 from . import curves, tables
 from .config import CompressConfig
@@ -81,7 +82,7 @@ class Story:
 
 def write(file: Path, story: Story, shown: Sequence[Example], missing: str = "") -> None:
     """The page as a file. OSError where it cannot be written."""
-    file.write_text(page(story, shown, missing), encoding="utf-8", errors="backslashreplace")
+    write_text(file, page(story, shown, missing))
 
 
 def page(story: Story, shown: Sequence[Example], missing: str = "") -> str:

@@ -1,0 +1,45 @@
+"""Wrappers that run a model and are not it: compilers, data parallelism, averages of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+# libraries whose wrappers hold the model as `module`: DataParallel, DistributedDataParallel, FullyShardedDataParallel and
+# AveragedModel of torch, DeepSpeedEngine, ModelEmaV2 and V3 of timm
+_LIBRARIES = ("torch", "deepspeed", "accelerate", "timm")
+_COMPILED = "_orig_mod"  # what torch.compile calls the model
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model behind its wrappers, however many; a model without any as it is."""
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def record_of(model: nn.Module) -> Any:
+    """What `prune` noted of a model, wrapped or not: a `Pruning`, or None for a dense model."""
+    return getattr(unwrapped(model), "pruning", None)
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether `prune` made a model, wrapped or not."""
+    return record_of(model) is not None
+
+
+def plain_name(key: str) -> str:
+    """The name of a tensor or module without the parts that compiled submodules add to it."""
+    return key.replace(f"{_COMPILED}.", "").removesuffix(f".{_COMPILED}")
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    children = getattr(model, "_modules", {})
+    if _COMPILED in children:
+        return children[_COMPILED]
+    library = type(model).__module__.partition(".")[0]
+    if library in _LIBRARIES and not type(model).__module__.startswith("timm.models"):
+        name = "_fsdp_wrapped_module" if "_fsdp_wrapped_module" in children else "module"
+        return children.get(name)
+    return None
