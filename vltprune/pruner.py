@@ -18,6 +18,7 @@ from .attention import AttentionStats, Stat, attend, attend_with_stats
 from .checks import is_traced
 from .config import PruneConfig
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Reduction, Site, TokenReducer, TokenScorer
+from .layers.printing import remember_arguments
 from .layers.reducers import best
 from .naming import fqn_modifiers, use_dense_names
 from .registry import keepers, reducers, scorers
@@ -76,6 +77,7 @@ class Pruner(nn.Module):
         for kind, registry in kinds.items():
             part = config.part(kind, site.tower)
             parts.append(registry[part.name](site, **part.args))
+            remember_arguments(parts[-1], registry[part.name], part.args)
         pruner = cls(*parts)
         if Stat.SUMMARY in pruner.needs and not site.has_summary:
             raise ValueError(
@@ -192,6 +194,9 @@ class PrunedEncoder(nn.Module):
                 "towers: use torch.nn.parallel.DistributedDataParallel, one process a device (torchrun, accelerate launch)"
             )
         return super()._replicate_for_data_parallel()  # pyright: ignore[reportReturnType]
+
+    def extra_repr(self) -> str:
+        return f"tower={self.tower!r}, at=({', '.join(self.pruners)})"
 
     def __setattr__(self, name: str, value: Any) -> None:
         """AttributeError for a module that is the dense tower's to have, such as a new head: here nothing would run it."""

@@ -10,6 +10,7 @@ from torch import nn
 from .config import PruneConfig
 from .hosts.base import find_composite, find_host
 from .layers import AlignmentGuide
+from .layers.printing import remember_arguments
 from .presets import preset
 from .pruner import Pruning, born_like
 from .registry import guides
@@ -68,7 +69,9 @@ def build_guide(config: PruneConfig, sites: dict[str, Any], model: nn.Module) ->
     if config.guide is None:
         return None
     part = config.part("guide")
-    return born_like(model, guides[part.name], sites, **part.args)
+    guide = born_like(model, guides[part.name], sites, **part.args)
+    remember_arguments(guide, guides[part.name], part.args)
+    return guide
 
 
 def pruning(model: nn.Module) -> Pruning:

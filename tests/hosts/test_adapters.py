@@ -77,3 +77,52 @@ def test_adapters_act_in_towers_that_were_pruned_before(name):
         adapt(tower.host)
     same(pruned(*case.inputs), case.expected())
     assert vp.flops.count(merging, *case.inputs).dense_total > plain.dense_total
+
+
+LORA = ["timm: vit: plain", "timm: eva: default", "timm: eva: rope attention", "timm: eva: rope dinov3"]
+LORA += ["open_clip: image: tok", "transformers: dinov3: plain", "blip: nlvr"]
+
+
+@pytest.mark.parametrize("name", LORA)
+@torch.no_grad()
+def test_lora_of_peft(name):
+    """On every linear layer, those too whose weights a library reads itself: there it is without effect in both models."""
+    peft = pytest.importorskip("peft")
+    case = make(name)
+    pruned, plain = keep_all(case), case.expected()
+    layers = [path for path, module in case.model.named_modules() if isinstance(module, nn.Linear)]
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=layers, init_lora_weights=False), case.model)
+    with pytest.raises(AssertionError):
+        same(case.expected(), plain)
+    same(pruned(*case.inputs), case.expected())
+    same(keep_all(case)(*case.inputs), case.expected())
+
+
+def test_lora_around_torchs_attention_is_refused():
+    peft = pytest.importorskip("peft")
+    case = make("open_clip: image: tok")
+    pruned = keep_all(case)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["attn"], init_lora_weights=False), case.model)
+    with pytest.raises(TypeError, match="adapter would have no effect"):
+        pruned(*case.inputs)
+    with pytest.raises(TypeError, match="MultiheadAttention"):
+        keep_all(case)
+
+
+@torch.no_grad()
+def test_a_nonlinear_adapter_sees_what_the_projection_would_see():
+    """Tokens are averaged before an output projection only where that is certain to be affine."""
+
+    class Squash(Adapter):
+        def forward(self, x):
+            return super().forward(x).tanh()
+
+    for name, path in (("timm: vit: plain", "attn.proj"), ("transformers: vit: plain", "attention.o_proj")):
+        case = make(name)
+        blocks = case.model.blocks if name.startswith("timm") else case.model.layers
+        for block in blocks:
+            parent, _, own = path.partition(".")
+            setattr(getattr(block, parent), own, Squash(getattr(getattr(block, parent), own)))
+        with vp.collect() as traces:
+            case.pruned(reducer="fuse")(*case.inputs)
+        assert not any(step.reduced_early for step in traces[0].steps)

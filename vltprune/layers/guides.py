@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import precision, segments
 from ..registry import guides
 from ..tokens import PackedTokens
+from .printing import PrintedPart
 from .site import Site
 
 
@@ -54,7 +55,7 @@ class Guidance:
             return segments.mix(self.attention(x.shape[-1] ** 0.5), x, self.mapped.layout)
 
 
-class AlignmentGuide(nn.Module, ABC):
+class AlignmentGuide(PrintedPart, ABC):
     """Relates the tokens of every tower to the same anchors. One instance serves all towers of a model.
 
     Implementations take `sites`, one Site per tower name, and their own arguments.

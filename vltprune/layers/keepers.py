@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import precision, segments
 from ..registry import keepers
 from ..tokens import PackedTokens
 from .guides import Guidance
+from .printing import PrintedPart
 from .scorers import hash_integers
 from .site import Site
 
@@ -44,7 +45,7 @@ class Knob:
         return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
-class KeepRatioPredictor(nn.Module, ABC):
+class KeepRatioPredictor(PrintedPart, ABC):
     """Says how many unprotected tokens each instance keeps at one site.
 
     `guided`: whether it reads the guidance; `fixed`: whether its counts follow from how many tokens there are, and from nothing

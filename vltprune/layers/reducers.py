@@ -9,12 +9,13 @@ from itertools import accumulate
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import segments
 from ..attention import AttentionStats, Stat
 from ..registry import reducers
 from ..tokens import Layout, PackedTokens
+from .printing import PrintedPart
 from .site import Site
 
 _EPS = 1e-8
@@ -109,7 +110,7 @@ class Reduction:
         return target
 
 
-class TokenReducer(nn.Module, ABC):
+class TokenReducer(PrintedPart, ABC):
     """Plans what to do with `counts` [batch] unprotected tokens to keep. `needs` declares the statistics it reads.
 
     Implementations take `site` and their own arguments.

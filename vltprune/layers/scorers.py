@@ -14,12 +14,13 @@ from ..attention import AttentionStats, Stat
 from ..registry import scorers
 from ..tokens import PackedTokens
 from .guides import Guidance
+from .printing import PrintedPart
 from .site import Site
 
 _EPS = 1e-8
 
 
-class TokenScorer(nn.Module, ABC):
+class TokenScorer(PrintedPart, ABC):
     """Scores the tokens of one site; larger is kept longer. Scores are in single precision, whatever the model is in.
 
     `needs` declares the statistics it reads and `guided` whether it reads the guidance: a pairing that cannot work fails
