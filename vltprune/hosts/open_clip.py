@@ -27,11 +27,11 @@ from .base import (
 )
 from .pruned_open_clip import PrunedClip, PrunedClipOwnText, PrunedClipText, PrunedClipVision, PrunedTimmModel
 from .refusals import dotted
+from .soft import refuse_parts
 from .wrapper import Wrapper
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
 _ATTENTIONS = (nn.MultiheadAttention, Attention)
-from .soft import refuse_parts
 
 
 class _ClipHost(Host):

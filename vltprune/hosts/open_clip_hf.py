@@ -15,11 +15,11 @@ from ..registry import hosts
 from ..tokens import PackedTokens
 from .attributes import forwards
 from .base import weighted_mean
+from .soft import refuse_parts
 from .wrapper import Wrapper
 
 _FIRST = (ClsPooler, ClsLastHiddenStatePooler)
 _POOLERS = (MeanPooler, MaxPooler, *_FIRST)
-from .soft import refuse_parts
 
 
 @forwards("config", "context_length", "vocab_size", "output_dim", "output_tokens", "lock", "set_grad_checkpointing")

@@ -28,9 +28,9 @@ from .base import (
     weighted_mean,
 )
 from .pruned_timm import PrunedTimm
+from .soft import padded_bias, refuse_parts
 
 _POOLS = ("", "token", "avg", "max", "avgmax", "map")
-from .soft import padded_bias, refuse_parts
 
 
 class _TimmHost(Host):

@@ -23,12 +23,12 @@ from ...traces import Decoded, tell_collectors
 from ..base import Host, WithTowers
 from ..decoder import WithDecoder
 from ..linear_maps import linear_macs
+from ..soft import refuse_parts
 from .base import Images, PreNorm
 from .text import PostNorm
 
 _READER, _INSTEAD = "what looks at an image or a question in transformers' BLIP", "use this library's Blip models"
 Memory = tuple[PackedTokens]  # the tokens that sentences cross-attend to: one instance a sentence, or one for all
-from ..soft import refuse_parts
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipVisionModel")
