@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .commands import common, compress, demo, eval, inspect, predict, prune
+from .commands import common, compress, demo, eval, inspect, options, predict, prune
 
 # what the library raises for the user to read
 _EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError, FloatingPointError)
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every command's arguments. `args.run` is what to call with them; it is absent without a command."""
     everywhere, compute = _Parser(add_help=False), _Parser(add_help=False)
     everywhere.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    compute.add_argument("--threads", type=common.positive, help="CPU threads (torch's choice)")
+    compute.add_argument("--threads", type=options.threads, help="CPU threads (torch's choice)")
 
     parser = _Parser(prog="vltprune", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"vltprune {__version__}")

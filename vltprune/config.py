@@ -15,7 +15,8 @@ from .registry import Registry, bind, guides, keepers, nearest, reducers, scorer
 
 Depths = Iterable[int | float] | int | float | None
 
-_KINDS: dict[str, tuple[Registry, tuple[str, ...]]] = {
+# kind -> its registry, and the arguments that the library itself passes
+KINDS: dict[str, tuple[Registry, tuple[str, ...]]] = {
     "guide": (guides, ("sites",)),
     "scorer": (scorers, ("site",)),
     "keep": (keepers, ("site",)),
@@ -110,7 +111,7 @@ class PruneConfig:
     at: Depths | Mapping[str, Depths] = None
 
     def __post_init__(self) -> None:
-        for kind, (registry, given) in _KINDS.items():
+        for kind, (registry, given) in KINDS.items():
             spec = getattr(self, kind)
             if spec is None:
                 if kind == "guide":
@@ -131,7 +132,7 @@ class PruneConfig:
             return
         for kind in ("scorer", "keep"):
             for part in self.parts(kind):
-                if getattr(_KINDS[kind][0][part.name], "guided", False):
+                if getattr(KINDS[kind][0][part.name], "guided", False):
                     raise ValueError(
                         f"{kind}={str(part)!r} reads the alignment guide, and guide=None: write guide='codebook', "
                         f"or choose another {kind}"
@@ -194,7 +195,7 @@ class PruneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write."""
-        parts = {kind: _plain(getattr(self, kind)) for kind in _KINDS}
+        parts = {kind: _plain(getattr(self, kind)) for kind in KINDS}
         return {**parts, "at": thawed(self.at)}
 
     @classmethod

@@ -97,11 +97,12 @@ def _config(
 def check_same(asked: str, config: PruneConfig, saved: PruneConfig, path: object, replaced: Mapping[str, Any]) -> None:
     """ValueError unless a preset and a saved pruning are of the same parts, but for those that are replaced anyway."""
     for kind in ("scorer", "keep", "reducer", "guide"):
-        here, there = getattr(config, kind), getattr(saved, kind)
-        if kind not in replaced and getattr(here, "name", None) != getattr(there, "name", None):
+        here, there = ({part.name for part in one.parts(kind)} for one in (config, saved))
+        if kind not in replaced and here != there:
             raise ValueError(
-                f"{path} was saved with {kind}={str(there)!r}, and the preset {asked!r} has {kind}={str(here)!r}: to prune "
-                f"as saved, give that folder as the model; to prune otherwise, say {kind}=... too"
+                f"{path} was saved with {kind}={saved.spelled(kind)!r}, and the preset {asked!r} has "
+                f"{kind}={config.spelled(kind)!r}: to prune as saved, give that folder as the model; to prune otherwise, say "
+                f"{kind}=... too"
             )
 
 
@@ -164,12 +165,23 @@ def _given_weights(name: Name, pretrained: Any) -> Path | None:
 
 
 def _build(name: Name, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
-    """The dense model; with `pretrained`, timm and open_clip load its weights."""
+    """The dense model; with `pretrained`, timm and open_clip load its weights. Errors name the arguments it was given."""
+    if name.backbone == CONFIGURED:
+        return _configured(pretrained, arguments)
+    try:
+        return _dense(name, pretrained, arguments)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if not arguments or isinstance(error, checkpoint.CheckpointError):
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise kind(f"{name.backbone} cannot be built with {given}: {error or type(error).__name__}") from error
+
+
+def _dense(name: Name, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     if name.library == "timm":
         timm: Any = importlib.import_module("timm")
         return timm.create_model(_dense_name(name), pretrained=pretrained, **arguments)
-    if name.backbone == CONFIGURED:
-        return _configured(pretrained, arguments)
     if name.library == "open_clip":
         open_clip: Any = importlib.import_module("open_clip")
         own = {"pretrained_text": False}  # open_clip would fetch those of a text tower of transformers, unasked

@@ -91,7 +91,7 @@ def test_prune_gives_the_features_of_the_library(photos, tmp_path):
     ("arguments", "complaint"),
     [
         (["vit_tiny_patch16_224_evit", "--preset", "madtp"], "names a preset already"),
-        (["vit_tiny_patch16_224", "--preset", "evitt"], "argument --preset: invalid choice: 'evitt'"),
+        (["vit_tiny_patch16_224", "--preset", "evitt"], "--preset: there is no preset 'evitt'; did you mean evit"),
         (["vit_tiny_patch16_224_evit", "--at", "first"], "--at 'first'"),
         (["vit_tiny_patch16_224_evit", "--at", "40"], "depths 0 .. 11"),
         (["vit_tiny_patch16_224_evit", "--reduction", "1.5"], "between 0 and 1"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,45 +13,21 @@ from torch import nn
 
 from .. import budget
 from ..catalog import Name
+from ..data import shards
 from ..opening import is_random, open_model
 from ..progress import bar, say
+from ..tasks.nlvr import SYNTHETIC
 from ..wrappers import is_pruned
+from . import options
 
 MODEL = "a name, such as vit_base_patch16_224_evit or clip_vit_b_32.openai, a saved model's folder, or hf-hub:org/name"
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer from 1 on."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return value
-
-
-def natural(text: str) -> int:
-    """An argparse type: an integer from 0 on."""
-    return 0 if text == "0" else positive(text)
-
-
-def value(text: str) -> Any:
-    """A Python literal where the text is one ("12", "(3, 6)", "None"), else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def keywords(pairs: Sequence[str]) -> dict[str, Any]:
-    """["image_size=96", "keep=ratio(ratio=0.5)"] -> a dict. ValueError for text without "="."""
-    wrong = [pair for pair in pairs if "=" not in pair or not pair.partition("=")[0].isidentifier()]
-    if wrong:
-        raise ValueError(f"cannot read the model argument {wrong[0]!r}: write name=value, such as image_size=96")
-    return {name: value(text) for name, _, text in (pair.partition("=") for pair in pairs)}
+    """["image_size=96", "keep=ratio(ratio=0.5)"], each an `options.assignment`, -> a dict."""
+    return {name: options.value(text) for name, _, text in (pair.partition("=") for pair in pairs)}
 
 
 def output_folder(path: str | Path) -> Path:
@@ -66,6 +41,23 @@ def output_folder(path: str | Path) -> Path:
         reason = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
         raise OSError(f"cannot write to the folder {folder}: {reason}; choose another --output") from error
     return folder
+
+
+def check_annotations(option: str, data: str) -> None:
+    """OSError, naming the option, for annotations that are neither a file nor synthetic nor shards."""
+    if data.startswith(SYNTHETIC) or shards.are_meant(data):
+        return
+    path = Path(data)
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: {data} is a folder: give the annotation file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}: there is no annotation file {data}")
+
+
+def check_folder(option: str, folder: str) -> None:
+    """OSError, naming the option, for no folder."""
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"{option}: there is no folder {folder}")
 
 
 def use_threads(threads: int | None) -> None:

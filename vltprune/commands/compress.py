@@ -9,9 +9,9 @@ from typing import Any
 
 from .. import tasks
 from ..opening import is_random
-from ..registry import presets
-from . import common
+from . import common, options
 
+_NEEDED = ("task", "model", "data", "val")
 _FIELDS = ("task", "model", "pretrained", "data", "images", "val", "val_images", "preset", "reduction")
 
 
@@ -19,7 +19,9 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser = commands.add_parser(
         "compress", parents=parents, help="train a pruned model to a cost; goes on where it was stopped"
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML or JSON file of fields; what is given here wins")
+    parser.add_argument(
+        "--config", type=options.file, metavar="FILE", help="a YAML or JSON file of fields; what is given here wins"
+    )
     parser.add_argument("--task", choices=tasks.tasks.names(), help="what the model is trained to do")
     parser.add_argument("--model", help=f"the dense model: {common.MODEL}")
     common.add_pretrained(parser)
@@ -27,11 +29,21 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser.add_argument("--images", metavar="DIR", help="the folder that their paths begin in (their own)")
     parser.add_argument("--val", metavar="FILE", help="annotations that everything is chosen on; never the test split")
     parser.add_argument("--val-images", metavar="DIR", help="the folder that those paths begin in (--images)")
-    parser.add_argument("--preset", choices=presets.names(), help="how to prune (madtp)")
-    parser.add_argument("--reduction", type=float, help="share of the dense MACs to save (0.5)")
-    parser.add_argument("--output", default="compress", metavar="DIR", help="folder of the run (%(default)s)")
+    parser.add_argument("--preset", type=options.preset, metavar="NAME", help="how to prune (madtp)")
+    parser.add_argument("--reduction", type=options.share_or_zero, help="share of the dense MACs to save (0.5)")
+    parser.add_argument(
+        "--output", type=options.output, default="compress", metavar="DIR", help="folder of the run (%(default)s)"
+    )
     fields = "other fields of CompressConfig: steps=2000 rate=1e-4 distil=1.0 parts={'reducer':'drop'}"
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=fields)
+    parser.add_argument(
+        "--set",
+        type=options.assignment,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FIELD=VALUE",
+        help=fields,
+    )
     parser.set_defaults(run=run)
 
 
@@ -39,8 +51,9 @@ def run(args: argparse.Namespace) -> None:
     common.say("vltprune: loading Accelerate ...")
     from ..training import compress  # accelerate is of the extra `train`
 
-    common.use_threads(args.threads)
     config = config_of(args)
+    common.output_folder(args.output)
+    common.use_threads(args.threads)
     if is_random(config.model, config.pretrained):
         common.say_random(config.model, "it learns from nothing")
     done = compress(config, args.output)
@@ -54,12 +67,38 @@ def run(args: argparse.Namespace) -> None:
 
 
 def config_of(args: argparse.Namespace) -> Any:
-    """The config that the options, and the file of --config, ask for."""
+    """The config that the options, and the file of --config, ask for. Errors name the option of a wrong field."""
     from ..training.config import CompressConfig, fields_of
 
     given = {name: getattr(args, name) for name in _FIELDS if getattr(args, name) is not None}
     there = fields_of(args.config) if args.config else {}
-    return CompressConfig.from_dict({**there, **given, **common.keywords(args.set)})
+    told = common.keywords(args.set)
+    fields = {**there, **given, **told}
+    missing = [name for name in _NEEDED if fields.get(name) is None]
+    if missing:
+        raise TypeError(f"a compression config needs {', '.join(missing)}: give {_how(missing[0])}, or a --config file")
+    try:
+        config = CompressConfig.from_dict(fields)
+    except (LookupError, TypeError, ValueError) as error:
+        name = str(error).partition("=")[0]
+        where = "--set" if name in told else _option(name) if name in given else f"--config {args.config}"
+        raise type(error)(f"{where}: {error}" if name in fields else str(error)) from None
+    for name in ("data", "val"):
+        common.check_annotations(_option(name), getattr(config, name))
+    for name in ("images", "val_images"):
+        if getattr(config, name) is not None:
+            common.check_folder(_option(name), getattr(config, name))
+    return config
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _how(field: str) -> str:
+    """An option that is missing, as it may be written."""
+    written = {"task": "|".join(tasks.tasks.names()), "model": "blip_nlvr_base", "data": "FILE", "val": "FILE"}
+    return f"{_option(field)} {written[field]}"
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:

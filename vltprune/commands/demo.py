@@ -19,7 +19,7 @@ from ..files import write_text
 from ..journal import write_json
 from ..surgery import prune
 from ..traces import PruneTrace, collect
-from . import common
+from . import common, options
 
 DENSE = "dense"
 _BACKBONE = "blip_nlvr_tiny"
@@ -34,10 +34,14 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         "demo", parents=parents, help="compare dense, MADTP and random pruning on synthetic pairs; no download"
     )
     parser.add_argument(
-        "--output", default="demo", metavar="DIR", help="folder for report.html and results.json (demo)"
+        "--output",
+        type=options.output,
+        default="demo",
+        metavar="DIR",
+        help="folder for report.html and results.json (demo)",
     )
-    parser.add_argument("--pairs", type=common.positive, default=1800, help="held-out pairs, one question each (1800)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pairs (0)")
+    parser.add_argument("--pairs", type=options.positive, default=1800, help="held-out pairs, one question each (1800)")
+    parser.add_argument("--seed", type=options.seed, default=0, help="another seed draws other pairs (0)")
     parser.set_defaults(run=run)
 
 

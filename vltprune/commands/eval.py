@@ -19,7 +19,7 @@ from ..preprocessing import transforms
 from ..tasks.base import Images
 from ..tasks.matching import MOST
 from ..text import BERT
-from . import common
+from . import common, options
 
 _SETTINGS = ("task", "model", "model_args", "pretrained", "vocabulary", "answers")
 _SETTINGS += ("data", "images", "batch_size", "device")
@@ -31,11 +31,15 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     )
     _add_model(parser)
     _add_data(parser)
-    parser.add_argument("--output", default="eval", metavar="DIR", help="folder for the results (%(default)s)")
-    parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first so many records")
-    parser.add_argument("--batch-size", type=common.positive, default=16, metavar="N", help="records at a time (16)")
-    parser.add_argument("--workers", type=common.natural, default=2, metavar="N", help="threads that open pictures (2)")
-    parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda (cpu)")
+    parser.add_argument(
+        "--output", type=options.output, default="eval", metavar="DIR", help="folder for the results (%(default)s)"
+    )
+    parser.add_argument("--limit", type=options.positive, metavar="N", help="only the first so many records")
+    parser.add_argument("--batch-size", type=options.positive, default=16, metavar="N", help="records at a time (16)")
+    parser.add_argument(
+        "--workers", type=options.natural, default=2, metavar="N", help="threads that open pictures (2)"
+    )
+    parser.add_argument("--device", type=options.device, default="cpu", help="where the model runs, such as cuda (cpu)")
     parser.add_argument("--strict", action="store_true", help="stop at what cannot be read, instead of skipping it")
     parser.set_defaults(run=run)
 
@@ -43,10 +47,12 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=common.MODEL)
     arguments = "for the named model: vocab_size=30524, keep='ratio(ratio=0.5)'"
-    parser.add_argument("--model-args", nargs="+", default=[], metavar="NAME=VALUE", help=arguments)
+    parser.add_argument(
+        "--model-args", type=options.assignment, nargs="+", default=[], metavar="NAME=VALUE", help=arguments
+    )
     common.add_pretrained(parser)
     vocabulary = "for BLIP: vocab.txt or tokenizer.json (the hub's %(default)s)"
-    parser.add_argument("--vocabulary", default=BERT, metavar="PATH", help=vocabulary)
+    parser.add_argument("--vocabulary", type=options.vocabulary, default=BERT, metavar="PATH", help=vocabulary)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -56,16 +62,20 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "the folder that the annotations' paths begin in (their own); for vqa also one for each data set, as vg=DIR"
     )
     parser.add_argument("--images", action="append", metavar="DIR", help=images)
-    parser.add_argument("--answers", metavar="FILE", help="for vqa: a list of answers to choose from (free words)")
+    parser.add_argument(
+        "--answers", type=options.file, metavar="FILE", help="for vqa: a list of answers to choose from (free words)"
+    )
     most = f"for retrieval by BLIP: how many nearest its matching head judges again ({MOST}; 0 leaves that out)"
-    parser.add_argument("--k-test", type=common.natural, metavar="K", help=most)
+    parser.add_argument("--k-test", type=options.natural, metavar="K", help=most)
 
 
 def run(args: argparse.Namespace) -> None:
+    common.check_annotations("--data", args.data)
+    images = _images(args)
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
     kind: Any = tasks.tasks[args.task]
-    records = kind.read(args.data, _images(args), args.strict)
+    records = kind.read(args.data, images, args.strict)
     settings = {name: getattr(args, name) for name in _SETTINGS}
     journal = Journal(folder, settings)
     model = _load(args)
@@ -117,13 +127,19 @@ def _second_stage(
 
 
 def _images(args: argparse.Namespace) -> Images:
-    """Where pictures are: one folder, or one for each data set. ValueError for a mixture."""
-    given = args.images or [str(Path(args.data).parent)]
+    """Where pictures are: one folder, or one for each data set. ValueError for a mixture, OSError for no folder."""
+    if args.images is None:
+        return str(Path(args.data).parent)
+    given = args.images
     if len(given) == 1 and (Path(given[0]).is_dir() or "=" not in given[0]):
+        common.check_folder("--images", given[0])
         return given[0]
     if not all("=" in one for one in given):
         raise ValueError(f"--images {' --images '.join(given)}: give one folder, or one for each data set, as vg=DIR")
-    return {name: folder for name, _, folder in (one.partition("=") for one in given)}
+    folders = {name: folder for name, _, folder in (one.partition("=") for one in given)}
+    for folder in folders.values():
+        common.check_folder("--images", folder)
+    return folders
 
 
 def _check_second_stage(task: Any, most: int | None) -> None:

@@ -17,7 +17,7 @@ from ..hosts.base import find_composite
 from ..models import zoo
 from ..opening import is_saved
 from ..preprocessing import image_size
-from . import common
+from . import common, options
 
 _COUNTED = (
     "Counted: multiply-accumulates (MACs) of all matrix products, attention and the pruners' own scoring included, of one\n"
@@ -34,14 +34,19 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         "pattern", nargs="?", default="*", help="a part of the name, or a shell pattern such as 'vit_*_384'"
     )
     lister.add_argument("--library", choices=("vltprune", "timm", "open_clip"), help="only models of this library")
-    lister.add_argument("--pretrained", action="store_true", help="names with weights, by their tags")
-    lister.add_argument("--parts", action="store_true", help="presets, scorers, keepers, reducers and guides instead")
+    what = lister.add_mutually_exclusive_group()
+    what.add_argument("--pretrained", action="store_true", help="names with weights, by their tags")
+    what.add_argument("--parts", action="store_true", help="presets, scorers, keepers, reducers and guides instead")
     lister.set_defaults(run=run_list)
 
     info = commands.add_parser("info", parents=parents, help="parts, sites, parameters, and MACs layer by layer")
     info.add_argument("model", help=common.MODEL)
     info.add_argument(
-        "arguments", nargs="*", metavar="name=value", help="for the model: image_size=96, keep='ratio(ratio=0.5)'"
+        "arguments",
+        nargs="*",
+        type=options.assignment,
+        metavar="name=value",
+        help="for the model: image_size=96, keep='ratio(ratio=0.5)'",
     )
     common.add_pretrained(info)
     info.set_defaults(run=run_info)
@@ -49,8 +54,8 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     cost = commands.add_parser("flops", parents=parents, help="MACs of a model, dense and pruned")
     cost.add_argument("model", help=common.MODEL)
     common.add_pretrained(cost)
-    cost.add_argument("--image-size", type=common.positive, help="pixels (the model's own)")
-    cost.add_argument("--tokens", type=common.positive, help="length of the sentence (35, or what the model takes)")
+    cost.add_argument("--image-size", type=options.positive, help="pixels (the model's own)")
+    cost.add_argument("--tokens", type=options.positive, help="length of the sentence (35, or what the model takes)")
     cost.set_defaults(run=run_flops)
 
 

@@ -19,7 +19,7 @@ from ..files import replacing
 from ..flops import Meter
 from ..preprocessing import transforms
 from ..traces import PruneTrace, collect
-from . import common
+from . import common, options
 
 _PICTURE = "prediction.png"
 
@@ -34,7 +34,11 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     )
     common.add_pretrained(parser)
     parser.add_argument(
-        "--output", default=_PICTURE, metavar="PATH", help="picture file, or a folder for it (%(default)s)"
+        "--output",
+        type=options.output,
+        default=_PICTURE,
+        metavar="PATH",
+        help="picture file, or a folder for it (%(default)s)",
     )
     parser.set_defaults(run=run)
 
@@ -66,6 +70,8 @@ def run(args: argparse.Namespace) -> None:
 def _output(text: str) -> Path:
     """The file to write, its folder proved writable."""
     path = Path(text)
+    if path.suffix[1:].isalpha() and path.suffix.lower() not in pictures.SUFFIXES and not path.is_dir():
+        raise ValueError(f"--output {text}: write a picture file, such as {path.stem}.png, or a folder")
     file = path if path.suffix.lower() in pictures.SUFFIXES and not path.is_dir() else path / _PICTURE
     common.output_folder(file.parent)
     return file

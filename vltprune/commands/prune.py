@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import budget, savings, visualize
+from ..config import KINDS
 from ..data import Loader, Record, pictures
 from ..factory import PARTS
 from ..files import replacing
@@ -22,10 +23,9 @@ from ..hosts.base import find_composite
 from ..journal import write_json
 from ..preprocessing import Preprocessing, transforms
 from ..pruner import Pruning
-from ..registry import presets
 from ..tokens import PackedTokens
 from ..traces import PruneTrace, collect
-from . import common
+from . import common, options
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
@@ -33,30 +33,39 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         "prune", parents=parents, help="features, cost and pictures of any timm or open_clip model on your pictures"
     )
     parser.add_argument("model", help=common.MODEL)
-    parser.add_argument("folder", help="a folder of pictures")
-    parser.add_argument("--output", default="pruned", metavar="DIR", help="folder for the results (pruned)")
-    _add_parts(parser)
-    parser.add_argument("--reduction", type=float, metavar="SHARE", help="calibrate to this share of MACs saved: 0.5")
-    common.add_pretrained(parser)
-    parser.add_argument("--limit", type=common.positive, help="only the first so many pictures")
-    parser.add_argument("--pictures", type=int, default=16, metavar="N", help="draw what was kept of the first N (16)")
-    parser.add_argument("--batch-size", type=common.positive, default=8, help="pictures at a time (8)")
+    parser.add_argument("folder", type=options.folder, help="a folder of pictures")
     parser.add_argument(
-        "--calibrate-on", type=common.positive, default=16, metavar="N", help="pictures to calibrate on (16)"
+        "--output", type=options.output, default="pruned", metavar="DIR", help="folder for the results (pruned)"
+    )
+    _add_parts(parser)
+    parser.add_argument(
+        "--reduction", type=options.share, metavar="SHARE", help="calibrate to this share of MACs saved: 0.5"
+    )
+    common.add_pretrained(parser)
+    parser.add_argument("--limit", type=options.positive, help="only the first so many pictures")
+    parser.add_argument(
+        "--pictures", type=options.natural, default=16, metavar="N", help="draw what was kept of the first N (16)"
+    )
+    parser.add_argument("--batch-size", type=options.positive, default=8, help="pictures at a time (8)")
+    parser.add_argument(
+        "--calibrate-on", type=options.positive, default=16, metavar="N", help="pictures to calibrate on (16)"
     )
     parser.set_defaults(run=run)
 
 
 def _add_parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--preset", choices=presets.names(), help="where neither the model's name nor what was saved has one (madtp)"
+        "--preset",
+        type=options.preset,
+        metavar="NAME",
+        help="where neither the model's name nor what was saved has one (madtp)",
     )
-    for part in PARTS[:-1]:
-        none = ", or none" if part == "guide" else ""
-        parser.add_argument(
-            f"--{part}", metavar="PART", help=f"instead of the preset's, as name or 'name(key=value)'{none}"
-        )
-    parser.add_argument("--at", metavar="DEPTHS", help="depths to prune, such as 3,6,9 (every one)")
+    for name, (registry, given) in KINDS.items():
+        none = ", or none" if name == "guide" else ""
+        what = f"instead of the preset's, as name or 'name(key=value)'{none}"
+        parser.add_argument(f"--{name}", type=options.part(registry, given[0]), metavar="PART", help=what)
+    where = "depths to prune, such as 3,6,9, or --at=-1 for the last (every one)"
+    parser.add_argument("--at", type=options.depths, metavar="DEPTHS", help=where)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -87,19 +96,9 @@ def run(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> nn.Module:
     """The pruned model that was asked for."""
     parts = {name: getattr(args, name) for name in PARTS if getattr(args, name) is not None}
-    if parts.get("guide", "").lower() == "none":
+    if parts.get("guide") == "none":
         parts["guide"] = None
-    if "at" in parts:
-        parts["at"] = _depths(parts["at"])
     return common.load_model(args.model, args.pretrained, preset=args.preset, default="madtp", **parts)
-
-
-def _depths(text: str) -> Any:
-    """ "3,6,9" -> (3, 6, 9). ValueError for anything but depths."""
-    depths = common.value(f"({text},)")
-    if not isinstance(depths, tuple) or not all(isinstance(d, (int, float)) for d in depths):
-        raise ValueError(f"--at {text!r}: write depths counted from 0, or fractions of the depth, such as 3,6,9")
-    return depths
 
 
 def image_tower(model: Any) -> nn.Module:

@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 import yaml
 
-from ..config import Part, PruneConfig
+from ..config import PruneConfig
 from ..data import shards
-from ..frozen import FrozenDict, frozen, thawed
+from ..frozen import FrozenDict, thawed
 from ..journal import write_json
 from ..presets import preset
 from ..registry import bind, tasks
 from ..tasks.matching import MOST
 from ..text import BERT
+from .forms import fields_in_form
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ RECIPES: Mapping[str, Recipe] = {
     "vqa": Recipe(2e-5, 0.05, 3, 128),
     "retrieval": Recipe(1e-5, 0.2, 5, 128),  # CLIP's; BLIP's has rate 1e-7 and weight_decay 0.05
 }
+
+
+_FROM_ONE = ("val_limit", "steps", "batch_size", "accumulate", "workers", "checkpoint_every", "log_every", "max_bad")
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ class CompressConfig:
     max_bad: int = 10
 
     def __post_init__(self) -> None:
+        for name, value in fields_in_form(self).items():
+            object.__setattr__(self, name, value)
         tasks[self.task]
         if self.task not in RECIPES:
             raise ValueError(f"task={self.task!r} cannot be trained yet: one of {', '.join(RECIPES)} can")
@@ -123,14 +129,13 @@ class CompressConfig:
             raise ValueError(
                 f"data={self.data!r}: samples in shards are not counted beforehand, give steps, not epochs"
             )
-        for name in ("serve", "freeze"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("model_args", "parts"):
-            object.__setattr__(self, name, frozen(_plain(name, getattr(self, name)), name))
         for name in ("rate", "weight_decay", "epochs", "batch_size"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(RECIPES[self.task], name))
-        self.pruning  # noqa: B018  (wrong parts fail here)
+        try:
+            self.pruning  # noqa: B018  (wrong parts fail here)
+        except (LookupError, TypeError, ValueError) as error:
+            raise type(error)(f"parts={thawed(self.parts)}: {error}" if self.parts else str(error)) from None
 
     def _check_ranges(self) -> None:
         if not 0 <= self.reduction < 1:
@@ -147,7 +152,7 @@ class CompressConfig:
         for name in ("ramp", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0 .. 1: a share of the steps")
-        for name in ("steps", "batch_size", "accumulate", "workers", "checkpoint_every", "log_every", "max_bad"):
+        for name in _FROM_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
@@ -155,7 +160,7 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
-        for name in ("k_test", "align", "distil", "distil_summaries", "saliency", "weight_decay"):
+        for name in ("k_test", "seed", "align", "distil", "distil_summaries", "saliency", "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.budget not in ("controller", "learned"):
@@ -200,20 +205,20 @@ class CompressConfig:
 
 def fields_of(file: str | Path) -> dict[str, Any]:
     """What a YAML or JSON file says, unchecked. OSError for no such file; ValueError for one that holds no fields."""
+    path = Path(file)
+    if not path.is_file():
+        there = "it is a folder" if path.is_dir() else "there is no such file"
+        kind = IsADirectoryError if path.is_dir() else FileNotFoundError
+        raise kind(f"{file}: {there}; give a YAML or JSON file of the fields of a compression config")
     try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not YAML: it is no text in UTF-8") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold the fields of a compression config, it holds {type(data).__name__}")
     return {name: _number(value) for name, value in data.items()}
-
-
-def _plain(name: str, given: Any) -> dict[str, Any]:
-    """Arguments or parts as plain data. TypeError for no mapping."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{name}={given!r} must be a mapping, such as {name}={{'name': value}}")
-    return {key: value.to_dict() if isinstance(value, Part) else value for key, value in given.items()}
 
 
 def _number(value: Any) -> Any:

@@ -1,0 +1,99 @@
+"""The forms of a compression config's fields: whole numbers, numbers, text; read from files and command lines alike."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..config import Part
+from ..frozen import frozen
+
+_WHOLE = {"val_limit": 1000, "k_test": 128, "steps": 2000, "batch_size": 32, "accumulate": 2, "seed": 0, "workers": 2}
+_WHOLE |= {"checkpoint_every": 500, "log_every": 50, "max_bad": 10}
+_NUMBERS = {"reduction": 0.5, "ramp": 0.5, "epochs": 2, "rate": 1e-4, "weight_decay": 0.05, "warmup": 0.1, "align": 0.1}
+_NUMBERS |= {"distil": 1.0, "distil_summaries": 1.0, "saliency": 0.5, "clip": 1.0}
+_TEXT = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json", "images": "images/"}
+_TEXT |= {"val_images": "images/", "vocabulary": "vocab.txt", "answers": "answer_list.json", "start": "run/model"}
+_TEXT |= {"preset": "madtp", "budget": "controller", "precision": "bf16"}
+_OPTIONAL = (
+    "images",
+    "val_images",
+    "val_limit",
+    "answers",
+    "start",
+    "epochs",
+    "steps",
+    "batch_size",
+    "rate",
+    "weight_decay",
+)
+
+
+def fields_in_form(config: Any) -> dict[str, Any]:
+    """The fields of a config as plain values of their type. TypeError that names the field, and what to write, for others."""
+    fields = {name: value for name, value in vars(config).items() if value is not None or name not in _OPTIONAL}
+    return {name: _in_form(name, value) for name, value in fields.items()}
+
+
+def _in_form(name: str, value: Any) -> Any:
+    plain = value.item() if hasattr(value, "item") else value  # a scalar of numpy or torch
+    if name in _WHOLE:
+        return _whole(name, plain)
+    if name in _NUMBERS:
+        return _real(name, plain, _NUMBERS[name])
+    if name in _TEXT:
+        return _text(name, plain, _TEXT[name])
+    if name == "augment" and not isinstance(plain, bool):
+        raise TypeError(f"augment={value!r} must be True or False")
+    if name == "pretrained" and plain is not None and not isinstance(plain, bool):
+        return _text(name, plain, "weights.safetensors")
+    if name == "serve":
+        return tuple(_real(name, share, 0.5) for share in _several(value))
+    if name == "freeze":
+        return tuple(_text(name, pattern, "text.*") for pattern in _several(value))
+    if name in ("model_args", "parts"):
+        return _mapping(name, value)
+    return plain
+
+
+def _whole(name: str, value: Any) -> int:
+    if not _is_finite(value) or int(value) != value:
+        raise TypeError(f"{name}={value!r} must be a whole number, such as {name}={_WHOLE[name]}")
+    return int(value)
+
+
+def _real(name: str, value: Any, example: float) -> float:
+    if not _is_finite(value):
+        raise TypeError(f"{name}={value!r} must be a number, such as {name}={example:g}")
+    return value if isinstance(value, int) else float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text(name: str, value: Any, example: str) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}={value!r} must be text, such as {name}={example}")
+    return os.fspath(value)
+
+
+def _several(value: Any) -> Iterable[Any]:
+    """A collection, or one value that stands for itself."""
+    return value if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else (value,)
+
+
+def _mapping(name: str, given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}={given!r} must be a mapping, such as {name}={{'name': value}}")
+    return frozen(_plain(given), name)
+
+
+def _plain(value: Any) -> Any:
+    """Parts as dicts, also those that a mapping from tower to part holds."""
+    if isinstance(value, Part):
+        return value.to_dict()
+    return {key: _plain(one) for key, one in value.items()} if isinstance(value, Mapping) else value
