@@ -127,6 +127,27 @@ def test_a_dense_file_fills_the_host_of_a_pruned_model(tmp_path, model):
         assert same(again.host, dense)
 
 
+@pytest.mark.parametrize("module", ["my.parts", "__main__"])
+@pytest.mark.parametrize("only", [None, "pruning"])
+def test_somebody_s_own_part_says_what_to_import(tmp_path, module, only):
+    class Mine(vp.keepers["ratio"]):
+        """A keeper of one's own."""
+
+    Mine.__module__ = module
+    with vp.keepers.temporarily(mine=Mine):
+        model = vp.create_model("blip_nlvr_tiny_evit", keep="mine(ratio=0.4)", **TINY)
+        again = vp.load(vp.save(model, tmp_path, only=only), host=vp.create_model("blip_nlvr_tiny", **TINY))
+        assert again.pruning.config == model.pruning.config
+    says = "import my.parts before" if module == "my.parts" else "the script that saved it: register it before"
+    for load in (
+        lambda: vp.load(tmp_path, host=model.host),
+        lambda: vp.from_pretrained(tmp_path, host=model.host),
+        lambda: vp.create_model("blip_nlvr_tiny_evit", pretrained=tmp_path, **TINY),
+    ):
+        with pytest.raises(vp.CheckpointError, match=f"pruned by the keeper mine, which is registered in .*{says}"):
+            load()
+
+
 class TestBroken:
     def test_all_that_does_not_fit_is_listed_and_nothing_is_loaded(self, tmp_path, model):
         file = vp.save(model, tmp_path) / "model.safetensors"

@@ -57,7 +57,7 @@ REFUSED = {
     "lora": (lambda m: peft.inject_adapter_in_model(LORA, m), r"attn\.qkv is peft\..*Linear and was torch\..*Linear"),
     "parametrized": (lambda m: parametrizations.weight_norm(m.head), "head is Parametrized"),
     "block": (lambda m: m.blocks.pop(1), r"blocks\.1 is nothing and was"),
-    "integers": (lambda m: setattr(m, "head", nn.Linear(32, 1000).requires_grad_(False).to(torch.int8)), "int8"),
+    "integers": (lambda m: m.head.register_buffer("steps", torch.zeros(1, dtype=torch.int8)), "int8"),
 }
 ALLOWED = {
     "frozen": lambda m: m.requires_grad_(False),

@@ -21,6 +21,7 @@ from .config import PruneConfig
 from .files import Write, replace_together
 from .pair import BACKUP, CONFIG, DIGEST, WEIGHTS, CheckpointError, Saved, finish_interrupted, weights_of
 from .recipe import Recipe, check_shared, recipe_of
+from .registry import guides, keepers, reducers, scorers
 from .wrappers import plain_name, record_of, unwrapped
 
 __all__ = ["CONFIG", "WEIGHTS", "CheckpointError", "Recipe", "Saved", "load_into", "save"]
@@ -54,7 +55,8 @@ def save(
     if record is not None:
         check_shared(model, record)
     pruning = None if record is None else record.config.to_dict()
-    saved = Saved(recipe.backbone or None, recipe.model_args, pruning, only or "all")
+    modules = None if record is None else _modules(record.config)
+    saved = Saved(recipe.backbone or None, recipe.model_args, pruning, only or "all", modules=modules)
     saved.check()
     _write(folder, saved.signed(), _storable(state, dtype))
     return folder
@@ -99,7 +101,35 @@ def saved_pruning(path: Path) -> PruneConfig | None:
     if not path.is_dir():
         return None
     saved = Saved.read(path)
-    return None if saved.pruning is None else PruneConfig.from_dict(saved.pruning)
+    return None if saved.pruning is None else pruning_of(saved, path)
+
+
+def pruning_of(saved: Saved, path: Path) -> PruneConfig:
+    """The pruning of a config.json. CheckpointError, with what to import, for a part of somebody's that is not registered."""
+    assert saved.pruning is not None
+    try:
+        return PruneConfig.from_dict(saved.pruning)
+    except LookupError as error:
+        for part, module in (saved.modules or {}).items():
+            if f" {part.partition(' ')[2]!r}" in str(error):
+                where = "the script that saved it" if module == "__main__" else f"the module {module!r}"
+                how = "register it" if module == "__main__" else f"import {module}"
+                raise CheckpointError(
+                    f"{path} is pruned by the {part}, which is registered in {where}: {how} before loading"
+                ) from error
+        raise
+
+
+def _modules(config: PruneConfig) -> dict[str, str] | None:
+    """Per part that is not this library's, such as "scorer mine", the module that registers it; None where there is none."""
+    kinds = {"guide": guides, "scorer": scorers, "keep": keepers, "reducer": reducers}
+    found = {
+        f"{registry.kind} {part.name}": registry[part.name].__module__
+        for kind, registry in kinds.items()
+        for part in config.parts(kind)
+    }
+    own = {part: module for part, module in found.items() if module.partition(".")[0] != __package__}
+    return own or None
 
 
 def saved_temperature(path: Path) -> float | None:
@@ -141,6 +171,8 @@ def _host(model: nn.Module) -> nn.Module:
 def _own_keys(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], bool]:
     """A state dict in our keys, and whether it is only the pruning's."""
     pruned = _pruning_state(model)
+    if not state and record_of(model) is not None:
+        return {}, True  # the pruning alone, of parts that have no tensors
     if convert.is_blip(state):
         dense, anchors = convert.from_blip(state, _host(model).state_dict())
         own = {_HOST + key: value for key, value in dense.items()}

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, load_into, save
-from .config import PruneConfig
+from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, load_into, pruning_of, save
 from .factory import create_model
 from .surgery import prune
 
@@ -34,7 +33,7 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
             )
         host = create_model(saved.backbone, pretrained=False, **saved.model_args)
     if saved.pruning is not None:
-        config = PruneConfig.from_dict(saved.pruning)
+        config = pruning_of(saved, folder)
         host = prune(host, config.replace(**overrides) if overrides else config)
     elif overrides:
         raise TypeError(f"{', '.join(overrides)} given, but {folder} holds a dense model")

@@ -35,6 +35,7 @@ class Saved:
     contents: Literal["all", "pruning"] = "all"
     format: int = _FORMAT
     digest: str | None = None
+    modules: dict[str, str] | None = None  # of parts that are not this library's: where they are registered
 
     @classmethod
     def read(cls, folder: Path) -> Saved:
