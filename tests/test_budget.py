@@ -132,6 +132,32 @@ def test_bad_requests(dense, inputs):
         vp.calibrate(dense, [inputs], 0.5)
 
 
+def test_a_guide_is_fitted_to_tokens_from_everywhere(dense, monkeypatch):
+    """Drawn at random, and not the first ones: as many of each tower, spread over a batch."""
+    model, held = vp.prune(dense, "madtp", at={"image": (0,), "text": (0,)}), []
+    monkeypatch.setattr(model.pruning.guide, "fit", lambda mapped, seed=0: held.append(mapped))
+    ids = torch.randint(4, 57, (8, 12))
+    batches = [(torch.randn(8, 2, 3, 96, 96), ids, torch.ones_like(ids)) for _ in range(3)]
+    met = []
+    for batch in batches:
+        with torch.no_grad(), vp.collect() as traces:
+            model(*batch)
+        met.append([trace.steps[0].guidance.mapped for trace in traces])
+    budget.fit_guide(model, batches, points=300)
+    (points,) = held
+    assert len(points) == 300
+    for tower, part in enumerate(points.split(150)):
+        shares = []
+        for one in met:
+            tokens = one[tower].x[one[tower].free]
+            nearest = torch.cdist(part, tokens, compute_mode="donot_use_mm_for_euclid_dist").min(1)
+            shares.append(nearest.indices[nearest.values < 1e-4])
+        assert sum(map(len, shares)) >= 150
+        if tower == 0:
+            assert len(shares[2]) > max(len(shares[0]), len(shares[1]))  # later batches more readily, as is said
+            assert shares[2].float().std() > 0.2 * len(tokens)  # the first tokens of a tower would stand close together
+
+
 class TestTowers:
     """A target for each tower, and what each of them saves."""
 

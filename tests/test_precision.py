@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from hypothesis import given, settings
-from models import NAMES, scrambled, sentences, small
+from models import NAMES, scrambled, sentences, small, soften
 from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,6 +148,24 @@ def test_the_default_device_is_not_asked(name, keep):
     out = getattr(out, "x", out)
     assert out.device.type == "cpu"
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [_Refuses(), torch.device("meta")], ids=["no float64", "default device"])
+@pytest.mark.parametrize("name", NAMES)
+def test_costs_and_budgets_ask_for_no_more(name, mode):
+    """Counting, fitting and calibrating, and a step of soft training with the expected cost."""
+    inputs = small(name).draw(6)
+    model = vp.prune(copy.deepcopy(small(name).model), "madtp", guide="codebook(anchors=6)")
+    with mode:
+        vp.budget.fit_guide(model, [inputs])
+        found = vp.calibrate(model, [inputs], 0.3, tolerance=0.2)
+        assert found.reduction == pytest.approx(vp.flops.count(model, *inputs).reduction, rel=1e-4)
+        soften(model, 0.5)
+        with vp.collect() as traces:
+            out = model(*inputs)
+        cost = vp.flops.Meter(model)(traces)
+        (getattr(out, "x", out).square().sum() + sum(macs.sum() for macs in cost.towers.values()) / 1e9).backward()
+    soften(model, 0.0)
 
 
 @pytest.mark.parametrize("keep", KEEPERS)

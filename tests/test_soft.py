@@ -122,3 +122,25 @@ def test_keepers_without_a_threshold_say_so():
         ValueError, match="Ratio has no threshold to learn softly: use keep='threshold' or keep='learned'"
     ):
         run(soften(pruned("ratio(ratio=0.5)"), 0.3))
+
+
+def test_what_is_there_by_less_than_two_in_a_hundred_goes():
+    """A token is left out of the blocks to come where its presence, the sigmoid of its margin over the softness, is below."""
+    shares = torch.tensor([0.5, 0.019, 0.021, 0.9, 0.0001, 0.05])
+
+    class Told(vp.KeepRatioPredictor):
+        def forward(self, scores, tokens, guidance):
+            raise AssertionError("soft training asks for margins")
+
+        def margin(self, scores, tokens, guidance):
+            return 0.5 * shares.logit()
+
+    site = vp.Site("image", 0, 1, 4, 1, has_summary=True)
+    parts = vp.scorers["random"](site), Told(site), vp.reducers["drop"](site)
+    pruner = vp.Pruner(*parts).train()
+    pruner.softness = 0.5
+    first = torch.arange(6) == 0
+    tokens = vp.PackedTokens.pack(torch.randn(1, 6, 4), protected=first, summary=first)
+    verdict = pruner(tokens, vp.AttentionStats(), None)
+    torch.testing.assert_close(verdict.presence[1:], shares[1:])
+    assert int(verdict.plan.layout.lengths[0]) == 1 + 3

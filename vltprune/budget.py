@@ -121,7 +121,7 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
     guide = pruning(model).guide
     if guide is None:
         raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
-    generator, each = torch.Generator().manual_seed(seed), points // len(pruning(model).towers)
+    generator, each = torch.Generator("cpu").manual_seed(seed), points // len(pruning(model).towers)
     drawn: dict[str, Tensor] = {}
     with evaluating(model), torch.no_grad(), collect() as traces, _keeping_all(model):
         for batch in batches:
@@ -131,7 +131,8 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
                 if not fresh:
                     continue  # this tower prunes nowhere
                 tokens = torch.cat([drawn[trace.tower], *fresh] if trace.tower in drawn else fresh)
-                drawn[trace.tower] = tokens[torch.randperm(len(tokens), generator=generator)[:each].to(tokens.device)]
+                order = torch.randperm(len(tokens), generator=generator, device="cpu")
+                drawn[trace.tower] = tokens[order[:each].to(tokens.device)]
             traces.clear()
     if not drawn:
         raise ValueError("fit_guide needs at least one batch of inputs")
@@ -217,7 +218,7 @@ class _Search:
 
 def _measured(model: nn.Module, meter: Meter, dial: Dial, batches: Iterable[Batch]) -> Calibration:
     macs = dense = padding = instances = 0.0
-    towers: dict[str, Tensor] = {}
+    towers: dict[str, list[float]] = {}
     for batch in batches:
         with evaluating(model), torch.no_grad(), collect() as traces:
             _run(model, batch)
@@ -226,11 +227,11 @@ def _measured(model: nn.Module, meter: Meter, dial: Dial, batches: Iterable[Batc
         instances += cost.instances
         for tower in cost.towers:
             spent = [float(one[tower].sum()) for one in (cost.towers, cost.dense, cost.padding)]
-            towers[tower] = towers.get(tower, 0.0) + torch.tensor(spent, dtype=torch.float64)
+            towers[tower] = [sum(both) for both in zip(towers.get(tower, [0.0] * 3), spent, strict=True)]
     encoders = pruning(model).towers
     each = {}
     for tower, sums in towers.items():
-        pruned, whole, padded = (sums / instances).tolist()
+        pruned, whole, padded = (one / instances for one in sums)
         each[tower] = TowerCalibration(pruned, whole, padded, *_set_to(encoders[tower]))
     value = dial.value if len(set(dial.values)) == 1 else None
     return Calibration(dial.knob.name, value, macs / instances, dense / instances, padding / instances, each)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import precision
 from .attention import Stat
 from .hosts.base import find_composite
 from .hosts.linear_maps import uncounted_macs
@@ -68,7 +69,7 @@ class Meter:
             looks = tuple(map(_is_memory, trace.beside))  # a block costs more where it is called with a memory
             meter = self._towers.setdefault((trace.tower, looks), _TowerMeter(trace))
             towers[trace.tower] = meter.count(trace)
-            dense[trace.tower] = meter.count_dense(trace, trace.entered.layout.sizes.double(), entered)
+            dense[trace.tower] = meter.count_dense(trace, _sizes(trace.entered.layout), entered)
             padding[trace.tower] = meter.count_dense(trace, _padded_lengths(trace), entered) - dense[trace.tower]
             entered = trace.entered.layout
         decoder = self._decoder(traces, [max(trace.lengths[-1]) for trace in traces])
@@ -98,7 +99,7 @@ class _TowerMeter:
 
     def count(self, trace: PruneTrace) -> Tensor:
         """[depths + 2, batch]."""
-        before = trace.entered.layout.sizes.double()
+        before = _sizes(trace.entered.layout)
         rows = [self._open(trace)]
         for unit, step, beside in zip(self.units, trace.steps, trace.beside, strict=True):
             after = _left(step, before)
@@ -120,7 +121,7 @@ class _TowerMeter:
             adapter, host = self.encoder.adapter, self.encoder.host
             macs = _macs(self.encoder, lambda: adapter.open(host, *trace.inputs))
             self._opening[shape] = macs / trace.entered.layout.batch
-        return torch.full_like(trace.entered.layout.sizes, 1.0, dtype=torch.float64) * self._opening[shape]
+        return torch.full_like(_sizes(trace.entered.layout), self._opening[shape])
 
     def _close(self, lengths: Tensor) -> Tensor:
         each, token = self._closing
@@ -230,22 +231,27 @@ class _Memory:
         groups = beside[0].layout.batch
         sizes = torch.stack([view.expected for view in beside], 1)
         if dense is not None:
-            sizes = dense.sizes.double().view(groups, len(beside))
+            sizes = _sizes(dense).view(groups, len(beside))
         return cls(sizes.mean(1).repeat_interleave(batch // groups), groups / batch)
 
 
 def _padded_lengths(trace: PruneTrace) -> Tensor:
     """Tokens of each instance that the dense tower computes on, padding included: [batch]."""
-    lengths = trace.entered.layout.sizes.double()
+    lengths = _sizes(trace.entered.layout)
     padded = trace.encoder.adapter.padded_length(*trace.inputs)
     return lengths if padded is None else torch.full_like(lengths, padded)
+
+
+def _sizes(layout: Layout) -> Tensor:
+    """Tokens of each instance, [batch], to compute with."""
+    return precision.reals(layout.lengths, layout.device)
 
 
 def _left(step: Step, like: Tensor) -> Tensor:
     """Tokens of each instance that left a block, [batch]; where some are there in part, as many as may be expected."""
     if step.expected is not None:
         return step.expected
-    return torch.tensor(step.lengths, dtype=torch.float64, device=like.device)
+    return precision.reals(step.lengths, like.device)
 
 
 def _macs(encoder: PrunedEncoder, run: Callable[[], Any]) -> float:

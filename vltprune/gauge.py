@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from . import precision
 from .flops import Meter
 from .surgery import prune
 from .traces import PruneTrace
@@ -82,11 +83,11 @@ class Gauge:
 
     def _kept(self, trace: PruneTrace, texts: Sequence[int]) -> Tensor:
         """[records, 1 + depths]"""
-        hard = [torch.tensor(step.lengths, dtype=torch.float64) for step in trace.steps]
+        hard = [precision.reals(step.lengths, torch.device("cpu")) for step in trace.steps]
         left = [
             one if s.expected is None else s.expected.detach().cpu() for s, one in zip(trace.steps, hard, strict=True)
         ]
-        lengths = torch.stack([trace.entered.layout.sizes.double().cpu(), *left])
+        lengths = torch.stack([precision.reals(trace.entered.layout.lengths, torch.device("cpu")), *left])
         return _means(lengths, _sizes(trace.tower, lengths.shape[-1], texts)).T
 
 

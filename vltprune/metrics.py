@@ -56,8 +56,8 @@ def recalls(
     best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     texts_before = ((similarity >= best) & ~own).sum(1)
     images_before = ((by_text >= by_text.gather(0, owner[None])) & ~own).sum(0)
-    found = {f"i2t_r{k}": float((texts_before < k).double().mean()) for k in ranks}
-    found |= {f"t2i_r{k}": float((images_before < k).double().mean()) for k in ranks}
+    found = {f"i2t_r{k}": int((texts_before < k).sum()) / len(texts_before) for k in ranks}
+    found |= {f"t2i_r{k}": int((images_before < k).sum()) / len(images_before) for k in ranks}
     return {**found, "mean_recall": sum(found.values()) / len(found)}
 
 

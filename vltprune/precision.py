@@ -7,6 +7,9 @@ whose sums are made in another order, then keeps the same tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +30,11 @@ def exact(device: torch.device) -> torch.dtype:
     except Exception:  # each backend has an error of its own for it
         return torch.float32
     return torch.float64
+
+
+def reals(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers, nested or not, as a tensor on the device, of the widest floating-point type that it computes in."""
+    return torch.tensor(values, dtype=exact(device), device=device)
 
 
 def rounding(dtype: torch.dtype) -> float:

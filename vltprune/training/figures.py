@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import precision
 from ..files import write_text
 from ..progress import bar, say
 
@@ -110,12 +111,17 @@ class Watch:
         self.bar.set_postfix(shown | tokens, refresh=False)
 
 
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    each = torch.stack(list(values))
+    return each.to(precision.exact(each.device)).mean(0)
+
+
 def gathered(pieces: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> dict[str, Any]:
     """The figures of a step's pieces, as of `Student`, meant over them and over all processes: plain numbers."""
     means: dict[str, Tensor] = {}
     for name in pieces[0]:
         if name != "kept":
-            means[name] = torch.stack([piece[name].double() for piece in pieces]).mean(0)
+            means[name] = _mean([piece[name] for piece in pieces])
     for tower in pieces[0].get("kept", ()):
         means[_KEPT + tower] = torch.stack([piece["kept"][tower] for piece in pieces]).mean(0)
     if accelerator.num_processes > 1:

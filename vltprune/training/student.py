@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import losses
+from .. import losses, precision
 from ..data import Record
 from ..gauge import Gauge
 from ..models.momentum import everyones
@@ -155,7 +155,7 @@ class Student(nn.Module):
         device = next(self.model.parameters()).device
 
         def mean(rows: Sequence[Any]) -> Tensor:
-            return torch.tensor(rows, dtype=torch.float64).mean(0).to(device)
+            return precision.reals(rows, device).mean(0)
 
         kept = {tower: mean([one.kept[tower] for one in spent]) for tower in own}
         return {"macs": mean([s.macs for s in spent]), "dense_macs": mean([s.dense_macs for s in spent]), "kept": kept}

@@ -1,0 +1,118 @@
+"""What a step of training adds up, part by part, against the formulas; and how fast each kind of parameter learns."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import small
+
+import vltprune as vp
+from vltprune import losses
+from vltprune.traces import collect
+from vltprune.training.objectives import Loss
+from vltprune.training.parameters import parameter_groups
+from vltprune.training.student import Student
+
+
+class Answers:
+    """A stand-in for a task: cross-entropy of the model's answers to a batch that is given."""
+
+    images = 2
+
+    def __init__(self, inputs):
+        self.inputs, self.labels = inputs, torch.arange(len(inputs[0])) % 2
+
+    def __call__(self, model, records, images, step):
+        outputs = model(*self.inputs)
+        total = F.cross_entropy(outputs, self.labels, reduction="sum")
+        return Loss(total, torch.tensor(len(self.labels)), outputs)
+
+    def teach(self, model, records, images, step):
+        return model(*self.inputs)
+
+
+@pytest.fixture
+def step():
+    """A pruned model of two images a sentence, a dense teacher that differs from it, and three sentences."""
+    nlvr = small("nlvr")
+    torch.manual_seed(3)
+    inputs, host = nlvr.draw(3), copy.deepcopy(nlvr.model)
+    parts = {"guide": "codebook(anchors=5)", "at": {"image": (1,), "text": (1,)}}
+    model = vp.prune(host, "madtp", keep="learned(threshold=-0.3)", **parts).train()
+    teacher = copy.deepcopy(nlvr.model)
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight.mul_(1.1)
+    teacher = vp.prune(teacher, "random", at=()).eval()
+    return SimpleNamespace(model=model, teacher=teacher, objective=Answers(inputs), records=[None] * 3, inputs=inputs)
+
+
+def figures(step, **student):
+    call = {name: student.pop(name) for name in ("saving", "price") if name in student}
+    return Student(step.model, step.objective, **student)(step.records, step.inputs[0], 0, **call)
+
+
+def test_the_task_and_the_alignment_with_its_weight(step):
+    found = figures(step, align=0.3)
+    with collect() as traces:
+        outputs = step.model(*step.inputs)
+    task = F.cross_entropy(outputs, step.objective.labels)
+    align = losses.alignment(traces[0].aligned, traces[1].aligned, 2)
+    torch.testing.assert_close(found["task"], task.detach())
+    torch.testing.assert_close(found["align"], 0.3 * align.detach())
+    torch.testing.assert_close(found["loss"], task + 0.3 * align)
+
+
+def test_logits_are_taught_at_a_temperature_of_two(step):
+    """T^2 KL of the teacher's softened answers from the model's, the mean over the batch (Hinton et al., arXiv 1503.02531)."""
+    found = figures(step, align=0.0, teacher=step.teacher, taught=(0.7, 0.0))
+    ours, theirs = (model(*step.inputs).detach().double() / 2 for model in (step.model, step.teacher))
+    p, q = theirs.softmax(-1), ours.softmax(-1)
+    divergence = (p * (p.log() - q.log())).sum(-1).mean()
+    assert divergence > 1e-4
+    assert found["distil"].item() == pytest.approx(0.7 * 4 * divergence.item(), rel=1e-4)
+
+
+def test_summaries_are_taught_relative_to_their_size(step):
+    found = figures(step, align=0.0, teacher=step.teacher, taught=(0.0, 0.6))
+    with collect() as ours:
+        step.model(*step.inputs)
+    with collect() as theirs:
+        step.teacher(*step.inputs)
+    wanted = 0.0
+    for own, other in zip(ours, theirs, strict=True):
+        apart = (own.summary - other.summary).square().mean()
+        wanted += 0.6 * (apart / other.summary.square().mean()).item()
+    assert found["distil"].item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_budget_costs_its_price_and_a_square(step):
+    found = figures(step, align=0.0, saving=0.5, price=0.4)
+    over = found["over"].item()
+    cost = vp.flops.count(step.model, *step.inputs)
+    towers = dict.fromkeys(cost.towers, 3)  # an image and a text of each of the three records
+    ours, dense = (
+        sum(float(macs.sum()) / towers[tower] for tower, macs in one.items()) + cost.head
+        for one in (cost.towers, cost.dense)
+    )
+    assert over == pytest.approx(ours / dense - 0.5, abs=1e-5)
+    assert found["budget"].item() == pytest.approx(0.4 * over + 30 * over**2, rel=1e-4)
+
+
+def test_guides_learn_twenty_and_thresholds_fifty_times_as_fast(step):
+    """As docs/compress.md says. Adam's first step is as long as the rate; only matrices that were trained before decay."""
+    student = Student(step.model, step.objective)
+    groups = parameter_groups(student, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            times = 50 if ".keeper." in name else 20 if ".guide." in name else 1
+            assert group["times"] == times, name
+            assert (group["weight_decay"] > 0) == (times == 1 and parameter.ndim > 1), name
+    assert {group["times"] for group in groups} == {1, 20, 50}
+    assert sum(len(group["params"]) for group in groups) == len(list(student.parameters()))
