@@ -123,7 +123,7 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
         raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
     generator, each = torch.Generator("cpu").manual_seed(seed), points // len(pruning(model).towers)
     drawn: dict[str, Tensor] = {}
-    with evaluating(model), torch.no_grad(), collect() as traces, _keeping_all(model):
+    with evaluating(model), torch.no_grad(), collect(threads=False) as traces, _keeping_all(model):
         for batch in batches:
             _run(model, batch)
             for trace in traces:
@@ -220,7 +220,7 @@ def _measured(model: nn.Module, meter: Meter, dial: Dial, batches: Iterable[Batc
     macs = dense = padding = instances = 0.0
     towers: dict[str, list[float]] = {}
     for batch in batches:
-        with evaluating(model), torch.no_grad(), collect() as traces:
+        with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
             _run(model, batch)
         cost = meter(traces)
         macs, dense, padding = macs + cost.total, dense + cost.dense_total, padding + cost.skipped

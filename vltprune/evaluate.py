@@ -135,7 +135,7 @@ def _evaluate(model: nn.Module, batches: Sequence[Questions], tick: Callable[[in
     chances: list[Tensor] = []
     spent: list[Spent] = []
     for batch in batches:
-        with collect() as traces:
+        with collect(threads=False) as traces:
             chances.append(model(*batch.inputs).softmax(-1)[:, 1])
         if not chances[-1].isfinite().all():
             raise FloatingPointError("the model's logits are NaN or infinite, which is no answer: check its weights")

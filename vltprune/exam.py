@@ -79,7 +79,7 @@ class Exam:
         texts = tuple(text.to(self.device) for text in texts)
         self._wait()
         start = time.perf_counter()
-        with collect() as traces:
+        with collect(threads=False) as traces:
             answers = self.task.answer(self.model, records, images, texts)
         self._wait()
         seconds = (time.perf_counter() - start) / len(records)
@@ -98,7 +98,7 @@ class Exam:
         key = (images.shape, *(text.shape for text in texts), *counts)
         if key in self._dense_costs:
             return self._dense_costs[key]
-        with collect() as traces:
+        with collect(threads=False) as traces:
             self.task.answer(self.gauge.model, records, images, texts)
         costs = [replace(cost, kept={}) for cost in self.gauge(traces, counts)]
         if not any(trace.decoded for trace in traces):

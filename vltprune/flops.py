@@ -46,7 +46,7 @@ def count(model: nn.Module, *inputs: Any, **named: Any) -> Cost:
     For the cost of a dense model, prune it with any config and read `dense_total`, or `padded_total` with its padding. For
     another method than the call, such as `generate`, collect its traces and give them to a `Meter`.
     """
-    with evaluating(model), torch.no_grad(), collect() as traces:
+    with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
         model(*inputs, **named)
     return Meter(model)(traces)
 

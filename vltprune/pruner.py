@@ -10,6 +10,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,7 @@ from .layers.reducers import best
 from .naming import fqn_modifiers, use_dense_names
 from .registry import keepers, reducers, scorers
 from .tokens import PackedTokens
-from .traces import PruneTrace, Step, collectors, is_collecting
+from .traces import PruneTrace, Step, collectors
 
 if TYPE_CHECKING:
     from .hosts.base import Host
@@ -139,6 +140,20 @@ def born_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any
     return part.to(weights[0].device if weights else "cpu", floating[0] if floating else torch.float32)
 
 
+class _Tie(torch.autograd.Function):
+    """The identity of its first argument; the gradient of all others, weights, is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.weights = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.weights]
+        return gradients[0], *zeros
+
+
 class PrunedEncoder(nn.Module):
     """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
 
@@ -219,16 +234,19 @@ class PrunedEncoder(nn.Module):
         self._warn_of_noise()
         inputs = self.adapter.call(self.host, *inputs, **named)
         tokens, beside = self.adapter.open(self.host, *inputs)
-        traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in collectors()]
+        collecting = collectors()  # asked once: gradient checkpointing runs blocks again when nobody collects any more
+        traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in collecting]
         recompute = self.training and torch.is_grad_enabled() and self.adapter.recomputes(self.host)
         run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
         guide = self.guide.bind(self.tower) if self.guide is not None else None
         for depth, block in enumerate(self.adapter.blocks(self.host)):
             tokens, step = run(depth, block, tokens, beside[depth], guide)
-            for collector, trace in zip(collectors(), traces, strict=True):
+            for collector, trace in zip(collecting, traces, strict=True):
                 trace.steps.append(replace(step, tokens=tokens) if collector.tokens else step)
-        for collector, trace in zip(collectors(), traces, strict=True):
-            collector.append(replace(trace, left=tokens))
+        if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
+            tokens = self._tied(tokens)
+        for collector, trace in zip(collecting, traces, strict=True):
+            collector.add(replace(trace, left=tokens))
         return tokens, beside
 
     def _block(
@@ -243,15 +261,16 @@ class PrunedEncoder(nn.Module):
         q, k, v = adapter.qkv(block, tokens, beside)
         room: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
         room |= {"key_bias": tokens.bias, "pairs": adapter.pairs(block, tokens, beside)}
-        scale, guidance, verdict = adapter.scale(block), None, Verdict(None)
+        scale, relate, verdict = adapter.scale(block), None, Verdict(None)
 
         if pruner is None:
             context = attend(q, k, v, tokens.layout, scale, **room)
-            if guide is not None and not self.pruners and is_collecting() and torch.is_grad_enabled():
-                guidance = guide(tokens)  # so that the other tower has something to be aligned with
+            if guide is not None and not self.pruners and torch.is_grad_enabled():
+                relate = partial(guide, tokens)  # so that the other tower has something to be aligned with, if it asks
         else:
             context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **room)
             guidance = guide(tokens) if guide is not None else None
+            relate = None if guidance is None else lambda: guidance
             verdict = pruner(tokens, stats, guidance, self._least(pruner))
         plan = verdict.plan
         scored = (tokens, verdict.scores) if verdict.scores is not None and torch.is_grad_enabled() else None
@@ -268,7 +287,16 @@ class PrunedEncoder(nn.Module):
         tokens = adapter.feed(block, tokens, beside)
         expected = None if tokens.presence is None else tokens.expected
         lengths = tokens.layout.lengths
-        return tokens, Step(tokens.position, tokens.protected, lengths, plan, early, guidance, expected, scored)
+        return tokens, Step(tokens.position, tokens.protected, lengths, plan, early, relate, expected, scored)
+
+    def _tied(self, tokens: PackedTokens) -> PackedTokens:
+        """The same tokens, from which a gradient, be it zero, reaches each trainable weight of the guide and of the pruners.
+
+        DistributedDataParallel waits for all of them in each step, and some may get none: of a map, where nothing is merged.
+        """
+        parts = [self.pruners] if self.guide is None else [self.pruners, self.guide]
+        weights = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
+        return tokens.with_x(_Tie.apply(tokens.x, *weights)) if weights else tokens
 
     def _least(self, pruner: Pruner) -> int:
         """How many unprotected tokens must stay: one, where nothing else is there to answer with. Asked at each call, for the

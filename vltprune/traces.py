@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,10 +35,16 @@ class Step:
     lengths: tuple[int, ...]
     reduction: Reduction | None
     reduced_early: bool
-    guidance: Guidance | None
+    guide: Callable[[], Guidance] | None
     expected: Tensor | None = None
     scored: tuple[PackedTokens, Tensor] | None = None
     tokens: PackedTokens | None = None
+
+    @cached_property
+    def guidance(self) -> Guidance | None:
+        """How the tokens that entered relate to the anchors; None without a guide. With gradients enabled, also in a tower that
+        is pruned nowhere: it is computed there when first asked for."""
+        return None if self.guide is None else self.guide()
 
 
 @dataclass(frozen=True)
@@ -47,14 +55,14 @@ class Decoded:
     words     those of them whose next token's logits were made
     pairs     of a new token and one of its own row, itself and later ones included, that attention multiplied
     memories  those whose keys and values were made
-    gathered  [captions, anchors, anchor dim]: what the guide's anchors gathered from captions, while training
+    gathered  gives what the guide's anchors gathered from captions, [captions, anchors, anchor dim], while training
     """
 
     tokens: int = 0
     words: int = 0
     pairs: int = 0
     memories: int = 0
-    gathered: Tensor | None = None
+    gathered: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class PruneTrace:
         `losses.alignment(trace.aligned, trace.spoken)` aligns an image with its captions, as `aligned` of two towers does.
         LookupError where no decoder read captions under the guide, with gradients, while this was collected.
         """
-        gathered = [decoded.gathered for decoded in self.decoded if decoded.gathered is not None]
+        gathered = [decoded.gathered() for decoded in self.decoded if decoded.gathered is not None]
         if not gathered:
             raise LookupError(
                 f"no captions were read behind the {self.tower} tower: call a pruned BlipCaption with gradients enabled, on "
@@ -132,42 +140,67 @@ class PruneTrace:
 
 
 class Collector(list[PruneTrace]):
-    """The traces that one `collect` gathers. tokens: whether their steps hold the tokens that left each block."""
+    """The traces of one who collects. tokens: whether each step keeps what left its block."""
 
-    tokens = False
+    def __init__(self, tokens: bool = False):
+        super().__init__()
+        self.tokens = tokens
+        self._thread = threading.local()
+
+    def add(self, trace: PruneTrace) -> None:
+        """A tower has run."""
+        self.append(trace)
+        self._thread.last = trace
+
+    def tell(self, decoded: Decoded) -> None:
+        """A decoder has run: it looks at what the tower left that ran last in the same thread."""
+        last = getattr(self._thread, "last", None)
+        if last is not None:
+            last.decoded.append(decoded)
 
 
-_collectors: ContextVar[tuple[Collector, ...]] = ContextVar("collectors", default=())
+_own: ContextVar[tuple[Collector, ...]] = ContextVar("collectors", default=())
+_lock = threading.Lock()
+_shared: list[Collector] = []  # those that other threads report to, in the whole process
 
 
 @contextlib.contextmanager
-def collect(tokens: bool = False) -> Iterator[list[PruneTrace]]:
+def collect(tokens: bool = False, threads: bool = True) -> Iterator[list[PruneTrace]]:
     """Within the `with` block, a list of the traces of every pruned tower that runs, in order; also in foreign code.
 
     tokens: whether each `Step.tokens` is what left its block, for those who want features of single blocks (forward hooks on
     blocks do not fire, for a block is run in parts). Without it none of them is kept in memory.
+
+    A thread that collects reports to its own lists alone. threads: whether those that collect nothing themselves, such as
+    the workers of a pool, report to this list too, whoever started them; their traces come in the order in which they end.
+    What `backward` runs once more, under gradient checkpointing, is no call.
     """
-    traces = Collector()
-    traces.tokens = tokens
-    token = _collectors.set((*_collectors.get(), traces))
+    collector = Collector(tokens)
+    token = _own.set((*_own.get(), collector))
+    if threads:
+        with _lock:
+            _shared.append(collector)
     try:
-        yield traces
+        yield collector
     finally:
-        _collectors.reset(token)
+        if threads:
+            with _lock:
+                _shared[:] = [other for other in _shared if other is not collector]  # lists of equal traces are equal
+        _own.reset(token)
 
 
 def collectors() -> tuple[Collector, ...]:
-    """The lists of those who collect."""
-    return _collectors.get()
-
-
-def is_collecting() -> bool:
-    """Whether anybody collects."""
-    return bool(collectors())
+    """Those who collect what this thread does now."""
+    if torch._C._current_graph_task_id() != -1:  # in `backward`, as torch.utils.checkpoint asks
+        return ()
+    own = _own.get()
+    if own:
+        return own
+    with _lock:
+        return tuple(_shared)
 
 
 def tell_collectors(decoded: Decoded) -> None:
     """A decoder says what it did: it goes to the trace of the tower that ran last, which is the one it looks at."""
-    for traces in collectors():
-        if traces:
-            traces[-1].decoded.append(decoded)
+    for collector in collectors():
+        collector.tell(decoded)

@@ -108,7 +108,7 @@ def _example(
     pictures = [Image.fromarray(side) for side in one.pictures[0]]
     films, words = {}, {}
     for name in _PICTURED:
-        with torch.no_grad(), collect() as traces:
+        with torch.no_grad(), collect(threads=False) as traces:
             models[name](*one.inputs)
         for trace in traces:
             if trace.tower == "image":

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     prepare = transforms(model)
     pair = torch.stack([pictures.prepared(path, prepare) for path in (args.left, args.right)])
 
-    with torch.no_grad(), collect() as traces:
+    with torch.no_grad(), collect(threads=False) as traces:
         chance = float(model(pair[None], input_ids, mask).softmax(-1)[0, 1])
     if not math.isfinite(chance):
         raise FloatingPointError(

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     meter = Meter(model)
     with common.bar("pictures", len(files)) as bar:
         for records, images in loader:
-            with torch.no_grad(), collect() as traces:
+            with torch.no_grad(), collect(threads=False) as traces:
                 features = model(images[:, 0])
             results.add([files[r.index] for r in records], images[:, 0], features, traces[0], meter(traces))
             bar.update(len(records))

@@ -6,6 +6,9 @@ reference leaves the alignment out; here the decoder's blocks take its place. No
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,30 +16,48 @@ from torch import Tensor, nn
 
 from ..layers import AlignmentGuide
 from ..tokens import PackedTokens
-from ..traces import Decoded, is_collecting, tell_collectors
+from ..traces import Decoded, collectors, tell_collectors
+
+# what the blocks of the decoder that runs in this thread were given so far; None where nobody asks
+_heard: ContextVar[list[Tensor] | None] = ContextVar("heard", default=None)
 
 
 class Listener:
-    """Watches one copy of a `MedDecoder`. Each call that training makes on whole captions is told to the collectors."""
+    """Watches one copy of a `MedDecoder`. Each call that training makes on whole captions is told to the collectors.
+
+    What it hears in a call is kept for that call alone, and for its thread: a call that fails leaves nothing behind.
+    """
 
     def __init__(self, decoder: Any, guide: AlignmentGuide):
         self.guide = guide
-        self.heard: list[Tensor] = []  # the inputs of the blocks, within one call
+        decoder.register_forward_pre_hook(self._begin)
         for layer in decoder.body.layers:
             layer.attention.query.register_forward_pre_hook(self._hear)
-        decoder.register_forward_hook(self._tell, with_kwargs=True)
+        decoder.register_forward_hook(self._tell, with_kwargs=True, always_call=True)
+
+    def _begin(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
+        _heard.set([] if torch.is_grad_enabled() and collectors() else None)
 
     def _hear(self, query: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if torch.is_grad_enabled() and is_collecting():
-            self.heard.append(args[0])
+        heard = _heard.get()
+        if heard is not None:
+            heard.append(args[0])
 
     def _tell(self, decoder: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
-        """decoder(input_ids, cache, attention_mask) returned: the sum over its blocks of what the anchors gathered."""
-        heard, self.heard = self.heard, []
+        """decoder(input_ids, cache, attention_mask) returned `out`, or failed, which gives None: told is the sum over its
+        blocks of what the anchors gather, for whoever asks."""
+        heard = _heard.get()
+        _heard.set(None)
+        if out is None or not heard:
+            return
         input_ids, cache, *mask = (*args, *named.values())
-        if not heard or cache.length:
-            return  # not training, or words that go on from others
-        valid = mask[0].bool() if mask and mask[0] is not None else None
+        if cache.length:
+            return  # words that go on from others
+        tell_collectors(Decoded(gathered=partial(self._gathered, heard, input_ids, mask[0] if mask else None)))
+
+    def _gathered(self, heard: Sequence[Tensor], input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """[captions, anchors, anchor dim], from the inputs of the blocks."""
+        valid = None if mask is None else mask.bool()
         first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
         packed = (PackedTokens.pack(x, valid, protected=first, summary=first) for x in heard)
-        tell_collectors(Decoded(gathered=torch.stack([self.guide(tokens, "text").pooled for tokens in packed]).sum(0)))
+        return torch.stack([self.guide(tokens, "text").pooled for tokens in packed]).sum(0)

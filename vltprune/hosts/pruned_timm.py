@@ -66,7 +66,7 @@ class PrunedTimm(PrunedEncoder):
                 "Step.position of vltprune.collect(tokens=True) for where tokens stood"
             )
         taken, _ = feature_take_indices(len(host.blocks), indices)
-        with collect(tokens=True) as traces:
+        with collect(tokens=True, threads=False) as traces:
             last, _ = self.encode(x)
         outputs = [step.tokens for depth, step in enumerate(traces[-1].steps) if depth in taken]
         padded = [t.with_x(host.norm(t.x) if norm else t.x).unpack()[0] for t in outputs if t is not None]

@@ -29,7 +29,7 @@ class Searched:
         """What a pruned model does in these calls, as `calls_of` makes them; None for one without a decoder."""
         pieces, instances = [], 0
         for call in calls:
-            with evaluating(model), collect() as traces:
+            with evaluating(model), collect(threads=False) as traces:
                 call(model)
             decoding = [trace for trace in traces if trace.decoded]
             if not decoding:

@@ -70,7 +70,7 @@ def _looked(task: Any, model: nn.Module, record: Record) -> tuple[Image.Image | 
     prepare, device = transforms(model), next(model.parameters()).device
     images = record.prepared(prepare)
     texts, _ = task.texts([record])
-    with evaluating(model), collect() as traces:
+    with evaluating(model), collect(threads=False) as traces:
         task.answer(model, [record], images[None].to(device), tuple(text.to(device) for text in texts))
     towers = {trace.tower: trace for trace in traces}
 

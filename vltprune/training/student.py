@@ -73,7 +73,7 @@ class Student(nn.Module):
         and `over`, the share too much; measured: also macs, dense_macs, of an instance, and kept, per tower [1 + depths],
         as of `Gauge`.
         """
-        with collect() as traces:
+        with collect(threads=False) as traces:
             loss = self.objective(self.model, records, images, step)
         own, has_teacher = self._own(traces), self.__dict__["teacher"] is not None
         taught = self._taught(loss, own, records, images, step) if has_teacher else {}
@@ -111,7 +111,7 @@ class Student(nn.Module):
         self, loss: Loss, own: dict[str, PruneTrace], records: Sequence[Any], images: Tensor, step: int
     ) -> dict[str, Tensor]:
         """What the teacher teaches: distil, and saliency where the scores are taught."""
-        with torch.set_grad_enabled(self.saliency > 0), collect() as traces:
+        with torch.set_grad_enabled(self.saliency > 0), collect(threads=False) as traces:
             outputs = self.objective.teach(self.__dict__["teacher"], records, images, step)
         theirs = {trace.tower: trace for trace in reversed(traces)}
         parts = {}
