@@ -35,7 +35,10 @@ FLOORS = [
         "savings",
     ),
     ("tokens", "metrics", "pair"),
-    ("segments",),
+    (
+        "segments",
+        "ties",
+    ),
     ("attention",),
     ("layers",),
     ("config", "losses", "models", "convert"),

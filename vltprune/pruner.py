@@ -10,7 +10,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +22,7 @@ from .layers.printing import remember_arguments
 from .layers.reducers import best
 from .naming import fqn_modifiers, use_dense_names
 from .registry import keepers, reducers, scorers
+from .ties import tied
 from .tokens import PackedTokens
 from .traces import PruneTrace, Step, collectors
 
@@ -140,20 +140,6 @@ def born_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any
     return part.to(weights[0].device if weights else "cpu", floating[0] if floating else torch.float32)
 
 
-class _Tie(torch.autograd.Function):
-    """The identity of its first argument; the gradient of all others, weights, is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.weights = [(weight.shape, weight.dtype, weight.device) for weight in weights]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.weights]
-        return gradients[0], *zeros
-
-
 class PrunedEncoder(nn.Module):
     """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
 
@@ -243,8 +229,8 @@ class PrunedEncoder(nn.Module):
             tokens, step = run(depth, block, tokens, beside[depth], guide)
             for collector, trace in zip(collecting, traces, strict=True):
                 trace.steps.append(replace(step, tokens=tokens) if collector.tokens else step)
-        if self.training and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized():
-            tokens = self._tied(tokens)
+        if self.training:
+            tokens = tied(tokens, self.pruners, self.guide)
         for collector, trace in zip(collecting, traces, strict=True):
             collector.add(replace(trace, left=tokens))
         return tokens, beside
@@ -288,15 +274,6 @@ class PrunedEncoder(nn.Module):
         expected = None if tokens.presence is None else tokens.expected
         lengths = tokens.layout.lengths
         return tokens, Step(tokens.position, tokens.protected, lengths, plan, early, relate, expected, scored)
-
-    def _tied(self, tokens: PackedTokens) -> PackedTokens:
-        """The same tokens, from which a gradient, be it zero, reaches each trainable weight of the guide and of the pruners.
-
-        DistributedDataParallel waits for all of them in each step, and some may get none: of a map, where nothing is merged.
-        """
-        parts = [self.pruners] if self.guide is None else [self.pruners, self.guide]
-        weights = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
-        return tokens.with_x(_Tie.apply(tokens.x, *weights)) if weights else tokens
 
     def _least(self, pruner: Pruner) -> int:
         """How many unprotected tokens must stay: one, where nothing else is there to answer with. Asked at each call, for the
