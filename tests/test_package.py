@@ -45,7 +45,7 @@ FLOORS = [
     ("traces", "naming"),
     ("presets", "checkpoint", "pruner", "data"),
     ("hosts",),
-    ("surgery", "preprocessing", "sources"),
+    ("surgery", "fingerprint", "preprocessing", "sources"),
     ("flops", "catalog", "dial"),
     ("budget", "factory", "gauge"),
     ("hub",),

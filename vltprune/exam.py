@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import fingerprint
 from .data import Loader, Record, Skipped
 from .gauge import Gauge, Spent
 from .journal import Journal
@@ -42,20 +43,22 @@ class Exam:
 
         tick: called with the number of rows just written. A record whose pictures cannot be opened, or whose texts the model
         cannot read, gets a row that says so; where the loader is strict, OSError and ValueError. ValueError for a journal of an
-        earlier version, whose dense costs had padding in them.
+        earlier version, whose dense costs had padding in them, and for one with a row whose pictures are not, by content, those
+        that it was answered by.
         """
         if any("macs" in row and "padding" not in row for row in journal.rows):
             raise ValueError(
                 "these results were begun by an earlier version, which counted padding as spent by the dense model, and so as "
                 "saved: remove their folder, or choose another output, and they are measured anew"
             )
+        _check_pictures(loader, journal)
         loader = replace(loader, start=len(journal.rows), skipped=[])
         with evaluating(self.model, self.gauge.model):
             for records, images in loader:
                 places = self._legible(records, loader)
                 rows = self._answer([records[i] for i in places], images[places].to(self.device)) if places else []
-                _write(rows, loader.skipped, journal, tick)
-            _write([], loader.skipped, journal, tick)
+                _write(rows, loader, journal, tick)
+            _write([], loader, journal, tick)
 
     def _legible(self, records: Sequence[Record], loader: Loader[Any]) -> list[int]:
         """The places of the records whose texts have token ids; the others go to what the loader skipped."""
@@ -86,16 +89,23 @@ class Exam:
 
         spent = self._spent_dense(records, images, texts, counts) if self.gauge.is_dense else self.gauge(traces, counts)
         return [
-            {"index": record.index, **answer, **asdict(cost), "seconds": seconds}
+            {
+                "index": record.index,
+                **answer,
+                **asdict(cost),
+                "seconds": seconds,
+                "pictures": fingerprint.of_pictures(record),
+            }
             for record, answer, cost in zip(records, answers, spent, strict=True)
         ]
 
     def _spent_dense(
         self, records: Sequence[Record], images: Tensor, texts: tuple[Tensor, ...], counts: list[int]
     ) -> list[Spent]:
-        """A dense model's costs depend on the shapes of its inputs, and its keep-all twin is run once for each; with a
-        decoder, they depend on what is said too, and the twin says it again every time."""
-        key = (images.shape, *(text.shape for text in texts), *counts)
+        """A dense model's costs depend on its inputs' shapes and its texts' lengths, and its keep-all twin is run once for
+        each; with a decoder, they depend on what is said too, and the twin says it again every time."""
+        lengths = (tuple(mask.sum(-1).tolist()) for mask in texts[1:])
+        key = (images.shape, *(text.shape for text in texts), *lengths, *counts)
         if key in self._dense_costs:
             return self._dense_costs[key]
         with collect(threads=False) as traces:
@@ -110,14 +120,33 @@ class Exam:
             torch.cuda.synchronize(self.device)
 
 
+def _check_pictures(loader: Loader[Any], journal: Journal) -> None:
+    """ValueError where a row's pictures are other files now; where the loader is strict, OSError for a row that was skipped."""
+    for place, row in enumerate(journal.rows[: len(loader.records)]):
+        if row.get("pictures") is not None:
+            record = loader.records[place]
+            if fingerprint.of_pictures(record) != row["pictures"]:
+                raise ValueError(
+                    f"entry {record.index}: its pictures, {', '.join(map(str, record.images))}, are not those that it was "
+                    "answered by: choose another --output, or remove that folder"
+                )
+        if loader.strict and "skipped" in row and (loader.stop is None or place < loader.stop):
+            raise OSError(f"entry {row['index']}: {row['skipped']}")
+
+
 def _write(
-    rows: list[dict[str, Any]], skipped: list[Skipped], journal: Journal, tick: Callable[[int], object] | None
+    rows: list[dict[str, Any]], loader: Loader[Any], journal: Journal, tick: Callable[[int], object] | None
 ) -> None:
     """Rows, and those of what was skipped meanwhile, in the records' order: how many there are says where to go on."""
-    rows += [{"index": one.index, "skipped": one.reason} for one in skipped]
-    skipped.clear()
+    rows = sorted(
+        [*rows, *({"index": one.index, "skipped": one.reason} for one in loader.skipped)], key=lambda row: row["index"]
+    )
+    loader.skipped.clear()
+    for place, row in enumerate(rows, start=len(journal.rows)):
+        if "pictures" not in row:
+            row["pictures"] = fingerprint.of_pictures(loader.records[place])
     if rows:
-        journal.add(sorted(rows, key=lambda row: row["index"]))
+        journal.add(rows)
     if tick is not None:
         tick(len(rows))
 

@@ -39,7 +39,13 @@ class Journal:
         whole = text[: text.rfind(b"\n") + 1]
         if whole != text:
             self._file.write_bytes(whole)
-        return map(json.loads, whole.decode("utf-8").splitlines())
+        return [self._row(place, line) for place, line in enumerate(whole.splitlines(), start=1)]
+
+    def _row(self, place: int, line: bytes) -> dict[str, Any]:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{self._file}, line {place}, is damaged: remove the folder, or choose another") from error
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import savings, tasks
+from .. import __version__, fingerprint, savings, tasks
 from ..data import Loader
 from ..exam import Exam, report, report_matching
 from ..journal import Journal, write_json
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
     kind: Any = tasks.tasks[args.task]
     records = kind.read(args.data, images, args.strict)
-    settings = {name: getattr(args, name) for name in _SETTINGS}
-    journal = Journal(folder, settings)
     model = _load(args)
+    settings = {**{name: getattr(args, name) for name in _SETTINGS}, **_contents(args, model)}
+    journal = Journal(folder, settings)
     task: tasks.Task[Any] = kind.of(model, tasks.Options(args.vocabulary, args.answers))
     _check_second_stage(task, args.k_test)
 
@@ -91,6 +91,17 @@ def run(args: argparse.Namespace) -> None:
         write_json(folder / "summary.json", summary)
         _print_matching(summary["matching"])
     print(f"wrote {folder / 'summary.json'}, and what each record was answered beside it")
+
+
+def _contents(args: argparse.Namespace, model: nn.Module) -> dict[str, str | None]:
+    """What stands behind the names of the settings, as digests; pictures are told by each row."""
+    return {
+        "version": __version__,
+        "content_of_model": fingerprint.of_model(model),
+        "content_of_data": fingerprint.of_file(args.data),
+        "content_of_answers": fingerprint.of_file(args.answers),
+        "content_of_vocabulary": fingerprint.of_file(args.vocabulary),
+    }
 
 
 def _sit(what: str, exam: Exam, loader: Loader[Any], journal: Journal) -> list[dict[str, Any]]:
@@ -121,6 +132,7 @@ def _second_stage(
     """What came of BLIP's second stage. Its journal is for these images and texts alone: a larger --limit has another."""
     loader = replace(like, records=matching.pairs(), batch_size=1, stop=None)
     images, texts = matching.similarity.shape
+    settings = {**settings, "content_of_features": matching.fingerprint}
     journal = Journal(folder / f"matching_{images}x{texts}_k{matching.most}", settings)
     rows = _sit("matching", Exam(matching, model, settings["device"]), loader, journal)
     return report_matching(matching, rows)

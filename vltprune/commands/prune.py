@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
     files = pictures.listing(args.folder)[: args.limit]
+    _remove_former(folder)
     asked = _load(args)
     preprocessing = transforms(asked)
     loader = Loader([Record(i, (file,)) for i, file in enumerate(files)], preprocessing, args.batch_size)
@@ -91,6 +92,18 @@ def run(args: argparse.Namespace) -> None:
     unreadable = {files[one.index].name: one.reason for one in loader.skipped}
     results.write({"model": args.model, "pruning": model.pruning.config.to_dict(), **prepared}, unreadable)
     _print(results, unreadable)
+
+
+def _remove_former(folder: Path) -> None:
+    """Take away what a former run wrote, so that no picture of other files, or of another model, stands beside the new ones."""
+    try:
+        former = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["pictures"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    for name in former:
+        (folder / "pictures" / f"{name}.png").unlink(missing_ok=True)
+    for name in ("summary.json", "features.safetensors"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _load(args: argparse.Namespace) -> nn.Module:

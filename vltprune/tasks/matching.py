@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,11 @@ class Matching:
     similarity: Tensor
     owners: Sequence[int]
     most: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the similarity, which says what is judged: for whoever goes on with a second stage."""
+        return hashlib.blake2b(self.similarity.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
     def pairs(self) -> list[Pairs]:
         """What is to be judged, image after image."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from .matching import Matching
 @dataclass(frozen=True)
 class Retrieval:
     """Recall in both directions, by features of the two towers alone; each is run once a record.
+
+    Records of one image, as in files with an entry a caption, are one image with all their captions.
 
     For open_clip's models, and for BLIP's that have `image_features` and `text_features` of one length. has_head: the
     model also judges pairs, and `matching` is a second stage for it.
@@ -67,8 +69,8 @@ class Retrieval:
         seen = finite(self.image_features(model, images[:, 0]), records, "image features")
         read = finite(self.text_features(model, *texts), each, "text features").split(counts)
         return [
-            {"image": pack(one.float()), "texts": [*map(pack, some.float())]}
-            for one, some in zip(seen, read, strict=True)
+            {"image_name": record.image_name, "image": pack(one.float()), "texts": [*map(pack, some.float())]}
+            for record, one, some in zip(records, seen, read, strict=True)
         ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -78,7 +80,9 @@ class Retrieval:
         """The second stage, over all rows but those that were skipped: `most` of each image and of each text are judged."""
         answered = [row for row in rows if "skipped" not in row]
         by_index = {record.index: record for record in records}
-        return Matching(self.encode, [by_index[row["index"]] for row in answered], *_similarity(answered), most)
+        groups = [[by_index[row["index"]] for row in group] for group in _by_image(answered)]
+        merged = [replace(group[0], captions=tuple(text for r in group for text in r.captions)) for group in groups]
+        return Matching(self.encode, merged, *_similarity(answered), most)
 
 
 def _tokenizer(recipe: Recipe) -> Callable[[list[str]], Tensor]:
@@ -91,10 +95,20 @@ def _tokenizer(recipe: Recipe) -> Callable[[list[str]], Tensor]:
 
 
 def _similarity(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, list[int]]:
-    """Cosines [images, texts], and the row of each text's image."""
-    images = torch.stack([unpack(row["image"]) for row in rows])
-    texts = torch.stack([unpack(text) for row in rows for text in row["texts"]])
-    return images @ texts.T, [i for i, row in enumerate(rows) for _ in row["texts"]]
+    """Cosines [images, texts], and the row of each text's image; images in the order that they first come in."""
+    groups = _by_image(rows)
+    images = torch.stack([unpack(group[0]["image"]) for group in groups])
+    texts = [[text for row in group for text in row["texts"]] for group in groups]
+    read = torch.stack([unpack(text) for some in texts for text in some])
+    return images @ read.T, [i for i, some in enumerate(texts) for _ in some]
+
+
+def _by_image(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The rows of each image, images in the order that they first come in."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["image_name"], []).append(row)
+    return [*groups.values()]
 
 
 def _clip_image(model: Any, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -119,9 +120,9 @@ def _found(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Said]:
     `metrics.recalls` has it."""
     texts = torch.stack([unpack(text) for row in rows for text in row["texts"]])
     places = [(row["index"], place) for row in rows for place in range(len(row["texts"]))]
-    owners, said = torch.tensor([index for index, _ in places]), []
+    owners, said = np.array([row["image_name"] for row in rows for _ in row["texts"]]), []
     for row in chosen:
-        near, own = texts @ unpack(row["image"]), owners == row["index"]
+        near, own = texts @ unpack(row["image"]), torch.from_numpy(owners == row["image_name"])
         right = bool(near[own].max() > near.masked_fill(own, -torch.inf).max())
         index, place = places[int(near.masked_fill(own != right, -torch.inf).argmax())]
         text = records[index].captions[place]
