@@ -310,3 +310,27 @@ def test_texts_that_cannot_be_read_are_told_of(task, tmp_path):
     wrong = {"nlvr": {1}, "vqa": {2, 3}, "caption": {1}, "retrieval": set()}[task]
     assert {int(note.split()[1].rstrip(":")) for note in done.skipped} <= wrong
     assert all(row["records"] >= 7 for row in done.rows)
+
+
+def test_a_run_is_gone_on_with_only_from_the_same_content(tmp_path):
+    settings = config("nlvr", tmp_path / "data", steps=1, serve=(), saliency=0.0)
+    assert compress(settings, tmp_path / "run") is not None
+    assert compress(settings, tmp_path / "run") is not None
+    file = Path(settings.data)
+    whole, picture = file.read_text(), tmp_path / "data" / "3.png"
+    file.write_text(whole.replace("True", "False", 1))
+    with pytest.raises(ValueError, match="run is a run whose data and val had another content than now"):
+        compress(settings, tmp_path / "run")
+    file.write_text(whole)
+    picture.write_bytes(picture.read_bytes() + b"0")
+    with pytest.raises(ValueError, match="a run whose pictures of data and pictures of val had another"):
+        compress(settings, tmp_path / "run")
+    folder = vp.save(dense_model(settings), tmp_path / "model")
+    settings = settings.replace(model=str(folder), model_args={})
+    assert compress(settings, tmp_path / "from_folder") is not None
+    other = dense_model(settings)
+    with torch.no_grad():
+        other.visual.pos_embed.add_(1)
+    vp.save(other, folder)
+    with pytest.raises(ValueError, match="a run whose model had another content"):
+        compress(settings, tmp_path / "from_folder")

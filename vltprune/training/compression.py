@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import budget, checkpoint, tasks
-from ..data import Loader, shards
+from .. import __version__, budget, checkpoint, fingerprint, tasks
+from ..data import Loader, Records, shards
 from ..exam import Exam, report, report_matching
 from ..journal import Journal, write_json
 from ..models import zoo
@@ -67,14 +67,15 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     trained and no record examined again: the page is made anew. Returns None in processes other than the first.
 
     Where the parts cannot reach `reduction`, it warns, and the nearest cost is what is examined and saved. Raises what the
-    config's parts raise; ValueError for a folder of another config, CheckpointError for a `start` that does not fit, OSError
-    where nothing can be written, BadLossError; Stopped, a KeyboardInterrupt that says where the same call goes on, for Ctrl-C
-    and SIGTERM.
+    config's parts raise; ValueError for a folder of another config, or of other content under the same names; CheckpointError
+    for a `start` that does not fit, OSError where nothing can be written, BadLossError; Stopped, a KeyboardInterrupt that says
+    where the same call goes on, for Ctrl-C and SIGTERM.
     """
     folder, tell = Path(output), _is_first()
     _claim(folder, config)
     with told(f"loading {config.model}", tell):
         dense = dense_model(config)
+    content = fingerprint.of_model(dense)
     taught = config.distil or config.distil_summaries or config.scores_taught
     twin = copy.deepcopy(dense) if taught else None
     model = prune(dense, config.pruning)
@@ -86,6 +87,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     kind: Any = tasks.tasks[config.task]
     task = kind.of(model, Options(config.vocabulary, config.answers))
     records, val = _read(config, kind, tell)
+    _claim_contents(folder, _contents(config, content, records, val))
     run = Run(config, folder, model, task, records, teacher, extra)
     run.train()
     trained = _trained(run)
@@ -145,6 +147,43 @@ def _claim(folder: Path, config: CompressConfig) -> None:
             write_json(file, config.to_dict())
     except OSError as error:
         raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another output") from error
+
+
+def _contents(config: CompressConfig, model: str, records: Any, val: Any) -> dict[str, str | None]:
+    """What stands behind the names of a config, as digests. Pictures and shards are told by name, size and time of change."""
+    start = None if config.start is None else zoo.packaged(config.start) or config.start
+    names = map(Path, records.names) if isinstance(records, shards.Shards) else _picture_files(records)
+    return {
+        "version": __version__,
+        "model": model,
+        "start": fingerprint.of_file(start),
+        "data": fingerprint.of_file(config.data),
+        "val": fingerprint.of_file(config.val),
+        "vocabulary": fingerprint.of_file(config.vocabulary),
+        "answers": fingerprint.of_file(config.answers),
+        "pictures of data": fingerprint.of_sizes(names),
+        "pictures of val": fingerprint.of_sizes(_picture_files(val)),
+    }
+
+
+def _picture_files(records: Any) -> list[Path]:
+    """Of records that were read from a file; drawn ones have none."""
+    listed = records if isinstance(records, Records) else ()
+    return [image for record in listed for image in record.images if isinstance(image, Path)]
+
+
+def _claim_contents(folder: Path, contents: dict[str, str | None]) -> None:
+    """ValueError, with what differs, where the folder's run began from other bytes behind the same names."""
+    file = folder / "contents.json"
+    if not file.is_file():
+        write_json(file, contents)
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    if other := [name for name in {**there, **contents} if there.get(name) != contents.get(name)]:
+        raise ValueError(
+            f"{folder} is a run whose {' and '.join(other)} had another content than now, under the same names: choose another "
+            "output, or remove that folder"
+        )
 
 
 def _trained(run: Run) -> nn.Module:
@@ -220,14 +259,15 @@ def _examined(
     """A row of results, and the rows of its records."""
     loader = Loader(val, transforms(model), workers=run.config.workers)
     folder = run.folder / "val" / name
-    journal = Journal(folder, {"reduction": reduction, "knob": knob})
+    content = {"content_of_model": fingerprint.of_model(model)}
+    journal = Journal(folder, {"reduction": reduction, "knob": knob, **content})
     what = f"examining {len(loader)} validation records, {f'{reduction:.0%} fewer MACs' if reduction else name}"
     with told(what, total=len(loader)) as bar:
         Exam(run.task, model, str(run.accelerator.device)).sit(loader, journal, bar.update)
     row = {"reduction": reduction, "knob": knob, **report(run.task, journal.rows)}
     if isinstance(run.task, Retrieval) and run.task.has_head and run.config.k_test:
         matching = run.task.matching(val, journal.rows, run.config.k_test)
-        row["matching"] = _matched(run, model, matching, Journal(folder / "matching", {"knob": knob}))
+        row["matching"] = _matched(run, model, matching, Journal(folder / "matching", {"knob": knob, **content}))
     return row, journal.rows
 
 
