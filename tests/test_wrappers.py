@@ -55,7 +55,7 @@ def tower(pruning="evit"):
 def test_the_model_behind_it_is_saved_calibrated_and_counted(tmp_path, wrap):
     wrapper = wrap(tower())
     model = vp.unwrapped(wrapper)
-    assert type(model) is vp.PrunedEncoder
+    assert isinstance(model, vp.PrunedEncoder)
     found = budget.measure(model, [IMAGES], 0.6)
     assert budget.measure(model, [IMAGES]) == found
     keep = budget.Dial(wrapper)

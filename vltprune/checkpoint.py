@@ -7,7 +7,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,18 +52,26 @@ def save(
     _check_plain(state if only else {**state, **model.state_dict()})
 
     recipe = recipe_of(host)
-    if record is not None:
-        check_shared(model, record)
-    pruning = None if record is None else record.config.to_dict()
-    modules = None if record is None else _modules(record.config)
-    saved = Saved(recipe.backbone or None, recipe.model_args, pruning, only or "all", modules=modules)
+    saved = replace(saved_of(model, recipe.model_args), backbone=recipe.backbone or None, contents=only or "all")
     saved.check()
     _write(folder, saved.signed(), _storable(state, dtype))
     return folder
 
 
+def saved_of(model: nn.Module, arguments: dict[str, Any]) -> Saved:
+    """What is to be written of a model besides its tensors, of which `arguments` build the dense one.
+
+    Raises ValueError for a pruned model that no longer shares a part with its dense one.
+    """
+    record = record_of(model)
+    if record is None:
+        return Saved(None, arguments, None)
+    check_shared(model, record)
+    return Saved(None, arguments, record.config.to_dict(), modules=_modules(record.config))
+
+
 def _write(folder: Path, saved: Saved, state: dict[str, Tensor]) -> None:
-    config = json.dumps(asdict(saved), indent=2) + "\n"
+    config = json.dumps(saved.to_dict(), indent=2) + "\n"
     labels = {"format": "pt", DIGEST: str(saved.digest)}
     try:
         folder.mkdir(parents=True, exist_ok=True)

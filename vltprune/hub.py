@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,26 @@ from torch import nn
 
 from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, load_into, pruning_of, save
 from .factory import create_model
+from .pair import BESIDE
 from .surgery import prune
+from .wrappers import is_pruned, unwrapped
 
 _HUB = "hf-hub:"
+_FILES = ["*.json", "*.safetensors"]  # ours, or those of transformers, which may split weights over several
 
 
 def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) -> nn.Module:
-    """A model that `save` wrote. host: the dense model to prune and fill, for one that `create_model` did not build.
+    """A model that `save` wrote, or `save_pretrained` of a pruned model of transformers.
+
+    host: the dense model to prune and fill, for one that `save` wrote and `create_model` did not build.
 
     overrides: parts of the pruning (scorer=, keep=, reducer=, guide=, at=), as in `create_model`. Raises CheckpointError
     for a folder that is none, and for tensors that are missing, left over or of another shape: all are listed, and
     nothing is loaded.
     """
     folder = Path(folder)
+    if host is None and is_pretrained(folder):
+        return _load_pretrained(folder, overrides)
     saved = Saved.read(folder)
     if host is None:
         if saved.backbone is None:
@@ -41,6 +49,29 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
     return host.eval()
 
 
+def is_pretrained(folder: Path) -> bool:
+    """Whether transformers' `save_pretrained` wrote a folder, of a pruned model: `save` writes all into its config.json."""
+    if not (folder / BESIDE).is_file():
+        return False
+    try:
+        return "format" not in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+
+
+def _load_pretrained(folder: Path, overrides: dict[str, Any]) -> nn.Module:
+    try:
+        from .hosts.transformers import saving
+    except ImportError as error:
+        raise CheckpointError(f"{folder} holds a model of transformers, which cannot be imported: {error}") from error
+    saved = Saved.read(folder, BESIDE)
+    config = pruning_of(saved, folder)
+    dense, extra = saving.dense_model(folder, saved.model_args)
+    model = prune(dense, config.replace(**overrides) if overrides else config)
+    saving.fill_pruning(model, extra, folder)
+    return model.eval()
+
+
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Any
 ) -> nn.Module:
@@ -56,7 +87,7 @@ def from_pretrained(
 
     try:
         folder = snapshot_download(
-            text, revision=revision, cache_dir=cache_dir, allow_patterns=[CONFIG, WEIGHTS], library_name="vltprune"
+            text, revision=revision, cache_dir=cache_dir, allow_patterns=_FILES, library_name="vltprune"
         )
     except Exception as error:
         raise CheckpointError(
@@ -67,11 +98,15 @@ def from_pretrained(
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool = False, token: str | None = None, **how: Any) -> str:
-    """Save a model and upload it as repo_id ("org/name"); `how` goes to `save`. Returns the address of the commit."""
+    """Save a model and upload it as repo_id ("org/name"); `how` goes to `save`. Returns the address of the commit.
+
+    A pruned model of transformers is written by its own `save_pretrained`, which gets `how`.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, **how)
+        own = getattr(unwrapped(model), "save_pretrained", None) if is_pruned(model) else None
+        own(folder, **how) if own is not None else save(model, folder, **how)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))

@@ -17,6 +17,7 @@ from .registry import bind
 
 _FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BESIDE = "vltprune.json"  # how a model is pruned, beside the files of the library that it is of
 BACKUP = f".old.{WEIGHTS}"  # the weights before, while both files are replaced
 DIGEST = "config"  # where the weights say which config they were saved with
 
@@ -27,7 +28,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Saved:
-    """The contents of config.json."""
+    """The contents of config.json, or of vltprune.json beside the files of another library."""
 
     backbone: str | None
     model_args: dict[str, Any]
@@ -38,22 +39,28 @@ class Saved:
     modules: dict[str, str] | None = None  # of parts that are not this library's: where they are registered
 
     @classmethod
-    def read(cls, folder: Path) -> Saved:
+    def read(cls, folder: Path, name: str = CONFIG) -> Saved:
+        """CheckpointError where the folder has no such file, and where it is of another format."""
+        file = folder / name
         try:
-            data = json.loads((folder / CONFIG).read_text())
+            data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{folder} has no {CONFIG}: give a folder that vltprune.save wrote") from None
+            raise CheckpointError(f"{folder} has no {name}: give a folder that vltprune.save wrote") from None
         except ValueError as error:
-            raise CheckpointError(f"{folder / CONFIG} is not JSON: {error}") from None
+            raise CheckpointError(f"{file} is not JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
-            raise CheckpointError(f"{folder / CONFIG} has format {found!r}, this version reads {_FORMAT}")
-        bind(f"{folder / CONFIG}", cls, data)
+            raise CheckpointError(f"{file} has format {found!r}, this version reads {_FORMAT}")
+        bind(f"{file}", cls, data)
         return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that json can write."""
+        return asdict(self)
 
     def signed(self) -> Saved:
         """The same with its digest, by which a file of weights says that it belongs to it."""
-        plain = json.dumps(asdict(replace(self, digest=None)), sort_keys=True)
+        plain = json.dumps(replace(self, digest=None).to_dict(), sort_keys=True)
         return replace(self, digest=hashlib.sha256(plain.encode()).hexdigest()[:16])
 
     def check(self) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.hub import PushToHubMixin
 
 from ...checks import check_ids, check_images
 from ...layers.site import Site
 from ...pruner import PrunedEncoder
 from ...tokens import PackedTokens
 from ..attributes import forwards
-from ..base import Host, by_tiles, check_blocks, is_affine
+from ..base import Host, WithTowers, by_tiles, check_blocks, is_affine
+from .saving import save_pretrained, with_pruning_saved
 
 # all of them compute the same numbers
 _KERNELS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -31,13 +34,17 @@ _EXTRAS = ("output_attentions", "output_hidden_states", "is_causal")
 @forwards("enable_input_require_grads", "disable_input_require_grads", "supports_gradient_checkpointing")
 @forwards("gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing")
 @forwards("activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing")
-class PrunedTransformer(PrunedEncoder):
+class PrunedTransformer(PrunedEncoder, PushToHubMixin):
     """A pruned tower of transformers, with what its pipelines, its trainer, and models around the tower read of one."""
 
     @property
     def base_model(self) -> nn.Module:
         """The tower itself, as of any model without a head."""
         return self
+
+    def save_pretrained(self, save_directory: str | Path, **named: Any) -> None:
+        """As transformers' method, and the pruning beside its files, which `vltprune.load` reads."""
+        save_pretrained(self, save_directory, **named)
 
 
 class TransformersHost(Host):
@@ -115,6 +122,13 @@ class TransformersHost(Host):
 
     def recomputes(self, tower: Any) -> bool:
         return any(block.gradient_checkpointing for block in self.blocks(tower))
+
+
+class SavedWithTowers(WithTowers):
+    """A model of transformers that holds its towers as children, and says how they are pruned when it saves itself."""
+
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
+        return with_pruning_saved(super().assemble(model, towers))
 
 
 class PreNorm(TransformersHost):

@@ -20,11 +20,11 @@ from ...attention import attend
 from ...registry import hosts
 from ...tokens import PackedTokens
 from ...traces import Decoded, tell_collectors
-from ..base import Host, WithTowers
+from ..base import Host
 from ..decoder import WithDecoder
 from ..linear_maps import linear_macs
 from ..soft import refuse_parts
-from .base import Images, PreNorm
+from .base import Images, PreNorm, SavedWithTowers
 from .text import PostNorm
 
 _READER, _INSTEAD = "what looks at an image or a question in transformers' BLIP", "use this library's Blip models"
@@ -106,7 +106,7 @@ class BlipQuestion(BlipText):
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForImageTextRetrieval")
-class BlipRetrieval(WithTowers):
+class BlipRetrieval(SavedWithTowers):
     """Both towers, one guide, and the matching head."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
@@ -115,7 +115,7 @@ class BlipRetrieval(WithTowers):
         return linear_macs(model.itm_head)
 
 
-class _Speaking(WithDecoder):
+class _Speaking(SavedWithTowers, WithDecoder):
     """A decoder looks at what the towers left. It stays dense, and does not see the zeros behind."""
 
     decoder = "text_decoder"

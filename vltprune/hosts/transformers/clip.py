@@ -13,10 +13,9 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Sigli
 
 from ...registry import hosts
 from ...tokens import PackedTokens
-from ..base import WithTowers
 from ..linear_maps import linear_macs
 from ..soft import padded_bias
-from .base import Images, PreNorm, Sentences
+from .base import Images, PreNorm, SavedWithTowers, Sentences
 
 
 class _Blocks(PreNorm):
@@ -123,7 +122,7 @@ class SiglipText(_Text):
 @hosts.register("transformers.models.clip.modeling_clip.CLIPModel")
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipModel")
 @hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2Model")
-class TwoTowers(WithTowers):
+class TwoTowers(SavedWithTowers):
     """CLIP and SigLIP: two towers, one guide."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_model"}

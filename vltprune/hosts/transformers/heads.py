@@ -10,6 +10,7 @@ from torch import nn
 from ...registry import hosts
 from ..base import Composite, Host, find_host, with_submodule
 from ..linear_maps import linear_macs
+from .saving import with_pruning_saved
 
 
 @hosts.register("transformers.models.bert.modeling_bert.BertForSequenceClassification")
@@ -39,7 +40,7 @@ class Headed(Composite):
 
     def assemble(self, model: Any, towers: Mapping[str, nn.Module]) -> nn.Module:
         [tower] = towers.values()
-        return with_submodule(model, model.base_model_prefix, tower)
+        return with_pruning_saved(with_submodule(model, model.base_model_prefix, tower))
 
     def head_macs(self, model: Any) -> float:
         heads = [child for name, child in model.named_children() if name != model.base_model_prefix]

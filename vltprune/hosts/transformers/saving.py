@@ -1,0 +1,154 @@
+"""Pruned models of transformers by its own `save_pretrained`, and back: its files, and the pruning in a file beside them.
+
+transformers reads the dense model in such a folder, for its weights stand there under their own names. `vltprune.load` reads
+the pruned one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from ...checkpoint import saved_of
+from ...files import write_text
+from ...pair import BESIDE, CONFIG, CheckpointError
+from ...wrappers import record_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def with_pruning_saved(model: M) -> M:
+    """The same pruned model, whose `save_pretrained`, which `Trainer` and `push_to_hub` call too, writes the pruning."""
+    object.__setattr__(model, "save_pretrained", partial(save_pretrained, model))
+    return model
+
+
+def save_pretrained(
+    model: nn.Module, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **named: Any
+) -> None:
+    """As transformers' method, and the pruning as vltprune.json beside its files. `vltprune.load` reads both.
+
+    Raises ValueError for push_to_hub=True, which would leave that file out, and for parts that were exchanged by hand.
+    """
+    if push_to_hub:
+        raise ValueError(
+            "save_pretrained(push_to_hub=True) would leave out how the model is pruned: call model.push_to_hub('org/name') or "
+            "vltprune.push_to_hub(model, 'org/name')"
+        )
+    record: Any = record_of(model)
+    host, file = record.host, Path(save_directory) / BESIDE
+    text = json.dumps(saved_of(model, _constructor_arguments(host)).to_dict(), indent=2) + "\n"
+    if is_main_process:
+        file.unlink(missing_ok=True)  # it would not belong to the weights, should writing these fail
+    if isinstance(model, transformers.PreTrainedModel):
+        writes: Any = partial(type(model).save_pretrained, model)
+    else:
+        writes = host.save_pretrained
+        if named.get("state_dict") is None:
+            named["state_dict"] = model.state_dict()
+    writes(save_directory, is_main_process=is_main_process, **named)
+    if is_main_process:
+        write_text(file, text)
+
+
+def _constructor_arguments(host: Any) -> dict[str, Any]:
+    """What a tower was built with that its configuration does not say: whether it has a pooler, and a mask token."""
+    takes = inspect.signature(type(host).__init__).parameters
+    found = {}
+    if "add_pooling_layer" in takes:
+        found["add_pooling_layer"] = host.pooler is not None
+    if "use_mask_token" in takes:
+        found["use_mask_token"] = host.embeddings.mask_token is not None
+    return found
+
+
+def dense_model(folder: Path, arguments: dict[str, Any]) -> tuple[nn.Module, set[str]]:
+    """The dense model of a folder, and the names of the tensors there that it does not have.
+
+    The class is one of transformers' own; code in the folder is not run. Raises CheckpointError for a class that transformers
+    does not have, and for tensors that are missing or of another shape.
+    """
+    cls = _architecture(folder)
+    try:
+        with _without_reports():
+            model, found = cls.from_pretrained(
+                folder, **arguments, output_loading_info=True, use_safetensors=True, local_files_only=True
+            )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} does not hold the weights of a {cls.__name__}: {error}") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise CheckpointError(
+            f"{folder} does not fit a {cls.__name__}, nothing was loaded: {len(missing)} missing: {', '.join(missing[:12])}"
+        )
+    return model, set(found["unexpected_keys"])
+
+
+def _architecture(folder: Path) -> Any:
+    """The class that config.json names. CheckpointError unless it is a model of transformers' own."""
+    try:
+        names = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    own = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not own or cls.__module__.partition(".")[0] != "transformers":
+        raise CheckpointError(
+            f"{folder / CONFIG} names the architectures {names!r}: one model class of transformers {transformers.__version__} "
+            "can be built from it, and nothing else"
+        )
+    return cls
+
+
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Without transformers' report that the tensors of the pruning are none of the dense model's."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def fill_pruning(model: nn.Module, there: set[str], folder: Path) -> None:
+    """Copy the tensors that pruning added to a model from the weights of a folder, which has these (`there`) of them.
+
+    CheckpointError for tensors that are missing, left over or of another shape.
+    """
+    dense = record_of(model).host.state_dict().keys()
+    own = {key: value for key, value in model.state_dict().items() if key not in dense}
+    strange = sorted(there ^ own.keys())
+    if strange:
+        raise CheckpointError(
+            f"{folder} does not fit this model, nothing was loaded. In the folder or in the model alone, of the tensors that "
+            f"pruning adds: {', '.join(strange[:12])}"
+        )
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    places = json.loads(index.read_text())["weight_map"] if index.is_file() else dict.fromkeys(own, SAFE_WEIGHTS_NAME)
+    read = {}
+    for file in sorted({places[key] for key in own}):
+        with safe_open(folder / file, "pt") as tensors:
+            read |= {key: tensors.get_tensor(key) for key in own if places[key] == file}
+    wrong = [
+        f"{key} (folder {list(read[key].shape)}, model {list(own[key].shape)})"
+        for key in own
+        if read[key].shape != own[key].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{folder} does not fit this model: of another shape: {', '.join(wrong[:12])}")
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(read[key])
