@@ -266,3 +266,50 @@ class TestHub:
         assert sent["token"] == "secret"
         assert sent["repo"] == ("acme/pruned", True, True)
         assert same(sent["model"], model)
+
+
+KEPT = {
+    "load": lambda folder, host: vp.load(folder),
+    "load beside a host": lambda folder, host: vp.load(folder, host=host),
+    "from_pretrained": lambda folder, host: vp.from_pretrained(str(folder)),
+    "create_model": lambda folder, host: vp.create_model("blip_nlvr_tiny_evit", pretrained=folder, **TINY),
+    "preset": lambda folder, host: vp.create_model("blip_nlvr_tiny", pruning="evit", pretrained=folder, **TINY),
+    "pruning alone": lambda folder, host: vp.load(vp.save(vp.load(folder), folder / "p", only="pruning"), host=host),
+}
+
+
+@pytest.mark.parametrize("way", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("turn", ["settle", "turn"])
+def test_a_calibration_is_kept_on_every_way_in(tmp_path, way, turn):
+    host = vp.create_model("blip_nlvr_tiny", **TINY)
+    model = vp.prune(host, "evit")
+    getattr(vp.budget.Dial(model), turn)(0.37)
+    again = way(vp.save(model, tmp_path), vp.create_model("blip_nlvr_tiny", **TINY))
+    assert again.pruning.config.part("keep").args["ratio"] == 0.37
+    assert set(vp.budget.Dial(again).values) == {0.37}
+
+
+OTHER = {
+    "knob": {"keep": "ratio(ratio=0.71)"},
+    "keeper": {"keep": "count(count=3)"},
+    "reducer": {"reducer": "drop"},
+    "scorer": {"scorer": "self_attention"},
+    "depths": {"at": (0,)},
+    "guide": {"guide": "codebook(anchors=3)"},
+}
+
+
+@pytest.mark.parametrize("parts", OTHER.values(), ids=OTHER)
+@pytest.mark.parametrize("only", [None, "pruning"])
+def test_a_folder_of_another_pruning_is_not_loaded_into_a_model(tmp_path, parts, only):
+    model = vp.create_model("blip_nlvr_tiny_evit", **TINY)
+    vp.save(vp.prune(model.host, "evit", **parts), tmp_path, only=only)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(vp.CheckpointError, match=r"was saved with another pruning.*nothing was loaded.*Write load\("):
+        load_into(model, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_folder_of_the_same_pruning_in_other_words_is_loaded(tmp_path):
+    model = vp.create_model("blip_nlvr_tiny_evit", keep="ratio", **TINY)
+    load_into(model, vp.save(vp.prune(model.host, "evit", keep="ratio(ratio=0.7)", at=(0, 1)), tmp_path))

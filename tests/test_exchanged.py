@@ -161,3 +161,67 @@ def test_every_model_is_saved_as_it_was_built(tmp_path, name, preset):
         again = vp.load(vp.save(one, tmp_path))
         state = again.state_dict()
         assert all(torch.equal(value, state[key].to(value)) for key, value in one.state_dict().items())
+
+
+def pruned(preset="evit", **parts):
+    return vp.create_model("blip_nlvr_tiny", pruning=preset, **{**BLIP, "vision_depth": 2, "text_depth": 2}, **parts)
+
+
+def keepers(model, tower=None):
+    towers = model.pruning.towers
+    return [pruner.keeper for name in towers if tower in (None, name) for pruner in towers[name].pruners.values()]
+
+
+def each(kind, name, value):
+    def change(model):
+        for encoder in model.pruning.towers.values():
+            for pruner in encoder.pruners.values():
+                setattr(getattr(pruner, kind), name, value)
+
+    return change
+
+
+TURNED = {
+    "a knob": (lambda: pruned(), each("keeper", "ratio", 0.25)),
+    "a knob that fades": (lambda: pruned(keep="ratio(ratio=0.9, fade=0.8)"), each("keeper", "ratio", 0.5)),
+    "another argument": (lambda: pruned("madtp"), each("keeper", "temperature", 3.0)),
+    "of one tower": (lambda: pruned(), lambda m: [setattr(one, "ratio", 0.4) for one in keepers(m, "text")]),
+    "a dial": (lambda: pruned("madtp"), lambda m: vp.budget.Dial(m).turn(2.5)),
+    "a reducer": (lambda: pruned(), each("reducer", "normalise", True)),
+    "by tower": (
+        lambda: pruned(keep={"image": "ratio(ratio=0.5)", "text": "ratio(ratio=0.7)"}),
+        lambda m: vp.budget.Dial(m, "image").turn(0.3),
+    ),
+}
+HANDMADE = {
+    "one depth": (lambda m: setattr(keepers(m)[0], "ratio", 0.2), "at some depths"),
+    "a part": (
+        lambda m: setattr(m.pruning.towers["image"].pruners["0"], "keeper", nn.Identity()),
+        "is Identity and was Ratio",
+    ),
+    "a depth": (
+        lambda m: m.pruning.towers["text"].pruners.pop("1"),
+        r"text tower is pruned at \[0\], and its config says",
+    ),
+    "out of range": (each("keeper", "ratio", 7.0), r"ratio\(ratio=7.0\)"),
+}
+
+
+@pytest.mark.parametrize(("make", "turn"), TURNED.values(), ids=TURNED)
+def test_what_was_turned_in_pruners_comes_back(tmp_path, make, turn):
+    model = make()
+    turn(model)
+    again = vp.load(vp.save(model, tmp_path))
+    for tower, encoder in model.pruning.towers.items():
+        for depth, pruner in encoder.pruners.items():
+            assert str(again.pruning.towers[tower].pruners[depth]) == str(pruner)
+    assert vp.load(vp.save(again, tmp_path)).pruning.config == again.pruning.config
+
+
+@pytest.mark.parametrize(("change", "says"), HANDMADE.values(), ids=HANDMADE)
+def test_pruners_that_no_config_builds_are_refused(tmp_path, change, says):
+    model = pruned()
+    change(model)
+    with pytest.raises(ValueError, match=says):
+        vp.save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()

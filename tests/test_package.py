@@ -42,7 +42,7 @@ FLOORS = [
     ("attention",),
     ("layers",),
     ("config", "losses", "models", "convert"),
-    ("traces", "naming"),
+    ("traces", "naming", "turned"),
     ("presets", "checkpoint", "pruner", "data"),
     ("hosts",),
     ("surgery", "fingerprint", "preprocessing", "sources"),

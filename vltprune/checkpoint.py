@@ -22,6 +22,7 @@ from .files import Write, replace_together
 from .pair import BACKUP, CONFIG, DIGEST, WEIGHTS, CheckpointError, Saved, finish_interrupted, weights_of
 from .recipe import Recipe, check_shared, recipe_of
 from .registry import guides, keepers, reducers, scorers
+from .turned import current_config
 from .wrappers import plain_name, record_of, unwrapped
 
 __all__ = ["CONFIG", "WEIGHTS", "CheckpointError", "Recipe", "Saved", "load_into", "save"]
@@ -61,13 +62,15 @@ def save(
 def saved_of(model: nn.Module, arguments: dict[str, Any]) -> Saved:
     """What is to be written of a model besides its tensors, of which `arguments` build the dense one.
 
-    Raises ValueError for a pruned model that no longer shares a part with its dense one.
+    Knobs that were turned since the model was pruned are written as they stand. Raises ValueError for a pruned model that no
+    longer shares a part with its dense one, and for pruners with parts that were exchanged.
     """
     record = record_of(model)
     if record is None:
         return Saved(None, arguments, None)
     check_shared(model, record)
-    return Saved(None, arguments, record.config.to_dict(), modules=_modules(record.config))
+    config = current_config(record.config, record.towers)
+    return Saved(None, arguments, config.to_dict(), modules=_modules(config))
 
 
 def _write(folder: Path, saved: Saved, state: dict[str, Tensor]) -> None:
@@ -89,9 +92,17 @@ def _write(folder: Path, saved: Saved, state: dict[str, Tensor]) -> None:
 def load_into(model: nn.Module, path: str | Path) -> None:
     """Fill a model from a folder of ours, a .safetensors or a .pth: ours, or BLIP's of Salesforce, MADTP or transformers.
 
-    What a file is, its keys tell. Raises CheckpointError as `load` does.
+    What a file is, its keys tell. Raises CheckpointError as `load` does, and for a folder that was saved with another pruning
+    than this model has.
     """
-    path = Path(path)
+    path, record = Path(path), record_of(model)
+    if record is not None and (path / CONFIG).is_file():
+        _check_pruning(record, path)
+    fill(model, path)
+
+
+def fill(model: nn.Module, path: Path) -> None:
+    """As `load_into`, whatever pruning the folder was saved with: the model's was chosen."""
     file = weights_of(path) if path.is_dir() else path
     state, partial = _own_keys(_read(file), model)
     wanted = _wanted(model)
@@ -102,6 +113,25 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for key, value in wanted.items():
             value.copy_(state[key])
+
+
+def _check_pruning(record: Any, path: Path) -> None:
+    """CheckpointError for a folder of ours that was saved with other parts, depths or values of knobs than a model has."""
+    if "format" not in json.loads((path / CONFIG).read_text(encoding="utf-8")):
+        return  # of another library
+    saved = saved_pruning(path)
+    if saved is None:
+        return
+    names = [[part.name for part in config.parts("guide")] for config in (saved, record.config)]
+    try:
+        same = names[0] == names[1] and current_config(saved, record.towers) == saved
+    except ValueError:
+        same = False
+    if not same:
+        raise CheckpointError(
+            f"{path} was saved with another pruning than this model has, nothing was loaded. Saved: {saved}. The model: "
+            f"{record.config}. Write load({str(path)!r}), or load({str(path)!r}, host=model.host), which prune as saved"
+        )
 
 
 def saved_pruning(path: Path) -> PruneConfig | None:

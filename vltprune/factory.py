@@ -68,7 +68,7 @@ def create_model(
     if config is not None:
         model = prune(model, config)
     if path is not None:
-        checkpoint.load_into(model, path)
+        checkpoint.fill(model, path)
     return model.eval()
 
 

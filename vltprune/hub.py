@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, load_into, pruning_of, save
+from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, fill, pruning_of, save
 from .factory import create_model
 from .pair import BESIDE
 from .surgery import prune
@@ -45,7 +45,7 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
         host = prune(host, config.replace(**overrides) if overrides else config)
     elif overrides:
         raise TypeError(f"{', '.join(overrides)} given, but {folder} holds a dense model")
-    load_into(host, folder)
+    fill(host, folder)
     return host.eval()
 
 

@@ -164,14 +164,18 @@ class PrunedEncoder(nn.Module):
         self.adapter, self.tower = adapter, tower
         self._hold("host", host, is_child=host is not composite)
         self._hold("guide", guide, is_child=composite is None)
-        blocks = adapter.blocks(host)
-        depths = config.depths(tower, len(blocks))
-        sites = [replace(adapter.site(host, d, tower), before=i) for i, d in enumerate(depths)]
-        pruners = {str(site.depth): born_like(blocks[site.depth], Pruner.build, config, site) for site in sites}
-        self.pruners = nn.ModuleDict(pruners)
+        self.pruners = self.build_pruners(config)
         use_dense_names(self)
         self.training = host.training  # not by `train`, which would change the host's own modules
         self.pruners.train(host.training)
+
+    def build_pruners(self, config: PruneConfig) -> nn.ModuleDict:
+        """New pruners of a config for this tower, by depth; the tower stays as it is."""
+        blocks = self.adapter.blocks(self.host)
+        depths = config.depths(self.tower, len(blocks))
+        sites = [replace(self.adapter.site(self.host, d, self.tower), before=i) for i, d in enumerate(depths)]
+        pruners = {str(site.depth): born_like(blocks[site.depth], Pruner.build, config, site) for site in sites}
+        return nn.ModuleDict(pruners)
 
     def _hold(self, name: str, module: nn.Module | None, is_child: bool) -> None:
         """As a child, or as an attribute that the module tree does not have: the composite model has it."""

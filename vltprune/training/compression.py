@@ -80,7 +80,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     twin = copy.deepcopy(dense) if taught else None
     model = prune(dense, config.pruning)
     if config.start is not None:
-        checkpoint.load_into(model, zoo.packaged(config.start) or config.start)
+        checkpoint.fill(model, Path(zoo.packaged(config.start) or config.start))
     teacher = None
     if twin is not None:
         teacher = watched(twin, model) if config.scores_taught else prune(twin, "random", at=())
