@@ -66,7 +66,7 @@ ALLOWED = {
     "half": lambda m: m.half(),
     "checkpointing": lambda m: m.set_grad_checkpointing(),
     "a note": lambda m: setattr(m, "note", "mine"),
-    "other weights": lambda m: setattr(m.head, "weight", nn.Parameter(torch.ones(1000, 32))),
+    "other weights": lambda m: setattr(m.blocks[0].norm1, "weight", nn.Parameter(torch.ones(32))),
     "run": lambda m: m(torch.randn(1, 3, 32, 32)),
     "copied": lambda m: copy.deepcopy(m),
 }

@@ -87,17 +87,16 @@ def _changed(recipe: Recipe, config: Any) -> dict[str, Any]:
 def _built(recipe: Recipe, arguments: dict[str, Any]) -> nn.Module:
     """A model by these arguments, without memory for its weights where its library can; an empty one where they are wrong."""
     assert recipe.build is not None
+    wrong = (TypeError, ValueError, LookupError, AssertionError, RuntimeError)
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
                 return recipe.build(recipe.backbone, **arguments)
-        except (NotImplementedError, RuntimeError):
-            pass  # its constructor computes with its weights
-        except (TypeError, ValueError, LookupError, AssertionError):
-            return nn.Module()
+        except wrong:
+            pass  # wrong arguments, or a constructor that computes with its weights
         try:
             return recipe.build(recipe.backbone, **arguments)
-        except (TypeError, ValueError, LookupError, AssertionError, RuntimeError):
+        except wrong:
             return nn.Module()
 
 
