@@ -28,7 +28,7 @@ test: install
 test-fast: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	HYPOTHESIS_PROFILE=fast $(BIN)/python -m pytest -q -m "not slow" --numprocesses auto --maxprocesses 8
+	HYPOTHESIS_PROFILE=fast $(BIN)/python -m pytest -q -m fast --numprocesses auto --maxprocesses 8
 
 explore: install
 	end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \

@@ -16,6 +16,7 @@ _COMMON: dict[str, Any] = {
     "deadline": None,
     "report_multiple_bugs": False,
     "print_blob": True,
+    "phases": [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain],  # which takes the longest
     "suppress_health_check": [hypothesis.HealthCheck.too_slow],
 }
 hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **_COMMON)
@@ -35,11 +36,23 @@ _torch_random = _TorchRandom()
 hypothesis.register_random(_torch_random)
 
 
+# of the core, and quick: what `make test-fast` runs
+_FAST = """
+    layers/test_distinct layers/test_guides layers/test_invariants layers/test_keepers layers/test_reducers layers/test_scorers
+    hosts/test_blip hosts/test_clip hosts/test_ecosystem hosts/test_open_clip hosts/test_refusals
+    test_attention test_checkpoint test_collecting test_config test_gauge test_inputs test_losses test_metrics test_nothing_left
+    test_package test_parity test_presets test_pruner test_registry test_segments test_soft test_state_dict test_tokens
+"""
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that draw their examples are marked, so that `make explore` finds them."""
+    """Tests that draw their examples are marked `property`, those of the quick files of the core `fast`."""
+    fast = {f"{name}.py" for name in _FAST.split()}
     for item in items:
         if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("property")
+        if item.path.relative_to(item.config.rootpath / "tests").as_posix() in fast:
+            item.add_marker("fast")
 
 
 @pytest.fixture(autouse=True)
