@@ -159,5 +159,7 @@ class Say:
 
 def test_an_exam_counts_what_a_dense_model_said():
     exam = Exam(Say(), silent(vp.create_model("blip_caption_tiny", **SIZES)))
-    short, long, again = (exam._answer([SimpleNamespace(index=0, longest=n)], pictures(1)[None])[0] for n in (8, 12, 8))
+    short, long, again = (
+        exam._answer([SimpleNamespace(index=0, longest=n, images=())], pictures(1)[None])[0] for n in (8, 12, 8)
+    )
     assert short["macs"] == short["dense_macs"] == again["macs"] < long["macs"]

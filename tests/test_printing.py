@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_model_shows_where_it_is_pruned_and_by_what():
 
 
 def test_what_was_set_since_is_shown():
-    pruned = vp.prune(small("vit").model, "random", keep="count(count=9)")
+    pruned = vp.prune(copy.deepcopy(small("vit").model), "random", keep="count(count=9)")  # which others have, too
     for pruner in pruned.pruners.values():
         pruner.keeper.count = 5
     assert "Count(count=5)" in repr(pruned)

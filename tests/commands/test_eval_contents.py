@@ -61,12 +61,15 @@ def test_fingerprints_of_files(tmp_path):
     os.utime(file, ns=(changed + 10**9, changed + 10**9))
     assert fingerprint.of_file(file) == before and fingerprint.of_file(tmp_path / "b") is None
     record = Record(0, (file, tmp_path / "missing"))
-    seen, sizes = fingerprint.of_pictures(record), fingerprint.of_sizes(record.images)
+    seen, ends = fingerprint.of_pictures(record), fingerprint.of_ends(record.images)
     file.write_bytes(b"y" * size)
     os.utime(file, ns=(changed, changed))
     assert fingerprint.of_file(file) != before and fingerprint.of_pictures(record) != seen
+    assert fingerprint.of_ends(record.images) != ends
+    file.write_bytes(b"x" * size)
+    assert fingerprint.of_ends(record.images) == ends  # written anew, and the same
     file.write_bytes(b"y" * 11)
-    assert fingerprint.of_sizes(record.images) != sizes
+    assert fingerprint.of_ends(record.images) != ends
     (tmp_path / "missing").touch()
     assert fingerprint.of_pictures(record) != seen
     assert fingerprint.of_pictures(Record(0, (np.zeros((2, 2, 3), np.uint8),))) is None

@@ -150,7 +150,7 @@ def _claim(folder: Path, config: CompressConfig) -> None:
 
 
 def _contents(config: CompressConfig, model: str, records: Any, val: Any) -> dict[str, str | None]:
-    """What stands behind the names of a config, as digests. Pictures and shards are told by name, size and time of change."""
+    """What stands behind the names of a config, as digests. Pictures and shards are told by size and both ends."""
     start = None if config.start is None else zoo.packaged(config.start) or config.start
     names = map(Path, records.names) if isinstance(records, shards.Shards) else _picture_files(records)
     return {
@@ -161,8 +161,8 @@ def _contents(config: CompressConfig, model: str, records: Any, val: Any) -> dic
         "val": fingerprint.of_file(config.val),
         "vocabulary": fingerprint.of_file(config.vocabulary),
         "answers": fingerprint.of_file(config.answers),
-        "pictures of data": fingerprint.of_sizes(names),
-        "pictures of val": fingerprint.of_sizes(_picture_files(val)),
+        "pictures of data": fingerprint.of_ends(names),
+        "pictures of val": fingerprint.of_ends(_picture_files(val)),
     }
 
 
