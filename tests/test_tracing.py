@@ -10,6 +10,8 @@ from models import images, scrambled, sentences, small, soften
 from torch.testing import assert_close
 
 import vltprune as vp
+from vltprune import PackedTokens, precision
+from vltprune.layers.scorers import normalise
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 FIXED = {"ratio": "ratio(ratio=0.5)", "count": "count(count=3)"}
@@ -31,6 +33,17 @@ def test_fixed_counts_are_right_for_other_images(keep, reducer):
         for _ in range(3):
             others = images(2)
             assert_close(record(others), model(others))
+
+
+def test_scores_that_need_no_settling_do_not_leave_it_out_of_the_record():
+    tokens = PackedTokens.pack(torch.randn(2, 4, 8))
+    even, odd = torch.tensor([[4.0, 3, 2, 1], [1, 2, 3, 4]]), torch.tensor([[1 + 2e-7, 1, 2, 3], [-4.0, 2, 1, 0.5]])
+    for function, of, others in (
+        (precision.settle, even, odd),
+        (lambda scores: normalise(scores, tokens), even.flatten(), odd.flatten()),
+    ):
+        assert not torch.equal(function(others), others)
+        assert_close(torch.jit.trace(function, (of,))(others), function(others), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("keep", EVERY)

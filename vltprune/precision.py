@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import is_traced
+
 ROUNDING = 2e-6  # relative: sums in single precision in another order differ by less (4e-7 was seen on AVX-512)
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -42,6 +44,11 @@ def rounding(dtype: torch.dtype) -> float:
     return 1e-8 if dtype == torch.float64 else ROUNDING
 
 
+def surely_none(true: Tensor) -> bool:
+    """Whether no element is true, asked only where that is cheap and holds: on CPUs, and not while a trace is recorded."""
+    return true.device.type == "cpu" and not is_traced() and not bool(true.any())
+
+
 def settle(rows: Tensor, within: float = ROUNDING) -> Tensor:
     """Scores in which those of one row that are equal within rounding are equal: rows [batch, n] -> [batch, n].
 
@@ -51,8 +58,8 @@ def settle(rows: Tensor, within: float = ROUNDING) -> Tensor:
     ordered, order = rows.detach().sort(dim=1, descending=True, stable=True)
     above, below = ordered[:, :-1], ordered[:, 1:]
     apart = above - below > within * torch.maximum(above.abs(), below.abs()).nan_to_num(posinf=0.0)
-    if rows.device.type == "cpu" and not (~apart & (above > below)).any():
-        return rows  # as nearly always: nothing to do, and on CPUs the question costs no synchronization
+    if surely_none(~apart & (above > below)):  # as nearly always
+        return rows
 
     place = torch.arange(1, rows.shape[1], device=rows.device)
     leader = F.pad(torch.where(apart, place, 0), (1, 0)).cummax(1).values  # [batch, n]: where each one's group begins

@@ -63,12 +63,8 @@ def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
 
 
 def rank(scores: Tensor, layout: Layout) -> Tensor:
-    """0 for the largest score of each instance, ties by place: scores [total] -> [total] int64.
-
-    Scores that are equal within rounding are ties.
-    """
-    rows = precision.settle(pad(scores.detach(), layout, float("-inf")))
-    order = rows.argsort(dim=1, descending=True, stable=True)
+    """0 for the largest score of each instance, ties by place: scores [total] -> [total] int64."""
+    order = pad(scores, layout, float("-inf")).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(layout.longest, device=scores.device).expand_as(order)
     return flat(torch.empty_like(order).scatter_(1, order, places), layout)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from strategies import DIM, HEADS, cases, generator, packed, values_of
 from torch.testing import assert_close
 
-from vltprune import Guidance, Layout, PackedTokens, Site, keepers
-from vltprune.layers import Distortion, Threshold
+from vltprune import AttentionStats, Guidance, Layout, PackedTokens, Pruner, Site, TokenScorer, keepers
+from vltprune.layers import Distortion, Drop, Threshold
 
 SITE = Site("image", 0, 4, DIM, HEADS, has_summary=True)
 
@@ -108,8 +108,14 @@ def test_scores_that_are_equal_but_for_rounding_are_a_tie_that_prunes_nothing():
     scores = torch.full((3, 64), 0.013)
     scores[0, 5], scores[1, 6:] = 0.013 * (1 + 4e-7), 0.013 * (1 + 4e-7)
     scores[2, :32] = 0.013 * (1 + 4e-6)
-    counts = Threshold(SITE)(scores.flatten(), tokens, Guidance(torch.zeros(192, 2), tokens))
-    assert counts.tolist() == [64, 64, 32]
+
+    class Told(TokenScorer):
+        def forward(self, tokens, stats, guidance):
+            return scores.flatten()
+
+    pruner = Pruner(Told(SITE), Threshold(SITE), Drop(SITE))
+    plan = pruner(tokens, AttentionStats(), Guidance(torch.zeros(192, 2), tokens)).plan
+    assert plan.layout.lengths == (64, 64, 32)
 
 
 @given(cases(), st.floats(0, 1))

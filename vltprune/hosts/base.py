@@ -60,12 +60,13 @@ class Host(ABC):
 
         A keyword that the dense tower has as well, and that says what it says by default, may be there.
         """
-        own, dense = (inspect.signature(call).parameters for call in (self.open, tower.forward))
-        named = {
-            name: value
-            for name, value in named.items()
-            if name in own or name not in dense or value is not dense[name].default
-        }
+        if named:
+            own, dense = (inspect.signature(call).parameters for call in (self.open, tower.forward))
+            named = {
+                name: value
+                for name, value in named.items()
+                if name in own or name not in dense or value is not dense[name].default
+            }
         bound = inspect.signature(self.open).bind(tower, *inputs, **named)
         bound.apply_defaults()
         return bound.args[1:]

@@ -73,8 +73,9 @@ class _ClipHost(Host):
 
     def mixes_affinely(self, block: Any) -> bool:
         attn = block.attn
-        plain = type(attn) is nn.MultiheadAttention
-        return plain or all(map(is_affine, (attn.ln_inner, attn.out_proj, block.ln_attn)))
+        if type(attn) is nn.MultiheadAttention:
+            return isinstance(getattr(attn.out_proj, "weight", None), Tensor)  # which is read then, and nothing else
+        return all(map(is_affine, (attn.ln_inner, attn.out_proj, block.ln_attn)))
 
     def recomputes(self, tower: Any) -> bool:
         return tower.transformer.grad_checkpointing

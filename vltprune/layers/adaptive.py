@@ -72,11 +72,10 @@ class Threshold(KeepRatioPredictor):
             self.knob = _TEMPERATURE
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        scores = segments.settle(scores, tokens.layout)
         return self._counts(scores, *self._threshold(scores, guidance, tokens.layout), tokens)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        scores, there = segments.settle(scores, tokens.layout), segments.count(tokens.free, tokens.layout)
+        there = segments.count(tokens.free, tokens.layout)
         near, beyond = self._threshold(scores, guidance, tokens.layout)
         counts, threshold = self._counts(scores, near, beyond, tokens), near + beyond
         if self._exponent != 1 or self.across != "instance":
@@ -166,8 +165,7 @@ class TopP(KeepRatioPredictor):
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
         exact = precision.exact(scores.device)
-        settled = segments.settle(scores.detach(), layout)
-        weight = settled.to(exact).clamp(min=0).masked_fill(tokens.protected, 0.0)
+        weight = scores.detach().to(exact).clamp(min=0).masked_fill(tokens.protected, 0.0)
         ranked = segments.pad(weight, layout, 0.0).sort(1, descending=True).values
         reached = ranked.cumsum(1) - ranked  # by the tokens before each
         wanted = self.p * ranked.sum(1, keepdim=True) * (1 - precision.rounding(exact))

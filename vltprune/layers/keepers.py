@@ -46,7 +46,7 @@ class Knob:
 
 
 class KeepRatioPredictor(PrintedPart, ABC):
-    """Says how many unprotected tokens each instance keeps at one site.
+    """Says how many unprotected tokens each instance keeps at one site, of scores whose ties are settled (`Pruner`).
 
     `guided`: whether it reads the guidance; `fixed`: whether its counts follow from how many tokens there are, and from nothing
     that they hold; `knob`: what a budget may turn, None if nothing; an instance may have another
@@ -146,8 +146,8 @@ class RandomRatio(KeepRatioPredictor):
 
         drawn = torch.full_like(position[:, 0], self.seed * 1009 + self.site.depth)
         for column in reach.unbind(1):
-            place = segments.pad(segments.rank(column, layout), layout, layout.longest).argmin(1, keepdim=True)
-            drawn = hash_integers(drawn, position.gather(1, place)[:, 0])
+            farthest = precision.settle(segments.pad(column, layout, float("-inf"))).argmax(1, keepdim=True)
+            drawn = hash_integers(drawn, position.gather(1, farthest)[:, 0])
         return ((drawn >> 8).float() + 0.5) / 2**23
 
 

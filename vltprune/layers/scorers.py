@@ -90,8 +90,7 @@ class Alignment(TokenScorer):
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         assert guidance is not None
-        # tokens that are alike must stay so where logits are lifted, which leaves of them little more than rounding
-        return normalise(segments.settle(guidance.affinity.amax(-1), tokens.layout), tokens)
+        return normalise(guidance.affinity.amax(-1), tokens)
 
 
 @scorers.register("madtp")
@@ -139,9 +138,13 @@ def normalise(scores: Tensor, tokens: PackedTokens) -> Tensor:
     layout, free, scores = tokens.layout, tokens.free, precision.single(scores)
     z = scores.masked_fill(~free, 0.0)
     total, size = segments.sum(z, layout), segments.sum(z.abs(), layout)
-
-    lowest = segments.pad(scores.masked_fill(~free, float("inf")), layout, float("inf")).amin(1)
     odd = total <= 1e-6 * size
+
+    if precision.surely_none(odd):  # as nearly always
+        return z / (total + _EPS)[layout.instance]
+    # lifting leaves of scores that are alike little more than rounding: they must be equal before
+    scores = torch.where(odd[layout.instance], segments.settle(scores, layout), scores)
+    lowest = segments.pad(scores.masked_fill(~free, float("inf")), layout, float("inf")).amin(1)
     lift = torch.where(odd & lowest.isfinite(), lowest, torch.zeros_like(lowest))
     lifted = (scores - lift[layout.instance]).masked_fill(~free, 0.0)
     total = torch.where(odd, segments.sum(lifted, layout), total)
