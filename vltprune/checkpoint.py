@@ -6,6 +6,7 @@ import json
 import pickle
 import warnings
 import zipfile
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = ["CONFIG", "WEIGHTS", "CheckpointError", "Recipe", "Saved", "load_into
 
 _HOST, _PRUNING = "host.", "pruning."
 _MAPS = f"{_PRUNING}guide.maps."
+_WRAPPED = ("module.", "_orig_mod.")  # what wrappers put before each name of a state dict
 
 
 def save(
@@ -90,7 +92,8 @@ def _write(folder: Path, saved: Saved, state: dict[str, Tensor]) -> None:
 
 
 def load_into(model: nn.Module, path: str | Path) -> None:
-    """Fill a model from a folder of ours, a .safetensors or a .pth: ours, or BLIP's of Salesforce, MADTP or transformers.
+    """Fill a model from a folder of ours, a .safetensors or a .pth: ours, or BLIP's of Salesforce, MADTP or transformers, or
+    what a training script wrote of `model.state_dict()`.
 
     What a file is, its keys tell. Raises CheckpointError as `load` does, and for a folder that was saved with another pruning
     than this model has.
@@ -182,8 +185,8 @@ def saved_temperature(path: Path) -> float | None:
     return float(found) if isinstance(found, (int, float)) and found > 0 else None
 
 
-def _pruning_state(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of guide and pruners: "pruning.guide.*" and "pruning.<tower>.<depth>.*"."""
+def _pruning_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
+    """Tensors of guide and pruners: "pruning.guide.*" and "pruning.<tower>.<depth>.*"; keep_vars: the model's own objects."""
     record = record_of(model)
     if record is None:
         return {}
@@ -192,7 +195,7 @@ def _pruning_state(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{_PRUNING}{name}.{plain_name(key)}": value
         for name, module in modules.items()
-        for key, value in module.state_dict().items()
+        for key, value in module.state_dict(keep_vars=keep_vars).items()
     }
 
 
@@ -226,7 +229,18 @@ def _own_keys(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Ten
         elif not any(key.startswith(_PRUNING) for key in state):
             state = state | pruned
         return state, not any(key.startswith(_HOST) for key in state)
-    return {_HOST + key: value for key, value in state.items()} | pruned, False
+    return _from_state_dict(state, model, pruned), False
+
+
+def _from_state_dict(state: dict[str, Tensor], model: nn.Module, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In our keys, a state dict of the model or of its dense one; a dense one leaves the pruning as it was made."""
+    while state and (wrapper := next((w for w in _WRAPPED if all(key.startswith(w) for key in state)), None)):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    ours = {id(value): key for key, value in _pruning_state(model, keep_vars=True).items()}
+    named = unwrapped(model).state_dict(keep_vars=True) if ours else {}
+    names = {plain_name(name): ours[id(value)] for name, value in named.items() if id(value) in ours}
+    own = {names.get(plain_name(key), _HOST + plain_name(key)): value for key, value in state.items()}
+    return own if own.keys() & pruned.keys() else own | pruned
 
 
 def _plain_maps(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,8 +263,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         except Exception as error:
             raise CheckpointError(f"{file} is no readable safetensors file: {error}") from error
     try:
-        with warnings.catch_warnings():  # torch warns of pickles it may not read; we say so ourselves
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings(), torch.serialization.safe_globals([Namespace]):
+            warnings.simplefilter("ignore", UserWarning)  # of pickles it may not read; we say so ourselves
             data = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(

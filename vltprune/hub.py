@@ -11,7 +11,7 @@ from torch import nn
 
 from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, fill, pruning_of, save
 from .factory import create_model
-from .pair import BESIDE
+from .pair import BESIDE, IN_ARGUMENTS, OPEN_CLIP_CONFIG
 from .surgery import prune
 from .wrappers import is_pruned, unwrapped
 
@@ -20,7 +20,7 @@ _FILES = ["*.json", "*.safetensors"]  # ours, or those of transformers, which ma
 
 
 def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) -> nn.Module:
-    """A model that `save` wrote, or `save_pretrained` of a pruned model of transformers.
+    """A model that `save` wrote, or `save_pretrained` of a pruned model of transformers, or `save_for_hf` of one of timm.
 
     host: the dense model to prune and fill, for one that `save` wrote and `create_model` did not build.
 
@@ -31,6 +31,13 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
     folder = Path(folder)
     if host is None and is_pretrained(folder):
         return _load_pretrained(folder, overrides)
+    if host is None and (description := _of_timm(folder)) is not None:
+        return _load_of_timm(folder, description, overrides)
+    if (folder / OPEN_CLIP_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} was written by open_clip, which does not say how a model is pruned: prune its dense model as before, "
+            "and fill it by open_clip.load_checkpoint(pruned, file of weights). vltprune.save(pruned, folder) says it"
+        )
     saved = Saved.read(folder)
     if host is None:
         if saved.backbone is None:
@@ -70,6 +77,38 @@ def _load_pretrained(folder: Path, overrides: dict[str, Any]) -> nn.Module:
     model = prune(dense, config.replace(**overrides) if overrides else config)
     saving.fill_pruning(model, extra, folder)
     return model.eval()
+
+
+def _of_timm(folder: Path) -> dict[str, Any] | None:
+    """The config.json that timm's `save_for_hf` wrote, None where there is none."""
+    try:
+        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and "architecture" in data and "format" not in data else None
+
+
+def _load_of_timm(folder: Path, description: dict[str, Any], overrides: dict[str, Any]) -> nn.Module:
+    """CheckpointError where timm did not write how the model is pruned, and where the weights do not fit."""
+    name, arguments = description["architecture"], dict(description.get("model_args") or {})
+    record = arguments.pop(IN_ARGUMENTS, None)
+    if record is None:
+        raise CheckpointError(
+            f"{folder} holds a {name} of timm and does not say how it is pruned: read a dense one by "
+            f"timm.create_model('local-dir:{folder}', pretrained=True). Save a pruned one by vltprune.save(model, folder)"
+        )
+    config = pruning_of(Saved.from_dict(record, folder / CONFIG), folder)
+    facts = {key: _as_written(value) for key, value in (description.get("pretrained_cfg") or {}).items()}
+    dense = create_model(name, pretrained=False, pretrained_cfg_overlay=facts, **arguments)
+    model = prune(dense, config.replace(**overrides) if overrides else config)
+    weights = folder / WEIGHTS
+    fill(model, weights if weights.is_file() else folder / "pytorch_model.bin")
+    return model.eval()
+
+
+def _as_written(value: Any) -> Any:
+    """A tuple of timm's, which is a list in JSON."""
+    return tuple(map(_as_written, value)) if isinstance(value, list) else value
 
 
 def from_pretrained(

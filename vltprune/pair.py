@@ -18,6 +18,8 @@ from .registry import bind
 _FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BESIDE = "vltprune.json"  # how a model is pruned, beside the files of the library that it is of
+IN_ARGUMENTS = "vltprune"  # how a model is pruned, among the arguments that timm writes for a model
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 BACKUP = f".old.{WEIGHTS}"  # the weights before, while both files are replaced
 DIGEST = "config"  # where the weights say which config they were saved with
 
@@ -48,6 +50,11 @@ class Saved:
             raise CheckpointError(f"{folder} has no {name}: give a folder that vltprune.save wrote") from None
         except ValueError as error:
             raise CheckpointError(f"{file} is not JSON: {error}") from None
+        return cls.from_dict(data, file)
+
+    @classmethod
+    def from_dict(cls, data: Any, file: Path) -> Saved:
+        """From what a file holds. CheckpointError where it is of another format."""
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
             raise CheckpointError(f"{file} has format {found!r}, this version reads {_FORMAT}")

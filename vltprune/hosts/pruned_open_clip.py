@@ -36,7 +36,7 @@ class PrunedClipVision(_PrunedClipTower):
     """An image tower."""
 
 
-@forwards("context_length", "vocab_size", "num_pos", "heads", "pad_id", "eos_id")
+@forwards("context_length", "vocab_size", "num_pos", "heads", "pad_id", "eos_id", "positional_embedding")
 class PrunedClipText(_PrunedClipTower):
     """A text tower."""
 

@@ -7,16 +7,31 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
+from ..checkpoint import saved_of
+from ..pair import IN_ARGUMENTS
 from ..pruner import PrunedEncoder
 from ..traces import collect
+from ..wrappers import is_pruned
 from .attributes import forwards, of_host
 
 
 @forwards("pretrained_cfg", "default_cfg", "num_classes", "num_features", "head_hidden_size", "embed_dim", "in_chans")
 @forwards("global_pool", "num_prefix_tokens", "feature_info", "patch_embed", "dynamic_img_size", "grad_checkpointing")
-@forwards("set_grad_checkpointing", "get_classifier", "reset_classifier", "set_input_size")
+@forwards("set_grad_checkpointing", "get_classifier", "reset_classifier", "set_input_size", "_traits")
 class PrunedTimm(PrunedEncoder):
     """A pruned VisionTransformer or Eva."""
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """The arguments that timm's `save_for_hf` and `push_to_hf_hub` write of a model: the dense tower's, and the pruning.
+
+        `vltprune.load` builds the pruned model from them. `timm.create_model` fails at the name of the pruning instead of
+        building a dense model from them.
+        """
+        arguments = dict(getattr(self.host, "_model_args", {}))
+        if is_pruned(self):
+            arguments[IN_ARGUMENTS] = saved_of(self, {}).to_dict()
+        return arguments
 
     def no_weight_decay(self) -> set[str]:
         """The parameters that weight decay leaves alone, by their names here."""
