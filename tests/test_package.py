@@ -18,10 +18,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 # each room may import from those before it; the same line is one room
 FLOORS = [
     ("files", "wrappers"),
-    ("structure",),
+    ("checks", "structure"),
     ("recipe",),
     (
-        "checks",
         "frozen",
         "precision",
         "registry",
