@@ -9,11 +9,14 @@ import pytest
 import timm
 import torch
 import transformers
+from models import images, small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vltprune as vp
 from vltprune.layers import Codebook
+
+DIM = 32  # of small("vit")
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +153,29 @@ def test_transformers(name, monkeypatch):
     alone |= {"vit": larger, "dinov3": image}
     inputs = alone.get(name, text | image)
     assert_counts(dense, vp.prune(dense, "random" if name == "siglip" else "madtp"), **inputs)
+
+
+@pytest.mark.parametrize(
+    ("parts", "each", "pairs"),
+    [
+        ({}, 0, 0),
+        ({"scorer": "mean_cls_attention"}, DIM, 0),  # the summary's query with each key
+        ({"scorer": "madtp", "guide": "codebook(anchors=5)"}, 6 * DIM, 0),  # and each token with each anchor
+        ({"scorer": "distinct"}, 0, DIM),  # each token with each
+        ({"reducer": "fuse"}, 2 * DIM, 0),  # of the tokens, and of the heads' outputs that are projected
+        ({"reducer": "fuse(normalise=False)"}, DIM, 0),  # of the tokens, when all have been projected
+    ],
+    ids=lambda one: str(one),
+)
+def test_a_block_that_prunes_costs_its_products(parts, each, pairs):
+    """Written out: the linear layers, attention, and what scoring and merging add, of each token and of each pair."""
+    config = vp.preset("random").replace(**{"keep": "ratio(ratio=0.5)", "at": (1,), **parts})
+    cost = vp.flops.count(vp.prune(small("vit").model, config), images(1))
+    entered, fuses = 17, "fuse" in parts.get("reducer", "")
+    left = 1 + 8 + fuses  # the class token, half of the others, what the rest becomes
+    projected = entered if "normalise=False" in parts.get("reducer", "") else left
+    block = DIM**2 * (3 * entered + projected + 8 * left) + 2 * DIM * entered**2
+    assert cost.towers["image"][2].tolist() == [block + each * entered + pairs * entered**2]
 
 
 def test_an_instance_costs_the_same_alone():

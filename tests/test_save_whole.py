@@ -179,6 +179,32 @@ def test_the_umask_holds(tmp_path, models, mask):
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "m").iterdir()} == {0o666 & ~mask}
 
 
+def test_what_is_moved_into_its_place_is_on_the_disk_first_and_its_name_afterwards(tmp_path, monkeypatch, models):
+    """As a power failure would have it: the contents are synced, then the file is moved, then its folder is synced."""
+    said, sync, replace = [], os.fsync, os.replace
+
+    def syncing(handle):
+        said.append(("synced", os.fstat(handle).st_ino))
+        return sync(handle)
+
+    def replacing(source, target):
+        said.append(("moved", os.stat(source).st_ino))
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", replacing)
+    for write, names in (
+        (lambda: vp.save(models[0], tmp_path), ("model.safetensors", "config.json")),
+        (lambda: files.write_text(tmp_path / "y.txt", "y"), ("y.txt",)),
+    ):
+        said.clear()
+        write()
+        written = [(tmp_path / name).stat().st_ino for name in names]
+        assert said[: len(names)] == [("synced", file) for file in written]
+        assert said[len(names) : -1] == [("moved", file) for file in written] + said[2 * len(names) : -1]
+        assert said[-1] == ("synced", tmp_path.stat().st_ino)
+
+
 def test_one_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     file = tmp_path / "report.html"
     files.write_text(file, "old")

@@ -76,6 +76,40 @@ def test_fingerprints_of_files(tmp_path):
     assert fingerprint.of_pictures(Record(0, (tmp_path / ("long" * 99), tmp_path / "a\0b"))) is not None
 
 
+def test_each_part_of_a_file_is_in_its_fingerprint(tmp_path, monkeypatch):
+    """A large file is read a block at a time, to its end; of its ends, the size and the name count too."""
+    monkeypatch.setattr(fingerprint, "_BLOCK", 8)
+    monkeypatch.setattr(fingerprint, "_END", 4)
+    file, plain = tmp_path / "a", b"head" + b"." * 20 + b"tail"
+    changed = {
+        "head": b"Head" + plain[4:],
+        "middle": plain[:12] + b"!" + plain[13:],
+        "tail": plain[:-1] + b"L",
+        "size": plain[:12] + plain[13:],
+    }
+
+    def seen(content):
+        file.write_bytes(content)
+        whole = fingerprint.of_file(file)
+        assert fingerprint.of_file(file) == whole
+        return whole, fingerprint.of_ends([file])
+
+    before = seen(plain)
+    for part, content in changed.items():
+        whole, ends = seen(content)
+        assert whole != before[0], part
+        assert (ends != before[1]) == (part != "middle"), part
+    file.rename(tmp_path / "b")
+    assert fingerprint.of_file(tmp_path / "b") == whole and fingerprint.of_ends([tmp_path / "b"]) != ends
+    folders = []
+    for names in ("ab", "ac"):
+        (tmp_path / names).mkdir()
+        for name in names:
+            (tmp_path / names / name).write_bytes(plain)
+        folders.append(fingerprint.of_file(tmp_path / names))
+    assert folders[0] != folders[1]
+
+
 def change_model(folder, data, vocabulary):
     torch.manual_seed(9)
     loaded = vp.load(folder)

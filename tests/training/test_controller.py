@@ -42,6 +42,22 @@ def test_it_finds_a_target_and_follows_it(keep, centre):
         assert controller.saved == pytest.approx(wanted, abs=0.01)
 
 
+@pytest.mark.parametrize(("keep", "sign"), [("threshold", 1), ("ratio(ratio=0.5)", -1)])
+def test_one_step_turns_a_tenth_of_what_is_missing_and_remembers_nine_tenths(keep, sign):
+    """Of the knob's range, towards saving more where too little was saved; the mean is of what was measured."""
+    controller = Controller(vp.prune(small("blip").model, "madtp", keep=keep), saved=0.6)
+    knob = controller.dial.knob
+    before = knob.place(controller.value)
+    for saved, wanted in ((0.2, 0.5), (0.9, 0.5)):
+        mean = 0.9 * controller.saved + 0.1 * saved
+        place = knob.place(controller.value) + sign * 0.1 * (wanted - saved)
+        controller.step(saved, wanted)
+        assert controller.saved == pytest.approx(mean)
+        assert knob.place(controller.value) == pytest.approx(place)
+        assert controller.dial.value == controller.value
+    assert knob.place(controller.value) == pytest.approx(before - sign * 0.01)
+
+
 def test_it_begins_near_its_target_and_remembers_where_it_is():
     text = small("blip")
     model = vp.prune(text.model, "madtp", keep="ratio(ratio=1.0)")

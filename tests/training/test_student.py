@@ -15,6 +15,7 @@ from vltprune import losses
 from vltprune.traces import collect
 from vltprune.training.objectives import Loss
 from vltprune.training.parameters import parameter_groups
+from vltprune.training.saliency import saliency, watched
 from vltprune.training.student import Student
 
 
@@ -75,6 +76,27 @@ def test_logits_are_taught_at_a_temperature_of_two(step):
     divergence = (p * (p.log() - q.log())).sum(-1).mean()
     assert divergence > 1e-4
     assert found["distil"].item() == pytest.approx(0.7 * 4 * divergence.item(), rel=1e-4)
+
+
+def test_scores_are_taught_what_softened_answers_depend_on(step, monkeypatch):
+    """The teacher's logits at the temperature of two. Of three classes: of two, a correlation sees no temperature."""
+
+    def teach(model, records, images, number):
+        return F.pad(10 * model(*step.inputs), (0, 1))
+
+    monkeypatch.setattr(step.objective, "teach", teach, raising=False)
+    teacher = watched(step.teacher.pruning.host, step.model).eval()
+    found = figures(step, align=0.0, teacher=teacher, saliency=0.3)
+    with collect() as ours:
+        step.model(*step.inputs)
+    at = {}
+    for heat in (1, 2):
+        with collect() as theirs:
+            answers = teach(teacher, None, None, 0)
+        own, other = ({trace.tower: trace for trace in traces} for traces in (ours, theirs))
+        at[heat] = saliency(own, other, answers / heat, seed=0).item()
+    assert abs(at[1] - at[2]) > 0.1
+    assert found["saliency"].item() == pytest.approx(0.3 * at[2], rel=1e-4)
 
 
 def test_summaries_are_taught_relative_to_their_size(step):
