@@ -12,7 +12,7 @@ from strategies import generator, lengths, packed, seeds, shares
 from torch import Tensor
 from torch.testing import assert_close
 
-from vltprune import AttentionStats, Layout, PairBias, Stat, attend, attend_with_stats
+from vltprune import AttentionStats, Layout, PackedTokens, PairBias, Stat, attend, attend_with_stats
 from vltprune import attention as room
 
 EVERY = Stat.SUMMARY | Stat.RECEIVED | Stat.CONTEXT | Stat.KEY
@@ -122,6 +122,19 @@ def test_statistics(drawn, protect, causal, seed):
     assert_close(stats[Stat.SUMMARY], torch.cat(summary), **TIGHT)
     assert_close(stats[Stat.CONTEXT], expected.norm(dim=-1), **TIGHT)
     assert_close(stats[Stat.KEY], k.mean(1), **TIGHT)
+
+
+def test_a_causal_summary_sees_nothing_that_stands_behind_it():
+    """Where the tokens behind an end of text stay, as in a tower that returns its tokens."""
+    layout, g = Layout((5, 3)), generator(0)
+    q, k, v = (torch.randn(layout.total, HEADS, HEAD_DIM, generator=g, dtype=torch.float64) for _ in range(3))
+    speaks = layout.slot == torch.tensor([2, 0])[layout.instance]
+    tokens = PackedTokens(q.flatten(1), layout, layout.slot, speaks, speaks)
+    _, stats = attend_with_stats(q, k, v, tokens, SCALE, Stat.SUMMARY, causal=True)
+    maps = whole_maps(q, k, layout, layout, causal=True)
+    summary = [p[:, s].squeeze(1).t() for p, s in zip(maps, speaks.split(layout.lengths), strict=True)]
+    assert_close(stats[Stat.SUMMARY], torch.cat(summary), **TIGHT)
+    assert (stats[Stat.SUMMARY] == 0).all(1).tolist() == [False] * 3 + [True] * 2 + [False] + [True] * 2
 
 
 @pytest.mark.parametrize("sizes", [(5, 5), (3, 1, 6)])

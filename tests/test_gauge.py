@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import small
+from models import small, soften
 
 import vltprune as vp
 from vltprune.gauge import Gauge
@@ -39,6 +39,22 @@ def test_padding_stands_beside_what_a_record_costs():
     for short, long in zip(*spent, strict=True):
         assert (short.macs, short.dense_macs) == pytest.approx((long.macs, long.dense_macs))
         assert short.padding < long.padding
+
+
+def test_costs_of_soft_training_are_numbers_without_gradients():
+    model, inputs = vp.prune(small("vit").model, "evit", keep="learned(threshold=-0.3)"), small("vit").draw(2)
+    soften(model, 0.5)
+    with vp.collect() as traces:
+        model(*inputs)
+    soften(model, 0.0)
+    cost = vp.flops.Meter(model)(traces)
+    assert all(macs.requires_grad for macs in cost.towers.values())
+    assert cost.reduction == pytest.approx(1 - cost.total / cost.dense_total)
+    assert sum(cost.shares.values()) == pytest.approx(1.0)
+    assert all(0 < reduction < 1 for reduction in cost.reductions.values())
+    spent = Gauge(model)(traces, [1, 1])
+    assert sum(one.macs for one in spent) == pytest.approx(cost.total)
+    assert not any(size.is_integer() for one in spent for size in one.kept["image"][2:])  # some tokens count in part
 
 
 def test_a_dense_model_saves_nothing():

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vltprune as vp
 from vltprune import losses, precision, scorers
+from vltprune.layers.keepers import share
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 KEEPERS = ["ratio(ratio=0.5)", "random_ratio", "threshold", "learned", "top_p(p=0.5)", "distortion", "count(count=3)"]
@@ -195,7 +196,16 @@ def test_scores_that_differ_by_rounding_are_settled(values, copies, seed):
         assert len(settled[exact == value].unique()) == 1
     assert torch.equal(precision.settle(settled), settled)
     padded = torch.cat([near, near.new_full((1, 3), float("-inf"))], 1)
-    assert torch.equal(precision.settle(padded)[:, :-3], settled)
+    assert torch.equal(precision.settle(padded), torch.cat([settled, padded[:, -3:]], 1))
+
+
+@pytest.mark.parametrize("mode", [torch.device("cpu"), _Refuses()], ids=["double", "no float64"])
+def test_shares_of_tokens_are_rounded_up_from_what_they_are(mode):
+    """As fractions are: 0.7 of 10 is 7, though neither type holds 0.7."""
+    there = torch.arange(1, 400)
+    with mode:
+        for tenths in range(11):
+            assert share(there, tenths / 10).tolist() == [-(-n * tenths // 10) for n in range(1, 400)]
 
 
 def test_settled_scores_have_their_gradients():

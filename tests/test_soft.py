@@ -124,6 +124,35 @@ def test_keepers_without_a_threshold_say_so():
         run(soften(pruned("ratio(ratio=0.5)"), 0.3))
 
 
+class _Learns(vp.TokenScorer):
+    """Scores that are weights."""
+
+    def __init__(self, site, scores):
+        super().__init__(site)
+        self.scores = torch.nn.Parameter(scores)
+
+    def forward(self, tokens, stats, guidance):
+        return self.scores
+
+
+def test_a_cost_has_gradients_to_thresholds_and_none_to_scores():
+    """Scores should say what matters, and not what is cheap; the loss has gradients to both."""
+    site = vp.Site("image", 0, 1, 4, 1, has_summary=True)
+    scorer, keeper = _Learns(site, torch.randn(6)), vp.keepers["learned"](site)
+    pruner = vp.Pruner(scorer, keeper, vp.reducers["drop"](site)).train()
+    pruner.softness = 0.5
+    first = torch.arange(6) == 0
+    verdict = pruner(
+        vp.PackedTokens.pack(torch.randn(1, 6, 4), protected=first, summary=first), vp.AttentionStats(), None
+    )
+    torch.testing.assert_close(verdict.presence, verdict.counted, rtol=0, atol=0)
+    weights = [scorer.scores, keeper.threshold]
+    of_cost = torch.autograd.grad(verdict.counted[1:].sum(), weights, retain_graph=True, allow_unused=True)
+    of_loss = torch.autograd.grad(verdict.presence[1:].square().sum(), weights)
+    assert of_cost[0] is None and of_cost[1] < 0
+    assert all(gradient.abs().sum() > 0 for gradient in of_loss)
+
+
 def test_what_is_there_by_less_than_two_in_a_hundred_goes():
     """A token is left out of the blocks to come where its presence, the sigmoid of its margin over the softness, is below."""
     shares = torch.tensor([0.5, 0.019, 0.021, 0.9, 0.0001, 0.05])

@@ -131,3 +131,12 @@ def test_read_and_at(case, seed):
     assert torch.equal(tokens.read(later), tokens.x[rows])  # the first of several
     assert torch.equal(tokens.free, ~tokens.protected)
     assert tokens.with_x(tokens.x[:, :1]).x.shape == (tokens.layout.total, 1)
+
+
+def test_where_nothing_is_left_of_any_token_all_count_alike():
+    """A bias of minus infinity for each key would give NaN."""
+    tokens = PackedTokens.pack(torch.zeros(1, 3, 2))
+    assert tokens.bias is None
+    assert len(tokens.fade(torch.zeros(3)).bias.softmax(0).unique()) == 1
+    shares = torch.tensor([0.5, 1e-30, 1.0])
+    assert torch.equal(tokens.fade(shares).bias, shares.log())

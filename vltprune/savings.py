@@ -37,17 +37,17 @@ class Cost:
     @property
     def total(self) -> float:
         """MACs of the whole call."""
-        return sum(float(t.sum()) for t in self.towers.values()) + self.head * self.instances + self.decoder
+        return _total(self.towers) + self.head * self.instances + self.decoder
 
     @property
     def dense_total(self) -> float:
         """MACs of the dense model in the whole call, on the tokens that are there."""
-        return sum(float(t.sum()) for t in self.dense.values()) + self.head * self.instances + self.dense_decoder
+        return _total(self.dense) + self.head * self.instances + self.dense_decoder
 
     @property
     def skipped(self) -> float:
         """MACs that the dense model spends on padding besides, and that the pruned one skips."""
-        return sum(float(t.sum()) for t in self.padding.values()) + self.decoder_padding
+        return _total(self.padding) + self.decoder_padding
 
     @property
     def padded_total(self) -> float:
@@ -62,7 +62,7 @@ class Cost:
     @property
     def reductions(self) -> dict[str, float]:
         """Per tower, the share of its own dense MACs that was saved."""
-        return {tower: 1 - float(macs.sum() / self.dense[tower].sum()) for tower, macs in self.towers.items()}
+        return {tower: 1 - float(macs.detach().sum() / self.dense[tower].sum()) for tower, macs in self.towers.items()}
 
     @property
     def shares(self) -> dict[str, float]:
@@ -70,7 +70,13 @@ class Cost:
         saved = self.dense_total - self.total
         if saved <= 0:
             return {}
-        return {tower: float((self.dense[tower].sum() - macs.sum()) / saved) for tower, macs in self.towers.items()}
+        left = {tower: self.dense[tower].sum() - macs.detach().sum() for tower, macs in self.towers.items()}
+        return {tower: float(macs / saved) for tower, macs in left.items()}
+
+
+def _total(towers: Mapping[str, Tensor]) -> float:
+    """MACs of all towers together; a number, also in soft training, where MACs have gradients."""
+    return sum(float(macs.detach().sum()) for macs in towers.values())
 
 
 @dataclass(frozen=True)

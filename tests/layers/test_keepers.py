@@ -102,6 +102,33 @@ def test_threshold_across_the_batch(scores, each, together, mean):
         assert Threshold(SITE, across=across)(scores.flatten(), tokens, guidance).tolist() == expected
 
 
+def _margin(power, scores):
+    """`threshold`'s margins of six tokens that two anchors look at, of scores [6]; and the logits they are read off."""
+    tokens = PackedTokens.pack(torch.zeros(1, 6, DIM))
+    affinity = torch.randn(6, 2, generator=generator(0)).requires_grad_()
+    return Threshold(SITE, power=power).margin(scores, tokens, Guidance(affinity, tokens)), affinity
+
+
+def test_where_a_threshold_prunes_nothing_all_is_there_entirely():
+    """However soft training is: the sigmoid of each margin is 1, for scores that tie as for others."""
+    for scores in (torch.ones(6), torch.tensor([0.0, 9, 9, 9, 9, 9])):
+        assert (_margin(1.0, scores)[0] / 10).sigmoid().tolist() == [1.0] * 6
+    assert (_margin(1.0, torch.tensor([0.0, 0, 0, 9, 9, 9]))[0].sigmoid() < 1).all()
+
+
+def test_a_power_moves_the_threshold_and_leaves_it_its_gradients():
+    """Where the counts cut is a number that nothing is learned from; what is learned is the threshold that they came from."""
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 12.0], requires_grad=True)
+    found = []
+    for power in (1.0, 0.5):
+        margin, affinity = _margin(power, scores)
+        found.append((margin, *torch.autograd.grad(margin[0], [scores, affinity])))
+    (plain, *right), (moved, *gradients) = found
+    assert (plain > 0).sum() < (moved > 0).sum() < 6
+    assert right[1].abs().max() > 0
+    assert_close(gradients[1], right[1])
+
+
 def test_scores_that_are_equal_but_for_rounding_are_a_tie_that_prunes_nothing():
     """Of 64 equal tokens a matrix product in single precision may score one higher in the last digits, or all but one."""
     tokens = PackedTokens.pack(torch.zeros(3, 64, DIM))

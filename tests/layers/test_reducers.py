@@ -50,6 +50,22 @@ def test_fuse_takes_the_mean_where_scores_do_not_sum_to_something(rest):
     assert_close(out.x[1], tokens.x[1:].mean(0))
 
 
+def test_shares_are_of_what_is_merged_and_zero_elsewhere():
+    _, plan, _ = reduce("fuse", [[5.0, 1.0, 3.0], [5.0, 0.0, 0.0]], [1, 3])
+    assert_close(plan.merge.weight, torch.tensor([0, 0.25, 0.75, 0, 0, 0]))
+
+
+def test_a_merged_token_is_all_there_whatever_was_left_of_its_sources():
+    """In soft training; what stays is there in part, as before."""
+    tokens = PackedTokens.pack(torch.randn(2, 4, 3))
+    tokens = tokens.fade(torch.tensor([0.9, 0.1, 0.2, 0.8, 0.7, 0.6, 0.5, 0.4]))
+    scores, counts = torch.tensor([4.0, 1, 2, 3, 4, 3, 2, 1]), torch.tensor([2, 4])
+    out = reducers["fuse"](SITE)(tokens, scores, counts, AttentionStats()).tokens(tokens)
+    assert out.position.tolist() == [0, 2, 3, 0, 1, 2, 3]
+    for share in (out.presence, out.counted):
+        assert_close(share, torch.tensor([0.9, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4]))
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e30])
 def test_fuse_does_not_care_for_the_scale_of_scores(scale):
     scores = torch.tensor([[5.0, 0.1, 0.2, 0.7]])

@@ -66,6 +66,7 @@ def test_the_task_and_the_alignment_with_its_weight(step):
     torch.testing.assert_close(found["task"], task.detach())
     torch.testing.assert_close(found["align"], 0.3 * align.detach())
     torch.testing.assert_close(found["loss"], task + 0.3 * align)
+    torch.testing.assert_close(figures(step)["align"], 0.1 * align.detach())  # as MADTP has it
 
 
 def test_logits_are_taught_at_a_temperature_of_two(step):
@@ -110,6 +111,13 @@ def test_summaries_are_taught_relative_to_their_size(step):
         apart = (own.summary - other.summary).square().mean()
         wanted += 0.6 * (apart / other.summary.square().mean()).item()
     assert found["distil"].item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_teacher_learns_nothing(step):
+    teacher = watched(step.teacher.pruning.host, step.model).eval()
+    figures(step, teacher=teacher, taught=(0.7, 0.6), saliency=0.3)["loss"].backward()
+    assert all(weight.grad is None for weight in teacher.parameters())
+    assert step.model.pruning.guide.anchors.grad.abs().sum() > 0
 
 
 def test_a_budget_costs_its_price_and_a_square(step):
