@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from models import small
 
 import vltprune as vp
 from vltprune import budget
@@ -17,9 +18,9 @@ from vltprune.dial import keepers_of
 @pytest.fixture(scope="module")
 def inputs():
     generator = torch.Generator().manual_seed(3)
-    images = torch.randn(6, 2, 3, 96, 96, generator=generator)
+    images = torch.randn(2, 2, 3, 96, 96, generator=generator)
     images[:, :, :, :40] *= 0.1  # some patches matter less
-    return images, torch.randint(4, 57, (6, 12), generator=generator)
+    return images, torch.randint(4, 57, (2, 12), generator=generator)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,8 @@ def clip():
 def test_mean_macs_meet_the_target(dense, inputs, keep, reduction):
     model = vp.prune(dense, "madtp", keep=keep)
     budget.fit_guide(model, [inputs])
-    found = vp.calibrate(model, [inputs, inputs], reduction)
+    one_by_one = list(zip(*(part.split(1) for part in inputs), strict=True))
+    found = vp.calibrate(model, one_by_one, reduction)
 
     cost = vp.flops.count(model, *inputs)
     assert cost.reduction == pytest.approx(found.reduction, abs=1e-6)
@@ -56,14 +58,15 @@ def test_mean_macs_meet_the_target(dense, inputs, keep, reduction):
     assert {getattr(keeper, found.knob) for keeper in keepers} == {found.value}
 
 
-def test_inputs_may_be_named(dense, inputs):
-    named = dict(zip(("images", "input_ids"), inputs, strict=True))
-    by_position, by_name = (vp.prune(dense, "madtp", keep="ratio") for _ in range(2))
+def test_inputs_may_be_named():
+    dense, inputs = small("nlvr").model, small("nlvr").draw(3)
+    named = dict(zip(("images", "input_ids", "attention_mask"), inputs, strict=True))
+    by_position, by_name = (vp.prune(dense, "madtp", keep="ratio", guide="codebook(anchors=5)") for _ in range(2))
     for model, batch in ((by_position, inputs), (by_name, named)):
         torch.manual_seed(0)
         budget.fit_guide(model, [batch])
     assert torch.equal(by_name.pruning.guide.anchors, by_position.pruning.guide.anchors)
-    assert vp.calibrate(by_name, [named]) == vp.calibrate(by_position, [inputs])
+    assert vp.calibrate(by_name, [named], tolerance=0.1) == vp.calibrate(by_position, [inputs], tolerance=0.1)
     assert vp.flops.count(by_name, **named).total == vp.flops.count(by_position, *inputs).total
 
 
@@ -88,8 +91,9 @@ def test_a_target_out_of_reach_is_named_and_nothing_changes(dense, inputs):
     assert {(m.temperature, m.power) for m in model.modules() if isinstance(m, vp.KeepRatioPredictor)} == {(2.5, 1.0)}
 
 
-def test_a_target_between_two_counts_is_told_from_one_out_of_reach(dense, inputs):
-    model = vp.prune(dense, "madtp", keep="ratio(ratio=0.6)")
+def test_a_target_between_two_counts_is_told_from_one_out_of_reach():
+    inputs = small("nlvr").draw(3)
+    model = vp.prune(small("nlvr").model, "random", keep="ratio(ratio=0.6)")
     with pytest.raises(
         vp.BudgetError, match=r"leaves 50\.0% .* its counts jump there, and the nearest is .* tolerance="
     ) as caught:
@@ -165,9 +169,9 @@ class TestTowers:
     def words(self):
         """Images, and few words in many places."""
         generator = torch.Generator().manual_seed(5)
-        ids = torch.randint(4, 57, (4, 30), generator=generator)
-        mask = (torch.arange(30) < torch.tensor([5, 9, 3, 12])[:, None]).long()
-        return torch.randn(4, 2, 3, 96, 96, generator=generator), ids, mask
+        ids = torch.randint(4, 57, (2, 30), generator=generator)
+        mask = (torch.arange(30) < torch.tensor([5, 12])[:, None]).long()
+        return torch.randn(2, 2, 3, 96, 96, generator=generator), ids, mask
 
     def test_padding_is_not_what_a_budget_saves(self, dense, words):
         images, ids, mask = words

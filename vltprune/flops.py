@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from . import precision
 from .attention import Stat
 from .hosts.base import find_composite
 from .hosts.linear_maps import uncounted_macs
+from .layers import AlignmentGuide
 from .modes import evaluating
 from .pruner import PrunedEncoder
 from .savings import Cost
@@ -67,7 +68,9 @@ class Meter:
         towers, dense, padding, entered = {}, {}, {}, None
         for trace in traces:
             looks = tuple(map(_is_memory, trace.beside))  # a block costs more where it is called with a memory
-            meter = self._towers.setdefault((trace.tower, looks), _TowerMeter(trace))
+            if (trace.tower, looks) not in self._towers:
+                self._towers[trace.tower, looks] = _TowerMeter(trace)
+            meter = self._towers[trace.tower, looks]
             towers[trace.tower] = meter.count(trace)
             dense[trace.tower] = meter.count_dense(trace, _sizes(trace.entered.layout), entered)
             padding[trace.tower] = meter.count_dense(trace, _padded_lengths(trace), entered) - dense[trace.tower]
@@ -88,13 +91,16 @@ class Meter:
 
 
 class _TowerMeter:
-    """The unit costs of one tower."""
+    """The unit costs of one tower, measured in evaluation: dropout draws nothing, batch norms learn nothing from it."""
 
     def __init__(self, trace: PruneTrace):
-        encoder = trace.encoder
-        self.encoder, self.like, self.beside = encoder, trace.entered, tuple(_cut(b, 1) for b in trace.beside)
-        blocks = encoder.adapter.blocks(encoder.host)
-        self.units = [_Units(encoder, block, self.beside[d], self.like, d) for d, block in enumerate(blocks)]
+        encoder, like = trace.encoder, trace.entered
+        self.encoder, beside = encoder, tuple(_cut(b, 1) for b in trace.beside)
+        adapter, host = encoder.adapter, encoder.host
+        with _evaluating(encoder):
+            self.units = [_Units(encoder, b, beside[d], like, d) for d, b in enumerate(adapter.blocks(host))]
+            two, three = (_macs(lambda n=n: adapter.close(host, _blank(like, n), beside)) for n in (2, 3))
+        self._closing = 3 * two - 2 * three, three - two  # of any instance, and of each of its tokens
         self._opening: dict[tuple[Any, ...], float] = {}
 
     def count(self, trace: PruneTrace) -> Tensor:
@@ -119,7 +125,8 @@ class _TowerMeter:
         shape = tuple(trace.inputs[0].shape[1:])
         if shape not in self._opening:
             adapter, host = self.encoder.adapter, self.encoder.host
-            macs = _macs(self.encoder, lambda: adapter.open(host, *trace.inputs))
+            with _evaluating(self.encoder):
+                macs = _macs(lambda: adapter.open(host, *trace.inputs))
             self._opening[shape] = macs / trace.entered.layout.batch
         return torch.full_like(_sizes(trace.entered.layout), self._opening[shape])
 
@@ -127,22 +134,19 @@ class _TowerMeter:
         each, token = self._closing
         return each + token * lengths
 
-    @cached_property
-    def _closing(self) -> tuple[float, float]:
-        """MACs behind the blocks: of any instance, and of each of its tokens."""
-        adapter, host = self.encoder.adapter, self.encoder.host
-        two, three = (
-            _macs(self.encoder, lambda n=n: adapter.close(host, _blank(self.like, n), self.beside)) for n in (2, 3)
-        )
-        return 3 * two - 2 * three, three - two
-
 
 class _Units:
     """Costs per token of one block, and of the pruner that stands in it."""
 
     def __init__(self, encoder: PrunedEncoder, block: nn.Module, beside: Any, like: PackedTokens, depth: int):
-        self.encoder, self.block, self.beside, self.like, self.depth = encoder, block, beside, like, depth
-        self.adapter = encoder.adapter
+        self.like, self.pruner, adapter = like, encoder.pruner(depth), encoder.adapter
+        with torch.no_grad():
+            query = adapter.qkv(block, _blank(like, 1), beside)[0]
+        self.width = query.numel()  # heads * head_dim
+        self.qkv = _macs(lambda: adapter.qkv(block, _blank(like, 1), beside))
+        self.mix = _macs(lambda: adapter.mix(block, _blank(like, 1), torch.zeros_like(query)))
+        self.feed = _feeding(lambda n, m: adapter.feed(block, _blank(like, n), _cut(beside, m)), _is_memory(beside))
+        self.guide = 0.0 if encoder.guide is None else _guiding(encoder.guide, encoder.tower, like)
 
     def dense(self, n: Tensor, memory: _Memory | None) -> Tensor:
         return (self.qkv + self.mix) * n + 2 * self.width * n**2 + self._feed(n, memory)
@@ -158,61 +162,32 @@ class _Units:
 
     def _scoring(self, step: Step) -> float:
         """Per token: the summary's row of the map, the guide, the weighted sums of a merge."""
-        pruner = self.encoder.pruner(self.depth)
-        if pruner is None:
+        if self.pruner is None:
             return 0.0
         merges = step.reduction is not None and step.reduction.merge is not None
         summed = self.like.x.shape[-1] + (self.width if step.reduced_early else 0)
-        return self.guide + (self.width if Stat.SUMMARY in pruner.needs else 0) + (summed if merges else 0)
+        return self.guide + (self.width if Stat.SUMMARY in self.pruner.needs else 0) + (summed if merges else 0)
 
     @property
     def _comparing(self) -> int:
         """Per pair of tokens."""
-        pruner = self.encoder.pruner(self.depth)
-        return self.like.x.shape[-1] if pruner is not None and pruner.scorer.pairwise else 0
+        return self.like.x.shape[-1] if self.pruner is not None and self.pruner.scorer.pairwise else 0
 
-    @cached_property
-    def _query(self) -> Tensor:
-        with _evaluating(self.encoder), torch.no_grad():
-            return self.adapter.qkv(self.block, _blank(self.like, 1), self.beside)[0]
 
-    @cached_property
-    def width(self) -> int:
-        """heads * head_dim"""
-        return self._query.numel()
+def _feeding(feed: Callable[[int, int], Any], looks: bool) -> tuple[float, float, float]:
+    """MACs of feed(tokens, memory tokens) per token, per memory token, and per pair of both; `looks`: at a memory."""
+    one = _macs(lambda: feed(1, 1))
+    if not looks:
+        return one, 0.0, 0.0
+    more_tokens, more_memory = _macs(lambda: feed(2, 1)), _macs(lambda: feed(1, 2))
+    pair = _macs(lambda: feed(2, 2)) - more_tokens - more_memory + one
+    return more_tokens - one - pair, more_memory - one - pair, pair
 
-    @cached_property
-    def qkv(self) -> float:
-        return _macs(self.encoder, lambda: self.adapter.qkv(self.block, _blank(self.like, 1), self.beside))
 
-    @cached_property
-    def mix(self) -> float:
-        context = torch.zeros_like(self._query)
-        return _macs(self.encoder, lambda: self.adapter.mix(self.block, _blank(self.like, 1), context))
-
-    @cached_property
-    def feed(self) -> tuple[float, float, float]:
-        """MACs per token, per memory token, and per pair of both."""
-
-        def at(n: int, m: int) -> float:
-            return _macs(
-                self.encoder, lambda: self.adapter.feed(self.block, _blank(self.like, n), _cut(self.beside, m))
-            )
-
-        one = at(1, 1)
-        if not _is_memory(self.beside):
-            return one, 0.0, 0.0
-        more_tokens, more_memory = at(2, 1), at(1, 2)
-        pair = at(2, 2) - more_tokens - more_memory + one
-        return more_tokens - one - pair, more_memory - one - pair, pair
-
-    @cached_property
-    def guide(self) -> float:
-        guide, tower = self.encoder.guide, self.encoder.tower
-        if guide is None:
-            return 0.0
-        one, two = (_macs(self.encoder, partial(guide, _blank(self.like, n), tower)) for n in (1, 2))
-        return two - one  # what it costs once, whatever the tokens, is of no instance
+def _guiding(guide: AlignmentGuide, tower: str, like: PackedTokens) -> float:
+    """MACs of a guide per token: what it costs once, whatever the tokens, is of no instance."""
+    one, two = (_macs(partial(guide, _blank(like, n), tower)) for n in (1, 2))
+    return two - one
 
 
 @dataclass(frozen=True)
@@ -254,12 +229,10 @@ def _left(step: Step, like: Tensor) -> Tensor:
     return precision.reals(step.lengths, like.device)
 
 
-def _macs(encoder: PrunedEncoder, run: Callable[[], Any]) -> float:
-    """MACs of a call on parts of a tower, by torch's counter. Under the math backend, since fused attention kernels count as
-    nothing; in evaluation, where dropout draws no numbers and batch norms learn nothing of the tokens that are measured on."""
+def _macs(run: Callable[[], Any]) -> float:
+    """MACs of a call, by torch's counter, under the math backend: fused attention kernels count as nothing."""
     counter = FlopCounterMode(display=False)
     with (
-        _evaluating(encoder),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         counter,

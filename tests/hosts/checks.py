@@ -75,22 +75,27 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def keep_all_is_the_host(case: Case, reducer: str) -> None:
-    pruned = case.pruned(keep="ratio(ratio=1.0)", reducer=reducer)
+def keep_all_is_the_host(case: Case, *reducers: str) -> None:
+    expected = {}
     for training in (False, True):
-        pruned.train(training)
         case.model.train(training)
-        with torch.set_grad_enabled(training), vp.collect() as traces:
+        with torch.set_grad_enabled(training):
             torch.manual_seed(1)
-            out = pruned(*case.inputs)
-            torch.manual_seed(1)
-            same(out, case.expected())
-        assert {trace.tower for trace in traces} == set(case.protected)
-        assert all(lengths == trace.entered.layout.lengths for trace in traces for lengths in trace.lengths)
-    unguided = case.pruned("random", keep="ratio(ratio=1.0)", reducer=reducer).eval()
+            expected[training] = case.expected()
+    for reducer in reducers:
+        pruned = case.pruned(keep="ratio(ratio=1.0)", reducer=reducer)
+        for training in (False, True):
+            pruned.train(training)
+            case.model.train(training)
+            with torch.set_grad_enabled(training), vp.collect() as traces:
+                torch.manual_seed(1)
+                same(pruned(*case.inputs), expected[training])
+            assert {trace.tower for trace in traces} == set(case.protected)
+            assert all(lengths == trace.entered.layout.lengths for trace in traces for lengths in trace.lengths)
+    unguided = case.pruned("random", keep="ratio(ratio=1.0)", reducer=reducers[0]).eval()
     case.model.eval()
     with torch.no_grad():
-        same(unguided(*case.inputs), case.expected())
+        same(unguided(*case.inputs), expected[False])
 
 
 @torch.no_grad()
@@ -111,12 +116,17 @@ def the_dense_model_stays(case: Case) -> None:
 
 
 @torch.no_grad()
-def batch_mates_do_not_matter(case: Case, preset: str) -> None:
+def batch_mates_do_not_matter(case: Case, preset: str, instances: Sequence[int] = (0, 2)) -> None:
+    """An instance alone is the instance in the batch, whose depths are sound."""
     pruned = case.pruned(preset)
-    together, lengths = run(pruned, case.inputs, case.rows)
+    with vp.collect() as traces:
+        out = pruned(*case.inputs)
+    together = tensors(case.rows(out) if case.rows else out)
+    _are_sound(case, traces)
+    lengths = _lengths(traces)
     if preset == "madtp" and case.ragged:
         assert any(len(set(depth)) > 1 for tower in lengths.values() for depth in tower)
-    for i in range(3):
+    for i in instances:
         alone, own = run(pruned, case.one(i), case.rows)
         for tower, depths in own.items():
             n = len(depths[0])
@@ -126,10 +136,8 @@ def batch_mates_do_not_matter(case: Case, preset: str) -> None:
                 same_row(row[i], single[0])
 
 
-@torch.no_grad()
-def depths_are_sound(case: Case, preset: str) -> None:
-    with vp.collect() as traces:
-        case.pruned(preset)(*case.inputs)
+def _are_sound(case: Case, traces: Sequence[vp.PruneTrace]) -> None:
+    """Counts never grow, protected tokens stay, tokens keep their order."""
     assert {trace.tower for trace in traces} == set(case.protected)
     for trace in traces:
         lengths = trace.entered.layout.lengths
@@ -236,15 +244,20 @@ def _places(position: Tensor, lengths: tuple[int, ...], like: Tensor) -> Tensor:
     return there
 
 
+Lengths = dict[str, tuple[tuple[int, ...], ...]]
+
+
 def run(
     pruned: Any, inputs: tuple[Tensor, ...], part: Callable[[Any], Any] | None = None
-) -> tuple[list[Tensor], dict[str, tuple[tuple[int, ...], ...]]]:
+) -> tuple[list[Tensor], Lengths]:
     """Outputs, or a part of them, and per tower and depth the lengths; those of the input first."""
     with vp.collect() as traces:
         out = pruned(*inputs)
-    return tensors(part(out) if part else out), {
-        trace.tower: (trace.entered.layout.lengths, *trace.lengths) for trace in traces
-    }
+    return tensors(part(out) if part else out), _lengths(traces)
+
+
+def _lengths(traces: Sequence[vp.PruneTrace]) -> Lengths:
+    return {trace.tower: (trace.entered.layout.lengths, *trace.lengths) for trace in traces}
 
 
 def tensors(out: Any) -> list[Tensor]:
