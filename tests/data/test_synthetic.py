@@ -87,8 +87,8 @@ def test_an_item_depends_on_nothing_but_its_index(index, seed):
 
 
 def test_splits_and_seeds_share_no_pair():
-    drawn = [SyntheticPairs(split, 40, seed) for split in SPLITS for seed in range(3)]
-    images = [pairs[index].images.tobytes() for pairs in drawn for index in range(40)]
+    drawn = [SyntheticPairs(split, 12, seed) for split in SPLITS for seed in range(3)]
+    images = [pairs[index].images.tobytes() for pairs in drawn for index in range(12)]
     assert len(set(images)) == len(images)
 
 
@@ -133,7 +133,7 @@ def test_families_take_turns():
 def spoken() -> dict[str, list[tuple[str, int, tuple]]]:
     """Sentences with label and scenes, without pixels: many for "train", fewer for "test"."""
     said = {}
-    for split, pairs in (("train", 2400), ("test", 800)):
+    for split, pairs in (("train", 1600), ("test", 600)):
         said[split] = []
         for index in range(pairs):
             rng = np.random.default_rng((SPLITS.index(split), 7, index))
