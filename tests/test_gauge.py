@@ -41,6 +41,20 @@ def test_padding_stands_beside_what_a_record_costs():
         assert short.padding < long.padding
 
 
+def test_what_a_decoder_spends_on_padding_is_shared_by_the_records():
+    small_sizes = {f"{tower}_{name}": n for tower in ("vision", "text") for name, n in (("depth", 1), ("width", 32))}
+    model = vp.prune(vp.create_model("blip_vqa_tiny", **small_sizes), "random")
+    ids, mask = torch.randint(4, 57, (2, 9)), (torch.arange(9) < torch.tensor([3, 5])[:, None]).long()
+    with torch.no_grad(), vp.collect() as traces:
+        model(torch.randn(2, 3, 96, 96), ids, mask, torch.randint(4, 57, (2, 4)))
+    cost = vp.flops.Meter(model)(traces)
+    assert cost.decoder_padding > 0
+    spent = Gauge(model)(traces, [1, 1])
+    assert sum(one.padding for one in spent) == pytest.approx(cost.skipped)
+    assert sum(one.macs for one in spent) == pytest.approx(cost.total)
+    assert sum(one.dense_macs for one in spent) == pytest.approx(cost.dense_total)
+
+
 def test_costs_of_soft_training_are_numbers_without_gradients():
     model, inputs = vp.prune(small("vit").model, "evit", keep="learned(threshold=-0.3)"), small("vit").draw(2)
     soften(model, 0.5)

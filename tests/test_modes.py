@@ -190,3 +190,13 @@ def test_a_module_of_two_parents_and_one_with_a_mode_of_its_own_keep_theirs():
         raise RuntimeError
     assert [module.training for module in model.modules()] == before
     assert own.training and not own.merged
+
+
+def test_what_is_put_back_later_does_not_reach_what_was_put_back_before():
+    """The one parent in training, the other and their child in evaluation."""
+    shared = nn.Dropout()
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)}).eval()
+    model["b"].training = True
+    with evaluating(model):
+        assert not model["b"].training
+    assert model["b"].training and not shared.training
