@@ -102,6 +102,16 @@ def test_threshold_across_the_batch(scores, each, together, mean):
         assert Threshold(SITE, across=across)(scores.flatten(), tokens, guidance).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "kept"), [("threshold", {"temperature": 1e6}, 2), ("learned", {"threshold": 0.0}, 2)]
+)
+def test_what_a_protected_token_scores_counts_for_nothing(name, args, kept):
+    """It is above any threshold here, and there is one token fewer to keep."""
+    tokens = PackedTokens.pack(torch.zeros(1, 7, DIM), protected=torch.arange(7) == 0)
+    scores = torch.tensor([99.0, 1.0, 1.0, 1.0, 1.0, 9.0, 9.0])
+    assert keepers[name](SITE, **args)(scores, tokens, Guidance(torch.zeros(7, 2), tokens)).tolist() == [kept]
+
+
 def _margin(power, scores):
     """`threshold`'s margins of six tokens that two anchors look at, of scores [6]; and the logits they are read off."""
     tokens = PackedTokens.pack(torch.zeros(1, 6, DIM))
