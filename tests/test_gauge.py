@@ -71,6 +71,18 @@ def test_costs_of_soft_training_are_numbers_without_gradients():
     assert not any(size.is_integer() for one in spent for size in one.kept["image"][2:])  # some tokens count in part
 
 
+def test_a_records_towers_add_up_to_what_it_costs():
+    model = vp.prune(small("nlvr").model, "evit")
+    with torch.no_grad(), vp.collect() as traces:
+        model(*small("nlvr").draw(2))
+    head = vp.flops.Meter(model)(traces).head
+    for one in Gauge(model)(traces, [1, 1]):
+        assert one.instances == {"image": 2, "text": 1}
+        for place, whole in enumerate((one.macs, one.dense_macs)):
+            parts = [one.instances[tower] * macs[place] for tower, macs in one.towers.items()]
+            assert sum(parts) + head == pytest.approx(whole)
+
+
 def test_a_dense_model_saves_nothing():
     gauge = Gauge(small("nlvr").model)
     with torch.no_grad(), vp.collect() as traces:

@@ -61,7 +61,7 @@ def calibrate(
     without a knob; BudgetError, with what can be had, where the target is out of reach or between two counts. The model is
     then as it was.
     """
-    _check(model, reduction)
+    check_targets(model, reduction)
     inputs = list(batches)
     if not inputs:
         raise ValueError("calibrate needs at least one batch of inputs")
@@ -82,8 +82,9 @@ def calibrate(
     return dataclasses.replace(found[-1], knob=None, value=None) if isinstance(reduction, Mapping) else found[-1]
 
 
-def _check(model: nn.Module, reduction: float | Mapping[str, float]) -> None:
-    """ValueError for targets that are no shares, or of towers that the model does not prune."""
+def check_targets(model: nn.Module, reduction: float | Mapping[str, float]) -> None:
+    """ValueError for targets that are no shares, and for towers that the model lacks, does not prune, or whose keeper has no
+    knob."""
     towers = pruning(model).towers
     by_tower = dict(reduction) if isinstance(reduction, Mapping) else {}
     for share in by_tower.values() if by_tower else (reduction,):
@@ -97,14 +98,18 @@ def _check(model: nn.Module, reduction: float | Mapping[str, float]) -> None:
             raise ValueError(f"reduction={reduction} names the tower {tower!r}; this model has {', '.join(towers)}")
         if not towers[tower].pruners:
             raise ValueError(f"reduction={reduction}: the {tower} tower is pruned nowhere, so it cannot save anything")
+    for tower in by_tower or (None,):
+        Dial(model, tower)
 
 
-def measure(model: nn.Module, batches: Iterable[Batch], value: float | None = None) -> Calibration:
+def measure(
+    model: nn.Module, batches: Iterable[Batch], value: float | None = None, tower: str | None = None
+) -> Calibration:
     """Mean MACs per instance over batches, as in `calibrate`, with the knob at `value`, where it stays (None: as it is).
 
-    Where it fails, the knob is where it was.
+    tower: whose knob is meant (None: the one of all towers). Where it fails, the knob is where it was.
     """
-    dial = Dial(model)
+    dial = Dial(model, tower)
     with dial.unless_done():
         if value is not None:
             dial.turn(value)

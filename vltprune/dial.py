@@ -17,18 +17,24 @@ from .wrappers import unwrapped
 
 
 class Dial:
-    """The knob of a pruned model, at all its depths, or at those of one tower. ValueError where it has none, or several."""
+    """The knob of a pruned model, at all its depths, or at those of one tower.
+
+    ValueError where it has none, or several, and for a tower that the model lacks.
+    """
 
     def __init__(self, model: nn.Module, tower: str | None = None):
         self.model = model
         towers = pruning(model).towers
+        if tower is not None and tower not in towers:
+            raise ValueError(f"tower={tower!r} is none of this model's, which are {', '.join(towers)}")
         asked = towers if tower is None else (tower,)
         self.towers = tuple(name for name in asked if towers[name].pruners)
         self.keepers = [keeper for name in self.towers for keeper in keepers_of(towers[name])]
         if not self.keepers or any(keeper.knob is None for keeper in self.keepers):
+            whose = "" if tower is None else f" in the {tower} tower"
             raise ValueError(
-                f"keep={pruning(model).config.spelled('keep')!r} has nothing a budget can turn: use keep='threshold', "
-                "'ratio' or 'random_ratio'"
+                f"keep={pruning(model).config.spelled('keep')!r} has nothing a budget can turn{whose}: use "
+                "keep='threshold', 'ratio' or 'random_ratio'"
             )
         knobs = {keeper.knob for keeper in self.keepers}
         if len(knobs) > 1:

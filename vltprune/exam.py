@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import fingerprint
+from . import fingerprint, savings
 from .data import Loader, Record, Skipped
 from .gauge import Gauge, Spent
 from .journal import Journal
@@ -43,13 +43,13 @@ class Exam:
 
         tick: called with the number of rows just written. A record whose pictures cannot be opened, or whose texts the model
         cannot read, gets a row that says so; where the loader is strict, OSError and ValueError. ValueError for a journal of an
-        earlier version, whose dense costs had padding in them, and for one with a row whose pictures are not, by content, those
+        earlier version, whose costs were told otherwise, and for one with a row whose pictures are not, by content, those
         that it was answered by.
         """
-        if any("macs" in row and "padding" not in row for row in journal.rows):
+        if any("macs" in row and "instances" not in row for row in journal.rows):
             raise ValueError(
-                "these results were begun by an earlier version, which counted padding as spent by the dense model, and so as "
-                "saved: remove their folder, or choose another output, and they are measured anew"
+                "these results were begun by an earlier version, which did not tell padding, or whose the saving is, apart: "
+                "remove their folder, or choose another output, and they are measured anew"
             )
         _check_pictures(loader, journal)
         loader = replace(loader, start=len(journal.rows), skipped=[])
@@ -163,6 +163,8 @@ def report(
               that are there, as `dense_macs`. macs_saved: the share of these that is saved; padding: what the dense
               model spends on padding besides
     towers    per tower: [MACs, dense MACs] of one of its images or texts; tower_padding: likewise
+    reductions   per tower: the share of its own dense MACs that is saved; shares: its part of all that is saved, where
+              anything is
     kept      per tower: tokens that entered, then leaving each block, mean; empty for a dense model
     records_per_second   of the model's calls alone, without reading pictures and texts
     """
@@ -180,6 +182,8 @@ def report(
         return np.average(values, axis=0, weights=weights).tolist()
 
     macs, dense = mean("macs"), mean("dense_macs")
+    towers = {tower: mean("towers", tower) for tower in answered[0]["towers"]}
+    spent = {tower: _spent(answered, weights, tower) for tower in towers}
     scores = task.score(answered)
     if wrong := [name for name, score in scores.items() if not math.isfinite(score)]:
         raise FloatingPointError(f"{wrong[0]} of {len(answered)} records is {scores[wrong[0]]}, which is no score")
@@ -191,12 +195,21 @@ def report(
         "dense_macs": dense,
         "macs_saved": 1 - macs / dense,
         "padding": mean("padding"),
-        "towers": {tower: mean("towers", tower) for tower in answered[0]["towers"]},
+        "towers": towers,
+        "reductions": {tower: 1 - pruned / whole for tower, (pruned, whole) in towers.items()},
+        "shares": savings.shares(spent, dense - macs),
         "tower_padding": {tower: mean("tower_padding", tower) for tower in answered[0]["tower_padding"]},
         "kept": {tower: mean("kept", tower) for tower in answered[0]["kept"]},
         "records_per_second": len(answered) / sum(row["seconds"] for row in answered),
         "skipped": skipped,
     }
+
+
+def _spent(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], tower: str) -> tuple[float, float]:
+    """MACs, and dense MACs, of all images or texts of a tower that an instance has, mean."""
+    each = [[row["instances"][tower] * macs for macs in row["towers"][tower]] for row in rows]
+    macs, dense = np.average(each, axis=0, weights=weights).tolist()
+    return macs, dense
 
 
 def report_matching(matching: Matching, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Spent:
 
     macs, dense_macs   multiply-accumulates, and those of the dense model, on the tokens that are there
     towers             per tower: both of them, of one of its images or texts
+    instances          per tower: how many of its images or texts `macs` are of
     kept               per tower: tokens that entered, then tokens leaving each block, mean over the record's instances
     padding            what the dense model spends on padding besides
     tower_padding      per tower: the same of one of its images or texts
@@ -29,6 +30,7 @@ class Spent:
     macs: float
     dense_macs: float
     towers: Mapping[str, tuple[float, float]]
+    instances: Mapping[str, int]
     kept: Mapping[str, tuple[float, ...]]
     padding: float
     tower_padding: Mapping[str, float]
@@ -57,16 +59,17 @@ class Gauge:
         behind = cost.head + cost.dense_decoder / cost.instances
         behind_pruned = behind if self.is_dense else cost.head + cost.decoder / cost.instances
         kept = {trace.tower: self._kept(trace, texts) for trace in traces}
-        images = {tower: macs.shape[-1] // len(texts) if tower == "image" else 1 for tower, macs in cost.dense.items()}
+        counts = {tower: macs.shape[-1] // len(texts) if tower == "image" else 1 for tower, macs in cost.dense.items()}
 
         def total(towers: Mapping[str, Tensor], record: int) -> float:
-            return sum(images[tower] * float(macs[record]) for tower, macs in towers.items())
+            return sum(counts[tower] * float(macs[record]) for tower, macs in towers.items())
 
         return [
             Spent(
                 total(pruned, i) + behind_pruned,
                 total(dense, i) + behind,
                 {tower: (float(pruned[tower][i]), float(macs[i])) for tower, macs in dense.items()},
+                counts,
                 {tower: tuple(lengths[i].tolist()) for tower, lengths in kept.items()},
                 total(padding, i) + cost.decoder_padding / cost.instances,
                 {tower: float(macs[i]) for tower, macs in padding.items()},

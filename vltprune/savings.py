@@ -67,11 +67,9 @@ class Cost:
     @property
     def shares(self) -> dict[str, float]:
         """Per tower, its part of all that was saved; what is missing from 1 is a decoder's. Empty where nothing was."""
-        saved = self.dense_total - self.total
-        if saved <= 0:
-            return {}
-        left = {tower: self.dense[tower].sum() - macs.detach().sum() for tower, macs in self.towers.items()}
-        return {tower: float(macs / saved) for tower, macs in left.items()}
+        spent = {tower: float(macs.detach().sum()) for tower, macs in self.towers.items()}
+        towers = {tower: (macs, float(self.dense[tower].sum())) for tower, macs in spent.items()}
+        return shares(towers, self.dense_total - self.total)
 
 
 def _total(towers: Mapping[str, Tensor]) -> float:
@@ -122,8 +120,8 @@ class Calibration:
     @property
     def shares(self) -> dict[str, float]:
         """Per tower, its part of all that was saved; what is missing from 1 is a decoder's. Empty where nothing was."""
-        saved = self.dense_macs - self.macs
-        return {name: (t.dense_macs - t.macs) / saved for name, t in self.towers.items()} if saved > 0 else {}
+        towers = {name: (one.macs, one.dense_macs) for name, one in self.towers.items()}
+        return shares(towers, self.dense_macs - self.macs)
 
     @property
     def note(self) -> str:
@@ -143,6 +141,13 @@ def _set(knob: str | None, value: float | None) -> str:
     return "" if knob is None or value is None else f"{knob}={value:.4g}: "
 
 
+def asked(reduction: float | Mapping[str, float], unit: str = " %") -> str:
+    """A target in words: "50 %" for one of all towers, "image 50 %, text 30 %" for one of each."""
+    if isinstance(reduction, Mapping):
+        return ", ".join(f"{tower} {asked(share, unit)}" for tower, share in reduction.items())
+    return f"{100 * reduction:g}{unit}"
+
+
 def saving(macs: float, dense: float, padding: float = 0.0) -> str:
     """What was saved: MACs, the dense model's on the tokens that are there, and what that spends on padding besides."""
     return f"{macs / 1e9:.3f} GMACs, {less(macs, dense)} than dense ({dense / 1e9:.3f}){skipped(padding)}"
@@ -157,6 +162,11 @@ def less(macs: float, dense: float) -> str:
 def skipped(padding: float) -> str:
     """What the dense model spends on padding, as the tail of a sentence; empty where there is none."""
     return f"; dense spends {padding / 1e9:.3f} more on padding, which is skipped" if padding > 0 else ""
+
+
+def shares(towers: Mapping[str, tuple[float, float]], saved: float) -> dict[str, float]:
+    """Per tower, its part of all MACs that were saved; empty where none were. towers: MACs of each, and its dense MACs."""
+    return {tower: (dense - macs) / saved for tower, (macs, dense) in towers.items()} if saved > 0 else {}
 
 
 def share(tower: str, shares: Mapping[str, float]) -> str:

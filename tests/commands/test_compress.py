@@ -41,6 +41,23 @@ def test_it_trains_says_what_came_of_it_and_goes_on(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "results.json").read_text())[1]["scores"] == before[1]["scores"]
 
 
+@pytest.mark.filterwarnings("ignore:the nearest cost is examined")  # of texts of few tokens, whose counts jump
+def test_a_target_for_each_tower(tmp_path, capsys, fails):
+    short = [*SHORT, "--set", "steps=1"]
+    assert "names the tower 'vision'; this model has image, text" in fails(
+        *command(tmp_path / "run", "--reduction", "vision=0.5", *short)
+    )
+    assert cli.main(command(tmp_path / "run", "--reduction", "image=0.5,text=0.7", *short)) == 0
+    out = capsys.readouterr().out
+    assert "image 50%, text 70% asked" in out and "image ratio 0." in out and ", text ratio 0." in out
+    _, row = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert row["reduction"] == {"image": 0.5, "text": 0.7}
+    assert f"{row['reductions']['text']:.1%}  {row['shares']['text']:>5.0%}" in out
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    kept = vp.load(tmp_path / "run" / "model").pruning.config.keep
+    assert {tower: part.name for tower, part in kept.items()} == {"image": "ratio", "text": "ratio"}
+
+
 def test_what_is_given_wins_over_the_file(tmp_path, fails):
     fields = {
         "task": "nlvr",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -52,6 +53,18 @@ def test_nlvr_agrees_with_the_demos_evaluation(tmp_path, capsys):
     assert summary["kept"]["image"] == pytest.approx(outcome.kept["image"], rel=1e-3)
     out = capsys.readouterr().out
     assert "accuracy" in out and "5 records" in out and "image tokens, layer by layer (mean): 145 ->" in out
+
+    saved = summary["dense_macs"] - summary["macs"]
+    for tower, images in (("image", 2), ("text", 1)):
+        macs, dense = summary["towers"][tower]
+        assert summary["reductions"][tower] == pytest.approx(1 - macs / dense)
+        assert summary["shares"][tower] == pytest.approx(images * (dense - macs) / saved)
+        own, part = (
+            f"{summary['reductions'][tower]:.1%} fewer than dense",
+            f"{summary['shares'][tower]:.0%} of the saving",
+        )
+        assert re.search(f"GMACs of one {tower}: .* {own} .*; {part}", out)
+    assert sum(summary["shares"].values()) == pytest.approx(1)
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch):

@@ -96,6 +96,19 @@ WRONG = [
     ([*COMPRESS, "--preset", "nope"], "--preset", "there is evit, madtp, random"),
     ([*COMPRESS, "--reduction", "1"], "--reduction", SHARE),
     ([*COMPRESS, "--reduction", "half"], "--reduction", SHARE),
+    ([*COMPRESS, "--reduction", "image=0.5,text=2"], "--reduction", SHARE),
+    ([*COMPRESS, "--reduction", "image=0.5,text=0"], "--reduction", SHARE),
+    *(
+        (
+            [*COMPRESS, "--reduction", f"image=0.5,{more}"],
+            "--reduction",
+            "one for each tower, such as image=0.5,text=0.3",
+        )
+        for more in ("text", "image=0.3", "0.3=text", "")
+    ),
+    ([*COMPRESS, "--set", "reduction=a"], "--set: reduction='a'", "or one for each tower, such as reduction={'image'"),
+    ([*COMPRESS, "--set", "reduction={'image': 1}"], "--set: reduction={'image': 1}", "between 0 and 1 for each tower"),
+    ([*COMPRESS, "--reduction", "image=0.5", "--set", "budget=learned"], "--set: budget=", "write budget='controller'"),
     ([*COMPRESS, "--data", "nowhere.json"], "--data", "there is no annotation file nowhere.json"),
     ([*COMPRESS, "--val", "PHOTOS"], "--val", "is a folder: give the annotation file in it"),
     ([*COMPRESS, "--images", "nowhere"], "--images", "there is no folder nowhere"),
@@ -188,6 +201,7 @@ def test_what_is_right_is_taken(tmp_path):
     args = parse([*PRUNE[:2], str(tmp_path), "--at=-1,0.5", "--guide", "None", "--reduction", ".5", "--pictures", "0"])
     assert (args.at, args.guide, args.reduction, args.pictures) == ((-1, 0.5), "none", 0.5, 0)
     assert parse([*COMPRESS, "--reduction", "0"]).reduction == 0.0
+    assert parse([*COMPRESS, "--reduction", "image=0.5, text=.3"]).reduction == {"image": 0.5, "text": 0.3}
     assert parse([*EVAL, "--vocabulary", "org/name", "--device", "cpu", "--workers", "0"]).vocabulary == "org/name"
     (tmp_path / "run.json").write_text(json.dumps({"steps": 10}))
     args = parse([*COMPRESS, "--config", str(tmp_path / "run.json"), "--set", "rate=1e-4", "a=b=c"])

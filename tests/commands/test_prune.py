@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 
 import pytest
@@ -22,12 +23,17 @@ def test_prune_a_timm_model_to_a_budget(photos, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "RANDOM weights" in captured.err
     assert "placing its anchors" in captured.err
+    assert re.search(r"calibrated on 3 pictures: ratio=0\.\d+: [\d.]+ GMACs, \d\d\.\d% fewer than dense", captured.err)
     assert "warning" not in captured.err
     assert "skipped 2 of 5 files" in captured.out
     assert all(f"cannot read {photos / name}" in captured.err for name in ("broken.jpg", "cut.jpg"))
 
     summary = json.loads((output / "summary.json").read_text())
     assert summary["macs_saved"] == pytest.approx(0.4, abs=0.02)
+    assert summary["calibrated_on"] == 3
+    found = summary["calibration"]
+    assert (found["knob"], found["value"]) == ("ratio", summary["pruning"]["keep"]["ratio"])
+    assert 1 - found["macs"] / found["dense_macs"] == pytest.approx(summary["macs_saved"])
     assert list(summary["pictures"]) == ["a.jpg", "b.png", "c.webp"]
     assert set(summary["unreadable"]) == {"broken.jpg", "cut.jpg"}
     assert all(len(one["tokens"]) == 13 and one["tokens"][0] == 197 for one in summary["pictures"].values())

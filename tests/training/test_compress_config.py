@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 
 from vltprune.training import RECIPES, CompressConfig
@@ -38,6 +41,25 @@ def test_files_say_the_same_again(tmp_path):
     [
         ({"task": "nlvr2"}, "there is no task 'nlvr2'; did you mean nlvr"),
         ({"reduction": 1.0}, r"reduction=1.0 must lie in 0 .. 1"),
+        ({"reduction": {}}, r"reduction=\{\} must be a number, such as reduction=0.5, or one for each tower"),
+        ({"reduction": "half"}, r"reduction='half' must be a number, such as reduction=0.5, or one for each tower"),
+        (
+            {"reduction": {"image": "half"}},
+            r"reduction=\{'image': 'half'\} must be a number, .*\{'image': 0.5, 'text': 0.3\}",
+        ),
+        (
+            {"reduction": {"image": 0.5, "text": 0}},
+            r"between 0 and 1 for each tower: .*; leave a tower out to leave it",
+        ),
+        (
+            {"reduction": {"image": 0.5, "text": 1.0}},
+            r"reduction=\{'image': 0.5, 'text': 1.0\} must lie between 0 and 1",
+        ),
+        ({"reduction": {"image": 0.5}, "serve": (0.3,)}, r"serve=\(0.3,\): .* leave serve out, or write one number"),
+        (
+            {"reduction": {"image": 0.5}, "budget": "learned"},
+            r"budget='learned' .*: write budget='controller' with reduction=",
+        ),
         ({"serve": (0.5, -1)}, r"serve=\(0.5, -1\): shares of the dense MACs, between 0 and 1"),
         ({"serve": (0.5,), "reduction": 0.0}, r"of a model that is pruned"),
         ({"start": "run/model", "reduction": 0.0}, "start='run/model' begins a pruned model, and reduction=0 prunes"),
@@ -55,6 +77,20 @@ def test_files_say_the_same_again(tmp_path):
 def test_wrong_fields_fail_early(changes, complaint):
     with pytest.raises((ValueError, LookupError, TypeError), match=complaint):
         CompressConfig.from_dict({**LEAST, **changes})
+
+
+def test_a_target_for_each_tower(tmp_path):
+    asked = {"image": np.float32(0.5), "text": 0.3}
+    config = CompressConfig(**LEAST, reduction=asked)
+    assert config.reduction == {"image": 0.5, "text": 0.3}
+    assert json.loads(json.dumps(config.to_dict()))["reduction"] == {"image": 0.5, "text": 0.3}
+    assert config.scores_taught == 0.5 and config.pruning.at is None
+    assert {config} == {config.replace(reduction={"text": 0.3, "image": 0.5})}
+    config.write(tmp_path / "run.json")
+    assert CompressConfig.read(tmp_path / "run.json") == config
+    least = "".join(f"{name}: {value}\n" for name, value in LEAST.items())
+    (tmp_path / "run.yaml").write_text(least + "reduction: {image: 0.5, text: 3e-1}\n")
+    assert CompressConfig.read(tmp_path / "run.yaml") == config
 
 
 def test_files_that_hold_no_config(tmp_path):

@@ -12,7 +12,7 @@ from models import small
 import vltprune as vp
 from vltprune.training import Controller, target
 from vltprune.training import controller as controller_module
-from vltprune.training.controller import Turns
+from vltprune.training.controller import TowerControllers, Turns
 
 
 @given(steps=st.integers(1, 1000), reduction=st.floats(0.01, 0.99), ramp=st.floats(0, 1))
@@ -80,7 +80,7 @@ def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch,
     controller = Controller(model)
     knob = controller.dial.knob
 
-    def measure(model, batches, value):
+    def measure(model, batches, value, tower):
         saved = min(max(0.2 + 3.5 * (knob.place(value) - 0.6), 0.2), 0.9)
         return vp.budget.Calibration(knob.name, value, 1 - saved, 1.0)
 
@@ -88,6 +88,41 @@ def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch,
     controller.start([], wanted)
     assert knob.place(controller.value) == pytest.approx(place, abs=1 / 64 + 0.003)
     assert controller.dial.value == controller.value
+
+
+def test_each_tower_is_steered_by_its_own_saving():
+    model = vp.prune(small("blip").model, "madtp", keep={"image": "ratio(ratio=0.9)", "text": "threshold"})
+    turns = Turns(model, ({"text": 0.3, "image": 0.5},))
+    (both,) = turns.controllers
+    assert isinstance(both, TowerControllers)
+    inputs = small("blip").draw(8)
+    turns.start([inputs], {"text": 0.2, "image": 0.4})
+    cost = vp.flops.count(model, *inputs)
+    assert cost.reductions["image"] == pytest.approx(both.towers["image"].saved) == pytest.approx(0.4, abs=0.1)
+    assert cost.reductions["text"] == pytest.approx(both.towers["text"].saved) == pytest.approx(0.2, abs=0.1)
+
+    state = turns.state_dict()
+    image, text = both.towers["image"], both.towers["text"]
+    before = both.value
+    both.step({"image": 0.4, "text": 0.0}, {"image": 0.4, "text": 0.3})
+    assert (image.value, image.dial.value) == (before["image"], before["image"])
+    assert text.value == text.dial.value != before["text"]
+    assert {keeper.ratio for keeper in image.dial.keepers} == {before["image"]}
+    turns.load_state_dict(state)
+    assert turns.state_dict() == state
+    assert (image.dial.value, text.dial.value) == (before["image"], before["text"])
+    image.dial.turn(0.123)
+    turns.take(0)
+    assert image.dial.value == before["image"]
+
+
+def test_a_tower_without_a_target_keeps_its_knob():
+    model = vp.prune(small("blip").model, "madtp", keep="ratio(ratio=0.9)")
+    turns = Turns(model, ({"text": 0.5},))
+    turns.start([small("blip").draw(8)], {"text": 0.5})
+    turns.controllers[0].step({"text": 0.0}, {"text": 0.5})
+    assert {keeper.ratio for keeper in Controller(model, tower="image").dial.keepers} == {0.9}
+    assert turns.controllers[0].value["text"] < 0.9
 
 
 def test_costs_take_turns_and_each_is_measured_as_often():

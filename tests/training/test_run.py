@@ -6,6 +6,7 @@ import html
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,79 @@ def test_a_cost_out_of_reach_gives_the_nearest(tmp_path):
     kept = vp.load(tmp_path / "run" / "model").pruning.config.part("keep")
     assert kept.args["ratio"] == done.rows[-1]["knob"]["value"] == 0.0
     assert "90% fewer MACs are out of these parts' reach: the nearest, " in html.unescape(done.page.read_text())
+
+
+@pytest.mark.filterwarnings("ignore:the nearest cost is examined")  # of texts of few tokens, whose counts jump
+def test_each_tower_is_trained_and_set_to_its_own_target(tmp_path):
+    asked = {"text": 0.3, "image": 0.4}
+    settings = config("retrieval", tmp_path / "data", reduction=asked, ramp=0.0, k_test=0)
+    done = compress(settings, tmp_path / "run")
+    dense, row = done.rows
+    assert (dense["reduction"], row["reduction"]) == (0.0, asked)
+    for tower, share in asked.items():
+        macs, whole = row["towers"][tower]
+        assert 1 - macs / whole == pytest.approx(share, abs=0.06)  # of whole tokens, of which there are few
+    ratios = {tower: one["value"] for tower, one in row["knob"]["towers"].items()}
+    config_of = vp.load(tmp_path / "run" / "model").pruning.config
+    assert {tower: config_of.part("keep", tower).args["ratio"] for tower in ratios} == ratios
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert all(row[f"target {tower}"] == share for row in history for tower, share in asked.items())
+    assert {"saved", "saved image", "saved text", "knob image", "knob text"} <= history[-1].keys()
+
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == json.loads(json.dumps(done.rows))
+    page = html.unescape(done.page.read_text())
+    assert "text 30 %, image 40 % fewer MACs" in page
+    assert "share of the dense MACs of the text tower saved" in page
+    assert f"image ratio {ratios['image']:.4g}, text ratio {ratios['text']:.4g}" in page
+
+    whole = weights(tmp_path / "run")  # and the same again where it was stopped on the way
+    for name in ("checkpoints/step_00000004", "model", "val"):
+        shutil.rmtree(tmp_path / "run" / name)
+    compress(settings, tmp_path / "run")
+    again = weights(tmp_path / "run")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    last = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[-1])
+    assert all(last[name] == history[-1][name] for name in ("knob image", "knob text", "saved image", "saved text"))
+
+
+def test_a_tower_that_is_left_out_stays_as_its_parts_say(tmp_path):
+    parts = {"guide": "codebook(anchors=4)", "keep": {"image": "ratio(ratio=0.7)", "text": "ratio(ratio=0.75)"}}
+    settings = config("nlvr", tmp_path / "data", reduction={"image": 0.4}, parts=parts, steps=1)
+    compress(settings, tmp_path / "run")
+    kept = vp.load(tmp_path / "run" / "model").pruning.config
+    assert kept.part("keep", "text") == vp.Part("ratio", {"ratio": 0.75})
+    assert kept.part("keep", "image").args["ratio"] not in (0.7, 0.75)
+
+
+@pytest.mark.filterwarnings("ignore:the nearest cost is examined")
+def test_a_towers_cost_out_of_reach_gives_the_nearest(tmp_path):
+    parts = {"guide": "codebook(anchors=4)", "keep": "ratio", "at": {"image": [1], "text": None}}
+    asked = {"image": 0.95, "text": 0.3}
+    settings = config("retrieval", tmp_path / "data", reduction=asked, parts=parts, steps=1, k_test=0)
+    with pytest.warns(UserWarning, match=r"nearest cost is examined and saved: .* of the image tower is out of reach"):
+        done = compress(settings, tmp_path / "run")
+    kept = vp.load(tmp_path / "run" / "model").pruning.config
+    assert kept.part("keep", "image").args["ratio"] == 0.0
+    towers = done.rows[-1]["knob"]["towers"]
+    assert 1 - towers["text"]["macs"] / towers["text"]["dense_macs"] == pytest.approx(0.3, abs=0.06)
+    missed = "95% fewer MACs of the image tower are out of these parts' reach: the nearest, "
+    assert missed in html.unescape(done.page.read_text())
+
+
+@pytest.mark.parametrize(
+    ("task", "reduction", "parts", "complaint"),
+    [
+        ("nlvr", {"vision": 0.5}, {}, r"names the tower 'vision'; this model has image, text"),
+        ("caption", {"image": 0.5, "text": 0.3}, {}, r"names the tower 'text'; this model has image"),
+        ("retrieval", {"text": 0.3}, {"at": {"image": None}}, r"the text tower is pruned nowhere"),
+        ("retrieval", {"text": 0.3}, {"keep": {"image": "ratio", "text": "count(count=4)"}}, r"turn in the text tower"),
+    ],
+)
+def test_towers_that_cannot_have_a_target_are_refused_before_training(task, reduction, parts, complaint, tmp_path):
+    settings = config(task, tmp_path / "data", reduction=reduction, parts={"guide": "codebook(anchors=4)", **parts})
+    with pytest.raises(ValueError, match=complaint):
+        compress(settings, tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())  # and the folder is free for the config that is right
 
 
 def test_pictures_that_cannot_be_opened_are_told_of(tmp_path):

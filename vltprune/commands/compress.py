@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import tasks
+from .. import savings, tasks
 from ..opening import is_random
 from . import common, options
 
@@ -30,7 +30,8 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser.add_argument("--val", metavar="FILE", help="annotations that everything is chosen on; never the test split")
     parser.add_argument("--val-images", metavar="DIR", help="the folder that those paths begin in (--images)")
     parser.add_argument("--preset", type=options.preset, metavar="NAME", help="how to prune (madtp)")
-    parser.add_argument("--reduction", type=options.share_or_zero, help="share of the dense MACs to save (0.5)")
+    reduction = "share of the dense MACs to save (0.5), or one of each tower's own: image=0.5,text=0.3"
+    parser.add_argument("--reduction", type=options.target, metavar="SHARE", help=reduction)
     parser.add_argument(
         "--output", type=options.output, default="compress", metavar="DIR", help="folder of the run (%(default)s)"
     )
@@ -104,7 +105,7 @@ def _how(field: str) -> str:
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     from ..training import tables
 
-    names = [f"{row['reduction']:.0%} asked" if row["reduction"] else "dense" for row in rows]
+    names = [f"{savings.asked(row['reduction'], '%')} asked" if row["reduction"] else "dense" for row in rows]
     print(common.table(tables.results(names, rows)))
     if "matching" in rows[0]:
         print(f"\nsecond stage, the nearest {rows[0]['matching']['k_test']} judged by the matching head:")

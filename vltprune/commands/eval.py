@@ -173,9 +173,10 @@ def _print(summary: Mapping[str, Any]) -> None:
     print(f"{summary['records']} records, {summary['records_per_second']:.1f} a second")
     _print_macs("an instance", summary["macs"], summary["dense_macs"], summary["padding"])
     for tower, (macs, dense) in summary["towers"].items():
-        _print_macs(f"one {tower}", macs, dense, summary["tower_padding"][tower])
-    reductions = {tower: 1 - macs / dense for tower, (macs, dense) in summary["towers"].items()}
-    note = savings.whose({}, reductions, summary["macs_saved"])
+        _print_macs(
+            f"one {tower}", macs, dense, summary["tower_padding"][tower], savings.share(tower, summary["shares"])
+        )
+    note = savings.whose(summary["shares"], summary["reductions"], summary["macs_saved"])
     if summary["kept"] and note:  # nothing is kept of a dense model
         print(note)
     _print_kept(summary)
@@ -200,9 +201,10 @@ def _print_scores(scores: Mapping[str, float]) -> None:
     print(common.table([["", "%"], *rows]) if rows else "no scores here: score the result file elsewhere")
 
 
-def _print_macs(what: str, macs: float, dense: float, padding: float) -> None:
+def _print_macs(what: str, macs: float, dense: float, padding: float, share: str = "") -> None:
+    """share: of the whole saving, as the tail of a sentence."""
     saved = f"{savings.less(macs, dense)} than dense ({dense / 1e9:.3f})" if macs != dense else "as dense"
-    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}{savings.skipped(padding)}")
+    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}{share}{savings.skipped(padding)}")
 
 
 def _print_kept(summary: Mapping[str, Any]) -> None:

@@ -63,6 +63,22 @@ def share_or_zero(text: str) -> float:
     return 0.0 if _number(text) == 0 else share(text)
 
 
+def target(text: str) -> float | dict[str, float]:
+    """A share of MACs, from 0 on, or one for each tower: "0.5", "image=0.5,text=0.3"."""
+    if "=" not in text:
+        return share_or_zero(text)
+    found: dict[str, float] = {}
+    for one in text.split(","):
+        tower, equals, value = (part.strip() for part in one.partition("="))
+        if not equals or not tower.isidentifier() or tower in found:
+            raise _Wrong(
+                f"cannot read {text!r}: write one share of the MACs, such as 0.5, or one for each tower, such as "
+                "image=0.5,text=0.3"
+            )
+        found[tower] = share(value)
+    return found
+
+
 def file(text: str) -> str:
     """The path of a file that can be read."""
     path = Path(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,8 @@ def prepare(model: Any, loader: Loader[Record], args: argparse.Namespace) -> dic
     if args.reduction is None or not images:
         return done
     found = common.calibrate(model, images, args.reduction, f"calibrating on {number} pictures")
-    common.say(f"vltprune: {found.knob}={found.value:.4g} saves {found.reduction:.1%} on {number} pictures")
-    return {**done, "calibrated_on": number, str(found.knob): found.value}
+    common.say(f"vltprune: calibrated on {number} pictures: {found}")
+    return {**done, "calibrated_on": number, "calibration": asdict(found)}
 
 
 @dataclass

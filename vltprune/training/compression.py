@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import __version__, budget, checkpoint, fingerprint, tasks
+from .. import __version__, budget, checkpoint, fingerprint, savings, tasks
 from ..data import Loader, Records, shards
+from ..dial import Dial
 from ..exam import Exam, report, report_matching
+from ..frozen import thawed
 from ..journal import Journal, write_json
 from ..models import zoo
 from ..opening import open_model
@@ -26,6 +29,7 @@ from ..tasks import Matching, Options, Retrieval
 from ..wrappers import is_pruned
 from .calls import calls_of
 from .config import CompressConfig
+from .controller import Target
 from .engine import Run
 from .examples import Example, Rows, examples
 from .figures import History, told
@@ -41,9 +45,9 @@ _CALIBRATED = 256  # records of the validation split that the knob is set on
 class Compressed:
     """What came of a compression: the model, its folder, and one row of results a cost, dense first.
 
-    A row: reduction asked for (0: dense), knob, and what `exam.report` gives on the validation split; `matching`, where a
-    model has a second stage: what `exam.report_matching` gives. page: report.html,
-    for people to look at. skipped: records that could not be trained on since the run was last taken up, and why.
+    A row: reduction asked for (0: dense; a mapping where each tower had a target of its own), knob, and what `exam.report`
+    gives on the validation split; `matching`, where a model has a second stage: what `exam.report_matching` gives. page:
+    report.html, for people to look at. skipped: records that could not be trained on since the run was last taken up, and why.
     """
 
     model: nn.Module
@@ -67,18 +71,22 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     trained and no record examined again: the page is made anew. Returns None in processes other than the first.
 
     Where the parts cannot reach `reduction`, it warns, and the nearest cost is what is examined and saved. Raises what the
-    config's parts raise; ValueError for a folder of another config, or of other content under the same names; CheckpointError
+    config's parts raise; ValueError for a tower that `reduction` names and the model lacks or does not prune, for a folder of
+    another config, or of other content under the same names; CheckpointError
     for a `start` that does not fit, OSError where nothing can be written, BadLossError; Stopped, a KeyboardInterrupt that says
     where the same call goes on, for Ctrl-C and SIGTERM.
     """
     folder, tell = Path(output), _is_first()
-    _claim(folder, config)
+    _check_folder(folder, config)
     with told(f"loading {config.model}", tell):
         dense = dense_model(config)
     content = fingerprint.of_model(dense)
     taught = config.distil or config.distil_summaries or config.scores_taught
     twin = copy.deepcopy(dense) if taught else None
     model = prune(dense, config.pruning)
+    if config.reduction:
+        budget.check_targets(model, config.reduction)
+    _claim(folder, config)
     if config.start is not None:
         checkpoint.fill(model, Path(zoo.packaged(config.start) or config.start))
     teacher = None
@@ -130,21 +138,36 @@ def _read(config: CompressConfig, kind: Any, tell: bool) -> tuple[Any, Sequence[
         return records, kind.read(config.val, config.val_images or config.images or str(Path(config.val).parent), False)
 
 
-def _claim(folder: Path, config: CompressConfig) -> None:
-    """The folder is this config's, from now on. ValueError, with the difference, where it is another's."""
-    try:
+def _check_folder(folder: Path, config: CompressConfig) -> None:
+    """Make the folder. OSError where it cannot be; ValueError, with the difference, where it is another config's."""
+    with _written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "config.json"
-        if file.is_file():
-            there, here = json.loads(file.read_text()), json.loads(json.dumps(config.to_dict()))
-            other = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-            if other:
-                raise ValueError(
-                    f"{folder} is the run of another config ({other[0]}: {there.get(other[0])!r} there, "
-                    f"{here.get(other[0])!r} now): choose another output, or remove that folder"
-                )
-        else:
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    there, here = json.loads(file.read_text()), json.loads(json.dumps(config.to_dict()))
+    other = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if other:
+        raise ValueError(
+            f"{folder} is the run of another config ({other[0]}: {there.get(other[0])!r} there, "
+            f"{here.get(other[0])!r} now): choose another output, or remove that folder"
+        )
+
+
+def _claim(folder: Path, config: CompressConfig) -> None:
+    """The folder is this config's, from now on; not before the config was found to fit its model, or the folder would refuse
+    the one that is right."""
+    file = folder / "config.json"
+    with _written(folder):
+        if not file.is_file():
             write_json(file, config.to_dict())
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """An OSError in the `with` block names the folder."""
+    try:
+        yield
     except OSError as error:
         raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another output") from error
 
@@ -227,20 +250,44 @@ def _served(run: Run, model: nn.Module, val: Sequence[Any]) -> list[tuple[dict[s
     config, exams = run.config, []
     with told(f"opening the pictures of {len(val[:_CALIBRATED])} validation records"):
         calls = calls_of(run.task, val[:_CALIBRATED], transforms(model), run.accelerator.device)
-    for reduction in sorted({*config.serve, config.reduction}, key=lambda share: (share == config.reduction, share)):
+    milder = [share for share in sorted({*config.serve}) if share != config.reduction]
+    for reduction in (*milder, config.reduction):
         try:
-            with told(f"setting the knob to {reduction:.0%} fewer MACs") as bar:
-                found = budget.calibrate(model, calls, reduction, progress=lambda value, saved: bar.update())
-        except budget.BudgetError as error:
-            if reduction != config.reduction:
-                continue  # a cost on the way that these parts cannot give
-            warnings.warn(f"the nearest cost is examined and saved: {error}", stacklevel=2)
-            found = error.nearest
-            assert found.value is not None  # one for all towers was asked for
-            budget.Dial(model).settle(found.value)
-        exams.append(_examined(run, model, val, f"{reduction:g}", reduction, asdict(found)))
+            found = _calibrated(model, calls, reduction, strict=reduction != config.reduction)
+        except budget.BudgetError:
+            continue  # a cost on the way that these parts cannot give
+        exams.append(_examined(run, model, val, _folder_of(reduction), reduction, asdict(found)))
     checkpoint.save(model, run.folder / "model")
-    return sorted(exams, key=lambda exam: exam[0]["reduction"])
+    return exams if isinstance(config.reduction, Mapping) else sorted(exams, key=lambda exam: exam[0]["reduction"])
+
+
+def _calibrated(model: nn.Module, calls: Sequence[Any], reduction: Target, strict: bool) -> budget.Calibration:
+    """Calibrate to a cost. BudgetError for one out of reach where `strict`; else the nearest is set, tower by tower where each
+    has its own, under a warning."""
+    targets: dict[str | None, Target] = {None: reduction}
+    if isinstance(reduction, Mapping):
+        # in the model's order, as `calibrate` has it
+        targets = {tower: {tower: reduction[tower]} for tower in pruning(model).towers if tower in reduction}
+    found: Any = None
+    with told(f"setting the knob to {savings.asked(reduction, '%')} fewer MACs") as bar:
+        for tower, one in targets.items():
+            try:
+                found = budget.calibrate(model, calls, one, progress=lambda value, saved: bar.update())
+            except budget.BudgetError as error:
+                if strict:
+                    raise
+                warnings.warn(f"the nearest cost is examined and saved: {error}", stacklevel=2)
+                found = error.nearest
+                Dial(model, tower).settle(found.value)
+    # the last was measured with all the others set
+    return replace(found, knob=None, value=None) if isinstance(reduction, Mapping) else found
+
+
+def _folder_of(reduction: Target) -> str:
+    """The name of the folder of a cost's exam."""
+    if isinstance(reduction, Mapping):
+        return ",".join(f"{tower}={share:g}" for tower, share in reduction.items())
+    return f"{reduction:g}"
 
 
 def _shown(run: Run, model: nn.Module, val: Sequence[Any], answered: Sequence[Rows]) -> tuple[list[Example], str]:
@@ -254,17 +301,18 @@ def _shown(run: Run, model: nn.Module, val: Sequence[Any], answered: Sequence[Ro
 
 
 def _examined(
-    run: Run, model: nn.Module, val: Sequence[Any], name: str, reduction: float, knob: dict[str, Any] | None
+    run: Run, model: nn.Module, val: Sequence[Any], name: str, reduction: Target, knob: dict[str, Any] | None
 ) -> tuple[dict[str, Any], Rows]:
     """A row of results, and the rows of its records."""
     loader = Loader(val, transforms(model), workers=run.config.workers)
     folder = run.folder / "val" / name
     content = {"content_of_model": fingerprint.of_model(model)}
-    journal = Journal(folder, {"reduction": reduction, "knob": knob, **content})
-    what = f"examining {len(loader)} validation records, {f'{reduction:.0%} fewer MACs' if reduction else name}"
+    journal = Journal(folder, {"reduction": thawed(reduction), "knob": knob, **content})
+    cost = f"{savings.asked(reduction, '%')} fewer MACs" if reduction else name
+    what = f"examining {len(loader)} validation records, {cost}"
     with told(what, total=len(loader)) as bar:
         Exam(run.task, model, str(run.accelerator.device)).sit(loader, journal, bar.update)
-    row = {"reduction": reduction, "knob": knob, **report(run.task, journal.rows)}
+    row = {"reduction": thawed(reduction), "knob": knob, **report(run.task, journal.rows)}
     if isinstance(run.task, Retrieval) and run.task.has_head and run.config.k_test:
         matching = run.task.matching(val, journal.rows, run.config.k_test)
         row["matching"] = _matched(run, model, matching, Journal(folder / "matching", {"knob": knob, **content}))

@@ -58,7 +58,9 @@ class CompressConfig:
     preset, parts   how to prune: a preset's name, and parts that replace its own, such as {"reducer": "drop"}
     freeze          shell patterns of the dense model's parameters that stay as they are
     reduction       share to save of the dense MACs on the tokens that are there, padding left out; 0 trains the dense model,
-                    for want of one to begin with
+                    for want of one to begin with. Or a mapping from tower to a share of its own dense MACs, such as
+                    {"image": 0.5, "text": 0.3}: each of these towers has a knob and a controller of its own, and a tower that
+                    is left out stays as `parts` say. Needs budget="controller", and no `serve`
     serve           other shares, that every second step trains for, by turns; the model is calibrated to them and examined
                     there as well
     budget          "controller": measured MACs turn the keeper's knob; "learned": for the first half of the steps tokens are
@@ -94,7 +96,7 @@ class CompressConfig:
     preset: str = "madtp"
     parts: Mapping[str, Any] = field(default_factory=FrozenDict)
     freeze: tuple[str, ...] = ()
-    reduction: float = 0.5
+    reduction: float | Mapping[str, float] = 0.5
     serve: tuple[float, ...] = ()
     budget: Literal["controller", "learned"] = "controller"
     ramp: float = 0.5
@@ -138,8 +140,7 @@ class CompressConfig:
             raise type(error)(f"parts={thawed(self.parts)}: {error}" if self.parts else str(error)) from None
 
     def _check_ranges(self) -> None:
-        if not 0 <= self.reduction < 1:
-            raise ValueError(f"reduction={self.reduction} must lie in 0 .. 1: the share of the dense MACs to save")
+        self._check_target()
         if self.start is not None and not self.reduction:
             raise ValueError(
                 f"start={self.start!r} begins a pruned model, and reduction=0 prunes nothing: give it as model"
@@ -167,6 +168,28 @@ class CompressConfig:
             raise ValueError(f"budget={self.budget!r}: write budget='controller' or budget='learned'")
         if self.precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"precision={self.precision!r}: write precision='no', 'bf16' or 'fp16'")
+
+    def _check_target(self) -> None:
+        if not isinstance(self.reduction, Mapping):
+            if not 0 <= self.reduction < 1:
+                raise ValueError(f"reduction={self.reduction} must lie in 0 .. 1: the share of the dense MACs to save")
+            return
+        asked = f"reduction={thawed(self.reduction)}"
+        if not all(0 < share < 1 for share in self.reduction.values()):
+            raise ValueError(
+                f"{asked} must lie between 0 and 1 for each tower: the share of its own dense MACs to save; leave a "
+                "tower out to leave it as the parts say"
+            )
+        if self.serve:
+            raise ValueError(
+                f"serve={self.serve}: several costs are served by one knob for all towers: leave serve out, or write one "
+                f"number, such as reduction=0.5, instead of {asked}"
+            )
+        if self.budget == "learned":
+            raise ValueError(
+                f"budget='learned' has one price for the cost of all towers: write budget='controller' with {asked}, or "
+                "one number, such as reduction=0.5"
+            )
 
     @property
     def pruning(self) -> PruneConfig:
@@ -222,5 +245,7 @@ def fields_of(file: str | Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a text, for want of a point."""
+    """YAML 1.1 reads 1e-4 as a text, for want of a point; also among the values of a mapping."""
+    if isinstance(value, dict):
+        return {name: _number(one) for name, one in value.items()}
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value) else value

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from ..budget import Batch, Calibration, Dial, measure
+from ..surgery import pruning
+
+Target: TypeAlias = float | Mapping[str, float]  # a share of the dense MACs, or one of each tower's own
 
 _PULL = 0.1  # of the knob's range, for each 100 % of the dense MACs that the cost is off
 _MEMORY = 0.9  # of the running mean of what was measured
@@ -24,13 +28,14 @@ def target(step: int, steps: int, reduction: float, ramp: float) -> float:
 @dataclass
 class Controller:
     """Integral control of one knob by measured MACs. `value`: of the knob; `saved`: the running mean of what was saved, for
-    people to read."""
+    people to read; `tower`: whose knob it is, and whose own MACs are meant (None: those of all towers)."""
 
     model: nn.Module
     saved: float = 0.0
+    tower: str | None = None
 
     def __post_init__(self) -> None:
-        self.dial = Dial(self.model)
+        self.dial = Dial(self.model, self.tower)
         self.value = self.dial.value
 
     def start(self, batches: Iterable[Batch], reduction: float, tick: Callable[[], object] | None = None) -> None:
@@ -42,21 +47,25 @@ class Controller:
         inputs, knob = list(batches), self.dial.knob
 
         def at(place: float) -> Calibration:
-            found = measure(self.model, inputs, knob.at(place))
+            found = measure(self.model, inputs, knob.at(place), self.tower)
             if tick is not None:
                 tick()
             return found
 
         ends = [at(0.0), at(1.0)]
-        least, most = sorted(one.reduction for one in ends)
+        least, most = sorted(map(self._saved, ends))
         if least < reduction < most:
             tried = [*ends, *(at(place / (_PLACES - 1)) for place in range(1, _PLACES - 1))]
-            best = min(tried, key=lambda one: abs(one.reduction - reduction))
+            best = min(tried, key=lambda one: abs(self._saved(one) - reduction))
         else:
-            best = min(ends, key=lambda one: abs(one.reduction - reduction))
+            best = min(ends, key=lambda one: abs(self._saved(one) - reduction))
             best = self._edge(best, at)
         assert best.value is not None  # `measure` set all depths alike
-        self.load_state_dict({"value": best.value, "saved": best.reduction})
+        self.load_state_dict({"value": best.value, "saved": self._saved(best)})
+
+    def _saved(self, found: Calibration) -> float:
+        """The share that was saved of the MACs that the target is of."""
+        return found.reduction if self.tower is None else found.towers[self.tower].reduction
 
     def _edge(self, end: Calibration, at: Callable[[float], Calibration]) -> Calibration:
         """The farthest from an end of the range that still saves what the end does, by bisection."""
@@ -64,7 +73,7 @@ class Controller:
         near, far, best = self.dial.knob.place(end.value), 1 - self.dial.knob.place(end.value), end
         for _ in range(_HALVINGS):
             found = at((near + far) / 2)
-            if abs(found.reduction - end.reduction) < _SAME:
+            if abs(self._saved(found) - self._saved(end)) < _SAME:
                 near, best = (near + far) / 2, found
             else:
                 far = (near + far) / 2
@@ -78,6 +87,10 @@ class Controller:
         saved = _MEMORY * self.saved + (1 - _MEMORY) * saved
         self.load_state_dict({"value": knob.at(place), "saved": saved})
 
+    def take(self) -> None:
+        """The knob to where this controller has it."""
+        self.dial.turn(self.value)
+
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value, "saved": self.saved}
 
@@ -87,16 +100,56 @@ class Controller:
         self.dial.turn(self.value)
 
 
+class TowerControllers:
+    """A controller for each tower that has a target of its own; the others' knobs stay where they are.
+
+    Targets and measured shares are mappings from tower to a share of its own dense MACs; else it is used as a `Controller`.
+    """
+
+    def __init__(self, model: nn.Module, towers: Iterable[str]):
+        # in the model's order, images first: a text tower's cost depends on the image tokens that it looks at
+        self.towers = {name: Controller(model, tower=name) for name in pruning(model).towers if name in {*towers}}
+
+    @property
+    def value(self) -> dict[str, float]:
+        """Of each tower's knob."""
+        return {name: one.value for name, one in self.towers.items()}
+
+    def start(
+        self, batches: Iterable[Batch], reduction: Mapping[str, float], tick: Callable[[], object] | None = None
+    ) -> None:
+        inputs = list(batches)
+        for name, one in self.towers.items():
+            one.start(inputs, reduction[name], tick)
+
+    def step(self, saved: Mapping[str, float], wanted: Mapping[str, float]) -> None:
+        for name, one in self.towers.items():
+            one.step(saved[name], wanted[name])
+
+    def take(self) -> None:
+        for one in self.towers.values():
+            one.take()
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {name: one.state_dict() for name, one in self.towers.items()}
+
+    def load_state_dict(self, state: Mapping[str, dict[str, float]]) -> None:
+        for name, one in self.towers.items():
+            one.load_state_dict(state[name])
+
+
 class Turns:
     """Several costs that one model learns by turns: every second step is the first one's, the others share the rest.
 
     A model that was trained at one cost is good at that: at a milder one its weights expect fewer tokens than there are.
     """
 
-    def __init__(self, model: nn.Module, costs: Sequence[float]):
-        """costs: shares of the dense MACs to save, each once."""
+    def __init__(self, model: nn.Module, costs: Sequence[Target]):
+        """costs: what to save, each once: of the dense MACs of all towers, or of each tower's own."""
         self.costs = tuple(costs)
-        self.controllers = [Controller(model) for _ in self.costs]
+        self.controllers: list[Any] = [
+            TowerControllers(model, cost) if isinstance(cost, Mapping) else Controller(model) for cost in self.costs
+        ]
 
     def place(self, step: int) -> int:
         """Whose turn a step is."""
@@ -110,19 +163,18 @@ class Turns:
         return step // period % every == 0
 
     def take(self, place: int) -> None:
-        """The knob to where a cost has it."""
-        controller = self.controllers[place]
-        controller.dial.turn(controller.value)
+        """The knobs to where a cost has them."""
+        self.controllers[place].take()
 
-    def start(self, batches: Iterable[Batch], reduction: float, tick: Callable[[], object] | None = None) -> None:
+    def start(self, batches: Iterable[Batch], reduction: Target, tick: Callable[[], object] | None = None) -> None:
         """All of them from the same value. tick: called after each value that was tried."""
         self.controllers[0].start(batches, reduction, tick)
         self.load_state_dict([self.controllers[0].state_dict()] * len(self.controllers))
 
-    def state_dict(self) -> list[dict[str, float]]:
+    def state_dict(self) -> list[dict[str, Any]]:
         return [controller.state_dict() for controller in self.controllers]
 
-    def load_state_dict(self, states: Sequence[dict[str, float]]) -> None:
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """With the knob as the first one has it."""
         for controller, state in reversed(list(zip(self.controllers, states, strict=True))):
             controller.load_state_dict(state)

@@ -12,7 +12,7 @@ from .examples import Rows
 
 SPREAD = (10, 90)  # percentiles of a band
 _SMALL = (480, 230)
-_KEPT = "kept "
+_KEPT, _TARGET = "kept ", "target "
 _LOSSES = {
     "task": "the task's loss",
     "align": "alignment of the towers",
@@ -46,16 +46,23 @@ def tokens(answered: Sequence[Rows], names: Sequence[str]) -> str:
 def training(history: Rows, knob: str) -> str:
     """Losses, MACs saved, the knob, and tokens at the last layer, over the steps."""
     charted = [_curve(f"loss: {what}", history, {name: name}) for name, what in _LOSSES.items()]
-    charted.append(
-        _curve("share of the dense MACs saved, and the target", history, {"saved": "saved", "target": "target"})
-    )
-    charted.append(_curve(f"knob: {knob}", history, {"knob": knob}))
+    steered = {f" of the {tower} tower": f" {tower}" for tower in _steered(history)} or {"": ""}
+    for whose, own in steered.items():
+        title = f"share of the dense MACs{whose} saved, and the target"
+        charted.append(_curve(title, history, {f"saved{own}": "saved", f"target{own}": "target"}))
+        charted.append(_curve(f"knob{whose}: {knob}", history, {f"knob{own}": "knob"}))
     for name in dict.fromkeys(name for row in history for name in row if name.startswith(_KEPT)):
         last = [{"step": row["step"], name: row[name][-1]} for row in history if name in row]
         charted.append(
             _curve(f"{name.removeprefix(_KEPT)} tokens behind the last layer", last, {name: "tokens"}, zero=True)
         )
     return f'<div class="pair">{"".join(charted)}</div>'
+
+
+def _steered(history: Rows) -> list[str]:
+    """The towers that had targets of their own."""
+    names = dict.fromkeys(name for row in history for name in row if name.startswith(_TARGET))
+    return [name.removeprefix(_TARGET) for name in names]
 
 
 def _tower(tower: str, exams: Sequence[Rows], names: Sequence[str]) -> str:
@@ -87,9 +94,9 @@ def _curve(title: str, history: Rows, figures: Mapping[str, str], zero: bool = F
     if not points[next(iter(figures))]:
         return ""
     values = [value for some in points.values() for _, value in some]
-    share = "target" in figures
+    share = "target" in figures.values()
     linear = charts.Axis.over(values, ".0%" if share else "g", zero or share)
-    up = charts.Axis.ratios(values) if "knob" in figures else linear
+    up = charts.Axis.ratios(values) if "knob" in figures.values() else linear
     lines = [
         charts.Line(some, html.colour(1 if i == 0 else 0), dashed=i > 0, dots=len(some) < 20)
         for i, some in enumerate(points.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .batches import Batches
 from .calls import calls_of
 from .checkpoints import Checkpoints
 from .config import CompressConfig
-from .controller import Turns, target
+from .controller import Target, Turns, target
 from .decoding import Searched
 from .draws import Draws
 from .figures import History, Watch, counted, gathered, told, trackers
@@ -202,11 +202,14 @@ class Run:
         """What a report says besides the steps' own figures."""
         rate = self.optimizer.param_groups[0]["lr"]
         skipped = {"skipped_steps": self.skipped, "skipped_records": len(self.draws.skipped)}
-        knob = {} if self.turns is None else {"knob": self.turns.controllers[0].value}
-        return {"target": self._target(step), "rate": rate, **knob, **skipped}
+        knob = {} if self.turns is None else _by_tower("knob", self.turns.controllers[0].value)
+        return {**_by_tower("target", self._target(step)), "rate": rate, **knob, **skipped}
 
-    def _target(self, step: int, place: int = 0) -> float:
-        cost = 0.0 if self.turns is None else self.turns.costs[place]
+    def _target(self, step: int, place: int = 0) -> Any:
+        """What to save at a step, as one of the costs has it: a share, or one of each tower's own."""
+        cost: Target = 0.0 if self.turns is None else self.turns.costs[place]
+        if isinstance(cost, Mapping):
+            return {tower: target(step, self.steps, share, self.config.ramp) for tower, share in cost.items()}
         return target(step, self.steps, cost, self.config.ramp)
 
     def _place(self, step: int) -> int:
@@ -234,7 +237,9 @@ class Run:
         self.price += _PRICE * figures.get("over", 0.0)
         place = self._place(step)
         if "saved" in figures and self.turns is not None and not self._is_soft(step):
-            self.turns.controllers[place].step(figures["saved"], self._target(step, place))
+            wanted = self._target(step, place)
+            saved = {t: figures[f"saved {t}"] for t in wanted} if isinstance(wanted, Mapping) else figures["saved"]
+            self.turns.controllers[place].step(saved, wanted)
         if self.turns is None or place == 0:
             return figures
         cost = f"{self.turns.costs[place]:g}"  # beside the figures of the cost that was asked for, not among them
@@ -279,7 +284,8 @@ class Run:
 
     def _is_soft(self, step: int) -> bool:
         """Whether tokens are kept softly at a step, under a loss on their cost; otherwise the controller keeps the budget."""
-        return self.config.reduction > 0 and self.config.budget == "learned" and step < _HARDENED * self.steps
+        learned = bool(self.config.reduction) and self.config.budget == "learned"
+        return learned and step < _HARDENED * self.steps
 
     def _set_pruners(self, step: int) -> None:
         """The knob to where the step's cost has it; the softness less and less, and none in the end, so that the weights get
@@ -312,6 +318,11 @@ class Run:
         flag: Any = torch.tensor(float(here), device=self.accelerator.device)
         total: Any = self.accelerator.reduce(flag, "sum")
         return bool(total > 0)
+
+
+def _by_tower(name: str, value: float | Mapping[str, float]) -> dict[str, float]:
+    """A figure by its name; those of each tower, by their names."""
+    return {f"{name} {tower}": one for tower, one in value.items()} if isinstance(value, Mapping) else {name: value}
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..progress import bar, say
 T = TypeVar("T")
 
 _SHOWN = ("task", "align", "distil", "budget", "extra")
-_KEPT = "kept "
+_KEPT, _SAVED, _COST = "kept ", "saved ", "macs "
 
 
 @contextlib.contextmanager
@@ -104,8 +104,10 @@ class Watch:
 
     def _show(self, row: Mapping[str, Any]) -> None:
         shown = {name: f"{row[name]:.3g}" for name in _SHOWN if name in row}
-        if "saved" in row:
-            shown["saved"] = f"{row['saved']:.1%} of {row['target']:.1%}"
+        for name in ("saved", *(name for name in row if name.startswith(_SAVED))):
+            aim = name.replace("saved", "target")
+            if name in row and aim in row:
+                shown[name] = f"{row[name]:.1%} of {row[aim]:.1%}"
         kept = {name.removeprefix(_KEPT): row[name] for name in row if name.startswith(_KEPT)}
         tokens = {tower: " ".join(f"{n:.0f}" for n in left[1:]) for tower, left in kept.items()}
         self.bar.set_postfix(shown | tokens, refresh=False)
@@ -117,18 +119,26 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 
 
 def gathered(pieces: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> dict[str, Any]:
-    """The figures of a step's pieces, as of `Student`, meant over them and over all processes: plain numbers."""
+    """The figures of a step's pieces, as of `Student`, meant over them and over all processes: plain numbers.
+
+    Where MACs were measured, `saved` is the share of the dense ones that was saved, and `saved image` that of the image
+    tower's own.
+    """
     means: dict[str, Tensor] = {}
     for name in pieces[0]:
-        if name != "kept":
+        if name not in ("kept", "towers"):
             means[name] = _mean([piece[name] for piece in pieces])
     for tower in pieces[0].get("kept", ()):
         means[_KEPT + tower] = torch.stack([piece["kept"][tower] for piece in pieces]).mean(0)
+        means[_COST + tower] = torch.stack([piece["towers"][tower] for piece in pieces]).mean(0)
     if accelerator.num_processes > 1:
         means = accelerator.reduce(means, "mean")  # type: ignore[assignment]
     figures: dict[str, Any] = {name: value.tolist() for name, value in means.items()}
     if "macs" in figures:
         figures["saved"] = 1 - figures["macs"] / figures["dense_macs"]
+    for name in [name for name in figures if name.startswith(_COST)]:
+        macs, dense = figures.pop(name)
+        figures[_SAVED + name.removeprefix(_COST)] = 1 - macs / dense
     return figures
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..config import Part
-from ..frozen import frozen
+from ..frozen import frozen, thawed
 
 _WHOLE = {"val_limit": 1000, "k_test": 128, "steps": 2000, "batch_size": 32, "accumulate": 2, "seed": 0, "workers": 2}
 _WHOLE |= {"checkpoint_every": 500, "log_every": 50, "max_bad": 10}
-_NUMBERS = {"reduction": 0.5, "ramp": 0.5, "epochs": 2, "rate": 1e-4, "weight_decay": 0.05, "warmup": 0.1, "align": 0.1}
+_NUMBERS = {"ramp": 0.5, "epochs": 2, "rate": 1e-4, "weight_decay": 0.05, "warmup": 0.1, "align": 0.1}
 _NUMBERS |= {"distil": 1.0, "distil_summaries": 1.0, "saliency": 0.5, "clip": 1.0}
 _TEXT = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json", "images": "images/"}
 _TEXT |= {"val_images": "images/", "vocabulary": "vocab.txt", "answers": "answer_list.json", "start": "run/model"}
@@ -39,9 +39,11 @@ def fields_in_form(config: Any) -> dict[str, Any]:
 
 
 def _in_form(name: str, value: Any) -> Any:
-    plain = value.item() if hasattr(value, "item") else value  # a scalar of numpy or torch
+    plain = _scalar(value)
     if name in _WHOLE:
         return _whole(name, plain)
+    if name == "reduction":
+        return _target(plain)
     if name in _NUMBERS:
         return _real(name, plain, _NUMBERS[name])
     if name in _TEXT:
@@ -59,6 +61,11 @@ def _in_form(name: str, value: Any) -> Any:
     return plain
 
 
+def _scalar(value: Any) -> Any:
+    """Python's number for a scalar of numpy or torch; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
 def _whole(name: str, value: Any) -> int:
     if not _is_finite(value) or int(value) != value:
         raise TypeError(f"{name}={value!r} must be a whole number, such as {name}={_WHOLE[name]}")
@@ -69,6 +76,17 @@ def _real(name: str, value: Any, example: float) -> float:
     if not _is_finite(value):
         raise TypeError(f"{name}={value!r} must be a number, such as {name}={example:g}")
     return value if isinstance(value, int) else float(value)
+
+
+def _target(value: Any) -> Any:
+    """A share of the dense MACs, or one for each tower."""
+    shares = value.values() if isinstance(value, Mapping) else (value,)
+    if not shares or not all(map(_is_finite, map(_scalar, shares))):
+        raise TypeError(
+            f"reduction={thawed(value)!r} must be a number, such as reduction=0.5, or one for each tower, such as "
+            "reduction={'image': 0.5, 'text': 0.3}"
+        )
+    return frozen(value, "reduction") if isinstance(value, Mapping) else _real("reduction", value, 0.5)
 
 
 def _is_finite(value: Any) -> bool:

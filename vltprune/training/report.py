@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -23,7 +23,8 @@ _BUDGETS = {
 _COST = (
     "Scores on the validation split against multiply-accumulates of an instance, its pictures and one text, what the pruning "
     "itself costs included. MACs are those of the tokens that are there: what the dense model spends on padding, and a pruned "
-    "one skips, is a column of its own, where there is any, and counts neither as spent nor as saved. Dense is the model as it "
+    "one skips, is a column of its own, where there is any, and counts neither as spent nor as saved. Of several towers "
+    "each has what it saves of its own MACs, and its part of all that is saved. Dense is the model as it "
     "was before training; the pruned ones share their weights, and differ in the knob. Scores are in percent. Records a second "
     "are those of the model's calls, on this machine, one model after another: they are no benchmark."
 )
@@ -70,7 +71,7 @@ class Story:
     def names(self) -> list[str]:
         """What the rows are called."""
         pruned = [
-            f"{100 * row['reduction']:g} % fewer MACs" if row["reduction"] else "trained" for row in self.rows[1:]
+            f"{savings.asked(row['reduction'])} fewer MACs" if row["reduction"] else "trained" for row in self.rows[1:]
         ]
         return ["dense", *pruned]
 
@@ -141,7 +142,7 @@ def _pruned(config: CompressConfig) -> list[tuple[str, str]]:
         ("pruning", f"preset {config.preset}; parts that replace its own: {own}"),
         *((f"&emsp;{name}", parts.spelled(name)) for name in ("guide", "scorer", "keep", "reducer")),
         ("&emsp;where", "every block of every tower" if parts.at is None else f"blocks {parts.to_dict()['at']}"),
-        ("MACs to save", f"{100 * config.reduction:g} %" + (f"; every second step {serve}, by turns" if serve else "")),
+        ("MACs to save", savings.asked(config.reduction) + (f"; every second step {serve}, by turns" if serve else "")),
         ("budget", f"{_BUDGETS[config.budget]}; the target rises over {config.ramp:.0%} of the steps"),
     ]
 
@@ -177,7 +178,7 @@ def _selected(story: Story) -> list[str]:
 
 def _knob(story: Story, records: int) -> list[str]:
     """What the knob was set on. Plain text."""
-    knob, whole = story.rows[story.asked]["knob"]["knob"], story.calibrated == records
+    knob, whole = tables.knobs(story.rows[story.asked]["knob"]), story.calibrated == records
     on = f"all {records:,}" if whole else f"the first {story.calibrated:,} of the {records:,}"
     return [
         f"The knob ({knob}) was set on {on} validation records, one text each, for each cost by itself: to MACs alone, no "
@@ -192,9 +193,17 @@ def _drift(story: Story) -> list[str]:
     if not measured:
         return []
     last, row = measured[-1], story.rows[story.asked]
+    if not isinstance(story.config.reduction, Mapping):
+        drifts = [("", last["saved"], last["target"], row["macs_saved"])]
+    else:
+        drifts = [
+            (f" of the {tower} tower", last[f"saved {tower}"], last[f"target {tower}"], row["reductions"][tower])
+            for tower in story.config.reduction
+        ]
     return [
-        f"When training last measured it, at step {last['step']:,} or a few before, {last['saved']:.1%} of the dense MACs were "
-        f"saved, of {last['target']:.1%} to save then. With the knob set, {row['macs_saved']:.1%} are, on validation."
+        f"When training last measured it, at step {last['step']:,} or a few before, {saved:.1%} of the dense MACs{whose} were "
+        f"saved, of {wanted:.1%} to save then. With the knob set, {now:.1%} are, on validation."
+        for whose, saved, wanted, now in drifts
     ]
 
 
@@ -205,24 +214,33 @@ def _error(row: Any) -> float:
 
 def _gaps(story: Story) -> list[str]:
     """What is not in the table, and why. Plain text."""
-    there = {row["reduction"] for row in story.rows}
+    there = [row["reduction"] for row in story.rows]
     lost = [f"{100 * share:g} %" for share in story.config.serve if share not in there]
     told = [f"Asked for as well, and out of these parts' reach: {', '.join(lost)} fewer MACs."] if lost else []
     row = story.rows[story.asked]
-    knob = row["knob"] or {"macs": 1 - row["reduction"], "dense_macs": 1.0}
-    found = 1 - knob["macs"] / knob["dense_macs"]
-    if abs(found - row["reduction"]) > 0.02:  # more than calibration leaves
-        told.append(
-            f"{row['reduction']:.0%} fewer MACs are out of these parts' reach: the nearest, {found:.1%}, is in its place."
-        )
-    reductions = {tower: 1 - macs / dense for tower, (macs, dense) in row["towers"].items()}
     if row["knob"]:
-        told += [one for one in [savings.whose({}, reductions, row["macs_saved"])] if one]
+        told += _missed(row["reduction"], row["knob"])
+        told += [one for one in [savings.whose(row["shares"], row["reductions"], row["macs_saved"])] if one]
     told += [f"Not scored: {what}, since {why}." for what, why in row["unscored"].items()]
     if row["skipped"]:
         first = row["skipped"][0]
         told.append(f"{len(row['skipped'])} validation records could not be opened, the first: {first['skipped']}.")
     return told
+
+
+def _missed(reduction: Any, knob: Any) -> list[str]:
+    """Targets that calibration came nowhere near."""
+    asked = [("", reduction, knob)]
+    if isinstance(reduction, Mapping):
+        asked = [(f" of the {tower} tower", share, knob["towers"][tower]) for tower, share in reduction.items()]
+    missed = []
+    for whose, share, cost in asked:
+        found = 1 - cost["macs"] / cost["dense_macs"]
+        if abs(found - share) > 0.02:  # more than calibration leaves
+            missed.append(
+                f"{share:.0%} fewer MACs{whose} are out of these parts' reach: the nearest, {found:.1%}, is in its place."
+            )
+    return missed
 
 
 def _costs(story: Story) -> str:
@@ -255,8 +273,9 @@ def _training(story: Story) -> str:
         f"were no numbers. {last.get('skipped_records', 0)} records of those drawn since the run was last taken up could not "
         "be opened, and others took their places."
     )
-    knob = story.rows[story.asked]["knob"] or {"knob": ""}
-    return html.card(curves.training(story.history, escape(knob["knob"])) + f'<p class="quiet">{skipped}</p>')
+    found = story.rows[story.asked]["knob"]
+    knob = "" if found is None else tables.knobs(found)
+    return html.card(curves.training(story.history, escape(knob)) + f'<p class="quiet">{skipped}</p>')
 
 
 def _pictures(story: Story, shown: Sequence[Example], missing: str) -> list[str]:

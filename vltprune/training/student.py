@@ -70,8 +70,8 @@ class Student(nn.Module):
 
         saving: the share of the dense MACs that the expected ones should be below (None: no loss on them), and price, what
         a share too much costs besides. Returns scalars, those that there are of loss, task, align, distil, budget, extra,
-        and `over`, the share too much; measured: also macs, dense_macs, of an instance, and kept, per tower [1 + depths],
-        as of `Gauge`.
+        and `over`, the share too much; measured: also macs, dense_macs, of an instance, and per tower kept, [1 + depths],
+        and towers, [2], its MACs and dense MACs, as of `Gauge`.
         """
         with collect(threads=False) as traces:
             loss = self.objective(self.model, records, images, step)
@@ -157,8 +157,12 @@ class Student(nn.Module):
         def mean(rows: Sequence[Any]) -> Tensor:
             return precision.reals(rows, device).mean(0)
 
-        kept = {tower: mean([one.kept[tower] for one in spent]) for tower in own}
-        return {"macs": mean([s.macs for s in spent]), "dense_macs": mean([s.dense_macs for s in spent]), "kept": kept}
+        return {
+            "macs": mean([one.macs for one in spent]),
+            "dense_macs": mean([one.dense_macs for one in spent]),
+            "kept": {tower: mean([one.kept[tower] for one in spent]) for tower in own},
+            "towers": {tower: mean([one.towers[tower] for one in spent]) for tower in own},
+        }
 
 
 def _is_guided(trace: PruneTrace) -> bool:
