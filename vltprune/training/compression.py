@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__, budget, checkpoint, fingerprint, savings, tasks
-from ..data import Loader, Records, shards
+from .. import budget, checkpoint, fingerprint, savings, tasks
+from ..data import Loader, shards
 from ..dial import Dial
 from ..exam import Exam, report, report_matching
 from ..frozen import thawed
@@ -28,6 +26,7 @@ from ..surgery import prune, pruning
 from ..tasks import Matching, Options, Retrieval
 from ..wrappers import is_pruned
 from .calls import calls_of
+from .claims import check_folder, claim, claim_contents, contents_of
 from .config import CompressConfig
 from .controller import Target
 from .engine import Run
@@ -77,7 +76,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     where the same call goes on, for Ctrl-C and SIGTERM.
     """
     folder, tell = Path(output), _is_first()
-    _check_folder(folder, config)
+    check_folder(folder, config)
     with told(f"loading {config.model}", tell):
         dense = dense_model(config)
     content = fingerprint.of_model(dense)
@@ -86,7 +85,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     model = prune(dense, config.pruning)
     if config.reduction:
         budget.check_targets(model, config.reduction)
-    _claim(folder, config)
+    claim(folder, config)
     if config.start is not None:
         checkpoint.fill(model, Path(zoo.packaged(config.start) or config.start))
     teacher = None
@@ -95,7 +94,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     kind: Any = tasks.tasks[config.task]
     task = kind.of(model, Options(config.vocabulary, config.answers))
     records, val = _read(config, kind, tell)
-    _claim_contents(folder, _contents(config, content, records, val))
+    claim_contents(folder, contents_of(config, content, records, val))
     run = Run(config, folder, model, task, records, teacher, extra)
     run.train()
     trained = _trained(run)
@@ -136,77 +135,6 @@ def _read(config: CompressConfig, kind: Any, tell: bool) -> tuple[Any, Sequence[
             records = kind.read(config.data, config.images or str(Path(config.data).parent), False)
     with told(f"reading {config.val}", tell):
         return records, kind.read(config.val, config.val_images or config.images or str(Path(config.val).parent), False)
-
-
-def _check_folder(folder: Path, config: CompressConfig) -> None:
-    """Make the folder. OSError where it cannot be; ValueError, with the difference, where it is another config's."""
-    with _written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "config.json"
-    if not file.is_file():
-        return
-    there, here = json.loads(file.read_text()), json.loads(json.dumps(config.to_dict()))
-    other = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if other:
-        raise ValueError(
-            f"{folder} is the run of another config ({other[0]}: {there.get(other[0])!r} there, "
-            f"{here.get(other[0])!r} now): choose another output, or remove that folder"
-        )
-
-
-def _claim(folder: Path, config: CompressConfig) -> None:
-    """The folder is this config's, from now on; not before the config was found to fit its model, or the folder would refuse
-    the one that is right."""
-    file = folder / "config.json"
-    with _written(folder):
-        if not file.is_file():
-            write_json(file, config.to_dict())
-
-
-@contextlib.contextmanager
-def _written(folder: Path) -> Iterator[None]:
-    """An OSError in the `with` block names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another output") from error
-
-
-def _contents(config: CompressConfig, model: str, records: Any, val: Any) -> dict[str, str | None]:
-    """What stands behind the names of a config, as digests. Pictures and shards are told by size and both ends."""
-    start = None if config.start is None else zoo.packaged(config.start) or config.start
-    names = map(Path, records.names) if isinstance(records, shards.Shards) else _picture_files(records)
-    return {
-        "version": __version__,
-        "model": model,
-        "start": fingerprint.of_file(start),
-        "data": fingerprint.of_file(config.data),
-        "val": fingerprint.of_file(config.val),
-        "vocabulary": fingerprint.of_file(config.vocabulary),
-        "answers": fingerprint.of_file(config.answers),
-        "pictures of data": fingerprint.of_ends(names),
-        "pictures of val": fingerprint.of_ends(_picture_files(val)),
-    }
-
-
-def _picture_files(records: Any) -> list[Path]:
-    """Of records that were read from a file; drawn ones have none."""
-    listed = records if isinstance(records, Records) else ()
-    return [image for record in listed for image in record.images if isinstance(image, Path)]
-
-
-def _claim_contents(folder: Path, contents: dict[str, str | None]) -> None:
-    """ValueError, with what differs, where the folder's run began from other bytes behind the same names."""
-    file = folder / "contents.json"
-    if not file.is_file():
-        write_json(file, contents)
-        return
-    there = json.loads(file.read_text(encoding="utf-8"))
-    if other := [name for name in {**there, **contents} if there.get(name) != contents.get(name)]:
-        raise ValueError(
-            f"{folder} is a run whose {' and '.join(other)} had another content than now, under the same names: choose another "
-            "output, or remove that folder"
-        )
 
 
 def _trained(run: Run) -> nn.Module:

@@ -26,7 +26,7 @@ from .config import CompressConfig
 from .controller import Target, Turns, target
 from .decoding import Searched
 from .draws import Draws
-from .figures import History, Watch, counted, gathered, told, trackers
+from .figures import History, Watch, by_tower, counted, gathered, plain, told, trackers
 from .objectives import objective_of
 from .parameters import freeze, parameter_groups, schedule
 from .shards import ShardDraws
@@ -93,7 +93,7 @@ class Run:
         Stopped, behind a checkpoint of the last whole step, for Ctrl-C and SIGTERM.
         """
         self.done = self._begin()
-        self.accelerator.init_trackers("vltprune", config=_plain(self.config.to_dict()))
+        self.accelerator.init_trackers("vltprune", config=plain(self.config.to_dict()))
         if self.accelerator.is_main_process:
             on = f"going on from step {self.done:,}" if self.done else "the first step"
             say(f"vltprune: training {self.steps:,} steps of {self.config.batch_size} records: {on}")
@@ -202,8 +202,8 @@ class Run:
         """What a report says besides the steps' own figures."""
         rate = self.optimizer.param_groups[0]["lr"]
         skipped = {"skipped_steps": self.skipped, "skipped_records": len(self.draws.skipped)}
-        knob = {} if self.turns is None else _by_tower("knob", self.turns.controllers[0].value)
-        return {**_by_tower("target", self._target(step)), "rate": rate, **knob, **skipped}
+        knob = {} if self.turns is None else by_tower("knob", self.turns.controllers[0].value)
+        return {**by_tower("target", self._target(step)), "rate": rate, **knob, **skipped}
 
     def _target(self, step: int, place: int = 0) -> Any:
         """What to save at a step, as one of the costs has it: a share, or one of each tower's own."""
@@ -318,13 +318,3 @@ class Run:
         flag: Any = torch.tensor(float(here), device=self.accelerator.device)
         total: Any = self.accelerator.reduce(flag, "sum")
         return bool(total > 0)
-
-
-def _by_tower(name: str, value: float | Mapping[str, float]) -> dict[str, float]:
-    """A figure by its name; those of each tower, by their names."""
-    return {f"{name} {tower}": one for tower, one in value.items()} if isinstance(value, Mapping) else {name: value}
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """What a tracker takes: plain values by name."""
-    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}

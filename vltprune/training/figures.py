@@ -154,3 +154,13 @@ def trackers() -> list[Any]:
 def _by_layer(row: Mapping[str, Any]) -> dict[str, float]:
     kept = {name: row[name] for name in row if name.startswith(_KEPT)}
     return {f"{name}/{depth}": n for name, tokens in kept.items() for depth, n in enumerate(tokens)}
+
+
+def by_tower(name: str, value: float | Mapping[str, float]) -> dict[str, float]:
+    """A figure by its name; those of each tower, by their names."""
+    return {f"{name} {tower}": one for tower, one in value.items()} if isinstance(value, Mapping) else {name: value}
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker takes: plain values by name."""
+    return {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}

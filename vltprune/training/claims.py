@@ -1,0 +1,86 @@
+"""The folder of a compression, claimed for one config and for the content behind its names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, fingerprint
+from ..data import Records, shards
+from ..journal import write_json
+from ..models import zoo
+from .config import CompressConfig
+
+
+def check_folder(folder: Path, config: CompressConfig) -> None:
+    """Make the folder. OSError where it cannot be; ValueError, with the difference, where it is another config's."""
+    with _written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.json"
+    if not file.is_file():
+        return
+    there, here = json.loads(file.read_text()), json.loads(json.dumps(config.to_dict()))
+    other = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if other:
+        raise ValueError(
+            f"{folder} is the run of another config ({other[0]}: {there.get(other[0])!r} there, "
+            f"{here.get(other[0])!r} now): choose another output, or remove that folder"
+        )
+
+
+def claim(folder: Path, config: CompressConfig) -> None:
+    """The folder is this config's, from now on; not before the config was found to fit its model, or the folder would refuse
+    the one that is right."""
+    file = folder / "config.json"
+    with _written(folder):
+        if not file.is_file():
+            write_json(file, config.to_dict())
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """An OSError in the `with` block names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another output") from error
+
+
+def contents_of(config: CompressConfig, model: str, records: Any, val: Any) -> dict[str, str | None]:
+    """What stands behind the names of a config, as digests. Pictures and shards are told by size and both ends."""
+    start = None if config.start is None else zoo.packaged(config.start) or config.start
+    names = map(Path, records.names) if isinstance(records, shards.Shards) else _picture_files(records)
+    return {
+        "version": __version__,
+        "model": model,
+        "start": fingerprint.of_file(start),
+        "data": fingerprint.of_file(config.data),
+        "val": fingerprint.of_file(config.val),
+        "vocabulary": fingerprint.of_file(config.vocabulary),
+        "answers": fingerprint.of_file(config.answers),
+        "pictures of data": fingerprint.of_ends(names),
+        "pictures of val": fingerprint.of_ends(_picture_files(val)),
+    }
+
+
+def _picture_files(records: Any) -> list[Path]:
+    """Of records that were read from a file; drawn ones have none."""
+    listed = records if isinstance(records, Records) else ()
+    return [image for record in listed for image in record.images if isinstance(image, Path)]
+
+
+def claim_contents(folder: Path, contents: dict[str, str | None]) -> None:
+    """ValueError, with what differs, where the folder's run began from other bytes behind the same names."""
+    file = folder / "contents.json"
+    if not file.is_file():
+        write_json(file, contents)
+        return
+    there = json.loads(file.read_text(encoding="utf-8"))
+    if other := [name for name in {**there, **contents} if there.get(name) != contents.get(name)]:
+        raise ValueError(
+            f"{folder} is a run whose {' and '.join(other)} had another content than now, under the same names: choose another "
+            "output, or remove that folder"
+        )
