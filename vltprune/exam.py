@@ -183,10 +183,8 @@ def report(
 
     macs, dense = mean("macs"), mean("dense_macs")
     towers = {tower: mean("towers", tower) for tower in answered[0]["towers"]}
-    spent = {tower: _spent(answered, weights, tower) for tower in towers}
     scores = task.score(answered)
-    if wrong := [name for name, score in scores.items() if not math.isfinite(score)]:
-        raise FloatingPointError(f"{wrong[0]} of {len(answered)} records is {scores[wrong[0]]}, which is no score")
+    _check_scores(scores, len(answered))
     return {
         "scores": scores,
         "unscored": task.unscored(scores) if isinstance(task, Explains) else {},
@@ -197,12 +195,18 @@ def report(
         "padding": mean("padding"),
         "towers": towers,
         "reductions": {tower: 1 - pruned / whole for tower, (pruned, whole) in towers.items()},
-        "shares": savings.shares(spent, dense - macs),
+        "shares": savings.shares({tower: _spent(answered, weights, tower) for tower in towers}, dense - macs),
         "tower_padding": {tower: mean("tower_padding", tower) for tower in answered[0]["tower_padding"]},
         "kept": {tower: mean("kept", tower) for tower in answered[0]["kept"]},
         "records_per_second": len(answered) / sum(row["seconds"] for row in answered),
         "skipped": skipped,
     }
+
+
+def _check_scores(scores: Mapping[str, float], records: int) -> None:
+    """FloatingPointError for a score that is NaN or infinite."""
+    if wrong := [name for name, score in scores.items() if not math.isfinite(score)]:
+        raise FloatingPointError(f"{wrong[0]} of {records} records is {scores[wrong[0]]}, which is no score")
 
 
 def _spent(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], tower: str) -> tuple[float, float]:
