@@ -183,8 +183,7 @@ def report(
 
     macs, dense = mean("macs"), mean("dense_macs")
     towers = {tower: mean("towers", tower) for tower in answered[0]["towers"]}
-    scores = task.score(answered)
-    _check_scores(scores, len(answered))
+    scores = _finite(task.score(answered), len(answered))
     return {
         "scores": scores,
         "unscored": task.unscored(scores) if isinstance(task, Explains) else {},
@@ -203,10 +202,11 @@ def report(
     }
 
 
-def _check_scores(scores: Mapping[str, float], records: int) -> None:
-    """FloatingPointError for a score that is NaN or infinite."""
+def _finite(scores: dict[str, float], records: int) -> dict[str, float]:
+    """The same scores. FloatingPointError for one that is NaN or infinite."""
     if wrong := [name for name, score in scores.items() if not math.isfinite(score)]:
         raise FloatingPointError(f"{wrong[0]} of {records} records is {scores[wrong[0]]}, which is no score")
+    return scores
 
 
 def _spent(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], tower: str) -> tuple[float, float]:
