@@ -86,6 +86,26 @@ def test_towers_of_two_widths_need_maps_of_their_own(tmp_path):
         load_into(model, file)
 
 
+def test_a_host_that_was_given_is_evaluated_where_loading_succeeds_and_stays_as_it_was_where_it_fails(tmp_path):
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    build = vp.create_model("vit_tiny_patch16_224", **sizes)
+    vp.save(vp.prune(build, "madtp", guide="codebook(anchors=6)"), tmp_path)
+    for changed in ({"depth": 3}, {"embed_dim": 64}, {}):
+        host = timm.create_model("vit_tiny_patch16_224", **{**sizes, **changed})
+        host.blocks[0].eval()
+        modes = [module.training for module in host.modules()]
+        before = {key: value.clone() for key, value in host.state_dict().items()}
+        if changed:
+            with pytest.raises(vp.CheckpointError, match="nothing was loaded"):
+                vp.load(tmp_path, host=host)
+            assert [module.training for module in host.modules()] == modes
+            assert all(torch.equal(value, before[key]) for key, value in host.state_dict().items())
+    again = vp.load(tmp_path, host=host)
+    assert again.host is host
+    assert not any(module.training for module in again.modules())
+    assert all(torch.equal(value, build.state_dict()[key]) for key, value in host.state_dict().items())
+
+
 def test_half_precision_on_disk(tmp_path, model):
     vp.save(model, tmp_path, dtype=torch.float16)
     stored = load_file(tmp_path / "model.safetensors")

@@ -56,6 +56,15 @@ def test_threads_that_collect_nothing_report_to_those_who_do():
     assert len(traces) == 6
 
 
+def test_threads_count_the_same_model_and_leave_it_in_its_mode():
+    model, pixels = vp.prune(small("vit").model, "random", keep="ratio(ratio=0.5)").train(), images(2)
+    want = vp.flops.count(model, pixels).total
+    with ThreadPoolExecutor(4) as pool:
+        assert {cost.total for cost in pool.map(vp.flops.count, [model] * 8, [pixels] * 8)} == {want}
+    assert all(module.training for module in model.pruners.modules())
+    model.eval()
+
+
 def test_each_decoder_reports_to_the_tower_of_its_own_thread():
     model = captioner().eval()
     ids, mask = sentences(2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
 from open_clip.model import set_model_preprocess_cfg
@@ -21,7 +20,6 @@ CLIP = {
 }
 BLIP = {"vision_depth": 1, "text_depth": 1, "vision_width": 32, "text_width": 32}
 TOWERS = ("vit_tiny_patch16_224", "eva02_tiny_patch14_224")
-LORA = peft.LoraConfig(target_modules=["qkv"])
 
 
 def tower(name="vit_tiny_patch16_224", pruning=None):
@@ -54,7 +52,6 @@ REFUSED = {
         r"p is \[1\] float and was nothing",
     ),
     "tied": (lambda m: setattr(m.blocks[0].norm1, "weight", m.norm.weight), r"norm\.weight"),
-    "lora": (lambda m: peft.inject_adapter_in_model(LORA, m), r"attn\.qkv is peft\..*Linear and was torch\..*Linear"),
     "parametrized": (lambda m: parametrizations.weight_norm(m.head), "head is Parametrized"),
     "block": (lambda m: m.blocks.pop(1), r"blocks\.1 is nothing and was"),
     "integers": (lambda m: m.head.register_buffer("steps", torch.zeros(1, dtype=torch.int8)), "int8"),

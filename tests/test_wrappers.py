@@ -10,15 +10,21 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models.vision_transformer import Block
 from timm.utils import ModelEmaV2
 from torch import nn
 from torch.distributed import init_process_group
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim.swa_utils import AveragedModel
 
 import vltprune as vp
 from vltprune import budget, flops
 from vltprune.gauge import Gauge
 
+CPU = torch.device("cpu")
 TINY = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 4}
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -82,6 +88,76 @@ def test_a_dense_one_is_saved_and_is_not_pruned_in_its_wrapper(tmp_path, wrap):
     again = vp.load(vp.save(wrapper, tmp_path))
     assert torch.equal(again(IMAGES), vp.unwrapped(wrapper)(IMAGES))
     assert type(vp.transforms(wrapper)) is vp.Preprocessing
+
+
+def sharded(blocks, version):
+    """A function that shards a tower by FSDP, each of its blocks too."""
+
+    def shard(model):
+        if version == 2:
+            mesh = init_device_mesh("cpu", (1,))
+            for block in vp.unwrapped(model).host.blocks if blocks else ():
+                fully_shard(block, mesh=mesh)
+            return fully_shard(model, mesh=mesh)
+        policy = ModuleWrapPolicy({Block}) if blocks else None
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=CPU)
+
+    return shard
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.usefixtures("processes")
+@pytest.mark.filterwarnings("ignore")  # of torch, that FSDP 1 is outdated and that there is no GPU
+def test_sharded_weights_are_calibrated_and_never_saved_as_if_whole(tmp_path, version):
+    model = tower()
+    want, keys = model(IMAGES).detach(), list(model.state_dict())
+    wrapper = sharded(False, version)(model)
+    assert torch.allclose(wrapper(IMAGES), want, atol=1e-5)
+    found = vp.calibrate(wrapper, [IMAGES], 0.4, tolerance=0.2)
+    for only in (None, "pruning"):
+        with pytest.raises(ValueError, match=r"sharded by FSDP.*fully_shard\(model\).*full_state_dict=True"):
+            vp.save(wrapper, tmp_path / "m", only=only)
+    assert not (tmp_path / "m").exists()
+    if version == 2:
+        state = get_model_state_dict(wrapper, options=StateDictOptions(full_state_dict=True))
+        whole = tower().pruning.host
+        whole = vp.prune(whole, model.pruning.config)
+        whole.load_state_dict(state)
+        assert sorted(state) == sorted(keys)
+        again = vp.load(vp.save(whole, tmp_path / "m"))
+        assert again.pruning.config.keep.args == {"ratio": found.value}
+        assert torch.allclose(again(IMAGES), wrapper(IMAGES), atol=1e-5)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.usefixtures("processes")
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_blocks_are_refused(version):
+    """Their weights are gathered where a block is called, and a pruned tower calls its parts: results were wrong."""
+    wrapper = sharded(True, version)(tower())
+    with pytest.raises(RuntimeError, match=r"block 0 of the image tower is sharded by FSDP.*fully_shard\(model\)"):
+        wrapper(IMAGES)
+
+
+class DeepSpeedEngine(nn.Module):
+    """As DeepSpeed's: it holds the model as `module`."""
+
+    __module__ = "deepspeed.runtime.engine"
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, images):
+        return self.module(images)
+
+
+def test_an_engine_of_deepspeed_is_a_wrapper(tmp_path):
+    model = tower()
+    engine = DeepSpeedEngine(model)
+    assert vp.unwrapped(engine) is model
+    found = vp.calibrate(engine, [IMAGES], 0.4, tolerance=0.2)
+    assert vp.load(vp.save(engine, tmp_path)).pruning.config.keep.args == {"ratio": found.value}
 
 
 def test_what_is_calibrated_in_a_wrapper_is_saved(tmp_path):

@@ -24,7 +24,7 @@ from .pair import BACKUP, CONFIG, DIGEST, WEIGHTS, CheckpointError, Saved, finis
 from .recipe import Recipe, check_shared, recipe_of
 from .registry import guides, keepers, reducers, scorers
 from .turned import current_config
-from .wrappers import plain_name, record_of, unwrapped
+from .wrappers import is_sharded, plain_name, record_of, unwrapped
 
 __all__ = ["CONFIG", "WEIGHTS", "CheckpointError", "Recipe", "Saved", "load_into", "save"]
 
@@ -42,8 +42,10 @@ def save(
     tensors on disk (None: as they are). Both files are written or none: after any failure, an earlier save in the folder is
     there as it was. What was exchanged in the model after it was built is saved too, where it is an argument of the model.
     Raises ValueError, naming it, where it is not, and for only="pruning" of a dense model; OSError, naming the folder, where
-    it cannot be written, TypeError for a quantized model, and for arguments of the model that JSON cannot hold.
+    it cannot be written, TypeError for a quantized model, and for arguments of the model that JSON cannot hold; ValueError
+    for weights that FSDP shards, and for adapters of peft.
     """
+    check_whole(model, adapters=only is None)
     folder, model = Path(folder), unwrapped(model)
     record = record_of(model)
     if only == "pruning" and record is None:
@@ -73,6 +75,25 @@ def saved_of(model: nn.Module, arguments: dict[str, Any]) -> Saved:
     check_shared(model, record)
     config = current_config(record.config, record.towers)
     return Saved(None, arguments, config.to_dict(), modules=_modules(config))
+
+
+def check_whole(model: nn.Module, adapters: bool = True) -> None:
+    """ValueError, with what to write, for weights that FSDP shards and, if `adapters`, of peft: `load` builds neither."""
+    for name, module in model.named_modules():
+        if is_sharded(module):
+            raise ValueError(
+                f"cannot save this {type(unwrapped(model)).__name__}: its weights are sharded by FSDP. Nothing was written. "
+                "Shard it by fully_shard(model), write state = get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)) of torch.distributed.checkpoint.state_dict in every process, fill a model that is "
+                "pruned as this one by whole.load_state_dict(state), and save that"
+            )
+        if adapters and type(module).__module__.partition(".")[0] == "peft":
+            what = f"{name} is" if name else "it is"
+            raise ValueError(
+                f"cannot save this model: {what} a {type(module).__name__} of peft, which loading would not build. Nothing "
+                "was written. Write vltprune.save(model.merge_and_unload(), folder) with peft's model, or save the adapters "
+                "alone by its model.save_pretrained(folder)"
+            )
 
 
 def _write(folder: Path, saved: Saved, state: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ beams, the memory and the sentences as padded as they were. It is not pruned, bu
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,18 +39,22 @@ from .surgery import pruning
 from .tokens import Layout, PackedTokens
 from .traces import PruneTrace, Step, collect
 
+# torch's counter hooks every module of the process, and a model that two threads count would be put back in the wrong mode
+_ONE_AT_A_TIME = threading.RLock()
+
 
 def count(model: nn.Module, *inputs: Any, **named: Any) -> Cost:
     """Run a pruned model as model(*inputs, **named), without gradients and as in evaluation, and count.
 
-    TypeError for a dense model.
+    TypeError for a dense model. Threads that count wait for each other.
 
     For the cost of a dense model, prune it with any config and read `dense_total`, or `padded_total` with its padding. For
     another method than the call, such as `generate`, collect its traces and give them to a `Meter`.
     """
-    with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
-        model(*inputs, **named)
-    return Meter(model)(traces)
+    with _ONE_AT_A_TIME:
+        with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
+            model(*inputs, **named)
+        return Meter(model)(traces)
 
 
 class Meter:
@@ -233,6 +238,7 @@ def _macs(run: Callable[[], Any]) -> float:
     """MACs of a call, by torch's counter, under the math backend: fused attention kernels count as nothing."""
     counter = FlopCounterMode(display=False)
     with (
+        _ONE_AT_A_TIME,
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         counter,

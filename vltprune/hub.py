@@ -11,7 +11,7 @@ from torch import nn
 
 from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, fill, pruning_of, save
 from .factory import create_model
-from .pair import BESIDE, IN_ARGUMENTS, OPEN_CLIP_CONFIG
+from .pair import BESIDE, IN_ARGUMENTS
 from .surgery import prune
 from .wrappers import is_pruned, unwrapped
 
@@ -22,7 +22,8 @@ _FILES = ["*.json", "*.safetensors"]  # ours, or those of transformers, which ma
 def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) -> nn.Module:
     """A model that `save` wrote, or `save_pretrained` of a pruned model of transformers, or `save_for_hf` of one of timm.
 
-    host: the dense model to prune and fill, for one that `save` wrote and `create_model` did not build.
+    host: the dense model to prune and fill, for one that `save` wrote and `create_model` did not build. Its own tensors are
+    overwritten, and it is put into evaluation mode, as what is returned; where loading fails, it stays as it was.
 
     overrides: parts of the pruning (scorer=, keep=, reducer=, guide=, at=), as in `create_model`. Raises CheckpointError
     for a folder that is none, and for tensors that are missing, left over or of another shape: all are listed, and
@@ -33,11 +34,6 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
         return _load_pretrained(folder, overrides)
     if host is None and (description := _of_timm(folder)) is not None:
         return _load_of_timm(folder, description, overrides)
-    if (folder / OPEN_CLIP_CONFIG).is_file() and not (folder / CONFIG).is_file():
-        raise CheckpointError(
-            f"{folder} was written by open_clip, which does not say how a model is pruned: prune its dense model as before, "
-            "and fill it by open_clip.load_checkpoint(pruned, file of weights). vltprune.save(pruned, folder) says it"
-        )
     saved = Saved.read(folder)
     if host is None:
         if saved.backbone is None:

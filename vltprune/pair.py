@@ -19,7 +19,6 @@ _FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 BESIDE = "vltprune.json"  # how a model is pruned, beside the files of the library that it is of
 IN_ARGUMENTS = "vltprune"  # how a model is pruned, among the arguments that timm writes for a model
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 BACKUP = f".old.{WEIGHTS}"  # the weights before, while both files are replaced
 DIGEST = "config"  # where the weights say which config they were saved with
 
@@ -47,7 +46,7 @@ class Saved:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{folder} has no {name}: give a folder that vltprune.save wrote") from None
+            raise CheckpointError(f"{folder} has no {name}: {_instead(folder)}") from None
         except ValueError as error:
             raise CheckpointError(f"{file} is not JSON: {error}") from None
         return cls.from_dict(data, file)
@@ -85,6 +84,18 @@ class Saved:
                     f"cannot save this model: {kind}={part!r} of its pruning has no JSON form. Nothing was written. Give parts "
                     "arguments that are strings, numbers, lists or dicts of these"
                 )
+
+
+def _instead(folder: Path) -> str:
+    """What to write for a folder that does not say how its model is pruned, such as one of a Trainer or of open_clip."""
+    weights = sorted(file.name for file in folder.glob("*") if file.name.endswith(("model.safetensors", "model.bin")))
+    if not weights:
+        return "give a folder that vltprune.save wrote"
+    return (
+        f"it has weights, {weights[0]}, and does not say how their model is built and pruned. Prune its dense model as before, "
+        f"and fill it by vltprune.checkpoint.load_into(pruned, {str(folder / weights[0])!r}); vltprune.save(pruned, folder) "
+        "writes what vltprune.load reads"
+    )
 
 
 def weights_of(folder: Path) -> Path:

@@ -25,6 +25,7 @@ from .registry import keepers, reducers, scorers
 from .ties import tied
 from .tokens import PackedTokens
 from .traces import PruneTrace, Step, collectors
+from .wrappers import is_sharded
 
 if TYPE_CHECKING:
     from .hosts.base import Host
@@ -196,7 +197,8 @@ class PrunedEncoder(nn.Module):
         if self.__dict__.get("host") is not None or self.__dict__.get("guide") is not None:
             raise RuntimeError(
                 f"DataParallel over several devices cannot copy the {self.tower} tower, which shares its guide with other "
-                "towers: use torch.nn.parallel.DistributedDataParallel, one process a device (torchrun, accelerate launch)"
+                "towers: use torch.nn.parallel.DistributedDataParallel, one process a device (torchrun, accelerate launch), or "
+                "show one device to this process (CUDA_VISIBLE_DEVICES=0)"
             )
         return super()._replicate_for_data_parallel()  # pyright: ignore[reportReturnType]
 
@@ -230,6 +232,11 @@ class PrunedEncoder(nn.Module):
         run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
         guide = self.guide.bind(self.tower) if self.guide is not None else None
         for depth, block in enumerate(self.adapter.blocks(self.host)):
+            if is_sharded(block):
+                raise RuntimeError(
+                    f"block {depth} of the {self.tower} tower is sharded by FSDP, which gathers weights where a module is "
+                    "called, and a pruned tower calls the parts of its blocks: shard the whole model alone, fully_shard(model)"
+                )
             tokens, step = run(depth, block, tokens, beside[depth], guide)
             for collector, trace in zip(collecting, traces, strict=True):
                 trace.steps.append(replace(step, tokens=tokens) if collector.tokens else step)

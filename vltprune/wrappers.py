@@ -9,6 +9,7 @@ from torch import nn
 # libraries whose wrappers hold the model as `module`: DataParallel, DistributedDataParallel, FullyShardedDataParallel and
 # AveragedModel of torch, DeepSpeedEngine, ModelEmaV2 and V3 of timm
 _LIBRARIES = ("torch", "deepspeed", "accelerate", "timm")
+_FSDP = "torch.distributed.fsdp."  # where the classes of sharded modules are
 _COMPILED = "_orig_mod"  # what torch.compile calls the model
 
 
@@ -32,6 +33,11 @@ def is_pruned(model: nn.Module) -> bool:
 def plain_name(key: str) -> str:
     """The name of a tensor or module without the parts that compiled submodules add to it."""
     return key.replace(f"{_COMPILED}.", "").removesuffix(f".{_COMPILED}")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, 1 or 2, gathers the weights of a module when it is called, and holds a part of them otherwise."""
+    return type(module).__module__.startswith(_FSDP)
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from checks import Case, same
 from test_hosts import every, make
 from timm.models.eva import EvaAttention
@@ -126,3 +127,65 @@ def test_a_nonlinear_adapter_sees_what_the_projection_would_see():
         with vp.collect() as traces:
             case.pruned(reducer="fuse")(*case.inputs)
         assert not any(step.reduced_early for step in traces[0].steps)
+
+
+def pair():
+    layers = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    text = {**layers, "vocab_size": 40, "max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 3}
+    vision = {**layers, "image_size": 32, "patch_size": 8}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+
+
+def named_vit():
+    return vp.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2)
+
+
+PEFT = {
+    "timm, by create_model": (named_vit, ["qkv"]),
+    "timm": (lambda: make("timm: vit: plain").model, ["qkv"]),
+    "transformers": (pair, ["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, that peft reads what it renamed
+@pytest.mark.parametrize(("build", "layers"), PEFT.values(), ids=PEFT)
+@pytest.mark.parametrize("parts", [{"config": "evit"}, {"config": "madtp", "guide": "codebook(anchors=5)"}], ids=str)
+def test_a_pruned_model_in_peft_learns_and_is_saved_when_merged(tmp_path, build, layers, parts):
+    peft = pytest.importorskip("peft")
+    images, ids = torch.randn(2, 3, 32, 32), torch.randint(4, 40, (2, 8))
+    ids[:, -1] = 3
+
+    def run(model):
+        return model(input_ids=ids, pixel_values=images).logits_per_image if build is pair else model(images)
+
+    def wrapped(model):
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=layers, init_lora_weights=False))
+
+    model = vp.prune(build(), **parts)
+    if "guide" in parts:
+        model.pruning.guide.birth.fill_(0)  # as if it were trained
+    adapted = wrapped(model)
+    run(adapted.train()).sum().backward()
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora" in name for name in trained)
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    with torch.no_grad():
+        want = run(adapted.eval())
+
+    saves = [lambda: vp.save(adapted, tmp_path / "m"), lambda: vp.save(model, tmp_path / "m")]
+    if build is pair:
+        saves.append(lambda: model.save_pretrained(tmp_path / "m"))
+    for save in saves:
+        with pytest.raises(ValueError, match=r"of peft.*merge_and_unload\(\)"):
+            save()
+    assert not (tmp_path / "m").exists()
+
+    adapted.save_pretrained(tmp_path / "adapters")
+    merged = adapted.merge_and_unload()
+    assert vp.unwrapped(merged).pruning is model.pruning
+    vp.save(merged, tmp_path / "m")
+    again = vp.load(tmp_path / "m", host=build())
+    with torch.no_grad():
+        same(run(merged), want)
+        same(run(again), want)

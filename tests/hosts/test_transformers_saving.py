@@ -17,6 +17,7 @@ from checks import same
 
 import vltprune as vp
 from vltprune.budget import Dial
+from vltprune.checkpoint import load_into
 
 LAYERS = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 # one of each class, and what a configuration does not say
@@ -231,3 +232,35 @@ def test_a_trainer_goes_on_from_its_checkpoint(tmp_path, make, preset):
     cut.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     right, found = whole.model.state_dict(), cut.model.state_dict()
     assert all(torch.allclose(value, found[key], atol=1e-6) for key, value in right.items())
+
+
+class Squares(hf.Trainer):
+    """Trains an encoder that has no loss of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        out = model(inputs["input_ids"], inputs["attention_mask"])
+        loss = out.pooler_output.square().mean()
+        return (loss, out) if return_outputs else loss
+
+
+def test_a_trainer_of_an_encoder_saves_its_weights_alone_and_load_says_what_to_write(tmp_path):
+    """Trainer calls save_pretrained of transformers' own classes only, and writes the state dict of all others."""
+    settings = {"max_steps": 1, "save_steps": 1, "per_device_train_batch_size": 4, "remove_unused_columns": False}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+    dense = bert().bert
+    model = vp.prune(copy.deepcopy(dense), "madtp", guide="codebook(anchors=6)")
+    Squares(model, hf.TrainingArguments(str(tmp_path), **settings, **quiet), train_dataset=Examples(False)).train()
+    folder = tmp_path / "checkpoint-1"
+    for host in (None, dense):
+        with pytest.raises(vp.CheckpointError, match=r"load_into\(pruned, '.*checkpoint-1.model\.safetensors'\)"):
+            vp.load(folder, host=host)
+    again = vp.prune(dense, "madtp", guide="codebook(anchors=6)")
+    load_into(again, folder / "model.safetensors")
+    same_model(again, model)
+
+
+def test_several_devices_in_one_process_are_refused_with_what_to_write():
+    """As Trainer runs a model where it sees several GPUs: `DataParallel` copies it."""
+    model = vp.prune(clip(), "madtp", guide="codebook(anchors=6)")
+    with pytest.raises(RuntimeError, match=r"accelerate launch.*CUDA_VISIBLE_DEVICES=0"):
+        [module._replicate_for_data_parallel() for module in model.modules()]

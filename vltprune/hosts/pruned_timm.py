@@ -7,7 +7,7 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from ..checkpoint import saved_of
+from ..checkpoint import check_whole, saved_of
 from ..pair import IN_ARGUMENTS
 from ..pruner import PrunedEncoder
 from ..traces import collect
@@ -30,6 +30,7 @@ class PrunedTimm(PrunedEncoder):
         """
         arguments = dict(getattr(self.host, "_model_args", {}))
         if is_pruned(self):
+            check_whole(self)
             arguments[IN_ARGUMENTS] = saved_of(self, {}).to_dict()
         return arguments
 

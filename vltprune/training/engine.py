@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..budget import fit_guide
@@ -141,7 +141,6 @@ class Run:
             mixed_precision=self.config.precision,
             log_with=trackers() or None,
             project_dir=str(self.folder),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # a tower may prune nowhere
         )
         return self.accelerator
 

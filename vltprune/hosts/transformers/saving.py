@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ...checkpoint import saved_of
+from ...checkpoint import check_whole, saved_of
 from ...files import write_text
 from ...pair import BESIDE, CONFIG, CheckpointError
 from ...wrappers import record_of
@@ -39,13 +39,15 @@ def save_pretrained(
 ) -> None:
     """As transformers' method, and the pruning as vltprune.json beside its files. `vltprune.load` reads both.
 
-    Raises ValueError for push_to_hub=True, which would leave that file out, and for parts that were exchanged by hand.
+    Raises ValueError for push_to_hub=True, which would leave that file out, for parts that were exchanged by hand, and for
+    adapters of peft.
     """
     if push_to_hub:
         raise ValueError(
             "save_pretrained(push_to_hub=True) would leave out how the model is pruned: call model.push_to_hub('org/name') or "
             "vltprune.push_to_hub(model, 'org/name')"
         )
+    check_whole(model)
     record: Any = record_of(model)
     host, file = record.host, Path(save_directory) / BESIDE
     text = json.dumps(saved_of(model, _constructor_arguments(host)).to_dict(), indent=2) + "\n"
