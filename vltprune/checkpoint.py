@@ -21,10 +21,10 @@ from . import convert
 from .config import PruneConfig
 from .files import Write, replace_together
 from .pair import BACKUP, CONFIG, DIGEST, WEIGHTS, CheckpointError, Saved, finish_interrupted, weights_of
-from .recipe import Recipe, check_shared, recipe_of
+from .recipe import Recipe, check_shared, check_whole, recipe_of
 from .registry import guides, keepers, reducers, scorers
 from .turned import current_config
-from .wrappers import is_sharded, plain_name, record_of, unwrapped
+from .wrappers import plain_name, record_of, unwrapped
 
 __all__ = ["CONFIG", "WEIGHTS", "CheckpointError", "Recipe", "Saved", "load_into", "save"]
 
@@ -75,25 +75,6 @@ def saved_of(model: nn.Module, arguments: dict[str, Any]) -> Saved:
     check_shared(model, record)
     config = current_config(record.config, record.towers)
     return Saved(None, arguments, config.to_dict(), modules=_modules(config))
-
-
-def check_whole(model: nn.Module, adapters: bool = True) -> None:
-    """ValueError, with what to write, for weights that FSDP shards and, if `adapters`, of peft: `load` builds neither."""
-    for name, module in model.named_modules():
-        if is_sharded(module):
-            raise ValueError(
-                f"cannot save this {type(unwrapped(model)).__name__}: its weights are sharded by FSDP. Nothing was written. "
-                "Shard it by fully_shard(model), write state = get_model_state_dict(model, options=StateDictOptions("
-                "full_state_dict=True)) of torch.distributed.checkpoint.state_dict in every process, fill a model that is "
-                "pruned as this one by whole.load_state_dict(state), and save that"
-            )
-        if adapters and type(module).__module__.partition(".")[0] == "peft":
-            what = f"{name} is" if name else "it is"
-            raise ValueError(
-                f"cannot save this model: {what} a {type(module).__name__} of peft, which loading would not build. Nothing "
-                "was written. Write vltprune.save(model.merge_and_unload(), folder) with peft's model, or save the adapters "
-                "alone by its model.save_pretrained(folder)"
-            )
 
 
 def _write(folder: Path, saved: Saved, state: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .structure import Structure, listed, plain
+from .wrappers import is_sharded, unwrapped
 
 _MOST = 8  # names in a message
 
@@ -118,3 +119,22 @@ def check_shared(model: nn.Module, record: Any) -> None:
             f"cannot save this {type(model).__name__}: it does not share {', '.join(strange[:_MOST])} with its dense model, "
             "which is what is saved. Nothing was written. Exchange parts in model.host, and prune that again"
         )
+
+
+def check_whole(model: nn.Module, adapters: bool = True) -> None:
+    """ValueError, with what to write, for weights that FSDP shards and, if `adapters`, of peft: `load` builds neither."""
+    for name, module in model.named_modules():
+        if is_sharded(module):
+            raise ValueError(
+                f"cannot save this {type(unwrapped(model)).__name__}: its weights are sharded by FSDP. Nothing was written. "
+                "Shard it by fully_shard(model), write state = get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)) of torch.distributed.checkpoint.state_dict in every process, fill a model that is "
+                "pruned as this one by whole.load_state_dict(state), and save that"
+            )
+        if adapters and type(module).__module__.partition(".")[0] == "peft":
+            what = f"{name} is" if name else "it is"
+            raise ValueError(
+                f"cannot save this model: {what} a {type(module).__name__} of peft, which loading would not build. Nothing "
+                "was written. Write vltprune.save(model.merge_and_unload(), folder) with peft's model, or save the adapters "
+                "alone by its model.save_pretrained(folder)"
+            )

@@ -7,9 +7,10 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from ..checkpoint import check_whole, saved_of
+from ..checkpoint import saved_of
 from ..pair import IN_ARGUMENTS
 from ..pruner import PrunedEncoder
+from ..recipe import check_whole
 from ..traces import collect
 from ..wrappers import is_pruned
 from .attributes import forwards, of_host
