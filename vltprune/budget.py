@@ -103,17 +103,22 @@ def check_targets(model: nn.Module, reduction: float | Mapping[str, float]) -> N
 
 
 def measure(
-    model: nn.Module, batches: Iterable[Batch], value: float | None = None, tower: str | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    value: float | None = None,
+    tower: str | None = None,
+    meter: Meter | None = None,
 ) -> Calibration:
     """Mean MACs per instance over batches, as in `calibrate`, with the knob at `value`, where it stays (None: as it is).
 
-    tower: whose knob is meant (None: the one of all towers). Where it fails, the knob is where it was.
+    tower: whose knob is meant (None: the one of all towers); meter: the model's, where it is measured again and again. Where
+    it fails, the knob is where it was.
     """
     dial = Dial(model, tower)
     with dial.unless_done():
         if value is not None:
             dial.turn(value)
-        return _measured(model, Meter(model), dial, batches)
+        return _measured(model, meter or Meter(model), dial, batches)
 
 
 def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points: int = 20_000) -> None:

@@ -80,7 +80,7 @@ def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch,
     controller = Controller(model)
     knob = controller.dial.knob
 
-    def measure(model, batches, value, tower):
+    def measure(model, batches, value, tower, meter):
         saved = min(max(0.2 + 3.5 * (knob.place(value) - 0.6), 0.2), 0.9)
         return vp.budget.Calibration(knob.name, value, 1 - saved, 1.0)
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ..budget import Batch, Calibration, Dial, measure
+from ..flops import Meter
 from ..surgery import pruning
 
 Target: TypeAlias = float | Mapping[str, float]  # a share of the dense MACs, or one of each tower's own
@@ -44,10 +45,10 @@ class Controller:
         Where the target lies beyond what the knob can do, it begins where its end begins to make no difference. tick: called
         after each value that was tried.
         """
-        inputs, knob = list(batches), self.dial.knob
+        inputs, knob, meter = list(batches), self.dial.knob, Meter(self.model)
 
         def at(place: float) -> Calibration:
-            found = measure(self.model, inputs, knob.at(place), self.tower)
+            found = measure(self.model, inputs, knob.at(place), self.tower, meter)
             if tick is not None:
                 tick()
             return found
