@@ -12,6 +12,7 @@ from vltprune import metrics
 
 def test_accuracy():
     assert metrics.accuracy([0.9, 0.4, 0.6, 0.1], [1, 0, 0, 1]) == 0.5
+    assert metrics.accuracy([0.5], [0]) == 1  # who cannot tell does not say that it is true
     with pytest.raises(ValueError, match="no statements"):
         metrics.accuracy([], [])
 

@@ -140,3 +140,10 @@ def test_where_nothing_is_left_of_any_token_all_count_alike():
     assert len(tokens.fade(torch.zeros(3)).bias.softmax(0).unique()) == 1
     shares = torch.tensor([0.5, 1e-30, 1.0])
     assert torch.equal(tokens.fade(shares).bias, shares.log())
+
+
+def test_what_is_left_of_what_was_left_is_their_product():
+    once = PackedTokens.pack(torch.zeros(1, 3, 2)).fade(torch.tensor([0.5, 1.0, 0.25]), torch.tensor([0.5, 0.5, 1.0]))
+    twice = once.fade(torch.tensor([0.5, 0.5, 1.0]))
+    assert twice.presence.tolist() == [0.25, 0.5, 0.25]
+    assert twice.counted.tolist() == [0.25, 0.25, 1.0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ..budget import fit_guide
@@ -141,6 +141,9 @@ class Run:
             mixed_precision=self.config.precision,
             log_with=trackers() or None,
             project_dir=str(self.folder),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True)
+            ],  # a host may have idle weights
         )
         return self.accelerator
 
