@@ -286,8 +286,7 @@ class Run:
 
     def _is_soft(self, step: int) -> bool:
         """Whether tokens are kept softly at a step, under a loss on their cost; otherwise the controller keeps the budget."""
-        learned = bool(self.config.reduction) and self.config.budget == "learned"
-        return learned and step < _HARDENED * self.steps
+        return self.config.budget == "learned" and self.turns is not None and step < _HARDENED * self.steps
 
     def _set_pruners(self, step: int) -> None:
         """The knob to where the step's cost has it; the softness less and less, and none in the end, so that the weights get
@@ -317,6 +316,5 @@ class Run:
         """Whether something is so in any process."""
         if self.accelerator.num_processes == 1:
             return here
-        flag: Any = torch.tensor(float(here), device=self.accelerator.device)
-        total: Any = self.accelerator.reduce(flag, "sum")
+        total: Any = self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), "sum")
         return bool(total > 0)
