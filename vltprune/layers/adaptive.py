@@ -17,6 +17,7 @@ from .scorers import unit
 from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
+_EQUAL = 1e-5  # relative: sums of scores, or of what tokens take with them, that rounding may make of equal ones
 _TIE = 1e-8  # relative: a score that is nearer to a threshold does not count as above it
 _ALIKE = 1e-9  # a squared distance, of unit vectors, that rounding may make of none
 _TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
@@ -168,7 +169,7 @@ class TopP(KeepRatioPredictor):
         weight = scores.detach().to(exact).clamp(min=0).masked_fill(tokens.protected, 0.0)
         ranked = segments.pad(weight, layout, 0.0).sort(1, descending=True).values
         reached = ranked.cumsum(1) - ranked  # by the tokens before each
-        wanted = self.p * ranked.sum(1, keepdim=True) * (1 - precision.rounding(exact))
+        wanted = self.p * ranked.sum(1, keepdim=True) * (1 - _EQUAL)
         return (reached < wanted).sum(1).clamp(min=1).minimum(there) if self.p < 1 else there
 
 
@@ -202,7 +203,7 @@ class Distortion(KeepRatioPredictor):
         lost = _lost(scores, tokens)
         ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, place), lost)
         behind = ranked.flip(1).cumsum(1).flip(1)  # what each token and those below it take with them
-        return (behind > max(self.error * self._falloff * (1 + 1e-5), _ALIKE)).sum(1).clamp(min=1).minimum(there)
+        return (behind > max(self.error * self._falloff * (1 + _EQUAL), _ALIKE)).sum(1).clamp(min=1).minimum(there)
 
 
 @torch.no_grad()

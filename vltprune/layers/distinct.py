@@ -15,8 +15,8 @@ from .guides import Guidance
 from .scorers import Madtp, SelfAttention, TokenScorer, normalise, unit
 from .site import Site
 
-_FAR = 1e-3  # a resemblance that counts as none
-_ROUNDING = 1e-4  # relative: rounding of products near 1, divided by the width, leaves this much of a count in doubt
+_LITTLE = 1e-3  # a resemblance that counts as none, and one that is short of a whole one by as much counts as whole
+_ROUNDING = 1e-4  # relative: rounding of products, divided by the width, leaves this much of a count in doubt
 
 
 @scorers.register("distinct")
@@ -24,8 +24,8 @@ class Distinct(TokenScorer):
     """1 / how many unprotected tokens of the instance a token resembles, itself among them: 1 for one that is like no other.
 
     Tokens z, at zero mean and unit length (a layer norm over sqrt(dim)), resemble each other by exp(-||z_i - z_j||^2 / width),
-    less a thousandth, so that those farther apart than that do not resemble each other at all, and a token like no other
-    scores 1 exactly.
+    stretched so that all below a thousandth is 0 and all above 999 thousandths is 1: a token like no other scores 1 exactly,
+    and each of n copies 1 / n, whatever rounding makes of their distances.
     Over an instance the scores add up to how many different tokens it has: the diversity of order 0 of Leinster and Cobbold
     (Ecology 93, 2012), all tokens as frequent. A plain ground, whose patches attention likes no less than others, goes first.
     Words hardly resemble each other: for texts use `distinct_attention`.
@@ -95,6 +95,6 @@ def _resembling(z: Tensor, free: Tensor, width: float) -> Tensor:
     """z [..., n, dim], free [..., n] -> how many free tokens each resembles, [..., n], itself at least."""
     size = z.square().sum(-1)
     apart = size[..., :, None] + size[..., None, :] - 2 * z @ z.mT
-    alike = ((-apart.clamp(min=0) / width).exp() - _FAR).clamp(min=0) / (1 - _FAR) * free[..., None, :]
+    alike = (((-apart.clamp(min=0) / width).exp() - _LITTLE) / (1 - 2 * _LITTLE)).clamp(0, 1) * free[..., None, :]
     alike.diagonal(dim1=-2, dim2=-1).fill_(0)  # itself counts as one, which rounding would make less
     return 1 + alike.sum(-1)
