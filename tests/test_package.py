@@ -41,7 +41,7 @@ FLOORS = [
     ("attention",),
     ("layers",),
     ("config", "losses", "models", "convert"),
-    ("traces", "naming", "turned"),
+    ("traces", "naming", "record", "turned"),
     ("presets", "checkpoint", "pruner", "data"),
     ("hosts",),
     ("surgery", "fingerprint", "preprocessing", "sources"),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
-from models import images, scrambled, small
+from models import NAMES, images, scrambled, small
 from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 
@@ -191,3 +196,36 @@ def test_an_untrained_guide_speaks_up_until_it_is_trained():
     optimizer.step()
     trained.eval()
     trained(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_nobody_holds_is_gone_at_once(name):
+    """Also its weights, which Python would not hurry to look for: it counts objects, and not what they hold."""
+    model, inputs = (
+        vp.prune(copy.deepcopy(small(name).model), "madtp", guide="codebook(anchors=5)"),
+        small(name).draw(2),
+    )
+    vp.budget.fit_guide(model, [inputs])
+    vp.calibrate(model, [inputs], 0.3, tolerance=0.3)
+    vp.flops.count(model, *inputs)
+    out = model.train()(*inputs)
+    getattr(out, "x", out).sum().backward()
+    held = [weakref.ref(part) for part in (model, model.host, *model.pruning.towers.values())]
+    gc.disable()
+    try:
+        del model, out
+        assert [part() for part in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_tower_has_a_record_of_its_own(copied):
+    model = vp.prune(copy.deepcopy(small("vit").model), "madtp")
+    twin = copied(model)
+    record = twin.pruning
+    assert record.towers == {"image": twin} and record.host is twin.host and record.guide is twin.guide
+    assert model.pruning.towers == {"image": model} and model.host is not twin.host
+    assert record.config == model.pruning.config
+    tower = vp.prune(copy.deepcopy(small("blip").model), "madtp").pruning.towers["image"]
+    assert not hasattr(tower, "pruning")

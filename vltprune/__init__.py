@@ -10,7 +10,8 @@ from .hub import from_pretrained, load, push_to_hub
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
 from .preprocessing import Preprocessing, transforms
 from .presets import preset
-from .pruner import PrunedEncoder, Pruner, Pruning, UntrainedGuideWarning
+from .pruner import PrunedEncoder, Pruner, UntrainedGuideWarning
+from .record import Pruning
 from .registry import Registry, backbones, guides, hosts, keepers, presets, reducers, scorers
 from .surgery import prune
 from .tokens import Layout, PackedTokens

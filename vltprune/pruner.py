@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Reduction, Sit
 from .layers.printing import remember_arguments
 from .layers.reducers import best
 from .naming import fqn_modifiers, use_dense_names
+from .record import Noted
 from .registry import keepers, reducers, scorers
 from .ties import tied
 from .tokens import PackedTokens
@@ -141,7 +142,7 @@ def born_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any
     return part.to(weights[0].device if weights else "cpu", floating[0] if floating else torch.float32)
 
 
-class PrunedEncoder(nn.Module):
+class PrunedEncoder(Noted, nn.Module):
     """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
 
     Calling it takes what the host takes and returns what the host returns. Its state dict has the host's own names, and
@@ -306,13 +307,3 @@ class PrunedEncoder(nn.Module):
             UntrainedGuideWarning,
             stacklevel=3,
         )
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What `prune` made of a model: its config, the dense model, the guide that its towers share, the pruned towers."""
-
-    config: PruneConfig
-    host: nn.Module
-    guide: AlignmentGuide | None
-    towers: Mapping[str, PrunedEncoder]

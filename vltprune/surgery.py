@@ -12,7 +12,8 @@ from .hosts.base import find_composite, find_host
 from .layers import AlignmentGuide
 from .layers.printing import remember_arguments
 from .presets import preset
-from .pruner import Pruning, born_like
+from .pruner import born_like
+from .record import Pruning
 from .registry import guides
 from .wrappers import is_pruned, record_of, unwrapped
 

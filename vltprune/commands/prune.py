@@ -22,7 +22,7 @@ from ..flops import Meter
 from ..hosts.base import find_composite
 from ..journal import write_json
 from ..preprocessing import Preprocessing, transforms
-from ..pruner import Pruning
+from ..record import Pruning
 from ..tokens import PackedTokens
 from ..traces import PruneTrace, collect
 from . import common, options
