@@ -65,7 +65,7 @@ def test_parts_are_born_in_the_host_s_type(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_are_single_whatever_the_model_is(scorer, dtype):
     """In half some hundred tokens would tie, or their sums overflow; gradients reach the weights all the same."""
-    dense = timm.create_model("test_vit").to(dtype)
+    dense = scrambled(timm.create_model("test_vit")).train().to(dtype)
     model = vp.prune(dense, "madtp", scorer=scorer, keep="ratio(ratio=0.9)")
     with vp.collect() as traces:
         model(torch.randn(2, 3, 160, 160, dtype=dtype)).float().sum().backward()
@@ -187,12 +187,12 @@ def test_a_model_without_numbers_yet(name, keep):
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 2**32 - 1))
 @example(values=[1.0], copies=3, seed=0)  # all of them
 def test_scores_that_differ_by_rounding_are_settled(values, copies, seed):
-    """Copies of a few scores, each moved by up to 4e-7 of itself: afterwards copies are equal, and others as they were."""
+    """Copies of a few scores, each moved by up to 5e-6 of itself: afterwards copies are equal, and others as they were."""
     g = torch.Generator().manual_seed(seed)
     exact = torch.tensor(values, dtype=torch.float64).repeat(copies)[None]
-    near = (exact * (1 + 4e-7 * (2 * torch.rand(exact.shape, generator=g, dtype=torch.float64) - 1))).float()
+    near = (exact * (1 + 5e-6 * (2 * torch.rand(exact.shape, generator=g, dtype=torch.float64) - 1))).float()
     settled = precision.settle(near)
-    assert_close(settled, near, rtol=3e-6 * len(values), atol=0)
+    assert_close(settled, near, rtol=3e-5 * len(values), atol=0)
     for value in values:
         assert len(settled[exact == value].unique()) == 1
     assert torch.equal(precision.settle(settled), settled)

@@ -143,8 +143,8 @@ def test_scores_that_are_equal_but_for_rounding_are_a_tie_that_prunes_nothing():
     """Of 64 equal tokens a matrix product in single precision may score one higher in the last digits, or all but one."""
     tokens = PackedTokens.pack(torch.zeros(3, 64, DIM))
     scores = torch.full((3, 64), 0.013)
-    scores[0, 5], scores[1, 6:] = 0.013 * (1 + 4e-7), 0.013 * (1 + 4e-7)
-    scores[2, :32] = 0.013 * (1 + 4e-6)
+    scores[0, 5], scores[1, 6:] = 0.013 * (1 + 1e-5), 0.013 * (1 + 1e-5)
+    scores[2, :32] = 0.013 * (1 + 4e-5)
 
     class Told(TokenScorer):
         def forward(self, tokens, stats, guidance):
@@ -166,7 +166,7 @@ def test_top_p_keeps_the_fewest_that_reach_the_share(case, p):
             assert kept == len(scores)
             continue
         assert kept >= 1
-        assert scores[:kept].sum() >= p * scores.sum() * (1 - 1.1e-5)
+        assert scores[:kept].sum() >= p * scores.sum() * (1 - 6e-5)
         assert kept == 1 or scores[: kept - 1].sum() <= p * scores.sum() * (1 + 1e-6)
 
 
@@ -177,7 +177,7 @@ def test_top_p_counts_what_matters():
         assert keepers["top_p"](SITE, p)(scores, tokens, None).tolist() == expected
 
 
-@pytest.mark.parametrize("off", [-2e-6, 0.0, 2e-6])
+@pytest.mark.parametrize("off", [-1e-5, 0.0, 1e-5])
 def test_a_sum_that_is_the_share_but_for_rounding_reaches_it(off):
     tokens = PackedTokens.pack(torch.zeros(1, 5, DIM))
     scores = torch.tensor([1 / 2, 1 / 2, 1 / 3 + off, 1 / 3, 1 / 3])

@@ -17,7 +17,7 @@ from .scorers import unit
 from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
-_EQUAL = 1e-5  # relative: sums of scores, or of what tokens take with them, that rounding may make of equal ones
+_EQUAL = 5e-5  # relative: sums of scores, or of what tokens take with them, that rounding may make of equal ones
 _TIE = 1e-8  # relative: a score that is nearer to a threshold does not count as above it
 _ALIKE = 1e-9  # a squared distance, of unit vectors, that rounding may make of none
 _TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
