@@ -67,15 +67,16 @@ class Count:
     def __init__(self, build: Callable[[], nn.Module]):
         self.model = keep_all(_of_zeros(build))
         self.meter, self.normed = Meter(self.model), 0
-        for module in self.model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.register_forward_hook(self._note)
+        self.layers = [module for module in self.model.modules() if isinstance(module, nn.LayerNorm)]
 
     @torch.no_grad()
     def __call__(self, call: Callable[[Any], object]) -> Tensor:
         self.normed = 0
+        hooks = [layer.register_forward_hook(self._note) for layer in self.layers]
         with vp.collect() as traces:
             call(self.model)
+        for hook in hooks:  # a model whose hooks refer to its counter is not freed with it
+            hook.remove()
         norms = 5 * self.normed
         return torch.tensor([self.meter(traces).padded_total, norms], dtype=torch.float64) / 1e9
 

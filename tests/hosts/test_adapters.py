@@ -183,7 +183,7 @@ def test_a_pruned_model_in_peft_learns_and_is_saved_when_merged(tmp_path, build,
 
     adapted.save_pretrained(tmp_path / "adapters")
     merged = adapted.merge_and_unload()
-    assert vp.unwrapped(merged).pruning is model.pruning
+    assert vp.unwrapped(merged).pruning == model.pruning
     vp.save(merged, tmp_path / "m")
     again = vp.load(tmp_path / "m", host=build())
     with torch.no_grad():
