@@ -47,6 +47,7 @@ def run(folder: Path, output: str, program: tuple[str, ...] = ("-m", "vltprune")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.filterwarnings("ignore:captions are written, and not scored")
 @pytest.mark.parametrize(
     ("task", "packed"), [("nlvr", False), ("nlvr", True), ("caption", False), ("vqa", False), ("retrieval", False)]
 )
