@@ -1,5 +1,5 @@
 # make demo: prune a vision-language model and look at what it kept.   make test: run every test.
-# make test-fast: what takes less than 90 seconds.   make explore MINUTES=60: property tests with new examples, again and again.
+# make test-fast: the quick tests of the core.   make explore MINUTES=60: property tests with new examples, again and again.
 PYTHON ?= python3
 MINUTES ?= 10
 BIN := .venv/bin
