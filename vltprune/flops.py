@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -151,7 +151,8 @@ class _Units:
         self.qkv = _macs(lambda: adapter.qkv(block, _blank(like, 1), beside))
         self.mix = _macs(lambda: adapter.mix(block, _blank(like, 1), torch.zeros_like(query)))
         self.feed = _feeding(lambda n, m: adapter.feed(block, _blank(like, n), _cut(beside, m)), _is_memory(beside))
-        self.guide = 0.0 if encoder.guide is None else _guiding(encoder.guide, encoder.tower, like)
+        guide = None if self.pruner is None else encoder.guide  # nobody asks it elsewhere
+        self.guide = 0.0 if guide is None else _guiding(guide, encoder.tower, like)
 
     def dense(self, n: Tensor, memory: _Memory | None) -> Tensor:
         return (self.qkv + self.mix) * n + 2 * self.width * n**2 + self._feed(n, memory)
@@ -235,10 +236,12 @@ def _left(step: Step, like: Tensor) -> Tensor:
 
 
 def _macs(run: Callable[[], Any]) -> float:
-    """MACs of a call, by torch's counter, under the math backend: fused attention kernels count as nothing."""
+    """MACs of a call, by torch's counter, under the math backend: fused attention kernels count as nothing.
+
+    Within `_evaluating`.
+    """
     counter = FlopCounterMode(display=False)
     with (
-        _ONE_AT_A_TIME,
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         counter,
@@ -248,9 +251,12 @@ def _macs(run: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 2 + sum(uncounted)
 
 
-def _evaluating(encoder: PrunedEncoder) -> contextlib.AbstractContextManager[None]:
-    """A tower in evaluation, with its host and guide, which are children of the composite model where there is one."""
-    return evaluating(encoder, encoder.host, *([] if encoder.guide is None else [encoder.guide]))
+@contextlib.contextmanager
+def _evaluating(encoder: PrunedEncoder) -> Iterator[None]:
+    """A tower in evaluation, with its host and guide, which are children of the composite model where there is one, and no
+    other thread that measures."""
+    with _ONE_AT_A_TIME, evaluating(encoder, encoder.host, *([] if encoder.guide is None else [encoder.guide])):
+        yield
 
 
 def _blank(like: PackedTokens, n: int) -> PackedTokens:

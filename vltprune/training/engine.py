@@ -137,13 +137,12 @@ class Run:
         return f"stopped in the middle of step {self.done + 1:,} of {self.steps:,}; the same command {on}"
 
     def _accelerate(self) -> Accelerator:
+        idle = DistributedDataParallelKwargs(find_unused_parameters=True)  # of weights that a host may have
         self.accelerator = Accelerator(
             mixed_precision=self.config.precision,
             log_with=trackers() or None,
             project_dir=str(self.folder),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True)
-            ],  # a host may have idle weights
+            kwargs_handlers=[idle],
         )
         return self.accelerator
 
