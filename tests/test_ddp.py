@@ -9,7 +9,7 @@ import open_clip
 import torch
 import torch.distributed as dist
 from models import images, scrambled, soften
-from torch import multiprocessing
+from ranks import on_two_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -29,13 +29,11 @@ CASES = [
 ]
 
 
-def test_each_process_learns_from_all_whatever_is_merged_in_it(tmp_path):
-    multiprocessing.spawn(train, (f"file://{tmp_path}/address",), nprocs=2)
+def test_each_process_learns_from_all_whatever_is_merged_in_it():
+    on_two_ranks(train)
 
 
-def train(rank: int, address: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def train(rank: int) -> None:
     for case in CASES:
         torch.manual_seed(0)
         parts = {"guide": "codebook(anchors=5)", **case}
@@ -48,7 +46,6 @@ def train(rank: int, address: str) -> None:
         torch.manual_seed(1 + rank)
         for step in range(2):
             check_step(wrapped, alone, [batch(one_word=rank == step), batch(one_word=rank == step)])
-    dist.destroy_process_group()
 
 
 def check_step(wrapped: DistributedDataParallel, alone: torch.nn.Module, batches: list) -> None:

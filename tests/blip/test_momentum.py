@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import small
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from models import soften
+from ranks import on_two_ranks
 from torch.testing import assert_close
 
 import vltprune as vp
@@ -151,11 +151,8 @@ def test_a_step_learns(model):
     assert history[-1].sum() < 0.8 * history[0].sum()
 
 
-def on_one_of_two_ranks(rank, address, folder):
+def on_one_of_two_ranks(rank, folder):
     """What each rank sees: all features, packed image tokens of both, gradients from both, one queue."""
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     model = small.build("retrieval")
     pruned = vp.prune(model, "random", keep="random_ratio(mean=0.5, spread=0.5)")
     pictures, ids, mask = small.images(4), *small.words(4)
@@ -187,11 +184,10 @@ def on_one_of_two_ranks(rank, address, folder):
         },
         f"{folder}/{rank}.pt",
     )
-    dist.destroy_process_group()
 
 
 def test_two_ranks(tmp_path):
-    torch.multiprocessing.spawn(on_one_of_two_ranks, (tmp_path / "address", tmp_path), nprocs=2)
+    on_two_ranks(on_one_of_two_ranks, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["grad"].flatten().tolist() == [2.0, 4.0]  # each rank's own rows, from both ranks' losses
     assert second["grad"].flatten().tolist() == [6.0, 8.0]

@@ -1,16 +1,20 @@
-"""vltprune's command line with the weights sharded among the processes (FSDP 2), which Accelerate offers on GPUs alone."""
+"""Weights sharded among the processes (FSDP 2), which Accelerate offers on GPUs alone, on CPUs."""
 
 from __future__ import annotations
 
-import sys
+import os
 
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from vltprune.cli import main
-
 _init = Accelerator.__init__
+
+
+def shard_from_here_on() -> None:
+    """Every Accelerator that this process makes shards what it prepares."""
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="NO_WRAP")
+    Accelerator.__init__ = _sharding
 
 
 def _sharding(self, *args, **kwargs):
@@ -18,9 +22,3 @@ def _sharding(self, *args, **kwargs):
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # what every later state is made from
     self.state.distributed_type = DistributedType.FSDP
     self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-
-
-Accelerator.__init__ = _sharding
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

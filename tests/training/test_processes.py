@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +12,38 @@ from pathlib import Path
 import pytest
 import torch
 from data import config
+from ranks import on_two_ranks
 from safetensors.torch import load_file
+from sharded import shard_from_here_on
 
 import vltprune as vp
 from vltprune.data.shards import write
+from vltprune.training import CompressConfig
 from vltprune.training.compression import compress, dense_model
 
 _SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "distil_summaries": 0.5, "checkpoint_every": 100}
-_SHARDED = (
-    (str(Path(__file__).with_name("sharded.py")),),
-    {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"},
-)
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def by_torchrun(settings: CompressConfig, output: Path) -> None:
+    """Compress in two processes as users start them."""
+    settings.write(output.with_suffix(".json"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vltprune", "compress", "--config", str(output.with_suffix(".json")), "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def forked(settings: CompressConfig, output: Path, shards: bool = False) -> None:
+    """Compress in two processes that are at hand sooner. shards: whether each holds a part of the weights."""
+    on_two_ranks(_compress, settings, output, shards)
+
+
+def _compress(rank: int, settings: CompressConfig, output: Path, shards: bool) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if shards:
+        shard_from_here_on()
+    compress(settings, output)
 
 
 def losses(folder: Path) -> list[list[float]]:
@@ -37,28 +51,24 @@ def losses(folder: Path) -> list[list[float]]:
     return [[row[name] for name in ("task", "align", "distil", "saliency") if name in row] for row in rows]
 
 
-def run(folder: Path, output: str, program: tuple[str, ...] = ("-m", "vltprune"), **more: str) -> None:
-    """Compress as folder/run.json says, into folder/output, in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port())]
-    command += [*program, "compress"]
-    command += ["--config", str(folder / "run.json"), "--output", str(folder / output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **more}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.filterwarnings("ignore:captions are written, and not scored")
 @pytest.mark.parametrize(
-    ("task", "packed"), [("nlvr", False), ("nlvr", True), ("caption", False), ("vqa", False), ("retrieval", False)]
+    ("task", "packed", "in_two"),
+    [
+        ("nlvr", False, by_torchrun),
+        ("nlvr", True, forked),
+        ("caption", False, forked),
+        ("vqa", False, forked),
+        ("retrieval", False, forked),
+    ],
 )
-def test_two_processes_learn_as_one(task, packed, tmp_path):
+def test_two_processes_learn_as_one(task, packed, in_two, tmp_path):
     # Taught scores move anchors far and fast, rounding errors with them: the sharded test has them, in its first step.
     settings = config(task, tmp_path / "data", saliency=0.0, **_SETTINGS)
     if packed:
         write(settings.data, tmp_path / "data", tmp_path / "shards", per_shard=3)
         settings = settings.replace(data=f"{tmp_path}/shards/{task}-{{000000..000002}}.tar")
-    settings.write(tmp_path / "run.json")
-    run(tmp_path, "run2")
+    in_two(settings, tmp_path / "run2")
     if task == "retrieval":
         return  # negatives are drawn at random: see test_objectives
     compress(settings, tmp_path / "run1")
@@ -76,10 +86,9 @@ def test_two_processes_learn_as_one(task, packed, tmp_path):
 def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold_them_all(tmp_path):
     """And go on where they were stopped."""
     settings = config("nlvr", tmp_path / "data", **{**_SETTINGS, "steps": 2, "checkpoint_every": 1})
-    settings.write(tmp_path / "run.json")
     compress(settings, tmp_path / "alone")
-    run(tmp_path, "whole")
-    run(tmp_path, "sharded", _SHARDED[0], **_SHARDED[1])
+    forked(settings, tmp_path / "whole")
+    forked(settings, tmp_path / "sharded", shards=True)
     alone, whole, parts = (torch.tensor(losses(tmp_path / name)) for name in ("alone", "whole", "sharded"))
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(whole[0], alone[0], atol=1e-4, rtol=1e-4)  # saliency's directions, too
@@ -93,7 +102,7 @@ def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold
     at_once, weighed = losses(folder), load_file(folder / "model" / "model.safetensors")
     shutil.rmtree(folder / "checkpoints" / "step_00000002")  # as if they had been killed in their last step
     shutil.rmtree(folder / "model")
-    run(tmp_path, "sharded", _SHARDED[0], **_SHARDED[1])
+    forked(settings, tmp_path / "sharded", shards=True)
     assert losses(folder) == at_once
     again = load_file(folder / "model" / "model.safetensors")
     assert again.keys() == weighed.keys()
