@@ -46,6 +46,7 @@ def calibrate(
     reduction: float | Mapping[str, float] = 0.5,
     tolerance: float = 0.01,
     progress: Callable[[float, float], object] | None = None,
+    meter: Meter | None = None,
 ) -> Calibration:
     """Set a pruned model's knob, DTP's power or a ratio, so that its mean MACs over `batches` are `reduction` below dense.
 
@@ -55,7 +56,8 @@ def calibrate(
     sets one value of the knob at every depth of every tower; a mapping from tower to a share, {"image": 0.5, "text": 0.3},
     sets a value for each tower it names, so that the tower saves that of its own MACs, and leaves the others as they are.
     The values are also written into `model.pruning.config`. tolerance: relative to the target. progress: called with each
-    value tried and the reduction it gave. Returns a Calibration, whose text says what each tower saves.
+    value tried and the reduction it gave; meter: the model's, where it is measured again and again. Returns a Calibration,
+    whose text says what each tower saves.
 
     Raises ValueError for a reduction outside (0, 1), a tower that the model lacks or does not prune, no batches, or a keeper
     without a knob; BudgetError, with what can be had, where the target is out of reach or between two counts. The model is
@@ -71,7 +73,8 @@ def calibrate(
         wanted |= {tower: reduction[tower] for tower in pruning(model).towers if tower in reduction}
     else:
         wanted[None] = reduction
-    searches = {tower: _Search(model, inputs, progress, tower) for tower in wanted}
+    meter = meter or Meter(model)
+    searches = {tower: _Search(model, inputs, progress, meter, tower) for tower in wanted}
     with contextlib.ExitStack() as undo:
         for search in searches.values():
             undo.enter_context(search.dial.unless_done())
@@ -152,9 +155,9 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
 class _Search:
     """Mean MACs, of the model or of one tower, as a function of the knob, and the bisection on it."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any, tower: str | None = None):
+    def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any, meter: Meter, tower: str | None):
         self.model, self.inputs, self.progress, self.tower = model, inputs, progress, tower
-        self.dial, self.meter = Dial(model, tower), Meter(model)
+        self.dial, self.meter = Dial(model, tower), meter
         self.knob = self.dial.knob
 
     def measure(self, value: float) -> Calibration:

@@ -25,16 +25,17 @@ from .traces import collect
 class Exam:
     """A task set to a model on a device; `sit` answers what the journal does not have yet, `report` sums it up.
 
-    Answers are those of evaluation, whatever mode the model is in.
+    gauge: the model's, where there is one already. Answers are those of evaluation, whatever mode the model is in.
     """
 
     task: Round[Any]
     model: nn.Module
     device: str = "cpu"
+    gauge: Gauge | None = None
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
-        self.gauge = Gauge(self.model)
+        self._gauge = self.gauge or Gauge(self.model)
         self._dense_costs: dict[Any, list[Spent]] = {}
 
     @torch.no_grad()
@@ -53,7 +54,7 @@ class Exam:
             )
         _check_pictures(loader, journal)
         loader = replace(loader, start=len(journal.rows), skipped=[])
-        with evaluating(self.model, self.gauge.model):
+        with evaluating(self.model, self._gauge.model):
             for records, images in loader:
                 places = self._legible(records, loader)
                 rows = self._answer([records[i] for i in places], images[places].to(self.device)) if places else []
@@ -87,7 +88,9 @@ class Exam:
         self._wait()
         seconds = (time.perf_counter() - start) / len(records)
 
-        spent = self._spent_dense(records, images, texts, counts) if self.gauge.is_dense else self.gauge(traces, counts)
+        spent = (
+            self._spent_dense(records, images, texts, counts) if self._gauge.is_dense else self._gauge(traces, counts)
+        )
         return [
             {
                 "index": record.index,
@@ -109,8 +112,8 @@ class Exam:
         if key in self._dense_costs:
             return self._dense_costs[key]
         with collect(threads=False) as traces:
-            self.task.answer(self.gauge.model, records, images, texts)
-        costs = [replace(cost, kept={}) for cost in self.gauge(traces, counts)]
+            self.task.answer(self._gauge.model, records, images, texts)
+        costs = [replace(cost, kept={}) for cost in self._gauge(traces, counts)]
         if not any(trace.decoded for trace in traces):
             self._dense_costs[key] = costs
         return costs

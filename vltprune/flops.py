@@ -104,7 +104,7 @@ class _TowerMeter:
         adapter, host = encoder.adapter, encoder.host
         with _evaluating(encoder):
             self.units = [_Units(encoder, b, beside[d], like, d) for d, b in enumerate(adapter.blocks(host))]
-            two, three = (_macs(lambda n=n: adapter.close(host, _blank(like, n), beside)) for n in (2, 3))
+            two, three = (_macs(adapter.close, host, _blank(like, n), beside) for n in (2, 3))
         self._closing = 3 * two - 2 * three, three - two  # of any instance, and of each of its tokens
         self._opening: dict[tuple[Any, ...], float] = {}
 
@@ -131,7 +131,7 @@ class _TowerMeter:
         if shape not in self._opening:
             adapter, host = self.encoder.adapter, self.encoder.host
             with _evaluating(self.encoder):
-                macs = _macs(lambda: adapter.open(host, *trace.inputs))
+                macs = _macs(adapter.open, host, *trace.inputs)
             self._opening[shape] = macs / trace.entered.layout.batch
         return torch.full_like(_sizes(trace.entered.layout), self._opening[shape])
 
@@ -144,13 +144,14 @@ class _Units:
     """Costs per token of one block, and of the pruner that stands in it."""
 
     def __init__(self, encoder: PrunedEncoder, block: nn.Module, beside: Any, like: PackedTokens, depth: int):
-        self.like, self.pruner, adapter = like, encoder.pruner(depth), encoder.adapter
+        self.channels, self.pruner, adapter = like.x.shape[-1], encoder.pruner(depth), encoder.adapter
+        one = _blank(like, 1)
         with torch.no_grad():
-            query = adapter.qkv(block, _blank(like, 1), beside)[0]
+            query = adapter.qkv(block, one, beside)[0]
         self.width = query.numel()  # heads * head_dim
-        self.qkv = _macs(lambda: adapter.qkv(block, _blank(like, 1), beside))
-        self.mix = _macs(lambda: adapter.mix(block, _blank(like, 1), torch.zeros_like(query)))
-        self.feed = _feeding(lambda n, m: adapter.feed(block, _blank(like, n), _cut(beside, m)), _is_memory(beside))
+        self.qkv = _macs(adapter.qkv, block, one, beside)
+        self.mix = _macs(adapter.mix, block, one, torch.zeros_like(query))
+        self.feed = _feeding(partial(adapter.feed, block), like, beside)
         guide = None if self.pruner is None else encoder.guide  # nobody asks it elsewhere
         self.guide = 0.0 if guide is None else _guiding(guide, encoder.tower, like)
 
@@ -171,28 +172,32 @@ class _Units:
         if self.pruner is None:
             return 0.0
         merges = step.reduction is not None and step.reduction.merge is not None
-        summed = self.like.x.shape[-1] + (self.width if step.reduced_early else 0)
+        summed = self.channels + (self.width if step.reduced_early else 0)
         return self.guide + (self.width if Stat.SUMMARY in self.pruner.needs else 0) + (summed if merges else 0)
 
     @property
     def _comparing(self) -> int:
         """Per pair of tokens."""
-        return self.like.x.shape[-1] if self.pruner is not None and self.pruner.scorer.pairwise else 0
+        return self.channels if self.pruner is not None and self.pruner.scorer.pairwise else 0
 
 
-def _feeding(feed: Callable[[int, int], Any], looks: bool) -> tuple[float, float, float]:
-    """MACs of feed(tokens, memory tokens) per token, per memory token, and per pair of both; `looks`: at a memory."""
-    one = _macs(lambda: feed(1, 1))
-    if not looks:
+def _feeding(feed: Callable[[PackedTokens, Any], Any], like: PackedTokens, beside: Any) -> tuple[float, float, float]:
+    """MACs of feed(tokens, beside) per token, and, where it looks at a memory, per memory token and per pair of both."""
+
+    def macs(tokens: int, memory: int) -> float:
+        return _macs(feed, _blank(like, tokens), _cut(beside, memory))
+
+    one = macs(1, 1)
+    if not _is_memory(beside):
         return one, 0.0, 0.0
-    more_tokens, more_memory = _macs(lambda: feed(2, 1)), _macs(lambda: feed(1, 2))
-    pair = _macs(lambda: feed(2, 2)) - more_tokens - more_memory + one
+    more_tokens, more_memory = macs(2, 1), macs(1, 2)
+    pair = macs(2, 2) - more_tokens - more_memory + one
     return more_tokens - one - pair, more_memory - one - pair, pair
 
 
 def _guiding(guide: AlignmentGuide, tower: str, like: PackedTokens) -> float:
     """MACs of a guide per token: what it costs once, whatever the tokens, is of no instance."""
-    one, two = (_macs(partial(guide, _blank(like, n), tower)) for n in (1, 2))
+    one, two = (_macs(guide, _blank(like, n), tower) for n in (1, 2))
     return two - one
 
 
@@ -235,10 +240,10 @@ def _left(step: Step, like: Tensor) -> Tensor:
     return precision.reals(step.lengths, like.device)
 
 
-def _macs(run: Callable[[], Any]) -> float:
-    """MACs of a call, by torch's counter, under the math backend: fused attention kernels count as nothing.
+def _macs(run: Callable[..., Any], *inputs: Any) -> float:
+    """MACs of run(*inputs), by torch's counter, under the math backend: fused attention kernels count as nothing.
 
-    Within `_evaluating`.
+    Within `_evaluating`. The inputs are made before, for the counter looks at each operation, and takes its time.
     """
     counter = FlopCounterMode(display=False)
     with (
@@ -247,7 +252,7 @@ def _macs(run: Callable[[], Any]) -> float:
         counter,
         uncounted_macs(counter) as uncounted,
     ):  # the counter fails on views made without gradients
-        run()
+        run(*inputs)
     return counter.get_total_flops() / 2 + sum(uncounted)
 
 

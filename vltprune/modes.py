@@ -28,7 +28,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             if module.training != mode:
                 module.train(mode)
         for module, mode in before:  # a module may be the child of several
-            module.training = mode
+            if module.training != mode:  # setting an attribute of a module takes longer than reading it
+                module.training = mode
 
 
 def _modules(models: tuple[nn.Module, ...]) -> Iterator[nn.Module]:

@@ -74,6 +74,29 @@ def test_it_begins_near_its_target_and_remembers_where_it_is():
     assert controller.state_dict() == state
 
 
+@pytest.mark.parametrize("wanted", [-0.005, 0.0, 0.13, 0.4, 0.62, 0.899])
+@pytest.mark.parametrize("keep", ["ratio", "threshold(temperature=1.0)"])
+def test_it_begins_at_the_nearest_of_25_values_in_few_measurements(monkeypatch, keep, wanted):
+    """Against a made-up response that rises, or falls, all the way."""
+    controller = Controller(vp.prune(small("blip").model, "madtp", keep=keep))
+    knob = controller.dial.knob
+    tried = []
+
+    def saved(place):
+        return 0.9 - 0.91 * (place if knob.keeps else 1 - place) ** 2
+
+    def measure(model, batches, value, tower, meter):
+        tried.append(value)
+        return vp.budget.Calibration(knob.name, value, 1 - saved(knob.place(value)), 1.0)
+
+    monkeypatch.setattr(controller_module, "measure", measure)
+    controller.start([], wanted)
+    nearest = min((place / 24 for place in range(25)), key=lambda place: abs(saved(place) - wanted))
+    assert knob.place(controller.value) == pytest.approx(nearest)
+    assert controller.saved == pytest.approx(saved(nearest))
+    assert len(tried) == len(set(tried)) <= 7
+
+
 @pytest.mark.parametrize(("wanted", "place"), [(0.0, 0.6), (0.95, 0.8)])
 def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch, wanted, place):
     model = vp.prune(small("blip").model, "madtp")

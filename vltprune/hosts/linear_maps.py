@@ -16,9 +16,11 @@ def is_linear_map(module: nn.Module) -> bool:
 
     What holds another such module, as an adapter does, leaves the product to that one.
     """
-    _, *within = module.modules()
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(isinstance(size, int) for size in sizes) and not any(map(is_linear_map, within))
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    _, *within = module.modules()
+    return not any(map(is_linear_map, within))
 
 
 def linear_macs(module: nn.Module) -> float:

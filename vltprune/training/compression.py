@@ -17,7 +17,9 @@ from .. import budget, checkpoint, fingerprint, savings, tasks
 from ..data import Loader, shards
 from ..dial import Dial
 from ..exam import Exam, report, report_matching
+from ..flops import Meter
 from ..frozen import thawed
+from ..gauge import Gauge
 from ..journal import Journal, write_json
 from ..models import zoo
 from ..opening import open_model
@@ -178,18 +180,21 @@ def _served(run: Run, model: nn.Module, val: Sequence[Any]) -> list[tuple[dict[s
     config, exams = run.config, []
     with told(f"opening the pictures of {len(val[:_CALIBRATED])} validation records"):
         calls = calls_of(run.task, val[:_CALIBRATED], transforms(model), run.accelerator.device)
+    gauge = run.gauge if model is run.model else Gauge(model)
     milder = [share for share in sorted({*config.serve}) if share != config.reduction]
     for reduction in (*milder, config.reduction):
         try:
-            found = _calibrated(model, calls, reduction, strict=reduction != config.reduction)
+            found = _calibrated(model, calls, reduction, gauge.meter, strict=reduction != config.reduction)
         except budget.BudgetError:
             continue  # a cost on the way that these parts cannot give
-        exams.append(_examined(run, model, val, _folder_of(reduction), reduction, asdict(found)))
+        exams.append(_examined(run, model, val, _folder_of(reduction), reduction, asdict(found), gauge))
     checkpoint.save(model, run.folder / "model")
     return exams if isinstance(config.reduction, Mapping) else sorted(exams, key=lambda exam: exam[0]["reduction"])
 
 
-def _calibrated(model: nn.Module, calls: Sequence[Any], reduction: Target, strict: bool) -> budget.Calibration:
+def _calibrated(
+    model: nn.Module, calls: Sequence[Any], reduction: Target, meter: Meter, strict: bool
+) -> budget.Calibration:
     """Calibrate to a cost. BudgetError for one out of reach where `strict`; else the nearest is set, tower by tower where each
     has its own, under a warning."""
     targets: dict[str | None, Target] = {None: reduction}
@@ -200,7 +205,7 @@ def _calibrated(model: nn.Module, calls: Sequence[Any], reduction: Target, stric
     with told(f"setting the knob to {savings.asked(reduction, '%')} fewer MACs") as bar:
         for tower, one in targets.items():
             try:
-                found = budget.calibrate(model, calls, one, progress=lambda value, saved: bar.update())
+                found = budget.calibrate(model, calls, one, progress=lambda value, saved: bar.update(), meter=meter)
             except budget.BudgetError as error:
                 if strict:
                     raise
@@ -229,9 +234,16 @@ def _shown(run: Run, model: nn.Module, val: Sequence[Any], answered: Sequence[Ro
 
 
 def _examined(
-    run: Run, model: nn.Module, val: Sequence[Any], name: str, reduction: Target, knob: dict[str, Any] | None
+    run: Run,
+    model: nn.Module,
+    val: Sequence[Any],
+    name: str,
+    reduction: Target,
+    knob: dict[str, Any] | None,
+    gauge: Gauge | None = None,
 ) -> tuple[dict[str, Any], Rows]:
-    """A row of results, and the rows of its records."""
+    """A row of results, and the rows of its records. gauge: the model's, where there is one already."""
+    gauge = gauge or Gauge(model)
     loader = Loader(val, transforms(model), workers=run.config.workers)
     folder = run.folder / "val" / name
     content = {"content_of_model": fingerprint.of_model(model)}
@@ -239,17 +251,17 @@ def _examined(
     cost = f"{savings.asked(reduction, '%')} fewer MACs" if reduction else name
     what = f"examining {len(loader)} validation records, {cost}"
     with told(what, total=len(loader)) as bar:
-        Exam(run.task, model, str(run.accelerator.device)).sit(loader, journal, bar.update)
+        Exam(run.task, model, str(run.accelerator.device), gauge).sit(loader, journal, bar.update)
     row = {"reduction": thawed(reduction), "knob": knob, **report(run.task, journal.rows)}
     if isinstance(run.task, Retrieval) and run.task.has_head and run.config.k_test:
         matching = run.task.matching(val, journal.rows, run.config.k_test)
-        row["matching"] = _matched(run, model, matching, Journal(folder / "matching", {"knob": knob, **content}))
+        row["matching"] = _matched(run, gauge, model, matching, Journal(folder / "matching", {"knob": knob, **content}))
     return row, journal.rows
 
 
-def _matched(run: Run, model: nn.Module, matching: Matching, journal: Journal) -> dict[str, Any]:
+def _matched(run: Run, gauge: Gauge, model: nn.Module, matching: Matching, journal: Journal) -> dict[str, Any]:
     """What came of a second stage."""
     loader = Loader(matching.pairs(), transforms(model), batch_size=1, workers=run.config.workers)
     with told("judging the nearest again, the second stage") as bar:
-        Exam(matching, model, str(run.accelerator.device)).sit(loader, journal, bar.update)
+        Exam(matching, model, str(run.accelerator.device), gauge).sit(loader, journal, bar.update)
     return report_matching(matching, journal.rows)

@@ -16,7 +16,8 @@ Target: TypeAlias = float | Mapping[str, float]  # a share of the dense MACs, or
 
 _PULL = 0.1  # of the knob's range, for each 100 % of the dense MACs that the cost is off
 _MEMORY = 0.9  # of the running mean of what was measured
-_PLACES, _HALVINGS, _SAME = 25, 6, 0.01  # tried on the way to a first value, and what is the same share there
+_EQUAL = 24  # parts of the knob's range: a first value lies between two of them
+_HALVINGS, _SAME = 6, 0.01  # of the range, on the way to where its end begins to matter; what is the same share there
 
 
 def target(step: int, steps: int, reduction: float, ramp: float) -> float:
@@ -39,13 +40,19 @@ class Controller:
         self.dial = Dial(self.model, self.tower)
         self.value = self.dial.value
 
-    def start(self, batches: Iterable[Batch], reduction: float, tick: Callable[[], object] | None = None) -> None:
-        """Set the knob, from anywhere, as near to a first target as it comes on these batches.
+    def start(
+        self,
+        batches: Iterable[Batch],
+        reduction: float,
+        tick: Callable[[], object] | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        """Set the knob, from anywhere, to within a 24th of its range of a first target, by bisection on these batches.
 
         Where the target lies beyond what the knob can do, it begins where its end begins to make no difference. tick: called
-        after each value that was tried.
+        after each value that was tried; meter: the model's, where there is one already.
         """
-        inputs, knob, meter = list(batches), self.dial.knob, Meter(self.model)
+        inputs, knob, meter = list(batches), self.dial.knob, meter or Meter(self.model)
 
         def at(place: float) -> Calibration:
             found = measure(self.model, inputs, knob.at(place), self.tower, meter)
@@ -56,10 +63,9 @@ class Controller:
         ends = [at(0.0), at(1.0)]
         least, most = sorted(map(self._saved, ends))
         if least < reduction < most:
-            tried = [*ends, *(at(place / (_PLACES - 1)) for place in range(1, _PLACES - 1))]
-            best = min(tried, key=lambda one: abs(self._saved(one) - reduction))
-        else:
-            best = min(ends, key=lambda one: abs(self._saved(one) - reduction))
+            ends = self._crossing(ends, reduction, at)
+        best = min(ends, key=lambda one: abs(self._saved(one) - reduction))
+        if not least < reduction < most:
             best = self._edge(best, at)
         assert best.value is not None  # `measure` set all depths alike
         self.load_state_dict({"value": best.value, "saved": self._saved(best)})
@@ -67,6 +73,22 @@ class Controller:
     def _saved(self, found: Calibration) -> float:
         """The share that was saved of the MACs that the target is of."""
         return found.reduction if self.tower is None else found.towers[self.tower].reduction
+
+    def _crossing(
+        self, ends: list[Calibration], reduction: float, at: Callable[[float], Calibration]
+    ) -> list[Calibration]:
+        """What was measured on both sides of a target between the ends of the range, a part of it apart. What is saved need
+        not rise or fall all the way: any crossing will do."""
+        starts_below = self._saved(ends[0]) < reduction
+        low, high = 0, _EQUAL
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = at(middle / _EQUAL)
+            if (self._saved(found) < reduction) == starts_below:
+                low, ends = middle, [found, ends[1]]
+            else:
+                high, ends = middle, [ends[0], found]
+        return ends
 
     def _edge(self, end: Calibration, at: Callable[[float], Calibration]) -> Calibration:
         """The farthest from an end of the range that still saves what the end does, by bisection."""
@@ -117,11 +139,15 @@ class TowerControllers:
         return {name: one.value for name, one in self.towers.items()}
 
     def start(
-        self, batches: Iterable[Batch], reduction: Mapping[str, float], tick: Callable[[], object] | None = None
+        self,
+        batches: Iterable[Batch],
+        reduction: Mapping[str, float],
+        tick: Callable[[], object] | None = None,
+        meter: Meter | None = None,
     ) -> None:
         inputs = list(batches)
         for name, one in self.towers.items():
-            one.start(inputs, reduction[name], tick)
+            one.start(inputs, reduction[name], tick, meter)
 
     def step(self, saved: Mapping[str, float], wanted: Mapping[str, float]) -> None:
         for name, one in self.towers.items():
@@ -167,9 +193,15 @@ class Turns:
         """The knobs to where a cost has them."""
         self.controllers[place].take()
 
-    def start(self, batches: Iterable[Batch], reduction: Target, tick: Callable[[], object] | None = None) -> None:
-        """All of them from the same value. tick: called after each value that was tried."""
-        self.controllers[0].start(batches, reduction, tick)
+    def start(
+        self,
+        batches: Iterable[Batch],
+        reduction: Target,
+        tick: Callable[[], object] | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        """All of them from the same value. tick: called after each value that was tried; meter: the model's."""
+        self.controllers[0].start(batches, reduction, tick, meter)
         self.load_state_dict([self.controllers[0].state_dict()] * len(self.controllers))
 
     def state_dict(self) -> list[dict[str, Any]]:

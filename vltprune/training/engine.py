@@ -76,6 +76,7 @@ class Run:
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
         taught = (config.distil, config.distil_summaries)
         student = Student(self.model, objective, config.align, teacher, taught, config.scores_taught, self.extra)
+        self.gauge = student.gauge
         optimizer = torch.optim.AdamW(
             parameter_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0)
         )
@@ -188,7 +189,7 @@ class Run:
                 fit_guide(self.model, counted(calls, bar), self.config.seed)
         if self.turns is not None and self.config.budget == "controller":
             with told("measuring MACs, to set the knob", tell) as bar:
-                self.turns.start(calls, self._target(0), bar.update)
+                self.turns.start(calls, self._target(0), bar.update, self.gauge.meter)
         if self.turns is not None:
             with told("measuring what decoding costs, where there is a decoder", tell) as bar:
                 self.searched = Searched.by(self.model, counted(calls, bar))
