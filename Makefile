@@ -3,6 +3,7 @@
 PYTHON ?= python3
 MINUTES ?= 10
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 export PYTHONUNBUFFERED := 1
 
 .PHONY: install demo test test-fast explore lint speed api clean
@@ -23,16 +24,16 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+	$(PYTEST)
 
 test-fast: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	HYPOTHESIS_PROFILE=fast $(BIN)/python -m pytest -q -m fast --numprocesses auto --maxprocesses 8
+	HYPOTHESIS_PROFILE=fast $(PYTEST) -m fast
 
 explore: install
 	end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
-	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -m property --numprocesses auto --maxprocesses 8 || exit 1; done
+	HYPOTHESIS_PROFILE=explore $(PYTEST) -m property || exit 1; done
 
 lint: install
 	$(BIN)/ruff check --fix .

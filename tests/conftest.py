@@ -26,10 +26,14 @@ hypothesis.settings.register_profile("explore", max_examples=100, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# not torch.manual_seed, which notes a whole stack at each call, for devices that are not used
+_seed = torch.default_generator.manual_seed
+
+
 class _TorchRandom:
     """torch's global generator, for hypothesis to seed before each example."""
 
-    seed = staticmethod(torch.manual_seed)
+    seed = staticmethod(_seed)
     getstate, setstate = staticmethod(torch.get_rng_state), staticmethod(torch.set_rng_state)
 
 
@@ -63,4 +67,4 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    _seed(0)

@@ -19,7 +19,6 @@ from torch.testing import assert_close
 import vltprune as vp
 
 PRESETS = ("madtp", "evit", "random")
-REDUCERS = ("fuse", "drop")
 
 
 @dataclass(frozen=True)
@@ -75,27 +74,22 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def keep_all_is_the_host(case: Case, *reducers: str) -> None:
-    expected = {}
-    for training in (False, True):
+def keep_all_is_the_host(case: Case) -> None:
+    """In training and in evaluation; with every statistic and a guide, and with neither. No reducer has anything to do."""
+    guided = case.pruned(keep="ratio(ratio=1.0)")
+    unguided = case.pruned("random", keep="ratio(ratio=1.0)")
+    for training, models in ((True, (guided,)), (False, (guided, unguided))):
         case.model.train(training)
         with torch.set_grad_enabled(training):
             torch.manual_seed(1)
-            expected[training] = case.expected()
-    for reducer in reducers:
-        pruned = case.pruned(keep="ratio(ratio=1.0)", reducer=reducer)
-        for training in (False, True):
-            pruned.train(training)
-            case.model.train(training)
-            with torch.set_grad_enabled(training), vp.collect() as traces:
+            expected = case.expected()
+            for pruned in models:
+                pruned.train(training)
                 torch.manual_seed(1)
-                same(pruned(*case.inputs), expected[training])
-            assert {trace.tower for trace in traces} == set(case.protected)
-            assert all(lengths == trace.entered.layout.lengths for trace in traces for lengths in trace.lengths)
-    unguided = case.pruned("random", keep="ratio(ratio=1.0)", reducer=reducers[0]).eval()
-    case.model.eval()
-    with torch.no_grad():
-        same(unguided(*case.inputs), expected[False])
+                with vp.collect() as traces:
+                    same(pruned(*case.inputs), expected)
+                assert {trace.tower for trace in traces} == set(case.protected)
+                assert all(lengths == trace.entered.layout.lengths for trace in traces for lengths in trace.lengths)
 
 
 @torch.no_grad()

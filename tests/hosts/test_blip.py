@@ -130,7 +130,7 @@ def test_dropout_is_the_hosts(name):
     for module in case.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 1.0
-    checks.keep_all_is_the_host(case, "drop")
+    checks.keep_all_is_the_host(case)
     pruned = case.pruned(keep="ratio(ratio=1.0)")
     assert not torch.allclose(pruned.train()(*case.inputs), pruned.eval()(*case.inputs), atol=1e-2)
 

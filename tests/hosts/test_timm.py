@@ -112,7 +112,7 @@ def test_drop_path_draws_once_an_instance(name, keep):
 def test_dropout_is_the_hosts(name, drop):
     """All of it, so that chance has no say; and in training only."""
     case = make(name, **drop)
-    checks.keep_all_is_the_host(case, "drop")
+    checks.keep_all_is_the_host(case)
     trained = case.pruned(keep="ratio(ratio=1.0)").train()(*case.inputs)
     assert not torch.allclose(trained, case.model.eval()(*case.inputs), atol=1e-2)
 
@@ -124,9 +124,8 @@ def test_gradient_checkpointing(name):
     checks.recomputing_changes_nothing(case, parts, case.model.set_grad_checkpointing)
 
 
-@pytest.mark.parametrize("reducer", checks.REDUCERS)
-def test_rotary_augmentation_is_the_hosts(reducer):
-    checks.keep_all_is_the_host(make("eva: rope dinov3", rope_jitter_coords=2.0), reducer)
+def test_rotary_augmentation_is_the_hosts():
+    checks.keep_all_is_the_host(make("eva: rope dinov3", rope_jitter_coords=2.0))
 
 
 def test_patch_drop_of_eva_is_refused_in_training_only():

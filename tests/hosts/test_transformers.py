@@ -133,7 +133,7 @@ def test_dropout_is_the_hosts(name, where):
                 dropout.p = 1.0
             elif dropout is not None:
                 setattr(module, own, 1.0)
-    checks.keep_all_is_the_host(case, "drop")
+    checks.keep_all_is_the_host(case)
     pruned = case.pruned(keep="ratio(ratio=1.0)")
     trained, plain = (checks.tensors(pruned.train(mode)(*case.inputs))[0] for mode in (True, False))
     assert not torch.allclose(trained, plain, atol=1e-2)
@@ -142,7 +142,7 @@ def test_dropout_is_the_hosts(name, where):
 @pytest.mark.parametrize("dropped", ["attention_dropout", "mlp_dropout", "embedding_dropout"])
 def test_modernbert_drops_where_it_was_built_to(dropped):
     """Behind the projection of attention, inside the MLP, behind the embedding; biases are what is left without them."""
-    checks.keep_all_is_the_host(text_case("modernbert", "biases", **{dropped: 1.0}), "drop")
+    checks.keep_all_is_the_host(text_case("modernbert", "biases", **{dropped: 1.0}))
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5])
@@ -170,7 +170,7 @@ def test_drop_path_draws_once_an_instance(family, keep):
 
 @pytest.mark.parametrize("augmented", ["pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"])
 def test_rotary_augmentation_is_the_hosts(augmented):
-    checks.keep_all_is_the_host(image_case("dinov3", "plain", **{augmented: 1.5}), "drop")
+    checks.keep_all_is_the_host(image_case("dinov3", "plain", **{augmented: 1.5}))
 
 
 MLPS = {"BertLayer": "intermediate", "BlipTextLayer": "intermediate", "TransformerBlock": "ffn.lin1"}
