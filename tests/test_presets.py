@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 
@@ -110,6 +111,22 @@ def test_presets_do_prune(name, chosen):
     assert all(sum(trace.lengths[-1]) < trace.entered.layout.total for trace in traces)
     if chosen == "madtp" and name != "text":
         assert len(set(traces[0].lengths[-1])) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chosen", [*vp.presets.names(), *EVERY])
+def test_models_in_half_precision(chosen, dtype):
+    """2, 3, 8, 9, in both towers; what an instance alone keeps may differ where half the digits make tokens tie."""
+    kind, _, name = chosen.partition("=")
+    part = Part("count", {"count": 4}) if name == "count" else name
+    config = BASE.replace(**{kind: part}) if name else vp.preset(chosen)
+    model = vp.prune(copy.deepcopy(small("nlvr").model).to(dtype), config)
+    images, *words = small("nlvr").draw(4)
+    out, traces = run(model, (images.to(dtype), *words))
+    assert out.dtype == dtype and out.isfinite().all()
+    assert any(sum(trace.lengths[-1]) < trace.entered.layout.total for trace in traces)
+    for trace in traces:
+        check_trace(trace)
 
 
 @pytest.mark.parametrize("name", NAMES)
