@@ -118,7 +118,7 @@ def test_presets_do_prune(name, chosen):
 def test_models_in_half_precision(chosen, dtype):
     """2, 3, 8, 9, in both towers; what an instance alone keeps may differ where half the digits make tokens tie."""
     kind, _, name = chosen.partition("=")
-    part = Part("count", {"count": 4}) if name == "count" else name
+    part = {"count": "count(count=4)", "learned": "learned(threshold=0.0)"}.get(name, name)
     config = BASE.replace(**{kind: part}) if name else vp.preset(chosen)
     model = vp.prune(copy.deepcopy(small("nlvr").model).to(dtype), config)
     images, *words = small("nlvr").draw(4)

@@ -99,6 +99,31 @@ def test_lora_of_peft(name):
     same(keep_all(case)(*case.inputs), case.expected())
 
 
+@torch.no_grad()
+def test_injected_adapters_are_saved_once_they_are_merged(tmp_path):
+    peft = pytest.importorskip("peft")
+    case = make("timm: vit: plain")
+    pruned = case.pruned()
+    layers = [
+        path for path, module in pruned.named_modules() if isinstance(module, nn.Linear) and "pruners" not in path
+    ]
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=layers, init_lora_weights=False), pruned)
+    want = pruned(*case.inputs)
+    with pytest.raises(
+        ValueError, match=r"of adapters that were injected, merge\(\) each and put its get_base_layer\(\)"
+    ):
+        vp.save(pruned, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+    for path, module in [*pruned.named_modules()]:
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.merge()
+            parent, _, name = path.rpartition(".")
+            setattr(pruned.get_submodule(parent), name, module.get_base_layer())
+    vp.save(pruned, tmp_path / "model")
+    same(vp.load(tmp_path / "model", host=make("timm: vit: plain").model)(*case.inputs), want)
+
+
 def test_lora_around_torchs_attention_is_refused():
     peft = pytest.importorskip("peft")
     case = make("open_clip: image: tok")
