@@ -342,6 +342,14 @@ def test_every_name_of_timm_and_open_clip():
         assert prunes(clip_on_meta(name)) == (name in listed or any(text in name for text in OTHER_TEXT)), name
 
 
+@pytest.fixture(scope="module")
+def questions():
+    """Inputs and labels, batch by batch, that no shipped model was trained on."""
+    from vltprune.evaluate import draw
+
+    return [(batch.inputs, torch.from_numpy(batch.labels)) for batch in draw("test", 120, seed=7)]
+
+
 class TestShippedWeights:
     NAMES = ("blip_nlvr_tiny", "blip_nlvr_tiny_madtp.p70", "blip_nlvr_tiny_madtp.p80")
 
@@ -359,11 +367,9 @@ class TestShippedWeights:
         assert model.text.word.num_embeddings == len(WordTokenizer())
 
     @pytest.mark.parametrize(("name", "least"), list(zip(NAMES, (0.9, 0.91, 0.9), strict=True)))
-    def test_they_answer_held_out_questions(self, name, least):
+    @torch.no_grad()
+    def test_they_answer_held_out_questions(self, name, least, questions):
         """A floor that 120 questions can tell from chance and from broken weights; `vltprune demo` measures."""
-        from vltprune.evaluate import draw, evaluate
-
-        models = {"it": vp.create_model(name, pretrained=True)}
-        if "madtp" not in name:
-            models["pruned"] = vp.prune(models["it"], "random")
-        assert evaluate(models, draw("test", 120, seed=7))["it"].accuracy >= least
+        model = vp.create_model(name, pretrained=True)
+        right = [model(*inputs).argmax(-1) == labels for inputs, labels in questions]
+        assert torch.cat(right).float().mean() >= least

@@ -17,6 +17,7 @@ import vltprune as vp
 from vltprune.layers import Codebook
 
 DIM = 32  # of small("vit")
+SHALLOW = {"vision_depth": 2, "text_depth": 3}  # of BLIPs, which NLVR2's merges in the last
 
 
 @pytest.fixture(autouse=True)
@@ -51,19 +52,22 @@ def assert_counts(dense, pruned, *inputs, **named):
 
 
 def test_tokens_that_are_compared_with_each_other_cost_what_that_takes():
-    dense = timm.create_model("vit_tiny_patch16_224", img_size=384).eval()
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=384, depth=4).eval()
     assert_counts(dense, vp.prune(dense, "madtp", scorer="distinct_madtp"), torch.randn(2, 3, 384, 384))
 
 
-def test_vit_base_at_384():
-    dense = timm.create_model("vit_base_patch16_384").eval()
+def test_widths_of_vit_base_at_384():
+    dense = timm.create_model("vit_base_patch16_384", depth=3).eval()
     images = torch.randn(1, 3, 384, 384)
     assert_counts(dense, vp.prune(dense, "madtp"), images)
 
 
 @pytest.mark.parametrize("reducer", ["fuse", "drop"])
-def test_clip_vit_b_32(reducer):
-    dense = open_clip.create_model("ViT-B-32").eval()
+def test_widths_of_clip_vit_b_32(reducer):
+    config = open_clip.get_model_config("ViT-B-32")
+    for tower in ("vision_cfg", "text_cfg"):
+        config[tower]["layers"] = 3
+    dense = open_clip.CLIP(**config).eval()
     text = torch.zeros(2, 77, dtype=torch.int64)
     text[:, 0], text[0, 1:12], text[1, 1:30], text[0, 12], text[1, 30] = 49406, 320, 518, 49407, 49407
     assert_counts(dense, vp.prune(dense, "madtp", reducer=reducer), torch.randn(2, 3, 224, 224), text)
@@ -74,7 +78,7 @@ def test_clip_vit_b_32(reducer):
 def test_blip_nlvr_tiny_with_padding_and_shared_images(preset, sentences, monkeypatch):
     # short instances are attended to padded, which torch counts and an instance alone would not pay
     monkeypatch.setattr("vltprune.attention._SMALL", {})
-    dense = vp.create_model("blip_nlvr_tiny")
+    dense = vp.create_model("blip_nlvr_tiny", **SHALLOW)
     ids = torch.randint(4, 57, (2 * sentences, 14))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -83,7 +87,7 @@ def test_blip_nlvr_tiny_with_padding_and_shared_images(preset, sentences, monkey
 
 def test_blip_retrieval_has_nothing_behind_its_towers_that_is_not_counted(monkeypatch):
     monkeypatch.setattr("vltprune.attention._SMALL", {})
-    dense = vp.create_model("blip_retrieval_tiny")
+    dense = vp.create_model("blip_retrieval_tiny", **SHALLOW)
     ids, mask = torch.randint(4, 57, (2, 9)), torch.ones(2, 9)
     assert_counts(dense, vp.prune(dense, "madtp"), torch.randn(2, 3, 96, 96), ids, mask)
 
@@ -179,7 +183,7 @@ def test_a_block_that_prunes_costs_its_products(parts, each, pairs):
 
 
 def test_an_instance_costs_the_same_alone():
-    model = vp.create_model("blip_nlvr_tiny_madtp")
+    model = vp.create_model("blip_nlvr_tiny_madtp", **SHALLOW)
     images, ids = torch.randn(3, 2, 3, 96, 96), torch.randint(4, 57, (3, 12))
     together = vp.flops.count(model, images, ids)
     alone = [vp.flops.count(model, images[i : i + 1], ids[i : i + 1]).total for i in range(3)]
@@ -187,7 +191,7 @@ def test_an_instance_costs_the_same_alone():
 
 
 def test_keeping_all_costs_the_dense_macs_and_the_scoring():
-    dense = vp.create_model("blip_nlvr_tiny")
+    dense = vp.create_model("blip_nlvr_tiny", **SHALLOW)
     inputs = torch.randn(1, 2, 3, 96, 96), torch.randint(4, 57, (1, 12))
     nothing = vp.flops.count(vp.prune(dense, "random", keep="ratio(ratio=1.0)"), *inputs)
     assert nothing.total == nothing.dense_total
@@ -215,7 +219,7 @@ def padded_texts(name):
         dense = vp.create_model("clip", embed_dim=16, vision_cfg=vision, text_cfg=CLIP_TEXT)
         ids, images = clip_words((5, 9, 3), 24), torch.randn(3, 3, 32, 32)
         return dense, lambda places: (images, ids)
-    dense = vp.create_model(name)
+    dense = vp.create_model(name, **SHALLOW)
     ids = torch.randint(4, 57, (3, 20))
     mask = (torch.arange(20) < torch.tensor([5, 9, 3])[:, None]).long()
     images = torch.randn(3, *((2,) if "nlvr" in name else ()), 3, 96, 96)
@@ -256,7 +260,7 @@ def test_what_each_tower_saves_is_of_its_own_macs():
 
 
 def test_counting_needs_a_pruned_model_and_a_call():
-    dense = vp.create_model("blip_nlvr_tiny")
+    dense = vp.create_model("blip_nlvr_tiny", **SHALLOW)
     with pytest.raises(TypeError, match="not pruned"):
         vp.flops.count(dense, torch.randn(1, 2, 3, 96, 96), torch.ones(1, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match="collect"):
@@ -264,6 +268,6 @@ def test_counting_needs_a_pruned_model_and_a_call():
 
 
 def test_counting_leaves_the_mode_alone():
-    model = vp.create_model("vit_tiny_patch16_224_madtp").train()
+    model = vp.create_model("vit_tiny_patch16_224_madtp", depth=2).train()
     vp.flops.count(model, torch.randn(1, 3, 224, 224))
     assert model.training

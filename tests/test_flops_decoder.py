@@ -15,7 +15,7 @@ from vltprune.gauge import Gauge
 from vltprune.models.generation import Beam, Greedy
 
 VOCABULARY = 40
-SIZES = {"vocab_size": VOCABULARY, "bos_id": VOCABULARY - 1}
+SIZES = {"vocab_size": VOCABULARY, "bos_id": VOCABULARY - 1, "vision_depth": 2, "text_depth": 2}
 RAGGED = vp.preset("random").replace(keep="random_ratio(mean=0.5, spread=0.5)")
 
 
@@ -82,7 +82,7 @@ def test_decoders_of_our_own(name, call, config):
     assert_counts(dense, vp.prune(dense, config), CALLS[name, call])
 
 
-PICTURES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+PICTURES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 WORDS = PICTURES | {
     "encoder_hidden_size": 128,
     "vocab_size": VOCABULARY,

@@ -21,7 +21,7 @@ EVERY = {**dict.fromkeys(vp.keepers.names()), **FIXED}
 def traced(model, *inputs):
     with torch.no_grad():
         model(*inputs)  # what a first call prepares, in transformers as well, is no part of the record
-        return torch.jit.trace(model, inputs)
+        return torch.jit.trace(model, inputs, check_trace=False)  # which is for these inputs, and tests ask of others
 
 
 @pytest.mark.parametrize("reducer", vp.reducers.names())

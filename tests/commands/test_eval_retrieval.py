@@ -66,7 +66,8 @@ def test_retrieval_with_a_folder_whose_text_tower_is_of_transformers(preset, cap
 
 def blip(captioned, output, vocabulary, *options, model="blip_retrieval_tiny_evit"):
     file, arguments = vocabulary
-    argv = ["eval", "--task", "retrieval", "--model", model, "--model-args", *arguments, "--vocabulary", file]
+    argv = ["eval", "--task", "retrieval", "--model", model, "--vocabulary", file]
+    argv += ["--model-args", *arguments, "vision_depth=2", "text_depth=2"]
     return [*argv, "--data", str(captioned), "--output", str(output), "--batch-size", "2", *options]
 
 
