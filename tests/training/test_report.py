@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -42,9 +44,24 @@ def cells(page):
     return [html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", page)]
 
 
-@pytest.fixture(scope="module", params=["nlvr", "retrieval"])
-def made(request, tmp_path_factory):
-    return request.param, *run(request.param, tmp_path_factory.mktemp(request.param), serve=(0.2, 0.97), distil=0.5)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What `run` gives of a task, run once."""
+    return cache(lambda task: run(task, tmp_path_factory.mktemp(task), serve=(0.2, 0.97), distil=0.5))
+
+
+@pytest.fixture(params=["nlvr", "retrieval"])
+def made(request, runs):
+    return request.param, *runs(request.param)
+
+
+@pytest.fixture
+def finished(runs, tmp_path):
+    """The config of a finished run, and a copy of its folder without its page."""
+    _, done, (story, *_) = runs("nlvr")
+    folder = shutil.copytree(done.folder, tmp_path / "run")
+    (folder / "report.html").unlink()
+    return story.config, folder
 
 
 def test_the_page_is_self_contained(made):
@@ -136,13 +153,13 @@ def test_blips_second_stage_is_told_of(made):
 
 
 def test_the_second_stage_can_be_left_out(tmp_path):
-    page, done, _ = run("retrieval", tmp_path, k_test=0)
+    page, done, _ = run("retrieval", tmp_path, k_test=0, budget="learned", parts=LEARNED, steps=1, saliency=0.0)
     assert "Second stage" not in page and "matching" not in done.rows[0]
 
 
 @pytest.mark.filterwarnings("ignore:captions are written, and not scored")
 def test_captions(tmp_path):
-    page, done, (_, shown, missing) = run("caption", tmp_path)
+    page, done, (_, shown, missing) = run("caption", tmp_path, parts=LEARNED, steps=2)
     assert not missing
     assert shown[0].said[0].right is None
     assert "text tokens" not in page
@@ -173,25 +190,29 @@ def test_a_dense_model_that_was_trained(tmp_path):
     assert {f"{row['macs'] / 1e9:.4g}" for row in done.rows} <= set(cells(page))
 
 
-def test_a_finished_run_makes_its_page_anew(tmp_path, monkeypatch):
-    page, done, _ = run("nlvr", tmp_path)
-    rows = json.loads((done.folder / "results.json").read_text())
-    done.page.unlink()
+def test_a_finished_run_makes_its_page_anew(runs, finished, monkeypatch):
+    page, done, _ = runs("nlvr")
+    settings, folder = finished
+    rows = json.loads((folder / "results.json").read_text())
     monkeypatch.setattr(compression.Exam, "_answer", lambda *given: pytest.fail("no record is answered again"))
-    again, _, _ = run("nlvr", tmp_path)
-    assert again == page
-    assert json.loads((done.folder / "results.json").read_text()) == rows
+    again = compress(settings, folder)
+    assert again.page.read_text() == page
+    assert again.page != done.page
+    assert json.loads((folder / "results.json").read_text()) == rows
 
 
-def test_pictures_that_cannot_be_drawn_lose_nothing_else(tmp_path, monkeypatch):
+def test_pictures_that_cannot_be_drawn_lose_nothing_else(finished, monkeypatch):
+    settings, folder = finished
+    (folder / "results.json").unlink()
+
     def fails(*given):
         raise ValueError("no <grid>")
 
     monkeypatch.setattr(compression, "examples", fails)
     with pytest.warns(UserWarning, match=r"the report has no pictures: ValueError: no <grid>"):
-        page, done, _ = run("nlvr", tmp_path)
-    assert "No pictures: ValueError: no &lt;grid&gt;." in page
-    assert (done.folder / "results.json").is_file()
+        done = compress(settings, folder)
+    assert "No pictures: ValueError: no &lt;grid&gt;." in done.page.read_text()
+    assert (folder / "results.json").is_file()
 
 
 @pytest.mark.parametrize("history", [[], [{"step": 1, "task": 0.5, "knob": 0.3, "target": 0.3}]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 from data import config
 
 from vltprune.tokens import PackedTokens
-from vltprune.training import compress
+from vltprune.training import compress, compression
 from vltprune.training.saliency import directions, saliency
 
 
 def test_directions_have_the_curvature_of_the_divergence():
     logits = torch.tensor([[0.3, -1.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
-    draws = [torch.autograd.grad(directions(logits, seed), logits)[0] for seed in range(20000)]
-    found = torch.stack([torch.einsum("rc,rd->rcd", one, one) for one in draws]).mean(0)
+    many = logits.detach().repeat(5000, 1).requires_grad_()  # each row has a draw of its own
+    draws = [torch.autograd.grad(directions(many, seed), many)[0].unflatten(0, (-1, 2)) for seed in range(4)]
+    assert not any(torch.equal(one, other) for one, other in combinations(draws, 2))
+    found = torch.cat([torch.einsum("nrc,nrd->nrcd", one, one) for one in draws]).mean(0)
     chance = logits.detach().softmax(-1)
     curvature = torch.diag_embed(chance) - torch.einsum("rc,rd->rcd", chance, chance)
     torch.testing.assert_close(found, curvature, atol=0.01, rtol=0)
@@ -77,19 +80,6 @@ def test_tokens_that_are_gone_or_merged_are_not_asked_about():
     assert seen.apart(scores, left) == pytest.approx(0.0, abs=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:captions are written, and not scored")
-@pytest.mark.parametrize("budget", ["controller", "learned"])
-@pytest.mark.parametrize("task", ["nlvr", "caption", "vqa", "retrieval"])
-def test_every_task_can_teach_its_scores(task, budget, tmp_path):
-    parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}
-    settings = config(task, tmp_path / "data", budget=budget, parts=parts, saliency=0.5)
-    done = compress(settings, tmp_path / "run")
-    assert done is not None
-    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-    assert rows and all(0 < row["saliency"] < 1 for row in rows)
-    assert all("distil" not in row for row in rows)
-
-
 def test_a_model_that_is_pruned_nowhere_has_no_scores_to_teach():
     nowhere = {"image": SimpleNamespace(steps=[SimpleNamespace(scored=None)])}
     assert saliency(nowhere, nowhere, torch.randn(2, 2), seed=0).item() == 0.0
@@ -101,9 +91,12 @@ def test_scores_that_cannot_learn_are_not_taught():
     assert saliency(own, own, torch.randn(2, 2), seed=0).item() == 0.0  # outputs without gradients: none are asked for
 
 
-def test_anchors_learn_what_matters(tmp_path):
+def test_anchors_learn_what_matters(tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "_finish", lambda run, model, val: model)  # what comes behind the last step
     parts = {"guide": "codebook(anchors=4)", "scorer": "alignment", "keep": "ratio(ratio=0.7)"}
-    settings = config("nlvr", tmp_path / "data", parts=parts, freeze=["*"], saliency=1.0, steps=60, rate=2e-3)
+    settings = config("nlvr", tmp_path / "data", parts=parts, freeze=["*"], saliency=1.0, steps=20, rate=2e-3)
     compress(settings, tmp_path / "run")
-    rows = [json.loads(line)["saliency"] for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert all("distil" not in row for row in history)
+    rows = [row["saliency"] for row in history]
     assert sum(rows[-5:]) / 5 < 0.9 * sum(rows[:5]) / 5
