@@ -25,17 +25,20 @@ def spoken(rows):
     return [row[: row.index(small.EOS) + 1] if small.EOS in row else row for row in rows.tolist()]
 
 
-class TestCaption:
-    @pytest.fixture
-    def pair(self, tmp_path):
-        model = small.theirs("BlipForConditionalGeneration")
-        with torch.no_grad():
-            model.text_decoder.cls.predictions.bias[small.EOS] += 3  # else few sentences end
-        return model, small.ours("caption", model, tmp_path)
+@pytest.fixture(scope="module")
+def captioners(tmp_path_factory):
+    """Theirs and ours, which no test changes but for the smoothing of theirs."""
+    torch.manual_seed(0)
+    model = small.theirs("BlipForConditionalGeneration")
+    with torch.no_grad():
+        model.text_decoder.cls.predictions.bias[small.EOS] += 3  # else few sentences end
+    return model, small.ours("caption", model, tmp_path_factory.mktemp("caption"))
 
+
+class TestCaption:
     @torch.no_grad()
-    def test_logits(self, pair):
-        model, own = pair
+    def test_logits(self, captioners):
+        model, own = captioners
         pictures, (ids, mask) = images(3), small.words(3)
         ids[:, 0] = small.BOS
         want = model(pixel_values=pictures, input_ids=ids, attention_mask=mask).logits
@@ -43,8 +46,8 @@ class TestCaption:
         near(got[mask.bool()], want[mask.bool()])
 
     @torch.no_grad()
-    def test_loss(self, pair):
-        model, own = pair
+    def test_loss(self, captioners):
+        model, own = captioners
         pictures, (ids, mask) = images(3), small.words(3)
         ids[:, 0], model.text_decoder.label_smoothing = small.BOS, 0.1
         labels = ids.masked_fill(mask == 0, -100)
@@ -54,8 +57,8 @@ class TestCaption:
 
     @pytest.mark.parametrize("rules", [{}, {"min_length": 9}, {"repetition_penalty": 1.7}, {"max_length": 6}])
     @pytest.mark.parametrize(("beams", "length_penalty"), [(1, None), *itertools.product([2, 3, 5], [0.0, 1.0, 2.0])])
-    def test_sentences(self, pair, beams, length_penalty, rules):
-        model, own = pair
+    def test_sentences(self, captioners, beams, length_penalty, rules):
+        model, own = captioners
         rules = {"min_length": 0, "max_length": 14, **rules}
         pictures, prompt = images(24), torch.tensor([[small.BOS, *small.PROMPT, small.EOS]]).repeat(24, 1)
         how = {"num_beams": beams, "do_sample": False, "early_stopping": False, **rules}
