@@ -1,4 +1,4 @@
-"""A function called in two processes of one group, for tests of what is distributed."""
+"""Functions called in new processes: in two of one group, for tests of what is distributed, or in one that knows less."""
 
 from __future__ import annotations
 
@@ -12,22 +12,37 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-multiprocessing.set_forkserver_preload(["vltprune.training", "open_clip"])  # each takes seconds
+multiprocessing.set_forkserver_preload(["vltprune.training"])  # torch, timm, accelerate: seconds
+
+
+def in_a_process(function: Callable[..., None], *args: Any) -> None:
+    """Call function(*args) in a new process, which has neither open_clip nor transformers imported yet.
+
+    It is forked from a process that imports the other libraries once for all the tests. An exception is raised with its
+    traceback.
+    """
+    _start(1, _alone, function, args)
 
 
 def on_two_ranks(function: Callable[..., None], *args: Any) -> None:
-    """Call function(rank, *args) in two new processes, which have met and have the variables that torchrun sets.
+    """Call function(rank, *args) in two such processes, which have met and have the variables that torchrun sets.
 
-    They are forked from a process that has the libraries imported, once for all the tests. An exception in one of them ends
-    both, and is raised with its traceback.
+    An exception in one of them ends both.
     """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.start_processes(
-            _on_one, (f"file://{folder}/address", function, args), nprocs=2, start_method="forkserver"
-        )
+        _start(2, _together, f"file://{folder}/address", function, args)
 
 
-def _on_one(rank: int, address: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _start(count: int, target: Callable[..., None], *args: Any) -> None:
+    multiprocessing.start_processes(target, args, nprocs=count, start_method="forkserver")
+
+
+def _alone(rank: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def _together(rank: int, address: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import checks
 import pytest
 import torch
 import transformers as hf
 from cases_open_clip_hf import ENCODERS, make, text_tower
 from checks import Case, randomise, same
+from ranks import in_a_process
 from transformers_parts import LENGTH, words
+from without_transformers import prune_open_clip
 
 import vltprune as vp
 
@@ -152,12 +151,4 @@ def test_refused_by_name(part, says):
 
 
 def test_open_clip_needs_no_transformers():
-    script = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "import open_clip, vltprune as vp; from vltprune.hosts import supported\n"
-        "sizes = {'layers': 1, 'width': 32, 'heads': 4, 'context_length': 8, 'vocab_size': 60}\n"
-        "image = {'layers': 1, 'width': 32, 'head_width': 8, 'patch_size': 8, 'image_size': 16}\n"
-        "vp.prune(open_clip.CustomTextCLIP(8, image, sizes), 'madtp')\n"
-        "assert 'HFTextEncoder' in supported() and 'BertModel' not in supported()"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    in_a_process(prune_open_clip)

@@ -21,7 +21,14 @@ from vltprune.data.shards import write
 from vltprune.training import CompressConfig
 from vltprune.training.compression import compress, dense_model
 
-_SETTINGS = {"steps": 3, "log_every": 1, "distil": 0.5, "distil_summaries": 0.5, "checkpoint_every": 100}
+_SETTINGS = {
+    "steps": 3,
+    "log_every": 1,
+    "distil": 0.5,
+    "distil_summaries": 0.5,
+    "checkpoint_every": 100,
+    "val_limit": 2,
+}
 
 
 def by_torchrun(settings: CompressConfig, output: Path) -> None:
@@ -54,13 +61,7 @@ def losses(folder: Path) -> list[list[float]]:
 @pytest.mark.filterwarnings("ignore:captions are written, and not scored")
 @pytest.mark.parametrize(
     ("task", "packed", "in_two"),
-    [
-        ("nlvr", False, by_torchrun),
-        ("nlvr", True, forked),
-        ("caption", False, forked),
-        ("vqa", False, forked),
-        ("retrieval", False, forked),
-    ],
+    [("nlvr", True, by_torchrun), ("caption", False, forked), ("vqa", False, forked), ("retrieval", False, forked)],
 )
 def test_two_processes_learn_as_one(task, packed, in_two, tmp_path):
     # Taught scores move anchors far and fast, rounding errors with them: the sharded test has them, in its first step.
