@@ -103,7 +103,9 @@ class _TowerMeter:
         self.encoder, beside = encoder, tuple(_cut(b, 1) for b in trace.beside)
         adapter, host = encoder.adapter, encoder.host
         with _evaluating(encoder):
-            self.units = [_Units(encoder, b, beside[d], like, d) for d, b in enumerate(adapter.blocks(host))]
+            guide = encoder.guide if len(encoder.pruners) else None  # which nobody asks elsewhere
+            asked = 0.0 if guide is None else _guiding(guide, encoder.tower, like)
+            self.units = [_Units(encoder, b, beside[d], like, d, asked) for d, b in enumerate(adapter.blocks(host))]
             two, three = (_macs(adapter.close, host, _blank(like, n), beside) for n in (2, 3))
         self._closing = 3 * two - 2 * three, three - two  # of any instance, and of each of its tokens
         self._opening: dict[tuple[Any, ...], float] = {}
@@ -143,7 +145,9 @@ class _TowerMeter:
 class _Units:
     """Costs per token of one block, and of the pruner that stands in it."""
 
-    def __init__(self, encoder: PrunedEncoder, block: nn.Module, beside: Any, like: PackedTokens, depth: int):
+    def __init__(
+        self, encoder: PrunedEncoder, block: nn.Module, beside: Any, like: PackedTokens, depth: int, guide: float
+    ):
         self.channels, self.pruner, adapter = like.x.shape[-1], encoder.pruner(depth), encoder.adapter
         one = _blank(like, 1)
         with torch.no_grad():
@@ -152,8 +156,7 @@ class _Units:
         self.qkv = _macs(adapter.qkv, block, one, beside)
         self.mix = _macs(adapter.mix, block, one, torch.zeros_like(query))
         self.feed = _feeding(partial(adapter.feed, block), like, beside)
-        guide = None if self.pruner is None else encoder.guide  # nobody asks it elsewhere
-        self.guide = 0.0 if guide is None else _guiding(guide, encoder.tower, like)
+        self.guide = guide  # what it costs per token, wherever tokens are pruned
 
     def dense(self, n: Tensor, memory: _Memory | None) -> Tensor:
         return (self.qkv + self.mix) * n + 2 * self.width * n**2 + self._feed(n, memory)

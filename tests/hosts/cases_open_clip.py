@@ -92,7 +92,7 @@ def sentences(end: int = EOT, length: int = LENGTH):
 
 def image_case(option: str) -> Case:
     pooler = IMAGE[option].get("attentional_pool")
-    size = {"image_size": 32, "patch_size": 8, "width": WIDTH, "layers": 3, "heads": 4, "mlp_ratio": 2.0}
+    size = {"image_size": 32, "patch_size": 8, "width": WIDTH, "layers": 2, "heads": 4, "mlp_ratio": 2.0}
     model = VisionTransformer(**size, output_dim=WIDTH if isinstance(pooler, str) else 24, **IMAGE[option])
     idle = ("ln_k.bias", "attn_pool") if pooler else ("ln_k.bias",)
     return Case(randomise(model), (images(),), {"image": [[0]] * 3}, idle=idle)

@@ -76,7 +76,7 @@ EVA = {
     "eva02": {**ROPE, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True},
     "rope attention": {**ROPE, "attn_type": "rope"},
     "grouped": {**ROPE, **GROUPED},
-    "grouped per block": {**ROPE, **GROUPED, "num_kv_heads": (1, 2, 4)},
+    "grouped per block": {**ROPE, **GROUPED, "num_kv_heads": (1, 4)},
     "layer_scale": {"init_values": 1.0},
     "attn_only_layer_scale": {"init_values": 1.0, "attn_only_layer_scale": True},
     "registers": {"num_reg_tokens": 4},
@@ -89,7 +89,7 @@ EVA = {
     "gated, post_norm": {"use_post_norm": True, "gated": True},
 }
 NAMES = [f"vit: {name}" for name in VIT] + [f"eva: {name}" for name in EVA]
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 7}
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
 
 
 def make(name: str, **more) -> Case:

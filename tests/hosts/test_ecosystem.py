@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cases_timm
 import open_clip
 import pytest
 import timm
@@ -55,7 +56,7 @@ def test_timm_scripts(name):
 )
 @torch.no_grad()
 def test_timm_features(name):
-    case = make(name)
+    case = cases_timm.make(name.removeprefix("timm: "), depth=3)
     keep_all, pruned = case.pruned("random", keep="ratio(ratio=1.0)"), case.pruned("random")
     (images,) = case.inputs
     same(keep_all.forward_features(images), case.model.forward_features(images))
