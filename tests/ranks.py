@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -22,6 +23,13 @@ def in_a_process(function: Callable[..., None], *args: Any) -> None:
     traceback.
     """
     _start(1, _alone, function, args)
+
+
+def started(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """Such a process at work, for who wants to end it."""
+    process = multiprocessing.get_context("forkserver").Process(target=_alone, args=(0, function, args))
+    process.start()
+    return process
 
 
 def on_two_ranks(function: Callable[..., None], *args: Any) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import html
 import importlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from data import config
+from ranks import started
 
 import vltprune as vp
 from vltprune.training import BadLossError, compress
@@ -34,24 +32,6 @@ SHORT = {  # a step without a teacher, of a budget whose knob needs no first sea
     "steps": 1,
     "val_limit": 2,
 }
-_RUN = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-from pathlib import Path
-from data import config
-from vltprune.training import compress
-torch.set_num_threads({threads})
-compress(config("nlvr", Path({folder!r}), **{changes!r}), {output!r})
-"""
-
-
-def start(folder: Path, output: Path, **changes) -> subprocess.Popen:
-    """The same run in a process of its own, which can be killed."""
-    tests, threads = str(Path(__file__).parent), torch.get_num_threads()
-    script = _RUN.format(tests=tests, threads=threads, folder=str(folder), output=str(output), changes=changes)
-    with output.with_suffix(".log").open("w") as log:
-        return subprocess.Popen([sys.executable, "-c", script], stderr=log)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -260,13 +240,14 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     compress(settings, tmp_path / "whole")
 
     for step in (2, 4):  # killed twice, wherever it happens to be behind a checkpoint
-        process = start(tmp_path / "data", tmp_path / "cut", **changes)
+        process = started(compress, settings, tmp_path / "cut")
         checkpoint = tmp_path / "cut" / "checkpoints" / f"step_{step:08d}"
         until = time.monotonic() + 100
         while not checkpoint.exists() and time.monotonic() < until:
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "cut.log").read_text()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "cut" / "model").exists()
     compress(settings, tmp_path / "cut")
 
