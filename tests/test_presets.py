@@ -22,7 +22,7 @@ BASE = PruneConfig(scorer="madtp", keep="ratio(ratio=0.6)", reducer="fuse", guid
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 PARTS = {"scorer": vp.scorers, "keep": vp.keepers, "reducer": vp.reducers, "guide": vp.guides}
 EVERY = [f"{kind}={name}" for kind, registry in PARTS.items() for name in registry.names()]
-few = settings(max_examples=max(1, settings.default.max_examples // 8))  # of each part on each model: many in all
+few = settings(max_examples=max(1, settings.default.max_examples // 12))  # of each part on each model: many in all
 
 
 @st.composite
