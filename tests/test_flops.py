@@ -10,6 +10,7 @@ import timm
 import torch
 import transformers
 from models import images, small
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,6 +55,17 @@ def assert_counts(dense, pruned, *inputs, **named):
 def test_tokens_that_are_compared_with_each_other_cost_what_that_takes():
     dense = timm.create_model("vit_tiny_patch16_224", img_size=384, depth=4).eval()
     assert_counts(dense, vp.prune(dense, "madtp", scorer="distinct_madtp"), torch.randn(2, 3, 384, 384))
+
+
+@pytest.mark.parametrize("exchanged", ["mlp", "mlp.fc2"])
+def test_blocks_that_are_not_alike_are_counted_each(exchanged):
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4).eval()
+    other = timm.layers.Mlp(192, 384) if exchanged == "mlp" else nn.Sequential(nn.Linear(768, 500), nn.Linear(500, 192))
+    dense.blocks[1].set_submodule(exchanged, other)
+    pruned = vp.prune(dense, "evit", keep="ratio(ratio=0.5)", at=(0, 1, 3))
+    assert_counts(dense, pruned, torch.randn(1, 3, 64, 64))
+    first, second, third, fourth = vp.flops.count(pruned, torch.randn(1, 3, 64, 64)).dense["image"][1:5]
+    assert first == third == fourth != second
 
 
 def test_widths_of_vit_base_at_384():

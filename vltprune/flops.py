@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,12 +29,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import precision
 from .attention import Stat
-from .hosts.base import find_composite
+from .hosts.base import Host, find_composite
 from .hosts.linear_maps import uncounted_macs
 from .layers import AlignmentGuide
 from .modes import evaluating
-from .pruner import PrunedEncoder
+from .pruner import PrunedEncoder, Pruner
 from .savings import Cost
+from .structure import Structure
 from .surgery import pruning
 from .tokens import Layout, PackedTokens
 from .traces import PruneTrace, Step, collect
@@ -105,7 +106,8 @@ class _TowerMeter:
         with _evaluating(encoder):
             guide = encoder.guide if len(encoder.pruners) else None  # which nobody asks elsewhere
             asked = 0.0 if guide is None else _guiding(guide, encoder.tower, like)
-            self.units = [_Units(encoder, b, beside[d], like, d, asked) for d, b in enumerate(adapter.blocks(host))]
+            products = _products(adapter, adapter.blocks(host), like, beside)
+            self.units = [_Units(one, encoder.pruner(d), asked, like.x.shape[-1]) for d, one in enumerate(products)]
             two, three = (_macs(adapter.close, host, _blank(like, n), beside) for n in (2, 3))
         self._closing = 3 * two - 2 * three, three - two  # of any instance, and of each of its tokens
         self._opening: dict[tuple[Any, ...], float] = {}
@@ -142,21 +144,45 @@ class _TowerMeter:
         return each + token * lengths
 
 
-class _Units:
-    """Costs per token of one block, and of the pruner that stands in it."""
+@dataclass(frozen=True)
+class _Products:
+    """MACs of a block's products per token. width: heads x head_dim; feed: see `_feeding`."""
 
-    def __init__(
-        self, encoder: PrunedEncoder, block: nn.Module, beside: Any, like: PackedTokens, depth: int, guide: float
-    ):
-        self.channels, self.pruner, adapter = like.x.shape[-1], encoder.pruner(depth), encoder.adapter
+    width: int
+    qkv: float
+    mix: float
+    feed: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, adapter: Host, block: nn.Module, like: PackedTokens, beside: Any) -> _Products:
         one = _blank(like, 1)
         with torch.no_grad():
             query = adapter.qkv(block, one, beside)[0]
-        self.width = query.numel()  # heads * head_dim
-        self.qkv = _macs(adapter.qkv, block, one, beside)
-        self.mix = _macs(adapter.mix, block, one, torch.zeros_like(query))
-        self.feed = _feeding(partial(adapter.feed, block), like, beside)
-        self.guide = guide  # what it costs per token, wherever tokens are pruned
+        qkv = _macs(adapter.qkv, block, one, beside)
+        mix = _macs(adapter.mix, block, one, torch.zeros_like(query))
+        return cls(query.numel(), qkv, mix, _feeding(partial(adapter.feed, block), like, beside))
+
+
+def _products(
+    adapter: Host, blocks: Iterable[nn.Module], like: PackedTokens, beside: Sequence[Any]
+) -> Iterator[_Products]:
+    """Those of each block. Blocks that differ in their weights alone, as most of a tower do, are measured once."""
+    known: list[tuple[Any, _Products]] = []
+    for block, own in zip(blocks, beside, strict=True):
+        kind = Structure.of(block), [view.x.shape[-1] for view in own] if _is_memory(own) else None
+        found = next((products for other, products in known if other == kind), None)
+        if found is None:
+            found = _Products.of(adapter, block, like, own)
+            known.append((kind, found))
+        yield found
+
+
+class _Units:
+    """Costs of one block, and of the pruner that stands in it. guide: MACs per token of the guide that the pruner asks."""
+
+    def __init__(self, products: _Products, pruner: Pruner | None, guide: float, channels: int):
+        self.width, self.qkv, self.mix, self.feed = products.width, products.qkv, products.mix, products.feed
+        self.pruner, self.guide, self.channels = pruner, guide, channels
 
     def dense(self, n: Tensor, memory: _Memory | None) -> Tensor:
         return (self.qkv + self.mix) * n + 2 * self.width * n**2 + self._feed(n, memory)
