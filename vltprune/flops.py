@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from .layers import AlignmentGuide
 from .modes import evaluating
 from .pruner import PrunedEncoder, Pruner
 from .savings import Cost
-from .structure import Structure
+from .structure import modules_of
 from .surgery import pruning
 from .tokens import Layout, PackedTokens
 from .traces import PruneTrace, Step, collect
@@ -169,7 +170,8 @@ def _products(
     """Those of each block. Blocks that differ in their weights alone, as most of a tower do, are measured once."""
     known: list[tuple[Any, _Products]] = []
     for block, own in zip(blocks, beside, strict=True):
-        kind = Structure.of(block), [view.x.shape[-1] for view in own] if _is_memory(own) else None
+        sizes = {name: tensor.shape for name, tensor in chain(block.named_parameters(), block.named_buffers())}
+        kind = modules_of(block), sizes, [view.x.shape[-1] for view in own] if _is_memory(own) else None
         found = next((products for other, products in known if other == kind), None)
         if found is None:
             found = _Products.of(adapter, block, like, own)

@@ -33,13 +33,12 @@ class Structure:
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
         model = unwrapped(model)
-        modules = {plain_name(path): _described(module) for path, module in model.named_modules()}
         first: dict[int, str] = {}
         tensors = {}
         for key, value in model.state_dict(keep_vars=True).items():
             name = plain_name(key)
             tensors[name] = (*_kind(value), first.setdefault(id(value), name))  # tied tensors bear the first one's name
-        return cls(modules, tensors)
+        return cls(modules_of(model), tensors)
 
     def differences(self, other: Structure) -> list[str]:
         """How another structure differs from this one, in words; empty where it does not.
@@ -61,6 +60,11 @@ class Structure:
             if here != there and not any(key.startswith(f"{path}.") for path in _lost(self, other)):
                 found.append(f"{key} is {_tensor(there)} and was {_tensor(here)}")
         return found
+
+
+def modules_of(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Per path of a module the type's name and the plain attributes."""
+    return {plain_name(path): _described(module) for path, module in model.named_modules()}
 
 
 def listed(differences: list[str]) -> str:
