@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo test test-fast explore lint speed api clean
+.PHONY: install demo test types all-tests test-fast explore lint speed api clean
 
 install: .venv/installed
 
@@ -23,7 +23,12 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory --jobs 2 types all-tests  # each leaves a core idle now and then
+
+types: install
 	$(BIN)/pyright
+
+all-tests: install
 	$(PYTEST)
 
 test-fast: install
