@@ -174,9 +174,8 @@ class _ProductsOfZeros(TorchDispatchMode):
             return left.new_zeros(*left.shape[:-1], right.shape[-1])
         if func is self._ATTENTION:
             query = args[0]
-            return torch.zeros_like(query), query.new_zeros(
-                query.shape[:-1]
-            )  # nobody asks for the sums of exponentials
+            sums = query.new_zeros(query.shape[:-1])  # of exponentials, which nobody asks for
+            return torch.zeros_like(query), sums
         return func(*args, **(kwargs or {}))
 
 

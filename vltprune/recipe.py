@@ -135,7 +135,7 @@ def check_whole(model: nn.Module, adapters: bool = True) -> None:
             what = f"{name} is" if name else "it is"
             raise ValueError(
                 f"cannot save this model: {what} a {type(module).__name__} of peft, which loading would not build. Nothing "
-                "was written. Write vltprune.save(model.merge_and_unload(), folder) with peft's model; of adapters that were "
-                "injected, merge() each and put its get_base_layer() in its place. Adapters alone are saved by "
-                "peft.get_peft_model_state_dict(model)"
+                "was written. Write vltprune.save(model.merge_and_unload(), folder) with peft's model, or save the adapters "
+                "alone by its save_pretrained(folder); of adapters that were injected, merge() each and put its "
+                "get_base_layer() in its place"
             )
