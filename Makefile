@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo test types all-tests test-fast explore lint speed api clean
+.PHONY: install demo check test test-fast explore lint speed api clean
 
 install: .venv/installed
 
@@ -20,20 +20,15 @@ install: .venv/installed
 demo: install
 	$(BIN)/vltprune demo --output demo
 
-test: install
+check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) --no-print-directory --jobs 2 types all-tests  # each leaves a core idle now and then
+	$(BIN)/pyrefly check
 
-types: install
-	$(BIN)/pyright
-
-all-tests: install
+test: check
 	$(PYTEST)
 
-test-fast: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test-fast: check
 	HYPOTHESIS_PROFILE=fast $(PYTEST) -m fast
 
 explore: install

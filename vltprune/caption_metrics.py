@@ -44,7 +44,7 @@ def caption_scores(
 def caption_scorer_lacks() -> str | None:
     """What `caption_scores` needs and does not find, and how to get it; None where all is there."""
     try:
-        import pycocoevalcap  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import pycocoevalcap  # noqa: F401
     except ImportError:
         return "captions are scored by the package pycocoevalcap: pip install 'vltprune[eval]', and Java"
     if shutil.which("java") is None:
@@ -70,7 +70,7 @@ def spice_lacks() -> str | None:
 
 def _spice(theirs: Any, ours: Any, must: bool) -> dict[str, float]:
     """SPICE by itself; nothing, with a warning, where its program fails and it is no `must`."""
-    from pycocoevalcap.spice.spice import Spice  # pyright: ignore[reportMissingImports]
+    from pycocoevalcap.spice.spice import Spice
 
     try:
         return {"SPICE": float(Spice().compute_score(theirs, ours)[0])}
@@ -85,10 +85,10 @@ def _spice(theirs: Any, ours: Any, must: bool) -> dict[str, float]:
 
 def _pycocoevalcap() -> tuple[Callable[..., Any], ...]:
     """The package's makers of BLEU, ROUGE-L, CIDEr and its tokenizer."""
-    from pycocoevalcap.bleu.bleu import Bleu  # pyright: ignore[reportMissingImports]
-    from pycocoevalcap.cider.cider import Cider  # pyright: ignore[reportMissingImports]
-    from pycocoevalcap.rouge.rouge import Rouge  # pyright: ignore[reportMissingImports]
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # pyright: ignore[reportMissingImports]
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     return Bleu, Rouge, Cider, PTBTokenizer
 

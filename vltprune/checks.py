@@ -38,4 +38,4 @@ def check_ids(ids: Tensor, vocabulary: int, longest: int | None, name: str = "in
 
 def is_traced() -> bool:
     """Whether torch.jit.trace, or an export that is built on it, records what runs: host integers become constants then."""
-    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.jit.is_tracing()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .config import Part
-from .layers import KeepRatioPredictor, Knob
+from .layers import KeepRatioPredictor
 from .pruner import PrunedEncoder
 from .surgery import pruning
 from .wrappers import unwrapped
@@ -30,19 +30,19 @@ class Dial:
         asked = towers if tower is None else (tower,)
         self.towers = tuple(name for name in asked if towers[name].pruners)
         self.keepers = [keeper for name in self.towers for keeper in keepers_of(towers[name])]
-        if not self.keepers or any(keeper.knob is None for keeper in self.keepers):
+        knobs = {keeper.knob for keeper in self.keepers if keeper.knob is not None}
+        if not knobs or any(keeper.knob is None for keeper in self.keepers):
             whose = "" if tower is None else f" in the {tower} tower"
             raise ValueError(
                 f"keep={pruning(model).config.spelled('keep')!r} has nothing a budget can turn{whose}: use "
                 "keep='threshold', 'ratio' or 'random_ratio'"
             )
-        knobs = {keeper.knob for keeper in self.keepers}
         if len(knobs) > 1:
             raise ValueError(
                 f"keep={pruning(model).config.spelled('keep')!r}: the towers have different knobs, which one value cannot "
                 "set: calibrate each, with reduction={'image': 0.5, 'text': 0.5}"
             )
-        self.knob: Knob = knobs.pop()  # type: ignore[assignment]
+        self.knob = knobs.pop()
 
     @property
     def value(self) -> float:

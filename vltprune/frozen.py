@@ -19,7 +19,7 @@ class FrozenDict(dict[str, Any]):
     _refused: Any = _refuse  # `dict` overloads what follows
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refused
 
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  (a dict has none)
+    def __hash__(self) -> int:  # a dict has none
         return hash(frozenset(self.items()))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -25,13 +25,13 @@ class Journal:
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, written through at once. Nothing is written before the first of them."""
-        rows = [dict(row) for row in rows]
+        added = [dict(row) for row in rows]
         if not self.rows:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._settings_file, self._settings)
         with self._file.open("a" if self.rows else "w", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-        self.rows += rows
+            file.write("".join(json.dumps(row) + "\n" for row in added))
+        self.rows += added
 
     def _whole(self) -> Iterable[dict[str, Any]]:
         """The rows on disk; a last one that was cut short is cut off the file."""

@@ -201,7 +201,7 @@ class PrunedEncoder(Noted, nn.Module):
                 "towers: use torch.nn.parallel.DistributedDataParallel, one process a device (torchrun, accelerate launch), or "
                 "show one device to this process (CUDA_VISIBLE_DEVICES=0)"
             )
-        return super()._replicate_for_data_parallel()  # pyright: ignore[reportReturnType]
+        return super()._replicate_for_data_parallel()
 
     def extra_repr(self) -> str:
         return f"tower={self.tower!r}, at=({', '.join(self.pruners)})"

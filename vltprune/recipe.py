@@ -35,7 +35,7 @@ def recipe_of(model: nn.Module) -> Recipe:
     What was exchanged after building, and is an argument of the model, becomes one: a new number of classes, another pooling
     or image size of timm's models, another preprocessing of open_clip's. Raises ValueError, naming it, for anything else.
     """
-    recipe = getattr(model, "recipe", None)
+    recipe: Any = getattr(model, "recipe", None)
     if recipe is None:
         return Recipe("")
     if recipe.built is None or recipe.build is None:

@@ -119,7 +119,7 @@ def device(text: str) -> str:
     """A device that torch can use here."""
     try:
         torch.empty(0, device=text)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _Wrong(
             f"{text!r} is no device of this machine ({reason[:90]}): write cpu, or cuda where there is one"

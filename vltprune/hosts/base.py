@@ -212,7 +212,10 @@ def supported() -> str:
 def _find(module: nn.Module) -> Host | Composite | None:
     _load_hosts(type(module))
     name = dotted(type(module))
-    return hosts[name].of(module) if name in hosts else None  # pyright: ignore[reportFunctionMemberAccess]
+    if name not in hosts:
+        return None
+    cls: Any = hosts[name]
+    return cls.of(module)
 
 
 def _load_hosts(cls: type) -> None:
@@ -271,7 +274,7 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
 
     timm's DropPath drops along the first dimension, which here are tokens; its probability and scaling are read instead.
     """
-    probability = getattr(module, "drop_prob", 0.0)
+    probability: Any = getattr(module, "drop_prob", 0.0)
     if not module.training or not probability:
         return branch
     keep = 1 - probability

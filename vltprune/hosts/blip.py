@@ -28,7 +28,7 @@ Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that
 class BlipVisionHost(Vit):
     """BLIP's image tower. Its tokens go to cross-attention, and so it returns them packed, normed, however many are left."""
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:  # type: ignore[override]
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:
         return tokens.with_x(tower.norm(tokens.x))
 
 
@@ -96,7 +96,7 @@ class MedHost(Host):
 class QuestionHost(MedHost):
     """The encoder of a question. A decoder looks at its tokens, and so it returns them packed, however many are left."""
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:  # type: ignore[override]
+    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:
         return tokens
 
 

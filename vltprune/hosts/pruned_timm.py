@@ -29,7 +29,8 @@ class PrunedTimm(PrunedEncoder):
         `vltprune.load` builds the pruned model from them. `timm.create_model` fails at the name of the pruning instead of
         building a dense model from them.
         """
-        arguments = dict(getattr(self.host, "_model_args", {}))
+        host: Any = self.host
+        arguments = dict(getattr(host, "_model_args", {}))
         if is_pruned(self):
             check_whole(self)
             arguments[IN_ARGUMENTS] = saved_of(self, {}).to_dict()

@@ -30,4 +30,4 @@ def remember_arguments(part: nn.Module, maker: Callable[..., Any], arguments: Ma
     """Note what `maker` built a part with, besides where it stands: the given arguments, and the others at their defaults."""
     _, *parameters = inspect.signature(maker).parameters.values()
     known = {one.name: one.default for one in parameters if one.default is not one.empty}
-    part.arguments = {**known, **arguments}  # pyright: ignore[reportArgumentType]
+    vars(part)["arguments"] = {**known, **arguments}

@@ -97,8 +97,8 @@ class Reduction:
         out = replace(out, size=size.index_select(0, self.index).index_copy(0, self.merge.rows, gathered))
         if out.presence is None or out.counted is None:
             return out
-        whole = (share.index_fill(0, self.merge.rows, 1.0) for share in (out.presence, out.counted))
-        return replace(out, **dict(zip(("presence", "counted"), whole, strict=True)))  # a merged token is all there
+        presence, counted = (share.index_fill(0, self.merge.rows, 1.0) for share in (out.presence, out.counted))
+        return replace(out, presence=presence, counted=counted)  # a merged token is all there
 
     def target(self) -> Tensor:
         """[total] int64: the result row that holds each token, -1 for dropped ones. Provenance, for pictures."""

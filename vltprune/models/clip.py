@@ -82,7 +82,7 @@ def tokenizer(text_cfg: Config) -> Callable[[list[str]], Tensor]:
     ValueError for a tower of transformers without `hf_tokenizer_name`, and for one that cannot be read.
     """
     cfg = CLIPTextCfg(**text_cfg)
-    options = {"context_length": cfg.context_length, **(cfg.tokenizer_kwargs or {})}
+    options: dict[str, Any] = {"context_length": cfg.context_length, **(cfg.tokenizer_kwargs or {})}
     if cfg.hf_tokenizer_name:
         try:
             return HFTokenizer(cfg.hf_tokenizer_name, tokenizer_mode=cfg.tokenizer_mode, **options)

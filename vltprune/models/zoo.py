@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Backbone:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", frozen(self.sizes, "sizes"))
 
-    def type(self) -> type[nn.Module]:
+    def type(self) -> builtins.type[nn.Module]:
         return getattr(importlib.import_module(self.module), self.cls)
 
     def __call__(self, **model_args: Any) -> nn.Module:

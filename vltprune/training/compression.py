@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -142,7 +142,8 @@ def _read(config: CompressConfig, kind: Any, tell: bool) -> tuple[Any, Sequence[
 def _trained(run: Run) -> nn.Module:
     """The model that was trained; where processes held a part of it each, a whole one again, in the first process."""
     if getattr(run.accelerator.state, "fsdp_plugin", None) is None:
-        return run.accelerator.unwrap_model(run.student).model
+        student: Any = run.accelerator.unwrap_model(run.student)
+        return student.model
     learnt = run.accelerator.get_state_dict(run.student)  # all processes must ask
     model = prune(dense_model(run.config), run.config.pruning)
     if run.accelerator.is_main_process:
@@ -211,7 +212,7 @@ def _calibrated(
                     raise
                 warnings.warn(f"the nearest cost is examined and saved: {error}", stacklevel=2)
                 found = error.nearest
-                Dial(model, tower).settle(found.value)
+                Dial(model, tower).settle(cast(float, found.value))  # each that was tried has one
     # the last was measured with all the others set
     return replace(found, knob=None, value=None) if isinstance(reduction, Mapping) else found
 

@@ -132,7 +132,7 @@ def gathered(pieces: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> d
         means[_KEPT + tower] = torch.stack([piece["kept"][tower] for piece in pieces]).mean(0)
         means[_COST + tower] = torch.stack([piece["towers"][tower] for piece in pieces]).mean(0)
     if accelerator.num_processes > 1:
-        means = accelerator.reduce(means, "mean")  # type: ignore[assignment]
+        means = accelerator.reduce(means, "mean")
     figures: dict[str, Any] = {name: value.tolist() for name, value in means.items()}
     if "macs" in figures:
         figures["saved"] = 1 - figures["macs"] / figures["dense_macs"]
@@ -145,7 +145,7 @@ def gathered(pieces: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> d
 def trackers() -> list[Any]:
     """TensorBoard, where it is installed."""
     try:
-        import tensorboard  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import tensorboard  # noqa: F401
     except ImportError:
         return []
     return ["tensorboard"]

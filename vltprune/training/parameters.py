@@ -31,7 +31,7 @@ def freeze(host: nn.Module, patterns: Sequence[str]) -> None:
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups, `times` the rate: matrices decay; vectors, the guide's anchors and thresholds do not."""
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay, "times": 1.0},
         {"params": [], "weight_decay": 0.0, "times": 1.0},
         {"params": [], "weight_decay": 0.0, "times": _KEEPERS},
