@@ -26,6 +26,7 @@ import vltprune as vp
 from vltprune.flops import Meter
 from vltprune.gauge import keep_all
 from vltprune.models.generation import Beam
+from vltprune.modes import on_meta
 
 SENTENCE = 36  # tokens of the one that NLVR2's number was measured with
 CAPTION = 15  # likewise "a picture of car driving down a road behind a lot of sheep"
@@ -181,7 +182,7 @@ class _ProductsOfZeros(TorchDispatchMode):
 
 def _of_zeros(build: Callable[[], nn.Module]) -> nn.Module:
     """The model in evaluation on the CPU, each of its tensors one zero that is repeated: there is none to draw or to hold."""
-    with torch.device("meta"):
+    with on_meta():
         model = build()
     return model._apply(lambda values: torch.zeros((), dtype=values.dtype).expand(values.shape)).eval()
 

@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 import torch
 
+gc.disable()  # until all tests are imported
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the tests' models are too small for more
 
 # "ci" draws the same examples on every run, so that who changed nothing sees what everybody sees; "explore" draws new ones
@@ -63,6 +64,7 @@ def pytest_collection_finish():
     """What was imported is no garbage: collections have less to look through."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from vltprune.catalog import _TIMM_MODULES
 from vltprune.factory import Name, open_clip_name
 from vltprune.models import zoo
 from vltprune.models.blip import Blip, BlipNlvr
+from vltprune.modes import on_meta
 
 
 @pytest.mark.parametrize("name", ["blip_tiny", "blip_nlvr_tiny"])
@@ -26,7 +27,7 @@ def test_own_backbones(name, preset):
 
 
 def test_sizes_of_the_published_backbones():
-    with torch.device("meta"):
+    with on_meta():
         counts = {n: sum(p.numel() for p in vp.backbones[n]().parameters()) for n in ("blip_base", "blip_large")}
     assert counts["blip_base"] == pytest.approx(224e6, rel=0.01)  # ViT-B/16 86 M, BERT with cross-attention 138 M
     assert counts["blip_large"] == pytest.approx(446e6, rel=0.01)
@@ -277,7 +278,7 @@ def prunes(dense):
 
 
 def timm_on_meta(name):
-    with torch.device("meta"), warnings.catch_warnings():
+    with on_meta(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return timm.create_model(name)
 
@@ -289,7 +290,7 @@ def clip_on_meta(name):
         config["text_cfg"] = {"vocab_size": 9}
     multimodal, custom = config.get("multimodal_cfg"), config.pop("custom_text", False)
     kind = open_clip.CoCa if multimodal else open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    with torch.device("meta"):
+    with on_meta():
         return kind(**config)
 
 
@@ -325,7 +326,7 @@ def test_what_is_listed_of_open_clip_is_what_can_be_pruned(name):
 
 @pytest.mark.parametrize("name", vp.backbones.names())
 def test_every_backbone_of_ours_can_be_pruned(name):
-    with torch.device("meta"):
+    with on_meta():
         dense = vp.backbones[name]()
     assert prunes(dense) and name in vp.list_models()
 

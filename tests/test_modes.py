@@ -14,7 +14,7 @@ from vltprune import budget
 from vltprune.evaluate import draw, evaluate, race
 from vltprune.exam import Exam
 from vltprune.models.blip import BlipNlvr
-from vltprune.modes import evaluating
+from vltprune.modes import evaluating, on_meta
 from vltprune.training.decoding import Searched
 
 CLIP = {
@@ -200,3 +200,15 @@ def test_what_is_put_back_later_does_not_reach_what_was_put_back_before():
     with evaluating(model):
         assert not model["b"].training
     assert model["b"].training and not shared.training
+
+
+def test_modules_on_meta_differ_in_nothing_but_their_numbers():
+    built = [vp.create_model(name) for name in ("blip_vqa_tiny", "test_vit")]
+    with on_meta():
+        empty = [vp.create_model(name) for name in ("blip_vqa_tiny", "test_vit")]
+        filled = torch.zeros(2, device="cpu").fill_(3.0).add_(1.0)
+    assert filled.tolist() == [4.0, 4.0]
+    for one, other in zip(built, empty, strict=True):
+        assert {t.device.type for t in (*other.parameters(), *other.buffers())} == {"meta"}
+        shapes = [{name: (t.shape, t.dtype) for name, t in m.state_dict().items()} for m in (one, other)]
+        assert shapes[0] == shapes[1] and repr(one) == repr(other)

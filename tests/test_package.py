@@ -18,13 +18,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 # each room may import from those before it; the same line is one room
 FLOORS = [
     ("files", "wrappers"),
-    ("checks", "structure"),
+    ("checks", "modes", "structure"),
     ("recipe",),
     (
         "frozen",
         "precision",
         "registry",
-        "modes",
         "text",
         "caption_metrics",
         "journal",

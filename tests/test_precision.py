@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vltprune as vp
 from vltprune import losses, precision, scorers
 from vltprune.layers.keepers import share
+from vltprune.modes import on_meta
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 KEEPERS = ["ratio(ratio=0.5)", "random_ratio", "threshold", "learned", "top_p(p=0.5)", "distortion", "count(count=3)"]
@@ -178,7 +179,7 @@ def test_costs_and_budgets_ask_for_no_more(name, mode):
 def test_a_model_without_numbers_yet(name, keep):
     """Built on the meta device, then filled from a state dict: nothing else holds numbers that would be lost."""
     real = vp.create_model(name, pruning="madtp", keep=keep)
-    with torch.device("meta"):
+    with on_meta():
         model = vp.create_model(name, pruning="madtp", keep=keep)
     assert {t.device.type for t in model.state_dict().values()} == {"meta"}
     assert [*model.state_dict()] == [*real.state_dict()]

@@ -21,7 +21,10 @@ from .surgery import pruning
 from .tokens import PackedTokens
 from .traces import collect
 
-_STEPS, _MOST_TRIED = 12, 50  # of a search: equal steps where both ends are beyond a cost or short of it, values in all
+_STEPS, _FINEST = (
+    12,
+    2**-20,
+)  # of a knob's range: equal steps where both ends are beyond a cost or short of it; the last
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
 
@@ -51,7 +54,7 @@ def calibrate(
     """Set a pruned model's knob, DTP's power or a ratio, so that its mean MACs over `batches` are `reduction` below dense.
 
     batches: inputs of the model, each a tensor, a tuple of positional inputs or a mapping of named ones, or a function that
-    puts its inputs to the model itself, by another method than the call; they are run some ten times, and at most 50.
+    puts its inputs to the model itself, by another method than the call; they are run some ten times, and at most 30.
     reduction: a share of what the dense model spends on the tokens that are there, padding left out, in (0, 1). One number
     sets one value of the knob at every depth of every tower; a mapping from tower to a share, {"image": 0.5, "text": 0.3},
     sets a value for each tower it names, so that the tower saves that of its own MACs, and leaves the others as they are.
@@ -191,11 +194,11 @@ class _Search:
         def off(found: Calibration) -> float:
             return abs(self.saved(found) - reduction)
 
-        while between and min(map(off, tried)) > tolerance * (1 - reduction) and len(tried) < _MOST_TRIED:
-            low, high = between
+        low, high = between or (0.0, 0.0)
+        while min(map(off, tried)) > tolerance * (1 - reduction) and high - low > _FINEST:
             middle = (low + high) / 2
             tried.append(self.measure(self.knob.at(middle)))
-            between = (middle, high) if (self.saved(tried[-1]) > reduction) == starts_below else (low, middle)
+            low, high = (middle, high) if (self.saved(tried[-1]) > reduction) == starts_below else (low, middle)
         best = min(tried, key=off)
         if off(best) > tolerance * (1 - reduction):
             raise BudgetError(self._missed(reduction, tolerance, tried, best), best)

@@ -1,4 +1,4 @@
-"""Training and evaluation mode: a model is put into evaluation for a while, and every module then has its own mode again."""
+"""Modes that last for a `with` block: a model in evaluation, and modules that are built without numbers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .wrappers import record_of
+
+_FILLS = {
+    getattr(torch.Tensor, name)
+    for name in ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "clamp_", "mul_", "add_")
+}
 
 
 @contextlib.contextmanager
@@ -39,3 +46,20 @@ def _modules(models: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
         record: Any = record_of(model)
         if record is not None:
             yield from record.host.modules()
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Within the `with` block modules are built on the meta device, and nothing is computed to fill their weights.
+
+    What torch does there to draw them takes most of the time that it takes to build a model.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modes import on_meta
 from .structure import Structure, listed, plain
 from .wrappers import is_sharded, unwrapped
 
@@ -91,7 +92,7 @@ def _built(recipe: Recipe, arguments: dict[str, Any]) -> nn.Module:
     wrong = (TypeError, ValueError, LookupError, AssertionError, RuntimeError)
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device("meta"):
+            with on_meta():
                 return recipe.build(recipe.backbone, **arguments)
         except wrong:
             pass  # wrong arguments, or a constructor that computes with its weights

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import vltprune as vp
 from vltprune.checkpoint import load_into
 from vltprune.convert import from_blip
+from vltprune.modes import on_meta
 
 TASKS = ("caption", "vqa", "retrieval")
 THEIRS = (  # ours, Salesforce's
@@ -173,7 +174,7 @@ def test_published_sizes_have_the_published_keys_and_shapes(task, size, kind):
     transformers = pytest.importorskip("transformers")
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision, text = (vision, {"encoder_hidden_size": 1024}) if size == "large" else ({}, {})
-    with torch.device("meta"):
+    with on_meta():
         theirs = getattr(transformers, kind)(transformers.BlipConfig(vision_config=vision, text_config=text))
         ours = vp.backbones[f"blip_{task}_{size}"]().state_dict()
     nothing = {key: torch.zeros(()).expand(value.shape) for key, value in theirs.state_dict().items()}

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import vltprune as vp
+from vltprune.modes import on_meta
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_matching_reads_enc_first_and_features_do_not(model):
 
 @pytest.mark.parametrize("size", ["tiny", "base", "large"])
 def test_names(size):
-    with torch.device("meta"):
+    with on_meta():
         model = vp.backbones[f"blip_retrieval_{size}"]()
     assert model.text_projection.out_features == 256
     assert set(vp.create_model("blip_retrieval_tiny_madtp").pruning.towers) == {"image", "text"}

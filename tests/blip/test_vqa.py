@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import vltprune as vp
 from vltprune.models.generation import Beam, Greedy
+from vltprune.modes import on_meta
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_both_towers_align(model):
 
 @pytest.mark.parametrize("size", ["tiny", "base", "large"])
 def test_names(size):
-    with torch.device("meta"):
+    with on_meta():
         model = vp.backbones[f"blip_vqa_{size}"]()
     assert size == "tiny" or model.visual.patch_embed.img_size == (480, 480)
     assert set(vp.create_model("blip_vqa_tiny_madtp").pruning.towers) == {"image", "text"}
