@@ -11,8 +11,10 @@ from vltprune import cli
 
 pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'vltprune[train]'")
 
+SMALL = {"vision_depth": 2, "text_depth": 2, "merge_from": 1, "image_size": 48}
 SHORT = [
     "--set",
+    f"model_args={SMALL}",
     "steps=2",
     "batch_size=2",
     "rate=1e-4",
@@ -62,8 +64,9 @@ def test_what_is_given_wins_over_the_file(tmp_path, fails):
     fields = {
         "task": "nlvr",
         "model": "blip_nlvr_tiny",
-        "data": "synthetic:train:4",
-        "val": "synthetic:val:4",
+        "model_args": SMALL,
+        "data": "synthetic:train:2",
+        "val": "synthetic:val:2",
         "steps": 1,
     }
     (tmp_path / "run.json").write_text(json.dumps({**fields, "batch_size": 2, "reduction": 0.7}))

@@ -14,6 +14,7 @@ from vltprune.training import compression as compression_module
 from vltprune.training.stopping import Stop
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+pytestmark = pytest.mark.usefixtures("unexamined")
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +22,10 @@ def whole(tmp_path_factory):
     """The config of a run of four steps without a checkpoint before the last, its folder, and its weights."""
     folder = tmp_path_factory.mktemp("whole")
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}  # whose knob needs no first search
-    settings = config("nlvr", folder / "data", checkpoint_every=100, budget="learned", parts=parts)
+    settings = config("nlvr", folder / "data", checkpoint_every=100, budget="learned", parts=parts, saliency=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compression_module, "_finish", lambda run, model, val: model)
         return settings, compress(settings, folder / "run").state_dict()
-
-
-@pytest.fixture(autouse=True)
-def _unexamined(monkeypatch):
-    """What comes behind the last step is another matter."""
-    monkeypatch.setattr(compression_module, "_finish", lambda run, model, val: model)
 
 
 def interrupted(monkeypatch, settings, folder, method, act):
