@@ -27,8 +27,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     """
     before = [(module, module.training) for module in _modules(models)]
     try:
-        for model in models:
-            model.eval()
+        if any(mode for _, mode in before):
+            for model in models:
+                model.eval()
         yield
     finally:
         for module, mode in before:  # through `train`, which some modules override; a parent comes before its children
@@ -39,13 +40,23 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def _modules(models: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
-    """Every module of the models, and of the dense models behind pruned ones; some may come twice."""
+def _modules(models: tuple[nn.Module, ...]) -> list[nn.Module]:
+    """Every module of the models, and of the dense models behind pruned ones, a parent before its children."""
+    found: dict[nn.Module, None] = {}
     for model in models:
-        yield from model.modules()
         record: Any = record_of(model)
-        if record is not None:
-            yield from record.host.modules()
+        for root in (model,) if record is None else (model, record.host):
+            _gather(root, found)
+    return list(found)
+
+
+def _gather(module: nn.Module, found: dict[nn.Module, None]) -> None:
+    """`Module.modules`, which also spells each one's name, and takes several times as long."""
+    if module not in found:
+        found[module] = None
+        for child in module._modules.values():
+            if child is not None:
+                _gather(child, found)
 
 
 @contextlib.contextmanager

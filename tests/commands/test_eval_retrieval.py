@@ -19,13 +19,17 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The folder of a CLIP of open_clip, dense."""
+    return vp.save(vp.create_model("clip_vit_s_32_alt"), tmp_path_factory.mktemp("weights") / "clip")
+
+
 @pytest.mark.parametrize("model", ["clip_vit_s_32_alt", "clip_vit_s_32_alt_evit"])
-def test_retrieval_with_clip(model, captioned, tmp_path, capsys):
+def test_retrieval_with_clip(model, weights, captioned, tmp_path, capsys):
     import open_clip
 
-    weights, output = tmp_path / "weights", tmp_path / "out"
-    dense = vp.create_model("clip_vit_s_32_alt")
-    vp.save(dense, weights)
+    output = tmp_path / "out"
     argv = ["eval", "--task", "retrieval", "--model", model, "--pretrained", str(weights / "model.safetensors")]
     argv += ["--data", str(captioned), "--output", str(output), "--batch-size", "2"]
     assert cli.main(argv) == 0

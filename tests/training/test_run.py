@@ -32,6 +32,7 @@ SHORT = {  # a step without a teacher, of a budget whose knob needs no first sea
     "steps": 1,
     "val_limit": 2,
 }
+FEW = {"saliency": 0.0, "val_limit": 2}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -57,6 +58,7 @@ def test_every_task_can_be_compressed(task, budget, tmp_path):
         accumulate=2,
         steps=steps,
         val_limit=4,
+        k_test=2,
     )
     before = dense_model(settings).state_dict()
     done = compress(settings, tmp_path / "run")
@@ -83,7 +85,8 @@ def test_every_task_can_be_compressed(task, budget, tmp_path):
 
 
 def test_a_dense_model_can_be_trained_first(tmp_path):
-    settings = config("retrieval", tmp_path / "data", reduction=0.0, freeze=["visual.blocks.0.*"], augment=True)
+    changes = {"freeze": ["visual.blocks.0.*"], "augment": True, "k_test": 2, "val_limit": 4}
+    settings = config("retrieval", tmp_path / "data", reduction=0.0, **changes)
     before = dense_model(settings).state_dict()
     done = compress(settings, tmp_path / "run")
     model = vp.load(tmp_path / "run" / "model")
@@ -102,7 +105,7 @@ def test_a_dense_model_can_be_trained_first(tmp_path):
 
 def test_a_cost_out_of_reach_gives_the_nearest(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "ratio", "at": {"text": [1]}}
-    settings = config("nlvr", tmp_path / "data", reduction=0.9, serve=[0.8], parts=parts, steps=1, saliency=0.0)
+    settings = config("nlvr", tmp_path / "data", reduction=0.9, serve=[0.8], parts=parts, steps=1, **FEW)
     with pytest.warns(UserWarning, match=r"the nearest cost is examined and saved: reduction=0\.9 is out of reach"):
         done = compress(settings, tmp_path / "run")
     assert [row["reduction"] for row in done.rows] == [0.0, 0.9]
@@ -147,7 +150,7 @@ def test_each_tower_is_trained_and_set_to_its_own_target(tmp_path, request):
 
 def test_a_tower_that_is_left_out_stays_as_its_parts_say(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": {"image": "ratio(ratio=0.7)", "text": "ratio(ratio=0.75)"}}
-    settings = config("nlvr", tmp_path / "data", reduction={"image": 0.4}, parts=parts, steps=1, saliency=0.0)
+    settings = config("nlvr", tmp_path / "data", reduction={"image": 0.4}, parts=parts, steps=1, **FEW)
     compress(settings, tmp_path / "run")
     kept = vp.load(tmp_path / "run" / "model").pruning.config
     assert kept.part("keep", "text") == vp.Part("ratio", {"ratio": 0.75})

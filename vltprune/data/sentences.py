@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -92,20 +92,33 @@ class Tally:
 
     def __call__(self, scenes: Scenes) -> Iterator[Filling]:
         """Every filling for the pair."""
+        counts = [_counts(scene) for scene in scenes]  # once, for a scene takes its time to look up
         for side, name in enumerate(SIDES):
             for description in DESCRIPTIONS[self.kind]:
-                here, there = (_counts(scenes[at])[description] for at in (side, 1 - side))
-                words = dict(side=name, other=SIDES[1 - side], one=description, many=description.plural)
+                here, there = counts[side][description], counts[1 - side][description]
                 # Otherwise most fillings would speak of things that neither image shows.
-                weight = 1 + 3 * (here > 0) + 2 * (there > 0) + 2 * _nearly(description, scenes[side])
-                yield Filling(self.template.format(**words), self.holds(here, there), weight)
+                weight = 1 + 3 * (here > 0) + 2 * (there > 0) + 2 * _nearly(description, counts[side])
+                yield Filling(_tallied(self.template, name, description), self.holds(here, there), weight)
 
 
-def _nearly(description: Description, scene: Scene) -> bool:
-    """Whether two attributes are asked for and the scene has each, though maybe not on one thing."""
+@cache
+def _tallied(template: str, side: str, description: Description) -> str:
+    """A tally's sentence about a side."""
+    other = SIDES[1 - SIDES.index(side)]
+    return template.format(side=side, other=other, one=description, many=description.plural)
+
+
+@cache
+def _parts(description: Description) -> frozenset[Description]:
+    """The same attributes, each asked for by itself."""
     shape, colour, size = description
-    named = {Description(shape=shape), Description(colour=colour), Description(size=size)} - {Description()}
-    return len(named) > 1 and all(_counts(scene)[part] for part in named)
+    return frozenset({Description(shape=shape), Description(colour=colour), Description(size=size)} - {Description()})
+
+
+def _nearly(description: Description, counts: Counter[Description]) -> bool:
+    """Whether two attributes are asked for and a scene, of these counts, has each, though maybe not on one thing."""
+    named = _parts(description)
+    return len(named) > 1 and all(counts[part] for part in named)
 
 
 @dataclass(frozen=True)
@@ -127,10 +140,11 @@ class Claim:
                     yield from self._about(things, subject, name, scenes[side])
 
     def _about(self, things: Sequence[Thing], subject: Description, side: str, scene: Scene) -> Iterator[Filling]:
+        counts = _counts(scene)
         for predicate in DESCRIPTIONS[self.predicate]:
             words = dict(side=side, one=subject, value=_value(predicate))
             truth = self.holds(sum(map(predicate.fits, things)), len(things))
-            weight = 1 + 2 * (_counts(scene)[predicate] > 0)
+            weight = 1 + 2 * (counts[predicate] > 0)
             yield Filling(self.template.format(**words), truth, weight)
 
 
@@ -150,15 +164,17 @@ class Relation:
     def __call__(self, scenes: Scenes) -> Iterator[Filling]:
         """Every filling that names two things of one image, unlike in what is named, and is clearly true or false."""
         for side, name in enumerate(SIDES):
-            for first in self._named(scenes[side]):
-                for second in self._named(scenes[side]):
+            named = self._named(scenes[side])
+            for first in named:
+                for second in named:
                     gaps = list(self._gaps(first, second, scenes[side]))
                     if gaps and min(map(abs, gaps)) >= CLEAR:
                         text = f"in the {name} image a {first} is {self.phrase} a {second}"
                         yield Filling(text, max(gaps) > 0, 1.0)
 
     def _named(self, scene: Scene) -> set[Description]:
-        return {description for description in DESCRIPTIONS[self.kind] if _counts(scene)[description]}
+        counts = _counts(scene)
+        return {description for description in DESCRIPTIONS[self.kind] if counts[description]}
 
     def _gaps(self, first: Description, second: Description, scene: Scene) -> Iterator[float]:
         if any(a == b for a, b in zip(first, second, strict=True) if a is not None):

@@ -22,6 +22,7 @@ from ..frozen import thawed
 from ..gauge import Gauge
 from ..journal import Journal, write_json
 from ..models import zoo
+from ..modes import evaluating
 from ..opening import open_model
 from ..preprocessing import transforms
 from ..surgery import prune, pruning
@@ -158,7 +159,8 @@ def _finish(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
     val = val[: config.val_limit] if config.val_limit else val
     exams = [_examined(run, dense_model(config).to(run.accelerator.device), val, "dense", 0.0, None)]
     if config.reduction:
-        exams += _served(run, model, val)
+        with evaluating(model):  # here, and not again for each of many measurements
+            exams += _served(run, model, val)
     else:
         model = pruning(model).host
         exams.append(_examined(run, model, val, "trained", 0.0, None))

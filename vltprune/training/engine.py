@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..budget import fit_guide
 from ..data.shards import Shards
+from ..modes import evaluating
 from ..preprocessing import transforms
 from ..progress import say
 from ..pruner import Pruner
@@ -84,7 +85,8 @@ class Run:
         self.turns = Turns(self.model, tuple(costs)) if config.reduction else None
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.accelerator)
         if not self.checkpoints.last_step():
-            self._place_first()  # now, while every process has the whole model
+            with evaluating(self.model):  # here, and not again for each of many measurements
+                self._place_first()  # now, while every process has the whole model
         self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
 
     def train(self) -> None:
