@@ -31,6 +31,7 @@ SHORT = {  # a step without a teacher, of a budget whose knob needs no first sea
     "saliency": 0.0,
     "steps": 1,
     "val_limit": 2,
+    "k_test": 2,
 }
 FEW = {"saliency": 0.0, "val_limit": 2}
 

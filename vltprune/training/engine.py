@@ -34,10 +34,8 @@ from .shards import ShardDraws
 from .stopping import Stop, Stopped
 from .student import Extra, Student
 
-_MEASURED, _OFTEN = (
-    5,
-    200,
-)  # the cost is measured, and the knob turned, every so many steps; so often in a run, at least
+# the cost is measured, and the knob turned, every so many steps; so often in a run, at least
+_MEASURED, _OFTEN = 5, 200
 _SOFT, _HARD = 0.5, 0.01  # softness at first and at last, in standard deviations of the scores
 _HARDENED = 0.5  # the share of the steps after which tokens stay or go, as in evaluation
 _PRICE = 0.05  # how much dearer each step makes a share of the dense MACs that is too much
