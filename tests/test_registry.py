@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import threading
 
@@ -157,6 +158,22 @@ def test_bind_accepts():
     bind("fruit", lambda site, *rest, size, **more: None, {"size": 1, "colour": "red"}, given=("site",))
     bind("fruit", maker, {"size": 1}, given=("site",))
     bind("fruit", maker, {"size": 1, "shape": "long"}, given=("site",))
+
+
+@dataclasses.dataclass
+class Sized:
+    """A maker that cannot be hashed, as no dataclass can that compares its fields."""
+
+    largest: int
+
+    def __call__(self, site, size):
+        return min(size, self.largest)
+
+
+def test_bind_reads_makers_that_cannot_be_hashed():
+    bind("fruit", Sized(3), {"size": 1}, given=("site",))
+    with pytest.raises(TypeError, match="fruit takes no argument 'sise'"):
+        bind("fruit", Sized(3), {"sise": 1}, given=("site",))
 
 
 @pytest.mark.parametrize(

@@ -137,9 +137,12 @@ def born_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any
     """
     with torch.device("cpu"):
         part = build(*args, **named)
-    weights = [*chain(host.parameters(), host.buffers())]
-    floating = [weight.dtype for weight in weights if weight.dtype in _FLOATING]
-    return part.to(weights[0].device if weights else "cpu", floating[0] if floating else torch.float32)
+    weights = chain(host.parameters(), host.buffers())
+    first = next(weights, None)
+    if first is None:
+        return part.to("cpu", torch.float32)
+    floating = (weight.dtype for weight in chain((first,), weights) if weight.dtype in _FLOATING)
+    return part.to(first.device, next(floating, torch.float32))
 
 
 class PrunedEncoder(Noted, nn.Module):

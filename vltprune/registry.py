@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import functools
 import inspect
 import keyword
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 M = TypeVar("M", bound=Callable[..., Any])
@@ -105,14 +106,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there is {', '.join(known)}" if 0 < len(known) <= 12 else ""
 
 
+def parameters(maker: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    """The parameters of a maker's signature. They are read once, for each depth of each tower asks."""
+    read = _parameters if isinstance(maker, Hashable) else _parameters.__wrapped__
+    return read(maker)
+
+
+@functools.lru_cache(maxsize=128)  # bounded: temporary makers come and go
+def _parameters(maker: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(maker).parameters.values())
+
+
 def bind(what: str, maker: Callable[..., Any], arguments: Mapping[str, Any], given: tuple[str, ...] = ()) -> None:
     """TypeError unless `maker` can be called with these keyword arguments besides the `given` ones we pass ourselves.
 
     The message names `what`, the argument, and what there is to write instead.
     """
-    parameters = inspect.signature(maker).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    takes = parameters(maker)
+    named = [p for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in takes)
     known = [p.name for p in named]
     for name in arguments:
         if name in given or (name not in known and not takes_any):

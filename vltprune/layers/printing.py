@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
+
+from ..registry import parameters
 
 
 class PrintedPart(nn.Module):
@@ -28,6 +29,5 @@ class PrintedPart(nn.Module):
 
 def remember_arguments(part: nn.Module, maker: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Note what `maker` built a part with, besides where it stands: the given arguments, and the others at their defaults."""
-    _, *parameters = inspect.signature(maker).parameters.values()
-    known = {one.name: one.default for one in parameters if one.default is not one.empty}
+    known = {one.name: one.default for one in parameters(maker)[1:] if one.default is not one.empty}
     vars(part)["arguments"] = {**known, **arguments}
