@@ -13,15 +13,15 @@ from vltprune.models.vqa import BlipVqa
 
 LENGTH = 12
 ENDS = (5, 12, 8)  # tokens of each sentence
-TEXT = {"vocab_size": 40, "max_positions": LENGTH, "width": 32, "depth": 3, "heads": 4}
+TEXT = {"vocab_size": 40, "max_positions": LENGTH, "width": 32, "depth": 2, "heads": 4}
 SIZES = {
     "image_size": 32,
     "patch_size": 8,
     "vision_width": 48,
-    "vision_depth": 3,
+    "vision_depth": 2,
     "vision_heads": 4,
     "text_width": 32,
-    "text_depth": 3,
+    "text_depth": 2,
     "text_heads": 4,
     "vocab_size": 40,
     "max_positions": LENGTH,
@@ -88,7 +88,7 @@ def make(name: str) -> Case:
     if name.startswith("text"):
         return text_case({"text": 0, "text, memory": 1, "text, pairs": 2}[name])
     if name == "vision":
-        model = BlipVision(image_size=32, patch_size=8, width=32, depth=3, heads=4)
+        model = BlipVision(image_size=32, patch_size=8, width=32, depth=2, heads=4)
         return Case(randomise(model), (images(3),), {"image": [[0]] * 3})
 
     model = randomise(BlipNlvr(**SIZES) if name == "nlvr" else Blip(**SIZES))

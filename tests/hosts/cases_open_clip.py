@@ -74,7 +74,7 @@ NAMES = [f"image: {n}" for n in IMAGE] + [f"text: {n}" for n in TEXT] + [f"timm:
 NAMES += ["clip", "clip, eos", "clip, dict", "custom clip", "custom clip, dict"]
 WIDTH = 32
 
-TEXT_SIZE = {"context_length": LENGTH, "vocab_size": 60, "width": WIDTH, "heads": 4, "layers": 3, "output_dim": 24}
+TEXT_SIZE = {"context_length": LENGTH, "vocab_size": 60, "width": WIDTH, "heads": 4, "layers": 2, "output_dim": 24}
 
 
 def images(size: int = 32):
@@ -129,7 +129,7 @@ def clip_case(name: str) -> Case:
     kind = open_clip.CustomTextCLIP if name.startswith("custom") else open_clip.CLIP
     model = kind(
         24,
-        {"layers": 3, "width": 48, "head_width": 12, "patch_size": 8, "image_size": 32},
+        {"layers": 2, "width": 48, "head_width": 12, "patch_size": 8, "image_size": 32},
         {"layers": 2, "width": 32, "heads": 4, "context_length": LENGTH, "vocab_size": 60, **pool},
         output_dict="dict" in name,
     )

@@ -28,7 +28,7 @@ NAMES += ["clip", "clip, dict"]
 ENCODERS = [name for name in NAMES if ":" in name]
 
 
-def text_tower(family: str, option: str, layers: int = 3) -> HFTextEncoder:
+def text_tower(family: str, option: str, layers: int = 2) -> HFTextEncoder:
     sizes = {**TEXT, **STILL, "max_position_embeddings": 20, "num_hidden_layers": layers}
     kinds = {"roberta": hf.RobertaConfig, "xlm roberta": hf.XLMRobertaConfig}
     config = kinds.get(family, hf.BertConfig)(**sizes, pad_token_id=PADDING[family])
@@ -49,6 +49,7 @@ def encoder(family: str, layers: int):
         return hf.DistilBertModel(hf.DistilBertConfig(**sizes))
     if family == "mpnet":
         return hf.MPNetModel(hf.MPNetConfig(**sizes, **STILL), add_pooling_layer=False)
+    sizes["num_hidden_layers"] = 3  # one sees all words, the others their neighbors
     return hf.ModernBertModel(hf.ModernBertConfig(**sizes, **SPECIAL, local_attention=4))
 
 
@@ -88,7 +89,7 @@ def text_case(family: str, option: str) -> Case:
 def clip_case(name: str) -> Case:
     """open_clip's own image tower, and a text tower of transformers."""
     text = {"layers": 1, "width": 32, "heads": 4, "context_length": 12, "vocab_size": 60}
-    vision = {"layers": 3, "width": 48, "head_width": 12, "patch_size": 8, "image_size": 32}
+    vision = {"layers": 2, "width": 48, "head_width": 12, "patch_size": 8, "image_size": 32}
     model = open_clip.CustomTextCLIP(24, vision, text, output_dict="dict" in name)
     model.text = text_tower("bert", "mean, mlp" if "dict" in name else "mean", layers=2)
     protected = {"image": [[0]] * 3, "text": [[0]] * 3}

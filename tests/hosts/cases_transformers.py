@@ -104,11 +104,12 @@ def config(kind, **options):
 
 def text_options(family: str, option: str) -> dict:
     if family == "distilbert":
-        sizes = {"vocab_size": 60, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64}
+        sizes = {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
         still = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
         return {**sizes, **still, "activation": "relu" if option == "relu" else "gelu", "max_position_embeddings": 20}
     if family == "modernbert":
-        return {**TEXT, **SPECIAL, "local_attention": 4, **MODERN[option]}
+        layers = {"num_hidden_layers": 3}  # one sees all words, the others their neighbors
+        return {**TEXT, **SPECIAL, **layers, "local_attention": 4, **MODERN[option]}
     types = {} if family == "mpnet" else {"type_vocab_size": 2}
     return {**TEXT, **STILL, **types, "max_position_embeddings": 20, **BERT.get(option, {})}
 
@@ -169,6 +170,8 @@ def image_case(family: str, option: str, **more) -> Case:
 
 def headed_case(name: str) -> Case:
     bare = make(HEADED[name])
+    # two would not do: the head reads the summary alone, which sees nothing that the last one merges
+    bare.model.config.num_hidden_layers = 3
     model = randomise(getattr(hf, name)(bare.model.config))
     dense = hiding(model, MASK) if name == "CLIPTextModelWithProjection" else None  # the others return no tokens
     return replace(bare, model=model, dense=dense)

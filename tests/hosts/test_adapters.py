@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from checks import Case, same
-from test_hosts import every, make
+from test_hosts import NAMES, make
 from timm.models.eva import EvaAttention
 from torch import nn
 
@@ -56,7 +56,7 @@ def keep_all(case: Case):
     return case.pruned("random", keep="ratio(ratio=1.0)", reducer="fuse")
 
 
-@every
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_adapters_act(name):
     case = make(name)

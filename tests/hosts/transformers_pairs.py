@@ -46,7 +46,7 @@ def clip_text_case(family: str, option: str) -> Case:
 
 def clip_image_case(family: str, option: str) -> Case:
     if family == "siglip2 image":
-        own = hf.Siglip2VisionConfig(**WIDTHS, num_hidden_layers=3, num_attention_heads=4, patch_size=4, num_patches=16)
+        own = hf.Siglip2VisionConfig(**WIDTHS, num_hidden_layers=2, num_attention_heads=4, patch_size=4, num_patches=16)
         model = randomise(hf.Siglip2VisionModel(own))
         inputs = siglip2_patches()
         dense = hiding(model, inputs[1])

@@ -8,10 +8,10 @@ LENGTH = 12
 ENDS = (5, 12, 8)  # tokens of each sentence; one fills all places
 MASK = (torch.arange(LENGTH) < torch.tensor(ENDS)[:, None]).long()
 EOT, PAD = 59, 1
-TEXT = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+TEXT = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 SPECIAL = dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), PAD)
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-IMAGE = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4}
+IMAGE = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDTHS = {"hidden_size": 48, "intermediate_size": 64}
 IDLE = (
     "k_proj.bias",
