@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+
 import open_clip
 import pytest
 import torch
 import transformers
-from models import images, scrambled, sentences, small, soften
+from models import BLIP, images, scrambled, sentences, soften
+from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 
 import vltprune as vp
 from vltprune import PackedTokens, precision
 from vltprune.layers.scorers import normalise
+from vltprune.models.blip import Blip
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 FIXED = {"ratio": "ratio(ratio=0.5)", "count": "count(count=3)"}
 EVERY = {**dict.fromkeys(vp.keepers.names()), **FIXED}
+
+
+@functools.cache
+def vit():
+    """Of two blocks, for each module takes long to trace; always the same one."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return scrambled(VisionTransformer(**sizes))
 
 
 def traced(model, *inputs):
@@ -27,7 +40,7 @@ def traced(model, *inputs):
 @pytest.mark.parametrize("reducer", vp.reducers.names())
 @pytest.mark.parametrize("keep", [*FIXED.values(), "ratio(ratio=0.6, fade=0.7)"])
 def test_fixed_counts_are_right_for_other_images(keep, reducer):
-    model = vp.prune(small("vit").model, "madtp", guide="codebook(anchors=5)", keep=keep, reducer=reducer).eval()
+    model = vp.prune(vit(), "madtp", guide="codebook(anchors=5)", keep=keep, reducer=reducer).eval()
     record = traced(model, images(2))
     with torch.no_grad():
         for _ in range(3):
@@ -48,7 +61,7 @@ def test_scores_that_need_no_settling_do_not_leave_it_out_of_the_record():
 
 @pytest.mark.parametrize("keep", EVERY)
 def test_counts_of_an_instances_own_are_refused(keep):
-    model = vp.prune(small("vit").model, "madtp", guide="codebook(anchors=5)", keep=EVERY[keep] or keep).eval()
+    model = vp.prune(vit(), "madtp", guide="codebook(anchors=5)", keep=EVERY[keep] or keep).eval()
     if keep in FIXED:
         traced(model, images(2))
         return
@@ -57,7 +70,7 @@ def test_counts_of_an_instances_own_are_refused(keep):
 
 
 def test_soft_training_is_refused():
-    model = soften(vp.prune(scrambled(small("vit").model), "random", keep="learned"), 0.5)
+    model = soften(vp.prune(vit(), "random", keep="learned"), 0.5)
     with pytest.raises(ValueError, match="soft training counts tokens by what they hold"):
         traced(model, images(2))
     soften(model, 0.0)
@@ -68,12 +81,12 @@ def test_sentences_of_their_own_lengths_are_refused(rows):
     """Also where the example has none: others may."""
     ids, mask = sentences(2)
     mask = mask if rows == "of many lengths" else torch.ones_like(mask)
-    blip = small("blip")
-    model = vp.prune(blip.model, "random", keep="ratio(ratio=0.5)").eval()
+    blip = scrambled(Blip(**{**BLIP, "vision_depth": 2, "text_depth": 2, "merge_from": 1}))
+    model = vp.prune(blip, "random", keep="ratio(ratio=0.5)").eval()
     with pytest.raises(ValueError, match=r"keep the lengths of this example.*trace the image tower alone"):
         traced(model, images(2), ids, mask)
     with pytest.raises(ValueError, match="keep the lengths"):
-        traced(vp.prune(blip.model.text, "random", keep="ratio(ratio=0.5)").eval(), ids, mask)
+        traced(vp.prune(blip.text, "random", keep="ratio(ratio=0.5)").eval(), ids, mask)
 
     record, others = traced(model, images(2), ids), (images(2), torch.randint(1, 40, (2, 12)))
     with torch.no_grad():
@@ -82,8 +95,8 @@ def test_sentences_of_their_own_lengths_are_refused(rows):
 
 @pytest.mark.parametrize("ends", [(5, 8), (11, 11)])
 def test_texts_of_open_clip_are_refused_and_its_images_are_not(ends):
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
-    text = {"context_length": 12, "vocab_size": 40, "width": 32, "heads": 2, "layers": 3}
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+    text = {"context_length": 12, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2}
     model = vp.prune(scrambled(open_clip.CLIP(8, vision, text)), "evit", keep="ratio(ratio=0.5)")
     ids = torch.randint(1, 38, (2, 12))
     ids[torch.arange(2), list(ends)] = 39
@@ -95,7 +108,7 @@ def test_texts_of_open_clip_are_refused_and_its_images_are_not(ends):
 
 
 def test_transformers_are_traced_without_a_mask_alone():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.BertConfig(**sizes, vocab_size=40, max_position_embeddings=16)
     model = vp.prune(scrambled(transformers.BertModel(config)), "evit", keep="ratio(ratio=0.5)").eval()
 
