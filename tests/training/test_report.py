@@ -153,13 +153,15 @@ def test_blips_second_stage_is_told_of(made):
 
 
 def test_the_second_stage_can_be_left_out(tmp_path):
-    page, done, _ = run("retrieval", tmp_path, k_test=0, budget="learned", parts=LEARNED, steps=1, saliency=0.0)
+    page, done, _ = run(
+        "retrieval", tmp_path, k_test=0, budget="learned", parts=LEARNED, steps=1, saliency=0.0, val_limit=2
+    )
     assert "Second stage" not in page and "matching" not in done.rows[0]
 
 
 @pytest.mark.filterwarnings("ignore:captions are written, and not scored")
 def test_captions(tmp_path):
-    page, done, (_, shown, missing) = run("caption", tmp_path, parts=LEARNED, steps=2)
+    page, done, (_, shown, missing) = run("caption", tmp_path, parts=LEARNED, steps=2, val_limit=2)
     assert not missing
     assert shown[0].said[0].right is None
     assert "text tokens" not in page
@@ -169,7 +171,7 @@ def test_captions(tmp_path):
 
 
 def test_answers(tmp_path):
-    page, _, (_, shown, missing) = run("vqa", tmp_path, budget="learned", parts=LEARNED)
+    page, _, (_, shown, missing) = run("vqa", tmp_path, budget="learned", parts=LEARNED, val_limit=2)
     assert not missing
     assert shown[0].truth == "red (7), blue (3)"
     assert "what colour is the" in page

@@ -262,7 +262,7 @@ def test_a_killed_run_ends_as_one_that_was_not(unexamined, tmp_path):
 
 
 def test_losses_that_are_no_number(tmp_path, monkeypatch):
-    settings = config("nlvr", tmp_path / "data", steps=6, max_bad=2, checkpoint_every=1, val_limit=2)
+    settings = config("nlvr", tmp_path / "data", **{**SHORT, "steps": 6, "max_bad": 2, "checkpoint_every": 1})
     step = engine_module.Run._step
 
     def poisoned(self, number, records, images):
@@ -342,7 +342,7 @@ def test_pruned_models_are_not_pruned_again(tmp_path):
 
 def test_a_milder_run_can_be_gone_on_from(tmp_path):
     """The weights, anchors among them, are the earlier run's; the dense model stays the one that is compared with."""
-    first = config("nlvr", tmp_path / "data", reduction=0.2, steps=2, val_limit=2)
+    first = config("nlvr", tmp_path / "data", reduction=0.2, steps=2, **FEW)
     mild = compress(first, tmp_path / "mild")
     further = first.replace(reduction=0.4, start=str(tmp_path / "mild" / "model"), ramp=0.0, rate=1e-12, steps=1)
     done = compress(further, tmp_path / "further")
