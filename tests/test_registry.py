@@ -170,10 +170,21 @@ class Sized:
         return min(size, self.largest)
 
 
-def test_bind_reads_makers_that_cannot_be_hashed():
-    bind("fruit", Sized(3), {"size": 1}, given=("site",))
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A maker whose hash fails for what it holds."""
+
+    largest: list
+
+    def __call__(self, site, size):
+        return min(size, *self.largest)
+
+
+@pytest.mark.parametrize("maker", [Sized(3), Listed([3])], ids=["no hash", "no hash of a field"])
+def test_bind_reads_makers_that_cannot_be_hashed(maker):
+    bind("fruit", maker, {"size": 1}, given=("site",))
     with pytest.raises(TypeError, match="fruit takes no argument 'sise'"):
-        bind("fruit", Sized(3), {"sise": 1}, given=("site",))
+        bind("fruit", maker, {"sise": 1}, given=("site",))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import functools
 import inspect
 import keyword
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 M = TypeVar("M", bound=Callable[..., Any])
@@ -108,8 +108,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def parameters(maker: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
     """The parameters of a maker's signature. They are read once, for each depth of each tower asks."""
-    read = _parameters if isinstance(maker, Hashable) else _parameters.__wrapped__
-    return read(maker)
+    try:
+        return _parameters(maker)
+    except TypeError:  # one that has no hash, or that nobody can call
+        return _parameters.__wrapped__(maker)
 
 
 @functools.lru_cache(maxsize=128)  # bounded: temporary makers come and go
