@@ -6,40 +6,64 @@ import gc
 import os
 from typing import Any
 
-import hypothesis
 import pytest
-import torch
-
-gc.disable()  # until all tests are imported
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the tests' models are too small for more
-
-# "ci" draws the same examples on every run, so that who changed nothing sees what everybody sees; "explore" draws new ones
-_COMMON: dict[str, Any] = {
-    "deadline": None,
-    "report_multiple_bugs": False,
-    "print_blob": True,
-    "phases": [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain],  # which takes the longest
-    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
-}
-hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **_COMMON)
-hypothesis.settings.register_profile("fast", max_examples=5, derandomize=True, database=None, **_COMMON)
-hypothesis.settings.register_profile("explore", max_examples=100, **_COMMON)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-# not torch.manual_seed, which notes a whole stack at each call, for devices that are not used
-_seed = torch.default_generator.manual_seed
+def pytest_configure(config):
+    """In processes that run tests; one that hands them out to others need not import torch, and starts them sooner."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        _configure()
+
+
+def _configure():
+    import hypothesis
+    import torch
+
+    gc.disable()  # until all tests are imported
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the tests' models are too small for more
+
+    # "ci" draws the same examples on every run, so that who changed nothing sees what everybody sees; "explore" draws new ones
+    common: dict[str, Any] = {
+        "deadline": None,
+        "report_multiple_bugs": False,
+        "print_blob": True,
+        "phases": [
+            phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain
+        ],  # which takes the longest
+        "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+    }
+    profiles = hypothesis.settings
+    profiles.register_profile("ci", max_examples=25, derandomize=True, database=None, **common)
+    profiles.register_profile("fast", max_examples=5, derandomize=True, database=None, **common)
+    profiles.register_profile("explore", max_examples=100, **common)
+    profiles.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+    hypothesis.register_random(_torch_random)
 
 
 class _TorchRandom:
     """torch's global generator, for hypothesis to seed before each example."""
 
-    seed = staticmethod(_seed)
-    getstate, setstate = staticmethod(torch.get_rng_state), staticmethod(torch.set_rng_state)
+    @staticmethod
+    def seed(value):
+        import torch
+
+        # not torch.manual_seed, which notes a whole stack at each call, for devices that are not used
+        torch.default_generator.manual_seed(value)
+
+    @staticmethod
+    def getstate():
+        import torch
+
+        return torch.get_rng_state()
+
+    @staticmethod
+    def setstate(state):
+        import torch
+
+        torch.set_rng_state(state)
 
 
-_torch_random = _TorchRandom()
-hypothesis.register_random(_torch_random)
+_torch_random = _TorchRandom()  # hypothesis refers to it weakly
 
 
 # of the core, and quick: what `make test-fast` runs
@@ -52,6 +76,8 @@ _FAST = """
 
 def pytest_collection_modifyitems(items):
     """Tests that draw their examples are marked `property`, those of the quick files of the core `fast`."""
+    import hypothesis
+
     fast = {f"{name}.py" for name in _FAST.split()}
     for item in items:
         if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
@@ -69,4 +95,4 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    _seed(0)
+    _TorchRandom.seed(0)
