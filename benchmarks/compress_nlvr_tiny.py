@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import variants
-from nlvr_tiny_targets import patch_targets
+from auxiliary_targets import patch_targets
 from torch import Tensor
 
 import vltprune as vp

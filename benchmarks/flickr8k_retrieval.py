@@ -13,7 +13,6 @@ calibrated. `trained` trains it pruned, to one cost, its dense self as teacher; 
 and the others 140 of 48 pairs, or `--steps`, judged on the first 500 records of dev: 25 minutes of two cores, and 10 to 30 of
 one core a run; `--precision bf16` saves a fifth of that on cores with AMX. `--size 224` takes photographs of 256 patches and
 not of 64; its `dense` is the other's, with its positions resampled, and is not trained.
-With `--pages` FLICKR8K is what `photographs_on_pages.py` made of it, where photographs differ in how much there is to see.
 Thresholds, anchors and weights learn from train.json; the knob is set on the first 256 records of dev.json, and R@1, 5, 10
 both ways are of all its 1,000 photographs and 5,000 captions. Test captions are not read. Runs resume. Results go to
 benchmarks/results/flickr8k_retrieval.json; `table` prints R@1, 5, 10 of the first three stages, and the mean of the six
@@ -88,7 +87,6 @@ def main() -> None:
     parser.set_defaults(reduction=None)  # as the stage has it
     parser.add_argument("--short", action="store_true", help="in little time; `table`: of such runs")
     parser.add_argument("--size", type=int, default=_SIZE, help="of images, in pixels, a multiple of 14")
-    parser.add_argument("--pages", action="store_true", help="FLICKR8K is of photographs_on_pages.py: kept apart")
     parser.add_argument("--steps", type=int, default=_SHORT["steps"], help="of `trained` and `ablate`, with --short")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of `trained` and `ablate`")
     parser.add_argument("--score", choices=_FREE, help="of `free`: this one alone")
@@ -175,7 +173,7 @@ def called(name: str, options: argparse.Namespace) -> str:
     size = f", {options.size} px" if options.size != _SIZE else ""
     precision = f", {options.precision}" if options.precision != "no" else ""
     length = f", {options.steps} steps" if options.steps != _SHORT["steps"] else _LITTLE
-    return name + size + ", pages" * options.pages + precision + length * options.short
+    return name + size + precision + length * options.short
 
 
 def run(options: argparse.Namespace, variant: str, name: str, reduction: float, length: dict[str, Any]) -> None:

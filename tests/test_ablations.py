@@ -23,6 +23,13 @@ def test_a_variant_is_a_config_that_differs(variant):
     assert other <= {"parts", "budget", "align", "distil", "distil_summaries", "saliency", "serve"}
 
 
+@pytest.mark.parametrize("script", sorted(FOLDER.glob("*.py")), ids=lambda script: script.stem)
+def test_a_script_is_complete(script, monkeypatch):
+    """Whatever it imports is there, and its docstring says what it measures."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    assert runpy.run_path(str(script))["__doc__"]
+
+
 def test_results_of_one_run_replace_older_ones_and_a_table_has_their_means(tmp_path):
     file = tmp_path / "results" / "some.json"
     rows = [
@@ -114,7 +121,7 @@ def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatc
     script = runpy.run_path(str(FOLDER / "flickr8k_retrieval.py"))
     called, table = script["called"], script["table"]
     monkeypatch.setitem(table.__globals__, "RESULTS", tmp_path / "some.json")
-    usual = {"size": 112, "short": False, "pages": False, "steps": 140, "precision": "no", "reduction": None}
+    usual = {"size": 112, "short": False, "steps": 140, "precision": "no", "reduction": None}
     runs = [
         argparse.Namespace(**usual | change)
         for change in (
@@ -122,7 +129,6 @@ def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatc
             {"short": True},
             {"size": 224},
             {"size": 224, "short": True},
-            {"short": True, "pages": True},
             {"short": True, "steps": 600, "precision": "bf16"},
         )
     ]
@@ -131,7 +137,6 @@ def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatc
         "dense, short",
         "dense, 224 px",
         "dense, 224 px, short",
-        "dense, pages, short",
         "dense, bf16, 600 steps",
     ]
     scores = {f"{way}_r{k}": 0.5 for way in ("t2i", "i2t") for k in (1, 5, 10)} | {"mean_recall": 0.5}

@@ -1,8 +1,9 @@
-"""What `train_nlvr_tiny.py` tells the towers besides the answers: what each patch shows, and what each phrase finds.
+"""Auxiliary targets of the tiny NLVR model's training: what each patch shows, and what each phrase finds.
 
-True and false alone move a small model from nothing very slowly: a sentence's one bit says little about which of its
-words, patches or reasonings was wrong. The heads here read the same hidden states as the model and are dropped after
-training.
+`train_nlvr_tiny.py` trains with all of them, `compress_nlvr_tiny.py --told` with the patch targets.
+
+The answers alone move a small model from nothing very slowly: a sentence's one bit says little about which of its words,
+patches or reasonings was wrong. The heads here read the same hidden states as the model and are dropped after training.
 """
 
 from __future__ import annotations
