@@ -25,7 +25,6 @@ _LINES = (
     ("shares that fade, for DTP", "madtp that fades", "madtp"),
     ("DTP, not one share everywhere", "madtp", "static count"),
     ("own counts, where both fade", "madtp that fades", "static count that fades"),
-    ("own counts, not the neediest's", "madtp", "count of the batch's neediest"),
     ("MAG, for DTP", "madtp", "without MAG"),
     ("MAG, for a static count", "static count", "static count without MAG"),
     ("its maps, for DTP by temperature", "madtp by temperature", "madtp without maps"),

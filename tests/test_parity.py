@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import vltprune
+from vltprune.layers import Threshold
 
 ROOM = Path(os.environ.get("VLTPRUNE_FIXTURES") or Path(__file__).parents[2] / "shared" / "fixtures") / "madtp_tiny"
 pytestmark = [
@@ -50,10 +51,18 @@ def case(tau, sample=None):
     return next(c for c in found if c["tau"] == tau and c.get("sample") == sample)
 
 
+class BatchMaximum(Threshold):
+    """The reference's rule: all of a batch keep as many tokens as the instance that has most above its threshold."""
+
+    def _above(self, *args):
+        counts = super()._above(*args)
+        return counts.amax().expand_as(counts)
+
+
 @functools.cache
-def model(backbone, tau, across="instance"):
+def model(backbone, tau, keeper="threshold"):
     """At tau 0 dense, with the guide looking on, as the reference records it; else pruned by the threshold."""
-    keep = f"threshold(temperature={tau}, across={across!r})" if tau else "ratio(ratio=1.0)"
+    keep = f"{keeper}(temperature={tau})" if tau else "ratio(ratio=1.0)"
     return vltprune.create_model(
         f"{backbone}_madtp",
         pretrained=ROOM / WEIGHTS[backbone],
@@ -137,10 +146,12 @@ def test_instances_in_a_batch(tau):
 
 @pytest.mark.parametrize("tau", TAUS[1:])
 @torch.no_grad()
-def test_batch_maximum_rule(tau):
+def test_batch_maximum_rule(tau, monkeypatch):
+    monkeypatch.setattr(vltprune.keepers, "_makers", dict(vltprune.keepers._makers))  # registered in this test alone
+    vltprune.keepers.register("batch_maximum")(BatchMaximum)
     images = torch.cat([expected()["image0"], expected()["image1"]])
     with vltprune.collect() as traces:
-        tokens = model("blip_nlvr_base", tau, across="batch").visual(images)
+        tokens = model("blip_nlvr_base", tau, "batch_maximum").visual(images)
     assert_counts(traces[0], 0, case(tau)["counts"])
     assert all(len(set(lengths)) == 1 for lengths in traces[0].lengths)
     assert_near(tokens.read(tokens.summary), f"tau{tau}.batch_max.image_cls")

@@ -19,7 +19,6 @@ KEEPERS = [
     "threshold(temperature=20.0)",
     "threshold(temperature=20.0, power=0.7)",
     "threshold(temperature=20.0, fade=0.5)",
-    "threshold(temperature=20.0, across='mean')",
 ]
 
 

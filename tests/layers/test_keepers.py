@@ -86,20 +86,19 @@ def test_what_fades_from_block_to_block(case, fade, power, before):
 
 
 @pytest.mark.parametrize(
-    ("scores", "each", "together", "mean"),
+    ("scores", "counts"),
     [
-        ([[0, 0, 0, 0, 0, 9], [0, 0, 0, 9, 9, 9]], [1, 3], [3, 3], [2, 2]),
-        ([[0, 0, 0, 0, 0, 9], [1, 1, 1, 1, 1, 1]], [1, 6], [1, 1], [4, 4]),  # none above the threshold
-        ([[0, 0, 0, 0, 0, 9], [0, 9, 9, 9, 9, 9]], [1, 6], [6, 6], [4, 4]),  # all but one: then all, by everybody
+        ([[0, 0, 0, 0, 0, 9], [0, 0, 0, 9, 9, 9]], [1, 3]),
+        ([[0, 0, 0, 0, 0, 9], [1, 1, 1, 1, 1, 1]], [1, 6]),  # none above the threshold: then all
+        ([[0, 0, 0, 0, 0, 9], [0, 9, 9, 9, 9, 9]], [1, 6]),  # all but one: then all
     ],
 )
-def test_threshold_across_the_batch(scores, each, together, mean):
-    """The reference's rule, as many as the neediest for everybody, and the mean share: only there do batch mates matter."""
+def test_threshold_counts_each_instance_by_itself(scores, counts):
+    """What is above the instance's own threshold stays, whatever batch mates have; all stay where at most one would go."""
     scores = torch.tensor(scores).float()
     tokens = PackedTokens.pack(torch.zeros(2, 6, DIM))
     guidance = Guidance(torch.zeros(12, 2), tokens)
-    for across, expected in (("instance", each), ("batch", together), ("mean", mean)):
-        assert Threshold(SITE, across=across)(scores.flatten(), tokens, guidance).tolist() == expected
+    assert Threshold(SITE)(scores.flatten(), tokens, guidance).tolist() == counts
 
 
 @pytest.mark.parametrize(
@@ -281,7 +280,6 @@ def test_random_ratio_without_spread_is_ratio():
         ("distortion", {"fade": -1.0}, r"distortion\(fade=-1.0\) must be above 0 and finite"),
         ("ratio", {"fade": float("inf")}, r"ratio\(fade=inf\) must be above 0 and finite"),
         ("threshold", {"turn": "both"}, "write turn='power' or turn='temperature'"),
-        ("threshold", {"across": "world"}, "across='batch' or across='mean'"),
         ("top_p", {"p": 1.1}, r"top_p\(p=1.1\) must lie in 0 .. 1"),
         ("ratio", {"ratio": 1.5}, r"ratio\(ratio=1.5\) must lie in 0 .. 1"),
         ("ratio", {"ratio": float("nan")}, "must lie in 0 .. 1"),

@@ -38,9 +38,7 @@ class Threshold(KeepRatioPredictor):
 
     Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; turn: which of them a budget turns;
     fade > 0: behind i blocks that prune, the power is power * fade^i, so that below 1 the first blocks prune most, as with
-    `ratio`; across: "instance", each by its own count, or one for all of a batch, which makes results depend on batch mates
-    and exists for comparison only: "batch", the reference's rule that all keep as many as the neediest, or "mean", the share
-    that its instances keep in the mean.
+    `ratio`.
     """
 
     guided = True
@@ -50,7 +48,6 @@ class Threshold(KeepRatioPredictor):
         self,
         site: Site,
         temperature: float = 1.0,
-        across: Literal["instance", "batch", "mean"] = "instance",
         power: float = 1.0,
         turn: Literal["power", "temperature"] = "power",
         fade: float = 1.0,
@@ -60,14 +57,11 @@ class Threshold(KeepRatioPredictor):
             raise ValueError(
                 f"threshold(temperature={temperature}) must be above 0; to prune nothing, leave the depth out of `at`"
             )
-        if across not in ("instance", "batch", "mean"):
-            raise ValueError(f"threshold(across={across!r}): write across='instance', across='batch' or across='mean'")
         if not 0 < power < math.inf:
             raise ValueError(f"threshold(power={power}) must be above 0 and finite: 1 is DTP, less prunes less")
         if turn not in ("power", "temperature"):
             raise ValueError(f"threshold(turn={turn!r}): write turn='power' or turn='temperature'")
         self.temperature = temperature
-        self.across = across
         self.power, self._falloff = power, faded(site, fade, "threshold")
         if turn == "temperature":
             self.knob = _TEMPERATURE
@@ -79,7 +73,7 @@ class Threshold(KeepRatioPredictor):
         there = segments.count(tokens.free, tokens.layout)
         near, beyond = self._threshold(scores, guidance, tokens.layout)
         counts, threshold = self._counts(scores, near, beyond, tokens), near + beyond
-        if self._exponent != 1 or self.across != "instance":
+        if self._exponent != 1:
             # what is kept is no longer what is above: the threshold as if it lay where the counts cut
             cut = torch.where(counts < there, _cut(scores, tokens, counts), threshold)
             threshold = threshold + (cut - threshold).detach()
@@ -87,18 +81,18 @@ class Threshold(KeepRatioPredictor):
         return margin.masked_fill((counts == there)[tokens.layout.instance], _ENTIRELY)
 
     def _counts(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
-        layout, free = tokens.layout, tokens.free
-        above = scores - near[layout.instance] > (beyond + _TIE * near.abs())[layout.instance]
-        there, counts = segments.count(free, layout), segments.count(above & free, layout)
-        if self.across == "batch":
-            counts = counts.amax().expand_as(counts)
+        there, counts = segments.count(tokens.free, tokens.layout), self._above(scores, near, beyond, tokens)
         counts = torch.where((counts < 1) | (there - counts <= 1), there, counts)
-        if self._exponent == 1 and self.across != "mean":
+        if self._exponent == 1:
             return counts
         part = counts.to(precision.exact(counts.device)) / there.clamp(min=1)
-        if self.across == "mean":
-            part = part.sum() / (there > 0).sum().clamp(min=1)
         return share(there, part**self._exponent)
+
+    def _above(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
+        """[batch]: how many tokens of each instance score above its threshold."""
+        layout = tokens.layout
+        above = scores - near[layout.instance] > (beyond + _TIE * near.abs())[layout.instance]
+        return segments.count(above & tokens.free, layout)
 
     @property
     def _exponent(self) -> float:
