@@ -14,7 +14,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet torch torchvision
-	$(BIN)/pip install --quiet --editable '.[test,viz]'
+	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
 demo: install
