@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -99,10 +100,31 @@ def test_what_a_part_is_worth_is_of_like_runs_and_two_seeds(monkeypatch):
     runs |= {"madtp without maps": {0: 4.0, 1: 5.0}}
     lengths = {", short": "", "": "l"}
     assert worth(runs, "madtp", "drop", lengths) == "2.0 ± 1.4 (2) lt"
-    assert worth(runs, "madtp", "random", {"": ""}) == "3.0 ± 0.0 (2) t "
+    assert worth(runs, "madtp", "random", {"": ""}) == "3.0 ± 0.0 (2) t"
     assert worth(runs, "madtp", "madtp without maps", lengths) == "0.0 ± 0.0 (2) lt"
     assert worth(runs, "drop", "drop without maps", lengths) == ""
-    assert worth({**runs, "drop, short": {1: 6.0, 2: 4.0}}, "madtp", "drop", lengths) == "3.0 ± 2.8 (2)   "
+    assert worth({**runs, "drop, short": {1: 6.0, 2: 4.0}}, "madtp", "drop", lengths) == "3.0 ± 2.8 (2)"
+
+
+def test_the_page_has_the_tables_that_the_script_prints(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    runpy.run_path(str(FOLDER / "worth.py"), run_name="__main__")
+    page = (FOLDER.parent / "docs" / "ablations.md").read_text()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 2
+    for table in tables:
+        assert f"\n\n{table}\n\n" in page
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER / "results").glob("*_*.json")), ids=lambda file: file.stem)
+def test_each_row_of_results_says_once_how_it_was_measured(file):
+    runs = json.loads((FOLDER / "results" / "provenance.json").read_text())["runs"]
+    patterns = [run["rows"] for run in runs if run["file"] == file.name]
+    names = {row["name"] for row in json.loads(file.read_text())}
+    for name in names:
+        assert sum(bool(re.fullmatch(pattern, name)) for pattern in patterns) == 1, name
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, name) for name in names), pattern
 
 
 def test_another_keeper_takes_the_place_of_the_variants_own(monkeypatch):
