@@ -30,10 +30,10 @@ import variants
 
 import vltprune as vp
 from vltprune.data import Loader
-from vltprune.exam import Exam, report
-from vltprune.journal import Journal
-from vltprune.preprocessing import transforms
-from vltprune.tasks import Nlvr
+from vltprune.evaluation.evaluator import Evaluator, report
+from vltprune.evaluation.results_log import ResultsLog
+from vltprune.evaluation.tasks import Nlvr
+from vltprune.io.preprocessing import transforms
 from vltprune.training import CompressConfig, compress
 from vltprune.training.calls import calls_of
 from vltprune.training.compression import Compressed
@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "ablate_nlvr_tiny.json"
 _REDUCTION = 0.8
 _OTHERS = (0.3, 0.5, 0.7, 0.85)  # costs that a model of the full length is examined at besides its own
 _SHORT = {"steps": 1500, "batch_size": 8}
-_LONG = {"steps": 1300, "batch_size": 32, "rate": 2e-4}
+_LONG = {"steps": 1300, "batch_size": 32, "lr": 2e-4}
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ def _served(done: Compressed, reduction: float) -> dict[str, Any] | None:
         vp.calibrate(done.model, calls_of(task, val[:256], prepare, device), reduction)
     except vp.BudgetError as error:
         return print(error)
-    journal = Journal(done.folder / "served" / f"{reduction:g}", {"reduction": reduction})
-    Exam(task, done.model, str(device)).sit(Loader(val, prepare, workers=2), journal)
-    return {"reduction": reduction, **report(task, journal.rows)}
+    log = ResultsLog(done.folder / "served" / f"{reduction:g}", {"reduction": reduction})
+    Evaluator(task, done.model, str(device)).run(Loader(val, prepare, workers=2), log)
+    return {"reduction": reduction, **report(task, log.rows)}
 
 
 if __name__ == "__main__":

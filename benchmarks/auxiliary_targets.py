@@ -14,22 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vltprune.data import Pair
-from vltprune.data.drawing import COLOURS, SHAPES, SIDE, SIZES, draw_scenes
+from vltprune.data.drawing import COLORS, SHAPES, SIDE, SIZES, draw_scenes
 from vltprune.data.words import WordTokenizer
 
-ANY = (len(SHAPES), len(COLOURS), len(SIZES))  # the index that stands for "whatever shape", "whatever colour", ...
+ANY = (len(SHAPES), len(COLORS), len(SIZES))  # the index that stands for "whatever shape", "whatever color", ...
 MOST = 4  # things counted apart; more count as this many
 
 
 def patch_targets(pair: Pair, patch: int) -> np.ndarray:
-    """uint8 [2, patches, 6]: shape, colour and size of the thing that fills most of a patch (0: ground), whether the
-    patch holds a thing's centre, and where that thing's centre is, x and y in pixels."""
+    """uint8 [2, patches, 6]: shape, color and size of the thing that fills most of a patch (0: ground), whether the
+    patch holds a thing's center, and where that thing's center is, x and y in pixels."""
     grid = SIDE // patch
     targets = np.zeros((2, grid, grid, 6), np.uint8)
     for side, scene in enumerate(pair.scenes):
         blocks = pair.owners[side].reshape(grid, patch, grid, patch)
         filled = np.stack([(blocks == index + 1).sum((1, 3)) for index in range(len(scene))])
-        rows = np.array([(t.shape + 1, t.colour + 1, t.size + 1, 0, round(t.x), round(t.y)) for t in scene], np.uint8)
+        rows = np.array([(t.shape + 1, t.color + 1, t.size + 1, 0, round(t.x), round(t.y)) for t in scene], np.uint8)
         shown = filled.max(0) >= patch * patch // 8
         targets[side][shown] = rows[filled.argmax(0)[shown]]
         for thing in scene:
@@ -42,11 +42,11 @@ class PatchHeads(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.splits = [len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, 2, 2]
+        self.splits = [len(SHAPES) + 1, len(COLORS) + 1, len(SIZES) + 1, 2, 2]
         self.linear = nn.Linear(width, sum(self.splits))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss, and accuracy [4] (shape, colour, size, centre) on patches that show a thing.
+        """Loss, and accuracy [4] (shape, color, size, center) on patches that show a thing.
 
         tokens [images, 1 + patches, width], targets [images, patches, 6].
         """
@@ -65,19 +65,19 @@ class PatchHeads(nn.Module):
 class Contents:
     """How many things of each kind each train pair holds, and where.
 
-    `count` uint8 [pairs, 2, shapes + 1, colours + 1, sizes + 1], `centre` float32 [..., 2] the sum of their centres
+    `count` uint8 [pairs, 2, shapes + 1, colors + 1, sizes + 1], `center` float32 [..., 2] the sum of their centers
     between -1 and 1; the last index of an axis stands for any.
     """
 
     def __init__(self, size: int) -> None:
         self.count = np.zeros((size, 2, *(every + 1 for every in ANY)), np.uint8)
-        self.centre = np.zeros((*self.count.shape, 2), np.float32)
+        self.center = np.zeros((*self.count.shape, 2), np.float32)
         for index in range(size):
             for side, scene in enumerate(draw_scenes(np.random.default_rng((0, 0, index, 0)))):
                 for thing in scene:
                     kinds = np.ix_(*zip(thing[:3], ANY, strict=True))
                     self.count[index, side][kinds] += 1
-                    self.centre[index, side][kinds] += (thing.x / (SIDE / 2) - 1, thing.y / (SIDE / 2) - 1)
+                    self.center[index, side][kinds] += (thing.x / (SIDE / 2) - 1, thing.y / (SIDE / 2) - 1)
 
 
 class Phrases:
@@ -89,13 +89,13 @@ class Phrases:
         singular = [
             word.removesuffix("es" if word == "crosses" else "s") if word != "cross" else word for word in words
         ]
-        for slot, names in enumerate((SHAPES, COLOURS, SIZES)):
+        for slot, names in enumerate((SHAPES, COLORS, SIZES)):
             for index, word in enumerate(singular):
                 if word in names:
                     self.kind[index, slot] = names.index(word)
         self.noun = np.array([word in SHAPES or word == "object" for word in singular])
         self.within, self.right = words.index("in"), words.index("right")
-        self.adjective = np.array([word in COLOURS or word in SIZES for word in singular])
+        self.adjective = np.array([word in COLORS or word in SIZES for word in singular])
 
     def __call__(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Kinds [sentences, length, 3] and which words name one, bool [sentences, length]; ids [sentences, length]."""
@@ -154,16 +154,16 @@ class PhraseHeads(nn.Module):
         side = (ids[:, 3] == self.phrases.right).astype(int)  # "in the right image ..."
         ends = [(pairs, side, *kind.T) for kind in kinds]
         related = (ids[:, 1] == self.phrases.within) & np.all([contents.count[end] == 1 for end in ends], axis=0)
-        way = torch.from_numpy(contents.centre[ends[0]] - contents.centre[ends[1]])[related]
+        way = torch.from_numpy(contents.center[ends[0]] - contents.center[ends[1]])[related]
         return (self.gap(summary[related]) - way).square().sum() / max(related.sum(), 1)
 
 
 def _held(said: Tensor, kinds: np.ndarray, pairs: np.ndarray, contents: Contents) -> tuple[Tensor, Tensor]:
     """Loss of what is said [n, 2 (MOST + 1) + 4] of how many things of a kind [n, 3] a pair [n] holds and where."""
     at = (pairs, slice(None), *kinds.T)
-    count, centre = (torch.from_numpy(table[at]).flatten(0, 1) for table in (contents.count, contents.centre))
+    count, center = (torch.from_numpy(table[at]).flatten(0, 1) for table in (contents.count, contents.center))
     logits, place = said.split((2 * (MOST + 1), 4), -1)
     logits, wanted = logits.reshape(-1, MOST + 1), count.long().clamp(max=MOST)
-    off = (place.reshape(-1, 2) - centre)[count == 1]
+    off = (place.reshape(-1, 2) - center)[count == 1]
     found = (logits.argmax(-1) == wanted)[wanted > 0].float().mean()
     return F.cross_entropy(logits, wanted) + off.square().mean(), found

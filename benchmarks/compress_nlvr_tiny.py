@@ -45,14 +45,14 @@ from auxiliary_targets import patch_targets
 from torch import Tensor
 
 import vltprune as vp
-from vltprune import checkpoint
 from vltprune.data import Loader, SyntheticPairs
 from vltprune.data.drawing import SIDE
-from vltprune.exam import Exam, report
-from vltprune.journal import Journal
+from vltprune.evaluation.evaluator import Evaluator, report
+from vltprune.evaluation.results_log import ResultsLog
+from vltprune.evaluation.tasks import Nlvr
+from vltprune.io import checkpoint
+from vltprune.io.preprocessing import transforms
 from vltprune.models import zoo
-from vltprune.preprocessing import transforms
-from vltprune.tasks import Nlvr
 from vltprune.training import CompressConfig, compress
 from vltprune.training.calls import calls_of
 
@@ -108,7 +108,7 @@ def config_of(options: argparse.Namespace) -> CompressConfig:
         parts={"at": {"image": AT.get(options.reduction, ())}},
         reduction=options.reduction,
         serve=options.serve,
-        rate=options.rate,
+        lr=options.rate,
         steps=options.steps,
         batch_size=options.pairs,
         checkpoint_every=400,
@@ -124,7 +124,7 @@ def config_of(options: argparse.Namespace) -> CompressConfig:
             f"--begin-from {options.start}: that model is dense, give pruned weights, as blip_nlvr_tiny_madtp.p80"
         )
     parts = {**config.parts, "at": there.at}
-    return config.replace(start=options.start, parts=parts, ramp=0.0, distil=0.0, saliency=0.0)
+    return config.replace(start=options.start, parts=parts, ramp=0.0, distill=0.0, saliency=0.0)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -167,9 +167,9 @@ def publish(options: argparse.Namespace) -> None:
     vp.save(model, folder, dtype=torch.float16)
     for split, size in (("val", 4800), ("test", 7200)):
         model = vp.load(folder)
-        task, journal = Nlvr.of(model), Journal(options.work / "published" / f"{folder.name}_{split}", {})
-        Exam(task, model).sit(Loader(Nlvr.read(f"synthetic:{split}:{size}", ""), transforms(model)), journal)
-        print(split, json.dumps(report(task, journal.rows)))
+        task, log = Nlvr.of(model), ResultsLog(options.work / "published" / f"{folder.name}_{split}", {})
+        Evaluator(task, model).run(Loader(Nlvr.read(f"synthetic:{split}:{size}", ""), transforms(model)), log)
+        print(split, json.dumps(report(task, log.rows)))
 
 
 class Choosing:
@@ -199,7 +199,7 @@ class Choosing:
 
 
 def to_keep(targets: Tensor, reach: float) -> Tensor:
-    """Which patches should stay, bool [images, patches]: those of a thing whose centre lies within `reach` pixels."""
+    """Which patches should stay, bool [images, patches]: those of a thing whose center lies within `reach` pixels."""
     grid = SIDE // PATCH
     place = (torch.arange(grid) + 0.5) * PATCH
     middle = torch.stack([place.repeat(grid), place.repeat_interleave(grid)], -1)  # x, y of each patch

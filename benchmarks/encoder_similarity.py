@@ -10,7 +10,7 @@ Every method is calibrated to the asked share of MACs on inputs that are not mea
 that no MAC saved is one of padding.
 
 Printed, one line for a method: MACs saved on the measured inputs; cosine of pruned to dense embedding, mean and 5th
-percentile; how many of an input's ten nearest neighbours among dense embeddings are among its ten nearest after pruning;
+percentile; how many of an input's ten nearest neighbors among dense embeddings are among its ten nearest after pruning;
 of captions, R@1: how often the nearest other caption tells of the same image; time relative to dense, runs alternating.
 Expected of self_attention with fuse, at 30, 50 and 70 % fewer MACs: sentences of all-MiniLM-L6-v2, cosine 0.89, 0.73, 0.55;
 photographs, by a ViT-S/14 in DINOv2's architecture, 0.95, 0.89, 0.78. docs/encoders.md has both tables whole.
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import vltprune as vp
 from vltprune.data import captions, pictures
-from vltprune.hosts.base import weighted_mean
+from vltprune.hosts.ops import weighted_mean
 from vltprune.layers import ClsAttention, SelfAttention
 
 GUIDE, RATIO = "codebook(anchors=100)", "ratio(ratio=0.5)"
@@ -145,7 +145,7 @@ def measured(subject: Subject, config: vp.PruneConfig, reduction: float, dense: 
     """One row: a method calibrated, then embedding everything; the mean over seeds where it draws lots."""
     model = vp.prune(subject.dense, config)
     if config.guide is not None:
-        vp.budget.fit_guide(model, subject.calibration)
+        vp.fit_guide(model, subject.calibration)
     try:
         vp.calibrate(model, subject.calibration, reduction, tolerance=0.02)
     except vp.BudgetError as error:
@@ -162,7 +162,7 @@ def measured(subject: Subject, config: vp.PruneConfig, reduction: float, dense: 
 
 def compared(subject: Subject, model: nn.Module, dense: Tensor) -> dict[str, float]:
     """Pruned embeddings of every measured input against the dense ones, and the MACs they took."""
-    meter, macs, dense_macs, parts = vp.flops.Meter(model), 0.0, 0.0, []
+    meter, macs, dense_macs, parts = vp.CostMeter(model), 0.0, 0.0, []
     for batch in subject.batches:
         with vp.collect() as traces:
             parts.append(embedded(subject, model, batch))
@@ -176,7 +176,7 @@ def compared(subject: Subject, model: nn.Module, dense: Tensor) -> dict[str, flo
         "cosine": cosine.mean().item(),
         "cosine_p5": cosine.quantile(0.05).item(),
     }
-    row["neighbours"] = shared_neighbours(dense, pruned)
+    row["neighbors"] = shared_neighbors(dense, pruned)
     return row if subject.owners is None else {**row, "recall": hits(pruned, subject.owners)}
 
 
@@ -186,7 +186,7 @@ def nearest(embeddings: Tensor, count: int) -> Tensor:
     return similarity.fill_diagonal_(-1).topk(count).indices
 
 
-def shared_neighbours(dense: Tensor, pruned: Tensor, count: int = 10) -> float:
+def shared_neighbors(dense: Tensor, pruned: Tensor, count: int = 10) -> float:
     """The share of each input's nearest that stay among its nearest, mean over inputs."""
     before, after = nearest(dense, count), nearest(pruned, count)
     return (before[:, :, None] == after[:, None]).any(-1).float().mean().item()
@@ -249,7 +249,7 @@ def _line(row: dict[str, Any]) -> str:
     recall = f"   R@1 {row['recall']:5.1%}" if "recall" in row else ""
     return head + (
         f"{row['reduction']:5.1%} saved   cosine {row['cosine']:.3f} (p5 {row['cosine_p5']:.3f})   "
-        f"neighbours {row['neighbours']:5.1%}{recall}   time {row['time']:.2f} x"
+        f"neighbors {row['neighbors']:5.1%}{recall}   time {row['time']:.2f} x"
     )
 
 

@@ -40,12 +40,12 @@ import variants
 from photo_towers import dual_encoder, resized
 
 import vltprune as vp
-from vltprune.budget import fit_guide
+from vltprune.cost.guide_fit import fit_guide
 from vltprune.data import Loader, captions
-from vltprune.exam import Exam, report
-from vltprune.journal import Journal
-from vltprune.preprocessing import transforms
-from vltprune.tasks import Retrieval
+from vltprune.evaluation.evaluator import Evaluator, report
+from vltprune.evaluation.results_log import ResultsLog
+from vltprune.evaluation.tasks import Retrieval
+from vltprune.io.preprocessing import transforms
 from vltprune.training.calls import calls_of
 
 RESULTS = Path(__file__).parent / "results" / "flickr8k_retrieval.json"
@@ -145,9 +145,9 @@ def examined(options: argparse.Namespace, model: Any, name: str, reduction: floa
     val = captions(options.data / "dev.json", options.data)
     val = val[: _SHORT["val_limit"]] if options.short else val
     name, task = called(name, options), Retrieval.of(model)
-    journal = Journal(options.work / "examined" / f"{name}_{reduction}", {"name": name, "reduction": reduction})
-    Exam(task, model, options.device).sit(Loader(val, transforms(model), workers=2), journal)
-    photo_runs.record(RESULTS, name, options.seed, {"reduction": reduction, **report(task, journal.rows)})
+    log = ResultsLog(options.work / "examined" / f"{name}_{reduction}", {"name": name, "reduction": reduction})
+    Evaluator(task, model, options.device).run(Loader(val, transforms(model), workers=2), log)
+    photo_runs.record(RESULTS, name, options.seed, {"reduction": reduction, **report(task, log.rows)})
 
 
 def trained(options: argparse.Namespace) -> None:
@@ -181,7 +181,7 @@ def run(options: argparse.Namespace, variant: str, name: str, reduction: float, 
     own = {"model": str(_dense(options) / "model"), "freeze": _WORDS, "parts": {"at": AT}}
     summaries = 0.0 if variant == "without distillation" else 1.0
     fields = {**_own(options), **own, **length}
-    config = variants.config_of(variant, reduction=reduction, distil_summaries=summaries, **fields)
+    config = variants.config_of(variant, reduction=reduction, distill_summaries=summaries, **fields)
     photo_runs.trained(options.work, RESULTS, name, config)
 
 

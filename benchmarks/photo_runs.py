@@ -35,7 +35,7 @@ def dense(work: Path, results: Path, name: str, build: Callable[[], nn.Module], 
     if not start.is_dir():
         torch.manual_seed(0)
         vp.save(build(), start)
-    done = compress(CompressConfig(**fields, model=str(start), reduction=0.0, rate=2e-4, warmup=0.1), work / "dense")
+    done = compress(CompressConfig(**fields, model=str(start), reduction=0.0, lr=2e-4, warmup=0.1), work / "dense")
     assert done is not None
     record(results, name, 0, done.rows[-1])
 

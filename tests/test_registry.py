@@ -155,7 +155,7 @@ def test_bind_refuses(arguments, text):
 
 
 def test_bind_accepts():
-    bind("fruit", lambda site, *rest, size, **more: None, {"size": 1, "colour": "red"}, given=("site",))
+    bind("fruit", lambda site, *rest, size, **more: None, {"size": 1, "color": "red"}, given=("site",))
     bind("fruit", maker, {"size": 1}, given=("site",))
     bind("fruit", maker, {"size": 1, "shape": "long"}, given=("site",))
 

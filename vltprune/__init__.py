@@ -1,22 +1,24 @@
 """vltprune: prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."""
 
-from . import budget, flops, losses, metrics, text
-from .attention import AttentionStats, PairBias, Stat, attend, attend_with_stats
-from .budget import BudgetError, calibrate
-from .checkpoint import CheckpointError, Recipe, save
-from .config import Part, PruneConfig
-from .factory import create_model, list_models, list_pretrained
-from .hub import from_pretrained, load, push_to_hub
+from .core.attention import AttentionStats, PairBias, Stat, attend, attend_with_stats
+from .core.tokens import Layout, PackedTokens
+from .cost.calibration import BudgetError, calibrate, measure
+from .cost.guide_fit import fit_guide
+from .cost.macs import CostMeter, count_macs
+from .cost.prune import prune
+from .io.checkpoint import CheckpointError, Recipe, save
+from .io.hub import from_pretrained, load, push_to_hub
+from .io.preprocessing import Preprocessing, transforms
 from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
-from .preprocessing import Preprocessing, transforms
-from .presets import preset
-from .pruner import PrunedEncoder, Pruner, UntrainedGuideWarning
-from .record import Pruning
+from .models.factory import create_model, list_models, list_pretrained
+from .pruning import losses
+from .pruning.config import Part, PruneConfig
+from .pruning.encoder import PrunedEncoder, Pruning
+from .pruning.presets import preset
+from .pruning.pruner import Pruner, UntrainedGuideWarning
+from .pruning.trace import PruneTrace, collect
 from .registry import Registry, backbones, guides, hosts, keepers, presets, reducers, scorers
-from .surgery import prune
-from .tokens import Layout, PackedTokens
-from .traces import PruneTrace, collect
-from .wrappers import unwrapped
+from .utils.wrappers import unwrapped
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,7 @@ __all__ = [
     "AttentionStats",
     "BudgetError",
     "CheckpointError",
+    "CostMeter",
     "Guidance",
     "KeepRatioPredictor",
     "Knob",
@@ -49,11 +52,11 @@ __all__ = [
     "attend",
     "attend_with_stats",
     "backbones",
-    "budget",
     "calibrate",
     "collect",
+    "count_macs",
     "create_model",
-    "flops",
+    "fit_guide",
     "from_pretrained",
     "guides",
     "hosts",
@@ -62,7 +65,7 @@ __all__ = [
     "list_pretrained",
     "load",
     "losses",
-    "metrics",
+    "measure",
     "preset",
     "presets",
     "prune",
@@ -70,7 +73,6 @@ __all__ = [
     "reducers",
     "save",
     "scorers",
-    "text",
     "transforms",
     "unwrapped",
 ]

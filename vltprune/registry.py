@@ -1,4 +1,4 @@
-"""Names to makers: one small class, one instance per kind of part. The only mutable globals of the library."""
+"""Registry: names to makers, one instance a kind of part."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from vltprune import data
 from vltprune.data.annotations import captioned
 from vltprune.data.shards import Shards, samples
-from vltprune.text import BlipTokenizer, well_formed
+from vltprune.models.wordpiece import BlipTokenizer, well_formed
 
 GOOD = {"image": "a.jpg", "caption": "a dog"}
 

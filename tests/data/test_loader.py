@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vltprune.data import Loader, Statement, SyntheticPairs, SyntheticStatements, normalise
+from vltprune.data import Loader, Statement, SyntheticPairs, SyntheticStatements, normalize
 
 
 def prepare(picture):
-    return torch.from_numpy(normalise(np.asarray(picture)))
+    return torch.from_numpy(normalize(np.asarray(picture)))
 
 
 @pytest.fixture
@@ -72,4 +72,4 @@ def test_synthetic_pairs_are_statements():
     assert [one.label for one in statements[1:3]] == [int(pairs[i].labels[0]) for i in (1, 2)]
     ((records, images),) = Loader(statements, prepare)
     assert [record.index for record in records] == [0, 1, 2, 3]
-    assert torch.equal(images[2], torch.from_numpy(normalise(pairs[2].images)))
+    assert torch.equal(images[2], torch.from_numpy(normalize(pairs[2].images)))

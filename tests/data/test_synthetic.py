@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vltprune.data import SyntheticPairs, normalise
-from vltprune.data.drawing import COLOURS, MOST, SHAPES, SIZES, Thing, draw_scenes
+from vltprune.data import SyntheticPairs, normalize
+from vltprune.data.drawing import COLORS, MOST, SHAPES, SIZES, Thing, draw_scenes
 from vltprune.data.sentences import FAMILIES, say
 from vltprune.data.synthetic import SPLITS
 
@@ -32,7 +32,7 @@ PLACED = {
 def named(phrase: str, scene: tuple[Thing, ...]) -> list[Thing]:
     """The things of a scene that a phrase such as "red circles" names, read word by word."""
     words = [re.sub(r"(?<!s)s$", "", word.replace("crosses", "cross")) for word in phrase.split()]
-    looks = [(SHAPES[thing.shape], COLOURS[thing.colour], SIZES[thing.size], "object") for thing in scene]
+    looks = [(SHAPES[thing.shape], COLORS[thing.color], SIZES[thing.size], "object") for thing in scene]
     return [thing for thing, look in zip(scene, looks, strict=True) if all(word in look for word in words)]
 
 
@@ -149,7 +149,7 @@ def chance_margin(count: int) -> float:
 
 
 def test_each_form_of_sentence_is_true_half_the_time(spoken):
-    names = "|".join((*COLOURS, *(shape + "(?:e?s)?" for shape in SHAPES), *SIZES))
+    names = "|".join((*COLORS, *(shape + "(?:e?s)?" for shape in SHAPES), *SIZES))
     forms = defaultdict(list)
     for text, label, _ in spoken["train"]:
         forms[re.sub(rf"\b(?:{names})\b", "_", text)].append(label)
@@ -181,7 +181,7 @@ def test_images_alone_say_nothing(spoken):
         table = np.ones((len(rows), 2 * 60 + 1))
         for row, (_, _, scenes) in enumerate(rows):
             for side, scene in enumerate(scenes):
-                np.add.at(table[row], [60 * side + 12 * t.shape + 2 * t.colour + t.size for t in scene], 1)
+                np.add.at(table[row], [60 * side + 12 * t.shape + 2 * t.color + t.size for t in scene], 1)
         return table
 
     assert abs(linear_accuracy(contents, spoken) - 0.5) < chance_margin(len(spoken["test"]))
@@ -195,12 +195,12 @@ def linear_accuracy(features, spoken) -> float:
     return float(np.mean(answers == [label for _, label, _ in spoken["test"]]))
 
 
-def test_normalise():
+def test_normalize():
     images = np.array([0, 255], np.uint8).repeat(96 * 96 * 3).reshape(2, 96, 96, 3)
-    assert normalise(images).shape == (2, 3, 96, 96)
-    assert normalise(images).min() == -1 and normalise(images).max() == 1 and normalise(images).dtype == np.float32
+    assert normalize(images).shape == (2, 3, 96, 96)
+    assert normalize(images).min() == -1 and normalize(images).max() == 1 and normalize(images).dtype == np.float32
     with pytest.raises(ValueError, match="expected images"):
-        normalise(images[..., :2])
+        normalize(images[..., :2])
 
 
 def test_refusals():

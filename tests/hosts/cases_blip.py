@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from checks import Case, randomise
+from checks import Case, randomize
 
 from vltprune.models.blip import Blip, BlipNlvr, BlipVision
 from vltprune.models.caption import BlipCaption
@@ -51,7 +51,7 @@ def text_case(images_per_sentence: int) -> Case:
         return model(*inputs) * MASK[..., None]
 
     return Case(
-        randomise(model), (ids, MASK, *memory), {"text": [[0]] * 3}, dense=dense, alone=alone, idle=("key.bias",)
+        randomize(model), (ids, MASK, *memory), {"text": [[0]] * 3}, dense=dense, alone=alone, idle=("key.bias",)
     )
 
 
@@ -79,7 +79,7 @@ def task_case(name: str) -> Case:
         )
 
     protected = {tower: [[0]] * 3 for tower in towers}
-    return Case(randomise(model), inputs, protected, alone=alone, idle=("key.bias", *idle))
+    return Case(randomize(model), inputs, protected, alone=alone, idle=("key.bias", *idle))
 
 
 def make(name: str) -> Case:
@@ -89,9 +89,9 @@ def make(name: str) -> Case:
         return text_case({"text": 0, "text, memory": 1, "text, pairs": 2}[name])
     if name == "vision":
         model = BlipVision(image_size=32, patch_size=8, width=32, depth=2, heads=4)
-        return Case(randomise(model), (images(3),), {"image": [[0]] * 3})
+        return Case(randomize(model), (images(3),), {"image": [[0]] * 3})
 
-    model = randomise(BlipNlvr(**SIZES) if name == "nlvr" else Blip(**SIZES))
+    model = randomize(BlipNlvr(**SIZES) if name == "nlvr" else Blip(**SIZES))
     ids, image, text = words(), {"image": [[0]] * (6 if name == "nlvr" else 3)}, {"text": [[0]] * 3}
     pictures = images(3, 2) if name == "nlvr" else images(3)
     return Case(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import open_clip
 import torch
-from checks import Case, randomise
+from checks import Case, randomize
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer
 
@@ -95,7 +95,7 @@ def image_case(option: str) -> Case:
     size = {"image_size": 32, "patch_size": 8, "width": WIDTH, "layers": 2, "heads": 4, "mlp_ratio": 2.0}
     model = VisionTransformer(**size, output_dim=WIDTH if isinstance(pooler, str) else 24, **IMAGE[option])
     idle = ("ln_k.bias", "attn_pool") if pooler else ("ln_k.bias",)
-    return Case(randomise(model), (images(),), {"image": [[0]] * 3}, idle=idle)
+    return Case(randomize(model), (images(),), {"image": [[0]] * 3}, idle=idle)
 
 
 def text_case(option: str) -> Case:
@@ -105,7 +105,7 @@ def text_case(option: str) -> Case:
     ids = sentences(EOS if by_eos else EOT)
     places = {"first": (0, 0, 0), "last": (LENGTH - 1,) * 3}.get(model.pool_type, ENDS)
     return Case(
-        randomise(model),
+        randomize(model),
         (ids,),
         {"text": [[place] for place in places]},
         idle=("ln_k.bias",),
@@ -121,7 +121,7 @@ def trimmed(model, ids, end):
 
 def timm_case(option: str) -> Case:
     model = TimmModel("test_vit", 24, image_size=160, **{"proj": "linear", **TIMM[option]})
-    return Case(randomise(model), (images(160),), {"image": [[0]] * 3})
+    return Case(randomize(model), (images(160),), {"image": [[0]] * 3})
 
 
 def clip_case(name: str) -> Case:
@@ -134,7 +134,7 @@ def clip_case(name: str) -> Case:
         output_dict="dict" in name,
     )
     protected = {"image": [[0]] * 3, "text": [[end] for end in ENDS]}
-    return Case(randomise(model), (images(), sentences(EOS if pool else EOT)), protected)
+    return Case(randomize(model), (images(), sentences(EOS if pool else EOT)), protected)
 
 
 def make(name: str) -> Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import open_clip
 import transformers as hf
-from checks import Case, randomise
+from checks import Case, randomize
 from open_clip.hf_model import HFTextEncoder
 from transformers_parts import ENDS, IDLE, MASK, SPECIAL, STILL, TEXT, images, words
 
@@ -74,7 +74,7 @@ def hiding(tower):
 
 
 def text_case(family: str, option: str) -> Case:
-    tower, ids = randomise(text_tower(family, option)), sentences(PADDING[family])
+    tower, ids = randomize(text_tower(family, option)), sentences(PADDING[family])
     reads_pooler = option.startswith("cls") and "state" not in option
     return Case(
         tower,
@@ -94,7 +94,7 @@ def clip_case(name: str) -> Case:
     model.text = text_tower("bert", "mean, mlp" if "dict" in name else "mean", layers=2)
     protected = {"image": [[0]] * 3, "text": [[0]] * 3}
     idle = (*IDLE, "text.transformer.pooler")
-    return Case(randomise(model), (images(), sentences(0)), protected, idle=idle)
+    return Case(randomize(model), (images(), sentences(0)), protected, idle=idle)
 
 
 def make(name: str) -> Case:

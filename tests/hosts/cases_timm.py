@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from checks import Case, randomise
+from checks import Case, randomize
 from timm.layers import SwiGLUPacked
 from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention
@@ -101,7 +101,7 @@ def make(name: str, **more) -> Case:
         open_gates(model)
     height, width = (48, 40) if model.dynamic_img_size else (32, 32)
     return Case(
-        randomise(model),
+        randomize(model),
         (torch.randn(3, 3, height, width) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1, 1),),
         {"image": [range(model.num_prefix_tokens)] * 3},
         summary=model.cls_token is not None,

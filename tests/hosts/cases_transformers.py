@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 import transformers as hf
-from checks import Case, randomise
+from checks import Case, randomize
 from transformers_pairs import blip_case, blip_text_case, clip_image_case, clip_text_case, two_towers_case
 from transformers_parts import ENDS, IDLE, IMAGE, LENGTH, MASK, SPECIAL, STILL, TEXT, WIDTHS, hiding, images, words
 
@@ -125,7 +125,7 @@ def text_case(family: str, option: str, **more) -> Case:
     }
     kind, kind_of_config = kinds[family]
     own, beside = config(kind_of_config, **text_options(family, option), **more)
-    model = randomise(kind(own, **beside))
+    model = randomize(kind(own, **beside))
 
     inputs = (words(), MASK)
     places = torch.stack([torch.randperm(18)[:LENGTH] + 2 for _ in range(3)])
@@ -158,7 +158,7 @@ def image_case(family: str, option: str, **more) -> Case:
     }
     kind, kind_of_config, sizes, table = kinds[family]
     own, beside = config(kind_of_config, **{**IMAGE, **sizes, **table[option], **more})
-    model = randomise(kind(own, **beside))
+    model = randomize(kind(own, **beside))
     prefix = {"deit": 2, "registers": 5, "dinov3": 1 + getattr(own, "num_register_tokens", 0)}.get(family, 1)
 
     inputs = (images(32, 48) if option in ("wide", "another size") else images(),)
@@ -172,7 +172,7 @@ def headed_case(name: str) -> Case:
     bare = make(HEADED[name])
     # two would not do: the head reads the summary alone, which sees nothing that the last one merges
     bare.model.config.num_hidden_layers = 3
-    model = randomise(getattr(hf, name)(bare.model.config))
+    model = randomize(getattr(hf, name)(bare.model.config))
     dense = hiding(model, MASK) if name == "CLIPTextModelWithProjection" else None  # the others return no tokens
     return replace(bare, model=model, dense=dense)
 

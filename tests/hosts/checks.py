@@ -66,7 +66,7 @@ class Case:
         return self.alone(i) if self.alone else tuple(x[i : i + 1] if isinstance(x, Tensor) else x for x in self.inputs)
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """The model in eval mode, all parameters moved away from where they were born: no option is without effect then."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -167,7 +167,7 @@ def reducing_early_changes_nothing(case: Case) -> None:
     early, lengths = run(pruned, case.inputs)
     with pytest.MonkeyPatch.context() as patch:
         for tower in pruned.pruning.towers.values():
-            patch.setattr(tower.adapter, "mixes_affinely", lambda block: False)
+            patch.setattr(tower.adapter, "projects_affinely", lambda block: False)
         with vp.collect() as traces:
             late = tensors(pruned(*case.inputs))
     assert not any(step.reduced_early for trace in traces for step in trace.steps)

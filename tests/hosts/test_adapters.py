@@ -73,11 +73,11 @@ def test_adapters_act(name):
 def test_adapters_act_in_towers_that_were_pruned_before(name):
     case = make(name)
     pruned, merging = keep_all(case), case.pruned(reducer="fuse")
-    plain = vp.flops.count(merging, *case.inputs)
+    plain = vp.count_macs(merging, *case.inputs)
     for tower in pruned.pruning.towers.values():
         adapt(tower.host)
     same(pruned(*case.inputs), case.expected())
-    assert vp.flops.count(merging, *case.inputs).dense_total > plain.dense_total
+    assert vp.count_macs(merging, *case.inputs).dense_total > plain.dense_total
 
 
 LORA = ["timm: vit: plain", "timm: eva: default", "timm: eva: rope attention", "timm: eva: rope dinov3"]
@@ -174,7 +174,7 @@ PEFT = {
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, that peft reads what it renamed
 @pytest.mark.parametrize(("build", "layers"), PEFT.values(), ids=PEFT)
-@pytest.mark.parametrize("parts", [{"config": "evit"}, {"config": "madtp", "guide": "codebook(anchors=5)"}], ids=str)
+@pytest.mark.parametrize("parts", [{"preset": "evit"}, {"preset": "madtp", "guide": "codebook(anchors=5)"}], ids=str)
 def test_a_pruned_model_in_peft_learns_and_is_saved_when_merged(tmp_path, build, layers, parts):
     peft = pytest.importorskip("peft")
     images, ids = torch.randn(2, 3, 32, 32), torch.randint(4, 40, (2, 8))

@@ -6,7 +6,7 @@ import checks
 import pytest
 import torch
 from cases_blip import LENGTH, MASK, NAMES, SIZES, images, make, words
-from checks import Case, randomise, same
+from checks import Case, randomize, same
 
 import vltprune as vp
 from vltprune.models.blip import Blip, BlipNlvr
@@ -25,7 +25,7 @@ def test_large_batches(name):
 @pytest.mark.parametrize("model", [Blip, BlipNlvr])
 @torch.no_grad()
 def test_other_doors(model):
-    model, ids, pictures = randomise(model(**SIZES)), words(), images(3)
+    model, ids, pictures = randomize(model(**SIZES)), words(), images(3)
     pruned = vp.prune(model, "random", keep="ratio(ratio=1.0)")
     same(pruned.image_features(pictures), model.image_features(pictures))
     same(pruned.text_features(ids, MASK), model.text_features(ids, MASK))
@@ -49,7 +49,7 @@ def by_hand(text, ids, mask, memory, memory_mask, k):
 @pytest.mark.parametrize("kind", [Blip, BlipNlvr])
 @torch.no_grad()
 def test_ragged_memory_is_padded_memory_with_a_mask(kind, k):
-    model = randomise(kind(**SIZES))
+    model = randomize(kind(**SIZES))
     pictures = images(3, 2).flatten(0, 1) if kind is BlipNlvr else images(3)
     ids, mask = words(3 * k), MASK.repeat(k, 1)
     pruned = vp.prune(model, "madtp", guide="codebook(anchors=12)", at={"image": None})
@@ -68,7 +68,7 @@ def test_ragged_memory_is_padded_memory_with_a_mask(kind, k):
 @pytest.mark.parametrize("kind", [Blip, BlipNlvr])
 @torch.no_grad()
 def test_several_sentences_are_one_by_one(kind, preset):
-    model = randomise(kind(**SIZES))
+    model = randomize(kind(**SIZES))
     pictures = images(3, 2)[:2] if kind is BlipNlvr else images(3)[:2]
     ids, mask = words(6), MASK.repeat(2, 1)
     pruned = Case(model, (), {}).pruned(preset)
@@ -85,7 +85,7 @@ def test_several_sentences_are_one_by_one(kind, preset):
 @pytest.mark.parametrize("kind", [Blip, BlipNlvr])
 @torch.no_grad()
 def test_image_tokens_stay_packed(kind):
-    model = randomise(kind(**SIZES))
+    model = randomize(kind(**SIZES))
     pruned = Case(model, (), {}).pruned("random", keep="random_ratio(mean=0.5, spread=0.5)")
     with vp.collect() as traces:
         memory = pruned.visual(images(3))
@@ -104,7 +104,7 @@ def test_image_tokens_stay_packed(kind):
 @pytest.mark.parametrize("kind", [Blip, BlipNlvr])
 @torch.no_grad()
 def test_no_mask_is_a_full_mask(kind):
-    model = randomise(kind(**SIZES))
+    model = randomize(kind(**SIZES))
     pruned = Case(model, (), {}).pruned()
     inputs = (images(3, 2) if kind is BlipNlvr else images(3), words())
     assert torch.equal(pruned(*inputs), pruned(*inputs, torch.ones(3, LENGTH)))

@@ -16,12 +16,13 @@ import timm
 import timm.models
 import timm.utils
 import torch
-from checks import randomise
+from checks import randomize
 from open_clip.push_to_hf_hub import save_for_hf
 from timm.data import resolve_model_data_config
 
 import vltprune as vp
-from vltprune.checkpoint import load_into
+from vltprune.cost.budget_control import BudgetControl
+from vltprune.io.checkpoint import load_into
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 4}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -31,24 +32,24 @@ PAIR = {
     "text_cfg": {"layers": 2, "width": 32, "heads": 2, "vocab_size": 50, "context_length": 8},
 }
 PRUNING = {
-    "without tensors": {"config": "evit", "keep": "ratio(ratio=0.6)"},
-    "a guide": {"config": "madtp", "guide": "codebook(anchors=6)"},
-    "a guide and keepers": {"config": "madtp", "guide": "codebook(anchors=6)", "keep": "learned"},
+    "without tensors": {"preset": "evit", "keep": "ratio(ratio=0.6)"},
+    "a guide": {"preset": "madtp", "guide": "codebook(anchors=6)"},
+    "a guide and keepers": {"preset": "madtp", "guide": "codebook(anchors=6)", "keep": "learned"},
 }
 prunings = pytest.mark.parametrize("parts", PRUNING.values(), ids=PRUNING)
 
 
 def vit(**arguments):
-    return randomise(timm.create_model("vit_tiny_patch16_224", **{**TINY, **arguments}))
+    return randomize(timm.create_model("vit_tiny_patch16_224", **{**TINY, **arguments}))
 
 
 def pruned_vit(parts, **arguments):
-    return randomise(vp.prune(vit(**arguments), **parts))
+    return randomize(vp.prune(vit(**arguments), **parts))
 
 
 def pair(custom=False):
     kind = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
-    model = randomise(kind(**copy.deepcopy(PAIR)))
+    model = randomize(kind(**copy.deepcopy(PAIR)))
     open_clip.set_model_preprocess_cfg(model, {"size": 32, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)})
     return model
 
@@ -82,7 +83,7 @@ def test_timm_refuses_to_build_a_dense_model_from_it(tmp_path, parts, pretrained
 
 def test_what_timm_changes_of_a_pruned_model_and_what_was_calibrated_are_saved(tmp_path):
     model = pruned_vit(PRUNING["without tensors"], global_pool="avg")
-    vp.budget.Dial(model).settle(0.4)
+    BudgetControl(model).commit(0.4)
     model.reset_classifier(7, global_pool="max")
     model.set_input_size(24)
     timm.models.save_for_hf(model, tmp_path, data_config={"mean": (0.1, 0.2, 0.3)})
@@ -159,7 +160,7 @@ def test_checkpoints_of_timms_training(tmp_path, parts, average):
 @pytest.mark.parametrize("custom", [False, True], ids=["CLIP", "CustomTextCLIP"])
 @pytest.mark.parametrize("wrapper", ["", "module.", "module._orig_mod."])
 def test_checkpoints_of_open_clips_training(tmp_path, parts, custom, wrapper):
-    model = randomise(vp.prune(pair(custom), **parts))
+    model = randomize(vp.prune(pair(custom), **parts))
     state = {wrapper + key: value for key, value in model.state_dict().items()}
     file = tmp_path / "epoch_1.pt"
     torch.save({"epoch": 1, "name": "run", "state_dict": state}, file)
@@ -182,7 +183,7 @@ def test_dense_weights_into_a_pruned_pair(tmp_path, parts, custom):
         lambda: open_clip.load_checkpoint(model, str(tmp_path / "dense.pt"), strict=False),
         lambda: load_into(model, tmp_path / "dense.pt"),
     ):
-        randomise(model.host)
+        randomize(model.host)
         read()
         assert all(torch.equal(model.state_dict()[key], value) for key, value in (dense.state_dict() | own).items())
 
@@ -196,7 +197,7 @@ class Tokenizer:
 @pytest.mark.parametrize("custom", [False, True], ids=["CLIP", "CustomTextCLIP"])
 def test_what_open_clip_saves_for_the_hub_holds_the_weights_and_not_the_pruning(tmp_path, parts, custom):
     """As docs/architecture.md says: nothing that open_clip writes is the model's to add to."""
-    model = randomise(vp.prune(pair(custom), **parts))
+    model = randomize(vp.prune(pair(custom), **parts))
     config = {**copy.deepcopy(PAIR), **({"custom_text": True} if custom else {})}
     save_for_hf(model, Tokenizer(), config, tmp_path)
     with pytest.raises(

@@ -7,11 +7,11 @@ import open_clip
 import pytest
 import torch
 from cases_open_clip import ENDS, IMAGE, LENGTH, PAD, TEXT, TEXT_SIZE, image_case, make, sentences, text_case
-from checks import Case, randomise, same
+from checks import Case, randomize, same
 from open_clip.transformer import TextTransformer
 
 import vltprune as vp
-from vltprune import attention
+from vltprune.core import attention
 
 LOOPS = [f"image: {n}" for n in IMAGE] + [f"text: {n}" for n in TEXT]
 
@@ -93,7 +93,7 @@ def test_what_stands_behind_the_end_never_matters(option, preset):
 
 @torch.no_grad()
 def test_a_first_token_that_sees_nothing_needs_nothing():
-    model = randomise(TextTransformer(**TEXT_SIZE, pool_type="first"))
+    model = randomize(TextTransformer(**TEXT_SIZE, pool_type="first"))
     case = Case(model, (sentences(),), {"text": [[0]] * 3}, prunes=False, ragged=False)
     for preset in checks.PRESETS:
         (out,), lengths = checks.run(case.pruned(preset), case.inputs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from cases_open_clip_hf import ENCODERS, make, text_tower
-from checks import Case, randomise, same
+from checks import Case, randomize, same
 from ranks import in_a_process
 from transformers_parts import LENGTH, words
 from without_transformers import prune_open_clip
@@ -60,7 +60,7 @@ def test_a_first_token_that_is_read_stays_whatever_the_encoder_reads():
     tower = text_tower("bert", "cls state")
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     tower.transformer = hf.SiglipTextModel(hf.SiglipTextConfig(vocab_size=60, max_position_embeddings=LENGTH, **sizes))
-    case = Case(randomise(tower), (words(),), {"text": [[0, LENGTH - 1]] * 3})
+    case = Case(randomize(tower), (words(),), {"text": [[0, LENGTH - 1]] * 3})
     checks.keep_all_is_the_host(case)
     checks.batch_mates_do_not_matter(case, "random")
     checks.batch_mates_do_not_matter(case, "madtp")
@@ -78,9 +78,9 @@ def test_padding_makes_no_difference(name):
 
 def test_padding_is_counted_beside_the_dense_cost():
     case = make("bert: mean")
-    cost = vp.flops.count(case.pruned(keep="ratio(ratio=1.0)"), *case.inputs)
+    cost = vp.count_macs(case.pruned(keep="ratio(ratio=1.0)"), *case.inputs)
     with torch.no_grad():
-        full = vp.flops.count(case.pruned(keep="ratio(ratio=1.0)"), case.inputs[0].clamp(min=3))
+        full = vp.count_macs(case.pruned(keep="ratio(ratio=1.0)"), case.inputs[0].clamp(min=3))
     assert cost.padded_total == full.dense_total > cost.dense_total
     assert full.skipped == 0
 
@@ -100,7 +100,7 @@ def test_causal_encoders_stay_causal():
     tower.transformer = hf.CLIPTextModel(config)
     ids = words()
     ids[:, -1] = 59
-    case = Case(randomise(tower), (ids,), {"text": [[LENGTH - 1]] * 3})
+    case = Case(randomize(tower), (ids,), {"text": [[LENGTH - 1]] * 3})
     checks.keep_all_is_the_host(case)
     checks.batch_mates_do_not_matter(case, "random")
 

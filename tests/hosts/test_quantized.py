@@ -45,8 +45,8 @@ def test_a_quantized_host(name, quantize):
     pruned = vp.prune(dense, case.config("random", keep="ratio(ratio=1.0)"))
     if not (name == "open_clip: clip" and quantize is by_torch):  # where open_clip fails for the same reason, and alone
         same(pruned(*inputs), dense(*inputs))
-    got = vp.flops.count(vp.prune(dense, case.config(reducer="fuse")), *inputs)
-    want = vp.flops.count(case.pruned(reducer="fuse"), *inputs)
+    got = vp.count_macs(vp.prune(dense, case.config(reducer="fuse")), *inputs)
+    want = vp.count_macs(case.pruned(reducer="fuse"), *inputs)
     assert got.dense_total == pytest.approx(want.dense_total, rel=1e-9)
 
 
@@ -71,11 +71,11 @@ def test_a_quantized_pruned_model(name, quantize, tmp_path):
     """The guide's maps are quantized, too."""
     case = make(name)
     pruned = case.pruned()
-    plain, macs = pruned(*case.inputs), vp.flops.count(pruned, *case.inputs)
+    plain, macs = pruned(*case.inputs), vp.count_macs(pruned, *case.inputs)
     small = quantize(pruned)
     out = small(*case.inputs)
     assert all(a.dim() == b.dim() and a.isfinite().all() for a, b in zip(tensors(out), tensors(plain), strict=True))
-    cost = vp.flops.count(small, *case.inputs)
+    cost = vp.count_macs(small, *case.inputs)
     assert cost.dense_total == pytest.approx(macs.dense_total, rel=1e-9)
     assert cost.total == pytest.approx(macs.total, rel=0.1)  # other tokens may stay
 
@@ -91,4 +91,4 @@ def test_the_shipped_model_is_quantized():
     ids, mask = torch.randint(1, 50, (2, 10)), torch.ones(2, 10, dtype=torch.int64)
     inputs = (torch.randn(2, 2, 3, 96, 96), ids, mask)
     assert (small(*inputs) - pruned(*inputs)).abs().max() < 1
-    assert vp.flops.count(small, *inputs).dense_total == vp.flops.count(pruned, *inputs).dense_total
+    assert vp.count_macs(small, *inputs).dense_total == vp.count_macs(pruned, *inputs).dense_total

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import vltprune as vp
-from vltprune.hosts.base import find_host
+from vltprune.hosts.find import find_host
 
 
 class Same(VisionTransformer):

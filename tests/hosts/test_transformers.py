@@ -14,6 +14,7 @@ from torch import nn
 from transformers_parts import ENDS, LENGTH
 
 import vltprune as vp
+from vltprune.io.checkpoint import load_into
 
 
 def blocks_of(pruned):
@@ -68,7 +69,7 @@ def test_pooled_is_pooled_from_what_is_left(name):
         alone = vp.PackedTokens.pack(
             x[None], summary=None if tokens.summary is None else own(tokens.summary, tokens, i)
         )
-        want = pruned.adapter.close(case.model, alone, beside)
+        want = pruned.adapter.head(case.model, alone, beside)
         assert not out.last_hidden_state[i, len(x) :].any()
         same(out.last_hidden_state[i, : len(x)], want.last_hidden_state[0])
         if "pooler_output" in out:
@@ -230,5 +231,5 @@ def test_saved_pruning_fits_the_model_again(name, tmp_path):
     pruned = case.pruned()
     vp.save(pruned, tmp_path, only="pruning")
     other = vp.prune(case.model, pruned.pruning.config)
-    vp.checkpoint.load_into(other, tmp_path)
+    load_into(other, tmp_path)
     same(other(*case.inputs), pruned(*case.inputs))

@@ -16,8 +16,8 @@ from cases_transformers import NAMES, make
 from checks import same
 
 import vltprune as vp
-from vltprune.budget import Dial
-from vltprune.checkpoint import load_into
+from vltprune.cost.calibration import BudgetControl
+from vltprune.io.checkpoint import load_into
 
 LAYERS = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 # one of each class, and what a configuration does not say
@@ -50,7 +50,7 @@ def same_model(again, model):
 
 
 @pytest.mark.parametrize("make", [clip, bert])
-@pytest.mark.parametrize("parts", [{"config": "madtp", "guide": "codebook(anchors=6)"}, {"config": "evit"}], ids=str)
+@pytest.mark.parametrize("parts", [{"preset": "madtp", "guide": "codebook(anchors=6)"}, {"preset": "evit"}], ids=str)
 def test_from_pretrained_finds_the_dense_weights(tmp_path, make, parts):
     dense = make()
     vp.prune(dense, **parts).save_pretrained(tmp_path)
@@ -63,12 +63,12 @@ def test_from_pretrained_finds_the_dense_weights(tmp_path, make, parts):
 def test_load_reads_what_save_pretrained_wrote(tmp_path, name, preset):
     case = make(name)
     model = case.pruned(preset).eval()
-    dial = Dial(model)
-    dial.settle(0.9 * dial.value)
+    dial = BudgetControl(model)
+    dial.commit(0.9 * dial.value)
     model.save_pretrained(tmp_path)
     again = vp.load(tmp_path)
     same_model(again, model)
-    assert Dial(again).values == dial.values
+    assert BudgetControl(again).values == dial.values
     same(again(*case.inputs), model(*case.inputs))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers as hf
-from checks import Case, randomise
+from checks import Case, randomize
 from transformers_parts import ENDS, EOT, IDLE, IMAGE, LENGTH, MASK, PAD, STILL, TEXT, WIDTHS, hiding, images, words
 
 BLIP_TEXT = {**TEXT, **STILL, "encoder_hidden_size": 48, "max_position_embeddings": 20, "projection_dim": 24}
@@ -28,7 +28,7 @@ def clip_text_case(family: str, option: str) -> Case:
     }
     kind, kind_of_config = kinds[family]
     eos = 2 if option == "eos 2" else EOT
-    model = randomise(kind(kind_of_config(**TEXT, max_position_embeddings=20, eos_token_id=eos)))
+    model = randomize(kind(kind_of_config(**TEXT, max_position_embeddings=20, eos_token_id=eos)))
     ids = sentences()
     if option == "no end":
         ids[1] = words()[1]
@@ -47,7 +47,7 @@ def clip_text_case(family: str, option: str) -> Case:
 def clip_image_case(family: str, option: str) -> Case:
     if family == "siglip2 image":
         own = hf.Siglip2VisionConfig(**WIDTHS, num_hidden_layers=2, num_attention_heads=4, patch_size=4, num_patches=16)
-        model = randomise(hf.Siglip2VisionModel(own))
+        model = randomize(hf.Siglip2VisionModel(own))
         inputs = siglip2_patches()
         dense = hiding(model, inputs[1])
         return Case(model, inputs, {"image": [[]] * 3}, summary=False, dense=dense, idle=IDLE)
@@ -59,7 +59,7 @@ def clip_image_case(family: str, option: str) -> Case:
         "blip image": (hf.BlipVisionModel, hf.BlipVisionConfig),
     }[family]
     options = {"vision_use_head": False} if option == "no head" else {}
-    model = randomise(kind(kind_of_config(**IMAGE, **WIDTHS, **options)))
+    model = randomize(kind(kind_of_config(**IMAGE, **WIDTHS, **options)))
     inputs = (images(40, 48), True) if option == "interpolated" else (images(),)
     return Case(model, inputs, {"image": [[0] if clip else []] * 3}, summary=clip, idle=IDLE)
 
@@ -83,7 +83,7 @@ def two_towers_case(name: str) -> Case:
     if family == "siglip2":
         image = {**image, "patch_size": 4, "num_patches": 16}
     more = {"projection_dim": 24} if family == "clip" else {}
-    model = randomise(kind(kind_of_config(text_config=text, vision_config=image, **more)))
+    model = randomize(kind(kind_of_config(text_config=text, vision_config=image, **more)))
 
     clip = family == "clip"
     inputs = (sentences(), *(siglip2_patches() if family == "siglip2" else (images(),)))
@@ -107,7 +107,7 @@ def two_towers_case(name: str) -> Case:
 
 
 def blip_text_case(family: str, option: str) -> Case:
-    model = randomise(hf.BlipTextModel(hf.BlipTextConfig(**BLIP_TEXT)))
+    model = randomize(hf.BlipTextModel(hf.BlipTextConfig(**BLIP_TEXT)))
     inputs = (words(), MASK)
     if option != "plain":
         each = 1 if option == "one image" else 3
@@ -141,7 +141,7 @@ def blip_case(name: str) -> Case:
     }[name]
     text = {**BLIP_TEXT, "hidden_size": 48} if name == "blip answers" else BLIP_TEXT  # its decoder looks at sentences
     own = hf.BlipConfig(text_config=text, vision_config={**IMAGE, **WIDTHS}, image_text_hidden_size=24)
-    model = randomise(kind(own))
+    model = randomize(kind(own))
     ids, pictures, image = words(), images(), {"image": [[0]] * 3}
     if name == "blip captions":
         return Case(model, (pictures, ids, MASK), image, idle=IDLE)

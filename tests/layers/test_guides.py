@@ -120,7 +120,7 @@ def test_evaluation_follows_the_weights():
 
 
 class _Adapted(torch.nn.Module):
-    """A linear map and what somebody learnt beside it; it has no attributes of the map."""
+    """A linear map and what somebody learned beside it; it has no attributes of the map."""
 
     def __init__(self, base):
         super().__init__()
@@ -178,14 +178,14 @@ def test_refusals(sites, args, text):
 
 def test_fit_finds_what_is_there():
     """Five well-separated clusters, five anchors: one on each."""
-    centres = 100 * torch.eye(5, DIM)
-    points = (centres[torch.arange(500) % 5] + torch.randn(500, DIM))[torch.randperm(500)]
+    centers = 100 * torch.eye(5, DIM)
+    points = (centers[torch.arange(500) % 5] + torch.randn(500, DIM))[torch.randperm(500)]
     guide, again = Codebook(WIDE, anchors=5), Codebook(WIDE, anchors=5)
     guide.fit(points, seed=1)
     again.fit(points, seed=1)
     assert torch.equal(guide.anchors, again.anchors)
-    assert torch.cdist(guide.anchors, centres).amin(1).max() < 1.5
-    assert sorted(torch.cdist(guide.anchors, centres).argmin(1).tolist()) == [0, 1, 2, 3, 4]
+    assert torch.cdist(guide.anchors, centers).amin(1).max() < 1.5
+    assert sorted(torch.cdist(guide.anchors, centers).argmin(1).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_fit_on_equal_points_and_on_too_few():

@@ -71,18 +71,18 @@ def test_threshold_prunes_nothing_where_none_would_stay_or_one_would_go(scores, 
 
 
 @given(cases(), st.floats(0.1, 3), st.floats(0.1, 5), st.integers(0, 4))
-def test_what_fades_from_block_to_block(case, fade, power, before):
-    """Behind i others a faded keeper does what one without does at power or error times fade^i, at a share to that power."""
+def test_what_decays_from_block_to_block(case, decay, power, before):
+    """Behind i others a decayed keeper does what one without does at power or error times decay^i, at a share to that power."""
     site = dataclasses.replace(case.site, before=before)
     inputs = (case.scores, case.tokens, case.guidance)
-    faded = Threshold(site, power=power, fade=fade)(*inputs)
-    assert faded.tolist() == Threshold(site, power=power * fade**before)(*inputs).tolist()
+    decayed = Threshold(site, power=power, decay=decay)(*inputs)
+    assert decayed.tolist() == Threshold(site, power=power * decay**before)(*inputs).tolist()
     ratio = 1 / (1 + power)
-    faded = keepers["ratio"](site, ratio=ratio, fade=fade)(*inputs)
-    assert faded.tolist() == keepers["ratio"](site, ratio=ratio ** (fade**before))(*inputs).tolist()
-    error = ratio / max(1, fade**before)  # at most 1 where it grows, too
-    faded = Distortion(site, error=error, fade=fade)(*inputs)
-    assert faded.tolist() == Distortion(site, error=error * fade**before)(*inputs).tolist()
+    decayed = keepers["ratio"](site, ratio=ratio, decay=decay)(*inputs)
+    assert decayed.tolist() == keepers["ratio"](site, ratio=ratio ** (decay**before))(*inputs).tolist()
+    error = ratio / max(1, decay**before)  # at most 1 where it grows, too
+    decayed = Distortion(site, error=error, decay=decay)(*inputs)
+    assert decayed.tolist() == Distortion(site, error=error * decay**before)(*inputs).tolist()
 
 
 @pytest.mark.parametrize(
@@ -276,9 +276,9 @@ def test_random_ratio_without_spread_is_ratio():
         ("threshold", {"temperature": -1.0}, "must be above 0"),
         ("threshold", {"temperature": float("nan")}, "must be above 0"),
         ("threshold", {"power": 0.0}, r"power=0.0\) must be above 0 and finite"),
-        ("threshold", {"fade": 0.0}, r"threshold\(fade=0.0\) must be above 0 and finite"),
-        ("distortion", {"fade": -1.0}, r"distortion\(fade=-1.0\) must be above 0 and finite"),
-        ("ratio", {"fade": float("inf")}, r"ratio\(fade=inf\) must be above 0 and finite"),
+        ("threshold", {"decay": 0.0}, r"threshold\(decay=0.0\) must be above 0 and finite"),
+        ("distortion", {"decay": -1.0}, r"distortion\(decay=-1.0\) must be above 0 and finite"),
+        ("ratio", {"decay": float("inf")}, r"ratio\(decay=inf\) must be above 0 and finite"),
         ("threshold", {"turn": "both"}, "write turn='power' or turn='temperature'"),
         ("top_p", {"p": 1.1}, r"top_p\(p=1.1\) must lie in 0 .. 1"),
         ("ratio", {"ratio": 1.5}, r"ratio\(ratio=1.5\) must lie in 0 .. 1"),

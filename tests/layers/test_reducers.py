@@ -36,7 +36,7 @@ def test_fuse_is_the_score_weighted_mean_of_the_rest():
 def test_fuse_without_dividing():
     """EViT, equation 3: the plain weighted sum. It does not commute with affine maps, and says so."""
     scores = torch.tensor([[0.5, 0.1, 0.2]])
-    tokens, plan, out = reduce("fuse", scores, [1], normalise=False)
+    tokens, plan, out = reduce("fuse", scores, [1], normalize=False)
     assert_close(out.x[1], 0.1 * tokens.x[1] + 0.2 * tokens.x[2])
     assert not plan.is_affine
     assert reduce("fuse", scores, [1])[1].is_affine
@@ -58,11 +58,11 @@ def test_shares_are_of_what_is_merged_and_zero_elsewhere():
 def test_a_merged_token_is_all_there_whatever_was_left_of_its_sources():
     """In soft training; what stays is there in part, as before."""
     tokens = PackedTokens.pack(torch.randn(2, 4, 3))
-    tokens = tokens.fade(torch.tensor([0.9, 0.1, 0.2, 0.8, 0.7, 0.6, 0.5, 0.4]))
+    tokens = tokens.with_keep_prob(torch.tensor([0.9, 0.1, 0.2, 0.8, 0.7, 0.6, 0.5, 0.4]))
     scores, counts = torch.tensor([4.0, 1, 2, 3, 4, 3, 2, 1]), torch.tensor([2, 4])
     out = reducers["fuse"](SITE)(tokens, scores, counts, AttentionStats()).tokens(tokens)
     assert out.position.tolist() == [0, 2, 3, 0, 1, 2, 3]
-    for share in (out.presence, out.counted):
+    for share in (out.keep_prob, out.counted_prob):
         assert_close(share, torch.tensor([0.9, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4]))
 
 

@@ -85,5 +85,5 @@ def test_random_is_uniform():
     assert ((scores > 0) & (scores < 1)).all()
     counts = torch.histc(scores, 20, 0, 1)
     assert ((counts - 1000).abs() < 160).all()  # five deviations
-    neighbours = torch.corrcoef(torch.stack([scores[:-1], scores[1:]]))[0, 1]
-    assert neighbours.abs() < 0.035
+    neighbors = torch.corrcoef(torch.stack([scores[:-1], scores[1:]]))[0, 1]
+    assert neighbors.abs() < 0.035

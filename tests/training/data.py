@@ -12,7 +12,7 @@ from PIL import Image
 from vltprune.training import CompressConfig
 
 WORDS = "a above are at below blue both circle circles contain"
-_MORE = "what colour is the star red two and"
+_MORE = "what color is the star red two and"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split(), *_MORE.split()]
 
 
@@ -39,7 +39,7 @@ def annotations(task: str, folder: Path, n: int = 8) -> str:
         "vqa": [
             {
                 "image": names[i],
-                "question": f"what colour is the {said[i]}",
+                "question": f"what color is the {said[i]}",
                 "question_id": i,
                 "dataset": "vqa",
                 "answer": ["red"] * 7 + ["blue"] * 3,
@@ -85,7 +85,7 @@ def config(task: str, folder: Path, **changes: Any) -> CompressConfig:
         "reduction": 0.3,
         "steps": 4,
         "batch_size": 4,
-        "rate": 1e-3,
+        "lr": 1e-3,
         "checkpoint_every": 2,
         "log_every": 1,
     }

@@ -20,10 +20,10 @@ def test_scores_are_taught_where_there_are_any():
 
 def test_what_is_left_out_is_the_papers():
     config = CompressConfig(**LEAST)
-    assert (config.rate, config.weight_decay, config.epochs, config.batch_size) == (3e-6, 0.05, 15, 128)
-    assert (config.align, config.distil, config.preset) == (0.1, 0.0, "madtp")
-    assert CompressConfig(**{**LEAST, "task": "vqa"}).rate == RECIPES["vqa"].rate
-    assert CompressConfig(**LEAST, rate=1e-3).rate == 1e-3
+    assert (config.lr, config.weight_decay, config.epochs, config.batch_size) == (3e-6, 0.05, 15, 128)
+    assert (config.align, config.distill, config.preset) == (0.1, 0.0, "madtp")
+    assert CompressConfig(**{**LEAST, "task": "vqa"}).lr == RECIPES["vqa"].lr
+    assert CompressConfig(**LEAST, lr=1e-3).lr == 1e-3
 
 
 def test_files_say_the_same_again(tmp_path):
@@ -65,13 +65,13 @@ def test_files_say_the_same_again(tmp_path):
         ({"start": "run/model", "reduction": 0.0}, "start='run/model' begins a pruned model, and reduction=0 prunes"),
         ({"ramp": 1.5}, r"ramp=1.5 must lie in 0 .. 1: a share of the steps"),
         ({"steps": 0}, "steps=0 must be 1 or more"),
-        ({"rate": 0.0}, "rate=0.0 must be above 0"),
+        ({"lr": 0.0}, "lr=0.0 must be above 0"),
         ({"align": -1.0}, "align=-1.0 must be 0 or more"),
         ({"precision": "fp32"}, "precision='fp32': write precision='no', 'bf16' or 'fp16'"),
         ({"budget": "soft"}, "budget='soft': write budget='controller' or budget='learned'"),
         ({"preset": "madpt"}, "did you mean madtp"),
         ({"parts": {"keep": "ratio(ration=0.5)"}}, "takes no argument 'ration'"),
-        ({"rates": 1e-3}, "a compression config takes no argument 'rates'; did you mean rate"),
+        ({"lrs": 1e-3}, "a compression config takes no argument 'lrs'; did you mean lr"),
     ],
 )
 def test_wrong_fields_fail_early(changes, complaint):

@@ -7,9 +7,10 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import small
+from small_models import small
 
 import vltprune as vp
+from vltprune.cost.savings import Calibration
 from vltprune.training import Controller, target
 from vltprune.training import controller as controller_module
 from vltprune.training.controller import TowerControllers, Turns
@@ -24,8 +25,8 @@ def test_the_target_rises_to_the_reduction_and_stays(steps, reduction, ramp):
     assert target(math.ceil(ramp * steps), steps, reduction, ramp) == pytest.approx(reduction)
 
 
-@pytest.mark.parametrize(("keep", "centre"), [("threshold(temperature=1.0)", 3.0), ("ratio(ratio=0.9)", 0.3)])
-def test_it_finds_a_target_and_follows_it(keep, centre):
+@pytest.mark.parametrize(("keep", "center"), [("threshold(temperature=1.0)", 3.0), ("ratio(ratio=0.9)", 0.3)])
+def test_it_finds_a_target_and_follows_it(keep, center):
     """Against a made-up response: the share that is saved as a logistic function of the knob's place."""
     model = vp.prune(small("blip").model, "madtp", keep=keep)
     controller = Controller(model)
@@ -33,7 +34,7 @@ def test_it_finds_a_target_and_follows_it(keep, centre):
     sign = -1 if knob.keeps else 1
 
     def saved():
-        return 1 / (1 + math.exp(-sign * 12 * (knob.place(controller.dial.value) - knob.place(centre))))
+        return 1 / (1 + math.exp(-sign * 12 * (knob.place(controller.dial.value) - knob.place(center))))
 
     for wanted in (0.3, 0.8, 0.5):
         for _ in range(300):
@@ -64,7 +65,7 @@ def test_it_begins_near_its_target_and_remembers_where_it_is():
     controller = Controller(model)
     inputs = text.draw(8)
     controller.start([inputs], 0.4)
-    assert vp.budget.measure(model, [inputs]).reduction == pytest.approx(controller.saved)
+    assert vp.measure(model, [inputs]).reduction == pytest.approx(controller.saved)
     assert controller.saved == pytest.approx(0.4, abs=0.1)
 
     state = controller.state_dict()
@@ -87,7 +88,7 @@ def test_it_begins_at_the_nearest_of_25_values_in_few_measurements(monkeypatch, 
 
     def measure(model, batches, value, tower, meter):
         tried.append(value)
-        return vp.budget.Calibration(knob.name, value, 1 - saved(knob.place(value)), 1.0)
+        return Calibration(knob.name, value, 1 - saved(knob.place(value)), 1.0)
 
     monkeypatch.setattr(controller_module, "measure", measure)
     controller.start([], wanted)
@@ -105,7 +106,7 @@ def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch,
 
     def measure(model, batches, value, tower, meter):
         saved = min(max(0.2 + 3.5 * (knob.place(value) - 0.6), 0.2), 0.9)
-        return vp.budget.Calibration(knob.name, value, 1 - saved, 1.0)
+        return Calibration(knob.name, value, 1 - saved, 1.0)
 
     monkeypatch.setattr(controller_module, "measure", measure)
     controller.start([], wanted)
@@ -120,7 +121,7 @@ def test_each_tower_is_steered_by_its_own_saving():
     assert isinstance(both, TowerControllers)
     inputs = small("blip").draw(8)
     turns.start([inputs], {"text": 0.2, "image": 0.4})
-    cost = vp.flops.count(model, *inputs)
+    cost = vp.count_macs(model, *inputs)
     assert cost.reductions["image"] == pytest.approx(both.towers["image"].saved) == pytest.approx(0.4, abs=0.1)
     assert cost.reductions["text"] == pytest.approx(both.towers["text"].saved) == pytest.approx(0.2, abs=0.1)
 
@@ -134,7 +135,7 @@ def test_each_tower_is_steered_by_its_own_saving():
     turns.load_state_dict(state)
     assert turns.state_dict() == state
     assert (image.dial.value, text.dial.value) == (before["image"], before["text"])
-    image.dial.turn(0.123)
+    image.dial.set(0.123)
     turns.take(0)
     assert image.dial.value == before["image"]
 

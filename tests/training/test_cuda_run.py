@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this mach
 def test_a_run_compresses_there(tmp_path, task, budget, precision):
     keep = "ratio(ratio=0.7)" if budget == "controller" else "learned"
     changes = {"parts": {"guide": "codebook(anchors=4)", "keep": keep}, "reduction": 0.2, "steps": 6}
-    taught = {"saliency": 0.5, "distil": 1.0, "distil_summaries": 1.0}
+    taught = {"saliency": 0.5, "distill": 1.0, "distill_summaries": 1.0}
     done = compress(config(task, tmp_path, budget=budget, precision=precision, **changes, **taught), tmp_path / "run")
     assert done is not None
     assert done.rows[-1]["macs_saved"] == pytest.approx(0.2, abs=0.03)

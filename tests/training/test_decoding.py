@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from data import config
 
-from vltprune.budget import measure
+from vltprune.cost.calibration import measure
 from vltprune.training import compress, compression, engine
 from vltprune.training.calls import calls_of
 from vltprune.training.decoding import Searched

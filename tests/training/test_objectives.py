@@ -9,10 +9,10 @@ import torch
 from data import config
 
 import vltprune as vp
-from vltprune import tasks
 from vltprune.data import Loader
-from vltprune.preprocessing import transforms
-from vltprune.tasks.nlvr import Nlvr
+from vltprune.evaluation import tasks
+from vltprune.evaluation.tasks.nlvr import Nlvr
+from vltprune.io.preprocessing import transforms
 from vltprune.training.compression import dense_model
 from vltprune.training.objectives import MomentumObjective, objective_of
 

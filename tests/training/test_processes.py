@@ -19,7 +19,7 @@ from sharded import shard_from_here_on
 from torch.multiprocessing import start_processes
 
 import vltprune as vp
-from vltprune import cli
+from vltprune.cli import main as cli
 from vltprune.data.shards import write
 from vltprune.training import CompressConfig, Run, compress, compression
 from vltprune.training.compression import dense_model
@@ -27,8 +27,8 @@ from vltprune.training.compression import dense_model
 _SETTINGS = {
     "steps": 3,
     "log_every": 1,
-    "distil": 0.5,
-    "distil_summaries": 0.5,
+    "distill": 0.5,
+    "distill_summaries": 0.5,
     "checkpoint_every": 100,
     "val_limit": 2,
 }
@@ -76,7 +76,7 @@ def unexamined(monkeypatch):
 
 def losses(folder: Path) -> list[list[float]]:
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [[row[name] for name in ("task", "align", "distil", "saliency") if name in row] for row in rows]
+    return [[row[name] for name in ("task", "align", "distill", "saliency") if name in row] for row in rows]
 
 
 @pytest.mark.filterwarnings("ignore:captions are written, and not scored")

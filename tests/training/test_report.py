@@ -15,11 +15,12 @@ from data import config
 from PIL import Image
 
 import vltprune as vp
-from vltprune import charts, metrics
-from vltprune.tasks import Options, Retrieval
+from vltprune.evaluation import metrics
+from vltprune.evaluation.tasks import Options, Retrieval
 from vltprune.training import compress, compression, curves, report
 from vltprune.training.examples import Example, Said
-from vltprune.visualize import Fate
+from vltprune.viz import charts
+from vltprune.viz.images import Fate
 
 NASTY = "<b>both</b> & <script>alert(1)</script>"
 
@@ -47,7 +48,7 @@ def cells(page):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What `run` gives of a task, run once."""
-    return cache(lambda task: run(task, tmp_path_factory.mktemp(task), serve=(0.2, 0.97), distil=0.5))
+    return cache(lambda task: run(task, tmp_path_factory.mktemp(task), serve=(0.2, 0.97), distill=0.5))
 
 
 @pytest.fixture(params=["nlvr", "retrieval"])
@@ -174,7 +175,7 @@ def test_answers(tmp_path):
     page, _, (_, shown, missing) = run("vqa", tmp_path, budget="learned", parts=LEARNED, val_limit=2)
     assert not missing
     assert shown[0].truth == "red (7), blue (3)"
-    assert "what colour is the" in page
+    assert "what color is the" in page
     assert "expected MACs off their target" in page
 
 
@@ -196,7 +197,7 @@ def test_a_finished_run_makes_its_page_anew(runs, finished, monkeypatch):
     page, done, _ = runs("nlvr")
     settings, folder = finished
     rows = json.loads((folder / "results.json").read_text())
-    monkeypatch.setattr(compression.Exam, "_answer", lambda *given: pytest.fail("no record is answered again"))
+    monkeypatch.setattr(compression.Evaluator, "_answer", lambda *given: pytest.fail("no record is answered again"))
     again = compress(settings, folder)
     assert again.page.read_text() == page
     assert again.page != done.page

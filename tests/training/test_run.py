@@ -52,8 +52,8 @@ def test_every_task_can_be_compressed(task, budget, tmp_path):
         tmp_path / "data",
         budget=budget,
         parts=parts,
-        distil=0.5,
-        distil_summaries=0.5,
+        distill=0.5,
+        distill_summaries=0.5,
         saliency=0.5,
         serve=(0.2,),
         accumulate=2,
@@ -73,7 +73,7 @@ def test_every_task_can_be_compressed(task, budget, tmp_path):
     assert [row["step"] for row in history] == [*range(1, steps + 1)]
     assert [name for row in history for name in row if name == "task 0.2"] == ["task 0.2"]  # of the last step
     assert all(0 < row["saliency"] < 1 for row in history[:-1])
-    said = {"task", "align", "distil", "rate", "target", "skipped_steps", "budget" if budget == "learned" else "knob"}
+    said = {"task", "align", "distill", "lr", "target", "skipped_steps", "budget" if budget == "learned" else "knob"}
     assert said <= set(history[0])
 
     model = vp.load(tmp_path / "run" / "model")
@@ -204,20 +204,20 @@ def test_pictures_that_cannot_be_opened_are_told_of(tmp_path):
 
 def test_half_precision(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}
-    changes = {"budget": "learned", "parts": parts, "distil": 0.5, "val_limit": 2}
+    changes = {"budget": "learned", "parts": parts, "distill": 0.5, "val_limit": 2}
     settings = config("nlvr", tmp_path / "data", precision="bf16", **changes)
     assert compress(settings, tmp_path / "run") is not None
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
 def test_distillation_of_what_is_not_pruned_costs_nothing(tmp_path):
-    """A student that keeps every token says what its teacher says, until it has learnt."""
+    """A student that keeps every token says what its teacher says, until it has learned."""
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-20.0)"}
-    settings = config("nlvr", tmp_path / "data", distil=1.0, distil_summaries=1.0, parts=parts, steps=1)
+    settings = config("nlvr", tmp_path / "data", distill=1.0, distill_summaries=1.0, parts=parts, steps=1)
     run = engine_of(settings, tmp_path / "run")
     records, images = next(run.draws.batches(0, 1))
     figures = run.student(records, images, 0, True)
-    assert figures["distil"] == pytest.approx(0.0, abs=1e-5)
+    assert figures["distill"] == pytest.approx(0.0, abs=1e-5)
     assert figures["kept"]["image"].tolist() == [65.0] * 3
 
 
@@ -225,7 +225,7 @@ def engine_of(settings, folder):
     """A run that has not begun."""
     import copy
 
-    from vltprune import tasks
+    from vltprune.evaluation import tasks
 
     dense = dense_model(settings)
     teacher = vp.prune(copy.deepcopy(dense), "random", at=())
@@ -238,7 +238,7 @@ def engine_of(settings, folder):
 
 
 def test_a_killed_run_ends_as_one_that_was_not(unexamined, tmp_path):
-    taught = {"distil": 0.5, "saliency": 0.5, "distil_summaries": 0.5}
+    taught = {"distill": 0.5, "saliency": 0.5, "distill_summaries": 0.5}
     changes = {"steps": 9, "checkpoint_every": 2, "augment": True, "serve": [0.2], **taught}
     settings = config("nlvr", tmp_path / "data", **changes)
     right = compress(settings, tmp_path / "whole").state_dict()
@@ -329,8 +329,8 @@ def test_folders_that_cannot_be_used(unexamined, tmp_path):
     with pytest.raises(OSError, match=r"cannot write to the folder .*file"):
         compress(settings, tmp_path / "file")
     compress(settings, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"is the run of another config \(rate: 0.001 there, 0.01 now\)"):
-        compress(settings.replace(rate=0.01), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"is the run of another config \(lr: 0.001 there, 0.01 now\)"):
+        compress(settings.replace(lr=0.01), tmp_path / "run")
 
 
 def test_pruned_models_are_not_pruned_again(tmp_path):
@@ -344,7 +344,7 @@ def test_a_milder_run_can_be_gone_on_from(tmp_path):
     """The weights, anchors among them, are the earlier run's; the dense model stays the one that is compared with."""
     first = config("nlvr", tmp_path / "data", reduction=0.2, steps=2, **FEW)
     mild = compress(first, tmp_path / "mild")
-    further = first.replace(reduction=0.4, start=str(tmp_path / "mild" / "model"), ramp=0.0, rate=1e-12, steps=1)
+    further = first.replace(reduction=0.4, start=str(tmp_path / "mild" / "model"), ramp=0.0, lr=1e-12, steps=1)
     done = compress(further, tmp_path / "further")
     assert [row["reduction"] for row in done.rows] == [0.0, 0.4]
     assert done.rows[0]["scores"] == mild.rows[0]["scores"]
@@ -364,7 +364,7 @@ def test_batches_that_do_not_split(tmp_path):
 @pytest.mark.filterwarnings("ignore:captions are written, and not scored")
 @pytest.mark.parametrize("task", TASKS)
 def test_texts_that_cannot_be_read_are_told_of(task, tmp_path):
-    """Half an emoji is repaired; a text of more tokens than the model takes, and answers held back, are not learnt from."""
+    """Half an emoji is repaired; a text of more tokens than the model takes, and answers held back, are not learned from."""
     settings = config(task, tmp_path / "data", **{**SHORT, "steps": 2, "val_limit": None})
     file = Path(settings.data)
     entries = json.loads(file.read_text())

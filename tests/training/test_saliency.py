@@ -12,7 +12,7 @@ import pytest
 import torch
 from data import config
 
-from vltprune.tokens import PackedTokens
+from vltprune.core.tokens import PackedTokens
 from vltprune.training import compress, compression
 from vltprune.training.saliency import directions, saliency
 
@@ -94,9 +94,9 @@ def test_scores_that_cannot_learn_are_not_taught():
 def test_anchors_learn_what_matters(tmp_path, monkeypatch):
     monkeypatch.setattr(compression, "_finish", lambda run, model, val: model)  # what comes behind the last step
     parts = {"guide": "codebook(anchors=4)", "scorer": "alignment", "keep": "ratio(ratio=0.7)"}
-    settings = config("nlvr", tmp_path / "data", parts=parts, freeze=["*"], saliency=1.0, steps=20, rate=2e-3)
+    settings = config("nlvr", tmp_path / "data", parts=parts, freeze=["*"], saliency=1.0, steps=20, lr=2e-3)
     compress(settings, tmp_path / "run")
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-    assert all("distil" not in row for row in history)
+    assert all("distill" not in row for row in history)
     rows = [row["saliency"] for row in history]
     assert sum(rows[-5:]) / 5 < 0.9 * sum(rows[:5]) / 5

@@ -20,7 +20,7 @@ from PIL import Image
 from vltprune.data import pictures
 from vltprune.data.annotations import captioned, statement
 from vltprune.data.shards import Shards, are_meant, samples, write
-from vltprune.tasks import tasks
+from vltprune.evaluation.tasks import tasks
 from vltprune.training import compress, compression
 from vltprune.training.checkpoints import Checkpoints
 from vltprune.training.shards import ShardDraws

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from models import small
+from small_models import small
 
 import vltprune as vp
-from vltprune import losses
-from vltprune.traces import collect
+from vltprune.pruning import losses
+from vltprune.pruning.trace import collect
 from vltprune.training.objectives import Loss
 from vltprune.training.parameters import parameter_groups
 from vltprune.training.saliency import saliency, watched
@@ -76,7 +76,7 @@ def test_logits_are_taught_at_a_temperature_of_two(step):
     p, q = theirs.softmax(-1), ours.softmax(-1)
     divergence = (p * (p.log() - q.log())).sum(-1).mean()
     assert divergence > 1e-4
-    assert found["distil"].item() == pytest.approx(0.7 * 4 * divergence.item(), rel=1e-4)
+    assert found["distill"].item() == pytest.approx(0.7 * 4 * divergence.item(), rel=1e-4)
 
 
 def test_scores_are_taught_what_softened_answers_depend_on(step, monkeypatch):
@@ -110,7 +110,7 @@ def test_summaries_are_taught_relative_to_their_size(step):
     for own, other in zip(ours, theirs, strict=True):
         apart = (own.summary - other.summary).square().mean()
         wanted += 0.6 * (apart / other.summary.square().mean()).item()
-    assert found["distil"].item() == pytest.approx(wanted, rel=1e-4)
+    assert found["distill"].item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_teacher_learns_nothing(step):
@@ -123,7 +123,7 @@ def test_a_teacher_learns_nothing(step):
 def test_a_budget_costs_its_price_and_a_square(step):
     found = figures(step, align=0.0, saving=0.5, price=0.4)
     over = found["over"].item()
-    cost = vp.flops.count(step.model, *step.inputs)
+    cost = vp.count_macs(step.model, *step.inputs)
     towers = dict.fromkeys(cost.towers, 3)  # an image and a text of each of the three records
     ours, dense = (
         sum(float(macs.sum()) / towers[tower] for tower, macs in one.items()) + cost.head

@@ -3,7 +3,7 @@
 from vltprune.data.annotations import answer_list, captions, nlvr2, vqa
 from vltprune.data.loader import Loader
 from vltprune.data.records import Captioned, Question, Record, Records, Skipped, Statement
-from vltprune.data.synthetic import Pair, SyntheticPairs, SyntheticStatements, normalise
+from vltprune.data.synthetic import Pair, SyntheticPairs, SyntheticStatements, normalize
 
 __all__ = [
     "Captioned",
@@ -19,6 +19,6 @@ __all__ = [
     "answer_list",
     "captions",
     "nlvr2",
-    "normalise",
+    "normalize",
     "vqa",
 ]

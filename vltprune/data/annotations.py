@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..text import well_formed
+from ..models.wordpiece import well_formed
 from .records import Captioned, Picture, Question, R, Records, Skipped, Statement
 
 Folder = str | Path

@@ -1,7 +1,7 @@
-"""Where scenes become pixels: coloured shapes on cluttered ground. Only numpy and Pillow enter; no sentence does.
+"""Images of synthetic scenes: colored shapes on cluttered ground. Needs only numpy and Pillow.
 
-A scene is three to six things that do not touch. Each has a shape, a colour and a size. The ground under them is
-low-frequency colour noise with stripes, checkers or nothing, grain, and low-contrast scribbles, so that most patches
+A scene is three to six things that do not touch. Each has a shape, a color and a size. The ground under them is
+low-frequency color noise with stripes, checkers or nothing, grain, and low-contrast scribbles, so that most patches
 of an image carry no answer to any sentence about it.
 """
 
@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw
 
 SIDE = 96
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 SIZES = ("small", "large")
 FEWEST, MOST = 3, 6
 
 _RGB = np.array(
-    [(225, 40, 40), (40, 180, 60), (45, 80, 235), (240, 215, 40), (175, 50, 210), (245, 245, 245)],  # as COLOURS
+    [(225, 40, 40), (40, 180, 60), (45, 80, 235), (240, 215, 40), (175, 50, 210), (245, 245, 245)],  # as COLORS
     np.float32,
 )
 _DIAMETERS = {"small": (14.0, 17.0), "large": (23.0, 27.0)}
@@ -29,10 +29,10 @@ _SUPERSAMPLING = 4
 
 
 class Thing(NamedTuple):
-    """One drawn object: indices into SHAPES, COLOURS and SIZES; centre and diameter in pixels; tilt in radians."""
+    """One drawn object: indices into SHAPES, COLORS and SIZES; center and diameter in pixels; tilt in radians."""
 
     shape: int
-    colour: int
+    color: int
     size: int
     x: float
     y: float
@@ -46,24 +46,24 @@ Scene = tuple[Thing, ...]
 def draw_scenes(rng: np.random.Generator) -> tuple[Scene, Scene]:
     """The left and the right scene of a pair, alike in what they are likely to hold.
 
-    The pair shares how likely each shape and each colour is, so that things repeat and both images often hold the same.
+    The pair shares how likely each shape and each color is, so that things repeat and both images often hold the same.
     """
     shape_weights = rng.dirichlet(np.full(len(SHAPES), 1.5))
-    colour_weights = rng.dirichlet(np.full(len(COLOURS), 1.5))
-    left, right = (_draw_scene(rng, shape_weights, colour_weights) for _ in range(2))
+    color_weights = rng.dirichlet(np.full(len(COLORS), 1.5))
+    left, right = (_draw_scene(rng, shape_weights, color_weights) for _ in range(2))
     return left, right
 
 
-def _draw_scene(rng: np.random.Generator, shape_weights: np.ndarray, colour_weights: np.ndarray) -> Scene:
+def _draw_scene(rng: np.random.Generator, shape_weights: np.ndarray, color_weights: np.ndarray) -> Scene:
     count = int(rng.integers(FEWEST, MOST + 1))
     shapes = rng.choice(len(SHAPES), count, p=shape_weights)
-    colours = rng.choice(len(COLOURS), count, p=colour_weights)
+    colors = rng.choice(len(COLORS), count, p=color_weights)
     sizes = rng.integers(len(SIZES), size=count)
     diameters = np.array([rng.uniform(*_DIAMETERS[SIZES[size]]) for size in sizes])
-    centres = _place(rng, diameters)
+    centers = _place(rng, diameters)
     tilts = rng.uniform(-0.25, 0.25, count)
 
-    columns = (shapes, colours, sizes, *centres.T, diameters, tilts)
+    columns = (shapes, colors, sizes, *centers.T, diameters, tilts)
     return tuple(Thing(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -71,18 +71,18 @@ def _place(rng: np.random.Generator, diameters: np.ndarray) -> np.ndarray:
     """Centres [things, 2] that keep things apart; positions are redrawn, never sizes, so that sizes stay fair coins."""
     order = np.argsort(-diameters)
     while True:
-        centres = np.zeros((len(diameters), 2))
+        centers = np.zeros((len(diameters), 2))
         for step, thing in enumerate(order):
             placed = order[:step]
             margin = diameters[thing] / 2 + 1
             tries = rng.uniform(margin, SIDE - margin, (24, 2))
-            distance = np.linalg.norm(tries[:, None] - centres[placed][None], axis=-1)
+            distance = np.linalg.norm(tries[:, None] - centers[placed][None], axis=-1)
             free = (distance >= (diameters[placed] + diameters[thing]) / 2 + _GAP).all(-1)
             if not free.any():
                 break
-            centres[thing] = tries[free.argmax()]
+            centers[thing] = tries[free.argmax()]
         else:
-            return centres
+            return centers
 
 
 def paint(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +94,7 @@ def paint(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     owners = np.zeros((SIDE, SIDE), np.uint8)
     for index, thing in enumerate(scene):
         rows, columns, cover = _cover(thing)
-        ink = _RGB[thing.colour] * rng.uniform(0.85, 1.05) + rng.normal(0, 6, (*cover.shape, 1))
+        ink = _RGB[thing.color] * rng.uniform(0.85, 1.05) + rng.normal(0, 6, (*cover.shape, 1))
         window = picture[rows, columns]
         picture[rows, columns] = window + cover[..., None] * (ink - window)
         owners[rows, columns][cover > 0.5] = index + 1

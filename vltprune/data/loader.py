@@ -1,4 +1,4 @@
-"""Where records meet pixels: batches of images ready for a model, with what cannot be opened set aside."""
+"""Loader: records to batches of preprocessed images; images that cannot be opened are set aside."""
 
 from __future__ import annotations
 

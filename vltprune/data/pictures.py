@@ -1,4 +1,4 @@
-"""Pictures from disk, from an archive or from memory, as RGB: the one place in the library that decodes them."""
+"""Image decoding from disk, from an archive or from memory, as RGB."""
 
 from __future__ import annotations
 

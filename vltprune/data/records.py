@@ -1,4 +1,4 @@
-"""What data sets consist of: one small record a task. No picture is opened before it is asked for."""
+"""Records: one small frozen class a task. No image is opened before it is needed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Where scenes become sentences: six families, each a list of skeletons. It knows things and words, never pixels.
+"""Sentences about synthetic scenes: six families, each a list of templates.
 
-A skeleton is a sentence with its colour, shape, size and side left open. For a pair of scenes it lists every way to
+A skeleton is a sentence with its color, shape, size and side left open. For a pair of scenes it lists every way to
 fill it in, with the truth of each. A sentence is drawn only from a skeleton that the pair can make both true and
-false, and a fair coin says which: given the images, the label is a coin. Scenes treat all colours alike, and so all
+false, and a fair coin says which: given the images, the label is a coin. Scenes treat all colors alike, and so all
 shapes, sizes and sides; hence the true and the false sentences of a skeleton are distributed alike, and given the
 words the label is a coin too. To keep this so, all fillings of a skeleton must be renamings of one another: numbers
 and relations, which are not, belong to the skeleton.
@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vltprune.data.drawing import COLOURS, SHAPES, SIZES, Scene, Thing
+from vltprune.data.drawing import COLORS, SHAPES, SIZES, Scene, Thing
 
 SIDES = ("left", "right")
 NUMBERS = ("zero", "one", "two", "three")
-CLEAR = 6.0  # pixels between two centres before a relation between them is said
+CLEAR = 6.0  # pixels between two centers before a relation between them is said
 
 
 class Filling(NamedTuple):
@@ -38,7 +38,7 @@ class Description(NamedTuple):
     """What a phrase such as "small red circle" asks of a thing: an index per attribute named, None for the rest."""
 
     shape: int | None = None
-    colour: int | None = None
+    color: int | None = None
     size: int | None = None
 
     def fits(self, thing: Thing) -> bool:
@@ -47,8 +47,8 @@ class Description(NamedTuple):
 
     def __str__(self) -> str:
         size = "" if self.size is None else SIZES[self.size] + " "
-        colour = "" if self.colour is None else COLOURS[self.colour] + " "
-        return size + colour + ("object" if self.shape is None else SHAPES[self.shape])
+        color = "" if self.color is None else COLORS[self.color] + " "
+        return size + color + ("object" if self.shape is None else SHAPES[self.shape])
 
     @property
     def plural(self) -> str:
@@ -59,9 +59,9 @@ class Description(NamedTuple):
 
 DESCRIPTIONS = {
     "shape": [Description(shape=shape) for shape in range(len(SHAPES))],
-    "colour": [Description(colour=colour) for colour in range(len(COLOURS))],
+    "color": [Description(color=color) for color in range(len(COLORS))],
     "size": [Description(size=size) for size in range(len(SIZES))],
-    "coloured shape": [Description(s, c) for s in range(len(SHAPES)) for c in range(len(COLOURS))],
+    "colored shape": [Description(s, c) for s in range(len(SHAPES)) for c in range(len(COLORS))],
     "sized shape": [Description(s, None, z) for s in range(len(SHAPES)) for z in range(len(SIZES))],
 }
 
@@ -111,8 +111,8 @@ def _tallied(template: str, side: str, description: Description) -> str:
 @cache
 def _parts(description: Description) -> frozenset[Description]:
     """The same attributes, each asked for by itself."""
-    shape, colour, size = description
-    return frozenset({Description(shape=shape), Description(colour=colour), Description(size=size)} - {Description()})
+    shape, color, size = description
+    return frozenset({Description(shape=shape), Description(color=color), Description(size=size)} - {Description()})
 
 
 def _nearly(description: Description, counts: Counter[Description]) -> bool:
@@ -154,7 +154,7 @@ def _value(description: Description) -> str:
 
 @dataclass(frozen=True)
 class Relation:
-    """A sentence that says of two things in one image how they lie; unsaid where their centres nearly align."""
+    """A sentence that says of two things in one image how they lie; unsaid where their centers nearly align."""
 
     phrase: str
     axis: str
@@ -189,7 +189,7 @@ def _kinds(template: str, holds: Callable[[int, int], bool], *kinds: str) -> lis
 
 
 def _existence() -> list[Skeleton]:
-    kinds = ("coloured shape", "coloured shape", "shape", "colour", "sized shape")
+    kinds = ("colored shape", "colored shape", "shape", "color", "sized shape")
     return [
         *_kinds("the {side} image contains a {one}", lambda here, there: here > 0, *kinds),
         *_kinds("there is a {one} in the {side} image", lambda here, there: here > 0, *kinds),
@@ -223,17 +223,17 @@ def _attribute() -> list[Skeleton]:
     the = partial(Claim, said_of=_single, holds=_all_fit)
     every = partial(Claim, said_of=_several, holds=_all_fit)
     return [
-        the("the {one} in the {side} image is {value}", "shape", "colour"),
+        the("the {one} in the {side} image is {value}", "shape", "color"),
         the("the {one} in the {side} image is {value}", "shape", "size"),
-        the("the {one} in the {side} image is {value}", "colour", "size"),
-        the("the {one} in the {side} image is a {value}", "colour", "shape"),
-        every("every {one} in the {side} image is {value}", "shape", "colour"),
+        the("the {one} in the {side} image is {value}", "color", "size"),
+        the("the {one} in the {side} image is a {value}", "color", "shape"),
+        every("every {one} in the {side} image is {value}", "shape", "color"),
         every("every {one} in the {side} image is {value}", "shape", "size"),
     ]
 
 
 def _count() -> list[Skeleton]:
-    kinds = ("shape", "colour")
+    kinds = ("shape", "color")
     made = _kinds("there is exactly one {one} in the {side} image", lambda here, there: here == 1, *kinds)
     for n in (2, 3):
         exactly = "there are exactly " + NUMBERS[n] + " {many} in the {side} image"
@@ -244,7 +244,7 @@ def _count() -> list[Skeleton]:
 
 
 def _comparison() -> list[Skeleton]:
-    kinds = ("shape", "colour")
+    kinds = ("shape", "color")
     ending = " {many} in the {side} image than in the {other} image"
     return [
         *_kinds("there are more" + ending, lambda here, there: here > there, *kinds),
@@ -255,18 +255,18 @@ def _comparison() -> list[Skeleton]:
 
 def _spatial() -> list[Skeleton]:
     relations = (("above", "y", -1), ("below", "y", 1), ("left of", "x", -1), ("right of", "x", 1))
-    kinds = ("coloured shape", "shape", "colour")
+    kinds = ("colored shape", "shape", "color")
     return [Relation(phrase, axis, sign, kind) for phrase, axis, sign in relations for kind in kinds]
 
 
 def _negation() -> list[Skeleton]:
-    kinds = ("coloured shape", "shape", "colour")
+    kinds = ("colored shape", "shape", "color")
     return [
         *_kinds("no image contains a {one}", lambda here, there: here + there == 0, *kinds),
         *_kinds("the {side} image does not contain a {one}", lambda here, there: here == 0, *kinds),
         *_kinds("there is no {one} in the {side} image", lambda here, there: here == 0, *kinds),
-        Claim("the {one} in the {side} image is not {value}", "shape", "colour", _single, _none_fit),
-        Claim("no {one} in the {side} image is {value}", "shape", "colour", _some, _none_fit),
+        Claim("the {one} in the {side} image is not {value}", "shape", "color", _single, _none_fit),
+        Claim("no {one} in the {side} image is {value}", "shape", "color", _some, _none_fit),
     ]
 
 

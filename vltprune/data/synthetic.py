@@ -1,10 +1,10 @@
-"""Where drawn pairs meet their sentences: a data set for natural language visual reasoning that needs no download.
+"""Synthetic NLVR: image pairs with true and false sentences, generated from a seed, without a download.
 
 An item is two 96 px images and K sentences, each true or false of the pair. How it is distributed:
 
 - Each image holds 3 to 6 things that do not touch, on clutter. A thing is a circle, square, triangle, star or cross;
   red, green, blue, yellow, purple or white; small (14 to 17 px) or large (23 to 27 px). How likely each shape and each
-  colour is, the two images share: one draw from a Dirichlet(1.5) per pair.
+  color is, the two images share: one draw from a Dirichlet(1.5) per pair.
 - The sentence families (existence, attribute, count, comparison, spatial, negation) take turns: sentence j of item i
   belongs to family (i K + j) mod 6, unless that family has nothing to say that could be either true or false of the
   pair; then the next one speaks.
@@ -44,7 +44,7 @@ class Pair:
     scenes: tuple[Scene, Scene]
 
     def attribute_maps(self) -> np.ndarray:
-        """Shape, colour and size at each pixel, uint8 [3, 2, 96, 96]: 0 on the ground, else 1 + the index."""
+        """Shape, color and size at each pixel, uint8 [3, 2, 96, 96]: 0 on the ground, else 1 + the index."""
         tables = np.zeros((2, 3, max(map(len, self.scenes)) + 1), np.uint8)
         for side, scene in enumerate(self.scenes):
             for index, thing in enumerate(scene, start=1):
@@ -84,7 +84,7 @@ class SyntheticPairs:
     def _say(self, scenes: tuple[Scene, Scene], index: int, rng: np.random.Generator) -> list[tuple[str, int, str]]:
         said = []
         for turn in range(index * self.sentences, (index + 1) * self.sentences):
-            # Existence can always go both ways: thirty coloured shapes are never all there, nor all missing.
+            # Existence can always go both ways: thirty colored shapes are never all there, nor all missing.
             for step in range(len(FAMILIES)):
                 family = FAMILIES[(turn + step) % len(FAMILIES)]
                 answer = say(scenes, family, rng)
@@ -94,7 +94,7 @@ class SyntheticPairs:
         return said
 
 
-def normalise(images: np.ndarray) -> np.ndarray:
+def normalize(images: np.ndarray) -> np.ndarray:
     """uint8 images [..., 96, 96, 3] as the models take them: float32 [..., 3, 96, 96] between -1 and 1."""
     if images.shape[-3:] != (SIDE, SIDE, 3):
         raise ValueError(f"expected images [..., {SIDE}, {SIDE}, 3], got {list(images.shape)}")

@@ -1,4 +1,4 @@
-"""Where sentences become token ids, for a model whose language is closed: one id per word, and no word guessed at."""
+"""Tokenizer of the synthetic sentences: one id a word, for a closed vocabulary."""
 
 from __future__ import annotations
 

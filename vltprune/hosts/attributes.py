@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..pruner import PrunedEncoder
+from ..pruning.encoder import PrunedEncoder
 
 E = TypeVar("E", bound=type[PrunedEncoder])
 

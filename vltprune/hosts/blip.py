@@ -1,4 +1,4 @@
-"""Our own BLIP, taken apart: the image tower hands its packed tokens on, the text tower cross-attends to them packed."""
+"""Hosts of our own BLIP: the image tower's packed tokens are the memory of the text tower."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import attend
+from ..core.attention import attend
+from ..core.tokens import Layout, PackedTokens
 from ..layers.site import Site
 from ..models.decoder import Cache
 from ..models.med import Attention, MedEncoder, MedLayer
+from ..pruning.trace import DecodeStats, tell_collectors
 from ..registry import hosts
-from ..tokens import Layout, PackedTokens
-from ..traces import Decoded, tell_collectors
-from .base import Host, ImageAndText
+from .base import Host
+from .composites import ImageAndText
 from .decoder import WithDecoder
 from .linear_maps import linear_macs
 from .listening import Listener
@@ -28,7 +29,7 @@ Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that
 class BlipVisionHost(Vit):
     """BLIP's image tower. Its tokens go to cross-attention, and so it returns them packed, normed, however many are left."""
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:
         return tokens.with_x(tower.norm(tokens.x))
 
 
@@ -45,7 +46,7 @@ class MedHost(Host):
         layer: MedLayer = tower.layers[depth]
         return Site(name, depth, len(tower.layers), tower.width, layer.attention.heads, has_summary=True)
 
-    def open(
+    def embed(
         self,
         tower: MedEncoder,
         input_ids: Tensor,
@@ -76,18 +77,18 @@ class MedHost(Host):
     def scale(self, block: Any) -> float:
         return _scale(block.attention)
 
-    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         branch = block.dropout(block.attention.output(context.flatten(1)))
         return tokens.with_x(block.attention_norm(tokens.x + branch))
 
-    def feed(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> PackedTokens:
         if beside is not None and block.cross is not None:
             outputs = [_look(stream, tokens, view) for stream, view in zip(block.cross.streams, beside, strict=True)]
             branch = block.dropout(block.cross.combine(outputs))
             tokens = tokens.with_x(block.cross.norm(tokens.x + branch))
         return tokens.with_x(block.feed_forward(tokens.x))
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Tensor:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Tensor:
         """Hidden states of the tokens that are left, padded with zeros: [batch, longest, width], the first token first."""
         return tokens.unpack()[0]
 
@@ -96,7 +97,7 @@ class MedHost(Host):
 class QuestionHost(MedHost):
     """The encoder of a question. A decoder looks at its tokens, and so it returns them packed, however many are left."""
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:
         return tokens
 
 
@@ -159,7 +160,7 @@ def _tell_tokens(decoder: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, C
     """After a `MedDecoder` made logits [rows, n, vocab_size]: all its new tokens have theirs."""
     logits, cache = out
     tokens = logits.shape[0] * logits.shape[1]
-    tell_collectors(Decoded(tokens, words=tokens, pairs=tokens * cache.length))
+    tell_collectors(DecodeStats(tokens, words=tokens, pairs=tokens * cache.length))
 
 
 def _by_image(memory: PackedTokens, images: int) -> Memory:

@@ -1,4 +1,4 @@
-"""Decoders behind pruned towers. They stay dense; here they are watched, so that what they cost can be counted."""
+"""Decoders behind pruned towers: they stay dense, and hooks note what they compute, so that it can be counted."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..traces import Decoded, tell_collectors
-from .base import WithTowers, sharing, with_submodule
+from ..pruning.trace import DecodeStats, tell_collectors
+from .composites import WithTowers
+from .graft import sharing, with_submodule
 from .linear_maps import linear_macs
 
 
@@ -44,7 +45,7 @@ class WithDecoder(WithTowers):
         self.crosses(decoder)[0].key.register_forward_hook(_tell_memories)
         return with_submodule(super().assemble(model, towers), self.decoder, decoder)
 
-    def decoder_macs(self, model: nn.Module, decoded: Iterable[Decoded], memory: int) -> float:
+    def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float:
         """Attention counts whole: what the causal mask and padding hide is computed all the same."""
         decoder = getattr(model, self.decoder)
         crosses = self.crosses(decoder)
@@ -62,4 +63,4 @@ class WithDecoder(WithTowers):
 
 def _tell_memories(key: nn.Module, args: tuple[Any, ...], keys: Tensor) -> None:
     """After the first layer made the keys [memories, m, width]: the others do as it did."""
-    tell_collectors(Decoded(memories=len(keys)))
+    tell_collectors(DecodeStats(memories=len(keys)))

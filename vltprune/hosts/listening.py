@@ -1,4 +1,4 @@
-"""MAG for a model that writes: what the shared anchors gather from a caption while a dense decoder reads it.
+"""MAG for captioning: what the shared anchors gather from a caption while a dense decoder reads it.
 
 MADTP (arXiv 2403.02991) aligns the image with what the text tower's blocks read. Captioning has no text tower, and its
 reference leaves the alignment out; here the decoder's blocks take its place. Nothing is pruned by it.
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.tokens import PackedTokens
 from ..layers import AlignmentGuide
-from ..tokens import PackedTokens
-from ..traces import Decoded, collectors, tell_collectors
+from ..pruning.trace import DecodeStats, collectors, tell_collectors
 
 # what the blocks of the decoder that runs in this thread were given so far; None where nobody asks
 _heard: ContextVar[list[Tensor] | None] = ContextVar("heard", default=None)
@@ -53,7 +53,7 @@ class Listener:
         input_ids, cache, *mask = (*args, *named.values())
         if cache.length:
             return  # words that go on from others
-        tell_collectors(Decoded(gathered=partial(self._gathered, heard, input_ids, mask[0] if mask else None)))
+        tell_collectors(DecodeStats(gathered=partial(self._gathered, heard, input_ids, mask[0] if mask else None)))
 
     def _gathered(self, heard: Sequence[Tensor], input_ids: Tensor, mask: Tensor | None) -> Tensor:
         """[captions, anchors, anchor dim], from the inputs of the blocks."""

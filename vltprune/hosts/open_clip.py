@@ -1,4 +1,4 @@
-"""open_clip's towers and its CLIP, taken apart."""
+"""Hosts of open_clip's towers and of its CLIP."""
 
 from __future__ import annotations
 
@@ -10,21 +10,15 @@ import torch.nn.functional as F
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock
 from torch import Tensor, nn
 
-from ..checks import check_ids, check_images
+from ..core.checks import check_ids, check_images
+from ..core.tokens import PackedTokens
 from ..layers.site import Site
 from ..registry import hosts
-from ..tokens import PackedTokens
-from .base import (
-    Composite,
-    Host,
-    ImageAndText,
-    by_tiles,
-    check_blocks,
-    find_host,
-    is_affine,
-    weighted_mean,
-    with_submodule,
-)
+from .base import Composite, Host
+from .composites import ImageAndText
+from .find import find_host
+from .graft import with_submodule
+from .ops import by_tiles, check_blocks, is_affine, weighted_mean
 from .pruned_open_clip import PrunedClip, PrunedClipOwnText, PrunedClipText, PrunedClipVision, PrunedTimmModel
 from .refusals import dotted
 from .soft import refuse_parts
@@ -59,7 +53,7 @@ class _ClipHost(Host):
         q, k, v = x.unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return (q, k, v) if type(attn) is nn.MultiheadAttention else (attn.ln_q(q), attn.ln_k(k), v)
 
-    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         attn = block.attn
         if type(attn) is nn.MultiheadAttention:
             branch = _read_projection(attn.out_proj, context.flatten(1))
@@ -68,10 +62,10 @@ class _ClipHost(Host):
             branch = block.ln_attn(attn.out_drop(attn.out_proj(attn.ln_inner(context.flatten(1)))))
         return tokens.with_x(tokens.x + block.ls_1(branch))
 
-    def feed(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
         return tokens.with_x(tokens.x + by_tiles(lambda x: block.ls_2(block.mlp(block.ln_2(x))), tokens.x))
 
-    def mixes_affinely(self, block: Any) -> bool:
+    def projects_affinely(self, block: Any) -> bool:
         attn = block.attn
         if type(attn) is nn.MultiheadAttention:
             return isinstance(getattr(attn.out_proj, "weight", None), Tensor)  # which is read then, and nothing else
@@ -96,7 +90,7 @@ class ClipVision(_ClipHost):
         block: Any = blocks[depth]
         return Site(name, depth, len(blocks), tower.transformer.width, block.attn.num_heads, has_summary=True)
 
-    def open(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
+    def embed(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
         channels = getattr(tower.conv1, "in_channels", None)  # None where an adapter stands around it
         check_images(images, channels, tower.image_size)
         x = tower._embeds(images)
@@ -106,7 +100,7 @@ class ClipVision(_ClipHost):
     def pools_free(self, tower: Any) -> bool:
         return tower.attn_pool is None and tower.pool_type == "avg"
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         pooled, rest = _pool(tower, tokens)
         if tower.proj is not None:
             pooled = pooled @ tower.proj
@@ -130,7 +124,7 @@ class _ClipText(_ClipHost):
         block: Any = blocks[depth]
         return Site(name, depth, len(blocks), width, block.attn.num_heads, has_summary=True, causal=self.causal(tower))
 
-    def open(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
+    def embed(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
         check_ids(text, tower.vocab_size, len(tower.positional_embedding), "text")
         first: Any = self.blocks(tower)[0]
         dtype = first.attn.in_proj_weight.dtype  # open_clip asks the MLP, which may be quantized or adapted
@@ -158,7 +152,7 @@ class _ClipText(_ClipHost):
     def padded_length(self, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         tokens = tokens.with_x(tower.ln_final(tokens.x))
         assert tokens.summary is not None
         pooled = tokens.read(tokens.summary)
@@ -210,8 +204,8 @@ class TimmTower(Wrapper):
     name: ClassVar = "trunk"
     encoder = PrunedTimmModel
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
-        return tower.head(self.inner.close(tower.trunk, tokens, beside))
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        return tower.head(self.inner.head(tower.trunk, tokens, beside))
 
 
 @hosts.register("open_clip.model.CustomTextCLIP")
@@ -259,7 +253,7 @@ def _pool(tower: Any, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
         each = [tower._pool(x.unsqueeze(0)) for x in tokens.x.split(tokens.layout.lengths)]
         pooled = torch.cat([one for one, _ in each]) if tower.pool_type != "none" else _padded([p for p, _ in each])
         rest = _padded([rest for _, rest in each])
-    if tower.attn_pool is None and tower.pool_type == "avg" and (tokens.size, tokens.presence) != (None, None):
+    if tower.attn_pool is None and tower.pool_type == "avg" and (tokens.size, tokens.keep_prob) != (None, None):
         after = tower.final_ln_after_pool
         normed = tokens if after else tokens.with_x(tower.ln_post(tokens.x))
         pooled = weighted_mean(normed, normed.free)

@@ -1,4 +1,4 @@
-"""open_clip's text towers that are encoders of transformers, taken apart. Entered only when one is met."""
+"""Hosts of open_clip's text towers that are encoders of transformers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, MaxPooler, MeanPooler
 from torch import Tensor, nn
 
-from .. import segments
-from ..pruner import PrunedEncoder
+from ..core import segments
+from ..core.tokens import PackedTokens
+from ..pruning.encoder import PrunedEncoder
 from ..registry import hosts
-from ..tokens import PackedTokens
 from .attributes import forwards
-from .base import weighted_mean
+from .ops import weighted_mean
 from .soft import refuse_parts
 from .wrapper import Wrapper
 
@@ -51,19 +51,19 @@ class HfText(Wrapper):
                 "cannot prune this HFTextEncoder: its config has no pad_token_id, by which padding is known; set one"
             )
 
-    def open(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+    def embed(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         padding = tower.config.pad_token_id
         real = text != padding
         if text.dim() == 2 and not real[:, :1].all():
             sentence = int((~real[:, 0]).nonzero()[0])
             raise ValueError(f"text: sentence {sentence} begins with padding (id {padding}): pad on the right")
-        tokens, beside = super().open(tower, text, real)
+        tokens, beside = super().embed(tower, text, real)
         if type(tower.pooler) in _FIRST:
             tokens = replace(tokens, protected=tokens.protected | (tokens.position == 0))
         return tokens, beside
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
-        out = self.inner.close(self.within(tower), tokens, beside)
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+        out = self.inner.head(self.within(tower), tokens, beside)
         hidden = out.last_hidden_state
         features = tower.proj(_pooled(tower.pooler, out, tokens.with_x(segments.flat(hidden, tokens.layout))))
         if not tower.output_tokens:

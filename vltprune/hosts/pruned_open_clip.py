@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from torch import Tensor
 
-from ..pruner import PrunedEncoder
+from ..pruning.encoder import PrunedEncoder
 from .attributes import forwards, of_host
 
 _NO_INTERMEDIATES = (

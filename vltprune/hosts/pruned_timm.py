@@ -7,12 +7,12 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from ..checkpoint import saved_of
-from ..pair import IN_ARGUMENTS
-from ..pruner import PrunedEncoder
-from ..recipe import check_whole
-from ..traces import collect
-from ..wrappers import is_pruned
+from ..io.checkpoint import saved_of
+from ..io.model_files import IN_ARGUMENTS
+from ..io.recipe import check_whole
+from ..pruning.encoder import PrunedEncoder
+from ..pruning.trace import collect
+from ..utils.wrappers import is_pruned
 from .attributes import forwards, of_host
 
 
@@ -81,7 +81,7 @@ class PrunedTimm(PrunedEncoder):
         if output_fmt != "NLC":
             raise ValueError(
                 f"output_fmt={output_fmt!r}: what is left of a pruned image fills no grid; write output_fmt='NLC', and see "
-                "Step.position of vltprune.collect(tokens=True) for where tokens stood"
+                "LayerTrace.position of vltprune.collect(tokens=True) for where tokens stood"
             )
         taken, _ = feature_take_indices(len(host.blocks), indices)
         with collect(tokens=True, threads=False) as traces:

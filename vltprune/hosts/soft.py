@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import segments
-from ..tokens import PackedTokens
+from ..core import segments
+from ..core.tokens import PackedTokens
 
 
 def padded_bias(tokens: PackedTokens) -> Tensor | None:
@@ -20,8 +20,8 @@ def padded_bias(tokens: PackedTokens) -> Tensor | None:
 
 def refuse_parts(tokens: PackedTokens, reader: str, instead: str) -> None:
     """ValueError where tokens are there in part, for a reader that would take them for whole; `instead`: what to do."""
-    if tokens.presence is not None:
+    if tokens.keep_prob is not None:
         raise ValueError(
-            f"{reader} takes each token for whole, and soft training keeps some in part: {instead}, or train with softness 0 "
-            "(CompressConfig(budget='controller'))"
+            f"{reader} takes each token for whole, and soft training keeps some in part: {instead}, or train "
+            "with soft_temperature 0 (CompressConfig(budget='controller'))"
         )

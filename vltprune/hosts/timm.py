@@ -1,4 +1,4 @@
-"""timm's VisionTransformer and Eva families, taken apart."""
+"""Hosts of timm's VisionTransformer and Eva families."""
 
 from __future__ import annotations
 
@@ -14,19 +14,13 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from .. import segments
-from ..checks import check_images
+from ..core import segments
+from ..core.checks import check_images
+from ..core.tokens import PackedTokens
 from ..layers.site import Site
 from ..registry import hosts
-from ..tokens import PackedTokens
-from .base import (
-    Host,
-    by_tiles,
-    check_blocks,
-    drop_path,
-    is_affine,
-    weighted_mean,
-)
+from .base import Host
+from .ops import by_tiles, check_blocks, drop_path, is_affine, weighted_mean
 from .pruned_timm import PrunedTimm
 from .soft import padded_bias, refuse_parts
 
@@ -57,12 +51,12 @@ class _TimmHost(Host):
     def attention_dropout(self, block: Any) -> float:
         return block.attn.attn_drop.p if block.training else 0.0
 
-    def mixes_affinely(self, block: Any) -> bool:
+    def projects_affinely(self, block: Any) -> bool:
         attn = block.attn
         pre_norm = type(block) in (Block, EvaBlock)
         return pre_norm and attn.gate is None and is_affine(attn.norm) and is_affine(attn.proj)
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Tensor:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Tensor:
         tokens = tokens.with_x(tower.norm(tokens.x))
         if tower.global_pool == "" and tower.attn_pool is None:
             return tokens.with_x(tower.head(tower.head_drop(tower.fc_norm(tokens.x)))).unpack()[0]
@@ -88,7 +82,7 @@ class Vit(_TimmHost):
 
     known: ClassVar = {Block: (Attention,), ResPostBlock: (Attention,)}
 
-    def open(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+    def embed(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         self._check_images(tower, images)
         x = tower.norm_pre(tower.patch_drop(tower._pos_embed(tower.patch_embed(images))))
         return self._pack(tower, x), (None,) * len(tower.blocks)
@@ -99,7 +93,7 @@ class Vit(_TimmHost):
         q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return attn.q_norm(q), attn.k_norm(k), v
 
-    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         attn = block.attn
         context = attn.norm(context.flatten(1))
         if attn.gate is not None:
@@ -108,7 +102,7 @@ class Vit(_TimmHost):
         branch = block.ls1(branch) if type(block) is Block else block.norm1(branch)
         return tokens.with_x(tokens.x + drop_path(block.drop_path1, branch, tokens.layout))
 
-    def feed(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
         if type(block) is Block:
             branch = by_tiles(lambda x: block.ls2(block.mlp(block.norm2(x))), tokens.x)
         else:
@@ -122,7 +116,7 @@ class EvaVit(_TimmHost):
 
     known: ClassVar = {EvaBlock: (EvaAttention, AttentionRope), EvaBlockPostNorm: (EvaAttention, AttentionRope)}
 
-    def open(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+    def embed(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         self._check_images(tower, images)
         if tower.patch_drop is not None and tower.training:
             raise ValueError(
@@ -154,7 +148,7 @@ class EvaVit(_TimmHost):
         q, k, v = _fused(attn, x).unflatten(-1, (3, *heads)).unbind(1)
         return q, k, v
 
-    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         attn, pre_norm = block.attn, type(block) is EvaBlock
         context = attn.norm(context.flatten(1))
         if attn.gate is not None:
@@ -166,7 +160,7 @@ class EvaVit(_TimmHost):
             branch = block.gamma_1 * branch
         return tokens.with_x(tokens.x + drop_path(block.drop_path1, branch, tokens.layout))
 
-    def feed(self, block: Any, tokens: PackedTokens, beside: Tensor | None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Tensor | None) -> PackedTokens:
         if type(block) is not EvaBlock:
             branch = by_tiles(lambda x: block.norm2(block.mlp(x)), tokens.x)
         elif block.gamma_2 is None:

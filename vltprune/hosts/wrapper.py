@@ -1,4 +1,4 @@
-"""Towers around another one: the inner tower's own host takes it apart, and what stands behind it comes at the end."""
+"""Hosts of towers that wrap another tower: the inner tower's host runs it, the outer adds what follows it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..attention import PairBias
+from ..core.attention import PairBias
+from ..core.tokens import PackedTokens
 from ..layers.site import Site
-from ..tokens import PackedTokens
-from .base import Host, find_host
+from .base import Host
+from .find import find_host
 
 
 class Wrapper(Host):
@@ -35,8 +36,8 @@ class Wrapper(Host):
     def site(self, tower: nn.Module, depth: int, name: str) -> Site:
         return self.inner.site(self.within(tower), depth, name)
 
-    def open(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
-        return self.inner.open(self.within(tower), *inputs)
+    def embed(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
+        return self.inner.embed(self.within(tower), *inputs)
 
     def qkv(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self.inner.qkv(block, tokens, beside)
@@ -47,11 +48,11 @@ class Wrapper(Host):
     def pairs(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PairBias | None:
         return self.inner.pairs(block, tokens, beside)
 
-    def mix(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
-        return self.inner.mix(block, tokens, context)
+    def project(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+        return self.inner.project(block, tokens, context)
 
-    def feed(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PackedTokens:
-        return self.inner.feed(block, tokens, beside)
+    def feed_forward(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PackedTokens:
+        return self.inner.feed_forward(block, tokens, beside)
 
     def padded_length(self, *inputs: Any) -> int | None:
         return self.inner.padded_length(*inputs)
@@ -65,8 +66,8 @@ class Wrapper(Host):
     def recomputes(self, tower: nn.Module) -> bool:
         return self.inner.recomputes(self.within(tower))
 
-    def mixes_affinely(self, block: nn.Module) -> bool:
-        return self.inner.mixes_affinely(block)
+    def projects_affinely(self, block: nn.Module) -> bool:
+        return self.inner.projects_affinely(block)
 
     def attention_dropout(self, block: nn.Module) -> float:
         return self.inner.attention_dropout(block)

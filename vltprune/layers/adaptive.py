@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .. import precision, segments
+from ..core import precision, segments
+from ..core.tokens import Layout, PackedTokens
 from ..registry import keepers
-from ..tokens import Layout, PackedTokens
 from .guides import Guidance
-from .keepers import KeepRatioPredictor, Knob, faded, share
+from .keepers import KeepRatioPredictor, Knob, decayed, share
 from .scorers import unit
 from .site import Site
 
@@ -37,7 +37,7 @@ class Threshold(KeepRatioPredictor):
     (docs/ablations.md).
 
     Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; turn: which of them a budget turns;
-    fade > 0: behind i blocks that prune, the power is power * fade^i, so that below 1 the first blocks prune most, as with
+    decay > 0: behind i blocks that prune, the power is power * decay^i, so that below 1 the first blocks prune most, as with
     `ratio`.
     """
 
@@ -50,7 +50,7 @@ class Threshold(KeepRatioPredictor):
         temperature: float = 1.0,
         power: float = 1.0,
         turn: Literal["power", "temperature"] = "power",
-        fade: float = 1.0,
+        decay: float = 1.0,
     ):
         super().__init__(site)
         if not temperature > 0:
@@ -62,7 +62,7 @@ class Threshold(KeepRatioPredictor):
         if turn not in ("power", "temperature"):
             raise ValueError(f"threshold(turn={turn!r}): write turn='power' or turn='temperature'")
         self.temperature = temperature
-        self.power, self._falloff = power, faded(site, fade, "threshold")
+        self.power, self._decay = power, decayed(site, decay, "threshold")
         if turn == "temperature":
             self.knob = _TEMPERATURE
 
@@ -96,7 +96,7 @@ class Threshold(KeepRatioPredictor):
 
     @property
     def _exponent(self) -> float:
-        return self.power * self._falloff
+        return self.power * self._decay
 
     def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """A number near the threshold, and by how much the threshold is beyond it: [batch] each.
@@ -179,17 +179,17 @@ class Distortion(KeepRatioPredictor):
     Thresholds on scores, as DTP's, see how scores are spread, and not what is lost with the tokens, which differs between
     instances (docs/ablations.md).
 
-    Arguments: error in 0 .. 1, larger prunes more; fade > 0: behind i blocks that prune, the error is error * fade^i, so
+    Arguments: error in 0 .. 1, larger prunes more; decay > 0: behind i blocks that prune, the error is error * decay^i, so
     that below 1 the first blocks prune most, as with `ratio`. Scores below 0 count as 0.
     """
 
     knob = Knob("error", 1e-6, 1.0, log=True, keeps=False)
 
-    def __init__(self, site: Site, error: float = 0.1, fade: float = 1.0):
+    def __init__(self, site: Site, error: float = 0.1, decay: float = 1.0):
         super().__init__(site)
         if not 0 <= error <= 1:
             raise ValueError(f"distortion(error={error}) must lie in 0 .. 1: what may be lost of a squared length of 1")
-        self.error, self._falloff = error, faded(site, fade, "distortion")
+        self.error, self._decay = error, decayed(site, decay, "distortion")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
@@ -197,7 +197,7 @@ class Distortion(KeepRatioPredictor):
         lost = _lost(scores, tokens)
         ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, place), lost)
         behind = ranked.flip(1).cumsum(1).flip(1)  # what each token and those below it take with them
-        return (behind > max(self.error * self._falloff * (1 + _EQUAL), _ALIKE)).sum(1).clamp(min=1).minimum(there)
+        return (behind > max(self.error * self._decay * (1 + _EQUAL), _ALIKE)).sum(1).clamp(min=1).minimum(there)
 
 
 @torch.no_grad()

@@ -7,12 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import segments
-from ..attention import AttentionStats
+from ..core import segments
+from ..core.attention import AttentionStats
+from ..core.tokens import PackedTokens
 from ..registry import scorers
-from ..tokens import PackedTokens
 from .guides import Guidance
-from .scorers import Madtp, SelfAttention, TokenScorer, normalise, unit
+from .scorers import Madtp, SelfAttention, TokenScorer, normalize, unit
 from .site import Site
 
 _LITTLE = 1e-3  # a resemblance that counts as none, and one that is short of a whole one by as much counts as whole
@@ -47,7 +47,7 @@ class Distinct(TokenScorer):
 
 
 class _Shared(Distinct):
-    """Another scorer's scores, each times what `distinct` says, normalised over the instance."""
+    """Another scorer's scores, each times what `distinct` says, normalized over the instance."""
 
     scorer: ClassVar[type[TokenScorer]]
 
@@ -56,7 +56,7 @@ class _Shared(Distinct):
         self.of = self.scorer(site)
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        return normalise(self.of(tokens, stats, guidance) * uniqueness(tokens, self.width), tokens)
+        return normalize(self.of(tokens, stats, guidance) * uniqueness(tokens, self.width), tokens)
 
 
 @scorers.register("distinct_attention")

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import precision, segments
+from ..core import precision, segments
+from ..core.tokens import PackedTokens
 from ..registry import guides
-from ..tokens import PackedTokens
 from .printing import PrintedPart
 from .site import Site
 
@@ -36,8 +36,8 @@ class Guidance:
 
     def attention(self, temperature: float) -> Tensor:
         """Weights over the unprotected tokens of each instance, one distribution per anchor: [total, anchors]."""
-        normalise = segments.sparsemax if self.attend == "sparsemax" else segments.softmax
-        return normalise(self.affinity / temperature, self.tokens.layout, self.tokens.free)
+        normalize = segments.sparsemax if self.attend == "sparsemax" else segments.softmax
+        return normalize(self.affinity / temperature, self.tokens.layout, self.tokens.free)
 
     @cached_property
     def mapped(self) -> PackedTokens:
@@ -88,7 +88,7 @@ class Codebook(AlignmentGuide):
     """MAG: learnable tokens that both modalities share (MADTP, arXiv 2403.02991, section 3.2).
 
     affinity = q T^T for tokens q and anchors T, unscaled. In front stands a linear map of each tower, as the paper draws it:
-    what shared anchors say of a token is learnt by the maps, and hardly without them (docs/ablations.md). Between equal widths
+    what shared anchors say of a token is learned by the maps, and hardly without them (docs/ablations.md). Between equal widths
     they begin as the identity, which is the reference, for BLIP; `project=False` leaves them out. A map costs little, for it
     is put into the anchors, once a call: (q W^T + b) T^T = q (T W)^T + T b. A map that somebody exchanged or wrapped (LoRA,
     quantization, hooks) is called instead. `attend` is "softmax" (the reference) or "sparsemax" (the paper).
@@ -158,7 +158,7 @@ class Codebook(AlignmentGuide):
 
     @torch.no_grad()
     def fit(self, mapped: Tensor, seed: int = 0) -> None:
-        """Anchors at the k-means centres of calibration tokens, mapped [tokens, anchor dim] (Lloyd, seeded, 20 rounds)."""
+        """Anchors at the k-means centers of calibration tokens, mapped [tokens, anchor dim] (Lloyd, seeded, 20 rounds)."""
         if len(mapped) < len(self.anchors):
             raise ValueError(f"{len(self.anchors)} anchors need at least as many calibration tokens, got {len(mapped)}")
         self.anchors.copy_(_kmeans(mapped.float(), len(self.anchors), seed))
@@ -195,14 +195,14 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _kmeans(points: Tensor, k: int, seed: int, rounds: int = 20) -> Tensor:
-    """Centres [k, dim] of points [n, dim]; a centre that loses all its points is put on the worst served one."""
+    """Centres [k, dim] of points [n, dim]; a center that loses all its points is put on the worst served one."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    centres = points[torch.randperm(len(points), generator=generator, device="cpu")[:k].to(points.device)].clone()
+    centers = points[torch.randperm(len(points), generator=generator, device="cpu")[:k].to(points.device)].clone()
     for _ in range(rounds):
-        distance, nearest = torch.cdist(points, centres).min(1)
+        distance, nearest = torch.cdist(points, centers).min(1)
         counts = torch.bincount(nearest, minlength=k)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        centres = sums / counts.clamp(min=1)[:, None]
+        sums = torch.zeros_like(centers).index_add_(0, nearest, points)
+        centers = sums / counts.clamp(min=1)[:, None]
         empty = (counts == 0).nonzero().squeeze(1)
-        centres[empty] = points[distance.topk(max(len(empty), 1)).indices[: len(empty)]]
-    return centres
+        centers[empty] = points[distance.topk(max(len(empty), 1)).indices[: len(empty)]]
+    return centers

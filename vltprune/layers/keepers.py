@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import precision, segments
+from ..core import precision, segments
+from ..core.tokens import PackedTokens
 from ..registry import keepers
-from ..tokens import PackedTokens
 from .guides import Guidance
 from .printing import PrintedPart
 from .scorers import hash_integers
@@ -79,21 +79,21 @@ class KeepRatioPredictor(PrintedPart, ABC):
 class Ratio(KeepRatioPredictor):
     """The same share of every instance's tokens: ceil(ratio * n), ratio in [0, 1].
 
-    fade > 0: behind i blocks that prune, the share is ratio to the power fade^i. At 1 all blocks keep the same share; below 1
+    decay > 0: behind i blocks that prune, the share is ratio to the power decay^i. At 1 all blocks keep the same share; below 1
     the first blocks prune most, so that more tokens can stay to the end at the same cost.
     """
 
     fixed = True
     knob = Knob("ratio", 0.0, 1.0)
 
-    def __init__(self, site: Site, ratio: float = 0.7, fade: float = 1.0):
+    def __init__(self, site: Site, ratio: float = 0.7, decay: float = 1.0):
         super().__init__(site)
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio(ratio={ratio}) must lie in 0 .. 1: the share of tokens kept")
-        self.ratio, self._falloff = ratio, faded(site, fade, "ratio")
+        self.ratio, self._decay = ratio, decayed(site, decay, "ratio")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return share(segments.count(tokens.free, tokens.layout), self.ratio**self._falloff)
+        return share(segments.count(tokens.free, tokens.layout), self.ratio**self._decay)
 
 
 @keepers.register("count")
@@ -151,16 +151,16 @@ class RandomRatio(KeepRatioPredictor):
         return ((drawn >> 8).float() + 0.5) / 2**23
 
 
-def faded(site: Site, fade: float, name: str) -> float:
-    """fade^i, with i blocks that prune before the site: what a share is raised to there, or an error multiplied by.
+def decayed(site: Site, decay: float, name: str) -> float:
+    """decay^i, with i blocks that prune before the site: what a share is raised to there, or an error multiplied by.
 
-    ValueError for a fade that is not above 0 and finite.
+    ValueError for a decay that is not above 0 and finite.
     """
-    if not 0 < fade < math.inf:
+    if not 0 < decay < math.inf:
         raise ValueError(
-            f"{name}(fade={fade}) must be above 0 and finite: 1 prunes alike at all depths, less most at first"
+            f"{name}(decay={decay}) must be above 0 and finite: 1 prunes alike at all depths, less most at first"
         )
-    return fade**site.before
+    return decay**site.before
 
 
 def share(there: Tensor, ratio: Tensor | float) -> Tensor:

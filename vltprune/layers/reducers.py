@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import segments
-from ..attention import AttentionStats, Stat
+from ..core import segments
+from ..core.attention import AttentionStats, Stat
+from ..core.tokens import Layout, PackedTokens
 from ..registry import reducers
-from ..tokens import Layout, PackedTokens
 from .printing import PrintedPart
 from .site import Site
 
@@ -95,10 +95,12 @@ class Reduction:
         size = tokens.size if tokens.size is not None else torch.ones_like(tokens.position)
         gathered = self.merge.sums(size, self.merge.sources.to(size.dtype))
         out = replace(out, size=size.index_select(0, self.index).index_copy(0, self.merge.rows, gathered))
-        if out.presence is None or out.counted is None:
+        if out.keep_prob is None or out.counted_prob is None:
             return out
-        presence, counted = (share.index_fill(0, self.merge.rows, 1.0) for share in (out.presence, out.counted))
-        return replace(out, presence=presence, counted=counted)  # a merged token is all there
+        keep_prob, counted_prob = (
+            share.index_fill(0, self.merge.rows, 1.0) for share in (out.keep_prob, out.counted_prob)
+        )
+        return replace(out, keep_prob=keep_prob, counted_prob=counted_prob)  # a merged token is all there
 
     def target(self) -> Tensor:
         """[total] int64: the result row that holds each token, -1 for dropped ones. Provenance, for pictures."""
@@ -145,13 +147,13 @@ class Fuse(TokenReducer):
     """Keep the `counts` best, in their order, and one token more: the sum of the rest, weighted by their scores.
 
     MADTP (arXiv 2403.02991), section 3.3: sum of score_j / (sum of the rest's scores + 1e-8) x_j. EViT (arXiv 2202.07800),
-    equation 3, does not divide: `normalise=False`. The merged token takes the place of its last source, so that in a
+    equation 3, does not divide: `normalize=False`. The merged token takes the place of its last source, so that in a
     causal tower nothing sees the future. Where the rest's scores do not sum to something positive, it is their mean.
     """
 
-    def __init__(self, site: Site, normalise: bool = True):
+    def __init__(self, site: Site, normalize: bool = True):
         super().__init__(site)
-        self.normalise = normalise
+        self.normalize = normalize
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:
         layout = tokens.layout
@@ -167,13 +169,13 @@ class Fuse(TokenReducer):
         reduced = Layout(tuple(lengths), layout.device)
         index = rows_of(~rest | carrier, reduced.total)
         rows = rows_of(carrier.index_select(0, index), len(merging))
-        merge = Merge(layout, merging, rows, rest, self._weight(scores, rest, layout), self.normalise)
+        merge = Merge(layout, merging, rows, rest, self._weight(scores, rest, layout), self.normalize)
         return Reduction(layout, reduced, index, merge)
 
     def _weight(self, scores: Tensor, rest: Tensor, layout: Layout) -> Tensor:
         """[total]: each token's share of its instance's merged token."""
         scores = scores.masked_fill(~rest, 0.0)
-        if not self.normalise:
+        if not self.normalize:
             return scores
         total, size = segments.sum(scores, layout), segments.sum(scores.abs(), layout)
         share = scores / (total + _EPS)[layout.instance]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import precision, segments
-from ..attention import AttentionStats, Stat
+from ..core import precision, segments
+from ..core.attention import AttentionStats, Stat
+from ..core.tokens import PackedTokens
 from ..registry import scorers
-from ..tokens import PackedTokens
 from .guides import Guidance
 from .printing import PrintedPart
 from .site import Site
@@ -43,7 +43,7 @@ class TokenScorer(PrintedPart, ABC):
 
 @scorers.register("self_attention")
 class SelfAttention(TokenScorer):
-    """Attention a token receives from the other unprotected tokens, strongest head, normalised over the instance.
+    """Attention a token receives from the other unprotected tokens, strongest head, normalized over the instance.
 
     MADTP (arXiv 2403.02991), section 3.3, S_self: sum over queries of the maximum over heads.
     """
@@ -51,7 +51,7 @@ class SelfAttention(TokenScorer):
     needs = Stat.RECEIVED
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        return normalise(stats[Stat.RECEIVED], tokens)
+        return normalize(stats[Stat.RECEIVED], tokens)
 
 
 @scorers.register("cls_attention")
@@ -81,7 +81,7 @@ class MeanClsAttention(TokenScorer):
 
 @scorers.register("alignment")
 class Alignment(TokenScorer):
-    """Closeness to the nearest shared anchor, normalised over the instance.
+    """Closeness to the nearest shared anchor, normalized over the instance.
 
     MADTP (arXiv 2403.02991), section 3.3, S_tok: maximum over anchors k of A[j, k].
     """
@@ -90,7 +90,7 @@ class Alignment(TokenScorer):
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         assert guidance is not None
-        return normalise(guidance.affinity.amax(-1), tokens)
+        return normalize(guidance.affinity.amax(-1), tokens)
 
 
 @scorers.register("madtp")
@@ -128,7 +128,7 @@ class Random(TokenScorer):
         return ((drawn >> 8).float() + 0.5) / 2**23
 
 
-def normalise(scores: Tensor, tokens: PackedTokens) -> Tensor:
+def normalize(scores: Tensor, tokens: PackedTokens) -> Tensor:
     """Scores [total] divided by their sum over the unprotected tokens of each instance.
 
     MADTP's norm1(z) = z / (sum z + 1e-8), in single precision where z is in half. Dot products may sum to zero or less, where

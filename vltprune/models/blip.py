@@ -10,8 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..checks import check_images
-from ..tokens import PackedTokens
+from ..core.checks import check_images
+from ..core.tokens import PackedTokens
 from .med import MedEncoder
 
 

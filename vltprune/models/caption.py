@@ -1,4 +1,4 @@
-"""BLIP that says what it sees: the image tower, and a decoder that looks at its tokens (arXiv 2201.12086, section 4)."""
+"""BLIP for captioning: the image tower, and a decoder that cross-attends to its tokens (arXiv 2201.12086, section 4)."""
 
 from __future__ import annotations
 

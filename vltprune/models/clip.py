@@ -1,4 +1,4 @@
-"""open_clip's CLIP by its configuration, for architectures that it has no name for; and the tokenizer of one."""
+"""open_clip's CLIP built from a configuration, and its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BLIP's text decoder: the MED text tower, looking backwards only, and a head that guesses the next word.
+"""BLIP's text decoder: the causal MED text tower, and a head for the next token.
 
 One function decodes, for training and for generation alike: new tokens, and a `Cache` of what came before them. The
 architecture is the image-grounded text decoder of Li et al., BLIP, arXiv 2201.12086, section 3.1.
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import segments
-from ..tokens import PackedTokens
+from ..core import segments
+from ..core.tokens import PackedTokens
 from .generation import Rules, Strategy
-from .med import EPS, MedEncoder, initialise
+from .med import EPS, MedEncoder, initialize
 
 KeysValues = tuple[Tensor, Tensor]  # each [rows, heads, tokens, head_dim]
 
@@ -67,7 +67,7 @@ class MedDecoder(nn.Module):
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        initialise(self.transform)
+        initialize(self.transform)
 
     def read(self, memory: Tensor | PackedTokens, mask: Tensor | None = None) -> Cache:
         """The memory, ready to be looked at, before the first token.

@@ -1,4 +1,4 @@
-"""Sentences, token by token: greedy, by nucleus sampling, by beam search. Knows nothing of what speaks.
+"""Decoding strategies: greedy, nucleus sampling and beam search, over any step function.
 
 A speaker is a `Step`: new tokens and a state in, the logits of the next token and the new state out.
 """
@@ -51,8 +51,8 @@ class Rules:
         """scores [rows, vocab_size] of the token behind said [rows, n], logits or their logarithms, under these rules."""
         if self.repetition_penalty != 1:
             again = scores.gather(1, said)
-            penalised = torch.where(again < 0, again * self.repetition_penalty, again / self.repetition_penalty)
-            scores = scores.scatter(1, said, penalised)
+            penalized = torch.where(again < 0, again * self.repetition_penalty, again / self.repetition_penalty)
+            scores = scores.scatter(1, said, penalized)
         if said.shape[1] < self.min_length:
             end = torch.arange(scores.shape[1], device=scores.device) == self.eos_id
             scores = scores.masked_fill(end, float("-inf"))

@@ -1,4 +1,4 @@
-"""BLIP's text tower: BERT whose layers may also look at images. Dense, plain, and unaware that anybody prunes it.
+"""BLIP's text tower: BERT whose layers may cross-attend to images.
 
 The architecture is the "multimodal mixture of encoder-decoder" of Li et al., BLIP, arXiv 2201.12086, section 3.1: a
 post-norm BERT encoder with a cross-attention between self-attention and feed-forward, and, for NLVR2, one
@@ -127,7 +127,7 @@ class MedEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(MedLayer(width, heads, dropout, cross(index)) for index in range(depth))
         self.images = images
-        self.apply(initialise)
+        self.apply(initialize)
 
     def embed(self, input_ids: Tensor, start: int = 0) -> Tensor:
         """input_ids [batch, length] int64 -> [batch, length, width]; ValueError where a sentence cannot be embedded.
@@ -176,7 +176,7 @@ class QuestionEncoder(MedEncoder):
     """A MedEncoder whose states are all read by what follows, not the first alone. Pruned, it hands them on packed."""
 
 
-def initialise(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
     """BERT's: normal of deviation 0.02, zero biases."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)

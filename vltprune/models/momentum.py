@@ -1,4 +1,4 @@
-"""How `BlipRetrieval` is trained: against a slow copy of itself, queues of what that copy said, and hard negatives.
+"""Training of `BlipRetrieval`: momentum distillation, feature queues, hard negatives.
 
 Li et al., BLIP, arXiv 2201.12086, section 3.2, after ALBEF (Li et al., arXiv 2107.07651, sections 3.2 and 3.3) and MoCo.
 """
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from .. import segments
-from ..tokens import PackedTokens
+from ..core import segments
+from ..core.tokens import PackedTokens
 from .retrieval import BlipRetrieval
 
 
@@ -179,7 +179,7 @@ def _everyones_memory(memory: Tensor | PackedTokens) -> Tensor | PackedTokens:
         return None if column is None else everyones(F.pad(segments.pad(column, layout), room))[real]
 
     tokens = PackedTokens.pack(everyones(F.pad(memory.unpack()[0], (0, 0, *room))), real)
-    return replace(tokens, presence=of_all(memory.presence), counted=of_all(memory.counted))
+    return replace(tokens, keep_prob=of_all(memory.keep_prob), counted_prob=of_all(memory.counted_prob))
 
 
 def _is_distributed() -> bool:

@@ -1,4 +1,4 @@
-"""BLIP that finds images and sentences: features to search with, and a head that looks closer at a pair.
+"""BLIP for retrieval: features to search with, and an image-text matching head.
 
 Li et al., BLIP, arXiv 2201.12086, sections 3.2 and 5.1: image-text contrast (ITC) and image-text matching (ITM).
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tokens import PackedTokens
+from ..core.tokens import PackedTokens
 from .blip import BlipVision, beginning_with, first
 from .med import MedEncoder
 

@@ -1,4 +1,4 @@
-"""BLIP that answers questions: an encoder reads the question against the image, a decoder says or ranks answers.
+"""BLIP for visual question answering: an encoder of the question, and a decoder that generates or ranks answers.
 
 Li et al., BLIP, arXiv 2201.12086, section 5.3. The answer's decoder sees the image only through the question's states.
 """

@@ -1,4 +1,4 @@
-"""The backbones no installed package offers: their sizes, and where weights lie. Data only; importing it imports no model."""
+"""Registry entries of our own backbones: their sizes, and where weights lie. Importing it imports no model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..frozen import FrozenDict, frozen
 from ..registry import backbones, bind
+from ..utils.frozen import FrozenDict, frozen
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
@@ -21,7 +21,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 class Backbone:
     """A model class, by module and name, and the sizes that make it this backbone. Calling it builds the dense model.
 
-    mean, std: what its pixels, between 0 and 1, are normalised by (CLIP's, as BLIP does).
+    mean, std: what its pixels, between 0 and 1, are normalized by (CLIP's, as BLIP does).
     """
 
     module: str

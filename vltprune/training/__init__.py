@@ -1,4 +1,4 @@
-"""From a dense model to a pruned one: losses, budget, and a run that can be stopped. Needs the extra `train`."""
+"""Compression: trains a pruned model to given costs, in runs that can be stopped and resumed. Needs the extra `train`."""
 
 from .compression import Compressed, compress
 from .config import RECIPES, CompressConfig, Recipe

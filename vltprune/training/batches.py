@@ -1,4 +1,4 @@
-"""What a step sees, wherever it comes from: records opened ahead of their use, by one process of several."""
+"""Training batches: records opened ahead of their use, sharded over processes."""
 
 from __future__ import annotations
 

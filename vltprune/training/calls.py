@@ -1,4 +1,4 @@
-"""Records put to a model as evaluation does: what its cost is measured on."""
+"""Model calls for measuring cost: records given to a model as evaluation does."""
 
 from __future__ import annotations
 

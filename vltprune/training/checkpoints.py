@@ -1,4 +1,4 @@
-"""A run on disk while it runs: whole checkpoints under one folder, of which the last can always be read."""
+"""Checkpoints of a run: written whole, so that the last one can always be read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Checkpoints:
         self.folder, self.accelerator = folder, accelerator
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Model, optimiser and random numbers of every process, by accelerate; and `state`, plain data that json can write.
+        """Model, optimizer and random numbers of every process, by accelerate; and `state`, plain data that json can write.
 
         OSError where there is no room or no right to write; what was written before is there still.
         """

@@ -1,4 +1,4 @@
-"""The folder of a compression, claimed for one config and for the content behind its names."""
+"""Run folder: claimed for one config, and for the content of the data behind its names."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, fingerprint
-from ..data import Records, shards
-from ..journal import write_json
+from .. import __version__
+from ..data import Records, fingerprint, shards
+from ..evaluation.results_log import write_json
 from ..models import zoo
 from .config import CompressConfig
 

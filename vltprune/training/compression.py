@@ -1,4 +1,4 @@
-"""compress: one call, or one command, from a dense model to pruned ones at the costs that were asked for."""
+"""compress: from a dense model to pruned ones at the costs asked for, in one call or command."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .. import budget, checkpoint, fingerprint, savings, tasks
-from ..data import Loader, shards
-from ..dial import Dial
-from ..exam import Exam, report, report_matching
-from ..flops import Meter
-from ..frozen import thawed
-from ..gauge import Gauge
-from ..journal import Journal, write_json
+from ..cost import calibration as budget
+from ..cost import savings
+from ..cost.budget_control import BudgetControl
+from ..cost.macs import CostMeter
+from ..cost.sample_cost import SampleCostMeter
+from ..data import Loader, fingerprint, shards
+from ..evaluation import tasks
+from ..evaluation.evaluator import Evaluator, report, report_matching
+from ..evaluation.results_log import ResultsLog, write_json
+from ..evaluation.tasks import Matching, Options, Retrieval
+from ..io import checkpoint
+from ..io.preprocessing import transforms
 from ..models import zoo
-from ..modes import evaluating
-from ..opening import open_model
-from ..preprocessing import transforms
-from ..surgery import prune, pruning
-from ..tasks import Matching, Options, Retrieval
-from ..wrappers import is_pruned
+from ..models.open_model import open_model
+from ..pruning.prune import prune, pruning
+from ..utils.frozen import thawed
+from ..utils.modes import evaluating
+from ..utils.wrappers import is_pruned
 from .calls import calls_of
 from .claims import check_folder, claim, claim_contents, contents_of
 from .config import CompressConfig
@@ -47,8 +50,8 @@ _CALIBRATED = 256  # records of the validation split that the knob is set on
 class Compressed:
     """What came of a compression: the model, its folder, and one row of results a cost, dense first.
 
-    A row: reduction asked for (0: dense; a mapping where each tower had a target of its own), knob, and what `exam.report`
-    gives on the validation split; `matching`, where a model has a second stage: what `exam.report_matching` gives. page:
+    A row: reduction asked for (0: dense; a mapping where each tower had a target of its own), knob, and what `evaluator.report`
+    gives on the validation split; `matching`, where a model has a second stage: what `evaluator.report_matching` gives. page:
     report.html, for people to look at. skipped: records that could not be trained on since the run was last taken up, and why.
     """
 
@@ -83,7 +86,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     with told(f"loading {config.model}", tell):
         dense = dense_model(config)
     content = fingerprint.of_model(dense)
-    taught = config.distil or config.distil_summaries or config.scores_taught
+    taught = config.distill or config.distill_summaries or config.scores_taught
     twin = copy.deepcopy(dense) if taught else None
     model = prune(dense, config.pruning)
     if config.reduction:
@@ -145,10 +148,10 @@ def _trained(run: Run) -> nn.Module:
     if getattr(run.accelerator.state, "fsdp_plugin", None) is None:
         student: Any = run.accelerator.unwrap_model(run.student)
         return student.model
-    learnt = run.accelerator.get_state_dict(run.student)  # all processes must ask
+    learned = run.accelerator.get_state_dict(run.student)  # all processes must ask
     model = prune(dense_model(run.config), run.config.pruning)
     if run.accelerator.is_main_process:
-        own = {name.removeprefix("model."): value for name, value in learnt.items() if name.startswith("model.")}
+        own = {name.removeprefix("model."): value for name, value in learned.items() if name.startswith("model.")}
         model.load_state_dict(own)
     return model.to(run.accelerator.device)
 
@@ -157,15 +160,15 @@ def _finish(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
     """Examine on validation, dense and as trained, save, and report."""
     config, folder = run.config, run.folder
     val = val[: config.val_limit] if config.val_limit else val
-    exams = [_examined(run, dense_model(config).to(run.accelerator.device), val, "dense", 0.0, None)]
+    evaluations = [_examined(run, dense_model(config).to(run.accelerator.device), val, "dense", 0.0, None)]
     if config.reduction:
         with evaluating(model):  # here, and not again for each of many measurements
-            exams += _served(run, model, val)
+            evaluations += _served(run, model, val)
     else:
         model = pruning(model).host
-        exams.append(_examined(run, model, val, "trained", 0.0, None))
+        evaluations.append(_examined(run, model, val, "trained", 0.0, None))
         checkpoint.save(model, folder / "model")
-    rows, answered = map(list, zip(*exams, strict=True))
+    rows, answered = map(list, zip(*evaluations, strict=True))
     write_json(folder / "results.json", rows)
 
     skipped = [str(one) for one in run.draws.skipped]
@@ -180,23 +183,27 @@ def _finish(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
 
 def _served(run: Run, model: nn.Module, val: Sequence[Any]) -> list[tuple[dict[str, Any], Rows]]:
     """Calibrate to every cost on the first validation records, and examine there; the model is left at its own cost."""
-    config, exams = run.config, []
+    config, evaluations = run.config, []
     with told(f"opening the pictures of {len(val[:_CALIBRATED])} validation records"):
         calls = calls_of(run.task, val[:_CALIBRATED], transforms(model), run.accelerator.device)
-    gauge = run.gauge if model is run.model else Gauge(model)
+    cost_meter = run.cost_meter if model is run.model else SampleCostMeter(model)
     milder = [share for share in sorted({*config.serve}) if share != config.reduction]
     for reduction in (*milder, config.reduction):
         try:
-            found = _calibrated(model, calls, reduction, gauge.meter, strict=reduction != config.reduction)
+            found = _calibrated(model, calls, reduction, cost_meter.meter, strict=reduction != config.reduction)
         except budget.BudgetError:
             continue  # a cost on the way that these parts cannot give
-        exams.append(_examined(run, model, val, _folder_of(reduction), reduction, asdict(found), gauge))
+        evaluations.append(_examined(run, model, val, _folder_of(reduction), reduction, asdict(found), cost_meter))
     checkpoint.save(model, run.folder / "model")
-    return exams if isinstance(config.reduction, Mapping) else sorted(exams, key=lambda exam: exam[0]["reduction"])
+    return (
+        evaluations
+        if isinstance(config.reduction, Mapping)
+        else sorted(evaluations, key=lambda one: one[0]["reduction"])
+    )
 
 
 def _calibrated(
-    model: nn.Module, calls: Sequence[Any], reduction: Target, meter: Meter, strict: bool
+    model: nn.Module, calls: Sequence[Any], reduction: Target, meter: CostMeter, strict: bool
 ) -> budget.Calibration:
     """Calibrate to a cost. BudgetError for one out of reach where `strict`; else the nearest is set, tower by tower where each
     has its own, under a warning."""
@@ -214,13 +221,13 @@ def _calibrated(
                     raise
                 warnings.warn(f"the nearest cost is examined and saved: {error}", stacklevel=2)
                 found = error.nearest
-                Dial(model, tower).settle(cast(float, found.value))  # each that was tried has one
+                BudgetControl(model, tower).commit(cast(float, found.value))  # each that was tried has one
     # the last was measured with all the others set
     return replace(found, knob=None, value=None) if isinstance(reduction, Mapping) else found
 
 
 def _folder_of(reduction: Target) -> str:
-    """The name of the folder of a cost's exam."""
+    """The name of the folder of a cost's evaluation."""
     if isinstance(reduction, Mapping):
         return ",".join(f"{tower}={share:g}" for tower, share in reduction.items())
     return f"{reduction:g}"
@@ -243,28 +250,32 @@ def _examined(
     name: str,
     reduction: Target,
     knob: dict[str, Any] | None,
-    gauge: Gauge | None = None,
+    cost_meter: SampleCostMeter | None = None,
 ) -> tuple[dict[str, Any], Rows]:
-    """A row of results, and the rows of its records. gauge: the model's, where there is one already."""
-    gauge = gauge or Gauge(model)
+    """A row of results, and the rows of its records. cost_meter: the model's, where there is one already."""
+    cost_meter = cost_meter or SampleCostMeter(model)
     loader = Loader(val, transforms(model), workers=run.config.workers)
     folder = run.folder / "val" / name
     content = {"content_of_model": fingerprint.of_model(model)}
-    journal = Journal(folder, {"reduction": thawed(reduction), "knob": knob, **content})
+    log = ResultsLog(folder, {"reduction": thawed(reduction), "knob": knob, **content})
     cost = f"{savings.asked(reduction, '%')} fewer MACs" if reduction else name
     what = f"examining {len(loader)} validation records, {cost}"
     with told(what, total=len(loader)) as bar:
-        Exam(run.task, model, str(run.accelerator.device), gauge).sit(loader, journal, bar.update)
-    row = {"reduction": thawed(reduction), "knob": knob, **report(run.task, journal.rows)}
+        Evaluator(run.task, model, str(run.accelerator.device), cost_meter).run(loader, log, bar.update)
+    row = {"reduction": thawed(reduction), "knob": knob, **report(run.task, log.rows)}
     if isinstance(run.task, Retrieval) and run.task.has_head and run.config.k_test:
-        matching = run.task.matching(val, journal.rows, run.config.k_test)
-        row["matching"] = _matched(run, gauge, model, matching, Journal(folder / "matching", {"knob": knob, **content}))
-    return row, journal.rows
+        matching = run.task.matching(val, log.rows, run.config.k_test)
+        row["matching"] = _matched(
+            run, cost_meter, model, matching, ResultsLog(folder / "matching", {"knob": knob, **content})
+        )
+    return row, log.rows
 
 
-def _matched(run: Run, gauge: Gauge, model: nn.Module, matching: Matching, journal: Journal) -> dict[str, Any]:
+def _matched(
+    run: Run, cost_meter: SampleCostMeter, model: nn.Module, matching: Matching, log: ResultsLog
+) -> dict[str, Any]:
     """What came of a second stage."""
     loader = Loader(matching.pairs(), transforms(model), batch_size=1, workers=run.config.workers)
     with told("judging the nearest again, the second stage") as bar:
-        Exam(matching, model, str(run.accelerator.device), gauge).sit(loader, journal, bar.update)
-    return report_matching(matching, journal.rows)
+        Evaluator(matching, model, str(run.accelerator.device), cost_meter).run(loader, log, bar.update)
+    return report_matching(matching, log.rows)

@@ -1,4 +1,4 @@
-"""What one compression does, as plain frozen data: written to a file, read from one, and kept beside the weights."""
+"""CompressConfig: the settings of one compression, as frozen data, in files and beside the weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import yaml
 
-from ..config import PruneConfig
 from ..data import shards
-from ..frozen import FrozenDict, thawed
-from ..journal import write_json
-from ..presets import preset
+from ..evaluation.results_log import write_json
+from ..evaluation.tasks.matching import MOST
+from ..models.wordpiece import BERT
+from ..pruning.config import PruneConfig
+from ..pruning.presets import preset
 from ..registry import bind, tasks
-from ..tasks.matching import MOST
-from ..text import BERT
+from ..utils.frozen import FrozenDict, thawed
 from .forms import fields_in_form
 
 
@@ -26,7 +26,7 @@ from .forms import fields_in_form
 class Recipe:
     """What MADTP trains a task with (arXiv 2403.02991, experiments; batch sizes of all its GPUs together)."""
 
-    rate: float
+    lr: float
     weight_decay: float
     epochs: float
     batch_size: int
@@ -36,7 +36,7 @@ RECIPES: Mapping[str, Recipe] = {
     "nlvr": Recipe(3e-6, 0.05, 15, 128),
     "caption": Recipe(1e-5, 0.05, 5, 256),
     "vqa": Recipe(2e-5, 0.05, 3, 128),
-    "retrieval": Recipe(1e-5, 0.2, 5, 128),  # CLIP's; BLIP's has rate 1e-7 and weight_decay 0.05
+    "retrieval": Recipe(1e-5, 0.2, 5, 128),  # CLIP's; BLIP's has lr 1e-7 and weight_decay 0.05
 }
 
 
@@ -52,7 +52,7 @@ class CompressConfig:
                     shards, such as train-{000..009}.tar (see `vltprune.data.shards`), which need `steps`
     val, val_images annotations that everything is chosen on; never the test split. val_limit: only the first so many
     model_args, pretrained, vocabulary, answers   as `create_model` and `vltprune eval` take them
-    k_test          for retrieval by BLIP: how many nearest its matching head judges again in the exams (0: it is not asked)
+    k_test          for retrieval by BLIP: how many nearest its matching head judges again in evaluation (0: it is not asked)
     start           a folder, or packaged name, of weights to begin from instead of `model`'s: of a model that was pruned alike
                     to a milder cost. `model` still teaches, and is what the results are compared with
     preset, parts   how to prune: a preset's name, and parts that replace its own, such as {"reducer": "drop"}
@@ -69,11 +69,11 @@ class CompressConfig:
                     `start` that is pruned)
     epochs, steps   how long (steps wins; None: the recipe's epochs); batch_size: records a step, of all processes
     accumulate      a step's records go through the model in so many pieces
-    rate, weight_decay   of AdamW (None: the recipe's); the rate falls by a cosine to 0, after `warmup`, a share of the steps
+    lr, weight_decay   of AdamW (None: the recipe's); lr falls by a cosine to 0, after `warmup`, a share of the steps
     align           weight of L_align
-    distil, distil_summaries   weights of what the dense model teaches: its logits, and its towers' summary tokens (0: nothing)
+    distill, distill_summaries   weights of distillation: of the dense model's logits, of its towers' summary tokens (0: none)
     saliency        weight of teaching the scores what the dense model's answers depend on (0: they are not taught, as in MADTP)
-    clip            largest norm of the gradients
+    max_grad_norm   largest norm of the gradients
     augment         random crops and flips of the pictures
     precision       "no", "bf16" or "fp16"
     workers         threads that open pictures
@@ -104,14 +104,14 @@ class CompressConfig:
     steps: int | None = None
     batch_size: int | None = None
     accumulate: int = 1
-    rate: float | None = None
+    lr: float | None = None
     weight_decay: float | None = None
     warmup: float = 0.0
     align: float = 0.1
-    distil: float = 0.0
-    distil_summaries: float = 0.0
+    distill: float = 0.0
+    distill_summaries: float = 0.0
     saliency: float = 0.5
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     augment: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
@@ -131,7 +131,7 @@ class CompressConfig:
             raise ValueError(
                 f"data={self.data!r}: samples in shards are not counted beforehand, give steps, not epochs"
             )
-        for name in ("rate", "weight_decay", "epochs", "batch_size"):
+        for name in ("lr", "weight_decay", "epochs", "batch_size"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(RECIPES[self.task], name))
         try:
@@ -157,11 +157,11 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
-        for name in ("rate", "epochs", "clip"):
+        for name in ("lr", "epochs", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
-        for name in ("k_test", "seed", "align", "distil", "distil_summaries", "saliency", "weight_decay"):
+        for name in ("k_test", "seed", "align", "distill", "distill_summaries", "saliency", "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.budget not in ("controller", "learned"):

@@ -1,4 +1,4 @@
-"""Steering the cost while the weights move: the knob is turned a little after each measurement."""
+"""Budget controller: adjusts the keepers' budget after each measurement, while the weights move."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from ..budget import Batch, Calibration, Dial, measure
-from ..flops import Meter
-from ..surgery import pruning
+from ..cost.calibration import Batch, BudgetControl, Calibration, measure
+from ..cost.macs import CostMeter
+from ..pruning.prune import pruning
 
 Target: TypeAlias = float | Mapping[str, float]  # a share of the dense MACs, or one of each tower's own
 
@@ -37,7 +37,7 @@ class Controller:
     tower: str | None = None
 
     def __post_init__(self) -> None:
-        self.dial = Dial(self.model, self.tower)
+        self.dial = BudgetControl(self.model, self.tower)
         self.value = self.dial.value
 
     def start(
@@ -45,14 +45,14 @@ class Controller:
         batches: Iterable[Batch],
         reduction: float,
         tick: Callable[[], object] | None = None,
-        meter: Meter | None = None,
+        meter: CostMeter | None = None,
     ) -> None:
         """Set the knob, from anywhere, to within a 24th of its range of a first target, by bisection on these batches.
 
         Where the target lies beyond what the knob can do, it begins where its end begins to make no difference. tick: called
         after each value that was tried; meter: the model's, where there is one already.
         """
-        inputs, knob, meter = list(batches), self.dial.knob, meter or Meter(self.model)
+        inputs, knob, meter = list(batches), self.dial.knob, meter or CostMeter(self.model)
 
         def at(place: float) -> Calibration:
             found = measure(self.model, inputs, knob.at(place), self.tower, meter)
@@ -112,7 +112,7 @@ class Controller:
 
     def take(self) -> None:
         """The knob to where this controller has it."""
-        self.dial.turn(self.value)
+        self.dial.set(self.value)
 
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value, "saved": self.saved}
@@ -120,7 +120,7 @@ class Controller:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """With the knob turned to where it was."""
         self.value, self.saved = state["value"], state["saved"]
-        self.dial.turn(self.value)
+        self.dial.set(self.value)
 
 
 class TowerControllers:
@@ -143,7 +143,7 @@ class TowerControllers:
         batches: Iterable[Batch],
         reduction: Mapping[str, float],
         tick: Callable[[], object] | None = None,
-        meter: Meter | None = None,
+        meter: CostMeter | None = None,
     ) -> None:
         inputs = list(batches)
         for name, one in self.towers.items():
@@ -198,7 +198,7 @@ class Turns:
         batches: Iterable[Batch],
         reduction: Target,
         tick: Callable[[], object] | None = None,
-        meter: Meter | None = None,
+        meter: CostMeter | None = None,
     ) -> None:
         """All of them from the same value. tick: called after each value that was tried; meter: the model's."""
         self.controllers[0].start(batches, reduction, tick, meter)

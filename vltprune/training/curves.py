@@ -1,4 +1,4 @@
-"""The charts of a compression's report: score against cost, tokens by layer, and how training went. Numbers in, HTML out."""
+"""Charts of a compression's report: score against cost, tokens by layer, and training curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import charts, html
+from ..viz import charts, html
 from .examples import Rows
 
 SPREAD = (10, 90)  # percentiles of a band
@@ -16,17 +16,17 @@ _KEPT, _TARGET = "kept ", "target "
 _LOSSES = {
     "task": "the task's loss",
     "align": "alignment of the towers",
-    "distil": "what the dense model teaches",
+    "distill": "what the dense model teaches",
     "budget": "expected MACs off their target",
     "extra": "the further loss",
 }
 
 
 def costs(rows: Rows, score: str) -> str:
-    """One score, in percent, against GMACs: a dot each for the dense model and for every cost, in the table's colours."""
+    """One score, in percent, against GMACs: a dot each for the dense model and for every cost, in the table's colors."""
     points = [(row["macs"] / 1e9, 100 * row["scores"][score]) for row in rows]
     path = charts.Line(sorted(points), "#b9bec7", dots=False)
-    dots = [charts.Line([point], html.colour(i)) for i, point in enumerate(points)]
+    dots = [charts.Line([point], html.color(i)) for i, point in enumerate(points)]
     across = charts.Axis.over([gmacs for gmacs, _ in points], zero=True)
     up = charts.Axis.over([value for _, value in points])
     title = f"{score}, in percent, against GMACs of an instance"
@@ -34,13 +34,13 @@ def costs(rows: Rows, score: str) -> str:
 
 
 def tokens(answered: Sequence[Rows], names: Sequence[str]) -> str:
-    """Tokens by layer, of each tower that was pruned: the mean and a band of the middle 80 % of records, a colour a cost.
+    """Tokens by layer, of each tower that was pruned: the mean and a band of the middle 80 % of records, a color a cost.
 
-    answered: the rows of each exam, the dense model's among them, which tell of no tokens. Nothing where none do.
+    answered: the rows of each evaluation, the dense model's among them, which tell of no tokens. Nothing where none do.
     """
-    exams = [[row for row in rows if "skipped" not in row] for rows in answered]
-    towers = dict.fromkeys(tower for rows in exams for tower in rows[0]["kept"])
-    return "".join(_tower(tower, exams, names) for tower in towers)
+    evaluations = [[row for row in rows if "skipped" not in row] for rows in answered]
+    towers = dict.fromkeys(tower for rows in evaluations for tower in rows[0]["kept"])
+    return "".join(_tower(tower, evaluations, names) for tower in towers)
 
 
 def training(history: Rows, knob: str) -> str:
@@ -65,21 +65,21 @@ def _steered(history: Rows) -> list[str]:
     return [name.removeprefix(_TARGET) for name in names]
 
 
-def _tower(tower: str, exams: Sequence[Rows], names: Sequence[str]) -> str:
+def _tower(tower: str, evaluations: Sequence[Rows], names: Sequence[str]) -> str:
     lines, cells, entered = [], [], 0.0
-    for i, rows in enumerate(exams):
+    for i, rows in enumerate(evaluations):
         kept = np.array([row["kept"][tower] for row in rows if tower in row["kept"]])  # [records, 1 + layers]
         if not kept.size:
             continue
         means, (low, high) = kept.mean(0), np.percentile(kept, SPREAD, axis=0)
         band = list(zip(low.tolist(), high.tolist(), strict=True))
-        lines.append(charts.Line(list(enumerate(means.tolist())), html.colour(i), band))
+        lines.append(charts.Line(list(enumerate(means.tolist())), html.color(i), band))
         spread = zip(means, low, high, strict=True)
         cells.append([html.dot(i) + names[i], *(f"{mean:.1f} ({a:g}&ndash;{b:g})" for mean, a, b in spread)])
         entered = max(entered, float(high.max()))
     layers = len(cells[0]) - 2
     flat = [(layer, lines[0].points[0][1]) for layer in range(layers + 1)]
-    lines.insert(0, charts.Line(flat, html.colour(0), dashed=True, dots=False))
+    lines.insert(0, charts.Line(flat, html.color(0), dashed=True, dots=False))
 
     title = f"{tower} tokens that are left"
     drawn = charts.chart(lines, charts.layers(layers), charts.Axis.over([entered], "g", zero=True), title)
@@ -98,7 +98,7 @@ def _curve(title: str, history: Rows, figures: Mapping[str, str], zero: bool = F
     linear = charts.Axis.over(values, ".0%" if share else "g", zero or share)
     up = charts.Axis.ratios(values) if "knob" in figures.values() else linear
     lines = [
-        charts.Line(some, html.colour(1 if i == 0 else 0), dashed=i > 0, dots=len(some) < 20)
+        charts.Line(some, html.color(1 if i == 0 else 0), dashed=i > 0, dots=len(some) < 20)
         for i, some in enumerate(points.values())
     ]
     across = charts.Axis.over([step for some in points.values() for step, _ in some], ",.0f", zero=True)

@@ -1,4 +1,4 @@
-"""What a decoder does where answers are searched for, as in evaluation; in training they are given, which is cheaper."""
+"""Cost of decoding: in evaluation answers are searched for; in training they are given, which is cheaper."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modes import evaluating
-from ..traces import Decoded, PruneTrace, collect
+from ..pruning.trace import DecodeStats, PruneTrace, collect
+from ..utils.modes import evaluating
 
 
 @dataclass(frozen=True)
 class Searched:
-    """The work of a decoder that answered so many instances: sums, as in `Decoded`."""
+    """The work of a decoder that answered so many instances: sums, as in `DecodeStats`."""
 
     instances: int
     tokens: int
@@ -49,4 +49,4 @@ class Searched:
         tokens, words, pairs, memories = (
             round(share * count) for count in (self.tokens, self.words, self.pairs, self.memories)
         )
-        return replace(trace, decoded=[Decoded(tokens, words, pairs, memories)])
+        return replace(trace, decoded=[DecodeStats(tokens, words, pairs, memories)])

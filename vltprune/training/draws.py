@@ -1,4 +1,4 @@
-"""Batches of records that lie at hand, such as those of an annotation file: shuffled anew each epoch."""
+"""Index sampler: batches of record indices, shuffled anew each epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run: steps, budget, checkpoints. Devices, processes and precision are Accelerate's."""
+"""Training loop: steps, budget, checkpoints. Accelerate handles devices, processes and precision."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from ..budget import fit_guide
+from ..cost.guide_fit import fit_guide
 from ..data.shards import Shards
-from ..modes import evaluating
-from ..preprocessing import transforms
-from ..progress import say
-from ..pruner import Pruner
-from ..surgery import pruning
+from ..io.preprocessing import transforms
+from ..pruning.prune import pruning
+from ..pruning.pruner import Pruner
+from ..utils.modes import evaluating
+from ..utils.progress import say
 from .batches import Batches
 from .calls import calls_of
 from .checkpoints import Checkpoints
@@ -36,7 +36,7 @@ from .student import Extra, Student
 
 # the cost is measured, and the knob turned, every so many steps; so often in a run, at least
 _MEASURED, _OFTEN = 5, 200
-_SOFT, _HARD = 0.5, 0.01  # softness at first and at last, in standard deviations of the scores
+_SOFT, _HARD = 0.5, 0.01  # soft_temperature at first and at last, in standard deviations of the scores
 _HARDENED = 0.5  # the share of the steps after which tokens stay or go, as in evaluation
 _PRICE = 0.05  # how much dearer each step makes a share of the dense MACs that is too much
 _START = 64  # records that the guide and the knob start from
@@ -73,11 +73,11 @@ class Run:
         objective = objective_of(self.task, self.model, config.seed).to(device)
         self.draws.check = objective.check
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
-        taught = (config.distil, config.distil_summaries)
+        taught = (config.distill, config.distill_summaries)
         student = Student(self.model, objective, config.align, teacher, taught, config.scores_taught, self.extra)
-        self.gauge = student.gauge
+        self.cost_meter = student.cost_meter
         optimizer = torch.optim.AdamW(
-            parameter_groups(student, float(config.weight_decay or 0)), lr=float(config.rate or 0)
+            parameter_groups(student, float(config.weight_decay or 0)), lr=float(config.lr or 0)
         )
         costs = dict.fromkeys((config.reduction, *config.serve))
         self.turns = Turns(self.model, tuple(costs)) if config.reduction else None
@@ -189,7 +189,7 @@ class Run:
                 fit_guide(self.model, counted(calls, bar), self.config.seed)
         if self.turns is not None and self.config.budget == "controller":
             with told("measuring MACs, to set the knob", tell) as bar:
-                self.turns.start(calls, self._target(0), bar.update, self.gauge.meter)
+                self.turns.start(calls, self._target(0), bar.update, self.cost_meter.meter)
         if self.turns is not None:
             with told("measuring what decoding costs, where there is a decoder", tell) as bar:
                 self.searched = Searched.by(self.model, counted(calls, bar))
@@ -202,10 +202,10 @@ class Run:
 
     def _standing(self, step: int) -> dict[str, float]:
         """What a report says besides the steps' own figures."""
-        rate = self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizer.param_groups[0]["lr"]
         skipped = {"skipped_steps": self.skipped, "skipped_records": len(self.draws.skipped)}
         knob = {} if self.turns is None else by_tower("knob", self.turns.controllers[0].value)
-        return {**by_tower("target", self._target(step)), "rate": rate, **knob, **skipped}
+        return {**by_tower("target", self._target(step)), "lr": lr, **knob, **skipped}
 
     def _target(self, step: int, place: int = 0) -> Any:
         """What to save at a step, as one of the costs has it: a share, or one of each tower's own."""
@@ -219,16 +219,16 @@ class Run:
         return 0 if self.turns is None or self._is_soft(step) else self.turns.place(step)
 
     def _step(self, step: int, records: list[Any], images: Tensor) -> dict[str, Any] | None:
-        """One step of the optimiser, and its figures; None where the loss or the gradient was no number."""
+        """One step of the optimizer, and its figures; None where the loss or the gradient was no number."""
         self.is_whole = False
         figures = self._learn(step, records, images)
         self.done, self.is_whole = step + 1, True
         return figures
 
     def _learn(self, step: int, records: list[Any], images: Tensor) -> dict[str, Any] | None:
-        rate = float(self.config.rate or 0) * schedule(step, self.steps, self.config.warmup)
+        lr = float(self.config.lr or 0) * schedule(step, self.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["times"] * rate
+            group["lr"] = group["times"] * lr
         pieces = self._gradients(step, records, images)
         if not pieces or not self._clip():
             return self._skip(step, records, images)
@@ -252,7 +252,7 @@ class Run:
         it cut what the weights learn."""
         groups = self.optimizer.param_groups
         weights = [p for group in groups for p in group["params"] if group["times"] == 1.0]
-        norm: Any = self.accelerator.clip_grad_norm_(weights, self.config.clip)
+        norm: Any = self.accelerator.clip_grad_norm_(weights, self.config.max_grad_norm)
         others = [p.grad for group in groups for p in group["params"] if group["times"] != 1.0 and p.grad is not None]
         if self.accelerator.scaler is not None:  # that is how it finds its scale
             return True
@@ -289,17 +289,16 @@ class Run:
         return self.config.budget == "learned" and self.turns is not None and step < _HARDENED * self.steps
 
     def _set_pruners(self, step: int) -> None:
-        """The knob to where the step's cost has it; the softness less and less, and none in the end, so that the weights get
-        used to it."""
+        """Sets the budget of the step's cost, and a soft temperature that falls to none, so that the weights get used to it."""
         if self.turns is not None:
             self.turns.take(self._place(step))
-        softness = _SOFT * (_HARD / _SOFT) ** (step / (_HARDENED * self.steps)) if self._is_soft(step) else 0.0
+        soft_temperature = _SOFT * (_HARD / _SOFT) ** (step / (_HARDENED * self.steps)) if self._is_soft(step) else 0.0
         towers = pruning(self.model).towers.values()
         for pruner in [module for tower in towers for module in tower.modules() if isinstance(module, Pruner)]:
-            pruner.softness = softness
+            pruner.soft_temperature = soft_temperature
 
     def _skip(self, step: int, records: list[Any], images: Tensor) -> None:
-        """Nothing is learnt from such a batch; too many in a row end the run."""
+        """Nothing is learned from such a batch; too many in a row end the run."""
         self.optimizer.zero_grad()
         self.bad, self.skipped = self.bad + 1, self.skipped + 1
         if self.bad < self.config.max_bad:
@@ -307,7 +306,7 @@ class Run:
         file = self.folder / f"bad_batch_{step:08d}_{self.accelerator.process_index}.pt"
         torch.save({"step": step, "records": [repr(record) for record in records], "images": images}, file)
         raise BadLossError(
-            f"{self.bad} losses in a row were no finite number, the last at step {step}; nothing was learnt from them. The "
+            f"{self.bad} losses in a row were no finite number, the last at step {step}; nothing was learned from them. The "
             f"last batch is in {file}, the last whole checkpoint is of step {self.checkpoints.last_step()}. Lower the "
             "rate, or use precision='no'"
         )

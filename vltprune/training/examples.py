@@ -1,4 +1,4 @@
-"""A few validation records as people can look at them: what each layer kept of them, and what was answered.
+"""Example records of a compression's report: what each layer kept of them, and what was answered.
 
 Of a compression's report, this alone runs a model.
 """
@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import metrics, visualize
 from ..data import Record
-from ..modes import evaluating
-from ..preprocessing import transforms
-from ..tasks.base import unpack
-from ..traces import PruneTrace, collect
+from ..evaluation import metrics
+from ..evaluation.tasks.base import unpack
+from ..io.preprocessing import transforms
+from ..pruning.trace import PruneTrace, collect
+from ..utils.modes import evaluating
+from ..viz import images as visualize
 
-Rows = Sequence[Mapping[str, Any]]  # of an exam, one a record
+Rows = Sequence[Mapping[str, Any]]  # of an evaluation, one a record
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ def examples(
     """The first `count` records that were answered at every cost: none is chosen by how.
 
     name, task: the task by its name, and set to the model; model: pruned, with its knob where it is to be shown; records:
-    those of the exams; answered: the exams' rows, one exam a cost. Raises what pictures and models raise.
+    those of the evaluations; answered: the evaluations' rows, one evaluation a cost. Raises what pictures and models raise.
     """
     asked, told = _ASKED[name]
     by_index = {record.index: record for record in records}
-    rows = [{row["index"]: row for row in exam if "skipped" not in row} for exam in answered]
-    first = [index for index in by_index if all(index in exam for exam in rows)][:count]
-    said = [told(by_index, [*exam.values()], [exam[index] for index in first]) for exam in rows]
+    rows = [{row["index"]: row for row in evaluation if "skipped" not in row} for evaluation in answered]
+    first = [index for index in by_index if all(index in evaluation for evaluation in rows)][:count]
+    said = [told(by_index, [*evaluation.values()], [evaluation[index] for index in first]) for evaluation in rows]
     return [
-        Example(index, *asked(by_index[index]), [exam[place] for exam in said], *_looked(task, model, by_index[index]))
+        Example(index, *asked(by_index[index]), [one[place] for one in said], *_looked(task, model, by_index[index]))
         for place, index in enumerate(first)
     ]
 

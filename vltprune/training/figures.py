@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress bar, a history in JSON lines, and the trackers of Accelerate."""
+"""Training metrics: a progress bar, a history in JSON lines, and the trackers of Accelerate."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import precision
-from ..files import write_text
-from ..progress import bar, say
+from ..core import precision
+from ..utils.files import write_text
+from ..utils.progress import bar, say
 
 T = TypeVar("T")
 
-_SHOWN = ("task", "align", "distil", "budget", "extra")
+_SHOWN = ("task", "align", "distill", "budget", "extra")
 _KEPT, _SAVED, _COST = "kept ", "saved ", "macs "
 
 

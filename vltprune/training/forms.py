@@ -1,4 +1,4 @@
-"""The forms of a compression config's fields: whole numbers, numbers, text; read from files and command lines alike."""
+"""Types of the config's fields: they parse values of files and of command lines alike."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..config import Part
-from ..frozen import frozen, thawed
+from ..pruning.config import Part
+from ..utils.frozen import frozen, thawed
 
 _WHOLE = {"val_limit": 1000, "k_test": 128, "steps": 2000, "batch_size": 32, "accumulate": 2, "seed": 0, "workers": 2}
 _WHOLE |= {"checkpoint_every": 500, "log_every": 50, "max_bad": 10}
-_NUMBERS = {"ramp": 0.5, "epochs": 2, "rate": 1e-4, "weight_decay": 0.05, "warmup": 0.1, "align": 0.1}
-_NUMBERS |= {"distil": 1.0, "distil_summaries": 1.0, "saliency": 0.5, "clip": 1.0}
+_NUMBERS = {"ramp": 0.5, "epochs": 2, "lr": 1e-4, "weight_decay": 0.05, "warmup": 0.1, "align": 0.1}
+_NUMBERS |= {"distill": 1.0, "distill_summaries": 1.0, "saliency": 0.5, "max_grad_norm": 1.0}
 _TEXT = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json", "images": "images/"}
 _TEXT |= {"val_images": "images/", "vocabulary": "vocab.txt", "answers": "answer_list.json", "start": "run/model"}
 _TEXT |= {"preset": "madtp", "budget": "controller", "precision": "bf16"}
@@ -27,7 +27,7 @@ _OPTIONAL = (
     "epochs",
     "steps",
     "batch_size",
-    "rate",
+    "lr",
     "weight_decay",
 )
 

@@ -1,4 +1,4 @@
-"""What each task is trained to do: records and images to the loss that its data gives."""
+"""Training losses of the tasks: records and images in, the loss of their labels out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Captioned, Question, Record, Statement
+from ..evaluation.tasks import Caption, Nlvr, Retrieval, Vqa
+from ..evaluation.tasks.base import dense
 from ..models.decoder import next_token_costs
 from ..models.momentum import Momentum, everyones
-from ..tasks import Caption, Nlvr, Retrieval, Vqa
-from ..tasks.base import dense
-from ..text import clean_caption
+from ..models.wordpiece import clean_caption
 
 _SMOOTHING, _WORDS = 0.1, 30  # of the words' labels; what captions are cut at: both as BLIP trains
 
@@ -50,7 +50,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def check(self, record: Any) -> None:
-        """ValueError for a record that nothing can be learnt from: its texts have no token ids, or it has none."""
+        """ValueError for a record that nothing can be learned from: its texts have no token ids, or it has none."""
 
     def teach(self, model: Any, records: Sequence[Any], images: Tensor, step: int) -> Tensor | None:
         """What a teacher says of the same: logits as `Loss.outputs`."""

@@ -1,4 +1,4 @@
-"""What came of a compression as one HTML file that needs nothing beside it. No model is run here; see `examples`."""
+"""Report of a compression as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .. import html, savings
-from ..files import write_text
-from ..opening import is_random, is_saved
+from ..cost import savings
+from ..models.open_model import is_random, is_saved
+from ..utils.files import write_text
+from ..viz import html
 from . import curves, tables
 from .config import CompressConfig
 from .examples import Example, Rows
@@ -45,7 +46,7 @@ _TRAINING = (
 _PICTURES = (
     "The first {count} validation records that could be answered: no choice was made by what was answered. The pictures "
     "show which patches each layer kept at {name}, the numbers count tokens, special tokens included. Answers are those "
-    "of the exams above."
+    "of the evaluations above."
 )
 
 
@@ -56,7 +57,7 @@ class Story:
     steps       that were trained
     calibrated  of the validation records, so many, the first, the knob was set on
     rows        as of `Compressed`, the dense model's first
-    answered    for each of them the exam's rows, one a record
+    answered    for each of them the evaluation's rows, one a record
     history     the rows of history.jsonl
     """
 
@@ -119,7 +120,7 @@ def _done(story: Story) -> list[tuple[str, str]]:
     """The config in words: what, and how."""
     config, parts = story.config, story.config.pruning
     align = config.align if parts.guide is not None else 0.0
-    taught = f"distillation of logits x {config.distil:g}, of summaries x {config.distil_summaries:g}"
+    taught = f"distillation of logits x {config.distill:g}, of summaries x {config.distill_summaries:g}"
     losses = f"the task's, L_align x {align:g}, {taught}, of scores x {config.scores_taught:g}"
     return [
         ("task", config.task),
@@ -129,7 +130,7 @@ def _done(story: Story) -> list[tuple[str, str]]:
         *([("frozen", ", ".join(config.freeze))] if config.freeze else []),
         ("training", f"{story.steps:,} steps of {config.batch_size} records, seed {config.seed}, one run"),
         ("losses", losses + (", random crops and flips" if config.augment else "")),
-        ("AdamW", f"rate {config.rate:g}, weight decay {config.weight_decay:g}, precision {config.precision!r}"),
+        ("AdamW", f"learning rate {config.lr:g}, weight decay {config.weight_decay:g}, precision {config.precision!r}"),
         ("data", f"{config.data}; validation {config.val}"),
     ]
 
@@ -171,7 +172,7 @@ def _selected(story: Story) -> list[str]:
         told.append(f"An accuracy of {share:.1%} on {row['records']:,} records has a standard error of {error:.1%}.")
     if (config.data, config.images) == (config.val, config.val_images or config.images):
         told.append(
-            "Training and validation read the same file: these scores are of records the model has learnt from."
+            "Training and validation read the same file: these scores are of records the model has learned from."
         )
     return told
 
@@ -258,7 +259,7 @@ def _matching(story: Story) -> str:
 
 
 def _tight(table: Sequence[Sequence[str]]) -> str:
-    """A table whose lines have the colours of the charts."""
+    """A table whose lines have the colors of the charts."""
     header, *lines = table
     cells = [[html.dot(i) + escape(name), *map(escape, rest)] for i, (name, *rest) in enumerate(lines)]
     return f'<div class="tight">{html.table(header, cells)}</div>'

@@ -1,4 +1,4 @@
-"""What the dense model's answers depend on, taught to the scores: a scorer learns what matters instead of guessing it."""
+"""Saliency distillation: scores learn which tokens the dense model's answers depend on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .. import segments
-from ..surgery import prune, pruning
-from ..tokens import PackedTokens
-from ..traces import PruneTrace
+from ..core import segments
+from ..core.tokens import PackedTokens
+from ..pruning.prune import prune, pruning
+from ..pruning.trace import PruneTrace
 
 _EPS = 1e-12
 
@@ -61,8 +61,8 @@ def directions(logits: Tensor, seed: int, before: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(0, 2, (before + len(logits), logits.shape[1]), generator=generator)[before:]
     signs = drawn.to(logits) * 2 - 1
-    centred = logits - (chance * logits).sum(-1, keepdim=True)
-    return (signs * chance.sqrt() * centred).sum()
+    centerd = logits - (chance * logits).sum(-1, keepdim=True)
+    return (signs * chance.sqrt() * centerd).sum()
 
 
 def _salient(gradient: Tensor, dense: PackedTokens, tokens: PackedTokens) -> Tensor:
@@ -81,11 +81,11 @@ def _apart(tokens: PackedTokens, scores: Tensor, salient: Tensor) -> Tensor:
     asked = tokens.free if tokens.size is None else tokens.free & (tokens.size == 1)
     there = segments.sum(asked.to(scores.dtype), layout).clamp(min=1)
 
-    def centred(values: Tensor) -> Tensor:
+    def centerd(values: Tensor) -> Tensor:
         values = values.masked_fill(~asked, 0.0)
         middle = (segments.sum(values, layout) / there)[layout.instance]
         return (values - middle).masked_fill(~asked, 0.0)
 
-    ours, theirs = centred(scores.float()), centred(salient)
+    ours, theirs = centerd(scores.float()), centerd(salient)
     sizes = (segments.sum(ours**2, layout) * segments.sum(theirs**2, layout)).clamp(min=_EPS**2).sqrt()
     return (1 - segments.sum(ours * theirs, layout) / sizes).mean()

@@ -1,4 +1,4 @@
-"""Batches out of shards, which are read from one end to the other and never held as a whole."""
+"""Training batches from tar shards, which are streamed and never held as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interrupts of a run: Ctrl-C and SIGTERM end it behind a whole step, with a checkpoint."""
+"""Interrupts: Ctrl-C and SIGTERM end a run after a whole step, with a checkpoint."""
 
 from __future__ import annotations
 

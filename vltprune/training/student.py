@@ -1,4 +1,4 @@
-"""The model that is trained, with all that a step computes around it: one module, so that processes can share its gradients."""
+"""The training module: the pruned model, its teacher and all losses of a step, as one module."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import losses, precision
+from ..core import precision
+from ..cost.sample_cost import SampleCostMeter
 from ..data import Record
-from ..gauge import Gauge
 from ..models.momentum import everyones
-from ..surgery import pruning
-from ..traces import PruneTrace, collect
+from ..pruning import losses
+from ..pruning.prune import pruning
+from ..pruning.trace import PruneTrace, collect
 from .decoding import Searched
 from .objectives import Loss, Objective
 from .saliency import saliency
@@ -54,7 +55,7 @@ class Student(nn.Module):
         self.model, self.objective, self.align, self.taught = model, objective, align, taught
         self.saliency, self.extra = saliency, extra
         self.__dict__["teacher"] = teacher  # no child: it is neither trained nor kept in checkpoints
-        self.gauge = Gauge(model)
+        self.cost_meter = SampleCostMeter(model)
 
     def forward(
         self,
@@ -69,9 +70,9 @@ class Student(nn.Module):
         """The loss of a batch, [] with gradients, and what it consists of, without.
 
         saving: the share of the dense MACs that the expected ones should be below (None: no loss on them), and price, what
-        a share too much costs besides. Returns scalars, those that there are of loss, task, align, distil, budget, extra,
+        a share too much costs besides. Returns scalars, those that there are of loss, task, align, distill, budget, extra,
         and `over`, the share too much; measured: also macs, dense_macs, of an instance, and per tower kept, [1 + depths],
-        and towers, [2], its MACs and dense MACs, as of `Gauge`.
+        and towers, [2], its MACs and dense MACs, as of `SampleCostMeter`.
         """
         with collect(threads=False) as traces:
             loss = self.objective(self.model, records, images, step)
@@ -110,7 +111,7 @@ class Student(nn.Module):
     def _taught(
         self, loss: Loss, own: dict[str, PruneTrace], records: Sequence[Any], images: Tensor, step: int
     ) -> dict[str, Tensor]:
-        """What the teacher teaches: distil, and saliency where the scores are taught."""
+        """What the teacher teaches: distill, and saliency where the scores are taught."""
         with torch.set_grad_enabled(self.saliency > 0), collect(threads=False) as traces:
             outputs = self.objective.teach(self.__dict__["teacher"], records, images, step)
         theirs = {trace.tower: trace for trace in reversed(traces)}
@@ -119,7 +120,7 @@ class Student(nn.Module):
             parts["saliency"] = self.saliency * saliency(own, theirs, outputs / _HEAT, step, _rows_before(outputs))
         if any(self.taught):
             outputs = None if outputs is None else outputs.detach()
-            parts["distil"] = self._distil(loss, own, theirs, outputs)
+            parts["distill"] = self._distil(loss, own, theirs, outputs)
         return parts
 
     def _distil(
@@ -138,7 +139,7 @@ class Student(nn.Module):
 
     def _share(self, own: dict[str, PruneTrace], batch: int) -> Tensor:
         """The expected MACs of an instance, an image and one text, as a share of the dense ones; with gradients."""
-        cost = self.gauge.meter(list(own.values()))
+        cost = self.cost_meter.meter(list(own.values()))
         units = {tower: batch if tower == "image" else macs.shape[1] for tower, macs in cost.dense.items()}
         ours, dense = (
             torch.stack([macs.sum() / units[tower] for tower, macs in one.items()]).sum()
@@ -151,7 +152,7 @@ class Student(nn.Module):
     @torch.no_grad()
     def _cost(self, own: dict[str, PruneTrace], batch: int) -> dict[str, Any]:
         texts = own["text"].entered.layout.batch // batch if "text" in own else 1
-        spent = self.gauge(list(own.values()), [texts] * batch)
+        spent = self.cost_meter(list(own.values()), [texts] * batch)
         device = next(self.model.parameters()).device
 
         def mean(rows: Sequence[Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The numbers of a compression as tables of text: a header, then a line a row of results."""
+"""Tables of a compression's results, as text."""
 
 from __future__ import annotations
 

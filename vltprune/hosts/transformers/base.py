@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin
 
-from ...checks import check_ids, check_images
+from ...core.checks import check_ids, check_images
+from ...core.tokens import PackedTokens
 from ...layers.site import Site
-from ...pruner import PrunedEncoder
-from ...tokens import PackedTokens
+from ...pruning.encoder import PrunedEncoder
 from ..attributes import forwards
-from ..base import Host, WithTowers, by_tiles, check_blocks, is_affine
+from ..base import Host
+from ..composites import WithTowers
+from ..ops import by_tiles, check_blocks, is_affine
 from .saving import save_pretrained, with_pruning_saved
 
 # all of them compute the same numbers
@@ -51,7 +53,7 @@ class TransformersHost(Host):
     """A tower of transformers: called by the names that its forward gives its arguments, answering in its own classes.
 
     A `last_hidden_state` from which tokens were pruned holds those that are left, in their order, and zeros behind them.
-    `open` names its arguments as the tower does, and takes those that pruning supports.
+    `embed` names its arguments as the tower does, and takes those that pruning supports.
     """
 
     encoder = PrunedTransformer
@@ -78,7 +80,7 @@ class TransformersHost(Host):
         for extra in _EXTRAS:
             given.setdefault(extra, getattr(tower.config, extra, False))
 
-        takes = list(inspect.signature(self.open).parameters)[1:]  # behind the tower
+        takes = list(inspect.signature(self.embed).parameters)[1:]  # behind the tower
         asked = [name for name, value in given.items() if value is not None and value is not False]
         strange = [name for name in asked if name not in (*takes, *_WITHOUT_EFFECT, "return_dict")]
         if strange:
@@ -106,7 +108,7 @@ class TransformersHost(Host):
     def heads(self, attn: Any) -> int:
         return attn.config.num_attention_heads
 
-    def project(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query of x, key and value of memory, each [total, heads, head_dim]."""
         query, key, value = (getattr(attn, name) for name in self.projections)
         heads = (self.heads(attn), -1)
@@ -139,13 +141,13 @@ class PreNorm(TransformersHost):
 
     def qkv(self, block: Any, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
         x = getattr(block, self.norms[0])(tokens.x)
-        return self.project(self.attn(block), x, x)
+        return self.projected(self.attn(block), x, x)
 
-    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         branch = getattr(self.attn(block), self.output)(context.flatten(1))
         return tokens.with_x(tokens.x + self.branch(block, 0, branch, tokens))
 
-    def feed(self, block: Any, tokens: PackedTokens, beside: Any) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Any) -> PackedTokens:
         norm = getattr(block, self.norms[1])
         branch = by_tiles(lambda x: block.mlp(norm(x)), tokens.x)
         return tokens.with_x(tokens.x + self.branch(block, 1, branch, tokens))
@@ -154,7 +156,7 @@ class PreNorm(TransformersHost):
         """What becomes of a branch before it is added: index 0 after attention, 1 after the MLP; x [total, dim]."""
         return x
 
-    def mixes_affinely(self, block: nn.Module) -> bool:
+    def projects_affinely(self, block: nn.Module) -> bool:
         return is_affine(getattr(self.attn(block), self.output))
 
 
@@ -165,7 +167,7 @@ class Images(TransformersHost):
         """How many tokens stand before the patches."""
         return int(self.has_summary)
 
-    def open(
+    def embed(
         self, tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
         images = self.images(tower, pixel_values, interpolate_pos_encoding)
@@ -196,7 +198,7 @@ class Sentences(TransformersHost):
         """[batch, 1] or one for all: where the token stands that speaks for its sentence."""
         return 0
 
-    def open(
+    def embed(
         self,
         tower: Any,
         input_ids: Tensor,

@@ -16,10 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer
 from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextSelfAttention
 
-from ...attention import attend
+from ...core.attention import attend
+from ...core.tokens import PackedTokens
+from ...pruning.trace import DecodeStats, tell_collectors
 from ...registry import hosts
-from ...tokens import PackedTokens
-from ...traces import Decoded, tell_collectors
 from ..base import Host
 from ..decoder import WithDecoder
 from ..linear_maps import linear_macs
@@ -41,14 +41,14 @@ class BlipVision(PreNorm, Images):
     output = "projection"
     known: ClassVar = {BlipEncoderLayer: (BlipAttention,)}
 
-    def project(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return q, k, v
 
     def scale(self, block: Any) -> float:
         return block.self_attn.scale
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         refuse_parts(tokens, _READER, _INSTEAD)
         x = tokens.with_x(tower.post_layernorm(tokens.x)).unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
@@ -60,7 +60,7 @@ class BlipText(PostNorm):
 
     known: ClassVar = {BlipTextLayer: (BlipTextSelfAttention,)}
 
-    def open(
+    def embed(
         self,
         tower: Any,
         input_ids: Tensor,
@@ -83,15 +83,15 @@ class BlipText(PostNorm):
             real = real & encoder_attention_mask.to(real.device).bool()
         return tokens, ((PackedTokens.pack(encoder_hidden_states, real),),) * len(nothing)
 
-    def feed(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> PackedTokens:
         if beside is not None:
             context = self._look(block.crossattention.self, tokens, beside[0])
             tokens = tokens.with_x(block.crossattention.output(context.flatten(1), tokens.x))
-        return super().feed(block, tokens, beside)
+        return super().feed_forward(block, tokens, beside)
 
     def _look(self, attn: Any, tokens: PackedTokens, memory: PackedTokens) -> Tensor:
         """Cross-attention of each sentence to its image: [total, heads, head_dim]."""
-        q, k, v = self.project(attn, tokens.x, memory.x)
+        q, k, v = self.projected(attn, tokens.x, memory.x)
         together = tokens.layout.grouped(memory.layout.batch)  # sentences that look at one image share its keys
         dropout = attn.dropout.p if attn.training else 0.0
         return attend(q, k, v, together, q.shape[-1] ** -0.5, key_layout=memory.layout, dropout=dropout)
@@ -100,9 +100,9 @@ class BlipText(PostNorm):
 class BlipQuestion(BlipText):
     """BLIP's text tower where a decoder looks at all that it leaves."""
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         refuse_parts(tokens, _READER, _INSTEAD)
-        return super().close(tower, tokens, beside)
+        return super().head(tower, tokens, beside)
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForImageTextRetrieval")
@@ -173,9 +173,9 @@ def _hide_padding(attn: nn.Module, args: tuple[Any, ...], named: dict[str, Any])
 def _tell_tokens(attn: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
     """After the first layer's self-attention made probabilities [rows, heads, new tokens, seen]: the others do as it did."""
     rows, _, new, seen = out[1].shape
-    tell_collectors(Decoded(rows * new, pairs=rows * new * seen))
+    tell_collectors(DecodeStats(rows * new, pairs=rows * new * seen))
 
 
 def _tell_words(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
     """After logits [rows, words, vocab_size], in `generate` those of each row's last token alone."""
-    tell_collectors(Decoded(words=logits.shape[0] * logits.shape[1]))
+    tell_collectors(DecodeStats(words=logits.shape[0] * logits.shape[1]))

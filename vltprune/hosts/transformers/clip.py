@@ -11,8 +11,8 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLay
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Siglip2EncoderLayer
 
+from ...core.tokens import PackedTokens
 from ...registry import hosts
-from ...tokens import PackedTokens
 from ..linear_maps import linear_macs
 from ..soft import padded_bias
 from .base import Images, PreNorm, SavedWithTowers, Sentences
@@ -36,13 +36,13 @@ class _Blocks(PreNorm):
 class ClipVision(_Blocks, Images):
     """CLIP's image tower. As in transformers, the last hidden state is not normed, and the pooled class token is."""
 
-    def open(
+    def embed(
         self, tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
-        tokens, beside = super().open(tower, pixel_values, interpolate_pos_encoding)
+        tokens, beside = super().embed(tower, pixel_values, interpolate_pos_encoding)
         return tokens.with_x(tower.pre_layrnorm(tokens.x)), beside
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         x = tokens.unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
 
@@ -53,7 +53,7 @@ class SiglipVision(_Blocks, Images):
 
     has_summary = False
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         tokens = tokens.with_x(tower.post_layernorm(tokens.x))
         x = tokens.unpack()[0]
         pooled = _pool(tower.head, tokens) if tower.use_head else None
@@ -64,7 +64,7 @@ class SiglipVision(_Blocks, Images):
 class Siglip2Vision(SiglipVision):
     """SigLIP 2's image tower for images of any shape, given as patches: those that only pad never enter."""
 
-    def open(
+    def embed(
         self, tower: Any, pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Tensor
     ) -> tuple[PackedTokens, tuple[None, ...]]:
         width = tower.config.num_channels * tower.config.patch_size**2
@@ -84,13 +84,13 @@ class Siglip2Vision(SiglipVision):
 class _Text(_Blocks, Sentences):
     """All tokens that the mask shows enter, those behind the pooled one too: the last hidden state has them."""
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         tokens = tokens.with_x(tower.final_layer_norm(tokens.x))
         assert tokens.summary is not None
-        pooled = self.head(tower, tokens.read(tokens.summary))
+        pooled = self.pooled(tower, tokens.read(tokens.summary))
         return BaseModelOutputWithPooling(last_hidden_state=tokens.unpack()[0], pooler_output=pooled)
 
-    def head(self, tower: Any, pooled: Tensor) -> Tensor:
+    def pooled(self, tower: Any, pooled: Tensor) -> Tensor:
         return pooled
 
 
@@ -115,7 +115,7 @@ class SiglipText(_Text):
     def place(self, tower: Any, input_ids: Tensor) -> int:
         return input_ids.shape[1] - 1
 
-    def head(self, tower: Any, pooled: Tensor) -> Tensor:
+    def pooled(self, tower: Any, pooled: Tensor) -> Tensor:
         return tower.head(pooled)
 
 
@@ -134,7 +134,7 @@ class TwoTowers(SavedWithTowers):
 
 def _pool(head: Any, tokens: PackedTokens) -> Tensor:
     """The head over the tokens of each instance, [batch, dim]."""
-    if tokens.presence is not None:
+    if tokens.keep_prob is not None:
         return _pool_in_part(head, tokens)
     if tokens.layout.is_uniform:
         return head(tokens.unpack()[0])

@@ -14,9 +14,9 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 )
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTLayer, rotate_half
 
+from ...core.tokens import PackedTokens
 from ...registry import hosts
-from ...tokens import PackedTokens
-from ..base import drop_path
+from ..ops import drop_path
 from .base import Images, PreNorm
 
 
@@ -39,7 +39,7 @@ class Dinov2(PreNorm, Images):
     def prefix(self, tower: Any) -> int:
         return 1 + getattr(tower.config, "num_register_tokens", 0)
 
-    def open(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+    def embed(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         x = tower.embeddings(self.images(tower, pixel_values, any_size=True))
         return self.pack(tower, x), (None,) * len(self.blocks(tower))
 
@@ -47,7 +47,7 @@ class Dinov2(PreNorm, Images):
         scaled = (block.layer_scale1, block.layer_scale2)[index](x)
         return drop_path(block.drop_path, scaled, tokens.layout)
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         x = tokens.with_x(getattr(tower, self.norm)(tokens.x)).unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
 
@@ -60,8 +60,8 @@ class Dinov3(Dinov2):
     dropout = "dropout"
     norm = "norm"
 
-    def open(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
-        tokens, _ = super().open(tower, pixel_values)
+    def embed(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+        tokens, _ = super().embed(tower, pixel_values)
         tables = torch.stack(tower.rope_embeddings(pixel_values.to(tower.dtype)))  # cos, sin: [2, patches, head_dim]
         still = tables.new_tensor((1.0, 0.0)).view(2, 1, 1).expand(2, self.prefix(tower), tables.shape[-1])
         return tokens, (torch.cat((still, tables), 1),) * len(self.blocks(tower))

@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from ...registry import hosts
-from ..base import Composite, Host, find_host, with_submodule
+from ..base import Composite, Host
+from ..find import find_host
+from ..graft import with_submodule
 from ..linear_maps import linear_macs
 from .saving import with_pruning_saved
 

@@ -14,10 +14,10 @@ from transformers.models.modernbert.modeling_modernbert import (
     apply_rotary_pos_emb,
 )
 
-from ...attention import PairBias
-from ...checks import check_ids
+from ...core.attention import PairBias
+from ...core.checks import check_ids
+from ...core.tokens import PackedTokens
 from ...registry import hosts
-from ...tokens import PackedTokens
 from .base import PreNorm, Sentences
 
 
@@ -46,7 +46,7 @@ class ModernBert(PreNorm, Sentences):
     output = "Wo"
     known: ClassVar = {ModernBertEncoderLayer: (ModernBertAttention,)}
 
-    def open(
+    def embed(
         self,
         tower: Any,
         input_ids: Tensor,
@@ -88,7 +88,7 @@ class ModernBert(PreNorm, Sentences):
     def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
         return block.attn.out_drop(x) if index == 0 else x
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         return BaseModelOutput(last_hidden_state=tokens.with_x(tower.final_norm(tokens.x)).unpack()[0])
 
 

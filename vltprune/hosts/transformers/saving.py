@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ...checkpoint import saved_of
-from ...files import write_text
-from ...pair import BESIDE, CONFIG, CheckpointError
-from ...recipe import check_whole
-from ...wrappers import record_of
+from ...io.checkpoint import saved_of
+from ...io.model_files import BESIDE, CONFIG, CheckpointError
+from ...io.recipe import check_whole
+from ...utils.files import write_text
+from ...utils.wrappers import record_of
 
 M = TypeVar("M", bound=nn.Module)
 

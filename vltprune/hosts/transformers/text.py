@@ -17,10 +17,10 @@ from transformers.models.mpnet.modeling_mpnet import MPNetLayer, MPNetSelfAttent
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer, XLMRobertaSelfAttention
 
-from ...attention import PairBias
+from ...core.attention import PairBias
+from ...core.tokens import PackedTokens
 from ...registry import hosts
-from ...tokens import PackedTokens
-from ..base import by_tiles
+from ..ops import by_tiles
 from .base import Sentences
 
 
@@ -34,15 +34,15 @@ class PostNorm(Sentences):
     answers: ClassVar[Any] = BaseModelOutputWithPoolingAndCrossAttentions
 
     def qkv(self, block: Any, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return self.project(self.attn(block), tokens.x, tokens.x)
+        return self.projected(self.attn(block), tokens.x, tokens.x)
 
-    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return tokens.with_x(block.attention.output(context.flatten(1), tokens.x))
 
-    def feed(self, block: Any, tokens: PackedTokens, beside: Any) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Any) -> PackedTokens:
         return tokens.with_x(by_tiles(lambda x: block.output(block.intermediate(x), x), tokens.x))
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         x = tokens.unpack()[0]
         pooled = None if tower.pooler is None else tower.pooler(x)
         return self.answers(last_hidden_state=x, pooler_output=pooled)
@@ -65,7 +65,7 @@ class Bert(PostNorm):
         if tower.config.is_decoder:
             raise TypeError(f"cannot prune a {type(tower).__name__} that decodes: build it with is_decoder=False")
 
-    def open(
+    def embed(
         self,
         tower: Any,
         input_ids: Tensor,
@@ -88,7 +88,7 @@ class MPNet(PostNorm):
     def heads(self, attn: Any) -> int:
         return attn.num_attention_heads
 
-    def open(
+    def embed(
         self,
         tower: Any,
         input_ids: Tensor,
@@ -105,7 +105,7 @@ class MPNet(PostNorm):
         zero = beside.shape[1] // 2
         return PairBias(tokens.position, lambda distance: beside[:, distance + zero].movedim(0, -3))
 
-    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         own = block.attention
         return tokens.with_x(own.LayerNorm(own.dropout(own.attn.o(context.flatten(1))) + tokens.x))
 
@@ -130,13 +130,13 @@ class DistilBert(Sentences):
     known: ClassVar = {TransformerBlock: (DistilBertSelfAttention,)}
 
     def qkv(self, block: Any, tokens: PackedTokens, beside: None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.project(block.attention, tokens.x, tokens.x)
+        return self.projected(block.attention, tokens.x, tokens.x)
 
-    def mix(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return tokens.with_x(block.sa_layer_norm(block.attention.out_lin(context.flatten(1)) + tokens.x))
 
-    def feed(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
         return tokens.with_x(by_tiles(lambda x: block.output_layer_norm(block.ffn.ff_chunk(x) + x), tokens.x))
 
-    def close(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
         return BaseModelOutput(last_hidden_state=tokens.unpack()[0])

@@ -1,0 +1,88 @@
+"""`list`, `info` and `macs` from end to end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vltprune as vp
+from vltprune.cli import main as cli
+
+
+def test_list(capsys, fails):
+    assert cli.main(["list", "nlvr"]) == 0
+    names = capsys.readouterr().out.split()
+    assert {"blip_nlvr_base", "blip_nlvr_large", "blip_nlvr_tiny", "blip_nlvr_tiny_madtp.p80"} <= set(names)
+    assert cli.main(["list", "vit_*_dinov2", "--library", "timm"]) == 0
+    assert "vit_small_patch14_dinov2" in capsys.readouterr().out.split()
+    assert cli.main(["list", "--parts"]) == 0
+    assert "threshold" in capsys.readouterr().out
+    assert "blip_bass" in fails("list", "blip_bass")
+
+
+def test_info_of_a_pruned_model(capsys):
+    assert cli.main(["info", "blip_nlvr_tiny_madtp.p80"]) == 0
+    out = capsys.readouterr().out
+    for wanted in ("scorer   madtp", "image tower: 6 layers, width 128, 4 heads", "text tower: 4", "prunes", "fewer"):
+        assert wanted in out
+
+
+@pytest.mark.parametrize("task", ["caption", "vqa", "retrieval"])
+def test_info_of_the_tasks_of_blip(capsys, task):
+    assert cli.main(["info", f"blip_{task}_tiny_madtp"]) == 0
+    out = capsys.readouterr().out
+    assert "image tower: 6 layers" in out
+    assert ("text tower: 4 layers" in out) == (task != "caption")
+
+
+def test_info_of_a_dense_model_takes_its_arguments(capsys):
+    assert cli.main(["info", "vit_tiny_patch16_224", "img_size=64", "depth=2"]) == 0
+    out = capsys.readouterr().out
+    assert "2 layers, width 192, 3 heads, a summary token" in out
+    assert "pruned" not in out.replace("pruners", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["blip_nlvr_tinny"], "did you mean blip_nlvr_tiny"),
+        (["blip_nlvr_tiny_madtp", "patchsize=8"], "did you mean patch_size"),
+        (["blip_nlvr_tiny_madtp", "patch_size"], "write name=value"),
+        (["blip_nlvr_tiny_madtp", "keep=ratio(rato=0.5)"], "did you mean ratio"),
+        (["blip_nlvr_tiny_madtp", "scorer=madpt"], "did you mean madtp"),
+        (["resnet18"], "no host takes it apart"),
+        (["blip_nlvr_tiny_madtp.p80", "--pretrained", "nowhere.pth"], "there is no file nowhere.pth"),
+    ],
+)
+def test_info_refusals(arguments, complaint, fails):
+    assert complaint in fails("info", *arguments)
+
+
+def test_flops_agrees_with_the_library(capsys):
+    assert cli.main(["macs", "vit_tiny_patch16_224", "--image-size", "64"]) == 0
+    out = capsys.readouterr().out
+    model = vp.prune(vp.create_model("vit_tiny_patch16_224", img_size=64), "random")
+    cost = vp.count_macs(model, torch.randn(1, 3, 64, 64))
+    assert f"{cost.dense_total / 1e9:.3f} GMACs" in out
+    assert "attention" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["blip_nlvr_tiny_evit", "--image-size", "64", "--tokens", "9"], "two images and a sentence"),
+        (["blip_tiny"], "(an image and a sentence)"),
+        (["blip_caption_tiny_random"], "decoder      dense"),
+        (["blip_vqa_tiny"], "(an image, a question and an answer of 5 tokens)"),
+        (["clip_vit_s_32_alt_random", "--tokens", "20"], "text tower"),
+    ],
+)
+def test_flops_of_composites(arguments, wanted, capsys):
+    assert cli.main(["macs", *arguments]) == 0
+    assert wanted in capsys.readouterr().out
+
+
+def test_flops_refusals(fails):
+    assert "reads no sentence" in fails("macs", "vit_tiny_patch16_224", "--tokens", "4")
+    assert "max_positions" in fails("macs", "blip_nlvr_tiny", "--tokens", "99")
+    assert "multiple" in fails("macs", "blip_nlvr_tiny", "--image-size", "97")

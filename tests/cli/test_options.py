@@ -1,0 +1,211 @@
+"""Wrong values of every option: refused before any work begins, with the option's name and what to write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from vltprune.cli import main as cli
+from vltprune.data import pictures
+from vltprune.models import open_model as opening
+
+EVAL = ["eval", "--task", "nlvr", "--model", "blip_nlvr_tiny", "--data", "synthetic:test"]
+PRUNE = ["prune", "vit_tiny_patch16_224_evit", "PHOTOS"]
+COMPRESS = [
+    "compress",
+    "--task",
+    "nlvr",
+    "--model",
+    "blip_nlvr_tiny",
+    "--data",
+    "synthetic:train:8",
+    "--val",
+    "synthetic:val:8",
+]
+PREDICT = ["predict", "LEFT", "RIGHT", "a circle"]
+WHOLE = "is no whole number from 1 on"
+SHARE = "is no share: write a number between 0 and 1, such as 0.5"
+SEED = "is no seed: write a whole number from 0"
+PAIR = "write name=value, such as image_size=96"
+
+WRONG = [
+    *((["demo", "--pairs", value], "--pairs", WHOLE) for value in ("abc", "0", "-3", "1.5", "")),
+    *((["demo", "--seed", value], "--seed", SEED) for value in ("abc", "-1", "1.5", str(2**70))),
+    *(
+        (["demo", "--threads", value], "--threads", says)
+        for value, says in (("0", WHOLE), ("x", WHOLE), ("99999", "too many"))
+    ),
+    (["demo", "--output", ""], "--output", "it is empty"),
+    (["predict", "nowhere.png", "RIGHT", "a circle"], "nowhere.png", "there is no picture"),
+    ([*PREDICT, "--output", "kept.pdf"], "--output kept.pdf", "write a picture file, such as kept.png, or a folder"),
+    ([*PREDICT, "--output", "FILE/below"], "--output", "a file is in its way"),
+    ([*PREDICT, "--pretrained", "nowhere.pth"], "nowhere.pth", "give a folder with model.safetensors"),
+    (["list", "--library", "keras"], "--library", "choose from"),
+    (["list", "--parts", "--pretrained"], "--pretrained", "not allowed with argument"),
+    (["info", "vit_tiny_patch16_224", "img_size"], "name=value", PAIR),
+    (["info", "vit_tiny_patch16_224", "=3"], "name=value", PAIR),
+    (["info", "vit_tiny_patch16_224", "img_size=abc"], "img_size='abc'", "cannot be built with"),
+    (["info", "vit_tiny_patch16_224", "embed_dim=190"], "embed_dim=190", "cannot be built with"),
+    (["info", "vit_tiny_patch16_224", "imgsize=96"], "imgsize=96", "cannot be built with"),
+    (["info", "ViT-S-32-alt", "force_image_size=abc"], "force_image_size='abc'", "cannot be built with"),
+    (["info", "blip_nlvr_tiny", "vision_depth=abc"], "vision_depth='abc'", "cannot be built with"),
+    (["info", "blip_nlvr_tiny_madtp", "at=99"], "at=[99]", "depths 0 .. 5, or -6 .. -1 from the end"),
+    (["macs", "vit_tiny_patch16_224", "--image-size", "big"], "--image-size", WHOLE),
+    (["macs", "vit_tiny_patch16_224", "--tokens", "0"], "--tokens", WHOLE),
+    (["prune", "vit_tiny_patch16_224_evit", "nowhere"], "folder", "there is no folder 'nowhere'"),
+    (["prune", "vit_tiny_patch16_224_evit", "FILE"], "folder", "it is a file"),
+    ([*PRUNE, "--preset", "evitt"], "--preset", "did you mean evit"),
+    ([*PRUNE, "--scorer", "rando"], "--scorer", "did you mean random"),
+    ([*PRUNE, "--keep", "ratio(rato=0.5)"], "--keep", "did you mean ratio"),
+    ([*PRUNE, "--keep", "ratio(0.5)"], "--keep", "write name or name(key=value, ...)"),
+    ([*PRUNE, "--keep", "count"], "--keep", "write keeper 'count'(count=...)"),
+    ([*PRUNE, "--reducer", "none"], "--reducer", "there is drop, fuse"),
+    ([*PRUNE, "--guide", "codebok"], "--guide", "codebook"),
+    *(([*PRUNE, "--at", value], "--at", "such as --at 3,6,9") for value in ("first", "1;2", "1.5", "True", "", "None")),
+    ([*PRUNE, "--at", "40"], "at=[40]", "depths 0 .. 11"),
+    *(
+        ([*PRUNE, "--reduction", value], "--reduction", SHARE)
+        for value in ("abc", "0", "1", "1.5", "-0.5", "nan", "50%")
+    ),
+    *(([*PRUNE, f"--{name}", "0"], f"--{name}", WHOLE) for name in ("limit", "batch-size", "calibrate-on")),
+    ([*PRUNE, "--pictures", "-1"], "--pictures", WHOLE),
+    ([*PRUNE, "--output", "FILE"], "--output", "a file is in its way"),
+    ([*EVAL, "--task", "nlv"], "--task", "choose from"),
+    ([*EVAL, "--data", "nowhere.json"], "--data", "there is no annotation file nowhere.json"),
+    ([*EVAL, "--data", "PHOTOS"], "--data", "is a folder: give the annotation file in it"),
+    ([*EVAL, "--data", "synthetic:nope"], "nope", "no split"),
+    ([*EVAL, "--images", "nowhere"], "--images", "there is no folder nowhere"),
+    ([*EVAL, "--images", "vqa=nowhere"], "--images", "there is no folder nowhere"),
+    ([*EVAL, "--answers", "nowhere.json"], "--answers", "there is no file 'nowhere.json'"),
+    ([*EVAL, "--answers", "PHOTOS"], "--answers", "is a folder: give a file in it"),
+    ([*EVAL, "--vocabulary", "nowhere.txt"], "--vocabulary", "there is no file 'nowhere.txt'"),
+    ([*EVAL, "--model-args", "image_size"], "--model-args", PAIR),
+    ([*EVAL, "--model-args"], "--model-args", "expected at least one argument"),
+    ([*EVAL, "--limit", "0"], "--limit", WHOLE),
+    ([*EVAL, "--batch-size", "none"], "--batch-size", WHOLE),
+    ([*EVAL, "--workers", "-1"], "--workers", WHOLE),
+    ([*EVAL, "--k-test", "x"], "--k-test", WHOLE),
+    *(([*EVAL, "--device", value], "--device", "write cpu, or cuda") for value in ("gpu", "cuda:99", "meta", "")),
+    ([*EVAL, "--output", "FILE"], "--output", "a file is in its way"),
+    (["compress"], "--task caption|", "a compression config needs task, model, data, val"),
+    (["compress", "--task", "nlvr", "--model", "x", "--data", "y"], "--val FILE", "a compression config needs val"),
+    ([*COMPRESS, "--config", "nowhere.yaml"], "--config", "there is no file 'nowhere.yaml'"),
+    ([*COMPRESS, "--config", "PHOTOS"], "--config", "is a folder"),
+    ([*COMPRESS, "--task", "nvlr"], "--task", "choose from"),
+    ([*COMPRESS, "--preset", "nope"], "--preset", "there is evit, madtp, random"),
+    ([*COMPRESS, "--reduction", "1"], "--reduction", SHARE),
+    ([*COMPRESS, "--reduction", "half"], "--reduction", SHARE),
+    ([*COMPRESS, "--reduction", "image=0.5,text=2"], "--reduction", SHARE),
+    ([*COMPRESS, "--reduction", "image=0.5,text=0"], "--reduction", SHARE),
+    *(
+        (
+            [*COMPRESS, "--reduction", f"image=0.5,{more}"],
+            "--reduction",
+            "one for each tower, such as image=0.5,text=0.3",
+        )
+        for more in ("text", "image=0.3", "0.3=text", "")
+    ),
+    ([*COMPRESS, "--set", "reduction=a"], "--set: reduction='a'", "or one for each tower, such as reduction={'image'"),
+    ([*COMPRESS, "--set", "reduction={'image': 1}"], "--set: reduction={'image': 1}", "between 0 and 1 for each tower"),
+    ([*COMPRESS, "--reduction", "image=0.5", "--set", "budget=learned"], "--set: budget=", "write budget='controller'"),
+    ([*COMPRESS, "--data", "nowhere.json"], "--data", "there is no annotation file nowhere.json"),
+    ([*COMPRESS, "--val", "PHOTOS"], "--val", "is a folder: give the annotation file in it"),
+    ([*COMPRESS, "--images", "nowhere"], "--images", "there is no folder nowhere"),
+    ([*COMPRESS, "--val-images", "FILE"], "--val-images", "there is no folder"),
+    ([*COMPRESS, "--output", "FILE"], "--output", "a file is in its way"),
+    ([*COMPRESS, "--set"], "--set", "expected at least one argument"),
+    ([*COMPRESS, "--set", "steps"], "--set", "write name=value"),
+    ([*COMPRESS, "--set", "step=3"], "'step'", "did you mean steps"),
+    ([*COMPRESS, "--set", "steps=abc"], "--set: steps='abc'", "must be a whole number, such as steps=2000"),
+    ([*COMPRESS, "--set", "steps=1.5"], "--set: steps=1.5", "must be a whole number"),
+    ([*COMPRESS, "--set", "steps=True"], "--set: steps=True", "must be a whole number"),
+    ([*COMPRESS, "--set", "steps=0"], "--set: steps=0", "must be 1 or more"),
+    ([*COMPRESS, "--set", "lr=fast"], "--set: lr='fast'", "must be a number, such as lr=0.0001"),
+    ([*COMPRESS, "--set", "lr=-1"], "--set: lr=-1", "must be above 0"),
+    (
+        [*COMPRESS, "--set", "max_grad_norm=None"],
+        "--set: max_grad_norm=None",
+        "must be a number, such as max_grad_norm=1",
+    ),
+    ([*COMPRESS, "--set", "serve=a"], "--set: serve='a'", "must be a number, such as serve=0.5"),
+    ([*COMPRESS, "--set", "serve=(2,)"], "--set: serve=(2,)", "between 0 and 1"),
+    ([*COMPRESS, "--set", "freeze=3"], "--set: freeze=3", "must be text, such as freeze=text.*"),
+    ([*COMPRESS, "--set", "augment=maybe"], "--set: augment='maybe'", "must be True or False"),
+    ([*COMPRESS, "--set", "parts=drop"], "--set: parts='drop'", "must be a mapping"),
+    ([*COMPRESS, "--set", "parts={'keep': 'ratoi'}"], "--set: parts={'keep': 'ratoi'}", "did you mean ratio"),
+    ([*COMPRESS, "--set", "model_args=3"], "--set: model_args=3", "must be a mapping"),
+    ([*COMPRESS, "--set", "precision=8"], "--set: precision=8", "must be text, such as precision=bf16"),
+    ([*COMPRESS, "--set", "budget=soft"], "--set: budget='soft'", "write budget='controller'"),
+    ([*COMPRESS, "--set", "val_limit=0"], "--set: val_limit=0", "must be 1 or more"),
+    ([*COMPRESS, "--set", "seed=-1"], "--set: seed=-1", "must be 0 or more"),
+    ([*COMPRESS, "--set", "pretrained=3"], "--set: pretrained=3", "must be text"),
+]
+
+
+@pytest.mark.parametrize(("argv", "name", "says"), WRONG, ids=[" ".join(argv[-2:]) for argv, _, _ in WRONG])
+def test_wrong_values_are_refused_at_once(argv, name, says, pair, photos, tmp_path, monkeypatch, fails):
+    if argv[0] == "compress":
+        pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'vltprune[train]'")
+
+    def work(*_, **__):
+        raise AssertionError("the work began before the option was checked")
+
+    if argv[0] == "prune" and "40" not in argv:
+        monkeypatch.setattr(opening, "create_model", work)
+        monkeypatch.setattr(pictures, "read", work)
+    (tmp_path / "file").write_text("in the way")
+    places = {"PHOTOS": str(photos), "FILE": str(tmp_path / "file"), "LEFT": pair[0], "RIGHT": pair[1]}
+    places["FILE/below"] = str(tmp_path / "file" / "below")
+    monkeypatch.chdir(tmp_path)
+    complaint = fails(*(places.get(one, one) for one in argv))
+    assert name in complaint and says in complaint
+    assert "Errno" not in complaint
+    assert not list(tmp_path.glob("compress/*")) and not list(tmp_path.glob("demo/*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- 1\n", "must hold the fields of a compression config, it holds list"),
+        ("a: [1\n", "is not YAML"),
+        ("\xff\xfe", "it is no text in UTF-8"),
+        ("steps: many\n", "steps='many' must be a whole number, such as steps=2000"),
+        ("steps: 2e3\nlr: quick\n", "lr='quick' must be a number"),
+        ("stepps: 3\n", "did you mean steps"),
+    ],
+)
+def test_files_of_wrong_fields_are_named(text, says, tmp_path, monkeypatch, fails):
+    pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'vltprune[train]'")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_bytes(text.encode("latin-1"))
+    complaint = fails(*COMPRESS, "--config", "run.yaml")
+    assert says in complaint and ("run.yaml" in complaint or "stepps" in complaint)
+
+
+def test_every_option_is_in_the_table():
+    """Options that take a value, of every command: each is tried with a wrong one above, or takes any text."""
+    free = {("list", "pattern"), ("predict", "sentence"), ("predict", "right"), ("predict", "model"), ("eval", "model")}
+    free |= {("compress", "model"), *((command, "model") for command in ("info", "macs", "prune"))}
+    free |= {(command, "pretrained") for command in ("info", "macs", "prune", "eval", "compress")}  # as in predict
+    free |= {(command, "threads") for command in ("predict", "info", "macs", "prune", "eval", "compress")}  # as in demo
+    tried = {(argv[0], option.strip("-").replace("-", "_")) for argv, name, _ in WRONG for option in (*argv, name)}
+    tried |= {("info", "arguments"), ("predict", "left")}
+    subparsers = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for command, parser in subparsers.choices.items():
+        for action in parser._actions:
+            if action.nargs != 0 and (command, action.dest) not in free:
+                assert (command, action.dest) in tried, f"{command} {action.dest}"
+
+
+def test_what_is_right_is_taken(tmp_path):
+    parse = cli.build_parser().parse_args
+    args = parse([*PRUNE[:2], str(tmp_path), "--at=-1,0.5", "--guide", "None", "--reduction", ".5", "--pictures", "0"])
+    assert (args.at, args.guide, args.reduction, args.pictures) == ((-1, 0.5), "none", 0.5, 0)
+    assert parse([*COMPRESS, "--reduction", "0"]).reduction == 0.0
+    assert parse([*COMPRESS, "--reduction", "image=0.5, text=.3"]).reduction == {"image": 0.5, "text": 0.3}
+    assert parse([*EVAL, "--vocabulary", "org/name", "--device", "cpu", "--workers", "0"]).vocabulary == "org/name"
+    (tmp_path / "run.json").write_text(json.dumps({"steps": 10}))
+    args = parse([*COMPRESS, "--config", str(tmp_path / "run.json"), "--set", "lr=1e-4", "a=b=c"])
+    assert args.set == ["lr=1e-4", "a=b=c"]

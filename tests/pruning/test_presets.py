@@ -1,0 +1,204 @@
+"""The invariants, end to end, for every preset and for every registered part in a preset's place."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from small_models import BLIP, NAMES, small, soften
+from strategies import arguments, seeds
+from torch import Tensor
+from torch.testing import assert_close
+
+import vltprune as vp
+from vltprune import Part, PruneConfig
+
+BASE = PruneConfig(scorer="madtp", keep="ratio(ratio=0.6)", reducer="fuse", guide="codebook(anchors=6)")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+PARTS = {"scorer": vp.scorers, "keep": vp.keepers, "reducer": vp.reducers, "guide": vp.guides}
+EVERY = [f"{kind}={name}" for kind, registry in PARTS.items() for name in registry.names()]
+# each preset on each model; each part on both kinds of towers, alone and beside another
+PAIRS = [(name, chosen) for name in NAMES for chosen in vp.presets.names()]
+PAIRS += [(name, chosen) for name in ("vit", "nlvr") for chosen in EVERY]
+few = settings(max_examples=max(1, settings.default.max_examples // 12))  # of each part on each model: many in all
+
+
+@st.composite
+def configs(draw, chosen: str) -> PruneConfig:
+    """A preset, or BASE with one part exchanged and that part's arguments drawn."""
+    kind, _, name = chosen.partition("=")
+    if not name:
+        return vp.preset(chosen)
+    drawn = draw(arguments(PARTS[kind][name], vary=kind != "keep"))
+    return BASE.replace(**{kind: Part(name, drawn)})
+
+
+def pruned(name: str, config: PruneConfig):
+    """A small model pruned, its guide among its own tokens."""
+    source = small(name)
+    model = vp.prune(source.model, config)
+    if model.pruning.guide is not None:
+        torch.manual_seed(0)
+        model.pruning.guide.fit(3 * torch.randn(200, 32))
+    return model
+
+
+def features(out: Tensor, inputs) -> Tensor:
+    """[batch, *]: of a text tower, whose tokens are padded, the first."""
+    return out[:, 0] if out.dim() == 3 else out
+
+
+@torch.no_grad()
+def run(model, inputs):
+    with vp.collect() as traces:
+        return features(model(*inputs), inputs), traces
+
+
+@pytest.mark.parametrize(("name", "chosen"), PAIRS)
+@given(data=st.data(), seed=seeds)
+@few
+def test_invariants(name, chosen, data, seed):
+    """2 protected tokens survive, 3 order, 4 an instance alone, 5 permutation, 8 sizes, 9 counts never grow."""
+    config = data.draw(configs(chosen))
+    model = pruned(name, config)
+    torch.manual_seed(seed)
+    inputs = small(name).draw(4)
+    out, traces = run(model, inputs)
+    assert out.isfinite().all()
+    for trace in traces:
+        check_trace(trace)
+
+    order = torch.randperm(4)
+    moved, _ = run(model, small(name).take(inputs, order))
+    assert_close(moved, out[order], **CLOSE)
+    for i in data.draw(st.permutations(range(4)))[:2]:
+        alone, alone_traces = run(model, small(name).take(inputs, slice(i, i + 1)))
+        assert_close(alone, out[i : i + 1], **CLOSE)
+        for trace, one in zip(traces, alone_traces, strict=True):
+            each = trace.entered.layout.batch // 4
+            assert one.lengths == tuple(lengths[i * each : (i + 1) * each] for lengths in trace.lengths)
+
+
+def check_trace(trace):
+    before, entered = trace.entered.layout.lengths, trace.entered
+    speaks = entered.summary.nonzero().flatten()
+    for depth, step in enumerate(trace.steps):
+        assert all(after <= n for after, n in zip(step.lengths, before, strict=True))
+        for position in step.position.split(step.lengths):
+            assert (position.diff() > 0).all()
+        owners = trace.owners(depth)
+        assert step.protected[owners[speaks]].all()
+        assert torch.equal(step.position[owners[speaks]], entered.position[speaks])
+        if step.reduction is not None:
+            assert sum(step.reduction.before.lengths) == sum(before)
+            assert step.reduction.layout.lengths == step.lengths
+            kept = step.reduction.index[step.protected]
+            assert torch.equal(step.reduction.values(torch.arange(sum(before)).double())[step.protected], kept.double())
+        before = step.lengths
+    holders = Counter(trace.owners(len(trace.steps) - 1).tolist())
+    holders.pop(-1, None)
+    assert sorted(holders) == list(range(sum(before)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("chosen", vp.presets.names())
+def test_presets_do_prune(name, chosen):
+    """None of the above would mean anything if nothing were pruned, or everybody alike where counts are per instance."""
+    _, traces = run(pruned(name, vp.preset(chosen)), small(name).draw(6))
+    assert all(sum(trace.lengths[-1]) < trace.entered.layout.total for trace in traces)
+    if chosen == "madtp" and name != "text":
+        assert len(set(traces[0].lengths[-1])) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chosen", [*vp.presets.names(), *EVERY])
+def test_models_in_half_precision(chosen, dtype):
+    """2, 3, 8, 9, in both towers; what an instance alone keeps may differ where half the digits make tokens tie."""
+    kind, _, name = chosen.partition("=")
+    part = {"count": "count(count=4)", "learned": "learned(threshold=0.0)"}.get(name, name)
+    config = BASE.replace(**{kind: part}) if name else vp.preset(chosen)
+    model = vp.prune(copy.deepcopy(small("nlvr").model).to(dtype), config)
+    images, *words = small("nlvr").draw(4)
+    out, traces = run(model, (images.to(dtype), *words))
+    assert out.dtype == dtype and out.isfinite().all()
+    assert any(sum(trace.lengths[-1]) < trace.entered.layout.total for trace in traces)
+    for trace in traces:
+        check_trace(trace)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scorer", vp.scorers.names())
+@pytest.mark.parametrize("reducer", vp.reducers.names())
+def test_keeping_all_is_the_dense_model(name, scorer, reducer):
+    """7, with every statistic computed on the way."""
+    model = pruned(name, BASE.replace(scorer=scorer, reducer=reducer, keep="ratio(ratio=1.0)"))
+    inputs = small(name).draw(3)
+    out, traces = run(model, inputs)
+    with torch.no_grad():
+        dense = features(small(name).model(*inputs), inputs)
+    assert_close(out, dense, **CLOSE)
+    assert all(step.reduction is None for trace in traces for step in trace.steps)
+
+
+@pytest.mark.parametrize("name", ["vit", "nlvr"])
+@pytest.mark.parametrize("chosen", [*vp.presets.names(), *EVERY])
+@given(data=st.data())
+@settings(max_examples=2)
+def test_gradients_reach_every_parameter(name, chosen, data):
+    """12: every parameter of guide and parts, and every one of the host that gets a gradient when dense."""
+    source, config = small(name), data.draw(configs(chosen))
+    if chosen == "keep=learned":  # thresholds that no token is near have no gradient
+        config = config.replace(keep=Part("learned", {"shift": config.keep.args["shift"] / 4}))
+    model, inputs = pruned(name, config), source.draw(6)
+
+    def reached(module, loss):
+        named = dict(module.named_parameters())
+        if not named:
+            return set()
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+        assert all(grad.isfinite().all() for grad in grads if grad is not None)
+        return {key for key, grad in zip(named, grads, strict=True) if grad is not None and grad.any()}
+
+    soft = chosen == "keep=learned"  # thresholds learn from what is kept softly, and from its cost
+    soften(model, 0.5 if soft else 0.0)
+    with vp.collect() as traces:
+        loss = model(*inputs).square().sum()
+    aligned = [trace.aligned.square().sum() for trace in traces if config.guide is not None]
+    costs = [step.expected.sum() for trace in traces for step in trace.steps if step.expected is not None]
+    own = {key for key, _ in parts(model).named_parameters()}
+    assert reached(parts(model), loss + sum(aligned) + sum(costs)) == own
+    if soft:
+        soften(model, 0.0)
+        loss = model(*inputs).square().sum()
+    dense = reached(source.model, source.model(*inputs).square().sum())
+    if config.depths("image", 4) and chosen != "keep=count":
+        assert dense - reached(source.model, loss) == set()
+
+
+def parts(model) -> torch.nn.ModuleDict:
+    """What pruning added to a model."""
+    record = model.pruning
+    added = {tower: encoder.pruners for tower, encoder in record.towers.items()}
+    added |= {"guide": record.guide} if record.guide is not None else {}
+    return torch.nn.ModuleDict(added)
+
+
+@pytest.mark.parametrize("chosen", [*vp.presets.names(), *EVERY])
+@given(data=st.data())
+@settings(max_examples=2)
+def test_config_and_checkpoint_round_trips(tmp_path_factory, chosen, data):
+    """13: config -> JSON -> config, and -> checkpoint -> the same outputs, bit by bit."""
+    config = data.draw(configs(chosen))
+    assert PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    model, inputs, folder = pruned("nlvr", config), small("nlvr").draw(3), tmp_path_factory.mktemp("saved")
+    out, traces = run(model, inputs)
+    again = vp.load(vp.save(model, folder), host=type(small("nlvr").model)(**BLIP))
+    assert again.pruning.config == config
+    loaded, loaded_traces = run(again, inputs)
+    assert torch.equal(loaded, out)
+    assert [t.lengths for t in loaded_traces] == [t.lengths for t in traces]

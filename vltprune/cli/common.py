@@ -1,0 +1,122 @@
+"""Helpers of several commands: they read names and values, check the output, load a model, lay out a table."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cost import calibration as budget
+from ..data import shards
+from ..evaluation.tasks.nlvr import SYNTHETIC
+from ..models.catalog import Name
+from ..models.open_model import is_random, open_model
+from ..utils.progress import bar, say
+from ..utils.wrappers import is_pruned
+from . import options
+
+MODEL = "a name, such as vit_base_patch16_224_evit or clip_vit_b_32.openai, a saved model's folder, or hf-hub:org/name"
+
+Subparsers = Any  # argparse has no public name for what add_subparsers returns
+
+
+def keywords(pairs: Sequence[str]) -> dict[str, Any]:
+    """["image_size=96", "keep=ratio(ratio=0.5)"], each an `options.assignment`, -> a dict."""
+    return {name: options.value(text) for name, _, text in (pair.partition("=") for pair in pairs)}
+
+
+def output_folder(path: str | Path) -> Path:
+    """The folder, made and proved writable before any work starts. OSError that names it otherwise."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        raise OSError(f"cannot write to the folder {folder}: {reason}; choose another --output") from error
+    return folder
+
+
+def check_annotations(option: str, data: str) -> None:
+    """OSError, naming the option, for annotations that are neither a file nor synthetic nor shards."""
+    if data.startswith(SYNTHETIC) or shards.are_meant(data):
+        return
+    path = Path(data)
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: {data} is a folder: give the annotation file in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}: there is no annotation file {data}")
+
+
+def check_folder(option: str, folder: str) -> None:
+    """OSError, naming the option, for no folder."""
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"{option}: there is no folder {folder}")
+
+
+def use_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def add_pretrained(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that takes a model by name."""
+    parser.add_argument(
+        "--pretrained",
+        nargs="?",
+        const=True,
+        metavar="PATH",
+        help="weights: a file or folder; alone, those that belong to the name (random, unless the name has a tag)",
+    )
+
+
+def load_model(
+    model: str,
+    pretrained: str | bool | None = None,
+    *,
+    preset: str | None = None,
+    default: str | None = None,
+    judged: bool = False,
+    **arguments: Any,
+) -> nn.Module:
+    """The model of a command's model argument: see `open_model`.
+
+    Says so where random weights choose the tokens; of a model that is `judged` by its answers, wherever they are random.
+    """
+    opened = open_model(model, pretrained=pretrained, preset=preset, default=default, arguments=arguments)
+    if is_random(model, pretrained) and (judged or is_pruned(opened)):
+        say_random(model, "which tokens it keeps, and what it makes of them, means nothing")
+    return opened
+
+
+def say_random(model: str, so: str) -> None:
+    """That a named model has random weights, and so what."""
+    trained = Name.read(model).tags()
+    how = f"append a tag, such as .{trained[0]}" if trained else "give a file of weights with --pretrained PATH"
+    say(f"vltprune: {model} has RANDOM weights here: {so}. For trained ones, {how}")
+
+
+def calibrate(model: nn.Module, batches: Sequence[Any], reduction: float, what: str) -> budget.Calibration:
+    """budget.calibrate under a progress bar that says `what`."""
+    with bar(what) as tries:
+
+        def tick(value: float, reduction: float) -> None:
+            tries.update()
+
+        return budget.calibrate(model, batches, reduction, progress=tick)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the first a header, as aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

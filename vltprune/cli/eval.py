@@ -1,0 +1,214 @@
+"""vltprune eval: a model, dense or pruned, on a data set of its task: scores, cost, tokens kept, throughput."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..cost import savings
+from ..data import Loader, fingerprint
+from ..evaluation import tasks
+from ..evaluation.evaluator import Evaluator, report, report_matching
+from ..evaluation.results_log import ResultsLog, write_json
+from ..evaluation.tasks.base import Images
+from ..evaluation.tasks.matching import MOST
+from ..io.preprocessing import transforms
+from ..models.wordpiece import BERT
+from . import common, options
+
+_SETTINGS = ("task", "model", "model_args", "pretrained", "vocabulary", "answers")
+_SETTINGS += ("data", "images", "batch_size", "device")
+
+
+def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "eval", parents=parents, help="scores and cost of a model on a data set; goes on where it was stopped"
+    )
+    _add_model(parser)
+    _add_data(parser)
+    parser.add_argument(
+        "--output", type=options.output, default="eval", metavar="DIR", help="folder for the results (%(default)s)"
+    )
+    parser.add_argument("--limit", type=options.positive, metavar="N", help="only the first so many records")
+    parser.add_argument("--batch-size", type=options.positive, default=16, metavar="N", help="records at a time (16)")
+    parser.add_argument(
+        "--workers", type=options.natural, default=2, metavar="N", help="threads that open pictures (2)"
+    )
+    parser.add_argument("--device", type=options.device, default="cpu", help="where the model runs, such as cuda (cpu)")
+    parser.add_argument("--strict", action="store_true", help="stop at what cannot be read, instead of skipping it")
+    parser.set_defaults(run=run)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=common.MODEL)
+    arguments = "for the named model: vocab_size=30524, keep='ratio(ratio=0.5)'"
+    parser.add_argument(
+        "--model-args", type=options.assignment, nargs="+", default=[], metavar="NAME=VALUE", help=arguments
+    )
+    common.add_pretrained(parser)
+    vocabulary = "for BLIP: vocab.txt or tokenizer.json (the hub's %(default)s)"
+    parser.add_argument("--vocabulary", type=options.vocabulary, default=BERT, metavar="PATH", help=vocabulary)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", required=True, choices=tasks.tasks.names(), help="what is asked of the model")
+    parser.add_argument("--data", required=True, metavar="FILE", help="annotations, or synthetic:test (nlvr)")
+    images = (
+        "the folder that the annotations' paths begin in (their own); for vqa also one for each data set, as vg=DIR"
+    )
+    parser.add_argument("--images", action="append", metavar="DIR", help=images)
+    parser.add_argument(
+        "--answers", type=options.file, metavar="FILE", help="for vqa: a list of answers to choose from (free words)"
+    )
+    most = f"for retrieval by BLIP: how many nearest its matching head judges again ({MOST}; 0 leaves that out)"
+    parser.add_argument("--k-test", type=options.natural, metavar="K", help=most)
+
+
+def run(args: argparse.Namespace) -> None:
+    common.check_annotations("--data", args.data)
+    images = _images(args)
+    folder = common.output_folder(args.output)
+    common.use_threads(args.threads)
+    kind: Any = tasks.tasks[args.task]
+    records = kind.read(args.data, images, args.strict)
+    model = _load(args)
+    settings = {**{name: getattr(args, name) for name in _SETTINGS}, **_contents(args, model)}
+    log = ResultsLog(folder, settings)
+    task: tasks.Task[Any] = kind.of(model, tasks.Options(args.vocabulary, args.answers))
+    _check_second_stage(task, args.k_test)
+
+    loader = Loader(records, transforms(model), args.batch_size, args.strict, stop=args.limit, workers=args.workers)
+    rows = _evaluated("answering", Evaluator(task, model, args.device), loader, log)[: len(loader)]
+    summary = _first_stage(task, rows, settings, records, folder)
+    if isinstance(task, tasks.Retrieval) and task.has_head and args.k_test != 0:
+        matching = task.matching(records, rows, args.k_test or MOST)
+        summary["matching"] = _second_stage(matching, model, settings, loader, folder)
+        write_json(folder / "summary.json", summary)
+        _print_matching(summary["matching"])
+    print(f"wrote {folder / 'summary.json'}, and what each record was answered beside it")
+
+
+def _contents(args: argparse.Namespace, model: nn.Module) -> dict[str, str | None]:
+    """What stands behind the names of the settings, as digests; pictures are told by each row."""
+    return {
+        "version": __version__,
+        "content_of_model": fingerprint.of_model(model),
+        "content_of_data": fingerprint.of_file(args.data),
+        "content_of_answers": fingerprint.of_file(args.answers),
+        "content_of_vocabulary": fingerprint.of_file(args.vocabulary),
+    }
+
+
+def _evaluated(what: str, evaluator: Evaluator, loader: Loader[Any], log: ResultsLog) -> list[dict[str, Any]]:
+    """The log's rows, with those that it lacked answered under a progress bar."""
+    with common.bar(what, len(loader)) as bar:
+        bar.update(min(len(log.rows), len(loader)))
+        evaluator.run(loader, log, bar.update)
+    return log.rows
+
+
+def _first_stage(
+    task: tasks.Task[Any], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], records: Any, folder: Path
+) -> dict[str, Any]:
+    """The summary of a task's rows, printed and written, beside the file of results where one is published."""
+    if isinstance(task, tasks.Publishes):  # before the scorer, which may fail
+        results = task.results([row for row in rows if "skipped" not in row])
+        write_json(folder / f"{settings['task']}_result.json", results)
+    summary = {**settings, **report(task, rows)}
+    summary["skipped"] += [{"index": one.index, "skipped": one.reason} for one in getattr(records, "skipped", ())]
+    write_json(folder / "summary.json", summary)
+    _print(summary)
+    return summary
+
+
+def _second_stage(
+    matching: tasks.Matching, model: nn.Module, settings: Mapping[str, Any], like: Loader[Any], folder: Path
+) -> dict[str, Any]:
+    """What came of BLIP's second stage. Its log is for these images and texts alone: a larger --limit has another."""
+    loader = replace(like, records=matching.pairs(), batch_size=1, stop=None)
+    images, texts = matching.similarity.shape
+    settings = {**settings, "content_of_features": matching.fingerprint}
+    log = ResultsLog(folder / f"matching_{images}x{texts}_k{matching.most}", settings)
+    rows = _evaluated("matching", Evaluator(matching, model, settings["device"]), loader, log)
+    return report_matching(matching, rows)
+
+
+def _images(args: argparse.Namespace) -> Images:
+    """Where pictures are: one folder, or one for each data set. ValueError for a mixture, OSError for no folder."""
+    if args.images is None:
+        return str(Path(args.data).parent)
+    given = args.images
+    if len(given) == 1 and (Path(given[0]).is_dir() or "=" not in given[0]):
+        common.check_folder("--images", given[0])
+        return given[0]
+    if not all("=" in one for one in given):
+        raise ValueError(f"--images {' --images '.join(given)}: give one folder, or one for each data set, as vg=DIR")
+    folders = {name: folder for name, _, folder in (one.partition("=") for one in given)}
+    for folder in folders.values():
+        common.check_folder("--images", folder)
+    return folders
+
+
+def _check_second_stage(task: Any, most: int | None) -> None:
+    if most and not (isinstance(task, tasks.Retrieval) and task.has_head):
+        raise ValueError(
+            f"--k-test {most}: only retrieval has a second stage, by models with a matching head: use a blip_retrieval"
+        )
+
+
+def _load(args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(0)  # random weights must be the same when a stopped run goes on
+    return common.load_model(args.model, args.pretrained, judged=True, **common.keywords(args.model_args))
+
+
+def _print(summary: Mapping[str, Any]) -> None:
+    _print_scores(summary["scores"])
+    for what, why in summary["unscored"].items():
+        print(f"{what}: not scored ({why})")
+    print(f"{summary['records']} records, {summary['records_per_second']:.1f} a second")
+    _print_macs("an instance", summary["macs"], summary["dense_macs"], summary["padding"])
+    for tower, (macs, dense) in summary["towers"].items():
+        _print_macs(
+            f"one {tower}", macs, dense, summary["tower_padding"][tower], savings.share(tower, summary["shares"])
+        )
+    note = savings.whose(summary["shares"], summary["reductions"], summary["macs_saved"])
+    if summary["kept"] and note:  # nothing is kept of a dense model
+        print(note)
+    _print_kept(summary)
+    for one in summary["skipped"][:5]:
+        common.say(f"vltprune: skipped: entry {one['index']}: {one['skipped']}")
+    if summary["skipped"]:
+        print(f"skipped {len(summary['skipped'])} entries that could not be read; summary.json lists them")
+
+
+def _print_matching(found: Mapping[str, Any]) -> None:
+    print(f"\nsecond stage, the nearest {found['k_test']} judged by the matching head:")
+    _print_scores(found["scores"])
+    print(f"{found['pairs']} pairs, {found['pairs_per_second']:.1f} a second")
+    _print_macs("a matched pair, its image encoded already", found["macs"], found["dense_macs"], found["padding"])
+    _print_kept(found)
+    if found["skipped"]:
+        print(f"skipped {len(found['skipped'])} calls, whose pictures could not be read; summary.json lists them")
+
+
+def _print_scores(scores: Mapping[str, float]) -> None:
+    rows = [[name, f"{100 * score:.2f}"] for name, score in scores.items()]
+    print(common.table([["", "%"], *rows]) if rows else "no scores here: score the result file elsewhere")
+
+
+def _print_macs(what: str, macs: float, dense: float, padding: float, share: str = "") -> None:
+    """share: of the whole saving, as the tail of a sentence."""
+    saved = f"{savings.less(macs, dense)} than dense ({dense / 1e9:.3f})" if macs != dense else "as dense"
+    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}{share}{savings.skipped(padding)}")
+
+
+def _print_kept(summary: Mapping[str, Any]) -> None:
+    for tower, (entered, *kept) in summary["kept"].items():
+        print(f"{tower} tokens, layer by layer (mean): {entered:.0f} -> " + " ".join(f"{n:.0f}" for n in kept))

@@ -1,0 +1,92 @@
+"""Command-line entry point: parses arguments, dispatches, maps expected errors to exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from .. import __version__
+from . import common, compress, demo, eval, inspect, options, predict, prune
+
+# what the library raises for the user to read
+_EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError, FloatingPointError)
+_ABOUT = "Prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse, with our one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vltprune: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command's arguments. `args.run` is what to call with them; it is absent without a command."""
+    everywhere, compute = _Parser(add_help=False), _Parser(add_help=False)
+    everywhere.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    compute.add_argument("--threads", type=options.threads, help="CPU threads (torch's choice)")
+
+    parser = _Parser(prog="vltprune", description=_ABOUT)
+    parser.add_argument("--version", action="version", version=f"vltprune {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for command in (demo, predict, inspect, prune, compress, eval):
+        command.add(commands, (everywhere, compute))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for what the user can mend, 130 for an interrupt.
+
+    As argparse does, --help, --version and unreadable arguments end in SystemExit.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _warner()
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe had enough: `vltprune list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except _EXPECTED as error:
+        if args.traceback:
+            raise
+        return _fail(f"error: {_one_line(error)}", 2)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    common.say(f"vltprune: {message}")
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _warner() -> Callable[..., None]:
+    """Shows warnings as lines for the user, each once, from however many places it comes."""
+    said: set[str] = set()
+
+    def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in said:
+            said.add(text)
+            common.say(f"vltprune: warning: {text}")
+
+    return warn

@@ -1,0 +1,192 @@
+"""argparse types: they refuse a wrong value before any work begins, and say what to write."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..pruning.config import Part, PruneConfig
+from ..registry import Registry, bind, presets
+
+_MOST_THREADS = 1024
+_Wrong = argparse.ArgumentTypeError
+
+
+def positive(text: str) -> int:
+    """An integer from 1 on."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise _Wrong(f"{text!r} is no whole number from 1 on")
+    return value
+
+
+def natural(text: str) -> int:
+    """An integer from 0 on."""
+    return 0 if text == "0" else positive(text)
+
+
+def seed(text: str) -> int:
+    """What torch takes for a seed."""
+    value = -1 if not text.isdecimal() else int(text)
+    if not 0 <= value < 2**63:
+        raise _Wrong(f"{text!r} is no seed: write a whole number from 0 to 2**63 - 1, such as 0")
+    return value
+
+
+def threads(text: str) -> int:
+    """A number of CPU threads."""
+    value = positive(text)
+    if value > _MOST_THREADS:
+        raise _Wrong(f"{text} threads are too many: write 1 to {_MOST_THREADS}, such as {os.cpu_count()}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1, both excluded."""
+    value = _number(text)
+    if not 0 < value < 1:
+        raise _Wrong(f"{text!r} is no share: write a number between 0 and 1, such as 0.5")
+    return value
+
+
+def share_or_zero(text: str) -> float:
+    """A number from 0 to 1, 1 excluded."""
+    return 0.0 if _number(text) == 0 else share(text)
+
+
+def target(text: str) -> float | dict[str, float]:
+    """A share of MACs, from 0 on, or one for each tower: "0.5", "image=0.5,text=0.3"."""
+    if "=" not in text:
+        return share_or_zero(text)
+    found: dict[str, float] = {}
+    for one in text.split(","):
+        tower, equals, value = (part.strip() for part in one.partition("="))
+        if not equals or not tower.isidentifier() or tower in found:
+            raise _Wrong(
+                f"cannot read {text!r}: write one share of the MACs, such as 0.5, or one for each tower, such as "
+                "image=0.5,text=0.3"
+            )
+        found[tower] = share(value)
+    return found
+
+
+def file(text: str) -> str:
+    """The path of a file that can be read."""
+    path = Path(text)
+    if path.is_dir():
+        raise _Wrong(f"{text} is a folder: give a file in it")
+    if not path.is_file():
+        raise _Wrong(f"there is no file {text!r}")
+    if not os.access(path, os.R_OK):
+        raise _Wrong(f"{text} cannot be read: its permissions forbid it")
+    return text
+
+
+def folder(text: str) -> str:
+    """The path of a folder that can be read."""
+    path = Path(text)
+    if not path.is_dir():
+        raise _Wrong(f"there is no folder {text!r}" + (": it is a file" if path.is_file() else ""))
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise _Wrong(f"{text} cannot be read: its permissions forbid it")
+    return text
+
+
+def output(text: str) -> str:
+    """Where results go; that it can be written, `common.output_folder` proves."""
+    if not text.strip():
+        raise _Wrong("it is empty: write the path of a folder")
+    return text
+
+
+def vocabulary(text: str) -> str:
+    """A file or folder, or a name on the hub, which is org/name."""
+    if text.count("/") == 1 and not text.startswith((".", "/")) and Path(text).suffix not in (".txt", ".json"):
+        return text
+    return text if Path(text).is_dir() else file(text)
+
+
+def device(text: str) -> str:
+    """A device that torch can use here."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise _Wrong(
+            f"{text!r} is no device of this machine ({reason[:90]}): write cpu, or cuda where there is one"
+        ) from None
+    if text == "meta":
+        raise _Wrong("the meta device computes nothing: write cpu, or cuda where there is one")
+    return text
+
+
+def assignment(text: str) -> str:
+    """ "name=value", as text."""
+    name, equals, _ = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise _Wrong(f"cannot read {text!r}: write name=value, such as image_size=96")
+    return text
+
+
+def value(text: str) -> Any:
+    """A Python literal where the text is one ("12", "(3, 6)", "None"), else the text itself. No argparse type."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def depths(text: str) -> Any:
+    """ "3,6,9" -> (3, 6, 9)."""
+    given = value(f"({text},)")
+    how = (
+        "write depths counted from 0, from the end (--at=-1), or fractions of the depth, such as --at 3,6,9, "
+        f"not --at {text!r}"
+    )
+    if not isinstance(given, tuple) or not given:
+        raise _Wrong(how)
+    try:
+        return PruneConfig("random", "ratio", at=given).at
+    except (TypeError, ValueError) as error:
+        raise _Wrong(f"{how} ({error})") from None
+
+
+def preset(text: str) -> str:
+    """A registered preset."""
+    try:
+        presets[text]
+    except LookupError as error:
+        raise _Wrong(str(error)) from None
+    return text
+
+
+def part(registry: Registry, given: str) -> Callable[[str], Part | str]:
+    """An argparse type: a registered part, as name or name(key=value). given: the argument that the library passes."""
+
+    def read(text: str) -> Part | str:
+        if given == "sites" and text.lower() == "none":
+            return "none"
+        try:
+            found = Part.of(text)
+            bind(f"{registry.kind} {found.name!r}", registry[found.name], found.args, (given,))
+        except (LookupError, TypeError, ValueError) as error:
+            raise _Wrong(str(error)) from None
+        return found
+
+    return read
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")

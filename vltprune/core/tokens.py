@@ -1,0 +1,237 @@
+"""Packed tokens: the tokens of all instances of a batch end to end, [total, dim], without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from . import precision
+from .checks import is_traced
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many tokens each instance of the batch has.
+
+    The lengths are host integers; the tensors below are made on `device` when first asked for.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        return len(set(self.lengths)) <= 1
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """[batch] int64: the lengths, as a tensor."""
+        return torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[batch + 1] int32: where each instance starts, and the total (`cu_seqlens`)."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def instance(self) -> Tensor:
+        """[total] int64: which instance a token belongs to."""
+        which = torch.arange(self.batch, device=self.device)
+        return torch.repeat_interleave(which, self.sizes, output_size=self.total)
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """[total] int64: a token's place inside its instance."""
+        return torch.arange(self.total, device=self.device) - self.offsets[:-1].long()[self.instance]
+
+    @cached_property
+    def place(self) -> Tensor:
+        """[total] int64: a token's row in the padded batch, flattened: instance * longest + slot."""
+        return self.instance * self.longest + self.slot
+
+    @cached_property
+    def real(self) -> Tensor:
+        """[batch, longest] bool: which places of the padded batch hold a token."""
+        return torch.arange(self.longest, device=self.device) < self.sizes[:, None]
+
+    def grouped(self, groups: int) -> Layout:
+        """The same tokens, with consecutive instances taken together into `groups` equally many."""
+        if groups == self.batch:
+            return self
+        each = self.batch // groups
+        lengths = tuple(sum(self.lengths[i : i + each]) for i in range(0, self.batch, each))
+        return Layout(lengths, self.device)
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens of all instances, end to end, and what has to be known of each.
+
+    x          [total, dim]
+    layout     which tokens belong to which instance
+    position   [total] int64: place in the original sequence; a merged token sits at its last source's
+    protected  [total] bool: CLS, registers, EOT: never scored, never dropped
+    summary    [total] bool or None: the protected token that speaks for its instance (CLS; in a causal tower EOT)
+    size       [total] or None: how many original tokens this one stands for (None: one each)
+    keep_prob  [total] or None: probability in (0, 1] that it stays, in soft training (None: 1)
+    counted_prob  [total] or None: the same values, with the gradients of the cost (None with `keep_prob`)
+    """
+
+    x: Tensor
+    layout: Layout
+    position: Tensor
+    protected: Tensor
+    summary: Tensor | None = None
+    size: Tensor | None = None
+    keep_prob: Tensor | None = None
+    counted_prob: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        x: Tensor,
+        valid: Tensor | None = None,
+        protected: Tensor | None = None,
+        summary: Tensor | None = None,
+    ) -> PackedTokens:
+        """From a padded batch.
+
+        x [batch, n, dim]; valid [batch, n] bool, false on padding (None: no padding); protected and summary bool,
+        broadcastable to [batch, n]. Raises ValueError on an empty batch, on an instance without any token, and, for lengths
+        that `valid` says, under torch.jit.trace.
+        """
+        batch, n, dim = x.shape
+        if batch == 0 or n == 0:
+            raise ValueError(f"cannot pack an empty batch: x is {list(x.shape)}")
+
+        def spread(mask: Tensor | None) -> Tensor:
+            mask = mask if mask is not None else torch.zeros((), dtype=torch.bool, device=x.device)
+            return mask.to(x.device).expand(batch, n)
+
+        if valid is not None and is_traced():
+            raise ValueError(
+                "torch.jit.trace would keep the lengths of this example for every other input, and a mask or the words say "
+                "what they are: trace the image tower alone (model.visual, say), leave the mask out where all instances are "
+                "equally long, or run the model without tracing it"
+            )
+        columns = [torch.arange(n, device=x.device).expand(batch, n), spread(protected)]
+        columns += [spread(summary)] if summary is not None else []
+        lengths = (n,) * batch if valid is None else tuple(valid.sum(1).tolist())
+        if valid is None or min(lengths) == n:
+            flat = [column.reshape(-1) for column in columns]
+            return cls(x.reshape(batch * n, dim), Layout(lengths, x.device), *flat)
+        if 0 in lengths:
+            raise ValueError(f"instance {lengths.index(0)} has no token at all: every row of `valid` needs one")
+        return cls(x[valid], Layout(lengths, x.device), *(column[valid] for column in columns))
+
+    @property
+    def free(self) -> Tensor:
+        """[total] bool: the tokens a pruner may judge."""
+        return ~self.protected
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[total]: what is added to the attention logits of a key that is there in part; None where all are entirely."""
+        if self.keep_prob is None:
+            return None
+        # where nothing is left of any key, all count alike: minus infinity for each would give NaN
+        return self.keep_prob.clamp(min=torch.finfo(self.keep_prob.dtype).tiny).log()
+
+    @property
+    def weight(self) -> Tensor:
+        """[total]: how much a token counts in a mean: as many as it stands for, as far as it is there. Never in half."""
+        weight = torch.ones_like(precision.single(self.x[:, 0]))
+        weight = weight if self.size is None else self.size.to(weight.dtype)
+        return weight if self.keep_prob is None else weight * self.keep_prob
+
+    @property
+    def expected(self) -> Tensor:
+        """[batch]: tokens of each instance, those that are there in part counted in part."""
+        dtype = precision.exact(self.x.device)
+        if self.counted_prob is None:
+            return self.layout.sizes.to(dtype)
+        empty = self.counted_prob.new_zeros(self.layout.batch, dtype=dtype)
+        return empty.index_add(0, self.layout.instance, self.counted_prob.to(dtype))
+
+    def with_keep_prob(self, keep_prob: Tensor, counted_prob: Tensor | None = None) -> PackedTokens:
+        """The same tokens, each kept with a probability: keep_prob [total]; counted_prob: the same values, other gradients."""
+        counted_prob = keep_prob if counted_prob is None else counted_prob
+        if self.keep_prob is None or self.counted_prob is None:
+            return replace(self, keep_prob=keep_prob, counted_prob=counted_prob)
+        return replace(self, keep_prob=self.keep_prob * keep_prob, counted_prob=self.counted_prob * counted_prob)
+
+    def with_x(self, x: Tensor) -> PackedTokens:
+        """The same tokens with other contents: x [total, any]."""
+        return replace(self, x=x)
+
+    def unpack(self) -> tuple[Tensor, Tensor | None]:
+        """Padded x [batch, longest, dim] with zeros where there is no token, and valid [batch, longest] bool.
+
+        A uniform layout gives a view and None.
+        """
+        layout = self.layout
+        if layout.is_uniform:
+            return self.x.view(layout.batch, layout.longest, -1), None
+        padded = self.x.new_zeros(layout.batch * layout.longest, self.x.shape[-1])
+        padded = padded.index_copy(0, layout.place, self.x)
+        return padded.view(layout.batch, layout.longest, -1), layout.real
+
+    def select(self, keep: Tensor) -> PackedTokens:
+        """The tokens where keep [total] bool is true, in their order."""
+        layout = self.layout
+        per_instance = torch.zeros(layout.batch, dtype=torch.int64, device=keep.device)
+        lengths = per_instance.index_add(0, layout.instance, keep.long()).tolist()
+        index = keep.nonzero().squeeze(1)
+        return self.take(index, Layout(tuple(lengths), layout.device))
+
+    def of(self, instances: Sequence[int]) -> PackedTokens:
+        """The tokens of these instances, in this order; one may be asked for several times."""
+        lengths, starts = self.layout.lengths, (0, *accumulate(self.layout.lengths))
+        rows = [row for i in instances for row in range(starts[i], starts[i] + lengths[i])]
+        layout = Layout(tuple(lengths[i] for i in instances), self.layout.device)
+        return self.take(torch.tensor(rows, device=self.x.device), layout)
+
+    def take(self, index: Tensor, layout: Layout) -> PackedTokens:
+        """The tokens at index [new total], which `layout` deals out to the instances."""
+
+        def pick(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column.index_select(0, index)
+
+        return PackedTokens(
+            self.x.index_select(0, index),
+            layout,
+            self.position.index_select(0, index),
+            self.protected.index_select(0, index),
+            pick(self.summary),
+            pick(self.size),
+            pick(self.keep_prob),
+            pick(self.counted_prob),
+        )
+
+    def read(self, mark: Tensor) -> Tensor:
+        """The first marked token of each instance: mark [total] bool -> [batch, dim]. Every instance must have one."""
+        layout = self.layout
+        here = torch.where(mark, layout.slot, layout.longest)
+        slots = here.new_full((layout.batch,), layout.longest).scatter_reduce(0, layout.instance, here, "amin")
+        return self.x.index_select(0, layout.offsets[:-1].long() + slots)
+
+    def at(self, position: Tensor) -> Tensor:
+        """The token at an original position: position [batch] int64 -> [batch, dim]. It must not have been pruned."""
+        return self.read(self.position == position[self.layout.instance])

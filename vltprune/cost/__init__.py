@@ -1,0 +1,1 @@
+"""MACs of a forward pass, and calibration: a pruned model at a given cost."""

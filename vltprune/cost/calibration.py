@@ -1,0 +1,230 @@
+"""Calibration: sets the budget of a pruned model to a cost by bisection, on inputs alone, without training."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..pruning.encoder import PrunedEncoder
+from ..pruning.prune import pruning
+from ..pruning.trace import collect
+from ..utils.modes import evaluating
+from .budget_control import BudgetControl, keepers_of
+from .inputs import Batch, run_batch
+from .macs import CostMeter
+from .savings import Calibration, TowerCalibration
+
+# of a knob's range: equal steps where both ends are beyond a cost or short of it, and the finest step of halving
+_STEPS = 12
+_FINEST = 2**-20
+
+
+class BudgetError(ValueError):
+    """A cost that the keeper's knob cannot reach. nearest: the Calibration that comes nearest to it."""
+
+    def __init__(self, message: str, nearest: Calibration):
+        super().__init__(message, nearest)  # both, so that it can be pickled
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+    @property
+    def nearest(self) -> Calibration:
+        return self.args[1]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    reduction: float | Mapping[str, float] = 0.5,
+    tolerance: float = 0.01,
+    progress: Callable[[float, float], object] | None = None,
+    meter: CostMeter | None = None,
+) -> Calibration:
+    """Set a pruned model's knob, DTP's power or a ratio, so that its mean MACs over `batches` are `reduction` below dense.
+
+    batches: inputs of the model, each a tensor, a tuple of positional inputs or a mapping of named ones, or a function that
+    puts its inputs to the model itself, by another method than the call; they are run some ten times, and at most 30.
+    reduction: a share of what the dense model spends on the tokens that are there, padding left out, in (0, 1). One number
+    sets one value of the knob at every depth of every tower; a mapping from tower to a share, {"image": 0.5, "text": 0.3},
+    sets a value for each tower it names, so that the tower saves that of its own MACs, and leaves the others as they are.
+    The values are also written into `model.pruning.config`. tolerance: relative to the target. progress: called with each
+    value tried and the reduction it gave; meter: the model's, where it is measured again and again. Returns a Calibration,
+    whose text says what each tower saves.
+
+    Raises ValueError for a reduction outside (0, 1), a tower that the model lacks or does not prune, no batches, or a keeper
+    without a knob; BudgetError, with what can be had, where the target is out of reach or between two counts. The model is
+    then as it was.
+    """
+    check_targets(model, reduction)
+    inputs = list(batches)
+    if not inputs:
+        raise ValueError("calibrate needs at least one batch of inputs")
+    wanted: dict[str | None, float] = {}
+    if isinstance(reduction, Mapping):
+        # in the model's order, images first: a text tower's cost depends on the image tokens that it looks at
+        wanted |= {tower: reduction[tower] for tower in pruning(model).towers if tower in reduction}
+    else:
+        wanted[None] = reduction
+    meter = meter or CostMeter(model)
+    searches = {tower: _Search(model, inputs, progress, meter, tower) for tower in wanted}
+    with contextlib.ExitStack() as undo:
+        for search in searches.values():
+            undo.enter_context(search.dial.unless_done())
+        found = [search.find(wanted[tower], tolerance) for tower, search in searches.items()]
+    for search, one in zip(searches.values(), found, strict=True):
+        search.dial.commit(search.value(one))
+    # the last was measured with all the others set
+    return dataclasses.replace(found[-1], knob=None, value=None) if isinstance(reduction, Mapping) else found[-1]
+
+
+def check_targets(model: nn.Module, reduction: float | Mapping[str, float]) -> None:
+    """ValueError for targets that are no shares, and for towers that the model lacks, does not prune, or whose keeper has no
+    knob."""
+    towers = pruning(model).towers
+    by_tower = dict(reduction) if isinstance(reduction, Mapping) else {}
+    for share in by_tower.values() if by_tower else (reduction,):
+        if isinstance(share, (bool, Mapping)) or not 0 < share < 1:
+            raise ValueError(
+                f"reduction={reduction} must lie between 0 and 1: the share of the dense MACs to save"
+                + (", for each tower; leave a tower out to leave it as it is" if by_tower else "")
+            )
+    for tower in by_tower:
+        if tower not in towers:
+            raise ValueError(f"reduction={reduction} names the tower {tower!r}; this model has {', '.join(towers)}")
+        if not towers[tower].pruners:
+            raise ValueError(f"reduction={reduction}: the {tower} tower is pruned nowhere, so it cannot save anything")
+    for tower in by_tower or (None,):
+        BudgetControl(model, tower)
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    value: float | None = None,
+    tower: str | None = None,
+    meter: CostMeter | None = None,
+) -> Calibration:
+    """Mean MACs per instance over batches, as in `calibrate`, with the knob at `value`, where it stays (None: as it is).
+
+    tower: whose knob is meant (None: the one of all towers); meter: the model's, where it is measured again and again. Where
+    it fails, the knob is where it was.
+    """
+    dial = BudgetControl(model, tower)
+    with dial.unless_done():
+        if value is not None:
+            dial.set(value)
+        return _measured(model, meter or CostMeter(model), dial, batches)
+
+
+class _Search:
+    """Mean MACs, of the model or of one tower, as a function of the knob, and the bisection on it."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any, meter: CostMeter, tower: str | None):
+        self.model, self.inputs, self.progress, self.tower = model, inputs, progress, tower
+        self.dial, self.meter = BudgetControl(model, tower), meter
+        self.knob = self.dial.knob
+
+    def measure(self, value: float) -> Calibration:
+        self.dial.set(value)
+        found = _measured(self.model, self.meter, self.dial, self.inputs)
+        if self.progress is not None:
+            self.progress(value, self.saved(found))
+        return found
+
+    def value(self, found: Calibration) -> Any:
+        """The knob's value where it was measured."""
+        return found.value if self.tower is None else found.towers[self.tower].value
+
+    def saved(self, found: Calibration) -> float:
+        """The share that was saved of the MACs that the target is of."""
+        if self.tower is None:
+            return found.reduction
+        if self.tower not in found.towers:
+            raise ValueError(f"none of the batches ran the {self.tower} tower: give inputs that it reads too")
+        return found.towers[self.tower].reduction
+
+    def find(self, reduction: float, tolerance: float) -> Calibration:
+        """The value that meets the target. What is saved need not rise or fall all the way: any crossing will do.
+
+        A share of the dense MACs that were measured with each value: a decoder says other words with other tokens.
+        """
+        tried = [self.measure(self.knob.at(0.0)), self.measure(self.knob.at(1.0))]
+        starts_below = self.saved(tried[0]) > reduction
+        between = (0.0, 1.0) if (self.saved(tried[1]) > reduction) != starts_below else self._crossing(reduction, tried)
+
+        def off(found: Calibration) -> float:
+            return abs(self.saved(found) - reduction)
+
+        low, high = between or (0.0, 0.0)
+        while min(map(off, tried)) > tolerance * (1 - reduction) and high - low > _FINEST:
+            middle = (low + high) / 2
+            tried.append(self.measure(self.knob.at(middle)))
+            low, high = (middle, high) if (self.saved(tried[-1]) > reduction) == starts_below else (low, middle)
+        best = min(tried, key=off)
+        if off(best) > tolerance * (1 - reduction):
+            raise BudgetError(self._missed(reduction, tolerance, tried, best), best)
+        self.dial.set(self.value(best))  # as the next tower's search must find it
+        return best
+
+    def _crossing(self, reduction: float, tried: list[Calibration]) -> tuple[float, float] | None:
+        """Two places between which the target is crossed first; None where no step has it beyond."""
+        below = self.saved(tried[0]) > reduction
+        for step in range(1, _STEPS):
+            tried.append(self.measure(self.knob.at(step / _STEPS)))
+            if (self.saved(tried[-1]) > reduction) != below:
+                return (step - 1) / _STEPS, step / _STEPS
+        return None
+
+    def _missed(self, reduction: float, tolerance: float, tried: Sequence[Calibration], best: Calibration) -> str:
+        keep, knob = pruning(self.model).config.spelled("keep"), self.knob
+        saved, whose = self.saved(best), "" if self.tower is None else f" of the {self.tower} tower"
+        least, most = (f(self.saved(one) for one in tried) for f in (min, max))
+        beside = "" if self.tower is None else " with the other towers as they then are"
+        nearest = f"the nearest is {saved:.1%} at {knob.name}={self.value(best):g}"
+        if least < reduction < most:
+            return (
+                f"no {knob.name} of keep={keep!r} leaves {1 - reduction:.1%} of the MACs{whose} to within {tolerance:.1%} of "
+                f"them: its counts jump there, and {nearest}. Ask for that, for a larger tolerance=, or use keep='distortion'"
+            )
+        return (
+            f"reduction={reduction}{whose} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to {knob.high:g} "
+            f"saves {least:.1%} to {most:.1%}{beside}, and {nearest}. Ask for another reduction, prune at other depths "
+            "(at=...), or use keep='distortion' or keep='ratio'"
+        )
+
+
+def _measured(model: nn.Module, meter: CostMeter, dial: BudgetControl, batches: Iterable[Batch]) -> Calibration:
+    macs = dense = padding = instances = 0.0
+    towers: dict[str, list[float]] = {}
+    for batch in batches:
+        with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
+            run_batch(model, batch)
+        cost = meter(traces)
+        macs, dense, padding = macs + cost.total, dense + cost.dense_total, padding + cost.skipped
+        instances += cost.instances
+        for tower in cost.towers:
+            spent = [float(one[tower].sum()) for one in (cost.towers, cost.dense, cost.padding)]
+            towers[tower] = [sum(both) for both in zip(towers.get(tower, [0.0] * 3), spent, strict=True)]
+    encoders = pruning(model).towers
+    each = {}
+    for tower, sums in towers.items():
+        pruned, whole, padded = (one / instances for one in sums)
+        each[tower] = TowerCalibration(pruned, whole, padded, *_set_to(encoders[tower]))
+    value = dial.value if len(set(dial.values)) == 1 else None
+    return Calibration(dial.knob.name, value, macs / instances, dense / instances, padding / instances, each)
+
+
+def _set_to(tower: PrunedEncoder) -> tuple[str | None, float | None]:
+    """The knob of a tower's keepers, and its value; None for none, and for values that differ by depth."""
+    keepers = keepers_of(tower)
+    if not keepers or keepers[0].knob is None:
+        return None, None
+    name = keepers[0].knob.name
+    values = {getattr(keeper, name) for keeper in keepers}
+    return name, values.pop() if len(values) == 1 else None

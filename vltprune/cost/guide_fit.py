@@ -1,0 +1,68 @@
+"""Placement of a guide's anchors among the tokens of a model, without training."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..core.tokens import PackedTokens
+from ..layers import Ratio
+from ..pruning.prune import pruning
+from ..pruning.pruner import Pruner, UntrainedGuideWarning
+from ..pruning.trace import collect
+from ..utils.modes import evaluating
+from .inputs import Batch, run_batch
+
+
+def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points: int = 20_000) -> None:
+    """Place the shared anchors of a pruned model among its own tokens: k-means over those of all towers and depths.
+
+    For use without training: an untrained codebook is noise. batches as in `calibrate`; at most `points` tokens are held,
+    drawn with `seed`, equally many of each tower and more readily from later batches. Nothing is pruned meanwhile.
+    Raises ValueError for a model without a guide, no batches, or fewer tokens than anchors.
+    """
+    guide = pruning(model).guide
+    if guide is None:
+        raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
+    generator, each = torch.Generator("cpu").manual_seed(seed), points // len(pruning(model).towers)
+    drawn: dict[str, Tensor] = {}
+    with evaluating(model), torch.no_grad(), collect(threads=False) as traces, _keeping_all(model):
+        for batch in batches:
+            run_batch(model, batch)
+            for trace in traces:
+                fresh = [_free(step.guidance.mapped) for step in trace.steps if step.guidance is not None]
+                if not fresh:
+                    continue  # this tower prunes nowhere
+                tokens = torch.cat([drawn[trace.tower], *fresh] if trace.tower in drawn else fresh)
+                order = torch.randperm(len(tokens), generator=generator, device="cpu")
+                drawn[trace.tower] = tokens[order[:each].to(tokens.device)]
+            traces.clear()
+    if not drawn:
+        raise ValueError("fit_guide needs at least one batch of inputs")
+    guide.fit(torch.cat(list(drawn.values())), seed)
+
+
+@contextlib.contextmanager
+def _keeping_all(model: nn.Module) -> Iterator[None]:
+    """Within the `with` block every token stays; scores and guidance are computed still."""
+    kept = []
+    for pruner in [
+        m for tower in pruning(model).towers.values() for m in tower.pruners.modules() if isinstance(m, Pruner)
+    ]:
+        kept.append((pruner, pruner.keeper))
+        pruner.keeper = Ratio(pruner.scorer.site, ratio=1.0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrainedGuideWarning)  # of no matter where everything stays
+            yield
+    finally:
+        for pruner, keeper in kept:
+            pruner.keeper = keeper
+
+
+def _free(tokens: PackedTokens) -> Tensor:
+    return tokens.x[tokens.free]

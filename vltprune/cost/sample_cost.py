@@ -1,0 +1,109 @@
+"""MACs and kept tokens of each record, from the traces of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core import precision
+from ..pruning.prune import prune
+from ..pruning.trace import PruneTrace
+from ..utils.wrappers import is_pruned, unwrapped
+from .macs import CostMeter
+
+
+@dataclass(frozen=True)
+class SampleCost:
+    """What one record cost: its images, and one of its texts (their mean, where it has several).
+
+    macs, dense_macs   multiply-accumulates, and those of the dense model, on the tokens that are there
+    towers             per tower: both of them, of one of its images or texts
+    instances          per tower: how many of its images or texts `macs` are of
+    kept               per tower: tokens that entered, then tokens leaving each block, mean over the record's instances
+    padding            what the dense model spends on padding besides
+    tower_padding      per tower: the same of one of its images or texts
+    """
+
+    macs: float
+    dense_macs: float
+    towers: Mapping[str, tuple[float, float]]
+    instances: Mapping[str, int]
+    kept: Mapping[str, tuple[float, ...]]
+    padding: float
+    tower_padding: Mapping[str, float]
+
+
+class SampleCostMeter:
+    """Reads the costs of one model. `model` is what to run for its traces: the model, or a dense one's keep-all twin."""
+
+    def __init__(self, model: nn.Module):
+        self.is_dense = not is_pruned(model)
+        self.model = keep_all(model) if self.is_dense else model
+        self.meter = CostMeter(self.model)
+
+    def __call__(self, traces: Sequence[PruneTrace], texts: Sequence[int]) -> list[SampleCost]:
+        """traces: those of the calls that answered a batch, one a tower; texts: how many each record has. ValueError
+        for several."""
+        names = [trace.tower for trace in traces]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                f"a batch was answered by several calls of one tower ({', '.join(names)}): measure each alone"
+            )
+        cost = self.meter(traces)
+        dense = self._each(cost.dense, texts)
+        pruned = dense if self.is_dense else self._each(cost.towers, texts)
+        padding = self._each(cost.padding, texts)
+        behind = cost.head + cost.dense_decoder / cost.instances
+        behind_pruned = behind if self.is_dense else cost.head + cost.decoder / cost.instances
+        kept = {trace.tower: self._kept(trace, texts) for trace in traces}
+        counts = {tower: macs.shape[-1] // len(texts) if tower == "image" else 1 for tower, macs in cost.dense.items()}
+
+        def total(towers: Mapping[str, Tensor], record: int) -> float:
+            return sum(counts[tower] * float(macs[record]) for tower, macs in towers.items())
+
+        return [
+            SampleCost(
+                total(pruned, i) + behind_pruned,
+                total(dense, i) + behind,
+                {tower: (float(pruned[tower][i]), float(macs[i])) for tower, macs in dense.items()},
+                counts,
+                {tower: tuple(lengths[i].tolist()) for tower, lengths in kept.items()},
+                total(padding, i) + cost.decoder_padding / cost.instances,
+                {tower: float(macs[i]) for tower, macs in padding.items()},
+            )
+            for i in range(len(texts))
+        ]
+
+    def _each(self, towers: Mapping[str, Tensor], texts: Sequence[int]) -> dict[str, Tensor]:
+        """Per tower [records]: MACs of one of its instances, the mean over a record's."""
+        return {
+            tower: _means(macs.detach().sum(0).cpu(), _sizes(tower, macs.shape[-1], texts))
+            for tower, macs in towers.items()
+        }
+
+    def _kept(self, trace: PruneTrace, texts: Sequence[int]) -> Tensor:
+        """[records, 1 + depths]"""
+        hard = [precision.reals(step.lengths, torch.device("cpu")) for step in trace.steps]
+        left = [
+            one if s.expected is None else s.expected.detach().cpu() for s, one in zip(trace.steps, hard, strict=True)
+        ]
+        lengths = torch.stack([precision.reals(trace.entered.layout.lengths, torch.device("cpu")), *left])
+        return _means(lengths, _sizes(trace.tower, lengths.shape[-1], texts)).T
+
+
+def keep_all(model: nn.Module) -> nn.Module:
+    """A dense model in a form whose cost can be counted: it prunes nothing."""
+    return prune(unwrapped(model), "random", keep="ratio(ratio=1.0)")
+
+
+def _sizes(tower: str, instances: int, texts: Sequence[int]) -> list[int]:
+    """How many of a tower's instances belong to each record."""
+    return [instances // len(texts)] * len(texts) if tower == "image" else list(texts)
+
+
+def _means(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[..., instances] -> [..., records]"""
+    return torch.stack([part.mean(-1) for part in values.split(list(sizes), -1)], -1)

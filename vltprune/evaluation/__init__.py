@@ -1,0 +1,1 @@
+"""Evaluation of models, dense or pruned, on data sets: tasks, metrics, results."""

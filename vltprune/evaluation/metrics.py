@@ -1,0 +1,121 @@
+"""Metrics of the tasks: numbers and texts in, shares of 1 out (CIDEr alone may exceed it)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .caption_metrics import caption_scores as caption_scores  # captions have a room of their own
+
+RANKS = (1, 5, 10)
+
+
+def accuracy(chances: Sequence[float], labels: Sequence[int]) -> float:
+    """The share of statements judged right: chances [n] that each is true, labels [n] 1 or 0.
+
+    ValueError for none, and for chances that are NaN or infinite: these are no answers.
+    """
+    if not chances:
+        raise ValueError("accuracy of no statements: give at least one")
+    wrong = [f"chances[{i}] is {chance}" for i, chance in enumerate(chances) if not math.isfinite(chance)]
+    if wrong:
+        raise ValueError(f"accuracy needs the chance that each statement is true, and {wrong[0]}")
+    return sum((chance > 0.5) == (label == 1) for chance, label in zip(chances, labels, strict=True)) / len(chances)
+
+
+def recalls(
+    similarity: Tensor,
+    owners: Sequence[int] | Tensor,
+    ranks: Sequence[int] = RANKS,
+    by_text: Tensor | None = None,
+) -> dict[str, float]:
+    """Retrieval in both directions: how often one of the right ones is among the first k, and the mean of all.
+
+    similarity [images, texts]; owners [texts], the row of each text's image. "i2t_r1": an image's nearest texts hold one
+    of its own; "t2i_r1": a text's nearest images hold its own. by_text [images, texts]: what ranks images for a text, where it
+    is not `similarity`. Equals rank first: whoever cannot tell finds nothing.
+    ValueError for similarities that are not finite, or images without a text.
+    """
+    owner = torch.as_tensor(owners, device=similarity.device)
+    by_text = similarity if by_text is None else by_text
+    finite = bool(similarity.isfinite().all() and by_text.isfinite().all())
+    if similarity.dim() != 2 or owner.shape != similarity.shape[1:] or by_text.shape != similarity.shape or not finite:
+        raise ValueError(
+            "similarity, and by_text if it is given, must be finite [images, texts], with the image of each text in owners "
+            f"[texts]; got {list(similarity.shape)} and {list(owner.shape)}{'' if finite else ', and NaN or infinity in it'}"
+        )
+    own = torch.arange(len(similarity), device=similarity.device)[:, None] == owner
+    if not own.any(1).all() or not own.any(0).all():
+        raise ValueError("every image needs a text, and every text one of the images: see owners")
+
+    best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    texts_before = ((similarity >= best) & ~own).sum(1)
+    images_before = ((by_text >= by_text.gather(0, owner[None])) & ~own).sum(0)
+    found = {f"i2t_r{k}": int((texts_before < k).sum()) / len(texts_before) for k in ranks}
+    found |= {f"t2i_r{k}": int((images_before < k).sum()) / len(images_before) for k in ranks}
+    return {**found, "mean_recall": sum(found.values()) / len(found)}
+
+
+def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
+    """VQA accuracy (Antol et al., ICCV 2015): min(n / 3, 1) for an answer that n people gave.
+
+    Each person's answer is left out once, and the mean taken. Both sides are normalized, as the official evaluation's
+    description says; answers as published are so already. ValueError where people's answers are held back.
+    """
+    if len(answers) < 2:
+        raise ValueError(f"VQA accuracy compares with several people's answers, got {len(answers)}")
+    total, mine = len(answers), normalize_answer(said)
+    n = sum(normalize_answer(answer) == mine for answer in answers)
+    return (n * min((n - 1) / 3, 1) + (total - n) * min(n / 3, 1)) / total
+
+
+def answer_sets(said: str, answers: Iterable[str]) -> dict[str, float]:
+    """Answers that belong together, as DAQUAR's: "exact", all of them and no other; "overlap", common / all of both.
+
+    said: what a model answers, several with commas. "exact" is WUPS at threshold 1 (Malinowski and Fritz, NeurIPS 2014).
+    """
+    mine, theirs = ({part.strip().lower() for part in parts} for parts in (said.split(","), answers))
+    return {"exact": float(mine == theirs), "overlap": len(mine & theirs) / len(mine | theirs)}
+
+
+def normalize_answer(text: str) -> str:
+    """An answer as VQA's evaluation compares it (visualqa.org, "Evaluation Code"), in the order described there:
+
+    lower case; no full stops but decimal points; number words as digits; no articles; contractions with their
+    apostrophes; other punctuation, except apostrophes and colons, as spaces, a comma between digits as nothing.
+    """
+    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower())
+    text = re.sub(r"\.(?!\d)", "", _PUNCTUATION.sub(" ", text))
+    words = (_NUMBERS.get(word, word) for word in text.split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+_PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-<>@`,?!]""")
+_COUNT = "zero one two three four five six seven eight nine ten".split()  # noqa: SIM905
+_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_COUNT)}}
+
+
+def _without_apostrophes(word: str) -> Iterable[str]:
+    """The word with every choice of its apostrophes missing, at least one."""
+    first, *rest = word.split("'")
+    for marks in itertools.product(("'", ""), repeat=len(rest)):
+        if "" in marks:
+            yield first + "".join(mark + part for mark, part in zip(marks, rest, strict=True))
+
+
+# Left out are those whose bare form is another word, such as we'll, or that lower case has made one, such as I'm.
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+    how'd how'll how's isn't it'd it'd've it'll let's ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that'd that'd've that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()  # noqa: SIM905
+_CONTRACTIONS = {bare: word for word in _CONTRACTED for bare in _without_apostrophes(word)}

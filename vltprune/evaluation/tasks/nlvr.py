@@ -1,0 +1,65 @@
+"""NLVR2, and synthetic pairs like it: is a sentence true of two images?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...data import Statement, SyntheticStatements, nlvr2
+from ...data.annotations import statement
+from ...models.wordpiece import ENC, clean_caption
+from ...registry import tasks
+from .. import metrics
+from .base import DEFAULTS, Images, Options, Words, dense, finite, one_folder, words_of
+
+SYNTHETIC, _PAIRS = "synthetic:", 1800
+_WORDS = 40  # what BLIP cuts NLVR2's sentences at
+
+
+@tasks.register("nlvr")
+@dataclass(frozen=True)
+class Nlvr:
+    """Accuracy of true and false, by the models whose call gives those two logits (BlipNlvr)."""
+
+    words: Words
+
+    @staticmethod
+    def read(data: str, images: Images, strict: bool = False) -> Sequence[Statement]:
+        """An annotation file of NLVR2, or drawn pairs, which need no `images`: "synthetic:SPLIT", the first 1,800, or
+        "synthetic:SPLIT:PAIRS", "synthetic:SPLIT:PAIRSxSENTENCES". ValueError for another form."""
+        if data.startswith(SYNTHETIC):
+            return _drawn(data)
+        return nlvr2(data, one_folder(images), strict=strict)
+
+    entry = staticmethod(statement)
+
+    @classmethod
+    def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Nlvr:
+        host = dense(model)
+        if getattr(host, "images_per_sentence", 1) != 2:
+            raise ValueError(f"nlvr asks about two images, and a {type(host).__name__} reads one: use a blip_nlvr")
+        return cls(words_of(host, host.text, options, lambda text: clean_caption(text, _WORDS), ENC))
+
+    def texts(self, records: Sequence[Statement]) -> tuple[tuple[Tensor, ...], list[int]]:
+        return self.words.encode([record.sentence for record in records]), [1] * len(records)
+
+    def answer(
+        self, model: Any, records: Sequence[Statement], images: Tensor, texts: tuple[Tensor, ...]
+    ) -> list[dict[str, Any]]:
+        chances = finite(model(images, *texts), records, "logits").softmax(-1)[:, 1].tolist()
+        return [{"chance": chance, "label": record.label} for chance, record in zip(chances, records, strict=True)]
+
+    def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        return {"accuracy": metrics.accuracy([row["chance"] for row in rows], [row["label"] for row in rows])}
+
+
+def _drawn(data: str) -> SyntheticStatements:
+    found = re.fullmatch(rf"{SYNTHETIC}(\w+)(?::(\d+)(?:x(\d+))?)?", data)
+    if found is None:
+        raise ValueError(f"{data!r}: write synthetic:SPLIT, such as synthetic:test, or synthetic:train:16000x8")
+    split, pairs, sentences = found.groups()
+    return SyntheticStatements(split, int(pairs or _PAIRS), sentences=int(sentences or 1))

@@ -1,0 +1,127 @@
+"""Image-text retrieval: texts for an image and images for a text, among all of a data set."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...data import Captioned, captions
+from ...data.annotations import captioned
+from ...io.checkpoint import Recipe
+from ...models.factory import CONFIGURED, open_clip_name
+from ...models.wordpiece import clean_caption, well_formed
+from ...registry import tasks
+from .. import metrics
+from .base import DEFAULTS, LONGEST, Images, Options, dense, finite, one_folder, pack, unpack, words_of
+from .matching import Matching
+
+
+@tasks.register("retrieval")
+@dataclass(frozen=True)
+class Retrieval:
+    """Recall in both directions, by features of the two towers alone; each is run once a record.
+
+    Records of one image, as in files with an entry a caption, are one image with all their captions.
+
+    For open_clip's models, and for BLIP's that have `image_features` and `text_features` of one length. has_head: the
+    model also judges pairs, and `matching` is a second stage for it.
+    """
+
+    encode: Callable[[Sequence[str]], tuple[Tensor, ...]]
+    image_features: Callable[[Any, Tensor], Tensor]
+    text_features: Callable[..., Tensor]
+    has_head: bool = False
+
+    @staticmethod
+    def read(data: str, images: Images, strict: bool = False) -> Sequence[Captioned]:
+        return captions(data, one_folder(images), strict=strict)
+
+    entry = staticmethod(captioned)
+
+    @classmethod
+    def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Retrieval:
+        host = dense(model)
+        recipe = getattr(host, "recipe", None)
+        if hasattr(host, "encode_image") and recipe is not None:
+            tokenize = _tokenizer(recipe)
+            return cls(lambda texts: (tokenize([*map(well_formed, texts)]),), _clip_image, _clip_text)
+        if hasattr(host, "match"):
+            words = words_of(host, host.text, options, clean_caption, max_length=LONGEST)
+            return cls(words.encode, _blip_image, _blip_text, has_head=True)
+        raise ValueError(
+            f"retrieval compares features of images and texts, and a {type(host).__name__} has none that were trained for "
+            "it: use a model of open_clip by name, such as clip_vit_b_32, or a blip_retrieval"
+        )
+
+    def texts(self, records: Sequence[Captioned]) -> tuple[tuple[Tensor, ...], list[int]]:
+        return self.encode([text for r in records for text in r.captions]), [len(r.captions) for r in records]
+
+    def answer(
+        self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
+    ) -> list[dict[str, Any]]:
+        counts = [len(record.captions) for record in records]
+        each = [record for record in records for _ in record.captions]
+        seen = finite(self.image_features(model, images[:, 0]), records, "image features")
+        read = finite(self.text_features(model, *texts), each, "text features").split(counts)
+        return [
+            {"image_name": record.image_name, "image": pack(one.float()), "texts": [*map(pack, some.float())]}
+            for record, one, some in zip(records, seen, read, strict=True)
+        ]
+
+    def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        return metrics.recalls(*_similarity(rows))
+
+    def matching(self, records: Sequence[Captioned], rows: Sequence[Mapping[str, Any]], most: int) -> Matching:
+        """The second stage, over all rows but those that were skipped: `most` of each image and of each text are judged."""
+        answered = [row for row in rows if "skipped" not in row]
+        by_index = {record.index: record for record in records}
+        groups = [[by_index[row["index"]] for row in group] for group in _by_image(answered)]
+        merged = [replace(group[0], captions=tuple(text for r in group for text in r.captions)) for group in groups]
+        return Matching(self.encode, merged, *_similarity(answered), most)
+
+
+def _tokenizer(recipe: Recipe) -> Callable[[list[str]], Tensor]:
+    """open_clip's own, of the architecture that a model was built by, and as long as its text tower reads."""
+    if recipe.backbone == CONFIGURED:
+        return importlib.import_module("vltprune.models.clip").tokenizer(recipe.model_args["text_cfg"])
+    length = recipe.model_args.get("force_context_length")
+    get: Any = importlib.import_module("open_clip").get_tokenizer
+    return get(open_clip_name(recipe.backbone), context_length=length)
+
+
+def _similarity(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, list[int]]:
+    """Cosines [images, texts], and the row of each text's image; images in the order that they first come in."""
+    groups = _by_image(rows)
+    images = torch.stack([unpack(group[0]["image"]) for group in groups])
+    texts = [[text for row in group for text in row["texts"]] for group in groups]
+    read = torch.stack([unpack(text) for some in texts for text in some])
+    return images @ read.T, [i for i, some in enumerate(texts) for _ in some]
+
+
+def _by_image(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The rows of each image, images in the order that they first come in."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["image_name"], []).append(row)
+    return [*groups.values()]
+
+
+def _clip_image(model: Any, images: Tensor) -> Tensor:
+    return model.encode_image(images, normalize=True)
+
+
+def _clip_text(model: Any, input_ids: Tensor) -> Tensor:
+    return model.encode_text(input_ids, normalize=True)
+
+
+def _blip_image(model: Any, images: Tensor) -> Tensor:
+    return model.image_features(images)
+
+
+def _blip_text(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    return model.text_features(input_ids, attention_mask)

@@ -1,0 +1,33 @@
+"""Composite models that hold their towers as children."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import nn
+
+from .base import Composite, Host
+from .find import find_host
+from .graft import with_submodule
+
+
+class WithTowers(Composite):
+    """A model that holds its towers as children. `names`: what they are called there, by what the towers are called here."""
+
+    names: ClassVar[Mapping[str, str]]
+
+    def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
+        children = {tower: getattr(model, name) for tower, name in self.names.items()}
+        return {tower: (child, find_host(child)) for tower, child in children.items()}
+
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
+        for tower, name in self.names.items():
+            model = with_submodule(model, name, towers[tower])
+        return model
+
+
+class ImageAndText(WithTowers):
+    """A model that holds its towers as `visual` and `text`."""
+
+    names: ClassVar = {"image": "visual", "text": "text"}

@@ -1,0 +1,151 @@
+"""The two files of a saved model, config.json and model.safetensors: what they say, and that they belong together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from ..registry import bind
+
+_FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BESIDE = "vltprune.json"  # how a model is pruned, beside the files of the library that it is of
+IN_ARGUMENTS = "vltprune"  # how a model is pruned, among the arguments that timm writes for a model
+BACKUP = f".old.{WEIGHTS}"  # the weights before, while both files are replaced
+DIGEST = "config"  # where the weights say which config they were saved with
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read, or whose tensors do not fit the model. Nothing of it was loaded."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The contents of config.json, or of vltprune.json beside the files of another library."""
+
+    backbone: str | None
+    model_args: dict[str, Any]
+    pruning: dict[str, Any] | None
+    contents: Literal["all", "pruning"] = "all"
+    format: int = _FORMAT
+    digest: str | None = None
+    modules: dict[str, str] | None = None  # of parts that are not this library's: where they are registered
+
+    @classmethod
+    def read(cls, folder: Path, name: str = CONFIG) -> Saved:
+        """CheckpointError where the folder has no such file, and where it is of another format."""
+        file = folder / name
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} has no {name}: {_instead(folder)}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not JSON: {error}") from None
+        return cls.from_dict(data, file)
+
+    @classmethod
+    def from_dict(cls, data: Any, file: Path) -> Saved:
+        """From what a file holds. CheckpointError where it is of another format."""
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            found = data.get("format") if isinstance(data, dict) else None
+            raise CheckpointError(f"{file} has format {found!r}, this version reads {_FORMAT}")
+        bind(f"{file}", cls, data)
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that json can write."""
+        return asdict(self)
+
+    def signed(self) -> Saved:
+        """The same with its digest, by which a file of weights says that it belongs to it."""
+        plain = json.dumps(replace(self, digest=None).to_dict(), sort_keys=True)
+        return replace(self, digest=hashlib.sha256(plain.encode()).hexdigest()[:16])
+
+    def check(self) -> None:
+        """TypeError, by name, for what JSON cannot hold."""
+        for name, value in self.model_args.items():
+            if not _is_plain(value):
+                raise TypeError(
+                    f"cannot save this {self.backbone}: its model argument {name}={value!r} has no JSON form, so that it "
+                    "could not be built again. Nothing was written. Give create_model a string, number, list or dict of "
+                    "these (timm takes act_layer='relu'), or keep model.state_dict() by torch.save"
+                )
+        for kind, part in (self.pruning or {}).items():
+            if not _is_plain(part):
+                raise TypeError(
+                    f"cannot save this model: {kind}={part!r} of its pruning has no JSON form. Nothing was written. Give parts "
+                    "arguments that are strings, numbers, lists or dicts of these"
+                )
+
+
+def _instead(folder: Path) -> str:
+    """What to write for a folder that does not say how its model is pruned, such as one of a Trainer or of open_clip."""
+    weights = sorted(file.name for file in folder.glob("*") if file.name.endswith(("model.safetensors", "model.bin")))
+    if not weights:
+        return "give a folder that vltprune.save wrote"
+    return (
+        f"it has weights, {weights[0]}, and does not say how their model is built and pruned. Prune its dense model as before, "
+        f"and fill it by vltprune.io.checkpoint.load_into(pruned, {str(folder / weights[0])!r}); vltprune.save(pruned, folder) "
+        "writes what vltprune.load reads"
+    )
+
+
+def weights_of(folder: Path) -> Path:
+    """The weights that belong to the folder's config: those of before, where a save was killed between its two files.
+
+    CheckpointError where they are of another save.
+    """
+    file, backup = folder / WEIGHTS, folder / BACKUP
+    wanted = _digest(folder)
+    found = _label(file)
+    if wanted is None or found == wanted or (found is None and file.is_file()):
+        return file
+    if _label(backup) == wanted:
+        return backup
+    if found is None:
+        return file  # which is not there: reading it says so
+    raise CheckpointError(
+        f"{folder}: {CONFIG} and {WEIGHTS} are of two different saves, and do not belong together: save the model again"
+    )
+
+
+def finish_interrupted(folder: Path) -> None:
+    """Put back the weights that a killed save moved away, where the config is still theirs."""
+    with contextlib.suppress(CheckpointError):
+        if weights_of(folder) == folder / BACKUP:
+            os.replace(folder / BACKUP, folder / WEIGHTS)
+
+
+def _digest(folder: Path) -> str | None:
+    """What the config says of itself; None in files from before it did."""
+    try:
+        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data.get("digest") if isinstance(data, dict) else None
+
+
+def _label(file: Path) -> str | None:
+    """The digest of the config that weights were saved with; None where they do not say it, or are not readable."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return (tensors.metadata() or {}).get(DIGEST)
+    except (OSError, SafetensorError):
+        return None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON holds a value (a tuple as a list)."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))

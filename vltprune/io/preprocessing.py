@@ -1,0 +1,103 @@
+"""How a model wants its pictures: each library's own evaluation transform, behind one face."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..hosts.find import find_composite
+from ..models import zoo
+from ..registry import backbones
+from ..utils.wrappers import record_of, unwrapped
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """An RGB picture to a normalized image [3, height, width]. mean, std [3]: what it is normalized by."""
+
+    transform: Transform
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return self.transform(picture)
+
+    def seen(self, image: Tensor) -> Image.Image:
+        """What a model saw: image [3, height, width] back as a picture."""
+        pixels = (image.cpu() * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1) * 255
+        return Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())
+
+
+@dataclass(frozen=True)
+class _Squeezed:
+    """The whole picture at a model's width and height, by bicubic interpolation, normalized."""
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        pixels = np.asarray(picture.resize(self.size, Image.Resampling.BICUBIC), np.float32) / 255
+        normalized = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(normalized).permute(2, 0, 1).contiguous()
+
+
+def transforms(model: nn.Module) -> Preprocessing:
+    """The evaluation transform that a model was trained for, dense or pruned, of timm, open_clip or this library.
+
+    timm's and open_clip's models say themselves what they want. BLIP's takes the whole picture, squeezed to the model's
+    size by bicubic interpolation, normalized as CLIP's; a backbone of ours that was trained on other pixels is known by
+    the name that `create_model` built it by. TypeError for a model that takes no images.
+    """
+    record = record_of(model)
+    host: Any = unwrapped(model) if record is None else record.host
+    composite = find_composite(host)
+    towers = {"image": host} if composite is None else {t: tower for t, (tower, _) in composite.towers(host).items()}
+    tower: Any = towers.get("image")
+    if hasattr(tower, "preprocess_cfg"):
+        return _open_clip(tower)
+    if type(tower).__module__.startswith("vltprune.") and hasattr(tower, "patch_embed"):
+        return _own(tower, host)
+    if hasattr(tower, "patch_embed"):
+        return _timm(tower)
+    raise TypeError(f"a {type(host).__name__} does not say how it wants its pictures: give a model that takes images")
+
+
+def image_size(tower: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that a dense image tower takes."""
+    tower = getattr(tower, "trunk", tower)  # open_clip's wrapper of timm's models
+    size = tower.patch_embed.img_size if hasattr(tower, "patch_embed") else tower.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _timm(tower: Any) -> Preprocessing:
+    data: Any = importlib.import_module("timm.data")
+    size = tower.patch_embed.img_size  # the model's, whatever its weights were trained on; None: any
+    config = data.resolve_data_config({"input_size": (3, *size)} if size else {}, model=tower)
+    return _preprocessing(data.create_transform(**config), config["mean"], config["std"])
+
+
+def _open_clip(tower: Any) -> Preprocessing:
+    transform: Any = importlib.import_module("open_clip.transform")
+    config = transform.PreprocessCfg(**tower.preprocess_cfg)
+    return _preprocessing(transform.image_transform_v2(config, is_train=False), config.mean, config.std)
+
+
+def _own(tower: Any, host: nn.Module) -> Preprocessing:
+    height, width = image_size(tower)
+    recipe: Any = getattr(host, "recipe", None)
+    maker: Any = backbones[recipe.backbone] if recipe is not None and recipe.backbone in backbones else zoo.Backbone
+    return _preprocessing(_Squeezed((width, height), maker.mean, maker.std), maker.mean, maker.std)
+
+
+def _preprocessing(transform: Transform, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+    return Preprocessing(transform, torch.tensor(mean), torch.tensor(std))

@@ -1,0 +1,106 @@
+"""open_model: resolves a command's or a config's model argument, by one rule for all of them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..io import checkpoint, hub
+from ..pruning.presets import preset as preset_of
+from ..pruning.prune import prune, pruning
+from ..utils.wrappers import is_pruned
+from .catalog import Name
+from .factory import PARTS, check_same, create_model
+
+_HUB = "hf-hub:"
+
+
+def open_model(
+    model: str,
+    *,
+    pretrained: bool | str | Path | None = None,
+    preset: str | None = None,
+    default: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The model of a folder that `save` wrote, of a repository of the hub ("hf-hub:org/name"), or of a `create_model` name.
+
+    pretrained: of a name, as `create_model` takes it. preset: the pruning, where neither the name nor what was saved has
+    one. default: the preset where nothing says how to prune, None to leave the model dense. arguments: parts that replace
+    the pruning's own (scorer, keep, reducer, guide, at), and for a name its backbone's arguments.
+
+    What was saved pruned comes pruned as saved, calibration included, whether its folder is `model` or `pretrained`; a
+    preset of other parts raises ValueError. Where a name without a preset leaves a saved pruning out, it warns. Raises
+    what `create_model` and `load` do.
+    """
+    arguments = dict(arguments or {})
+    if is_saved(model):
+        return _saved(model, pretrained, preset, default, arguments)
+    name = _read(model)
+    if preset is not None and name.preset is not None:
+        raise ValueError(f"--preset {preset}: {model} names a preset already, leave one of them out")
+    saved = _saved_pruning(pretrained)
+    if name.preset is None and preset is None and saved is not None:
+        if default is not None:
+            return create_model(model, pretrained=pretrained, preset=saved, **arguments)
+        warnings.warn(
+            f"{pretrained} was saved pruned, and {model} names a dense model: the pruning is left out. To have it, give the "
+            "folder itself as the model",
+            stacklevel=2,
+        )
+    asked = (preset or default) if name.preset is None else None
+    return create_model(model, pretrained=pretrained, preset=asked, **arguments)
+
+
+def is_saved(model: str) -> bool:
+    """Whether a model argument is a folder or a repository of the hub, not a name."""
+    return model.startswith(_HUB) or Path(model).is_dir()
+
+
+def is_random(model: str, pretrained: bool | str | Path | None = None) -> bool:
+    """Whether `open_model` gives random weights."""
+    return not is_saved(model) and (pretrained is False or (pretrained is None and _read(model).tag is None))
+
+
+def _read(model: str) -> Name:
+    try:
+        return Name.read(model)
+    except LookupError:
+        if "/" not in model and os.sep not in model:
+            raise
+        raise LookupError(
+            f"there is no folder {model}, and no model has that name; a repository of the hub is written hf-hub:org/name"
+        ) from None
+
+
+def _saved(
+    model: str, pretrained: Any, preset: str | None, default: str | None, arguments: Mapping[str, Any]
+) -> nn.Module:
+    """A folder's or a repository's model."""
+    others = [name for name in arguments if name not in PARTS]
+    if pretrained or others:
+        what = "--pretrained" if pretrained else ", ".join(f"{name}=" for name in others)
+        raise ValueError(f"{what}: the folder {model} says itself what its model is, leave one of them out")
+    opened = hub.from_pretrained(model)
+    if is_pruned(opened):
+        if preset is not None:
+            check_same(preset, preset_of(preset), pruning(opened).config, model, arguments)
+        return hub.from_pretrained(model, **arguments) if arguments else opened
+    asked = preset or default
+    if asked is not None:
+        return prune(opened, asked, **arguments).eval()
+    if arguments:
+        raise TypeError(f"{', '.join(arguments)} given, but {model} holds a dense model: name a preset too")
+    return opened
+
+
+def _saved_pruning(pretrained: Any) -> Any:
+    """The pruning that the folder `pretrained` was saved with, None for none and for anything else."""
+    if not isinstance(pretrained, (str, os.PathLike)) or not Path(pretrained, checkpoint.CONFIG).is_file():
+        return None
+    return checkpoint.saved_pruning(Path(pretrained))

@@ -1,0 +1,168 @@
+"""BERT's WordPiece tokenizer with the two tokens that BLIP adds to it.
+
+Depends on nothing else here; the `tokenizers` package is imported when a tokenizer is made. CLIP's tokenizers are
+open_clip's: `open_clip.get_tokenizer(architecture)`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CLS, DEC, ENC = "[CLS]", "[DEC]", "[ENC]"
+BERT = "google-bert/bert-base-uncased"  # on the hub
+_FILES = ("vocab.txt", "tokenizer.json")
+
+
+def well_formed(text: str) -> str:
+    """The text with each half of a character (a lone surrogate) as U+FFFD: UTF-8 cannot write one, tokenizers refuse it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class BlipTokenizer:
+    """Lower-case WordPiece over a vocabulary of BERT's, with `[DEC]` and `[ENC]` behind it (30522 and 30523).
+
+    BLIP tells its text tower's task by a sentence's first token: `[CLS]` a sentence alone, `[ENC]` one read against its
+    image, `[DEC]` one to be written. `max_positions`: the longest sentence the model takes, special tokens counted.
+    """
+
+    def __init__(self, vocabulary: Mapping[str, int], max_positions: int = 512) -> None:
+        """vocabulary: token to id, with `[PAD]` 0. ImportError without the package, ValueError for no such vocabulary."""
+        missing = [token for token in ("[PAD]", "[UNK]", CLS, "[SEP]") if token not in vocabulary]
+        if missing or vocabulary["[PAD]"] != 0:
+            raise ValueError(
+                f"this is no vocabulary of BERT's: {', '.join(missing) or '[PAD]'} "
+                f"{'is missing' if missing else 'is not id 0'}; give bert-base-uncased's vocab.txt or tokenizer.json"
+            )
+        self.max_positions = max_positions
+        self._tokenizer = _word_pieces(vocabulary)
+        self._tokenizer.add_special_tokens([DEC, ENC])
+        self._ids = {token: int(self._tokenizer.token_to_id(token)) for token in (CLS, "[SEP]", DEC, ENC)}
+
+    @classmethod
+    def load(
+        cls, source: str | Path = BERT, *, max_positions: int = 512, cache_dir: str | None = None
+    ) -> BlipTokenizer:
+        """From a vocab.txt, a tokenizer.json, a folder with either, or the hub ("org/name", or its cache when offline).
+
+        OSError for a source that is none of these, ValueError for a file that holds no vocabulary of BERT's.
+        """
+        return cls(_read(_locate(source, cache_dir)), max_positions)
+
+    def __len__(self) -> int:
+        """How many ids there are: the text tower's `vocab_size`."""
+        return self._tokenizer.get_vocab_size()
+
+    def id(self, token: str) -> int:
+        """The id of `[CLS]`, `[SEP]`, `[DEC]` or `[ENC]`."""
+        return self._ids[token]
+
+    def encode(
+        self, sentences: str | Iterable[str], *, first: str = CLS, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`input_ids` and `attention_mask`, both int64 [sentences, length], padded to the longest sentence.
+
+        first: the token that tells the task. max_length: cut sentences to so many tokens, special ones counted; without
+        it none is cut, and ValueError names one longer than `max_positions`. ValueError for no sentences at all.
+        """
+        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        if not texts:
+            raise ValueError("BlipTokenizer.encode needs at least one sentence, got none")
+        if max_length is not None and not 2 <= max_length <= self.max_positions:
+            raise ValueError(f"max_length={max_length}: write a number from 2 to max_positions={self.max_positions}")
+        rows = [self._row(text, first, max_length) for text in texts]
+        longest = max(map(len, rows))
+        input_ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return input_ids, (torch.arange(longest) < lengths[:, None]).long()
+
+    def prompt(self, text: str, batch: int = 1) -> Tensor:
+        """input_ids [batch, length] of a text to be written on: `[DEC]` in front and no `[SEP]` behind."""
+        return self.encode(text, first=DEC)[0][:, :-1].repeat(batch, 1)
+
+    def decode(self, input_ids: Tensor) -> list[str]:
+        """The sentences of input_ids [sentences, length], each up to its first `[SEP]`, without special tokens."""
+        return [self._tokenizer.decode(self._said(row)) for row in input_ids.tolist()]
+
+    def _row(self, text: str, first: str, max_length: int | None) -> list[int]:
+        ids = self._tokenizer.encode(well_formed(text), add_special_tokens=False).ids
+        if max_length is not None:
+            ids = ids[: max_length - 2]
+        elif len(ids) + 2 > self.max_positions:
+            raise ValueError(
+                f"{text[:60]!r} ... takes {len(ids) + 2} positions, special tokens included, and the model has "
+                f"max_positions={self.max_positions}: shorten it, or let max_length=... cut it"
+            )
+        return [self._ids[first], *ids, self._ids["[SEP]"]]
+
+    def _said(self, row: list[int]) -> list[int]:
+        end = self._ids["[SEP]"]
+        return row[: row.index(end)] if end in row else row
+
+
+def clean_caption(text: str, words: int = 30) -> str:
+    """A caption as BLIP reads it: lower case, most punctuation turned to spaces, at most so many words.
+
+    BLIP cuts captions at 30 words, and the sentences of NLVR2 at 40.
+    """
+    return " ".join(re.sub(r"[.!\"()*#:;~]", " ", text.lower()).split()[:words])
+
+
+def clean_question(text: str, words: int = 30) -> str:
+    """A question as BLIP reads it: as `clean_caption`, but what is cut out leaves no space behind."""
+    return " ".join(re.sub(r"[.!\"()*#:;~]", "", text.lower()).split()[:words])
+
+
+def _word_pieces(vocabulary: Mapping[str, int]) -> Any:
+    """The pipeline of bert-base-uncased."""
+    try:
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    except ImportError as error:
+        raise ImportError("BLIP's text needs the package tokenizers: pip install tokenizers") from error
+    tokenizer = Tokenizer(models.WordPiece(dict(vocabulary), unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", CLS, "[SEP]"])  # known already: never split, left out by decode
+    return tokenizer
+
+
+def _locate(source: str | Path, cache_dir: str | None) -> Path:
+    """The file of a vocabulary."""
+    path = Path(source)
+    if path.is_dir():
+        there = [path / name for name in _FILES if (path / name).is_file()]
+        if not there:
+            raise FileNotFoundError(f"{path} holds neither {' nor '.join(_FILES)}: give a tokenizer's file or folder")
+        return there[0]
+    if path.is_file():
+        return path
+    if path.suffix in (".txt", ".json") or str(source).count("/") > 1:
+        raise FileNotFoundError(f"there is no file or folder {path}: give a tokenizer's, or a name on the hub")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(source), _FILES[0], cache_dir=cache_dir, library_name="vltprune"))
+    except Exception as error:  # whatever a network does
+        raise OSError(
+            f"cannot get {_FILES[0]} of {str(source)!r} from the hub: {error}. Offline, give the path of a copy of "
+            "bert-base-uncased's vocab.txt or tokenizer.json"
+        ) from error
+
+
+def _read(file: Path) -> dict[str, int]:
+    """Token to id, from one token a line or from the JSON of a tokenizer."""
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix != ".json":
+        return {token: index for index, token in enumerate(text.removesuffix("\n").split("\n"))}
+    try:
+        model = json.loads(text)["model"]
+        return {str(token): int(index) for token, index in model["vocab"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is no tokenizer.json with a vocabulary of word pieces") from error

@@ -1,0 +1,67 @@
+"""The config of a pruned model as its parts are now, with arguments that were set since it was pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..utils.structure import attributes
+from ..utils.wrappers import unwrapped
+from .config import PruneConfig
+
+_PARTS = {"scorer": "scorer", "keep": "keeper", "reducer": "reducer"}  # kind -> attribute of a pruner
+
+
+def current_config(config: PruneConfig, towers: Mapping[str, Any]) -> PruneConfig:
+    """The config that builds the pruners of these towers as they stand.
+
+    Raises ValueError where none does: for parts of another type, other depths, and arguments that differ between depths.
+    """
+    changed = {(kind, tower): _changed(config, kind, tower, towers[tower]) for kind in _PARTS for tower in towers}
+    pruned = [tower for tower in towers if towers[tower].pruners]
+    for kind in _PARTS:
+        changes = {tower: changed[kind, tower] for tower in pruned}
+        if not any(changes.values()):
+            continue
+        part = getattr(config, kind)
+        parts = {tower: config.part(kind, tower).replace(**changes[tower]) for tower in pruned}
+        alike = all(one == parts[pruned[0]] for one in parts.values())
+        if kind != "keep" and not alike:
+            raise _refusal(f"its towers have different {kind}s: {', '.join(map(str, parts.values()))}")
+        kept = {**part, **parts} if isinstance(part, Mapping) else parts
+        config = config.replace(**{kind: parts[pruned[0]] if alike and not isinstance(part, Mapping) else kept})
+    left = [_changed(config, kind, tower, towers[tower]) for kind in _PARTS for tower in pruned]
+    if any(left):
+        raise _refusal(f"no config sets {next(filter(None, left))!r}")
+    return config
+
+
+def _changed(config: PruneConfig, kind: str, tower: str, encoder: Any) -> dict[str, Any]:
+    """Arguments of a tower's parts of one kind that are not what the config builds, by their values now."""
+    with torch.random.fork_rng(devices=[]):
+        built = encoder.build_pruners(config)
+    here = {int(depth) for depth in encoder.pruners}
+    if here != {int(depth) for depth in built}:
+        raise _refusal(f"its {tower} tower is pruned at {sorted(here)}, and its config says {sorted(map(int, built))}")
+    found: list[dict[str, Any]] = []
+    for depth, pruner in encoder.pruners.items():
+        part: Any = unwrapped(getattr(pruner, _PARTS[kind]))
+        right: Any = getattr(built[depth], _PARTS[kind])
+        if type(part) is not type(right):
+            raise _refusal(
+                f"the {kind} of its {tower} tower at {depth} is {type(part).__name__} and was {type(right).__name__}"
+            )
+        now, then = attributes(part), attributes(right)
+        found.append({name: now.get(name) for name in right.arguments if name in then and now.get(name) != then[name]})
+    if any(one != found[0] for one in found):
+        raise _refusal(f"the {kind} of its {tower} tower has other arguments at some depths than at others: {found}")
+    return found[0] if found else {}
+
+
+def _refusal(why: str) -> ValueError:
+    return ValueError(
+        f"cannot save this pruned model: {why}, which would not come back. Nothing was written. Prune its dense model anew, "
+        "vltprune.prune(model.host, config), with the parts and depths that you want"
+    )

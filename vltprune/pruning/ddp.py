@@ -1,0 +1,37 @@
+"""Distributed training: gives every weight that pruning adds a gradient, be it zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..core.tokens import PackedTokens
+
+
+def tied(tokens: PackedTokens, *parts: nn.Module | None) -> PackedTokens:
+    """The same tokens, from which a gradient reaches each trainable weight of the parts: zero, unless others give it more.
+
+    DistributedDataParallel waits for all weights in each step, and some may get none: those of a map, where nothing is
+    merged. Outside torch.distributed, and without gradients, the tokens as they are.
+    """
+    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+        return tokens
+    weights = [weight for part in parts if part is not None for weight in part.parameters() if weight.requires_grad]
+    return tokens.with_x(_Tie.apply(tokens.x, *weights)) if weights else tokens
+
+
+class _Tie(torch.autograd.Function):
+    """The identity of its first argument; the gradient of all others, weights, is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.weights = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.weights]
+        return gradients[0], *zeros

@@ -1,0 +1,215 @@
+"""PrunedEncoder: a tower that its host runs block by block, with pruners between attention and the rest of a block."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..core.attention import attend, attend_with_stats
+from ..core.checks import is_traced
+from ..core.tokens import PackedTokens
+from ..hosts.base import Host
+from ..layers import AlignmentGuide, Guidance
+from ..utils.wrappers import is_sharded
+from .config import PruneConfig
+from .ddp import tied
+from .pruner import PruneDecision, Pruner, UntrainedGuideWarning, born_like
+from .state_dict import fqn_modifiers, use_dense_names
+from .tower import Tower
+from .trace import LayerTrace, PruneTrace, collectors
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What `prune` made of a model: its config, the dense model, the guide that its towers share, the pruned towers."""
+
+    config: PruneConfig
+    host: nn.Module
+    guide: AlignmentGuide | None
+    towers: Mapping[str, PrunedEncoder]
+
+
+class Noted:
+    """A tower's record of its own pruning, where it is a model by itself; a tower of a composite model has none.
+
+    The record is completed with the tower each time it is read. Noted in the tower, it would refer to the tower itself, and
+    the weights of a model that nobody holds any more would stay until Python looks for such circles.
+    """
+
+    tower: str
+
+    @property
+    def pruning(self) -> Pruning:
+        if "_noted" not in self.__dict__:
+            raise AttributeError(f"the {self.tower} tower is no model by itself: its composite model has `pruning`")
+        this: Any = self
+        return replace(self.__dict__["_noted"], towers={self.tower: this})
+
+    @pruning.setter
+    def pruning(self, record: Pruning) -> None:
+        self.__dict__["_noted"] = replace(record, towers={})
+
+
+class PrunedEncoder(Noted, Tower):
+    """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
+
+    Calling it takes what the host takes and returns what the host returns. Its state dict has the host's own names, and
+    `pruners.*` and `guide.*` beside them. A tower of a composite model leaves the guide to that model, whose towers share it,
+    and so the host where that is the composite model itself: no tensor is registered twice.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        adapter: Host,
+        config: PruneConfig,
+        guide: AlignmentGuide | None,
+        tower: str,
+        composite: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.adapter, self.tower = adapter, tower
+        self._hold("host", host, is_child=host is not composite)
+        self._hold("guide", guide, is_child=composite is None)
+        self.pruners = self.build_pruners(config)
+        use_dense_names(self)
+        self.training = host.training  # not by `train`, which would change the host's own modules
+        self.pruners.train(host.training)
+
+    def build_pruners(self, config: PruneConfig) -> nn.ModuleDict:
+        """New pruners of a config for this tower, by depth; the tower stays as it is."""
+        blocks = self.adapter.blocks(self.host)
+        depths = config.depths(self.tower, len(blocks))
+        sites = [replace(self.adapter.site(self.host, d, self.tower), before=i) for i, d in enumerate(depths)]
+        pruners = {str(site.depth): born_like(blocks[site.depth], Pruner.build, config, site) for site in sites}
+        return nn.ModuleDict(pruners)
+
+    def _hold(self, name: str, module: nn.Module | None, is_child: bool) -> None:
+        """As a child, or as an attribute that the module tree does not have: the composite model has it."""
+        if is_child:
+            setattr(self, name, module)
+        else:
+            object.__setattr__(self, name, module)
+
+    @property
+    def _dense(self) -> nn.Module:
+        return self.host
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """torch.distributed.checkpoint asks for this."""
+        return fqn_modifiers(self)
+
+    def _replicate_for_data_parallel(self) -> PrunedEncoder:
+        if self.__dict__.get("host") is not None or self.__dict__.get("guide") is not None:
+            raise RuntimeError(
+                f"DataParallel over several devices cannot copy the {self.tower} tower, which shares its guide with other "
+                "towers: use torch.nn.parallel.DistributedDataParallel, one process a device (torchrun, accelerate launch), or "
+                "show one device to this process (CUDA_VISIBLE_DEVICES=0)"
+            )
+        return super()._replicate_for_data_parallel()
+
+    def extra_repr(self) -> str:
+        return f"tower={self.tower!r}, at=({', '.join(self.pruners)})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """AttributeError for a module that is the dense tower's to have, such as a new head: here nothing would run it."""
+        modules = self.__dict__.get("_modules", {})
+        if (
+            isinstance(value, nn.Module)
+            and "host" in modules
+            and name not in modules
+            and name in modules["host"]._modules
+        ):
+            raise AttributeError(f"{name} is a module of the dense tower, which is run: write pruned.host.{name} = ...")
+        super().__setattr__(name, value)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        tokens, beside = self.encode(*inputs, **named)
+        return self.adapter.answer(self.host, self.adapter.head(self.host, tokens, beside), **named)
+
+    def encode(self, *inputs: Any, **named: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
+        """Tokens that leave the last block, before the host's final norm and pooling; and what stood beside the blocks."""
+        self._warn_of_noise()
+        inputs = self.adapter.call(self.host, *inputs, **named)
+        tokens, beside = self.adapter.embed(self.host, *inputs)
+        collecting = collectors()  # asked once: gradient checkpointing runs blocks again when nobody collects any more
+        traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in collecting]
+        recompute = self.training and torch.is_grad_enabled() and self.adapter.recomputes(self.host)
+        run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
+        guide = self.guide.bind(self.tower) if self.guide is not None else None
+        for depth, block in enumerate(self.adapter.blocks(self.host)):
+            if is_sharded(block):
+                raise RuntimeError(
+                    f"block {depth} of the {self.tower} tower is sharded by FSDP, which gathers weights where a module is "
+                    "called, and a pruned tower calls the parts of its blocks: shard the whole model alone, fully_shard(model)"
+                )
+            tokens, step = run(depth, block, tokens, beside[depth], guide)
+            for collector, trace in zip(collecting, traces, strict=True):
+                trace.steps.append(replace(step, tokens=tokens) if collector.tokens else step)
+        if self.training:
+            tokens = tied(tokens, self.pruners, self.guide)
+        for collector, trace in zip(collecting, traces, strict=True):
+            collector.add(replace(trace, left=tokens))
+        return tokens, beside
+
+    def _block(
+        self,
+        depth: int,
+        block: nn.Module,
+        tokens: PackedTokens,
+        beside: Any,
+        guide: Callable[[PackedTokens], Guidance] | None,
+    ) -> tuple[PackedTokens, LayerTrace]:
+        adapter, pruner = self.adapter, self.pruner(depth)
+        q, k, v = adapter.qkv(block, tokens, beside)
+        room: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
+        room |= {"key_bias": tokens.bias, "pairs": adapter.pairs(block, tokens, beside)}
+        scale, relate, decision = adapter.scale(block), None, PruneDecision(None)
+
+        if pruner is None:
+            context = attend(q, k, v, tokens.layout, scale, **room)
+            if guide is not None and not self.pruners and torch.is_grad_enabled():
+                relate = partial(guide, tokens)  # so that the other tower has something to be aligned with, if it asks
+        else:
+            context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **room)
+            guidance = guide(tokens) if guide is not None else None
+            relate = None if guidance is None else lambda: guidance
+            decision = pruner(tokens, stats, guidance, self._least(pruner))
+        plan = decision.plan
+        scored = (tokens, decision.scores) if decision.scores is not None and torch.is_grad_enabled() else None
+
+        # an affine map commutes with averaging: reducing first, the output projection runs on what stays
+        early = plan is not None and plan.is_affine and adapter.projects_affinely(block)
+        if decision.keep_prob is not None:
+            tokens = tokens.with_keep_prob(decision.keep_prob, decision.counted_prob)
+        if plan is not None and early:
+            tokens, context = plan.tokens(tokens), plan.values(context)
+        tokens = adapter.project(block, tokens, context)
+        if plan is not None and not early:
+            tokens = plan.tokens(tokens)
+        tokens = adapter.feed_forward(block, tokens, beside)
+        expected = None if tokens.keep_prob is None else tokens.expected
+        lengths = tokens.layout.lengths
+        return tokens, LayerTrace(tokens.position, tokens.protected, lengths, plan, early, relate, expected, scored)
+
+    def _least(self, pruner: Pruner) -> int:
+        """How many unprotected tokens must stay: one, where nothing else is there to answer with. Asked at each call, for the
+        pooling of a tower may be exchanged."""
+        return int(not pruner.scorer.site.has_summary or self.adapter.pools_free(self.host))
+
+    def _warn_of_noise(self) -> None:
+        if self.training or self.guide is None or not self.pruners or is_traced() or not self.guide.is_untrained:
+            return
+        warnings.warn(
+            f"the {self.tower} tower is pruned by an alignment guide whose anchors are untrained noise: load trained "
+            "weights, train it, or place the anchors with vltprune.fit_guide(model, batches)",
+            UntrainedGuideWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,37 @@
+"""Published methods as PruneConfigs, each with its paper and how it departs from it."""
+
+from __future__ import annotations
+
+from ..registry import presets
+from .config import PruneConfig
+
+
+def preset(name: str) -> PruneConfig:
+    """The PruneConfig of a registered preset. LookupError, with the nearest names, for another."""
+    return presets[name]()
+
+
+@presets.register("madtp")
+def madtp() -> PruneConfig:
+    """MADTP (arXiv 2403.02991): shared anchors guide a threshold per instance at every block; the rest is fused.
+
+    Departs from the reference code in what docs/parity.md lists; counts are per instance, not the batch's maximum.
+    """
+    return PruneConfig(scorer="madtp", keep="threshold(temperature=1.0)", reducer="fuse", guide="codebook(anchors=100)")
+
+
+@presets.register("evit")
+def evit() -> PruneConfig:
+    """EViT (arXiv 2202.07800): mean class attention keeps 70 % at the 4th, 7th and 10th of twelve blocks; the rest is fused."""
+    return PruneConfig(
+        scorer="mean_cls_attention",
+        keep="ratio(ratio=0.7)",
+        reducer="fuse(normalize=False)",
+        at=(0.25, 0.5, 0.75),
+    )
+
+
+@presets.register("random")
+def random() -> PruneConfig:
+    """The baseline: at every block 85 % of the tokens stay, whichever they are."""
+    return PruneConfig(scorer="random", keep="ratio(ratio=0.85)", reducer="drop")

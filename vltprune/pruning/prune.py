@@ -1,0 +1,95 @@
+"""prune(model, config): a pruned model that shares the dense model's weights. The dense model is unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..hosts.find import find_composite, find_host
+from ..layers import AlignmentGuide
+from ..layers.printing import remember_arguments
+from ..registry import guides
+from ..utils.wrappers import is_pruned, record_of, unwrapped
+from . import presets
+from .config import PruneConfig
+from .encoder import PrunedEncoder, Pruning
+from .pruner import born_like
+
+
+def prune(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> nn.Module:
+    """`vltprune.prune` without a cost to set: a model like `model` whose towers prune their tokens.
+
+    model: a tower (timm's VisionTransformer or Eva, open_clip's VisionTransformer, TextTransformer, TimmModel or
+    HFTextEncoder, an encoder of transformers, our BlipVision or MedEncoder) or a composite of two (CLIP of open_clip; CLIP,
+    SigLIP or BLIP of transformers; our Blip models), whose towers then share one guide; docs/architecture.md lists them
+    all. preset: the name of a preset, or a PruneConfig; **parts replace single parts of it, as in
+    prune(model, "madtp", reducer="drop", at=(6, 7, 8)).
+
+    The result has `.pruning` (config, dense host, guide, towers) and `.host`, the dense model. New parts are in training or
+    in evaluation mode as their tower is. Raises TypeError for
+    a model that no host takes apart, and the errors of PruneConfig; ValueError for parts that need what a tower lacks.
+    """
+    if unwrapped(model) is not model:
+        raise TypeError(
+            f"a {type(model).__name__} wraps a {type(unwrapped(model)).__name__}: prune that one, and wrap what `prune` "
+            "returns (vltprune.unwrapped(model) is the model itself)"
+        )
+    if is_pruned(model):
+        raise TypeError("this model is pruned already: prune its dense host, prune(model.host, ...)")
+    config = presets.preset(preset) if isinstance(preset, str) else preset
+    config = config.replace(**parts) if parts else config
+    composite = find_composite(model)
+    if composite is None:
+        host = find_host(model)
+        towers = {host.tower: (model, host)}
+    else:
+        towers = composite.towers(model)
+    _check_towers(config, tuple(towers))
+
+    sites = {name: host.site(tower, 0, name) for name, (tower, host) in towers.items()}
+    guide = build_guide(config, sites | (composite.listeners(model) if composite is not None else {}), model)
+    if guide is not None:
+        guide.train(model.training)
+    owner = model if composite is not None else None
+    pruned: dict[str, Any] = {}
+    for name, (tower, host) in towers.items():
+        encoder: Any = host.encoder or PrunedEncoder
+        pruned[name] = encoder(tower, host, config, guide, name, owner)
+    if composite is None:
+        result: nn.Module = pruned[next(iter(pruned))]
+    else:
+        result = composite.assemble(model, pruned)
+        if guide is not None:
+            result.add_module("guide", guide)  # here alone: towers that share it do not register it
+        object.__setattr__(result, "host", model)  # not a child: its towers are in `result` already
+    object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
+    return result
+
+
+def build_guide(config: PruneConfig, sites: dict[str, Any], model: nn.Module) -> AlignmentGuide | None:
+    """The guide of a config for towers with these sites (any depth of each), in the model's type; None where it has none."""
+    if config.guide is None:
+        return None
+    part = config.part("guide")
+    guide = born_like(model, guides[part.name], sites, **part.args)
+    remember_arguments(guide, guides[part.name], part.args)
+    return guide
+
+
+def pruning(model: nn.Module) -> Pruning:
+    """What `prune` made of a model, wrapped (compiled, in parallel) or not. TypeError for a dense one."""
+    record = record_of(model)
+    if not isinstance(record, Pruning):
+        raise TypeError(f"this {type(unwrapped(model)).__name__} is not pruned: give it to vltprune.prune first")
+    return record
+
+
+def _check_towers(config: PruneConfig, towers: tuple[str, ...]) -> None:
+    """ValueError for a tower that the config names and the model lacks."""
+    for name, given in (("at", config.at), ("keep", config.keep)):
+        unknown = [tower for tower in given if tower not in towers] if isinstance(given, Mapping) else []
+        if unknown:
+            asked = f"{name}={config.to_dict()[name]!r}"
+            raise ValueError(f"{asked} names the tower {unknown[0]!r}; this model has {', '.join(towers)}")

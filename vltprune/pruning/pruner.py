@@ -1,0 +1,140 @@
+"""Pruner: the decision of one pruned layer. It scores tokens, says how many stay, and plans what becomes of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core import segments
+from ..core.attention import AttentionStats, Stat
+from ..core.checks import is_traced
+from ..core.tokens import PackedTokens
+from ..layers import Guidance, KeepRatioPredictor, Reduction, Site, TokenReducer, TokenScorer
+from ..layers.printing import remember_arguments
+from ..layers.reducers import best
+from ..registry import keepers, reducers, scorers
+from .config import PruneConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class UntrainedGuideWarning(UserWarning):
+    """An alignment guide decides what to prune while its anchors are still noise."""
+
+
+@dataclass(frozen=True)
+class PruneDecision:
+    """The decision of one pruned layer.
+
+    Attributes:
+        plan: what becomes of the tokens; None where all stay.
+        scores: [total], in single precision; those that are equal within rounding are equal.
+        keep_prob: [total], in soft training: the probability to stay, with gradients to scores and threshold.
+        counted_prob: [total]: the same values, with gradients to the threshold alone.
+    """
+
+    plan: Reduction | None
+    scores: Tensor | None = None
+    keep_prob: Tensor | None = None
+    counted_prob: Tensor | None = None
+
+
+class Pruner(nn.Module):
+    """The pruning of one layer: scores tokens, counts how many stay, and plans what becomes of the rest.
+
+    Attributes:
+        soft_temperature: above 0, training decides softly. A token then stays with a probability, the sigmoid of its keeper's
+            margin over this temperature. Its logarithm is a bias on the token's attention logits, so that the loss has
+            gradients to scores and thresholds. The cost has them to thresholds alone: scores should say what matters, not
+            what is cheap. At 0, and in evaluation, tokens stay or go.
+        min_keep_prob: a token whose probability to stay is not above this goes, in soft training too.
+    """
+
+    min_keep_prob = 0.02
+
+    def __init__(self, scorer: TokenScorer, keeper: KeepRatioPredictor, reducer: TokenReducer):
+        super().__init__()
+        self.scorer, self.keeper, self.reducer = scorer, keeper, reducer
+        self.needs: Stat = scorer.needs | reducer.needs
+        self.soft_temperature = 0.0
+
+    @classmethod
+    def build(cls, config: PruneConfig, site: Site) -> Pruner:
+        """The parts of a config, for one site. ValueError for parts that need what the site does not have."""
+        kinds = {"scorer": scorers, "keep": keepers, "reducer": reducers}
+        parts = []
+        for kind, registry in kinds.items():
+            part = config.part(kind, site.tower)
+            parts.append(registry[part.name](site, **part.args))
+            remember_arguments(parts[-1], registry[part.name], part.args)
+        pruner = cls(*parts)
+        if Stat.SUMMARY in pruner.needs and not site.has_summary:
+            raise ValueError(
+                f"scorer={str(config.scorer)!r} reads the attention of a summary token (Stat.SUMMARY), and the "
+                f"{site.tower} tower has none: write scorer='self_attention' or scorer='alignment', "
+                "or leave the tower alone with at={'other tower': None}"
+            )
+        return pruner
+
+    def forward(
+        self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, least: int = 0
+    ) -> PruneDecision:
+        """tokens: the block's input -> the plan for its output.
+
+        least: how many unprotected tokens of each instance stay in any case, the best by score. ValueError for soft training
+        of a keeper without a margin, and under torch.jit.trace for counts that depend on what tokens hold.
+        """
+        soft = self.training and self.soft_temperature > 0
+        if is_traced() and (soft or not self.keeper.fixed):
+            raise ValueError(
+                "torch.jit.trace would keep this example's counts for every other input, and "
+                f"{'soft training' if soft else type(self.keeper).__name__} counts tokens by what they hold: prune with "
+                "keep='ratio(...)' or keep='count(...)', whose counts are the same for all inputs of one shape, or run the "
+                "model without tracing it"
+            )
+        with torch.autocast(tokens.x.device.type, enabled=False):  # which would take sums of scores in half
+            return self._judge(tokens, stats, guidance, soft, least)
+
+    def _judge(
+        self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, soft: bool, least: int
+    ) -> PruneDecision:
+        scores = segments.settle(self.scorer(tokens, stats, guidance).float(), tokens.layout)
+        keep_prob = counted_prob = None
+        if soft:
+            whole = best(tokens, scores, tokens.layout.sizes.new_full((tokens.layout.batch,), least))
+            keep_prob, counted_prob = (
+                self._keep_prob(one, tokens, guidance, whole) for one in (scores, scores.detach())
+            )
+            counts = segments.count((keep_prob > self.min_keep_prob) & tokens.free, tokens.layout)
+        else:
+            counts = self.keeper(scores, tokens, guidance)
+        counts = counts.clamp(min=least)
+        return PruneDecision(self.reducer(tokens, scores, counts, stats), scores, keep_prob, counted_prob)
+
+    def _keep_prob(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, whole: Tensor) -> Tensor:
+        """[total]: how much of each token stays; all of those that are `whole` [total] bool, which stay in any case."""
+        margin = self.keeper.margin(scores, tokens, guidance)
+        return (margin / self.soft_temperature).sigmoid().to(scores.dtype).masked_fill(whole, 1.0)
+
+
+def born_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any) -> M:
+    """What `build` makes of the arguments, in the floating-point type and on the device of the host's weights.
+
+    It is made on the CPU, whatever the default device, so that what is drawn at random is the same on each. Hosts without
+    such weights, as some quantized ones, leave it in single precision.
+    """
+    with torch.device("cpu"):
+        part = build(*args, **named)
+    weights = chain(host.parameters(), host.buffers())
+    first = next(weights, None)
+    if first is None:
+        return part.to("cpu", torch.float32)
+    floating = (weight.dtype for weight in chain((first,), weights) if weight.dtype in _FLOATING)
+    return part.to(first.device, next(floating, torch.float32))

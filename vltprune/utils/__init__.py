@@ -1,0 +1,1 @@
+"""Helpers that know nothing of pruning: files, frozen values, modes, wrappers, progress bars."""

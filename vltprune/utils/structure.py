@@ -1,0 +1,159 @@
+"""What a model is made of besides its weights: its modules, their plain attributes, and the shapes of its tensors.
+
+A saved model is built again from a name and arguments, and then filled. Whatever was exchanged after building is lost then,
+unless the structure is compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .wrappers import plain_name, unwrapped
+
+# attributes that say how a model is run, and not what it computes
+_RUNNING = {"training", "forward", "grad_checkpointing", "gradient_checkpointing", "fused_attn", "soft_temperature"}
+_ABSENT = object()
+_MOST = 8
+
+
+@dataclass(frozen=True)
+class Structure:
+    """modules: per path the type's name and the plain attributes; tensors: per key of the state dict its shape and kind."""
+
+    modules: Mapping[str, tuple[str, Mapping[str, Any]]]
+    tensors: Mapping[str, tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Structure:
+        model = unwrapped(model)
+        first: dict[int, str] = {}
+        tensors = {}
+        for key, value in model.state_dict(keep_vars=True).items():
+            name = plain_name(key)
+            tensors[name] = (*_kind(value), first.setdefault(id(value), name))  # tied tensors bear the first one's name
+        return cls(modules_of(model), tensors)
+
+    def differences(self, other: Structure) -> list[str]:
+        """How another structure differs from this one, in words; empty where it does not.
+
+        An attribute that only the other one has is none: users note things on modules.
+        """
+        found = []
+        for path in {**self.modules, **other.modules}:
+            here, there = self.modules.get(path), other.modules.get(path)
+            if here is None or there is None or here[0] != there[0]:
+                found.append(f"{path or 'the model'} is {_type(there, here)} and was {_type(here, there)}")
+                continue
+            for name, value in here[1].items():
+                now = there[1].get(name, _ABSENT)
+                if not _same(value, now):
+                    found += _told(f"{path + '.' if path else ''}{name}", value, now)
+        for key in {**self.tensors, **other.tensors}:
+            here, there = self.tensors.get(key), other.tensors.get(key)
+            if here != there and not any(key.startswith(f"{path}.") for path in _lost(self, other)):
+                found.append(f"{key} is {_tensor(there)} and was {_tensor(here)}")
+        return found
+
+
+def modules_of(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Per path of a module the type's name and the plain attributes."""
+    return {plain_name(path): _described(module) for path, module in model.named_modules()}
+
+
+def listed(differences: list[str]) -> str:
+    """The first of them, for a message."""
+    more = len(differences) - _MOST
+    return "; ".join(differences[:_MOST]) + (f"; and {more} more" if more > 0 else "")
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes of one module: numbers, strings, and functions by name, also in lists and dicts."""
+    found = {}
+    for name, value in vars(module).items():
+        if name.startswith("_") or name in _RUNNING:
+            continue
+        kept = plain(value)
+        if kept is not _ABSENT:
+            found[name] = kept
+    return found
+
+
+def _described(module: nn.Module) -> tuple[str, dict[str, Any]]:
+    inner = unwrapped(module)
+    return f"{type(inner).__module__}.{type(inner).__qualname__}", attributes(inner)
+
+
+def plain(value: Any) -> Any:
+    """The value as plain data; _ABSENT for what is no configuration, such as tensors and modules."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (torch.dtype, torch.memory_format)):
+        return str(value)
+    if isinstance(value, (tuple, list)):
+        items = tuple(plain(item) for item in value)
+        return _ABSENT if any(item is _ABSENT for item in items) else items
+    if isinstance(value, Mapping):
+        return {str(key): kept for key, item in value.items() if (kept := plain(item)) is not _ABSENT}
+    if isinstance(value, partial):
+        return ("partial", plain(value.func), plain(value.args), plain(value.keywords))
+    if inspect.ismethod(value) or isinstance(value, (Tensor, nn.Module)):
+        return _ABSENT
+    name = getattr(value, "__qualname__", None)
+    return f"{value.__module__}.{name}" if name is not None else _ABSENT
+
+
+def _kind(value: Any) -> tuple[Any, ...]:
+    """Shape and kind: floating-point tensors are of one kind, for `save` and `load` change between them."""
+    if not isinstance(value, Tensor):
+        return (type(value).__name__,)
+    kind = "float" if value.is_floating_point() else str(value.dtype)
+    plain = type(value.data) is Tensor
+    return (tuple(value.shape), kind if plain else f"{kind} in a {type(value.data).__name__}")
+
+
+def _same(a: Any, b: Any) -> bool:
+    return (
+        a is b
+        or (type(a) is type(b) and a == b)
+        or (isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b)
+    )
+
+
+def _lost(here: Structure, there: Structure) -> list[str]:
+    """Modules of one of them alone: their tensors need not be told of."""
+    return [path for path in here.modules.keys() ^ there.modules.keys() if path]
+
+
+def _type(described: tuple[str, Any] | None, other: tuple[str, Any] | None) -> str:
+    """The type's name, whole where two types bear the same."""
+    if described is None:
+        return "nothing"
+    name = described[0].rpartition(".")[2]
+    return described[0] if other is not None and other[0].rpartition(".")[2] == name else name
+
+
+def _told(name: str, before: Any, now: Any) -> list[str]:
+    """In words; of a dict, only what differs."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = [key for key in {**before, **now} if not _same(before.get(key, _ABSENT), now.get(key, _ABSENT))]
+        return [
+            line for key in keys for line in _told(f"{name}[{key!r}]", before.get(key, _ABSENT), now.get(key, _ABSENT))
+        ]
+    return [f"{name} is {_shown(now)} and was {_shown(before)}"]
+
+
+def _tensor(described: Any) -> str:
+    if described is None:
+        return "nothing"
+    return " ".join([str(list(described[0])), *described[1:-1]]) if len(described) > 2 else str(described[0])
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is _ABSENT else repr(value)

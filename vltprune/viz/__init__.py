@@ -1,0 +1,1 @@
+"""Images of kept tokens, SVG charts, and HTML pages."""
