@@ -58,9 +58,9 @@ class Unguided(vp.TokenScorer):
 
     needs = SelfAttention.needs | ClsAttention.needs
 
-    def __init__(self, site: vp.Site):
-        super().__init__(site)
-        self.terms = nn.ModuleList((SelfAttention(site), ClsAttention(site)))
+    def __init__(self, spec: vp.BlockSpec):
+        super().__init__(spec)
+        self.terms = nn.ModuleList((SelfAttention(spec), ClsAttention(spec)))
 
     def forward(self, tokens: Any, stats: Any, guidance: Any) -> Tensor:
         received, summary = (term(tokens, stats, guidance) for term in self.terms)

@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
-from vltprune import AttentionStats, Guidance, Layout, PackedTokens, Site, Stat
+from vltprune import AttentionStats, BlockSpec, Guidance, Layout, PackedTokens, Stat
 
 DIM, HEADS, HEAD_DIM, ANCHORS = 8, 2, 4, 3
 
@@ -26,9 +26,9 @@ shares = st.sampled_from([0.0, 0.2, 1.0])  # of protected tokens, all of them in
 
 @dataclass(frozen=True)
 class Case:
-    """One batch at one site, with everything that parts read. Every field follows `take`."""
+    """One batch at one spec, with everything that parts read. Every field follows `take`."""
 
-    site: Site
+    spec: BlockSpec
     tokens: PackedTokens
     stats: AttentionStats
     guidance: Guidance
@@ -75,7 +75,7 @@ def cases(draw, dim: int = DIM, has_summary: bool | None = None) -> Case:
     affinity = few(layout.total, draw(levels), g, ANCHORS) * logits - logits / 2
     mapped = tokens.with_x(torch.randn(layout.total, 5, generator=g))
     return Case(
-        Site("image", depth, 4, dim, HEADS, summary, causal),
+        BlockSpec("image", depth, 4, dim, HEADS, summary, causal),
         tokens,
         random_stats(layout.total, draw(levels), g),
         Guidance(affinity, mapped, draw(st.sampled_from(["softmax", "sparsemax"]))),
@@ -122,7 +122,7 @@ def arguments(draw, maker: Callable[..., Any], vary: bool = True) -> dict[str, A
     knob = getattr(maker, "knob", None)
     hints = typing.get_type_hints(maker.__init__)
     for name, parameter in inspect.signature(maker).parameters.items():
-        if name in ("site", "sites"):
+        if name in ("spec", "specs"):
             continue
         options = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is typing.Literal else ()
         options = (False, True) if hints[name] is bool else options

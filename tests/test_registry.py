@@ -136,28 +136,28 @@ class TestTemporarily:
         assert fruits.names("temporary_*") == []
 
 
-def maker(site, size, shape="round"):
-    return site, size, shape
+def maker(spec, size, shape="round"):
+    return spec, size, shape
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"sise": 1}, r"fruit takes no argument 'sise'; did you mean size\?"),
-        ({"site": 1, "size": 2}, "fruit takes no argument 'site'"),
-        ({"size": 1, "site": 3}, "fruit takes no argument 'site'"),
+        ({"spec": 1, "size": 2}, "fruit takes no argument 'spec'"),
+        ({"size": 1, "spec": 3}, "fruit takes no argument 'spec'"),
         ({}, r"fruit needs size: write fruit\(size=...\)"),
     ],
 )
 def test_bind_refuses(arguments, text):
     with pytest.raises(TypeError, match=text):
-        bind("fruit", maker, arguments, given=("site",))
+        bind("fruit", maker, arguments, given=("spec",))
 
 
 def test_bind_accepts():
-    bind("fruit", lambda site, *rest, size, **more: None, {"size": 1, "color": "red"}, given=("site",))
-    bind("fruit", maker, {"size": 1}, given=("site",))
-    bind("fruit", maker, {"size": 1, "shape": "long"}, given=("site",))
+    bind("fruit", lambda spec, *rest, size, **more: None, {"size": 1, "color": "red"}, given=("spec",))
+    bind("fruit", maker, {"size": 1}, given=("spec",))
+    bind("fruit", maker, {"size": 1, "shape": "long"}, given=("spec",))
 
 
 @dataclasses.dataclass
@@ -166,7 +166,7 @@ class Sized:
 
     largest: int
 
-    def __call__(self, site, size):
+    def __call__(self, spec, size):
         return min(size, self.largest)
 
 
@@ -176,15 +176,15 @@ class Listed:
 
     largest: list
 
-    def __call__(self, site, size):
+    def __call__(self, spec, size):
         return min(size, *self.largest)
 
 
 @pytest.mark.parametrize("maker", [Sized(3), Listed([3])], ids=["no hash", "no hash of a field"])
 def test_bind_reads_makers_that_cannot_be_hashed(maker):
-    bind("fruit", maker, {"size": 1}, given=("site",))
+    bind("fruit", maker, {"size": 1}, given=("spec",))
     with pytest.raises(TypeError, match="fruit takes no argument 'sise'"):
-        bind("fruit", maker, {"sise": 1}, given=("site",))
+        bind("fruit", maker, {"sise": 1}, given=("spec",))
 
 
 @pytest.mark.parametrize(

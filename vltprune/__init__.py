@@ -9,7 +9,7 @@ from .cost.prune import prune
 from .io.checkpoint import CheckpointError, Recipe, save
 from .io.hub import from_pretrained, load, push_to_hub
 from .io.preprocessing import Preprocessing, transforms
-from .layers import AlignmentGuide, Guidance, KeepRatioPredictor, Knob, Reduction, Site, TokenReducer, TokenScorer
+from .layers import AlignmentGuide, BlockSpec, Guidance, KeepRatioPredictor, Knob, Reduction, TokenReducer, TokenScorer
 from .models.factory import create_model, list_models, list_pretrained
 from .pruning import losses
 from .pruning.config import Part, PruneConfig
@@ -44,7 +44,7 @@ __all__ = [
     "Recipe",
     "Reduction",
     "Registry",
-    "Site",
+    "BlockSpec",
     "Stat",
     "TokenReducer",
     "TokenScorer",

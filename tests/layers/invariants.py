@@ -12,14 +12,14 @@ from strategies import DIM, HEADS, Case
 from torch import Tensor
 from torch.testing import assert_close
 
-from vltprune import AttentionStats, Guidance, PackedTokens, Reduction, Site, guides, keepers, reducers, scorers
+from vltprune import AttentionStats, BlockSpec, Guidance, PackedTokens, Reduction, guides, keepers, reducers, scorers
 
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}  # sums in another order, single precision
 
 
 def scorer(name: str, args: dict, case: Case, seed: int) -> None:
     """4, 5, 11."""
-    part = scorers[name](case.site, **args)
+    part = scorers[name](case.spec, **args)
 
     def score(case: Case) -> Tensor:
         asked = {stat: value for stat, value in case.stats.values.items() if stat in part.needs}
@@ -45,7 +45,7 @@ def scorer(name: str, args: dict, case: Case, seed: int) -> None:
 
 def keeper(name: str, args: dict, case: Case) -> None:
     """1 (a count for every instance), 4, 5."""
-    part = keepers[name](case.site, **args)
+    part = keepers[name](case.spec, **args)
 
     def count(case: Case) -> Tensor:
         return part(case.scores, case.tokens, case.guidance if part.guided else None)
@@ -65,7 +65,7 @@ def keeper_is_monotone(name: str, args: dict, case: Case, values: tuple[float, f
     """9: the knob, turned to where it keeps more, never keeps fewer."""
     knob = keepers[name].knob
     low, high = (
-        keepers[name](case.site, **{**args, knob.name: value})(case.scores, case.tokens, case.guidance)
+        keepers[name](case.spec, **{**args, knob.name: value})(case.scores, case.tokens, case.guidance)
         for value in sorted(values, reverse=not knob.keeps)
     )
     assert (low <= high).all()
@@ -114,8 +114,8 @@ def reducer_has_gradients(name: str, args: dict, case: Case, counts: Tensor) -> 
 
 def guide(name: str, args: dict, case: Case, seed: int) -> None:
     """4, 5, 11 and 12 for a guide; protected tokens do not sway what the anchors gather."""
-    sites = {"image": Site("image", 0, 4, DIM, HEADS, True), "text": Site("text", 0, 4, DIM, HEADS, True)}
-    part = guides[name](sites, **args)
+    specs = {"image": BlockSpec("image", 0, 4, DIM, HEADS, True), "text": BlockSpec("text", 0, 4, DIM, HEADS, True)}
+    part = guides[name](specs, **args)
 
     def guidance(tokens: PackedTokens) -> Guidance:
         return part(tokens, "image")
@@ -139,8 +139,8 @@ def guide(name: str, args: dict, case: Case, seed: int) -> None:
 def guide_learns(name: str, args: dict) -> None:
     """12, and the guide knows when it is noise."""
     wide = DIM + int(args.get("project", True))  # towers of two widths need a map
-    sites = {"image": Site("image", 0, 4, DIM, HEADS, True), "text": Site("text", 0, 4, wide, HEADS, True)}
-    part, x = guides[name](sites, **args), {"image": torch.randn(2, 5, DIM), "text": torch.randn(2, 4, wide)}
+    specs = {"image": BlockSpec("image", 0, 4, DIM, HEADS, True), "text": BlockSpec("text", 0, 4, wide, HEADS, True)}
+    part, x = guides[name](specs, **args), {"image": torch.randn(2, 5, DIM), "text": torch.randn(2, 4, wide)}
     assert part.is_untrained
     optimizer = torch.optim.SGD(part.parameters(), 0.1)
     read = [part(PackedTokens.pack(x[tower]), tower) for tower in x]
@@ -149,13 +149,13 @@ def guide_learns(name: str, args: dict) -> None:
     optimizer.step()
     assert not part.is_untrained
 
-    fitted = guides[name](sites, **args)
+    fitted = guides[name](specs, **args)
     fitted.fit(torch.randn(200, read[0].mapped.x.shape[1]))
     assert not fitted.is_untrained
 
 
 def _plan(name: str, args: dict, case: Case, counts: Tensor) -> Reduction | None:
-    part = reducers[name](case.site, **args)
+    part = reducers[name](case.spec, **args)
     asked = {stat: value for stat, value in case.stats.values.items() if stat in part.needs}
     return part(case.tokens, case.scores, counts, AttentionStats(part.needs, asked))
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from strategies import DIM, HEADS, cases
 from torch.testing import assert_close
 
-from vltprune import AttentionStats, Layout, PackedTokens, Site, Stat, scorers
+from vltprune import AttentionStats, BlockSpec, Layout, PackedTokens, Stat, scorers
 
-SITE = Site("image", 2, 4, DIM, HEADS, has_summary=True)
+SPEC = BlockSpec("image", 2, 4, DIM, HEADS, has_summary=True)
 
 
 def alone(x, width):
@@ -25,7 +25,7 @@ def alone(x, width):
 @given(case=cases(has_summary=True))
 def test_the_formula(width, case):
     """Of every layout: protected tokens are not counted, nor those of others."""
-    scores = scorers["distinct"](case.site, width=width)(case.tokens, case.stats, None)
+    scores = scorers["distinct"](case.spec, width=width)(case.tokens, case.stats, None)
     assert ((scores > 0) & (scores <= 1)).all()
     for i in range(case.batch):
         rows = (case.tokens.layout.instance == i) & case.tokens.free
@@ -42,7 +42,7 @@ def test_copies_share_one_score(lengths):
     tokens = PackedTokens(
         x, layout, torch.cat([torch.arange(n) for n in lengths]), torch.zeros(len(x), dtype=torch.bool)
     )
-    scores = scorers["distinct"](SITE)(tokens, AttentionStats(), None)
+    scores = scorers["distinct"](SPEC)(tokens, AttentionStats(), None)
     for one, of in zip(which, scores.split(lengths), strict=True):
         assert torch.equal(of, torch.tensor([1 / one.count(kind) for kind in one]))  # but for nothing
 
@@ -52,8 +52,8 @@ def test_another_scorers_scores_are_shared(case):
     stats = AttentionStats(case.stats.asked, {stat: value + 0.1 for stat, value in case.stats.values.items()})
     for name, of in (("distinct_attention", "self_attention"), ("distinct_madtp", "madtp")):
         args = (case.tokens, stats, case.guidance)
-        scores = scorers[name](case.site)(*args)
-        product = scorers[of](case.site)(*args) * scorers["distinct"](case.site)(*args)
+        scores = scorers[name](case.spec)(*args)
+        product = scorers[of](case.spec)(*args) * scorers["distinct"](case.spec)(*args)
         for i in range(case.batch):
             rows = (case.tokens.layout.instance == i) & case.tokens.free
             if (product[rows] >= 0).all() and product[rows].sum() > 1e-3:
@@ -63,8 +63,8 @@ def test_another_scorers_scores_are_shared(case):
 def test_what_resembles_is_not_learned_and_what_is_shared_is():
     x = torch.randn(2, 5, DIM, requires_grad=True)
     tokens, received = PackedTokens.pack(x), torch.rand(10, requires_grad=True)
-    assert not scorers["distinct"](SITE)(tokens, AttentionStats(), None).requires_grad
-    scores = scorers["distinct_attention"](SITE)(tokens, AttentionStats(Stat.RECEIVED, {Stat.RECEIVED: received}), None)
+    assert not scorers["distinct"](SPEC)(tokens, AttentionStats(), None).requires_grad
+    scores = scorers["distinct_attention"](SPEC)(tokens, AttentionStats(Stat.RECEIVED, {Stat.RECEIVED: received}), None)
     scores[0].backward()
     assert received.grad is not None
     assert received.grad[:5].abs().min() > 0
@@ -74,11 +74,11 @@ def test_what_resembles_is_not_learned_and_what_is_shared_is():
 def test_tokens_that_say_nothing_are_alike():
     """Constant tokens have no direction; they are copies of each other all the same."""
     tokens = PackedTokens.pack(torch.arange(4.0)[None, :, None].expand(1, 4, DIM))
-    assert_close(scorers["distinct"](SITE)(tokens, AttentionStats(), None), torch.full((4,), 0.25))
+    assert_close(scorers["distinct"](SPEC)(tokens, AttentionStats(), None), torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("name", ["distinct", "distinct_attention", "distinct_madtp"])
 @pytest.mark.parametrize("width", [0.0, -1.0, float("nan")])
 def test_a_width_that_is_none(name, width):
     with pytest.raises(ValueError, match="must be above 0"):
-        scorers[name](SITE, width=width)
+        scorers[name](SPEC, width=width)

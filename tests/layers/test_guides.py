@@ -9,11 +9,11 @@ from hypothesis import given
 from strategies import DIM, HEADS, cases
 from torch.testing import assert_close
 
-from vltprune import PackedTokens, Site, guides
+from vltprune import BlockSpec, PackedTokens, guides
 from vltprune.layers import Codebook
 
-WIDE = {"image": Site("image", 0, 4, DIM, HEADS, True), "text": Site("text", 0, 4, DIM, HEADS, True)}
-UNEVEN = {**WIDE, "text": Site("text", 0, 4, 5, 1, True)}
+WIDE = {"image": BlockSpec("image", 0, 4, DIM, HEADS, True), "text": BlockSpec("text", 0, 4, DIM, HEADS, True)}
+UNEVEN = {**WIDE, "text": BlockSpec("text", 0, 4, 5, 1, True)}
 
 
 @given(cases())
@@ -41,7 +41,7 @@ def test_attention_is_a_distribution_over_unprotected_tokens(case, attend, tempe
 
 
 @pytest.mark.parametrize(
-    ("sites", "args", "maps", "width"),
+    ("specs", "args", "maps", "width"),
     [
         (WIDE, {}, ["image", "text"], DIM),
         (WIDE, {"project": False}, [], DIM),
@@ -50,12 +50,12 @@ def test_attention_is_a_distribution_over_unprotected_tokens(case, attend, tempe
         (UNEVEN, {"dim": 3}, ["image", "text"], 3),
     ],
 )
-def test_each_tower_has_a_map_unless_it_is_left_out(sites, args, maps, width):
-    guide = Codebook(sites, anchors=7, **args)
+def test_each_tower_has_a_map_unless_it_is_left_out(specs, args, maps, width):
+    guide = Codebook(specs, anchors=7, **args)
     assert sorted(guide.maps) == maps
     assert guide.anchors.shape == (7, width)
-    for tower, site in sites.items():
-        assert guide.map(torch.zeros(2, site.dim), tower).shape == (2, width)
+    for tower, spec in specs.items():
+        assert guide.map(torch.zeros(2, spec.dim), tower).shape == (2, width)
 
 
 @given(cases())
@@ -163,7 +163,7 @@ def _noisy(guide):
 
 
 @pytest.mark.parametrize(
-    ("sites", "args", "text"),
+    ("specs", "args", "text"),
     [
         (WIDE, {"anchors": 0}, "anchors >= 1, got 0"),
         (WIDE, {"attend": "hardmax"}, "attend='softmax' or attend='sparsemax'"),
@@ -171,9 +171,9 @@ def _noisy(guide):
         (WIDE, {"dim": 6, "project": False}, "use project=True"),
     ],
 )
-def test_refusals(sites, args, text):
+def test_refusals(specs, args, text):
     with pytest.raises(ValueError, match=text):
-        Codebook(sites, **args)
+        Codebook(specs, **args)
 
 
 def test_fit_finds_what_is_there():

@@ -21,7 +21,7 @@ TURNED = [name for name in keepers.names() if keepers[name].knob]
 @given(data=st.data(), case=cases(), seed=seeds)
 def test_scorers(name, data, case, seed):
     maker = scorers[name]
-    if Stat.SUMMARY in maker.needs and not case.site.has_summary:
+    if Stat.SUMMARY in maker.needs and not case.spec.has_summary:
         return  # refused when a model is built
     invariants.scorer(name, data.draw(arguments(maker)), case, seed)
 
@@ -81,8 +81,8 @@ class KeyLength(TokenScorer):
 
     needs = Stat.KEY
 
-    def __init__(self, site, power: int, signed: bool = False):
-        super().__init__(site)
+    def __init__(self, spec, power: int, signed: bool = False):
+        super().__init__(spec)
         self.power, self.sign = power, -1 if signed else 1
 
     def forward(self, tokens, stats, guidance):
@@ -99,9 +99,9 @@ class Half(KeepRatioPredictor):
 class Wrapped(TokenReducer):
     """A user's reducer: two of ours in one."""
 
-    def __init__(self, site):
-        super().__init__(site)
-        self.drop, self.fuse = Drop(site), Fuse(site)
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.drop, self.fuse = Drop(spec), Fuse(spec)
 
     def forward(self, tokens, scores, counts, stats):
         return (self.drop if tokens.layout.batch == 0 else self.fuse)(tokens, scores, counts, stats)
@@ -149,8 +149,8 @@ class Neediest(Half):
 
 
 class Contrary(Ratio):
-    def __init__(self, site, ratio: float = 0.5):
-        super().__init__(site, 1 - ratio)
+    def __init__(self, spec, ratio: float = 0.5):
+        super().__init__(spec, 1 - ratio)
 
 
 class _Odd(Drop):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from strategies import DIM, HEADS, cases, generator, packed, values_of
 from torch.testing import assert_close
 
-from vltprune import AttentionStats, Guidance, Layout, PackedTokens, Pruner, Site, TokenScorer, keepers
+from vltprune import AttentionStats, BlockSpec, Guidance, Layout, PackedTokens, Pruner, TokenScorer, keepers
 from vltprune.layers import Distortion, Drop, Threshold
 
-SITE = Site("image", 0, 4, DIM, HEADS, has_summary=True)
+SPEC = BlockSpec("image", 0, 4, DIM, HEADS, has_summary=True)
 
 
 def naive_threshold(scores, affinity, tau, power, sparse):
@@ -44,7 +44,7 @@ def sparsemax(z):
 
 @given(cases(), st.floats(-6, 6).map(lambda power: 10**power), st.just(1.0) | values_of(Threshold.knob))
 def test_threshold(case, tau, power):
-    counts = Threshold(case.site, temperature=tau, power=power)(case.scores, case.tokens, case.guidance)
+    counts = Threshold(case.spec, temperature=tau, power=power)(case.scores, case.tokens, case.guidance)
     for i in range(case.batch):
         rows = (case.tokens.layout.instance == i) & case.tokens.free
         sparse = case.guidance.attend == "sparsemax"
@@ -59,30 +59,30 @@ def test_threshold_between_its_extremes():
     affinity = torch.zeros(6, 2)
     affinity[4, 0] = affinity[2, 1] = 1.0  # one anchor looks at score 5, the other at score 3
     guidance = Guidance(affinity, tokens)
-    assert Threshold(SITE, 1e6)(scores, tokens, guidance).item() == 2
-    assert Threshold(SITE, 1e-6)(scores, tokens, guidance).item() == 3
+    assert Threshold(SPEC, 1e6)(scores, tokens, guidance).item() == 2
+    assert Threshold(SPEC, 1e-6)(scores, tokens, guidance).item() == 3
 
 
 @pytest.mark.parametrize(("scores", "expected"), [([1.0] * 5, 5), ([0.0, 2.0, 2.0, 2.0], 4), ([0.0, 0.0, 2.0, 2.0], 2)])
 def test_threshold_prunes_nothing_where_none_would_stay_or_one_would_go(scores, expected):
     tokens = PackedTokens.pack(torch.zeros(1, len(scores), DIM))
-    counts = Threshold(SITE, 1e6)(torch.tensor(scores), tokens, Guidance(torch.zeros(len(scores), 2), tokens))
+    counts = Threshold(SPEC, 1e6)(torch.tensor(scores), tokens, Guidance(torch.zeros(len(scores), 2), tokens))
     assert counts.tolist() == [expected]
 
 
 @given(cases(), st.floats(0.1, 3), st.floats(0.1, 5), st.integers(0, 4))
 def test_what_decays_from_block_to_block(case, decay, power, before):
     """Behind i others a decayed keeper does what one without does at power or error times decay^i, at a share to that power."""
-    site = dataclasses.replace(case.site, before=before)
+    spec = dataclasses.replace(case.spec, before=before)
     inputs = (case.scores, case.tokens, case.guidance)
-    decayed = Threshold(site, power=power, decay=decay)(*inputs)
-    assert decayed.tolist() == Threshold(site, power=power * decay**before)(*inputs).tolist()
+    decayed = Threshold(spec, power=power, decay=decay)(*inputs)
+    assert decayed.tolist() == Threshold(spec, power=power * decay**before)(*inputs).tolist()
     ratio = 1 / (1 + power)
-    decayed = keepers["ratio"](site, ratio=ratio, decay=decay)(*inputs)
-    assert decayed.tolist() == keepers["ratio"](site, ratio=ratio ** (decay**before))(*inputs).tolist()
+    decayed = keepers["ratio"](spec, ratio=ratio, decay=decay)(*inputs)
+    assert decayed.tolist() == keepers["ratio"](spec, ratio=ratio ** (decay**before))(*inputs).tolist()
     error = ratio / max(1, decay**before)  # at most 1 where it grows, too
-    decayed = Distortion(site, error=error, decay=decay)(*inputs)
-    assert decayed.tolist() == Distortion(site, error=error * decay**before)(*inputs).tolist()
+    decayed = Distortion(spec, error=error, decay=decay)(*inputs)
+    assert decayed.tolist() == Distortion(spec, error=error * decay**before)(*inputs).tolist()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_threshold_counts_each_instance_by_itself(scores, counts):
     scores = torch.tensor(scores).float()
     tokens = PackedTokens.pack(torch.zeros(2, 6, DIM))
     guidance = Guidance(torch.zeros(12, 2), tokens)
-    assert Threshold(SITE)(scores.flatten(), tokens, guidance).tolist() == counts
+    assert Threshold(SPEC)(scores.flatten(), tokens, guidance).tolist() == counts
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,14 @@ def test_what_a_protected_token_scores_counts_for_nothing(name, args, kept):
     """It is above any threshold here, and there is one token fewer to keep."""
     tokens = PackedTokens.pack(torch.zeros(1, 7, DIM), protected=torch.arange(7) == 0)
     scores = torch.tensor([99.0, 1.0, 1.0, 1.0, 1.0, 9.0, 9.0])
-    assert keepers[name](SITE, **args)(scores, tokens, Guidance(torch.zeros(7, 2), tokens)).tolist() == [kept]
+    assert keepers[name](SPEC, **args)(scores, tokens, Guidance(torch.zeros(7, 2), tokens)).tolist() == [kept]
 
 
 def _margin(power, scores):
     """`threshold`'s margins of six tokens that two anchors look at, of scores [6]; and the logits they are read off."""
     tokens = PackedTokens.pack(torch.zeros(1, 6, DIM))
     affinity = torch.randn(6, 2, generator=generator(0)).requires_grad_()
-    return Threshold(SITE, power=power).margin(scores, tokens, Guidance(affinity, tokens)), affinity
+    return Threshold(SPEC, power=power).margin(scores, tokens, Guidance(affinity, tokens)), affinity
 
 
 def test_where_a_threshold_prunes_nothing_all_is_there_entirely():
@@ -149,14 +149,14 @@ def test_scores_that_are_equal_but_for_rounding_are_a_tie_that_prunes_nothing():
         def forward(self, tokens, stats, guidance):
             return scores.flatten()
 
-    pruner = Pruner(Told(SITE), Threshold(SITE), Drop(SITE))
+    pruner = Pruner(Told(SPEC), Threshold(SPEC), Drop(SPEC))
     plan = pruner(tokens, AttentionStats(), Guidance(torch.zeros(192, 2), tokens)).plan
     assert plan.layout.lengths == (64, 64, 32)
 
 
 @given(cases(), st.floats(0, 1))
 def test_top_p_keeps_the_fewest_that_reach_the_share(case, p):
-    counts = keepers["top_p"](case.site, p=p)(case.scores, case.tokens, None)
+    counts = keepers["top_p"](case.spec, p=p)(case.scores, case.tokens, None)
     for i in range(case.batch):
         rows = (case.tokens.layout.instance == i) & case.tokens.free
         scores = case.scores[rows].double().clamp(min=0).sort(descending=True).values
@@ -173,14 +173,14 @@ def test_top_p_counts_what_matters():
     tokens = PackedTokens.pack(torch.zeros(2, 8, DIM))
     scores = torch.tensor([8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0] + [1.0] * 8)
     for p, expected in ((0.0, [1, 1]), (0.5, [1, 4]), (0.8, [5, 7]), (1.0, [8, 8])):
-        assert keepers["top_p"](SITE, p)(scores, tokens, None).tolist() == expected
+        assert keepers["top_p"](SPEC, p)(scores, tokens, None).tolist() == expected
 
 
 @pytest.mark.parametrize("off", [-1e-5, 0.0, 1e-5])
 def test_a_sum_that_is_the_share_but_for_rounding_reaches_it(off):
     tokens = PackedTokens.pack(torch.zeros(1, 5, DIM))
     scores = torch.tensor([1 / 2, 1 / 2, 1 / 3 + off, 1 / 3, 1 / 3])
-    assert keepers["top_p"](SITE, 0.5)(scores, tokens, None).tolist() == [2]
+    assert keepers["top_p"](SPEC, 0.5)(scores, tokens, None).tolist() == [2]
 
 
 def naive_lost(scores, x):
@@ -193,7 +193,7 @@ def naive_lost(scores, x):
 
 @given(cases(), st.floats(0, 1))
 def test_distortion_keeps_the_fewest_that_leave_the_error(case, error):
-    counts = Distortion(case.site, error)(case.scores, case.tokens, None)
+    counts = Distortion(case.spec, error)(case.scores, case.tokens, None)
     for i in range(case.batch):
         rows = (case.tokens.layout.instance == i) & case.tokens.free
         if not rows.any():
@@ -214,7 +214,7 @@ def test_distortion_counts_what_differs():
     two_sorts = torch.eye(DIM)[[0, 0, 0, 1, 1, 1]]
     tokens = PackedTokens.pack(torch.stack([alike, apart, two_sorts]))
     for error, expected in ((0.1, [1, 6, 5]), (0.3, [1, 5, 3])):
-        assert Distortion(SITE, error)(torch.ones(18), tokens, None).tolist() == expected
+        assert Distortion(SPEC, error)(torch.ones(18), tokens, None).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -232,14 +232,14 @@ def test_distortion_counts_what_differs():
 )
 def test_ratio_rounds_up_and_only_up(n, ratio, expected):
     tokens = PackedTokens.pack(torch.zeros(1, n + 1, DIM), protected=torch.arange(n + 1) == 0)
-    assert keepers["ratio"](SITE, ratio)(torch.zeros(n + 1), tokens, None).tolist() == [expected]
+    assert keepers["ratio"](SPEC, ratio)(torch.zeros(n + 1), tokens, None).tolist() == [expected]
 
 
 @given(cases())
 def test_count(case):
     free = [int(part.sum()) for part in case.tokens.free.split(case.tokens.layout.lengths)]
     for count in (0, 2, 100):
-        counts = keepers["count"](case.site, count)(case.scores, case.tokens, None)
+        counts = keepers["count"](case.spec, count)(case.scores, case.tokens, None)
         assert counts.tolist() == [min(n, count) for n in free]
 
 
@@ -249,8 +249,8 @@ def test_random_ratio_spreads_as_told():
     tokens = packed(layout, DIM, 0.0, False, False, 1.0, generator(0))
 
     def share(depth=0, **args):
-        site = dataclasses.replace(SITE, depth=depth)
-        return keepers["random_ratio"](site, 0.5, 0.2, **args)(tokens.x[:, 0], tokens, None) / 100
+        spec = dataclasses.replace(SPEC, depth=depth)
+        return keepers["random_ratio"](spec, 0.5, 0.2, **args)(tokens.x[:, 0], tokens, None) / 100
 
     drawn = share()
     assert drawn.min() >= 0.3
@@ -265,8 +265,8 @@ def test_random_ratio_spreads_as_told():
 def test_random_ratio_without_spread_is_ratio():
     tokens = packed(Layout((7, 1, 30)), DIM, 0.2, True, False, 1.0, generator(0))
     for mean in (0.0, 0.3, 1.0):
-        drawn = keepers["random_ratio"](SITE, mean=mean, spread=0.0)(tokens.x[:, 0], tokens, None)
-        assert drawn.tolist() == keepers["ratio"](SITE, mean)(tokens.x[:, 0], tokens, None).tolist()
+        drawn = keepers["random_ratio"](SPEC, mean=mean, spread=0.0)(tokens.x[:, 0], tokens, None)
+        assert drawn.tolist() == keepers["ratio"](SPEC, mean)(tokens.x[:, 0], tokens, None).tolist()
 
 
 @pytest.mark.parametrize(
@@ -290,4 +290,4 @@ def test_random_ratio_without_spread_is_ratio():
 )
 def test_refusals(name, args, text):
     with pytest.raises(ValueError, match=text):
-        keepers[name](SITE, **args)
+        keepers[name](SPEC, **args)

@@ -7,9 +7,9 @@ import torch
 from strategies import DIM, HEADS, generator
 from torch.testing import assert_close
 
-from vltprune import AttentionStats, PackedTokens, Site, reducers
+from vltprune import AttentionStats, BlockSpec, PackedTokens, reducers
 
-SITE = Site("image", 0, 4, DIM, HEADS, has_summary=True)
+SPEC = BlockSpec("image", 0, 4, DIM, HEADS, has_summary=True)
 
 
 def reduce(name, scores, counts, x=None, protected=None, **args):
@@ -17,7 +17,7 @@ def reduce(name, scores, counts, x=None, protected=None, **args):
     scores = torch.as_tensor(scores)
     x = torch.randn(*scores.shape, 3, generator=generator(0)) if x is None else x
     tokens = PackedTokens.pack(x, protected=protected)
-    plan = reducers[name](SITE, **args)(tokens, scores.flatten(), torch.tensor(counts), AttentionStats())
+    plan = reducers[name](SPEC, **args)(tokens, scores.flatten(), torch.tensor(counts), AttentionStats())
     return tokens, plan, plan.tokens(tokens)
 
 
@@ -60,7 +60,7 @@ def test_a_merged_token_is_all_there_whatever_was_left_of_its_sources():
     tokens = PackedTokens.pack(torch.randn(2, 4, 3))
     tokens = tokens.with_keep_prob(torch.tensor([0.9, 0.1, 0.2, 0.8, 0.7, 0.6, 0.5, 0.4]))
     scores, counts = torch.tensor([4.0, 1, 2, 3, 4, 3, 2, 1]), torch.tensor([2, 4])
-    out = reducers["fuse"](SITE)(tokens, scores, counts, AttentionStats()).tokens(tokens)
+    out = reducers["fuse"](SPEC)(tokens, scores, counts, AttentionStats()).tokens(tokens)
     assert out.position.tolist() == [0, 2, 3, 0, 1, 2, 3]
     for share in (out.keep_prob, out.counted_prob):
         assert_close(share, torch.tensor([0.9, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4]))
@@ -78,7 +78,7 @@ def test_fuse_sends_gradients_to_the_scores():
     x = torch.randn(1, 4, 3)
     scores = torch.tensor([0.4, 0.1, 0.2, 0.3], requires_grad=True)
     tokens = PackedTokens.pack(x)
-    plan = reducers["fuse"](SITE)(tokens, scores, torch.tensor([2]), AttentionStats())
+    plan = reducers["fuse"](SPEC)(tokens, scores, torch.tensor([2]), AttentionStats())
     plan.tokens(tokens).x.square().sum().backward()
     assert (scores.grad[[1, 2]] != 0).all()
     assert (scores.grad[[0, 3]] == 0).all()
@@ -94,4 +94,4 @@ def test_ties_go_to_the_earlier_token():
 @pytest.mark.parametrize("name", reducers.names())
 def test_everything_protected_stays(name):
     tokens = PackedTokens.pack(torch.randn(2, 3, DIM), protected=torch.tensor(True))
-    assert reducers[name](SITE)(tokens, torch.zeros(6), torch.tensor([0, 0]), AttentionStats()) is None
+    assert reducers[name](SPEC)(tokens, torch.zeros(6), torch.tensor([0, 0]), AttentionStats()) is None

@@ -10,9 +10,9 @@ from hypothesis import given
 from strategies import DIM, HEADS, cases, generator, packed
 from torch.testing import assert_close
 
-from vltprune import AttentionStats, Layout, PackedTokens, Site, Stat, scorers
+from vltprune import AttentionStats, BlockSpec, Layout, PackedTokens, Stat, scorers
 
-SITE = Site("image", 2, 4, DIM, HEADS, has_summary=True)
+SPEC = BlockSpec("image", 2, 4, DIM, HEADS, has_summary=True)
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 
 
@@ -38,7 +38,7 @@ def test_formulas(name, case):
     """Where the sums are well away from zero, which is where the method's own formula means something."""
     lifted = dataclasses.replace(case.guidance, affinity=case.guidance.affinity.abs() + 0.1)
     stats = AttentionStats(case.stats.asked, {stat: value + 0.1 for stat, value in case.stats.values.items()})
-    scores = scorers[name](case.site)(case.tokens, stats, lifted)
+    scores = scorers[name](case.spec)(case.tokens, stats, lifted)
     for i in range(case.batch):
         rows = (case.tokens.layout.instance == i) & case.tokens.free
         columns = [stats[s][rows] for s in (Stat.RECEIVED, Stat.SUMMARY, Stat.CONTEXT)]
@@ -51,7 +51,7 @@ def test_alignment_keeps_the_order_of_odd_sums(affinity):
     values = torch.tensor(affinity)
     tokens = PackedTokens.pack(torch.zeros(1, 3, DIM))
     guidance = dataclasses.make_dataclass("Affine", ["affinity"])(values[:, None])
-    scores = scorers["alignment"](SITE)(tokens, AttentionStats(), guidance)
+    scores = scorers["alignment"](SPEC)(tokens, AttentionStats(), guidance)
     assert scores.isfinite().all()
     assert (scores >= 0).all()
     for i in range(3):
@@ -64,7 +64,7 @@ def test_random_is_drawn_from_seed_depth_and_position_alone():
     tokens = packed(layout, DIM, 0.0, False, False, 1.0, generator(0))
 
     def score(tokens=tokens, depth=2, **args):
-        return scorers["random"](dataclasses.replace(SITE, depth=depth), **args)(tokens, AttentionStats(), None)
+        return scorers["random"](dataclasses.replace(SPEC, depth=depth), **args)(tokens, AttentionStats(), None)
 
     scores = score()
     assert torch.equal(scores, score(tokens.with_x(tokens.x + 1)))
@@ -81,7 +81,7 @@ def test_random_is_drawn_from_seed_depth_and_position_alone():
 def test_random_is_uniform():
     position = torch.arange(20_000)
     tokens = PackedTokens(torch.zeros(20_000, 1), Layout((20_000,)), position, torch.zeros(20_000, dtype=torch.bool))
-    scores = scorers["random"](SITE, seed=3)(tokens, AttentionStats(), None)
+    scores = scorers["random"](SPEC, seed=3)(tokens, AttentionStats(), None)
     assert ((scores > 0) & (scores < 1)).all()
     counts = torch.histc(scores, 20, 0, 1)
     assert ((counts - 1000).abs() < 160).all()  # five deviations

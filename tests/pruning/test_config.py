@@ -126,7 +126,7 @@ def test_misspelt_arguments_are_answered_with_the_nearest(kind, name, data):
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_arguments_nobody_takes(kind, name):
-    for argument in ("nonsense", "site" if kind != "guide" else "sites"):
+    for argument in ("nonsense", "spec" if kind != "guide" else "specs"):
         with pytest.raises(TypeError, match=f"takes no argument '{argument}'"):
             BASE.replace(**{kind: Part(name, {argument: 1})})
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 
 import vltprune as vp
-from vltprune import PruneConfig, Pruner, Site, Stat
+from vltprune import BlockSpec, PruneConfig, Pruner, Stat
 from vltprune.pruning import encoder
 
 FUSE = PruneConfig(scorer="cls_attention", keep="ratio(ratio=0.5)", reducer="fuse")
@@ -139,13 +139,13 @@ def test_attention_computes_what_the_parts_need_and_no_more(monkeypatch):
 
 @pytest.mark.parametrize("scorer", vp.scorers.names())
 def test_a_summary_that_is_not_there_is_refused_by_both_names(scorer):
-    site = Site("sound", 0, 4, 32, 2, has_summary=False)
+    spec = BlockSpec("sound", 0, 4, 32, 2, has_summary=False)
     config = FUSE.replace(scorer=scorer, guide="codebook")
     if Stat.SUMMARY not in vp.scorers[scorer].needs:
-        assert Pruner.build(config, site).needs == vp.scorers[scorer].needs
+        assert Pruner.build(config, spec).needs == vp.scorers[scorer].needs
         return
     with pytest.raises(ValueError, match=rf"scorer='{scorer}' reads .* the sound tower has none: write scorer="):
-        Pruner.build(config, site)
+        Pruner.build(config, spec)
 
 
 def test_the_last_token_stays_where_nothing_is_protected():
@@ -156,11 +156,11 @@ def test_the_last_token_stays_where_nothing_is_protected():
     assert out.isfinite().all()
 
 
-def test_parts_hold_their_own_site():
+def test_parts_hold_their_own_spec():
     model = vp.prune(small("nlvr").model, FUSE, at={"image": (1, 2), "text": (0.75,)})
-    sites = {t: [p.scorer.site for p in e.pruners.values()] for t, e in model.pruning.towers.items()}
-    assert [(s.tower, s.depth, s.depths, s.before) for s in sites["image"]] == [("image", 1, 4, 0), ("image", 2, 4, 1)]
-    assert [(s.tower, s.depth, s.depths, s.before) for s in sites["text"]] == [("text", 3, 4, 0)]
+    specs = {t: [p.scorer.spec for p in e.pruners.values()] for t, e in model.pruning.towers.items()}
+    assert [(s.tower, s.depth, s.depths, s.before) for s in specs["image"]] == [("image", 1, 4, 0), ("image", 2, 4, 1)]
+    assert [(s.tower, s.depth, s.depths, s.before) for s in specs["text"]] == [("text", 3, 4, 0)]
 
 
 # ---- noise

@@ -125,8 +125,8 @@ def test_keepers_without_a_threshold_say_so():
 class _Learns(vp.TokenScorer):
     """Scores that are weights."""
 
-    def __init__(self, site, scores):
-        super().__init__(site)
+    def __init__(self, spec, scores):
+        super().__init__(spec)
         self.scores = torch.nn.Parameter(scores)
 
     def forward(self, tokens, stats, guidance):
@@ -135,9 +135,9 @@ class _Learns(vp.TokenScorer):
 
 def test_a_cost_has_gradients_to_thresholds_and_none_to_scores():
     """Scores should say what matters, and not what is cheap; the loss has gradients to both."""
-    site = vp.Site("image", 0, 1, 4, 1, has_summary=True)
-    scorer, keeper = _Learns(site, torch.randn(6)), vp.keepers["learned"](site)
-    pruner = vp.Pruner(scorer, keeper, vp.reducers["drop"](site)).train()
+    spec = vp.BlockSpec("image", 0, 1, 4, 1, has_summary=True)
+    scorer, keeper = _Learns(spec, torch.randn(6)), vp.keepers["learned"](spec)
+    pruner = vp.Pruner(scorer, keeper, vp.reducers["drop"](spec)).train()
     pruner.soft_temperature = 0.5
     first = torch.arange(6) == 0
     decision = pruner(
@@ -162,8 +162,8 @@ def test_what_is_there_by_less_than_two_in_a_hundred_goes():
         def margin(self, scores, tokens, guidance):
             return 0.5 * shares.logit()
 
-    site = vp.Site("image", 0, 1, 4, 1, has_summary=True)
-    parts = vp.scorers["random"](site), Told(site), vp.reducers["drop"](site)
+    spec = vp.BlockSpec("image", 0, 1, 4, 1, has_summary=True)
+    parts = vp.scorers["random"](spec), Told(spec), vp.reducers["drop"](spec)
     pruner = vp.Pruner(*parts).train()
     pruner.soft_temperature = 0.5
     first = torch.arange(6) == 0

@@ -41,7 +41,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     what.add_argument("--parts", action="store_true", help="presets, scorers, keepers, reducers and guides instead")
     lister.set_defaults(run=run_list)
 
-    info = commands.add_parser("info", parents=parents, help="parts, sites, parameters, and MACs layer by layer")
+    info = commands.add_parser("info", parents=parents, help="parts, specs, parameters, and MACs layer by layer")
     info.add_argument("model", help=common.MODEL)
     info.add_argument(
         "arguments",
@@ -174,15 +174,15 @@ def _print_parts(model: Any) -> None:
 
 
 def _print_tower(tower: str, encoder: Any, cost: Cost, dense: bool) -> None:
-    site = encoder.adapter.site(encoder.host, 0, tower)
-    summary = "a summary token" if site.has_summary else "no summary token"
-    causal = ", causal" if site.causal else ""
-    print(f"\n{tower} tower: {site.depths} layers, width {site.dim}, {site.heads} heads, {summary}{causal}")
+    spec = encoder.adapter.spec(encoder.host, 0, tower)
+    summary = "a summary token" if spec.has_summary else "no summary token"
+    causal = ", causal" if spec.causal else ""
+    print(f"\n{tower} tower: {spec.depths} layers, width {spec.dim}, {spec.heads} heads, {summary}{causal}")
     rows = [["", "dense MMACs"] if dense else ["", "dense MMACs", "pruned MMACs", ""]]
-    for row in range(site.depths + 2):
-        name = {0: "embedding", site.depths + 1: "norm, pooling"}.get(row, f"depth {row - 1}")
+    for row in range(spec.depths + 2):
+        name = {0: "embedding", spec.depths + 1: "norm, pooling"}.get(row, f"depth {row - 1}")
         before, after = (float(macs[tower][row].sum()) / 1e6 for macs in (cost.dense, cost.towers))
-        inner = 0 < row <= site.depths
+        inner = 0 < row <= spec.depths
         where = "prunes" if inner and encoder.pruner(row - 1) is not None else ""
         rows.append([name, f"{before:.1f}"] if dense else [name, f"{before:.1f}", f"{after:.1f}", where])
     print(common.table(rows))

@@ -173,7 +173,7 @@ def part(registry: Registry, given: str) -> Callable[[str], Part | str]:
     """An argparse type: a registered part, as name or name(key=value). given: the argument that the library passes."""
 
     def read(text: str) -> Part | str:
-        if given == "sites" and text.lower() == "none":
+        if given == "specs" and text.lower() == "none":
             return "none"
         try:
             found = Part.of(text)

@@ -54,7 +54,7 @@ def _keeping_all(model: nn.Module) -> Iterator[None]:
         m for tower in pruning(model).towers.values() for m in tower.pruners.modules() if isinstance(m, Pruner)
     ]:
         kept.append((pruner, pruner.keeper))
-        pruner.keeper = Ratio(pruner.scorer.site, ratio=1.0)
+        pruner.keeper = Ratio(pruner.scorer.spec, ratio=1.0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedGuideWarning)  # of no matter where everything stays

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .caption_metrics import caption_scores as caption_scores  # captions have a room of their own
+from .caption_metrics import caption_scores as caption_scores  # captions have a module of their own
 
 RANKS = (1, 5, 10)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.attention import PairBias
 from ..core.tokens import PackedTokens
-from ..layers.site import Site
+from ..layers.block_spec import BlockSpec
 from ..pruning.trace import DecodeStats
 
 
@@ -58,8 +58,8 @@ class Host(ABC):
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]: ...
 
     @abstractmethod
-    def site(self, tower: nn.Module, depth: int, name: str) -> Site:
-        """The room of block `depth`; `name` is the tower's name in its model."""
+    def spec(self, tower: nn.Module, depth: int, name: str) -> BlockSpec:
+        """What is known of block `depth`; `name` is the name of the tower in its model."""
 
     @abstractmethod
     def embed(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
@@ -129,8 +129,8 @@ class Composite(ABC):
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         """A model like `model` that runs these towers and shares everything else; `model` stays as it is."""
 
-    def listeners(self, model: nn.Module) -> dict[str, Site]:
-        """What the guide aligns with the towers and nobody prunes, by name; one site each."""
+    def listeners(self, model: nn.Module) -> dict[str, BlockSpec]:
+        """What the guide aligns with the towers and nobody prunes, by name; one spec each."""
         return {}
 
     def head_macs(self, model: nn.Module) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.attention import attend
 from ..core.tokens import Layout, PackedTokens
-from ..layers.site import Site
+from ..layers.block_spec import BlockSpec
 from ..models.decoder import Cache
 from ..models.med import Attention, MedEncoder, MedLayer
 from ..pruning.trace import DecodeStats, tell_collectors
@@ -42,9 +42,9 @@ class MedHost(Host):
     def blocks(self, tower: Any) -> Sequence[nn.Module]:
         return tower.layers
 
-    def site(self, tower: Any, depth: int, name: str) -> Site:
+    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
         layer: MedLayer = tower.layers[depth]
-        return Site(name, depth, len(tower.layers), tower.width, layer.attention.heads, has_summary=True)
+        return BlockSpec(name, depth, len(tower.layers), tower.width, layer.attention.heads, has_summary=True)
 
     def embed(
         self,
@@ -143,10 +143,10 @@ class CaptionComposite(_Speaking):
 
     names: ClassVar = {"image": "visual"}
 
-    def listeners(self, model: Any) -> dict[str, Site]:
+    def listeners(self, model: Any) -> dict[str, BlockSpec]:
         body = model.decoder.body
         heads = body.layers[0].attention.heads
-        return {"text": Site("text", 0, len(body.layers), body.width, heads, has_summary=True, causal=True)}
+        return {"text": BlockSpec("text", 0, len(body.layers), body.width, heads, has_summary=True, causal=True)}
 
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         assembled: Any = super().assemble(model, towers)

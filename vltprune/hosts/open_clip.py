@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.checks import check_ids, check_images
 from ..core.tokens import PackedTokens
-from ..layers.site import Site
+from ..layers.block_spec import BlockSpec
 from ..registry import hosts
 from .base import Composite, Host
 from .composites import ImageAndText
@@ -85,10 +85,10 @@ class ClipVision(_ClipHost):
 
     encoder = PrunedClipVision
 
-    def site(self, tower: Any, depth: int, name: str) -> Site:
+    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
         blocks = self.blocks(tower)
         block: Any = blocks[depth]
-        return Site(name, depth, len(blocks), tower.transformer.width, block.attn.num_heads, has_summary=True)
+        return BlockSpec(name, depth, len(blocks), tower.transformer.width, block.attn.num_heads, has_summary=True)
 
     def embed(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
         channels = getattr(tower.conv1, "in_channels", None)  # None where an adapter stands around it
@@ -119,10 +119,12 @@ class _ClipText(_ClipHost):
     def causal(self, tower: Any) -> bool:
         return tower.attn_mask is not None
 
-    def site(self, tower: Any, depth: int, name: str) -> Site:
+    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
         blocks, width = self.blocks(tower), tower.transformer.width
         block: Any = blocks[depth]
-        return Site(name, depth, len(blocks), width, block.attn.num_heads, has_summary=True, causal=self.causal(tower))
+        return BlockSpec(
+            name, depth, len(blocks), width, block.attn.num_heads, has_summary=True, causal=self.causal(tower)
+        )
 
     def embed(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
         check_ids(text, tower.vocab_size, len(tower.positional_embedding), "text")

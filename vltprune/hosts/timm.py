@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core import segments
 from ..core.checks import check_images
 from ..core.tokens import PackedTokens
-from ..layers.site import Site
+from ..layers.block_spec import BlockSpec
 from ..registry import hosts
 from .base import Host
 from .ops import by_tiles, check_blocks, drop_path, is_affine, weighted_mean
@@ -41,9 +41,11 @@ class _TimmHost(Host):
     def blocks(self, tower: Any) -> Sequence[nn.Module]:
         return tower.blocks
 
-    def site(self, tower: Any, depth: int, name: str) -> Site:
+    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
         has_summary = tower.cls_token is not None
-        return Site(name, depth, len(tower.blocks), tower.embed_dim, tower.blocks[depth].attn.num_heads, has_summary)
+        return BlockSpec(
+            name, depth, len(tower.blocks), tower.embed_dim, tower.blocks[depth].attn.num_heads, has_summary
+        )
 
     def scale(self, block: Any) -> float:
         return block.attn.scale

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core.attention import PairBias
 from ..core.tokens import PackedTokens
-from ..layers.site import Site
+from ..layers.block_spec import BlockSpec
 from .base import Host
 from .find import find_host
 
@@ -33,8 +33,8 @@ class Wrapper(Host):
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         return self.inner.blocks(self.within(tower))
 
-    def site(self, tower: nn.Module, depth: int, name: str) -> Site:
-        return self.inner.site(self.within(tower), depth, name)
+    def spec(self, tower: nn.Module, depth: int, name: str) -> BlockSpec:
+        return self.inner.spec(self.within(tower), depth, name)
 
     def embed(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
         return self.inner.embed(self.within(tower), *inputs)

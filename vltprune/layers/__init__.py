@@ -1,12 +1,12 @@
 """The four parts a pruner is made of. They know tokens, segments and attention; they never hear of a host."""
 
 from .adaptive import Distortion, Threshold
+from .block_spec import BlockSpec
 from .distinct import Distinct, DistinctAttention, DistinctMadtp
 from .guides import AlignmentGuide, Codebook, Guidance
 from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio
 from .reducers import Drop, Fuse, Reduction, TokenReducer
 from .scorers import Alignment, ClsAttention, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
-from .site import Site
 
 __all__ = [
     "AlignmentGuide",
@@ -30,7 +30,7 @@ __all__ = [
     "Ratio",
     "Reduction",
     "SelfAttention",
-    "Site",
+    "BlockSpec",
     "Threshold",
     "TokenReducer",
     "TokenScorer",

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..core import precision, segments
 from ..core.tokens import Layout, PackedTokens
 from ..registry import keepers
+from .block_spec import BlockSpec
 from .guides import Guidance
 from .keepers import KeepRatioPredictor, Knob, decayed, share
 from .scorers import unit
-from .site import Site
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
 _EQUAL = 5e-5  # relative: sums of scores, or of what tokens take with them, that rounding may make of equal ones
@@ -46,13 +46,13 @@ class Threshold(KeepRatioPredictor):
 
     def __init__(
         self,
-        site: Site,
+        spec: BlockSpec,
         temperature: float = 1.0,
         power: float = 1.0,
         turn: Literal["power", "temperature"] = "power",
         decay: float = 1.0,
     ):
-        super().__init__(site)
+        super().__init__(spec)
         if not temperature > 0:
             raise ValueError(
                 f"threshold(temperature={temperature}) must be above 0; to prune nothing, leave the depth out of `at`"
@@ -62,7 +62,7 @@ class Threshold(KeepRatioPredictor):
         if turn not in ("power", "temperature"):
             raise ValueError(f"threshold(turn={turn!r}): write turn='power' or turn='temperature'")
         self.temperature = temperature
-        self.power, self._decay = power, decayed(site, decay, "threshold")
+        self.power, self._decay = power, decayed(spec, decay, "threshold")
         if turn == "temperature":
             self.knob = _TEMPERATURE
 
@@ -123,8 +123,8 @@ class Learned(KeepRatioPredictor):
 
     knob = Knob("shift", -8.0, 8.0, keeps=False)
 
-    def __init__(self, site: Site, threshold: float = -2.0, shift: float = 0.0):
-        super().__init__(site)
+    def __init__(self, spec: BlockSpec, threshold: float = -2.0, shift: float = 0.0):
+        super().__init__(spec)
         if not math.isfinite(threshold) or not math.isfinite(shift):
             raise ValueError(f"learned(threshold={threshold}, shift={shift}): both must be finite")
         self.threshold = nn.Parameter(torch.tensor(float(threshold)))
@@ -151,8 +151,8 @@ class TopP(KeepRatioPredictor):
 
     knob = Knob("p", 0.0, 1.0)
 
-    def __init__(self, site: Site, p: float = 0.9):
-        super().__init__(site)
+    def __init__(self, spec: BlockSpec, p: float = 0.9):
+        super().__init__(spec)
         if not 0 <= p <= 1:
             raise ValueError(f"top_p(p={p}) must lie in 0 .. 1: the share of the scores' sum that is kept")
         self.p = p
@@ -185,11 +185,11 @@ class Distortion(KeepRatioPredictor):
 
     knob = Knob("error", 1e-6, 1.0, log=True, keeps=False)
 
-    def __init__(self, site: Site, error: float = 0.1, decay: float = 1.0):
-        super().__init__(site)
+    def __init__(self, spec: BlockSpec, error: float = 0.1, decay: float = 1.0):
+        super().__init__(spec)
         if not 0 <= error <= 1:
             raise ValueError(f"distortion(error={error}) must lie in 0 .. 1: what may be lost of a squared length of 1")
-        self.error, self._decay = error, decayed(site, decay, "distortion")
+        self.error, self._decay = error, decayed(spec, decay, "distortion")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)

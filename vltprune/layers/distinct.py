@@ -11,9 +11,9 @@ from ..core import segments
 from ..core.attention import AttentionStats
 from ..core.tokens import PackedTokens
 from ..registry import scorers
+from .block_spec import BlockSpec
 from .guides import Guidance
 from .scorers import Madtp, SelfAttention, TokenScorer, normalize, unit
-from .site import Site
 
 _LITTLE = 1e-3  # a resemblance that counts as none, and one that is short of a whole one by as much counts as whole
 _ROUNDING = 1e-4  # relative: rounding of products, divided by the width, leaves this much of a count in doubt
@@ -36,8 +36,8 @@ class Distinct(TokenScorer):
 
     pairwise = True
 
-    def __init__(self, site: Site, width: float = 0.03):
-        super().__init__(site)
+    def __init__(self, spec: BlockSpec, width: float = 0.03):
+        super().__init__(spec)
         if not width > 0:
             raise ValueError(f"{type(self).__name__}(width={width}) must be above 0: a squared distance, such as 0.03")
         self.width = width
@@ -51,9 +51,9 @@ class _Shared(Distinct):
 
     scorer: ClassVar[type[TokenScorer]]
 
-    def __init__(self, site: Site, width: float = 0.03):
-        super().__init__(site, width)
-        self.of = self.scorer(site)
+    def __init__(self, spec: BlockSpec, width: float = 0.03):
+        super().__init__(spec, width)
+        self.of = self.scorer(spec)
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         return normalize(self.of(tokens, stats, guidance) * uniqueness(tokens, self.width), tokens)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..core import precision, segments
 from ..core.tokens import PackedTokens
 from ..registry import guides
+from .block_spec import BlockSpec
 from .printing import PrintedPart
-from .site import Site
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Guidance:
 class AlignmentGuide(PrintedPart, ABC):
     """Relates the tokens of every tower to the same anchors. One instance serves all towers of a model.
 
-    Implementations take `sites`, one Site per tower name, and their own arguments.
+    Implementations take `specs`, one BlockSpec per tower name, and their own arguments.
     """
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Codebook(AlignmentGuide):
 
     def __init__(
         self,
-        sites: Mapping[str, Site],
+        specs: Mapping[str, BlockSpec],
         anchors: int = 100,
         dim: int | None = None,
         project: bool = True,
@@ -110,7 +110,7 @@ class Codebook(AlignmentGuide):
             raise ValueError(f"codebook needs anchors >= 1, got {anchors}")
         if attend not in ("softmax", "sparsemax"):
             raise ValueError(f"codebook(attend={attend!r}): write attend='softmax' or attend='sparsemax'")
-        widths = {tower: site.dim for tower, site in sites.items()}
+        widths = {tower: spec.dim for tower, spec in specs.items()}
         width = dim or max(widths.values())
         if not project and any(w != width for w in widths.values()):
             raise ValueError(

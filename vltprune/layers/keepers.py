@@ -13,10 +13,10 @@ from torch import Tensor
 from ..core import precision, segments
 from ..core.tokens import PackedTokens
 from ..registry import keepers
+from .block_spec import BlockSpec
 from .guides import Guidance
 from .printing import PrintedPart
 from .scorers import hash_integers
-from .site import Site
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ class Knob:
 
 
 class KeepRatioPredictor(PrintedPart, ABC):
-    """Says how many unprotected tokens each instance keeps at one site, of scores whose ties are settled (`Pruner`).
+    """Says how many unprotected tokens each instance keeps at one spec, of scores whose ties are settled (`Pruner`).
 
     `guided`: whether it reads the guidance; `fixed`: whether its counts follow from how many tokens there are, and from nothing
     that they hold; `knob`: what a budget may turn, None if nothing; an instance may have another
-    than its class. Implementations take `site` and their own arguments, and hold the knob as an attribute of its name.
+    than its class. Implementations take `spec` and their own arguments, and hold the knob as an attribute of its name.
     """
 
     guided: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
     knob: Knob | None = None
 
-    def __init__(self, site: Site):
+    def __init__(self, spec: BlockSpec):
         super().__init__()
-        self.site = site
+        self.spec = spec
 
     @abstractmethod
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
@@ -86,11 +86,11 @@ class Ratio(KeepRatioPredictor):
     fixed = True
     knob = Knob("ratio", 0.0, 1.0)
 
-    def __init__(self, site: Site, ratio: float = 0.7, decay: float = 1.0):
-        super().__init__(site)
+    def __init__(self, spec: BlockSpec, ratio: float = 0.7, decay: float = 1.0):
+        super().__init__(spec)
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio(ratio={ratio}) must lie in 0 .. 1: the share of tokens kept")
-        self.ratio, self._decay = ratio, decayed(site, decay, "ratio")
+        self.ratio, self._decay = ratio, decayed(spec, decay, "ratio")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         return share(segments.count(tokens.free, tokens.layout), self.ratio**self._decay)
@@ -102,8 +102,8 @@ class Count(KeepRatioPredictor):
 
     fixed = True
 
-    def __init__(self, site: Site, count: int):
-        super().__init__(site)
+    def __init__(self, spec: BlockSpec, count: int):
+        super().__init__(spec)
         if count < 0:
             raise ValueError(f"count(count={count}) must be 0 or more: the number of unprotected tokens kept")
         self.count = count
@@ -122,8 +122,8 @@ class RandomRatio(KeepRatioPredictor):
 
     knob = Knob("mean", 0.0, 1.0)
 
-    def __init__(self, site: Site, mean: float = 0.7, spread: float = 0.25, seed: int = 0):
-        super().__init__(site)
+    def __init__(self, spec: BlockSpec, mean: float = 0.7, spread: float = 0.25, seed: int = 0):
+        super().__init__(spec)
         if not 0 <= mean <= 1 or not 0 <= spread <= 1:
             raise ValueError(f"random_ratio(mean={mean}, spread={spread}): both must lie in 0 .. 1")
         self.mean, self.spread, self.seed = mean, spread, seed
@@ -144,15 +144,15 @@ class RandomRatio(KeepRatioPredictor):
         reach = reach.masked_fill(tokens.protected[:, None], float("-inf"))
         position = segments.pad(tokens.position, layout)
 
-        drawn = torch.full_like(position[:, 0], self.seed * 1009 + self.site.depth)
+        drawn = torch.full_like(position[:, 0], self.seed * 1009 + self.spec.depth)
         for column in reach.unbind(1):
             farthest = precision.settle(segments.pad(column, layout, float("-inf"))).argmax(1, keepdim=True)
             drawn = hash_integers(drawn, position.gather(1, farthest)[:, 0])
         return ((drawn >> 8).float() + 0.5) / 2**23
 
 
-def decayed(site: Site, decay: float, name: str) -> float:
-    """decay^i, with i blocks that prune before the site: what a share is raised to there, or an error multiplied by.
+def decayed(spec: BlockSpec, decay: float, name: str) -> float:
+    """decay^i, with i blocks that prune before the spec: what a share is raised to there, or an error multiplied by.
 
     ValueError for a decay that is not above 0 and finite.
     """
@@ -160,7 +160,7 @@ def decayed(site: Site, decay: float, name: str) -> float:
         raise ValueError(
             f"{name}(decay={decay}) must be above 0 and finite: 1 prunes alike at all depths, less most at first"
         )
-    return decay**site.before
+    return decay**spec.before
 
 
 def share(there: Tensor, ratio: Tensor | float) -> Tensor:

@@ -15,8 +15,8 @@ from ..core import segments
 from ..core.attention import AttentionStats, Stat
 from ..core.tokens import Layout, PackedTokens
 from ..registry import reducers
+from .block_spec import BlockSpec
 from .printing import PrintedPart
-from .site import Site
 
 _EPS = 1e-8
 
@@ -115,14 +115,14 @@ class Reduction:
 class TokenReducer(PrintedPart, ABC):
     """Plans what to do with `counts` [batch] unprotected tokens to keep. `needs` declares the statistics it reads.
 
-    Implementations take `site` and their own arguments.
+    Implementations take `spec` and their own arguments.
     """
 
     needs: ClassVar[Stat] = Stat.NONE
 
-    def __init__(self, site: Site):
+    def __init__(self, spec: BlockSpec):
         super().__init__()
-        self.site = site
+        self.spec = spec
 
     @abstractmethod
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:
@@ -151,8 +151,8 @@ class Fuse(TokenReducer):
     causal tower nothing sees the future. Where the rest's scores do not sum to something positive, it is their mean.
     """
 
-    def __init__(self, site: Site, normalize: bool = True):
-        super().__init__(site)
+    def __init__(self, spec: BlockSpec, normalize: bool = True):
+        super().__init__(spec)
         self.normalize = normalize
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:

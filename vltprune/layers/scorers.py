@@ -13,28 +13,28 @@ from ..core import precision, segments
 from ..core.attention import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..registry import scorers
+from .block_spec import BlockSpec
 from .guides import Guidance
 from .printing import PrintedPart
-from .site import Site
 
 _EPS = 1e-8
 
 
 class TokenScorer(PrintedPart, ABC):
-    """Scores the tokens of one site; larger is kept longer. Scores are in single precision, whatever the model is in.
+    """Scores the tokens of one spec; larger is kept longer. Scores are in single precision, whatever the model is in.
 
     `needs` declares the statistics it reads and `guided` whether it reads the guidance: a pairing that cannot work fails
     when the model is built. `pairwise`: whether it compares each two tokens of an instance, which its MACs then count.
-    Implementations take `site` and their own arguments.
+    Implementations take `spec` and their own arguments.
     """
 
     needs: ClassVar[Stat] = Stat.NONE
     guided: ClassVar[bool] = False
     pairwise: ClassVar[bool] = False
 
-    def __init__(self, site: Site):
+    def __init__(self, spec: BlockSpec):
         super().__init__()
-        self.site = site
+        self.spec = spec
 
     @abstractmethod
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
@@ -103,9 +103,9 @@ class Madtp(TokenScorer):
     needs = SelfAttention.needs | ClsAttention.needs
     guided = True
 
-    def __init__(self, site: Site):
-        super().__init__(site)
-        self.terms = nn.ModuleList(term(site) for term in (SelfAttention, ClsAttention, Alignment))
+    def __init__(self, spec: BlockSpec):
+        super().__init__(spec)
+        self.terms = nn.ModuleList(term(spec) for term in (SelfAttention, ClsAttention, Alignment))
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         received, summary, alignment = (term(tokens, stats, guidance) for term in self.terms)
@@ -119,9 +119,9 @@ class Random(TokenScorer):
     Drawn from `seed`, the depth and the token's original position, and so the same whoever shares the batch.
     """
 
-    def __init__(self, site: Site, seed: int = 0):
-        super().__init__(site)
-        self.key = hash_integers(seed, site.depth)
+    def __init__(self, spec: BlockSpec, seed: int = 0):
+        super().__init__(spec)
+        self.key = hash_integers(seed, spec.depth)
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         drawn = hash_integers(tokens.position, self.key)

@@ -17,10 +17,10 @@ Depths = Iterable[int | float] | int | float | None
 
 # kind -> its registry, and the arguments that the library itself passes
 KINDS: dict[str, tuple[Registry, tuple[str, ...]]] = {
-    "guide": (guides, ("sites",)),
-    "scorer": (scorers, ("site",)),
-    "keep": (keepers, ("site",)),
-    "reducer": (reducers, ("site",)),
+    "guide": (guides, ("specs",)),
+    "scorer": (scorers, ("spec",)),
+    "keep": (keepers, ("spec",)),
+    "reducer": (reducers, ("spec",)),
 }
 
 

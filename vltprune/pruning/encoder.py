@@ -87,8 +87,8 @@ class PrunedEncoder(Noted, Tower):
         """New pruners of a config for this tower, by depth; the tower stays as it is."""
         blocks = self.adapter.blocks(self.host)
         depths = config.depths(self.tower, len(blocks))
-        sites = [replace(self.adapter.site(self.host, d, self.tower), before=i) for i, d in enumerate(depths)]
-        pruners = {str(site.depth): born_like(blocks[site.depth], Pruner.build, config, site) for site in sites}
+        specs = [replace(self.adapter.spec(self.host, d, self.tower), before=i) for i, d in enumerate(depths)]
+        pruners = {str(spec.depth): born_like(blocks[spec.depth], Pruner.build, config, spec) for spec in specs}
         return nn.ModuleDict(pruners)
 
     def _hold(self, name: str, module: nn.Module | None, is_child: bool) -> None:
@@ -202,7 +202,7 @@ class PrunedEncoder(Noted, Tower):
     def _least(self, pruner: Pruner) -> int:
         """How many unprotected tokens must stay: one, where nothing else is there to answer with. Asked at each call, for the
         pooling of a tower may be exchanged."""
-        return int(not pruner.scorer.site.has_summary or self.adapter.pools_free(self.host))
+        return int(not pruner.scorer.spec.has_summary or self.adapter.pools_free(self.host))
 
     def _warn_of_noise(self) -> None:
         if self.training or self.guide is None or not self.pruners or is_traced() or not self.guide.is_untrained:

@@ -48,8 +48,8 @@ def prune(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> nn.Modul
         towers = composite.towers(model)
     _check_towers(config, tuple(towers))
 
-    sites = {name: host.site(tower, 0, name) for name, (tower, host) in towers.items()}
-    guide = build_guide(config, sites | (composite.listeners(model) if composite is not None else {}), model)
+    specs = {name: host.spec(tower, 0, name) for name, (tower, host) in towers.items()}
+    guide = build_guide(config, specs | (composite.listeners(model) if composite is not None else {}), model)
     if guide is not None:
         guide.train(model.training)
     owner = model if composite is not None else None
@@ -68,12 +68,12 @@ def prune(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> nn.Modul
     return result
 
 
-def build_guide(config: PruneConfig, sites: dict[str, Any], model: nn.Module) -> AlignmentGuide | None:
-    """The guide of a config for towers with these sites (any depth of each), in the model's type; None where it has none."""
+def build_guide(config: PruneConfig, specs: dict[str, Any], model: nn.Module) -> AlignmentGuide | None:
+    """The guide of a config for towers with these specs (any depth of each), in the model's type; None where it has none."""
     if config.guide is None:
         return None
     part = config.part("guide")
-    guide = born_like(model, guides[part.name], sites, **part.args)
+    guide = born_like(model, guides[part.name], specs, **part.args)
     remember_arguments(guide, guides[part.name], part.args)
     return guide
 

@@ -14,7 +14,7 @@ from ..core import segments
 from ..core.attention import AttentionStats, Stat
 from ..core.checks import is_traced
 from ..core.tokens import PackedTokens
-from ..layers import Guidance, KeepRatioPredictor, Reduction, Site, TokenReducer, TokenScorer
+from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer
 from ..layers.printing import remember_arguments
 from ..layers.reducers import best
 from ..registry import keepers, reducers, scorers
@@ -66,19 +66,19 @@ class Pruner(nn.Module):
         self.soft_temperature = 0.0
 
     @classmethod
-    def build(cls, config: PruneConfig, site: Site) -> Pruner:
-        """The parts of a config, for one site. ValueError for parts that need what the site does not have."""
+    def build(cls, config: PruneConfig, spec: BlockSpec) -> Pruner:
+        """The parts of a config, for one spec. ValueError for parts that need what the spec does not have."""
         kinds = {"scorer": scorers, "keep": keepers, "reducer": reducers}
         parts = []
         for kind, registry in kinds.items():
-            part = config.part(kind, site.tower)
-            parts.append(registry[part.name](site, **part.args))
+            part = config.part(kind, spec.tower)
+            parts.append(registry[part.name](spec, **part.args))
             remember_arguments(parts[-1], registry[part.name], part.args)
         pruner = cls(*parts)
-        if Stat.SUMMARY in pruner.needs and not site.has_summary:
+        if Stat.SUMMARY in pruner.needs and not spec.has_summary:
             raise ValueError(
                 f"scorer={str(config.scorer)!r} reads the attention of a summary token (Stat.SUMMARY), and the "
-                f"{site.tower} tower has none: write scorer='self_attention' or scorer='alignment', "
+                f"{spec.tower} tower has none: write scorer='self_attention' or scorer='alignment', "
                 "or leave the tower alone with at={'other tower': None}"
             )
         return pruner

@@ -14,7 +14,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from ...core.checks import check_ids, check_images
 from ...core.tokens import PackedTokens
-from ...layers.site import Site
+from ...layers.block_spec import BlockSpec
 from ...pruning.encoder import PrunedEncoder
 from ..attributes import forwards
 from ..base import Host
@@ -97,9 +97,9 @@ class TransformersHost(Host):
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         return attrgetter(self.layers)(tower)
 
-    def site(self, tower: Any, depth: int, name: str) -> Site:
+    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
         heads, depths = tower.config.num_attention_heads, len(self.blocks(tower))
-        return Site(name, depth, depths, tower.config.hidden_size, heads, self.has_summary, self.causal(tower))
+        return BlockSpec(name, depth, depths, tower.config.hidden_size, heads, self.has_summary, self.causal(tower))
 
     def attn(self, block: nn.Module) -> Any:
         """The block's attention module."""

@@ -1,4 +1,4 @@
-"""The room a part is built for: what it may know of a tower before it has seen a token."""
+"""BlockSpec: the block that a part is built for, as far as it is known before any token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Site:
+class BlockSpec:
     """One depth of one tower.
 
     tower: its name ("image", "text"); depth of depths; dim: token width; heads; has_summary: whether one protected token
