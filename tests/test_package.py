@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +99,32 @@ def test_public_names_exist_and_are_documented():
 def test_every_registered_part_is_documented(registry):
     for name in registry.names():
         assert inspect.getdoc(registry[name]), name
+
+
+PAGES = [*ROOT.parent.glob("docs/*.md"), ROOT.parent / "README.md"]
+NO_NAMES = {"vltprune.json", "vltprune.git", "vltprune.egg"}
+
+
+@pytest.mark.parametrize("path", [*FILES, *PAGES], ids=lambda path: str(path.relative_to(ROOT.parent)))
+def test_names_that_texts_give_exist(path):
+    """Errors, docstrings and pages say what to write, and what they say is there."""
+    given = re.findall(r"(?<![\w/.-])(?:vltprune|vp)(?:\.[A-Za-z_]\w*)+", path.read_text())
+    for name in {re.sub(r"^vp\.", "vltprune.", name) for name in given} - NO_NAMES:
+        assert _exists(name), name
+
+
+def _exists(name):
+    """Whether a dotted name is a module, or an attribute of one; what a value has is not looked into."""
+    parts = name.split(".")
+    thing = vp
+    for n, part in enumerate(parts[1:], start=2):
+        if hasattr(thing, part):
+            thing = getattr(thing, part)
+        elif inspect.ismodule(thing):
+            try:
+                thing = importlib.import_module(".".join(parts[:n]))
+            except ImportError:
+                return False
+        else:
+            return not inspect.isclass(thing)
+    return True

@@ -103,7 +103,7 @@ def say_random(model: str, so: str) -> None:
 
 
 def calibrate(model: nn.Module, batches: Sequence[Any], reduction: float, what: str) -> budget.Calibration:
-    """budget.calibrate under a progress bar that says `what`."""
+    """`calibrate` under a progress bar that says `what`."""
     with bar(what) as tries:
 
         def tick(value: float, reduction: float) -> None:

@@ -122,9 +122,7 @@ def run_macs(args: argparse.Namespace) -> None:
     cost = count_macs(pruned, *example(pruned.pruning.host, args.tokens))
     _print_cost(cost, pruned.pruning.host, dense)
     if not dense:
-        print(
-            "What is pruned depends on the input: this one was noise. Measure your own with vltprune.cost.macs.count."
-        )
+        print("What is pruned depends on the input: this one was noise. Measure your own with vltprune.count_macs.")
 
 
 _SIZE_ARGUMENT = {"vltprune": "image_size", "timm": "img_size", "open_clip": "force_image_size"}

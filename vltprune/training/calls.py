@@ -18,7 +18,7 @@ def calls_of(
     device: torch.device | str = "cpu",
     size: int = 16,
 ) -> list[Callable[..., Any]]:
-    """Calls that put the records, one text each, to a model as the task does: batches for `budget`.
+    """Calls that put the records, one text each, to a model as the task does: batches for `calibrate`.
 
     Records whose pictures or texts cannot be read are left out; whoever examines or draws them tells of them.
     """
