@@ -27,9 +27,8 @@ def _configure():
         "deadline": None,
         "report_multiple_bugs": False,
         "print_blob": True,
-        "phases": [
-            phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain
-        ],  # which takes the longest
+        # to explain a failure takes the longest
+        "phases": [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain],
         "suppress_health_check": [hypothesis.HealthCheck.too_slow],
     }
     profiles = hypothesis.settings

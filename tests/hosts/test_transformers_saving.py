@@ -63,12 +63,12 @@ def test_from_pretrained_finds_the_dense_weights(tmp_path, make, parts):
 def test_load_reads_what_save_pretrained_wrote(tmp_path, name, preset):
     case = make(name)
     model = case.pruned(preset).eval()
-    dial = BudgetControl(model)
-    dial.commit(0.9 * dial.value)
+    control = BudgetControl(model)
+    control.commit(0.9 * control.value)
     model.save_pretrained(tmp_path)
     again = vp.load(tmp_path)
     same_model(again, model)
-    assert BudgetControl(again).values == dial.values
+    assert BudgetControl(again).values == control.values
     same(again(*case.inputs), model(*case.inputs))
 
 

@@ -30,11 +30,11 @@ def test_it_finds_a_target_and_follows_it(keep, center):
     """Against a made-up response: the share that is saved as a logistic function of the knob's place."""
     model = vp.prune(small("blip").model, "madtp", keep=keep)
     controller = Controller(model)
-    knob = controller.dial.knob
+    knob = controller.control.knob
     sign = -1 if knob.keeps else 1
 
     def saved():
-        return 1 / (1 + math.exp(-sign * 12 * (knob.place(controller.dial.value) - knob.place(center))))
+        return 1 / (1 + math.exp(-sign * 12 * (knob.place(controller.control.value) - knob.place(center))))
 
     for wanted in (0.3, 0.8, 0.5):
         for _ in range(300):
@@ -47,7 +47,7 @@ def test_it_finds_a_target_and_follows_it(keep, center):
 def test_one_step_turns_a_tenth_of_what_is_missing_and_remembers_nine_tenths(keep, sign):
     """Of the knob's range, towards saving more where too little was saved; the mean is of what was measured."""
     controller = Controller(vp.prune(small("blip").model, "madtp", keep=keep), saved=0.6)
-    knob = controller.dial.knob
+    knob = controller.control.knob
     before = knob.place(controller.value)
     for saved, wanted in ((0.2, 0.5), (0.9, 0.5)):
         mean = 0.9 * controller.saved + 0.1 * saved
@@ -55,7 +55,7 @@ def test_one_step_turns_a_tenth_of_what_is_missing_and_remembers_nine_tenths(kee
         controller.step(saved, wanted)
         assert controller.saved == pytest.approx(mean)
         assert knob.place(controller.value) == pytest.approx(place)
-        assert controller.dial.value == controller.value
+        assert controller.control.value == controller.value
     assert knob.place(controller.value) == pytest.approx(before - sign * 0.01)
 
 
@@ -80,7 +80,7 @@ def test_it_begins_near_its_target_and_remembers_where_it_is():
 def test_it_begins_at_the_nearest_of_25_values_in_few_measurements(monkeypatch, keep, wanted):
     """Against a made-up response that rises, or falls, all the way."""
     controller = Controller(vp.prune(small("blip").model, "madtp", keep=keep))
-    knob = controller.dial.knob
+    knob = controller.control.knob
     tried = []
 
     def saved(place):
@@ -102,7 +102,7 @@ def test_it_begins_at_the_nearest_of_25_values_in_few_measurements(monkeypatch, 
 def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch, wanted, place):
     model = vp.prune(small("blip").model, "madtp")
     controller = Controller(model)
-    knob = controller.dial.knob
+    knob = controller.control.knob
 
     def measure(model, batches, value, tower, meter):
         saved = min(max(0.2 + 3.5 * (knob.place(value) - 0.6), 0.2), 0.9)
@@ -111,7 +111,7 @@ def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch,
     monkeypatch.setattr(controller_module, "measure", measure)
     controller.start([], wanted)
     assert knob.place(controller.value) == pytest.approx(place, abs=1 / 64 + 0.003)
-    assert controller.dial.value == controller.value
+    assert controller.control.value == controller.value
 
 
 def test_each_tower_is_steered_by_its_own_saving():
@@ -129,15 +129,15 @@ def test_each_tower_is_steered_by_its_own_saving():
     image, text = both.towers["image"], both.towers["text"]
     before = both.value
     both.step({"image": 0.4, "text": 0.0}, {"image": 0.4, "text": 0.3})
-    assert (image.value, image.dial.value) == (before["image"], before["image"])
-    assert text.value == text.dial.value != before["text"]
-    assert {keeper.ratio for keeper in image.dial.keepers} == {before["image"]}
+    assert (image.value, image.control.value) == (before["image"], before["image"])
+    assert text.value == text.control.value != before["text"]
+    assert {keeper.ratio for keeper in image.control.keepers} == {before["image"]}
     turns.load_state_dict(state)
     assert turns.state_dict() == state
-    assert (image.dial.value, text.dial.value) == (before["image"], before["text"])
-    image.dial.set(0.123)
+    assert (image.control.value, text.control.value) == (before["image"], before["text"])
+    image.control.set(0.123)
     turns.take(0)
-    assert image.dial.value == before["image"]
+    assert image.control.value == before["image"]
 
 
 def test_a_tower_without_a_target_keeps_its_knob():
@@ -145,7 +145,7 @@ def test_a_tower_without_a_target_keeps_its_knob():
     turns = Turns(model, ({"text": 0.5},))
     turns.start([small("blip").draw(8)], {"text": 0.5})
     turns.controllers[0].step({"text": 0.0}, {"text": 0.5})
-    assert {keeper.ratio for keeper in Controller(model, tower="image").dial.keepers} == {0.9}
+    assert {keeper.ratio for keeper in Controller(model, tower="image").control.keepers} == {0.9}
     assert turns.controllers[0].value["text"] < 0.9
 
 
@@ -163,12 +163,12 @@ def test_costs_take_turns_and_each_is_measured_as_often():
     assert low < high == 1.0
     for place, value in ((0, high), (1, low), (2, high)):
         turns.take(place)
-        assert turns.controllers[0].dial.value == value
+        assert turns.controllers[0].control.value == value
     state = turns.state_dict()
     turns.controllers[2].step(0.0, 0.5)
     turns.load_state_dict(state)
     assert turns.state_dict() == state
-    assert turns.controllers[0].dial.value == high
+    assert turns.controllers[0].control.value == high
 
     alone = Turns(model, (0.8,))
     assert [alone.place(step) for step in range(3)] == [0, 0, 0]

@@ -41,7 +41,9 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     what.add_argument("--parts", action="store_true", help="presets, scorers, keepers, reducers and guides instead")
     lister.set_defaults(run=run_list)
 
-    info = commands.add_parser("info", parents=parents, help="parts, specs, parameters, and MACs layer by layer")
+    info = commands.add_parser(
+        "info", parents=parents, help="parts, where they prune, parameters, and MACs layer by layer"
+    )
     info.add_argument("model", help=common.MODEL)
     info.add_argument(
         "arguments",

@@ -75,10 +75,10 @@ def calibrate(
     searches = {tower: _Search(model, inputs, progress, meter, tower) for tower in wanted}
     with contextlib.ExitStack() as undo:
         for search in searches.values():
-            undo.enter_context(search.dial.unless_done())
+            undo.enter_context(search.control.unless_done())
         found = [search.find(wanted[tower], tolerance) for tower, search in searches.items()]
     for search, one in zip(searches.values(), found, strict=True):
-        search.dial.commit(search.value(one))
+        search.control.commit(search.value(one))
     # the last was measured with all the others set
     return dataclasses.replace(found[-1], knob=None, value=None) if isinstance(reduction, Mapping) else found[-1]
 
@@ -115,11 +115,11 @@ def measure(
     tower: whose knob is meant (None: the one of all towers); meter: the model's, where it is measured again and again. Where
     it fails, the knob is where it was.
     """
-    dial = BudgetControl(model, tower)
-    with dial.unless_done():
+    control = BudgetControl(model, tower)
+    with control.unless_done():
         if value is not None:
-            dial.set(value)
-        return _measured(model, meter or CostMeter(model), dial, batches)
+            control.set(value)
+        return _measured(model, meter or CostMeter(model), control, batches)
 
 
 class _Search:
@@ -127,12 +127,12 @@ class _Search:
 
     def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any, meter: CostMeter, tower: str | None):
         self.model, self.inputs, self.progress, self.tower = model, inputs, progress, tower
-        self.dial, self.meter = BudgetControl(model, tower), meter
-        self.knob = self.dial.knob
+        self.control, self.meter = BudgetControl(model, tower), meter
+        self.knob = self.control.knob
 
     def measure(self, value: float) -> Calibration:
-        self.dial.set(value)
-        found = _measured(self.model, self.meter, self.dial, self.inputs)
+        self.control.set(value)
+        found = _measured(self.model, self.meter, self.control, self.inputs)
         if self.progress is not None:
             self.progress(value, self.saved(found))
         return found
@@ -169,7 +169,7 @@ class _Search:
         best = min(tried, key=off)
         if off(best) > tolerance * (1 - reduction):
             raise BudgetError(self._missed(reduction, tolerance, tried, best), best)
-        self.dial.set(self.value(best))  # as the next tower's search must find it
+        self.control.set(self.value(best))  # as the next tower's search must find it
         return best
 
     def _crossing(self, reduction: float, tried: list[Calibration]) -> tuple[float, float] | None:
@@ -199,7 +199,7 @@ class _Search:
         )
 
 
-def _measured(model: nn.Module, meter: CostMeter, dial: BudgetControl, batches: Iterable[Batch]) -> Calibration:
+def _measured(model: nn.Module, meter: CostMeter, control: BudgetControl, batches: Iterable[Batch]) -> Calibration:
     macs = dense = padding = instances = 0.0
     towers: dict[str, list[float]] = {}
     for batch in batches:
@@ -216,8 +216,8 @@ def _measured(model: nn.Module, meter: CostMeter, dial: BudgetControl, batches: 
     for tower, sums in towers.items():
         pruned, whole, padded = (one / instances for one in sums)
         each[tower] = TowerCalibration(pruned, whole, padded, *_set_to(encoders[tower]))
-    value = dial.value if len(set(dial.values)) == 1 else None
-    return Calibration(dial.knob.name, value, macs / instances, dense / instances, padding / instances, each)
+    value = control.value if len(set(control.values)) == 1 else None
+    return Calibration(control.knob.name, value, macs / instances, dense / instances, padding / instances, each)
 
 
 def _set_to(tower: PrunedEncoder) -> tuple[str | None, float | None]:

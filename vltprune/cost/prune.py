@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..pruning import prune as surgery
 from ..pruning.config import PruneConfig
+from ..pruning.prune import prune as prune_towers
+from ..pruning.prune import pruning
 from .calibration import calibrate
 from .guide_fit import fit_guide
 from .inputs import Batch
@@ -52,11 +53,11 @@ def prune(
         )
     if data is not None and reduction is None:
         raise ValueError("data= is what a cost is set on: say which, such as reduction=0.5")
-    pruned = surgery.prune(model, preset, **parts)
+    pruned = prune_towers(model, preset, **parts)
     if reduction is None or data is None:
         return pruned
     batches = list(data)
-    guide = surgery.pruning(pruned).guide
+    guide = pruning(pruned).guide
     if guide is not None and guide.is_untrained:
         fit_guide(pruned, batches)
     calibrate(pruned, batches, reduction)

@@ -1,4 +1,4 @@
-"""prune(model, config): a pruned model that shares the dense model's weights. The dense model is unchanged."""
+"""prune(model, preset): a pruned model that shares the dense model's weights. The dense model is unchanged."""
 
 from __future__ import annotations
 
@@ -19,18 +19,7 @@ from .pruner import born_like
 
 
 def prune(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> nn.Module:
-    """`vltprune.prune` without a cost to set: a model like `model` whose towers prune their tokens.
-
-    model: a tower (timm's VisionTransformer or Eva, open_clip's VisionTransformer, TextTransformer, TimmModel or
-    HFTextEncoder, an encoder of transformers, our BlipVision or MedEncoder) or a composite of two (CLIP of open_clip; CLIP,
-    SigLIP or BLIP of transformers; our Blip models), whose towers then share one guide; docs/architecture.md lists them
-    all. preset: the name of a preset, or a PruneConfig; **parts replace single parts of it, as in
-    prune(model, "madtp", reducer="drop", at=(6, 7, 8)).
-
-    The result has `.pruning` (config, dense host, guide, towers) and `.host`, the dense model. New parts are in training or
-    in evaluation mode as their tower is. Raises TypeError for
-    a model that no host takes apart, and the errors of PruneConfig; ValueError for parts that need what a tower lacks.
-    """
+    """`vltprune.prune` without a cost to set; its arguments, result and errors are described there."""
     if unwrapped(model) is not model:
         raise TypeError(
             f"a {type(model).__name__} wraps a {type(unwrapped(model)).__name__}: prune that one, and wrap what `prune` "

@@ -37,8 +37,8 @@ class Controller:
     tower: str | None = None
 
     def __post_init__(self) -> None:
-        self.dial = BudgetControl(self.model, self.tower)
-        self.value = self.dial.value
+        self.control = BudgetControl(self.model, self.tower)
+        self.value = self.control.value
 
     def start(
         self,
@@ -52,7 +52,7 @@ class Controller:
         Where the target lies beyond what the knob can do, it begins where its end begins to make no difference. tick: called
         after each value that was tried; meter: the model's, where there is one already.
         """
-        inputs, knob, meter = list(batches), self.dial.knob, meter or CostMeter(self.model)
+        inputs, knob, meter = list(batches), self.control.knob, meter or CostMeter(self.model)
 
         def at(place: float) -> Calibration:
             found = measure(self.model, inputs, knob.at(place), self.tower, meter)
@@ -93,7 +93,7 @@ class Controller:
     def _edge(self, end: Calibration, at: Callable[[float], Calibration]) -> Calibration:
         """The farthest from an end of the range that still saves what the end does, by bisection."""
         assert end.value is not None
-        near, far, best = self.dial.knob.place(end.value), 1 - self.dial.knob.place(end.value), end
+        near, far, best = self.control.knob.place(end.value), 1 - self.control.knob.place(end.value), end
         for _ in range(_HALVINGS):
             found = at((near + far) / 2)
             if abs(self._saved(found) - self._saved(end)) < _SAME:
@@ -104,7 +104,7 @@ class Controller:
 
     def step(self, saved: float, wanted: float) -> None:
         """saved: the share of the dense MACs that a step saved, of all processes; wanted: its target."""
-        knob = self.dial.knob
+        knob = self.control.knob
         more = (saved - wanted) if knob.keeps else (wanted - saved)
         place = min(max(knob.place(self.value) + _PULL * more, 0.0), 1.0)
         saved = _MEMORY * self.saved + (1 - _MEMORY) * saved
@@ -112,7 +112,7 @@ class Controller:
 
     def take(self) -> None:
         """The knob to where this controller has it."""
-        self.dial.set(self.value)
+        self.control.set(self.value)
 
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value, "saved": self.saved}
@@ -120,7 +120,7 @@ class Controller:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """With the knob turned to where it was."""
         self.value, self.saved = state["value"], state["saved"]
-        self.dial.set(self.value)
+        self.control.set(self.value)
 
 
 class TowerControllers:
