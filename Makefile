@@ -1,4 +1,4 @@
-# make demo: prune a vision-language model and look at what it kept.   make test: run every test.
+# make demo: prune a vision-language model and look at what it kept.   make test: run every test.   make docs: build the site.
 # make test-fast: the quick tests of the core.   make explore MINUTES=60: property tests with new examples, again and again.
 PYTHON ?= python3
 MINUTES ?= 10
@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 export PYTHONUNBUFFERED := 1
 
-.PHONY: install demo check test test-fast explore lint speed api clean
+.PHONY: install demo check test test-fast explore lint speed docs clean
 
 install: .venv/installed
 
@@ -42,9 +42,9 @@ lint: install
 speed: install
 	$(BIN)/python benchmarks/speed.py
 
-api: install
-	$(BIN)/pip install --quiet --editable '.[docs]'
-	$(BIN)/pdoc vltprune --output-directory build/api
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
