@@ -35,8 +35,8 @@ from vltprune.evaluation.results_log import ResultsLog
 from vltprune.evaluation.tasks import Nlvr
 from vltprune.io.preprocessing import transforms
 from vltprune.training import CompressConfig, compress
-from vltprune.training.calls import calls_of
 from vltprune.training.compression import Compressed
+from vltprune.training.data.calibration import calls_of
 
 RESULTS = Path(__file__).parent / "results" / "ablate_nlvr_tiny.json"
 

@@ -54,7 +54,7 @@ from vltprune.io import checkpoint
 from vltprune.io.preprocessing import transforms
 from vltprune.models import zoo
 from vltprune.training import CompressConfig, compress
-from vltprune.training.calls import calls_of
+from vltprune.training.data.calibration import calls_of
 
 RESULTS = Path(__file__).parent / "results" / "compress_nlvr_tiny.json"
 PAIRS, PATCH = 32_000, 8

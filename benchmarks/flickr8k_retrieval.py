@@ -46,7 +46,7 @@ from vltprune.evaluation.evaluator import Evaluator, report
 from vltprune.evaluation.results_log import ResultsLog
 from vltprune.evaluation.tasks import Retrieval
 from vltprune.io.preprocessing import transforms
-from vltprune.training.calls import calls_of
+from vltprune.training.data.calibration import calls_of
 
 RESULTS = Path(__file__).parent / "results" / "flickr8k_retrieval.json"
 REDUCTIONS = (0.3, 0.5, 0.7, 0.8)

@@ -16,8 +16,8 @@ from PIL import Image
 
 from vltprune.data import Loader, Record, pictures
 from vltprune.data.pictures import Encoded, PictureError
-from vltprune.training.calls import calls_of
-from vltprune.training.draws import Draws
+from vltprune.training.data.calibration import calls_of
+from vltprune.training.data.sampler import Draws
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
 LEFT_HALF_RED = np.zeros((16, 48, 3), np.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data import config
+from runs import config
 
 from vltprune.training import compress
 

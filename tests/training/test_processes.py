@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from data import config
 from ranks import on_two_ranks
+from runs import config
 from safetensors.torch import load_file
 from sharded import shard_from_here_on
 from torch.multiprocessing import start_processes

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from data import config
 from ranks import started
+from runs import config
 
 import vltprune as vp
 from vltprune.training import BadLossError, compress
-from vltprune.training import engine as engine_module
-from vltprune.training.checkpoints import Checkpoints
 from vltprune.training.compression import dense_model
+from vltprune.training.loop import trainer as engine_module
+from vltprune.training.loop.checkpoints import Checkpoints
 
 timm_host = importlib.import_module("vltprune.hosts.timm")  # `hosts` is also the name of a registry
 

@@ -13,7 +13,7 @@ import vltprune as vp
 from vltprune.demo.measure import draw, evaluate, race
 from vltprune.evaluation.evaluator import Evaluator
 from vltprune.models.blip import BlipNlvr
-from vltprune.training.decoding import Searched
+from vltprune.training.losses.decoding import Searched
 from vltprune.utils.modes import evaluating, on_meta
 
 CLIP = {

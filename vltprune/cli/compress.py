@@ -104,7 +104,7 @@ def _how(field: str) -> str:
 
 
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
-    from ..training import tables
+    from ..training.report import tables
 
     names = [f"{savings.asked(row['reduction'], '%')} asked" if row["reduction"] else "dense" for row in rows]
     print(common.table(tables.results(names, rows)))

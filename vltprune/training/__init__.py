@@ -2,11 +2,11 @@
 
 from .compression import Compressed, compress
 from .config import RECIPES, CompressConfig, Recipe
-from .controller import Controller, target
-from .engine import BadLossError, Run
-from .objectives import Loss, Objective
-from .stopping import Stopped
-from .student import Extra, Student
+from .loop.controller import Controller, target
+from .loop.interrupts import Stopped
+from .loop.trainer import BadLossError, Run
+from .losses.objectives import Loss, Objective
+from .losses.train_module import Extra, Student
 
 __all__ = [
     "BadLossError",

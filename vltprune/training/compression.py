@@ -31,17 +31,17 @@ from ..pruning.prune import prune, pruning
 from ..utils.frozen import thawed
 from ..utils.modes import evaluating
 from ..utils.wrappers import is_pruned
-from .calls import calls_of
-from .claims import check_folder, claim, claim_contents, contents_of
 from .config import CompressConfig
-from .controller import Target
-from .engine import Run
-from .examples import Example, Rows, examples
-from .figures import History, told
-from .report import Story, write
-from .saliency import watched
-from .stopping import Stopped
-from .student import Extra
+from .data.calibration import calls_of
+from .loop.controller import Target
+from .loop.interrupts import Stopped
+from .loop.metrics import History, told
+from .loop.trainer import Run
+from .losses.saliency import watched
+from .losses.train_module import Extra
+from .report.examples import Example, Rows, examples
+from .report.page import Story, write
+from .run_folder import check_folder, claim, claim_contents, contents_of
 
 _CALIBRATED = 256  # records of the validation split that the knob is set on
 

@@ -19,7 +19,7 @@ from ..pruning.config import PruneConfig
 from ..pruning.presets import preset
 from ..registry import bind, tasks
 from ..utils.frozen import FrozenDict, thawed
-from .forms import fields_in_form
+from .fields import fields_in_form
 
 
 @dataclass(frozen=True)

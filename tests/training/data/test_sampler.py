@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from data import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from runs import annotations
 
 from vltprune.data import captions
-from vltprune.training.batches import varied
-from vltprune.training.draws import Draws
+from vltprune.training.data.batches import varied
+from vltprune.training.data.sampler import Draws
 
 
 def prepare(picture):

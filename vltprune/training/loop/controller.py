@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from ..cost.calibration import Batch, BudgetControl, Calibration, measure
-from ..cost.macs import CostMeter
-from ..pruning.prune import pruning
+from ...cost.calibration import Batch, BudgetControl, Calibration, measure
+from ...cost.macs import CostMeter
+from ...pruning.prune import pruning
 
 Target: TypeAlias = float | Mapping[str, float]  # a share of the dense MACs, or one of each tower's own
 

@@ -12,8 +12,8 @@ from small_models import small
 import vltprune as vp
 from vltprune.cost.savings import Calibration
 from vltprune.training import Controller, target
-from vltprune.training import controller as controller_module
-from vltprune.training.controller import TowerControllers, Turns
+from vltprune.training.loop import controller as controller_module
+from vltprune.training.loop.controller import TowerControllers, Turns
 
 
 @given(steps=st.integers(1, 1000), reduction=st.floats(0.01, 0.99), ramp=st.floats(0, 1))

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core import precision
-from ..utils.files import write_text
-from ..utils.progress import bar, say
+from ...core import precision
+from ...utils.files import write_text
+from ...utils.progress import bar, say
 
 T = TypeVar("T")
 

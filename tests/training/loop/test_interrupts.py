@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from data import config
+from runs import config
 
 from vltprune.training import Run, Stopped, compress
 from vltprune.training import compression as compression_module
-from vltprune.training.stopping import Stop
+from vltprune.training.loop.interrupts import Stop
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 pytestmark = pytest.mark.usefixtures("unexamined")

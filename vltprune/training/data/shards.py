@@ -11,8 +11,8 @@ from itertools import count, islice
 
 import numpy as np
 
-from ..data.records import R
-from ..data.shards import Lost, Sample, Shards, samples
+from ...data.records import R
+from ...data.shards import Lost, Sample, Shards, samples
 from .batches import TRIES, Batches, Opened
 
 Numbered = tuple[int, Sample]  # a sample, and how many the run has drawn before it

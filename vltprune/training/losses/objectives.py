@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Captioned, Question, Record, Statement
-from ..evaluation.tasks import Caption, Nlvr, Retrieval, Vqa
-from ..evaluation.tasks.base import dense
-from ..models.decoder import next_token_costs
-from ..models.momentum import Momentum, everyones
-from ..models.wordpiece import clean_caption
+from ...data import Captioned, Question, Record, Statement
+from ...evaluation.tasks import Caption, Nlvr, Retrieval, Vqa
+from ...evaluation.tasks.base import dense
+from ...models.decoder import next_token_costs
+from ...models.momentum import Momentum, everyones
+from ...models.wordpiece import clean_caption
 
 _SMOOTHING, _WORDS = 0.1, 30  # of the words' labels; what captions are cut at: both as BLIP trains
 

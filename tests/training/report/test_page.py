@@ -11,14 +11,16 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from data import config
 from PIL import Image
+from runs import config
 
 import vltprune as vp
 from vltprune.evaluation import metrics
 from vltprune.evaluation.tasks import Options, Retrieval
-from vltprune.training import compress, compression, curves, report
-from vltprune.training.examples import Example, Said
+from vltprune.training import compress, compression
+from vltprune.training.report import curves
+from vltprune.training.report import page as report
+from vltprune.training.report.examples import Example, Said
 from vltprune.viz import charts
 from vltprune.viz.images import Fate
 

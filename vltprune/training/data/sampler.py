@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data import Skipped
-from ..data.records import R
+from ...data import Skipped
+from ...data.records import R
 from .batches import Batches, Opened
 
 

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data import Record
-from ..evaluation import metrics
-from ..evaluation.tasks.base import unpack
-from ..io.preprocessing import transforms
-from ..pruning.trace import PruneTrace, collect
-from ..utils.modes import evaluating
-from ..viz import images as visualize
+from ...data import Record
+from ...evaluation import metrics
+from ...evaluation.tasks.base import unpack
+from ...io.preprocessing import transforms
+from ...pruning.trace import PruneTrace, collect
+from ...utils.modes import evaluating
+from ...viz import images as visualize
 
 Rows = Sequence[Mapping[str, Any]]  # of an evaluation, one a record
 

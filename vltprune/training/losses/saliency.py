@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..core import segments
-from ..core.tokens import PackedTokens
-from ..pruning.prune import prune, pruning
-from ..pruning.trace import PruneTrace
+from ...core import segments
+from ...core.tokens import PackedTokens
+from ...pruning.prune import prune, pruning
+from ...pruning.trace import PruneTrace
 
 _EPS = 1e-12
 

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import annotations, config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from runs import annotations, config
 
 from vltprune.data import pictures
 from vltprune.data.annotations import captioned, statement
 from vltprune.data.shards import Shards, are_meant, samples, write
 from vltprune.evaluation.tasks import tasks
 from vltprune.training import compress, compression
-from vltprune.training.checkpoints import Checkpoints
-from vltprune.training.shards import ShardDraws
+from vltprune.training.data.shards import ShardDraws
+from vltprune.training.loop.checkpoints import Checkpoints
 
 pytest.importorskip("webdataset", reason="shards need webdataset: pip install 'vltprune[train]'")
 

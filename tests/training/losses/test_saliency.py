@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from data import config
+from runs import config
 
 from vltprune.core.tokens import PackedTokens
 from vltprune.training import compress, compression
-from vltprune.training.saliency import directions, saliency
+from vltprune.training.losses.saliency import directions, saliency
 
 
 def test_directions_have_the_curvature_of_the_divergence():

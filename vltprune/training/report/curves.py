@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..viz import charts, html
+from ...viz import charts, html
 from .examples import Rows
 
 SPREAD = (10, 90)  # percentiles of a band

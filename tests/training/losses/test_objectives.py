@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import config
+from runs import config
 
 import vltprune as vp
 from vltprune.data import Loader
@@ -14,7 +14,7 @@ from vltprune.evaluation import tasks
 from vltprune.evaluation.tasks.nlvr import Nlvr
 from vltprune.io.preprocessing import transforms
 from vltprune.training.compression import dense_model
-from vltprune.training.objectives import MomentumObjective, objective_of
+from vltprune.training.losses.objectives import MomentumObjective, objective_of
 
 
 def setting(name, folder, limit=4):

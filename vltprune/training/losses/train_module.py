@@ -10,13 +10,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import precision
-from ..cost.sample_cost import SampleCostMeter
-from ..data import Record
-from ..models.momentum import everyones
-from ..pruning import losses
-from ..pruning.prune import pruning
-from ..pruning.trace import PruneTrace, collect
+from ...core import precision
+from ...cost.sample_cost import SampleCostMeter
+from ...data import Record
+from ...models.momentum import everyones
+from ...pruning import losses
+from ...pruning.prune import pruning
+from ...pruning.trace import PruneTrace, collect
 from .decoding import Searched
 from .objectives import Loss, Objective
 from .saliency import saliency

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.records import R
+from ...data.records import R
 
 TRIES = 20  # how many are tried until one can be opened
 _SMALLEST, _LONGEST = 0.5, 4 / 3  # of a random crop: its share of the picture, and its sides' ratio (BLIP's training)

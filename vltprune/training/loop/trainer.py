@@ -13,26 +13,26 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from ..cost.guide_fit import fit_guide
-from ..data.shards import Shards
-from ..io.preprocessing import transforms
-from ..pruning.prune import pruning
-from ..pruning.pruner import Pruner
-from ..utils.modes import evaluating
-from ..utils.progress import say
-from .batches import Batches
-from .calls import calls_of
+from ...cost.guide_fit import fit_guide
+from ...data.shards import Shards
+from ...io.preprocessing import transforms
+from ...pruning.prune import pruning
+from ...pruning.pruner import Pruner
+from ...utils.modes import evaluating
+from ...utils.progress import say
+from ..config import CompressConfig
+from ..data.batches import Batches
+from ..data.calibration import calls_of
+from ..data.sampler import Draws
+from ..data.shards import ShardDraws
+from ..losses.decoding import Searched
+from ..losses.objectives import objective_of
+from ..losses.train_module import Extra, Student
 from .checkpoints import Checkpoints
-from .config import CompressConfig
 from .controller import Target, Turns, target
-from .decoding import Searched
-from .draws import Draws
-from .figures import History, Watch, by_tower, counted, gathered, plain, told, trackers
-from .objectives import objective_of
-from .parameters import freeze, parameter_groups, schedule
-from .shards import ShardDraws
-from .stopping import Stop, Stopped
-from .student import Extra, Student
+from .interrupts import Stop, Stopped
+from .metrics import History, Watch, by_tower, counted, gathered, plain, told, trackers
+from .optimizer import freeze, parameter_groups, schedule
 
 # the cost is measured, and the knob turned, every so many steps; so often in a run, at least
 _MEASURED, _OFTEN = 5, 200

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from data import config
+from runs import config
 
 from vltprune.cost.calibration import measure
-from vltprune.training import compress, compression, engine
-from vltprune.training.calls import calls_of
-from vltprune.training.decoding import Searched
+from vltprune.training import compress, compression
+from vltprune.training.data.calibration import calls_of
+from vltprune.training.loop import trainer as engine
+from vltprune.training.losses.decoding import Searched
 
 PARTS = {"guide": "codebook(anchors=4)", "keep": "ratio(ratio=0.6)"}
 

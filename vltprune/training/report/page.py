@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..cost import savings
-from ..models.open_model import is_random, is_saved
-from ..utils.files import write_text
-from ..viz import html
+from ...cost import savings
+from ...models.open_model import is_random, is_saved
+from ...utils.files import write_text
+from ...viz import html
+from ..config import CompressConfig
 from . import curves, tables
-from .config import CompressConfig
 from .examples import Example, Rows
 
 _BUDGETS = {

@@ -13,10 +13,10 @@ from small_models import small
 import vltprune as vp
 from vltprune.pruning import losses
 from vltprune.pruning.trace import collect
-from vltprune.training.objectives import Loss
-from vltprune.training.parameters import parameter_groups
-from vltprune.training.saliency import saliency, watched
-from vltprune.training.student import Student
+from vltprune.training.loop.optimizer import parameter_groups
+from vltprune.training.losses.objectives import Loss
+from vltprune.training.losses.saliency import saliency, watched
+from vltprune.training.losses.train_module import Student
 
 
 class Answers:

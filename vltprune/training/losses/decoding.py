@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..pruning.trace import DecodeStats, PruneTrace, collect
-from ..utils.modes import evaluating
+from ...pruning.trace import DecodeStats, PruneTrace, collect
+from ...utils.modes import evaluating
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Training loop: trainer, budget controller, optimizer groups, checkpoints, metrics and interrupts."""

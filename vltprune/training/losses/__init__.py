@@ -1,0 +1,1 @@
+"""Training losses: the objective of each task, alignment, and distillation from the dense teacher."""
