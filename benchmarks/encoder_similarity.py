@@ -47,6 +47,9 @@ METHODS = {
     "madtp - guide": {"scorer": "unguided", "keep": RATIO},
     "madtp": {"scorer": "madtp", "keep": RATIO, "guide": GUIDE},
     "madtp, threshold": {"scorer": "madtp", "keep": "threshold(turn='temperature')", "guide": GUIDE},
+    "distinct_attention": {"scorer": "distinct_attention", "keep": RATIO},
+    "self_attention, distortion": {"scorer": "self_attention", "keep": "distortion"},
+    "distinct_attention, distortion": {"scorer": "distinct_attention", "keep": "distortion"},
 }
 SEEDS = (0, 1, 2)  # of random; its numbers are their mean
 FITTING = 6  # photographs to calibrate on: all have equally many tokens
@@ -89,9 +92,9 @@ def main() -> None:
     print(f"{len(dense)} inputs" + ("" if subject.owners is None else f", dense R@1 {hits(dense, subject.owners):.1%}"))
     rows = []
     for reduction in options.reductions:
-        for name, parts in METHODS.items():
-            for reducer in ("drop", "fuse"):
-                config = vp.PruneConfig(**parts, reducer=reducer)
+        for name in options.methods:
+            for reducer in options.reducers:
+                config = vp.PruneConfig(**METHODS[name], reducer=reducer)
                 rows.append({"method": name, "reducer": reducer, "asked": reduction})
                 rows[-1] |= measured(subject, config, reduction, dense)
                 print(_line(rows[-1]), flush=True)
@@ -234,6 +237,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--count", type=int, help="inputs that are measured (500 sentences, 100 photographs)")
     parser.add_argument("--batch", type=int, help="sentences (64) or photographs (8) at a time")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--reducers", nargs="+", choices=("drop", "fuse"), default=("drop", "fuse"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", help="also write the rows to this JSON file")
     options = parser.parse_args()
@@ -243,7 +248,7 @@ def _options() -> argparse.Namespace:
 
 
 def _line(row: dict[str, Any]) -> str:
-    head = f"{row['asked']:4.0%}  {row['method']:18}  {row['reducer']:4}  "
+    head = f"{row['asked']:4.0%}  {row['method']:30}  {row['reducer']:4}  "
     if "out_of_reach" in row:
         return head + "out of reach"
     recall = f"   R@1 {row['recall']:5.1%}" if "recall" in row else ""

@@ -52,6 +52,19 @@ def test_names(name, read):
     assert Name.read(name) == read
 
 
+@pytest.mark.parametrize("preset", vp.presets.names())
+@pytest.mark.parametrize("backbone", ["blip_base", "vit_base_patch16_224", "clip_vit_b_32"])
+def test_a_preset_is_read_from_the_end_of_a_name(backbone, preset):
+    """Also where one preset's name begins with another's."""
+    read = Name.read(f"{backbone}_{preset}")
+    assert (read.backbone, read.preset) == (backbone, preset)
+
+
+def test_no_model_has_a_name_that_ends_in_a_preset():
+    endings = tuple(f"_{preset}" for preset in vp.presets.names())
+    assert [name for name in vp.list_models() if name.endswith(endings)] == []
+
+
 def test_other_libraries():
     vit = vp.create_model("vit_tiny_patch16_224_madtp", num_classes=5)
     assert type(vit.host) is timm.models.vision_transformer.VisionTransformer
