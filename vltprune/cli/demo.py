@@ -16,7 +16,7 @@ from ..demo import report
 from ..demo.measure import Outcome, Questions, draw, evaluate, race, relative_time
 from ..evaluation.results_log import write_json
 from ..models.factory import create_model
-from ..pruning.prune import prune
+from ..pruning.prune import prune_towers
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import write_text
 from ..viz import images as visualize
@@ -85,7 +85,7 @@ def _random(dense: nn.Module, madtp: Any, calibration: Sequence[Any], target: fl
     Words stay: with random words gone the baseline would be weaker still.
     """
     depths = tuple(int(depth) for depth in madtp.pruning.towers["image"].pruners)
-    model = prune(dense, "random", at={"image": depths})
+    model = prune_towers(dense, "random", at={"image": depths})
     common.calibrate(model, calibration, target, f"calibrating random pruning to {target:.0%}")
     return model
 

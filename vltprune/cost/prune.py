@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..pruning.config import PruneConfig
-from ..pruning.prune import prune as prune_towers
-from ..pruning.prune import pruning
+from ..pruning.prune import prune_towers, pruning
 from .calibration import calibrate
 from .guide_fit import fit_guide
 from .inputs import Batch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import precision
-from ..pruning.prune import prune
+from ..pruning.prune import prune_towers
 from ..pruning.trace import PruneTrace
 from ..utils.wrappers import is_pruned, unwrapped
 from .macs import CostMeter
@@ -96,7 +96,7 @@ class SampleCostMeter:
 
 def keep_all(model: nn.Module) -> nn.Module:
     """A dense model in a form whose cost can be counted: it prunes nothing."""
-    return prune(unwrapped(model), "random", keep="ratio(ratio=1.0)")
+    return prune_towers(unwrapped(model), "random", keep="ratio(ratio=1.0)")
 
 
 def _sizes(tower: str, instances: int, texts: Sequence[int]) -> list[int]:

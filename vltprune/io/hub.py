@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..models.factory import create_model
-from ..pruning.prune import prune
+from ..pruning.prune import prune_towers
 from ..utils.wrappers import is_pruned, unwrapped
 from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, fill, pruning_of, save
 from .model_files import BESIDE, IN_ARGUMENTS
@@ -45,7 +45,7 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
         host = create_model(saved.backbone, pretrained=False, **saved.model_args)
     if saved.pruning is not None:
         config = pruning_of(saved, folder)
-        host = prune(host, config.replace(**overrides) if overrides else config)
+        host = prune_towers(host, config.replace(**overrides) if overrides else config)
     elif overrides:
         raise TypeError(f"{', '.join(overrides)} given, but {folder} holds a dense model")
     fill(host, folder)
@@ -70,7 +70,7 @@ def _load_pretrained(folder: Path, overrides: dict[str, Any]) -> nn.Module:
     saved = Saved.read(folder, BESIDE)
     config = pruning_of(saved, folder)
     dense, extra = saving.dense_model(folder, saved.model_args)
-    model = prune(dense, config.replace(**overrides) if overrides else config)
+    model = prune_towers(dense, config.replace(**overrides) if overrides else config)
     saving.fill_pruning(model, extra, folder)
     return model.eval()
 
@@ -96,7 +96,7 @@ def _load_of_timm(folder: Path, description: dict[str, Any], overrides: dict[str
     config = pruning_of(Saved.from_dict(record, folder / CONFIG), folder)
     facts = {key: _as_written(value) for key, value in (description.get("pretrained_cfg") or {}).items()}
     dense = create_model(name, pretrained=False, pretrained_cfg_overlay=facts, **arguments)
-    model = prune(dense, config.replace(**overrides) if overrides else config)
+    model = prune_towers(dense, config.replace(**overrides) if overrides else config)
     weights = folder / WEIGHTS
     fill(model, weights if weights.is_file() else folder / "pytorch_model.bin")
     return model.eval()

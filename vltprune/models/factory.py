@@ -15,7 +15,7 @@ from ..io import checkpoint
 from ..io.recipe import Recipe
 from ..pruning import presets
 from ..pruning.config import PruneConfig
-from ..pruning.prune import prune
+from ..pruning.prune import prune_towers
 from ..registry import backbones, bind
 from ..utils.structure import Structure
 from . import sources, zoo
@@ -66,7 +66,7 @@ def create_model(
     recipe = Recipe(_dense_name(read), recorded, Structure.of(model), partial(create_model, pretrained=False))
     object.__setattr__(model, "recipe", recipe)
     if config is not None:
-        model = prune(model, config)
+        model = prune_towers(model, config)
     if path is not None:
         checkpoint.fill(model, path)
     return model.eval()

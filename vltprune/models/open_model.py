@@ -12,7 +12,7 @@ from torch import nn
 
 from ..io import checkpoint, hub
 from ..pruning.presets import preset as preset_of
-from ..pruning.prune import prune, pruning
+from ..pruning.prune import prune_towers, pruning
 from ..utils.wrappers import is_pruned
 from .catalog import Name
 from .factory import PARTS, check_same, create_model
@@ -93,7 +93,7 @@ def _saved(
         return hub.from_pretrained(model, **arguments) if arguments else opened
     asked = preset or default
     if asked is not None:
-        return prune(opened, asked, **arguments).eval()
+        return prune_towers(opened, asked, **arguments).eval()
     if arguments:
         raise TypeError(f"{', '.join(arguments)} given, but {model} holds a dense model: name a preset too")
     return opened

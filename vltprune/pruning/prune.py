@@ -1,4 +1,4 @@
-"""prune(model, preset): a pruned model that shares the dense model's weights. The dense model is unchanged."""
+"""prune_towers(model, preset): a pruned model that shares the dense one's weights, without a cost to set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .encoder import PrunedEncoder, Pruning
 from .pruner import born_like
 
 
-def prune(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> nn.Module:
+def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> nn.Module:
     """`vltprune.prune` without a cost to set; its arguments, result and errors are described there."""
     if unwrapped(model) is not model:
         raise TypeError(

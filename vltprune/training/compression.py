@@ -27,7 +27,7 @@ from ..io import checkpoint
 from ..io.preprocessing import transforms
 from ..models import zoo
 from ..models.open_model import open_model
-from ..pruning.prune import prune, pruning
+from ..pruning.prune import prune_towers, pruning
 from ..utils.frozen import thawed
 from ..utils.modes import evaluating
 from ..utils.wrappers import is_pruned
@@ -88,7 +88,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     content = fingerprint.of_model(dense)
     taught = config.distill or config.distill_summaries or config.scores_taught
     twin = copy.deepcopy(dense) if taught else None
-    model = prune(dense, config.pruning)
+    model = prune_towers(dense, config.pruning)
     if config.reduction:
         budget.check_targets(model, config.reduction)
     claim(folder, config)
@@ -96,7 +96,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
         checkpoint.fill(model, Path(zoo.packaged(config.start) or config.start))
     teacher = None
     if twin is not None:
-        teacher = watched(twin, model) if config.scores_taught else prune(twin, "random", at=())
+        teacher = watched(twin, model) if config.scores_taught else prune_towers(twin, "random", at=())
     kind: Any = tasks.tasks[config.task]
     task = kind.of(model, Options(config.vocabulary, config.answers))
     records, val = _read(config, kind, tell)
@@ -149,7 +149,7 @@ def _trained(run: Run) -> nn.Module:
         student: Any = run.accelerator.unwrap_model(run.student)
         return student.model
     learned = run.accelerator.get_state_dict(run.student)  # all processes must ask
-    model = prune(dense_model(run.config), run.config.pruning)
+    model = prune_towers(dense_model(run.config), run.config.pruning)
     if run.accelerator.is_main_process:
         own = {name.removeprefix("model."): value for name, value in learned.items() if name.startswith("model.")}
         model.load_state_dict(own)
