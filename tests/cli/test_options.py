@@ -87,7 +87,10 @@ WRONG = [
     ([*EVAL, "--batch-size", "none"], "--batch-size", WHOLE),
     ([*EVAL, "--workers", "-1"], "--workers", WHOLE),
     ([*EVAL, "--k-test", "x"], "--k-test", WHOLE),
-    *(([*EVAL, "--device", value], "--device", "write cpu, or cuda") for value in ("gpu", "cuda:99", "meta", "")),
+    *(
+        ([*EVAL, "--device", value], "--device", "is no device of this machine: it has cpu")
+        for value in ("gpu", "cuda:99", "meta", "")
+    ),
     ([*EVAL, "--output", "FILE"], "--output", "a file is in its way"),
     (["compress"], "--task caption|", "a compression config needs task, model, data, val"),
     (["compress", "--task", "nlvr", "--model", "x", "--data", "y"], "--val FILE", "a compression config needs val"),
@@ -190,6 +193,9 @@ def test_every_option_is_in_the_table():
     free |= {("compress", "model"), *((command, "model") for command in ("info", "macs", "prune"))}
     free |= {(command, "pretrained") for command in ("info", "macs", "prune", "eval", "compress")}  # as in predict
     free |= {(command, "threads") for command in ("predict", "info", "macs", "prune", "eval", "compress")}  # as in demo
+    free |= {
+        (command, option) for command in ("predict", "info", "macs", "eval") for option in ("device", "dtype")
+    }  # in test_device
     tried = {(argv[0], option.strip("-").replace("-", "_")) for argv, name, _ in WRONG for option in (*argv, name)}
     tried |= {("info", "arguments"), ("predict", "left")}
     subparsers = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))

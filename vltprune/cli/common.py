@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from ..cost import calibration as budget
 from ..data import shards
 from ..evaluation.tasks.nlvr import SYNTHETIC
+from ..io.preprocessing import transforms
 from ..models.catalog import Name
 from ..models.open_model import is_random, open_model
 from ..utils.progress import bar, say
@@ -76,6 +78,36 @@ def add_pretrained(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that runs a model: --device, a name, and --dtype, a torch.dtype or None."""
+    parser.add_argument(
+        "--device",
+        type=options.device,
+        default="cpu",
+        help="where the model runs: cpu, cuda, cuda:1, mps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=options.dtype,
+        help="dtype of the model and its inputs: float32, bfloat16, float16 (default: the model's own, float32 by name)",
+    )
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights, which its inputs must have."""
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+
+
+def input_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
+    """A model's evaluation transform, from an RGB image to its pixels [3, height, width] in the model's dtype."""
+    transform, dtype = transforms(model), dtype_of(model)
+
+    def prepare(image: Image.Image) -> Tensor:
+        return transform(image).to(dtype)
+
+    return prepare
+
+
 def load_model(
     model: str,
     pretrained: str | bool | None = None,
@@ -83,16 +115,18 @@ def load_model(
     preset: str | None = None,
     default: str | None = None,
     judged: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """The model of a command's model argument: see `open_model`.
+    """The model of a command's model argument, on its device and in its dtype: see `open_model`.
 
     Says so where random weights choose the tokens; of a model that is `judged` by its answers, wherever they are random.
     """
     opened = open_model(model, pretrained=pretrained, preset=preset, default=default, arguments=arguments)
     if is_random(model, pretrained) and (judged or is_pruned(opened)):
         say_random(model, "which tokens it keeps, and what it makes of them, means nothing")
-    return opened
+    return opened.to(device, dtype)
 
 
 def say_random(model: str, so: str) -> None:

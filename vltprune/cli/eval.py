@@ -19,7 +19,6 @@ from ..evaluation.evaluator import Evaluator, report, report_matching
 from ..evaluation.results_log import ResultsLog, write_json
 from ..evaluation.tasks.base import Images
 from ..evaluation.tasks.matching import MOST
-from ..io.preprocessing import transforms
 from ..models.wordpiece import BERT
 from . import common, options
 
@@ -41,7 +40,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser.add_argument(
         "--workers", type=options.natural, default=2, metavar="N", help="threads that open pictures (2)"
     )
-    parser.add_argument("--device", type=options.device, default="cpu", help="where the model runs, such as cuda (cpu)")
+    common.add_device(parser)
     parser.add_argument("--strict", action="store_true", help="stop at what cannot be read, instead of skipping it")
     parser.set_defaults(run=run)
 
@@ -79,12 +78,15 @@ def run(args: argparse.Namespace) -> None:
     kind: Any = tasks.tasks[args.task]
     records = kind.read(args.data, images, args.strict)
     model = _load(args)
-    settings = {**{name: getattr(args, name) for name in _SETTINGS}, **_contents(args, model)}
+    asked = {name: getattr(args, name) for name in _SETTINGS}
+    settings = {**asked, "dtype": str(common.dtype_of(model)).removeprefix("torch."), **_contents(args, model)}
     log = ResultsLog(folder, settings)
     task: tasks.Task[Any] = kind.of(model, tasks.Options(args.vocabulary, args.answers))
     _check_second_stage(task, args.k_test)
 
-    loader = Loader(records, transforms(model), args.batch_size, args.strict, stop=args.limit, workers=args.workers)
+    loader = Loader(
+        records, common.input_transform(model), args.batch_size, args.strict, stop=args.limit, workers=args.workers
+    )
     rows = _evaluated("answering", Evaluator(task, model, args.device), loader, log)[: len(loader)]
     summary = _first_stage(task, rows, settings, records, folder)
     if isinstance(task, tasks.Retrieval) and task.has_head and args.k_test != 0:
@@ -165,7 +167,14 @@ def _check_second_stage(task: Any, most: int | None) -> None:
 
 def _load(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)  # random weights must be the same when a stopped run goes on
-    return common.load_model(args.model, args.pretrained, judged=True, **common.keywords(args.model_args))
+    return common.load_model(
+        args.model,
+        args.pretrained,
+        judged=True,
+        device=args.device,
+        dtype=args.dtype,
+        **common.keywords(args.model_args),
+    )
 
 
 def _print(summary: Mapping[str, Any]) -> None:

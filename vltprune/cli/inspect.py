@@ -53,11 +53,13 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         help="for the model: image_size=96, keep='ratio(ratio=0.5)'",
     )
     common.add_pretrained(info)
+    common.add_device(info)
     info.set_defaults(run=run_info)
 
     cost = commands.add_parser("macs", parents=parents, help="MACs of a model, dense and pruned")
     cost.add_argument("model", help=common.MODEL)
     common.add_pretrained(cost)
+    common.add_device(cost)
     cost.add_argument("--image-size", type=options.positive, help="pixels (the model's own)")
     cost.add_argument("--tokens", type=options.positive, help="length of the sentence (35, or what the model takes)")
     cost.set_defaults(run=run_macs)
@@ -90,7 +92,9 @@ def _instead(args: argparse.Namespace, pattern: str) -> str:
 
 def run_info(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
-    model: Any = common.load_model(args.model, args.pretrained, **common.keywords(args.arguments))
+    model: Any = common.load_model(
+        args.model, args.pretrained, device=args.device, dtype=args.dtype, **common.keywords(args.arguments)
+    )
     dense = not hasattr(model, "pruning")
     pruned: Any = keep_all(model) if dense else model
     print(f"{args.model}: {_origin(pruned.pruning.host)}, {_millions(pruned.pruning.host)} parameters")
@@ -100,7 +104,7 @@ def run_info(args: argparse.Namespace) -> None:
         )
     else:
         _print_parts(pruned)
-    cost = count_macs(pruned, *example(pruned.pruning.host))
+    cost = count_macs(pruned, *_example_for(pruned.pruning.host))
     for tower, encoder in pruned.pruning.towers.items():
         _print_tower(tower, encoder, cost, dense)
     print()
@@ -118,16 +122,22 @@ def run_macs(args: argparse.Namespace) -> None:
     if args.image_size and is_saved(args.model):
         raise ValueError(f"--image-size {args.image_size}: the folder {args.model} says itself what its model is")
     size = {_SIZE_ARGUMENT[Name.read(args.model).library]: args.image_size} if args.image_size else {}
-    model: Any = common.load_model(args.model, args.pretrained, **size)
+    model: Any = common.load_model(args.model, args.pretrained, device=args.device, dtype=args.dtype, **size)
     dense = not hasattr(model, "pruning")
     pruned: Any = keep_all(model) if dense else model
-    cost = count_macs(pruned, *example(pruned.pruning.host, args.tokens))
+    cost = count_macs(pruned, *_example_for(pruned.pruning.host, args.tokens))
     _print_cost(cost, pruned.pruning.host, dense)
     if not dense:
         print("What is pruned depends on the input: this one was noise. Measure your own with vltprune.count_macs.")
 
 
 _SIZE_ARGUMENT = {"vltprune": "image_size", "timm": "img_size", "open_clip": "force_image_size"}
+
+
+def _example_for(host: nn.Module, tokens: int | None = None) -> tuple[Tensor, ...]:
+    """`example` where the model is, in its dtype."""
+    device, dtype = next(host.parameters()).device, common.dtype_of(host)
+    return tuple(one.to(device, dtype if one.is_floating_point() else None) for one in example(host, tokens))
 
 
 def example(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from ..pruning.config import Part, PruneConfig
-from ..registry import Registry, bind, presets
+from ..registry import Registry, bind, nearest, presets
 
 _MOST_THREADS = 1024
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _Wrong = argparse.ArgumentTypeError
 
 
@@ -119,14 +120,26 @@ def device(text: str) -> str:
     """A device that torch can use here."""
     try:
         torch.empty(0, device=text)
-    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _Wrong(
-            f"{text!r} is no device of this machine ({reason[:90]}): write cpu, or cuda where there is one"
-        ) from None
-    if text == "meta":
-        raise _Wrong("the meta device computes nothing: write cpu, or cuda where there is one")
+    except (RuntimeError, AssertionError, ValueError, ImportError):
+        usable = False
+    else:
+        usable = torch.device(text).type != "meta"  # which computes nothing
+    if not usable:
+        raise _Wrong(f"{text!r} is no device of this machine: it has {', '.join(_devices())}")
     return text
+
+
+def dtype(text: str) -> torch.dtype:
+    """A floating-point type that models run in."""
+    if text not in _DTYPES:
+        raise _Wrong(f"there is no dtype {text!r}{nearest(text, _DTYPES)}")
+    return _DTYPES[text]
+
+
+def _devices() -> list[str]:
+    """The devices that torch can use here, as --device takes them."""
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def assignment(text: str) -> str:

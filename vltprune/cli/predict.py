@@ -34,6 +34,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         "--model", default="blip_nlvr_tiny_madtp.p80", help="a blip_nlvr_tiny, dense or pruned (%(default)s)"
     )
     common.add_pretrained(parser)
+    common.add_device(parser)
     parser.add_argument(
         "--output",
         type=options.output,
@@ -50,13 +51,14 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.left, args.right):
         pictures.read(path)  # before a model is built
     input_ids, mask = WordTokenizer().encode(args.sentence)
-    model = common.load_model(args.model, args.pretrained, judged=True)
+    model = common.load_model(args.model, args.pretrained, judged=True, device=args.device, dtype=args.dtype)
     _check(model, args.model)
     prepare = transforms(model)
     pair = torch.stack([pictures.prepared(path, prepare) for path in (args.left, args.right)])
 
     with torch.no_grad(), collect(threads=False) as traces:
-        chance = float(model(pair[None], input_ids, mask).softmax(-1)[0, 1])
+        texts = (input_ids.to(args.device), mask.to(args.device))
+        chance = float(model(pair[None].to(args.device, common.dtype_of(model)), *texts).softmax(-1)[0, 1])
     if not math.isfinite(chance):
         raise FloatingPointError(
             f"the logits of {args.model} are NaN or infinite, which is no answer: check its weights"
