@@ -30,7 +30,7 @@ import variants
 
 import vltprune as vp
 from vltprune.data import Loader
-from vltprune.evaluation.evaluator import Evaluator, report
+from vltprune.evaluation.evaluator import Evaluator, summarize
 from vltprune.evaluation.results_log import ResultsLog
 from vltprune.evaluation.tasks import Nlvr
 from vltprune.io.preprocessing import transforms
@@ -133,8 +133,8 @@ def accuracy(row: dict[str, Any]) -> float:
 
 def _served(done: Compressed, reduction: float) -> dict[str, Any] | None:
     """A row of the trained model at another cost, that it is calibrated to; None where that is out of its reach."""
-    val = Nlvr.read("synthetic:val:1200", "")
-    task, prepare = Nlvr.of(done.model), transforms(done.model)
+    val = Nlvr.load_records("synthetic:val:1200", "")
+    task, prepare = Nlvr.from_model(done.model), transforms(done.model)
     device = next(done.model.parameters()).device
     try:
         vp.calibrate(done.model, calls_of(task, val[:256], prepare, device), reduction)
@@ -142,7 +142,7 @@ def _served(done: Compressed, reduction: float) -> dict[str, Any] | None:
         return print(error)
     log = ResultsLog(done.folder / "served" / f"{reduction:g}", {"reduction": reduction})
     Evaluator(task, done.model, str(device)).run(Loader(val, prepare, workers=2), log)
-    return {"reduction": reduction, **report(task, log.rows)}
+    return {"reduction": reduction, **summarize(task, log.rows)}
 
 
 if __name__ == "__main__":

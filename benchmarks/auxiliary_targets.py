@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vltprune.data import Pair
+from vltprune.data import SyntheticPair
 from vltprune.data.drawing import COLORS, SHAPES, SIDE, SIZES, draw_scenes
-from vltprune.data.words import WordTokenizer
+from vltprune.data.word_tokenizer import WordTokenizer
 
 ANY = (len(SHAPES), len(COLORS), len(SIZES))  # the index that stands for "whatever shape", "whatever color", ...
 MOST = 4  # things counted apart; more count as this many
 
 
-def patch_targets(pair: Pair, patch: int) -> np.ndarray:
+def patch_targets(pair: SyntheticPair, patch: int) -> np.ndarray:
     """uint8 [2, patches, 6]: shape, color and size of the thing that fills most of a patch (0: ground), whether the
     patch holds a thing's center, and where that thing's center is, x and y in pixels."""
     grid = SIDE // patch
     targets = np.zeros((2, grid, grid, 6), np.uint8)
     for side, scene in enumerate(pair.scenes):
-        blocks = pair.owners[side].reshape(grid, patch, grid, patch)
+        blocks = pair.object_map[side].reshape(grid, patch, grid, patch)
         filled = np.stack([(blocks == index + 1).sum((1, 3)) for index in range(len(scene))])
         rows = np.array([(t.shape + 1, t.color + 1, t.size + 1, 0, round(t.x), round(t.y)) for t in scene], np.uint8)
         shown = filled.max(0) >= patch * patch // 8

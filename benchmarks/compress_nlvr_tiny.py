@@ -47,7 +47,7 @@ from torch import Tensor
 import vltprune as vp
 from vltprune.data import Loader, SyntheticPairs
 from vltprune.data.drawing import SIDE
-from vltprune.evaluation.evaluator import Evaluator, report
+from vltprune.evaluation.evaluator import Evaluator, summarize
 from vltprune.evaluation.results_log import ResultsLog
 from vltprune.evaluation.tasks import Nlvr
 from vltprune.io import checkpoint
@@ -160,16 +160,16 @@ def folder_of(options: argparse.Namespace) -> Path:
 
 def publish(options: argparse.Namespace) -> None:
     """The model of a finished run as the package carries it, and what it scores as stored."""
-    model, val = vp.load(folder_of(options) / "model"), Nlvr.read("synthetic:val:4800", "")
-    calls = calls_of(Nlvr.of(model), val[:512], transforms(model))
+    model, val = vp.load(folder_of(options) / "model"), Nlvr.load_records("synthetic:val:4800", "")
+    calls = calls_of(Nlvr.from_model(model), val[:512], transforms(model))
     vp.calibrate(model, calls, options.reduction, tolerance=0.003)
     folder = zoo.WEIGHTS / f"blip_nlvr_tiny_madtp.p{round(100 * options.reduction)}"
     vp.save(model, folder, dtype=torch.float16)
     for split, size in (("val", 4800), ("test", 7200)):
         model = vp.load(folder)
-        task, log = Nlvr.of(model), ResultsLog(options.work / "published" / f"{folder.name}_{split}", {})
-        Evaluator(task, model).run(Loader(Nlvr.read(f"synthetic:{split}:{size}", ""), transforms(model)), log)
-        print(split, json.dumps(report(task, log.rows)))
+        task, log = Nlvr.from_model(model), ResultsLog(options.work / "published" / f"{folder.name}_{split}", {})
+        Evaluator(task, model).run(Loader(Nlvr.load_records(f"synthetic:{split}:{size}", ""), transforms(model)), log)
+        print(split, json.dumps(summarize(task, log.rows)))
 
 
 class Choosing:

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vltprune as vp
-from vltprune.data import captions, pictures
+from vltprune.data import captions
+from vltprune.data.images import list_images, load_image
 from vltprune.hosts.ops import weighted_mean
 from vltprune.layers import ClsAttention, SelfAttention
 
@@ -124,8 +125,8 @@ def photographs(options: argparse.Namespace) -> Subject:
     source = {"file": options.weights}
     sizes = {"img_size": options.size, "num_classes": 0}
     dense = timm.create_model(options.model, pretrained=True, pretrained_cfg_overlay=source, **sizes).eval()
-    prepare, files = vp.transforms(dense), pictures.listing(options.inputs)[: options.count + FITTING]
-    images = torch.stack([prepare(pictures.read(file)) for file in files])
+    prepare, files = vp.transforms(dense), list_images(options.inputs)[: options.count + FITTING]
+    images = torch.stack([prepare(load_image(file)) for file in files])
     batches = images[: options.count].split(options.batch)
     return Subject(dense, [images[options.count :]], batches, lambda model, batch: model(batch))
 

@@ -42,7 +42,7 @@ from photo_towers import dual_encoder, resized
 import vltprune as vp
 from vltprune.cost.guide_fit import fit_guide
 from vltprune.data import Loader, captions
-from vltprune.evaluation.evaluator import Evaluator, report
+from vltprune.evaluation.evaluator import Evaluator, summarize
 from vltprune.evaluation.results_log import ResultsLog
 from vltprune.evaluation.tasks import Retrieval
 from vltprune.io.preprocessing import transforms
@@ -125,7 +125,7 @@ def free(options: argparse.Namespace) -> None:
     records, val = (captions(options.data / f"{split}.json", options.data) for split in ("train", "dev"))
     for name, parts in _FREE.items() if options.score is None else [(options.score, _FREE[options.score])]:
         model = vp.prune(vp.load(_dense(options) / "model"), vp.preset("madtp").replace(**parts, at=AT))
-        task, prepare = Retrieval.of(model.to(options.device)), transforms(model)
+        task, prepare = Retrieval.from_model(model.to(options.device)), transforms(model)
         if parts["guide"] is not None:
             drawn = np.random.default_rng(options.seed).permutation(len(records))[:256]
             some = calls_of(task, [records[int(i)] for i in drawn], prepare, options.device)
@@ -144,10 +144,10 @@ def examined(options: argparse.Namespace, model: Any, name: str, reduction: floa
     """The scores of a model as it is, and their line in the results."""
     val = captions(options.data / "dev.json", options.data)
     val = val[: _SHORT["val_limit"]] if options.short else val
-    name, task = called(name, options), Retrieval.of(model)
+    name, task = called(name, options), Retrieval.from_model(model)
     log = ResultsLog(options.work / "examined" / f"{name}_{reduction}", {"name": name, "reduction": reduction})
     Evaluator(task, model, options.device).run(Loader(val, transforms(model), workers=2), log)
-    photo_runs.record(RESULTS, name, options.seed, {"reduction": reduction, **report(task, log.rows)})
+    photo_runs.record(RESULTS, name, options.seed, {"reduction": reduction, **summarize(task, log.rows)})
 
 
 def trained(options: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ import vltprune as vp
 from vltprune.data import SyntheticPairs
 from vltprune.data.drawing import SIDE
 from vltprune.data.sentences import FAMILIES
-from vltprune.data.words import WordTokenizer
+from vltprune.data.word_tokenizer import WordTokenizer
 from vltprune.models import zoo
 from vltprune.models.blip import BlipNlvr
 

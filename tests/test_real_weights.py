@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import vltprune as vp
-from vltprune.data import pictures
+from vltprune.data.images import list_images, load_image
 from vltprune.hosts.ops import weighted_mean
 
 ROOM = Path(os.environ.get("VLTPRUNE_REAL") or os.devnull)
@@ -96,7 +96,7 @@ def inputs(kind):
             tokenizer(list(SENTENCES), padding=True, return_tensors="pt")[n] for n in ("input_ids", "attention_mask")
         )
     prepare = vp.transforms(encoder(kind))
-    return (torch.stack([prepare(pictures.read(path)) for path in pictures.listing(PHOTOGRAPHS)[:12]]),)
+    return (torch.stack([prepare(load_image(path)) for path in list_images(PHOTOGRAPHS)[:12]]),)
 
 
 def rows(kind, which):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import vltprune as vp
-from vltprune.data import pictures
+from vltprune.data.images import list_images, load_image
 from vltprune.evaluation.tasks import Retrieval
 
 ROOM = Path(os.environ.get("VLTPRUNE_REAL") or os.devnull)
@@ -47,7 +47,7 @@ def words():
 
 
 def photographs(prepare):
-    return torch.stack([prepare(pictures.read(path)) for path in pictures.listing(ROOM / "photographs")[:4]])
+    return torch.stack([prepare(load_image(path)) for path in list_images(ROOM / "photographs")[:4]])
 
 
 def assert_near(got, want, tolerance=1e-4):
@@ -66,7 +66,7 @@ def test_the_dual_encoder_is_both_encoders_and_a_projection(vit, bert, words):
     ids, mask = words
     states = bert(ids, attention_mask=mask).last_hidden_state
     mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    (read,) = Retrieval.of(model).encode(SENTENCES)
+    (read,) = Retrieval.from_model(model).encode(SENTENCES)
     assert torch.equal(read[:, : ids.shape[1]], ids) and read.shape[1] == 40
     assert_near(model.encode_text(read), mean @ model.text.proj.weight.T)
     assert model.logit_scale.exp() == pytest.approx(1 / 0.07)

@@ -9,7 +9,6 @@ import pytest
 import vltprune as vp
 from vltprune.cli import demo, inspect
 from vltprune.cli import main as cli
-from vltprune.data import pictures
 
 
 def test_without_a_command_it_helps(capsys):
@@ -72,7 +71,8 @@ def test_output_is_checked_before_the_work(command, tmp_path, monkeypatch, pair,
         raise AssertionError("the work began before the output was checked")
 
     monkeypatch.setattr(demo, "create_model", work)
-    monkeypatch.setattr(pictures, "read", work)
+    monkeypatch.setattr("vltprune.data.images.load_image", work)
+    monkeypatch.setattr("vltprune.cli.predict.load_image", work)
     (tmp_path / "file").write_text("in the way")
     arguments = {"demo": [], "predict": [*pair, "a circle"], "prune": ["vit_tiny_patch16_224_evit", str(photos)]}
     complaint = fails(command, *arguments[command], "--output", str(tmp_path / "file" / "below"))

@@ -47,37 +47,37 @@ def test_fingerprints_follow_the_content():
     dense = vp.create_model("blip_tiny")
     same = vp.create_model("blip_tiny")
     same.load_state_dict(dense.state_dict())
-    assert fingerprint.of_model(dense) == fingerprint.of_model(same)
-    assert fingerprint.of_model(dense) != fingerprint.of_model(vp.create_model("blip_tiny"))
+    assert fingerprint.hash_model(dense) == fingerprint.hash_model(same)
+    assert fingerprint.hash_model(dense) != fingerprint.hash_model(vp.create_model("blip_tiny"))
     half, pruned = same.half(), vp.prune(dense, "evit")
     other = vp.prune(dense, "evit", keep="ratio(ratio=0.3)")
-    assert len({fingerprint.of_model(one) for one in (dense, half, pruned, other)}) == 4
+    assert len({fingerprint.hash_model(one) for one in (dense, half, pruned, other)}) == 4
     with torch.no_grad():
-        before = fingerprint.of_model(dense)
+        before = fingerprint.hash_model(dense)
         dense.text.position.weight[-1, -1] += 1e-3
-    assert fingerprint.of_model(dense) != before
+    assert fingerprint.hash_model(dense) != before
 
 
 def test_fingerprints_of_files(tmp_path):
     file = tmp_path / "a"
     file.write_bytes(b"x" * 10)
-    before, (size, changed) = fingerprint.of_file(file), (10, file.stat().st_mtime_ns)
+    before, (size, changed) = fingerprint.hash_file(file), (10, file.stat().st_mtime_ns)
     os.utime(file, ns=(changed + 10**9, changed + 10**9))
-    assert fingerprint.of_file(file) == before and fingerprint.of_file(tmp_path / "b") is None
+    assert fingerprint.hash_file(file) == before and fingerprint.hash_file(tmp_path / "b") is None
     record = Record(0, (file, tmp_path / "missing"))
-    seen, ends = fingerprint.of_pictures(record), fingerprint.of_ends(record.images)
+    seen, ends = fingerprint.hash_images(record), fingerprint.hash_file_ends(record.images)
     file.write_bytes(b"y" * size)
     os.utime(file, ns=(changed, changed))
-    assert fingerprint.of_file(file) != before and fingerprint.of_pictures(record) != seen
-    assert fingerprint.of_ends(record.images) != ends
+    assert fingerprint.hash_file(file) != before and fingerprint.hash_images(record) != seen
+    assert fingerprint.hash_file_ends(record.images) != ends
     file.write_bytes(b"x" * size)
-    assert fingerprint.of_ends(record.images) == ends  # written anew, and the same
+    assert fingerprint.hash_file_ends(record.images) == ends  # written anew, and the same
     file.write_bytes(b"y" * 11)
-    assert fingerprint.of_ends(record.images) != ends
+    assert fingerprint.hash_file_ends(record.images) != ends
     (tmp_path / "missing").touch()
-    assert fingerprint.of_pictures(record) != seen
-    assert fingerprint.of_pictures(Record(0, (np.zeros((2, 2, 3), np.uint8),))) is None
-    assert fingerprint.of_pictures(Record(0, (tmp_path / ("long" * 99), tmp_path / "a\0b"))) is not None
+    assert fingerprint.hash_images(record) != seen
+    assert fingerprint.hash_images(Record(0, (np.zeros((2, 2, 3), np.uint8),))) is None
+    assert fingerprint.hash_images(Record(0, (tmp_path / ("long" * 99), tmp_path / "a\0b"))) is not None
 
 
 def test_each_part_of_a_file_is_in_its_fingerprint(tmp_path, monkeypatch):
@@ -94,9 +94,9 @@ def test_each_part_of_a_file_is_in_its_fingerprint(tmp_path, monkeypatch):
 
     def seen(content):
         file.write_bytes(content)
-        whole = fingerprint.of_file(file)
-        assert fingerprint.of_file(file) == whole
-        return whole, fingerprint.of_ends([file])
+        whole = fingerprint.hash_file(file)
+        assert fingerprint.hash_file(file) == whole
+        return whole, fingerprint.hash_file_ends([file])
 
     before = seen(plain)
     for part, content in changed.items():
@@ -104,13 +104,13 @@ def test_each_part_of_a_file_is_in_its_fingerprint(tmp_path, monkeypatch):
         assert whole != before[0], part
         assert (ends != before[1]) == (part != "middle"), part
     file.rename(tmp_path / "b")
-    assert fingerprint.of_file(tmp_path / "b") == whole and fingerprint.of_ends([tmp_path / "b"]) != ends
+    assert fingerprint.hash_file(tmp_path / "b") == whole and fingerprint.hash_file_ends([tmp_path / "b"]) != ends
     folders = []
     for names in ("ab", "ac"):
         (tmp_path / names).mkdir()
         for name in names:
             (tmp_path / names / name).write_bytes(plain)
-        folders.append(fingerprint.of_file(tmp_path / names))
+        folders.append(fingerprint.hash_file(tmp_path / names))
     assert folders[0] != folders[1]
 
 
@@ -219,16 +219,17 @@ def test_recalls_do_not_depend_on_the_layout(layout, model, captioned, tmp_path)
 @torch.no_grad()
 def test_recalls_of_repeated_images_by_hand():
     model = vp.create_model("blip_retrieval_tiny")
-    task, texts = tasks.Retrieval.of(model), ("a star", "no star", "two red squares", "a blue circle")
+    task, texts = tasks.Retrieval.from_model(model), ("a star", "no star", "two red squares", "a blue circle")
     images = torch.randn(2, 1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    owners = [0, 1, 0, 1]
+    text_to_image = [0, 1, 0, 1]
     records = [
-        Captioned(i, (), f"id {owner}", (text,)) for i, (owner, text) in enumerate(zip(owners, texts, strict=True))
+        Captioned(i, (), f"id {owner}", (text,))
+        for i, (owner, text) in enumerate(zip(text_to_image, texts, strict=True))
     ]
-    rows = task.answer(model, records, images[owners], task.texts(records)[0])
+    rows = task.predict(model, records, images[text_to_image], task.tokenize(records)[0])
     ids, mask = task.encode(texts)
     similarity = model.image_features(images[:, 0]) @ model.text_features(ids, mask).T
-    assert task.score(rows) == pytest.approx(metrics.recalls(similarity, owners))
+    assert task.score(rows) == pytest.approx(metrics.recalls(similarity, text_to_image))
 
 
 @pytest.mark.parametrize(
@@ -288,8 +289,8 @@ def test_pictures_of_a_row_are_told(model, captioned, tmp_path):
     folder, words = model
     assert cli.main(retrieval(captioned, tmp_path / "out", folder, *words)) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    records = tasks.Retrieval.read(str(captioned), str(captioned.parent))
-    assert [row["pictures"] for row in rows] == [fingerprint.of_pictures(record) for record in records]
+    records = tasks.Retrieval.load_records(str(captioned), str(captioned.parent))
+    assert [row["pictures"] for row in rows] == [fingerprint.hash_images(record) for record in records]
     with Image.open(captioned.parent / "0.jpg") as picture:
         assert picture.size == (80, 60)
 

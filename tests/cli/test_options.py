@@ -8,7 +8,6 @@ import json
 import pytest
 
 from vltprune.cli import main as cli
-from vltprune.data import pictures
 from vltprune.models import open_model as opening
 
 EVAL = ["eval", "--task", "nlvr", "--model", "blip_nlvr_tiny", "--data", "synthetic:test"]
@@ -157,7 +156,7 @@ def test_wrong_values_are_refused_at_once(argv, name, says, pair, photos, tmp_pa
 
     if argv[0] == "prune" and "40" not in argv:
         monkeypatch.setattr(opening, "create_model", work)
-        monkeypatch.setattr(pictures, "read", work)
+        monkeypatch.setattr("vltprune.data.images.load_image", work)
     (tmp_path / "file").write_text("in the way")
     places = {"PHOTOS": str(photos), "FILE": str(tmp_path / "file"), "LEFT": pair[0], "RIGHT": pair[1]}
     places["FILE/below"] = str(tmp_path / "file" / "below")

@@ -10,7 +10,8 @@ from PIL import Image
 
 import vltprune as vp
 from vltprune.cli import main as cli
-from vltprune.data import SyntheticPairs, pictures
+from vltprune.data import SyntheticPairs
+from vltprune.data.images import load_image
 from vltprune.demo.measure import draw
 
 
@@ -97,7 +98,7 @@ def test_predict_needs_pictures(pair, photos, tmp_path, fails):
 def test_pictures_of_every_mode_become_rgb(mode, pixel, wanted, tmp_path):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (7, 5), pixel).save(path)
-    picture = pictures.read(path)
+    picture = load_image(path)
     assert (picture.mode, picture.size) == ("RGB", (7, 5))
     assert picture.getpixel((3, 3)) == wanted
 
@@ -106,4 +107,4 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
-    assert pictures.read(tmp_path / "a.jpg").size == (10, 20)
+    assert load_image(tmp_path / "a.jpg").size == (10, 20)

@@ -14,7 +14,7 @@ from vltprune import data
 from vltprune.cli import main as cli
 from vltprune.demo import measure as evaluate
 from vltprune.evaluation import metrics, tasks
-from vltprune.evaluation.evaluator import report
+from vltprune.evaluation.evaluator import summarize
 from vltprune.models.generation import Beam, Greedy, Nucleus, Rules
 from vltprune.models.momentum import _hard_negatives
 
@@ -100,35 +100,37 @@ def test_no_task_answers_by_it(task, answers, tmp_path):
     (tmp_path / "answers.json").write_text('["red", "no star", "blue"]')
     options = tasks.Options(answers=tmp_path / "answers.json" if answers else None)
     model, some = broken(f"blip_{task}_tiny"), records(task)
-    one = tasks.tasks[task].of(model, options)
-    texts, _ = one.texts(some)
+    one = tasks.tasks[task].from_model(model, options)
+    texts, _ = one.tokenize(some)
     images = IMAGES.expand(-1, 2, -1, -1, -1) if task == "nlvr" else IMAGES
     with pytest.raises(FloatingPointError, match=r"NaN"):
-        one.answer(model, some, images, texts)
+        one.predict(model, some, images, texts)
 
 
 @torch.no_grad()
 def test_the_record_is_named():
     model, some = vp.create_model("blip_nlvr_tiny"), records("nlvr")
-    task = tasks.Nlvr.of(model)
+    task = tasks.Nlvr.from_model(model)
 
     def second_is_bad(*inputs):
         return torch.tensor([[0.0, 1.0], [NAN, NAN], [1.0, 0.0]])
 
     with pytest.raises(FloatingPointError, match="logits of entry 8 are NaN or infinite"):
-        task.answer(second_is_bad, some, IMAGES, ())
+        task.predict(second_is_bad, some, IMAGES, ())
 
 
 @torch.no_grad()
 def test_the_second_stage_judges_nothing_by_it():
     model = vp.create_model("blip_retrieval_tiny")
-    first, some = tasks.Retrieval.of(model), records("retrieval")
-    rows = [{"index": 7 + i, **row} for i, row in enumerate(first.answer(model, some, IMAGES, first.texts(some)[0]))]
+    first, some = tasks.Retrieval.from_model(model), records("retrieval")
+    rows = [
+        {"index": 7 + i, **row} for i, row in enumerate(first.predict(model, some, IMAGES, first.tokenize(some)[0]))
+    ]
     second = first.matching(some, rows, most=2)
     model.head.bias[0] = NAN
     pairs = second.pairs()[:1]
     with pytest.raises(FloatingPointError, match="matching logits of entry 0"):
-        second.answer(model, pairs, IMAGES[:1], second.texts(pairs)[0])
+        second.predict(model, pairs, IMAGES[:1], second.tokenize(pairs)[0])
 
 
 def test_a_score_that_is_none_is_not_reported():
@@ -138,7 +140,7 @@ def test_a_score_that_is_none_is_not_reported():
 
     row = {"macs": 1.0, "dense_macs": 1.0, "towers": {}, "kept": {}, "seconds": 1.0}
     with pytest.raises(FloatingPointError, match="CIDEr of 1 records is nan"):
-        report(Scores(), [row])
+        summarize(Scores(), [row])
 
 
 @pytest.mark.parametrize(

@@ -47,17 +47,17 @@ def test_vqa_and_visual_genome(write):
     first, second, third = data.vqa(write(QUESTION, genome, held_back), {"vqa": "coco", "vg": "genome"})
     assert (first.id, first.images) == ("262148000", (Path("coco/val2014/b.jpg"),))
     assert first.answers == ("dog",) * 7 + ("cat",) * 3
-    assert not first.together
-    assert first.weights == {"dog": 0.7, "cat": 0.3}
-    assert (second.images, second.weights) == ((Path("genome/VG/c.jpg"),), {"left, in front": 0.2})
-    assert (third.answers, third.weights) == ((), {})
+    assert not first.is_answer_set
+    assert first.answer_weights == {"dog": 0.7, "cat": 0.3}
+    assert (second.images, second.answer_weights) == ((Path("genome/VG/c.jpg"),), {"left, in front": 0.2})
+    assert (third.answers, third.answer_weights) == ((), {})
 
 
 def test_daquar(write):
     entry = {"image": "images/d.jpg", "question": "what is on the desk", "answer": "lamp, paper_tray"}
     (record,) = data.vqa(write(entry), "daquar")
-    assert (record.answers, record.together, record.id) == (("lamp", "paper_tray"), True, "0")
-    assert record.weights == {"lamp": 0.5, "paper_tray": 0.5}
+    assert (record.answers, record.is_answer_set, record.id) == (("lamp", "paper_tray"), True, "0")
+    assert record.answer_weights == {"lamp": 0.5, "paper_tray": 0.5}
 
 
 def test_captions(write):
@@ -127,7 +127,7 @@ def test_flickr8k():
     records = data.captions(ROOM / "flickr8k/dev.json", ROOM / "flickr8k", strict=True)
     assert len(records) == 1000
     assert all(len(record.captions) == 5 for record in records)
-    assert records[0].pictures()[0].size == (224, 224)
+    assert records[0].load_images()[0].size == (224, 224)
 
 
 @on_disk
@@ -136,5 +136,5 @@ def test_daquar_on_disk():
     assert len(records) == 836
     assert records[0].answers == ("paper_tray",)
     assert max(len(record.answers) for record in records) > 1
-    assert all(abs(sum(record.weights.values()) - 1) < 1e-9 for record in records)
+    assert all(abs(sum(record.answer_weights.values()) - 1) < 1e-9 for record in records)
     assert all(path.is_file() for record in records for path in record.images)

@@ -9,8 +9,8 @@ import tarfile
 import pytest
 
 from vltprune import data
-from vltprune.data.annotations import captioned
-from vltprune.data.shards import Shards, samples
+from vltprune.data.annotations import parse_captioned
+from vltprune.data.shards import Shards, iterate_samples
 from vltprune.models.wordpiece import BlipTokenizer, well_formed
 
 GOOD = {"image": "a.jpg", "caption": "a dog"}
@@ -47,7 +47,7 @@ def test_half_characters_are_replaced_in_texts(text, repaired, tmp_path):
 
 def test_names_and_identifiers_stay_as_they_are(tmp_path):
     found = read(tmp_path, json.dumps({"image": "half \ud83d.jpg", "image_id": "id \udc00", "caption": "a"}))
-    assert (found[1].images[0].name, found[1].id, found[1].given) == ("half \ud83d.jpg", "id \udc00", "id \udc00")
+    assert (found[1].images[0].name, found[1].id, found[1].original_id) == ("half \ud83d.jpg", "id \udc00", "id \udc00")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_nulls_in_questions_and_statements(tmp_path):
     entry = {"image": "a.jpg", "question": "what", "question_id": None, "dataset": None, "answer": None}
     (tmp_path / "a.json").write_text(json.dumps([entry]))
     (question,) = data.vqa(tmp_path / "a.json", ".")
-    assert (question.id, question.given, question.answers, question.share) == ("0", None, (), 1.0)
+    assert (question.id, question.original_id, question.answers, question.weight) == ("0", None, (), 1.0)
     good = {"images": ["a", "b"], "sentence": "s", "label": "True"}
     bad = [{"label": None}, {"label": []}, {"label": float("nan")}, {"images": "ab"}, {"images": [None, "b"]}]
     (tmp_path / "a.json").write_text(json.dumps([good, *(good | one for one in bad)]))
@@ -126,8 +126,8 @@ def sample(tmp_path, **files: bytes):
             info = tarfile.TarInfo(f"0007.{kind}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    (found,) = samples(str(tmp_path / "a.tar"), print)
-    return Shards((), captioned).record(3, found)
+    (found,) = iterate_samples(str(tmp_path / "a.tar"), print)
+    return Shards((), parse_captioned).record(3, found)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vltprune.data import Loader, Statement, SyntheticPairs, SyntheticStatements, normalize
+from vltprune.data import Loader, Statement, SyntheticNLVR, SyntheticPairs, normalize
 
 
 def prepare(picture):
@@ -67,7 +67,7 @@ def test_workers_end_with_their_loader(records):
 
 
 def test_synthetic_pairs_are_statements():
-    pairs, statements = SyntheticPairs("test", 4, seed=3), SyntheticStatements("test", 4, seed=3)
+    pairs, statements = SyntheticPairs("test", 4, seed=3), SyntheticNLVR("test", 4, seed=3)
     assert [one.sentence for one in statements] == [pairs[i].sentences[0] for i in range(4)]
     assert [one.label for one in statements[1:3]] == [int(pairs[i].labels[0]) for i in (1, 2)]
     ((records, images),) = Loader(statements, prepare)

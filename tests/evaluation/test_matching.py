@@ -25,21 +25,21 @@ def model(request):
 def rows_of(task, model, records, images):
     rows = []
     for i, record in enumerate(records):
-        texts, _ = task.texts([record])
-        rows += [{"index": i, **row} for row in task.answer(model, [record], images(record), texts)]
+        texts, _ = task.tokenize([record])
+        rows += [{"index": i, **row} for row in task.predict(model, [record], images(record), texts)]
     return rows
 
 
 @pytest.fixture
 def second(model):
     """The second stage behind a first, with the two nearest judged."""
-    first = tasks.Retrieval.of(model)
+    first = tasks.Retrieval.from_model(model)
     return first.matching(RECORDS, rows_of(first, model, RECORDS, lambda record: IMAGES[[record.index]]), most=2)
 
 
 def test_only_models_with_a_head_have_one():
-    assert tasks.Retrieval.of(vp.create_model("blip_retrieval_tiny_evit")).has_head
-    assert not tasks.Retrieval.of(vp.create_model("clip_vit_s_32_alt")).has_head
+    assert tasks.Retrieval.from_model(vp.create_model("blip_retrieval_tiny_evit")).has_head
+    assert not tasks.Retrieval.from_model(vp.create_model("clip_vit_s_32_alt")).has_head
 
 
 def test_pairs_are_the_nearest_of_either_side(second):
@@ -71,8 +71,8 @@ def test_each_pair_gets_its_logit_added_to_its_cosine(second, model):
     judged = by_image > -1e3
     assert judged.sum(1).tolist() == [2] * 4 and (by_text > -1e3).sum(0).tolist() == [2] * 6
     torch.testing.assert_close(by_image[judged], (second.similarity + logits)[judged])
-    assert second.owners == [0, 1, 1, 2, 3, 3]
-    assert second.score(rows) == metrics.recalls(by_image, second.owners, by_text=by_text)
+    assert second.text_to_image == [0, 1, 1, 2, 3, 3]
+    assert second.score(rows) == metrics.recalls(by_image, second.text_to_image, by_text=by_text)
 
 
 def test_a_pair_that_was_not_judged_comes_last(second, model):

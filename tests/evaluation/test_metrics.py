@@ -38,27 +38,27 @@ def test_equals_find_nothing():
 def test_recalls_as_by_sorting(images, each, seed):
     generator = torch.Generator().manual_seed(seed)
     similarity = torch.randperm(images * images * each, generator=generator).float().view(images, -1)
-    owners = torch.arange(images).repeat_interleave(each)[torch.randperm(images * each, generator=generator)]
-    found = metrics.recalls(similarity, owners, ranks=(1, 2))
+    text_to_image = torch.arange(images).repeat_interleave(each)[torch.randperm(images * each, generator=generator)]
+    found = metrics.recalls(similarity, text_to_image, ranks=(1, 2))
     for k in (1, 2):
-        texts = [owners[row.argsort(descending=True)[:k]] for row in similarity]
+        texts = [text_to_image[row.argsort(descending=True)[:k]] for row in similarity]
         nearest = [column.argsort(descending=True)[:k] for column in similarity.T]
         assert found[f"i2t_r{k}"] == pytest.approx(sum(i in t.tolist() for i, t in enumerate(texts)) / images)
-        hits = sum(o in n.tolist() for o, n in zip(owners.tolist(), nearest, strict=True))
-        assert found[f"t2i_r{k}"] == pytest.approx(hits / len(owners))
+        hits = sum(o in n.tolist() for o, n in zip(text_to_image.tolist(), nearest, strict=True))
+        assert found[f"t2i_r{k}"] == pytest.approx(hits / len(text_to_image))
 
 
 @pytest.mark.parametrize(
-    ("similarity", "owners", "text"),
+    ("similarity", "text_to_image", "text"),
     [
-        (torch.zeros(2, 3), [0, 1], r"owners \[texts\]"),
+        (torch.zeros(2, 3), [0, 1], r"text_to_image \[texts\]"),
         (torch.tensor([[float("nan")]]), [0], "finite"),
         (torch.zeros(2, 2), [0, 0], "every image needs a text"),
     ],
 )
-def test_recalls_refuse(similarity, owners, text):
+def test_recalls_refuse(similarity, text_to_image, text):
     with pytest.raises(ValueError, match=text):
-        metrics.recalls(similarity, owners)
+        metrics.recalls(similarity, text_to_image)
 
 
 @pytest.mark.parametrize(("people", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])

@@ -13,7 +13,7 @@ import torch
 import vltprune as vp
 from vltprune import data
 from vltprune.data import SyntheticPairs
-from vltprune.data.words import WordTokenizer
+from vltprune.data.word_tokenizer import WordTokenizer
 from vltprune.evaluation import caption_metrics, metrics, tasks
 
 
@@ -24,28 +24,30 @@ def test_the_tasks_have_names():
 
 
 def test_drawn_pairs_need_no_file():
-    records = tasks.Nlvr.read("synthetic:val", "nowhere")
+    records = tasks.Nlvr.load_records("synthetic:val", "nowhere")
     assert records[3].sentence == SyntheticPairs("val", 4)[3].sentences[0]
     with pytest.raises(ValueError, match="no split 'vall'"):
-        tasks.Nlvr.read("synthetic:vall", "nowhere")
+        tasks.Nlvr.load_records("synthetic:vall", "nowhere")
 
 
 def test_blip_reads_sentences_as_blip_does(tmp_path, monkeypatch):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "both", "are", "dogs", "."]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     model = vp.create_model("blip_nlvr_tiny", vocab_size=10, max_positions=42)
-    task = tasks.Nlvr.of(model, tasks.Options(vocabulary=tmp_path))
-    statement = tasks.Nlvr.read("synthetic:val", "")[0]
-    (ids, mask), counts = task.texts([replace(statement, sentence="Both are (dogs).")])
+    task = tasks.Nlvr.from_model(model, tasks.Options(vocabulary=tmp_path))
+    statement = tasks.Nlvr.load_records("synthetic:val", "")[0]
+    (ids, mask), counts = task.tokenize([replace(statement, sentence="Both are (dogs).")])
     assert (ids.tolist(), mask.tolist(), counts) == ([[9, 4, 5, 6, 3]], [[1] * 5], [1])
     long = replace(statement, sentence="dogs " * 60)
-    assert task.texts([long])[0][0].shape == (1, 42)  # BLIP cuts at forty words, and not at tokens
-    short = tasks.Retrieval.of(vp.create_model("blip_retrieval_tiny", vocab_size=10, enc_id=9), tasks.Options(tmp_path))
+    assert task.tokenize([long])[0][0].shape == (1, 42)  # BLIP cuts at forty words, and not at tokens
+    short = tasks.Retrieval.from_model(
+        vp.create_model("blip_retrieval_tiny", vocab_size=10, enc_id=9), tasks.Options(tmp_path)
+    )
     assert short.encode(["dogs " * 60])[0].shape == (1, 32)  # the longest that this one takes
     with pytest.raises(ValueError, match=r"has enc_id=58 bos_id=57 .* build the model with enc_id=9 bos_id=8 eos_id=3"):
-        tasks.Vqa.of(vp.create_model("blip_vqa_tiny", vocab_size=10), tasks.Options(tmp_path))
+        tasks.Vqa.from_model(vp.create_model("blip_vqa_tiny", vocab_size=10), tasks.Options(tmp_path))
     with pytest.raises(ValueError, match=r"has 10 ids, the model 30: give the model's own"):
-        tasks.Nlvr.of(vp.create_model("blip_nlvr_tiny", vocab_size=30), tasks.Options(tmp_path))
+        tasks.Nlvr.from_model(vp.create_model("blip_nlvr_tiny", vocab_size=30), tasks.Options(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_blip_reads_sentences_as_blip_does(tmp_path, monkeypatch):
 )
 def test_models_that_cannot(task, model, complaint):
     with pytest.raises(ValueError, match=complaint):
-        task.of(vp.create_model(model))
+        task.from_model(vp.create_model(model))
 
 
 def test_reranking_judges_the_nearest():
@@ -117,11 +119,11 @@ def questions(*answers, **kind):
 
 def test_vqa_in_free_words():
     speaker = Speaker()
-    task = tasks.Vqa.of(speaker)
+    task = tasks.Vqa.from_model(speaker)
     asked = questions(("red star",) * 10, ("star",) * 10)
-    texts, counts = task.texts(asked)
+    texts, counts = task.tokenize(asked)
     assert (texts[0].shape, counts) == ((2, 6), [1, 1])
-    rows = task.answer(speaker, asked, IMAGES, texts)
+    rows = task.predict(speaker, asked, IMAGES, texts)
     assert [row["answer"] for row in rows] == ["a red star"] * 2
     assert task.score(rows) == {"vqa_accuracy": 0.5}
 
@@ -129,26 +131,26 @@ def test_vqa_in_free_words():
 def test_vqa_from_a_list(tmp_path):
     (tmp_path / "answers.json").write_text('["star", "no", "red"]')
     speaker = Speaker()
-    task = tasks.Vqa.of(speaker, tasks.Options(answers=tmp_path / "answers.json"))
-    asked = questions(("red",), ("red", "star"), together=True)
-    rows = task.answer(speaker, asked, IMAGES, task.texts(asked)[0])
+    task = tasks.Vqa.from_model(speaker, tasks.Options(answers=tmp_path / "answers.json"))
+    asked = questions(("red",), ("red", "star"), is_answer_set=True)
+    rows = task.predict(speaker, asked, IMAGES, task.tokenize(asked)[0])
     assert [row["answer"] for row in rows] == ["red", "red"]
     assert task.score(rows) == {"exact": 0.5, "overlap": 0.75}
 
 
 def test_answers_held_back_are_not_scored():
     speaker = Speaker()
-    asked, task = questions((), ()), tasks.Vqa.of(speaker)
-    assert task.score(task.answer(speaker, asked, IMAGES, task.texts(asked)[0])) == {}
+    asked, task = questions((), ()), tasks.Vqa.from_model(speaker)
+    assert task.score(task.predict(speaker, asked, IMAGES, task.tokenize(asked)[0])) == {}
 
 
 def test_captions_leave_the_prompt_out(monkeypatch):
     speaker, scored = Speaker(), []
     monkeypatch.setattr(caption_metrics, "caption_scorer_lacks", lambda: None)
     monkeypatch.setattr(caption_metrics, "caption_scores", lambda *pair: scored.append(pair) or {"CIDEr": 1.0})
-    task, records = tasks.Caption.of(speaker), [data.Captioned(i, (), "same", ("a star",)) for i in (4, 7)]
-    assert task.texts(records) == ((), [1, 1])
-    rows = task.answer(speaker, records, IMAGES, ())
+    task, records = tasks.Caption.from_model(speaker), [data.Captioned(i, (), "same", ("a star",)) for i in (4, 7)]
+    assert task.tokenize(records) == ((), [1, 1])
+    rows = task.predict(speaker, records, IMAGES, ())
     assert task.score([{"index": r.index, **row} for r, row in zip(records, rows, strict=True)]) == {"CIDEr": 1.0}
     assert scored == [({"4": "a red star", "7": "a red star"}, {"4": ["a star"], "7": ["a star"]})]
 
@@ -156,7 +158,7 @@ def test_captions_leave_the_prompt_out(monkeypatch):
 def test_captions_tell_before_the_work_that_they_will_not_be_scored(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     with pytest.warns(UserWarning, match=r"written, and not scored: .* pip install 'vltprune\[eval\]'"):
-        task = tasks.Caption.of(Speaker())
+        task = tasks.Caption.from_model(Speaker())
     assert task.score([{"index": 0, "caption": "a", "captions": ["a"]}]) == {}
     assert "pip install 'vltprune[eval]'" in task.unscored({})["captions"]
 
@@ -164,8 +166,8 @@ def test_captions_tell_before_the_work_that_they_will_not_be_scored(monkeypatch)
 def test_captions_tell_why_there_is_no_spice(monkeypatch):
     monkeypatch.setattr(caption_metrics, "caption_scorer_lacks", lambda: None)
     monkeypatch.setattr(caption_metrics, "spice_lacks", lambda: "no jars")
-    task = tasks.Caption.of(Speaker())
-    assert isinstance(task, tasks.Explains)
+    task = tasks.Caption.from_model(Speaker())
+    assert isinstance(task, tasks.SupportsUnscored)
     assert task.unscored({"CIDEr": 1.0}) == {"SPICE": "no jars"}
     assert task.unscored({"CIDEr": 1.0, "SPICE": 0.2}) == {}
 
@@ -176,31 +178,36 @@ def test_captions_tell_why_there_is_no_spice(monkeypatch):
 )
 def test_captions_in_the_form_of_coco(monkeypatch, id, published):
     monkeypatch.setattr(caption_metrics, "caption_scorer_lacks", lambda: None)
-    (result,) = tasks.Caption.of(Speaker()).results([{"index": 0, "id": id, "caption": "a dog", "captions": ["x"]}])
+    (result,) = tasks.Caption.from_model(Speaker()).submission(
+        [{"index": 0, "id": id, "caption": "a dog", "captions": ["x"]}]
+    )
     assert result == {"image_id": published, "caption": "a dog"}
 
 
 def test_answers_in_the_form_of_vqa():
-    task = tasks.Vqa.of(Speaker())
-    assert isinstance(task, tasks.Publishes) and not isinstance(tasks.Nlvr, tasks.Publishes)
-    assert task.results([{"id": "262148000", "answer": "dog"}]) == [{"question_id": 262148000, "answer": "dog"}]
+    task = tasks.Vqa.from_model(Speaker())
+    assert isinstance(task, tasks.SupportsSubmission) and not isinstance(tasks.Nlvr, tasks.SupportsSubmission)
+    assert task.submission([{"id": "262148000", "answer": "dog"}]) == [{"question_id": 262148000, "answer": "dog"}]
 
 
 def test_only_questions_come_from_several_folders(tmp_path):
     entry = {"image": "a.jpg", "question": "what", "answer": ["dog"], "dataset": "vg"}
     (tmp_path / "vqa.json").write_text(json.dumps([entry]))
-    (question,) = tasks.Vqa.read(str(tmp_path / "vqa.json"), {"vg": "there"})
+    (question,) = tasks.Vqa.load_records(str(tmp_path / "vqa.json"), {"vg": "there"})
     assert question.images == (Path("there/a.jpg"),)
     with pytest.raises(ValueError, match="images of vqa, vg: this task draws from one data set"):
-        tasks.Caption.read(str(tmp_path / "vqa.json"), {"vqa": "here", "vg": "there"})
+        tasks.Caption.load_records(str(tmp_path / "vqa.json"), {"vqa": "here", "vg": "there"})
 
 
 def test_retrieval_with_features_of_blip():
     model = vp.create_model("blip_tiny")
     model.match = None  # the mark of a model whose features were trained to be compared
-    task, records = tasks.Retrieval.of(model), [data.Captioned(i, (), str(i), ("a star", "a circle")) for i in (0, 1)]
-    texts, counts = task.texts(records)
+    task, records = (
+        tasks.Retrieval.from_model(model),
+        [data.Captioned(i, (), str(i), ("a star", "a circle")) for i in (0, 1)],
+    )
+    texts, counts = task.tokenize(records)
     with torch.no_grad():
-        rows = task.answer(model, records, torch.randn(2, 1, 3, 96, 96), texts)
+        rows = task.predict(model, records, torch.randn(2, 1, 3, 96, 96), texts)
     assert counts == [2, 2]
     assert set(task.score(rows)) >= {"i2t_r1", "t2i_r10"}

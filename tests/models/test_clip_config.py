@@ -113,23 +113,23 @@ def test_names_of_open_clip_with_an_encoder_of_transformers(published, tmp_path)
     again = vp.load(vp.save(model, tmp_path / "saved"))
     with torch.no_grad():
         assert torch.equal(again.encode_text(inputs(model)[1]), model.encode_text(inputs(model)[1]))
-    assert tasks.Retrieval.of(model).encode(["a dog"])[0].shape == (1, 12)
+    assert tasks.Retrieval.from_model(model).encode(["a dog"])[0].shape == (1, 12)
     shorter = vp.create_model(published, force_context_length=7)
-    assert tasks.Retrieval.of(shorter).encode(["a dog"])[0].shape == (1, 7)
+    assert tasks.Retrieval.from_model(shorter).encode(["a dog"])[0].shape == (1, 7)
 
 
 def test_retrieval_reads_sentences_as_the_encoder_does(folder, tmp_path):
     model = vp.load(vp.save(vp.create_model("clip_evit", **encoders.clip(folder)), tmp_path / "saved"))
-    (ids,) = tasks.Retrieval.of(model).encode(["A picture of a dog", "dog " * 30])
+    (ids,) = tasks.Retrieval.from_model(model).encode(["A picture of a dog", "dog " * 30])
     assert ids.tolist() == [[2, 4, 7, 6, 4, 8, 3, 0, 0, 0, 0, 0], [2, *[8] * 10, 3]]
-    (ids,) = tasks.Retrieval.of(vp.create_model("clip", **OWN)).encode(["a dog"])
+    (ids,) = tasks.Retrieval.from_model(vp.create_model("clip", **OWN)).encode(["a dog"])
     assert ids.shape == (1, 14)
 
 
 def test_sentences_that_cannot_be_read(folder, tmp_path):
     model = vp.create_model("clip", **encoders.clip(folder, hf_tokenizer_name=None))
     with pytest.raises(ValueError, match=r"does not say how sentences become its ids: .* with hf_tokenizer_name"):
-        tasks.Retrieval.of(model)
+        tasks.Retrieval.from_model(model)
     with pytest.raises(ValueError, match=r"no tokenizer of transformers at hf_tokenizer_name='.*nowhere'"):
         tokenizer({"hf_tokenizer_name": str(tmp_path / "nowhere")})
 

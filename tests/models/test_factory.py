@@ -375,7 +375,7 @@ class TestShippedWeights:
             assert not model.pruning.guide.is_untrained
 
     def test_vocabulary_and_backbone_agree(self):
-        from vltprune.data.words import WordTokenizer
+        from vltprune.data.word_tokenizer import WordTokenizer
 
         model = vp.create_model("blip_nlvr_tiny")
         assert model.text.word.num_embeddings == len(WordTokenizer())

@@ -231,9 +231,9 @@ def engine_of(settings, folder):
     teacher = vp.prune(copy.deepcopy(dense), "random", at=())
     model = vp.prune(dense, settings.pruning)
     kind = tasks.tasks[settings.task]
-    task = kind.of(model, tasks.Options(settings.vocabulary))
+    task = kind.from_model(model, tasks.Options(settings.vocabulary))
     folder.mkdir()
-    records = kind.read(settings.data, str(Path(settings.data).parent))
+    records = kind.load_records(settings.data, str(Path(settings.data).parent))
     return engine_module.Run(settings, folder, model, task, records, teacher)
 
 

@@ -152,8 +152,8 @@ def test_an_exam_leaves_modes_alone(kind, tmp_path):
     from vltprune.io.preprocessing import transforms
 
     model = kind(vp.create_model("blip_nlvr_tiny", dropout=0.3))
-    task = Nlvr.of(model, Options())
-    loader = Loader(Nlvr.read("synthetic:val:2", ""), transforms(model))
+    task = Nlvr.from_model(model, Options())
+    loader = Loader(Nlvr.load_records("synthetic:val:2", ""), transforms(model))
     of_two_modes(model)
     before, drawn = [module.training for module in model.modules()], torch.get_rng_state()
     rows = []

@@ -47,7 +47,7 @@ def output_folder(path: str | Path) -> Path:
 
 def check_annotations(option: str, data: str) -> None:
     """OSError, naming the option, for annotations that are neither a file nor synthetic nor shards."""
-    if data.startswith(SYNTHETIC) or shards.are_meant(data):
+    if data.startswith(SYNTHETIC) or shards.is_shard_address(data):
         return
     path = Path(data)
     if path.is_dir():

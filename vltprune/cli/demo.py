@@ -19,7 +19,7 @@ from ..models.factory import create_model
 from ..pruning.prune import prune_towers
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import write_text
-from ..viz import images as visualize
+from ..viz import kept_tokens
 from . import common, options
 
 DENSE = "dense"
@@ -113,18 +113,18 @@ def _example(
             models[name](*one.inputs)
         for trace in traces:
             if trace.tower == "image":
-                films[name] = visualize.films(pictures, trace)
+                films[name] = kept_tokens.record_strip(pictures, trace)
             else:
                 words[name] = kept_words(one.sentences[0], trace)
     answers = {name: float(outcome.chance[question]) for name, outcome in outcomes.items()}
     return report.Example(one.sentences[0], one.families[0], bool(one.labels[0]), answers, films, words)
 
 
-def kept_words(sentence: str, trace: PruneTrace) -> list[tuple[str, visualize.Fate]]:
+def kept_words(sentence: str, trace: PruneTrace) -> list[tuple[str, kept_tokens.TokenState]]:
     """The words of the first sentence of a traced batch, and what had become of each after the last layer."""
-    last = visualize.fates_of(trace, 0)[-1]
+    last = kept_tokens.instance_states(trace, 0)[-1]
     words = [*sentence.lower().strip().removesuffix(".").split(), "[SEP]"]
-    return [(word, visualize.Fate(fate)) for word, fate in zip(words, last.tolist(), strict=True)][:-1]
+    return [(word, kept_tokens.TokenState(fate)) for word, fate in zip(words, last.tolist(), strict=True)][:-1]
 
 
 def _write(folder: Path, outcomes: Mapping[str, Outcome], examples: Sequence[report.Example], args: Any) -> None:

@@ -15,7 +15,7 @@ from .. import __version__
 from ..cost import savings
 from ..data import Loader, fingerprint
 from ..evaluation import tasks
-from ..evaluation.evaluator import Evaluator, report, report_matching
+from ..evaluation.evaluator import Evaluator, summarize, summarize_matching
 from ..evaluation.results_log import ResultsLog, write_json
 from ..evaluation.tasks.base import Images
 from ..evaluation.tasks.matching import MOST
@@ -76,12 +76,12 @@ def run(args: argparse.Namespace) -> None:
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
     kind: Any = tasks.tasks[args.task]
-    records = kind.read(args.data, images, args.strict)
+    records = kind.load_records(args.data, images, args.strict)
     model = _load(args)
     asked = {name: getattr(args, name) for name in _SETTINGS}
     settings = {**asked, "dtype": str(common.dtype_of(model)).removeprefix("torch."), **_contents(args, model)}
     log = ResultsLog(folder, settings)
-    task: tasks.Task[Any] = kind.of(model, tasks.Options(args.vocabulary, args.answers))
+    task: tasks.Task[Any] = kind.from_model(model, tasks.Options(args.vocabulary, args.answers))
     _check_second_stage(task, args.k_test)
 
     loader = Loader(
@@ -101,10 +101,10 @@ def _contents(args: argparse.Namespace, model: nn.Module) -> dict[str, str | Non
     """What stands behind the names of the settings, as digests; pictures are told by each row."""
     return {
         "version": __version__,
-        "content_of_model": fingerprint.of_model(model),
-        "content_of_data": fingerprint.of_file(args.data),
-        "content_of_answers": fingerprint.of_file(args.answers),
-        "content_of_vocabulary": fingerprint.of_file(args.vocabulary),
+        "content_of_model": fingerprint.hash_model(model),
+        "content_of_data": fingerprint.hash_file(args.data),
+        "content_of_answers": fingerprint.hash_file(args.answers),
+        "content_of_vocabulary": fingerprint.hash_file(args.vocabulary),
     }
 
 
@@ -120,10 +120,10 @@ def _first_stage(
     task: tasks.Task[Any], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], records: Any, folder: Path
 ) -> dict[str, Any]:
     """The summary of a task's rows, printed and written, beside the file of results where one is published."""
-    if isinstance(task, tasks.Publishes):  # before the scorer, which may fail
-        results = task.results([row for row in rows if "skipped" not in row])
+    if isinstance(task, tasks.SupportsSubmission):  # before the scorer, which may fail
+        results = task.submission([row for row in rows if "skipped" not in row])
         write_json(folder / f"{settings['task']}_result.json", results)
-    summary = {**settings, **report(task, rows)}
+    summary = {**settings, **summarize(task, rows)}
     summary["skipped"] += [{"index": one.index, "skipped": one.reason} for one in getattr(records, "skipped", ())]
     write_json(folder / "summary.json", summary)
     _print(summary)
@@ -139,7 +139,7 @@ def _second_stage(
     settings = {**settings, "content_of_features": matching.fingerprint}
     log = ResultsLog(folder / f"matching_{images}x{texts}_k{matching.most}", settings)
     rows = _evaluated("matching", Evaluator(matching, model, settings["device"]), loader, log)
-    return report_matching(matching, rows)
+    return summarize_matching(matching, rows)
 
 
 def _images(args: argparse.Namespace) -> Images:

@@ -14,12 +14,12 @@ from torch import nn
 
 from ..cost import savings
 from ..cost.macs import CostMeter
-from ..data import pictures
-from ..data.words import WordTokenizer
+from ..data.images import SUFFIXES, load_image, load_tensor
+from ..data.word_tokenizer import WordTokenizer
 from ..io.preprocessing import transforms
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import replacing
-from ..viz import images as visualize
+from ..viz import kept_tokens
 from . import common, options
 
 _PICTURE = "prediction.png"
@@ -49,12 +49,12 @@ def run(args: argparse.Namespace) -> None:
     output = _output(args.output)
     common.use_threads(args.threads)
     for path in (args.left, args.right):
-        pictures.read(path)  # before a model is built
+        load_image(path)  # before a model is built
     input_ids, mask = WordTokenizer().encode(args.sentence)
     model = common.load_model(args.model, args.pretrained, judged=True, device=args.device, dtype=args.dtype)
     _check(model, args.model)
     prepare = transforms(model)
-    pair = torch.stack([pictures.prepared(path, prepare) for path in (args.left, args.right)])
+    pair = torch.stack([load_tensor(path, prepare) for path in (args.left, args.right)])
 
     with torch.no_grad(), collect(threads=False) as traces:
         texts = (input_ids.to(args.device), mask.to(args.device))
@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> None:
 def _output(text: str) -> Path:
     """The file to write, its folder proved writable."""
     path = Path(text)
-    if path.suffix[1:].isalpha() and path.suffix.lower() not in pictures.SUFFIXES and not path.is_dir():
+    if path.suffix[1:].isalpha() and path.suffix.lower() not in SUFFIXES and not path.is_dir():
         raise ValueError(f"--output {text}: write a picture file, such as {path.stem}.png, or a folder")
-    file = path if path.suffix.lower() in pictures.SUFFIXES and not path.is_dir() else path / _PICTURE
+    file = path if path.suffix.lower() in SUFFIXES and not path.is_dir() else path / _PICTURE
     common.output_folder(file.parent)
     return file
 
@@ -113,5 +113,5 @@ def _draw(images: Sequence[Image.Image], traces: Sequence[PruneTrace], sentence:
     if trace is None:
         films = [image.resize((256, 256), Image.Resampling.BICUBIC) for image in images]
     else:
-        films = [visualize.film(image, trace, side) for side, image in enumerate(images)]
-    return visualize.stack(films, [title], legend=trace is not None)
+        films = [kept_tokens.layer_strip(image, trace, side) for side, image in enumerate(images)]
+    return kept_tokens.stack_strips(films, [title], legend=trace is not None)

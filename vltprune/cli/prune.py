@@ -17,7 +17,8 @@ from ..core.tokens import PackedTokens
 from ..cost import savings
 from ..cost.guide_fit import fit_guide
 from ..cost.macs import CostMeter
-from ..data import Loader, Record, pictures
+from ..data import Loader, Record
+from ..data.images import list_images
 from ..evaluation.results_log import write_json
 from ..hosts.find import find_composite
 from ..io.preprocessing import Preprocessing, transforms
@@ -26,7 +27,7 @@ from ..pruning.config import KINDS
 from ..pruning.encoder import Pruning
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import replacing
-from ..viz import images as visualize
+from ..viz import kept_tokens
 from . import common, options
 
 
@@ -73,7 +74,7 @@ def _add_parts(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
-    files = pictures.listing(args.folder)[: args.limit]
+    files = list_images(args.folder)[: args.limit]
     _remove_former(folder)
     asked = _load(args)
     preprocessing = transforms(asked)
@@ -184,7 +185,7 @@ class Results:
         target = self.folder / "pictures" / f"{file.name}.png"
         target.parent.mkdir(exist_ok=True)
         with replacing(target) as part:
-            visualize.stack([visualize.film(seen, trace, place, side=160)], [file.name]).save(part)
+            kept_tokens.stack_strips([kept_tokens.layer_strip(seen, trace, place, side=160)], [file.name]).save(part)
 
     @property
     def reduction(self) -> float:

@@ -3,19 +3,19 @@
 from vltprune.data.annotations import answer_list, captions, nlvr2, vqa
 from vltprune.data.loader import Loader
 from vltprune.data.records import Captioned, Question, Record, Records, Skipped, Statement
-from vltprune.data.synthetic import Pair, SyntheticPairs, SyntheticStatements, normalize
+from vltprune.data.synthetic import SyntheticNLVR, SyntheticPair, SyntheticPairs, normalize
 
 __all__ = [
     "Captioned",
     "Loader",
-    "Pair",
     "Question",
     "Record",
     "Records",
     "Skipped",
     "Statement",
+    "SyntheticNLVR",
+    "SyntheticPair",
     "SyntheticPairs",
-    "SyntheticStatements",
     "answer_list",
     "captions",
     "nlvr2",

@@ -7,9 +7,9 @@ The forms are those in which BLIP's authors publish them (lists of objects in JS
             DAQUAR: {"image", "question", "answer": "one, or several with commas"}
   captions  {"image", "caption": one or a list, "image_id"}; Flickr8k: {"image", "captions": [...]}
 
-`statement`, `question` and `captioned` read one entry whose pictures are at hand, wherever they come from. In a file, an
-entry that cannot be read is set aside with its place and the reason, unless `strict` makes it a ValueError. A value that is
-null is as if it were not there. In texts, half of a character becomes U+FFFD; names of files and identifiers stay as they are.
+`parse_statement`, `parse_question` and `parse_captioned` parse one entry whose images are at hand. In a file, an entry that
+cannot be parsed is skipped and listed with its index and the reason; with `strict` it is a ValueError. A null value counts as
+missing. In texts, a lone surrogate becomes U+FFFD; file names and identifiers stay as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.wordpiece import well_formed
-from .records import Captioned, Picture, Question, R, Records, Skipped, Statement
+from .records import Captioned, ImageSource, Question, R, Records, Skipped, Statement
 
 Folder = str | Path
 _LABELS = {"True": 1, "False": 0, True: 1, False: 0}  # 1 and 0 are equal to True and False
@@ -49,12 +49,12 @@ def nlvr2(file: str | Path, images: Folder, *, strict: bool = False) -> Records[
         left, right = entry["images"]
         if not isinstance(entry["images"], list):
             raise ValueError(f"'images' must be a list of two paths, it is {_shown(entry['images'])}")
-        return statement(index, entry, (Path(images, left), Path(images, right)))
+        return parse_statement(index, entry, (Path(images, left), Path(images, right)))
 
     return _records(file, read, strict)
 
 
-def statement(index: int, entry: Mapping[str, Any], images: Sequence[Picture]) -> Statement:
+def parse_statement(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> Statement:
     """One entry of NLVR2 about two images. Raises one of `UNREADABLE` for another form."""
     entry = _given(entry)
     if entry["label"] not in _LABELS:
@@ -72,20 +72,20 @@ def vqa(file: str | Path, images: Folder | Mapping[str, Folder], *, strict: bool
     def read(index: int, entry: Mapping[str, Any]) -> Question:
         source = entry.get("dataset", "vqa")
         folder = images[source] if isinstance(images, Mapping) else images
-        return question(index, entry, (Path(folder, _name(entry, "image")),))
+        return parse_question(index, entry, (Path(folder, _name(entry, "image")),))
 
     return _records(file, read, strict)
 
 
-def question(index: int, entry: Mapping[str, Any], images: Sequence[Picture]) -> Question:
+def parse_question(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> Question:
     """One question about an image. Raises one of `UNREADABLE` for another form."""
     entry = _given(entry)
     source = entry.get("dataset", "vqa")
-    share = _VISUAL_GENOME if source == "vg" else 1.0
+    weight = _VISUAL_GENOME if source == "vg" else 1.0
     answers, together = _answers(entry, source)
-    given = _identifier(entry, "question_id")
-    id = str(entry.get(KEY, index) if given is None else given)
-    return Question(index, _so_many(1, images), id, _text(entry, "question"), answers, together, share, given)
+    original_id = _identifier(entry, "question_id")
+    id = str(entry.get(KEY, index) if original_id is None else original_id)
+    return Question(index, _so_many(1, images), id, _text(entry, "question"), answers, together, weight, original_id)
 
 
 def captions(file: str | Path, images: Folder, *, strict: bool = False) -> Records[Captioned]:
@@ -96,18 +96,18 @@ def captions(file: str | Path, images: Folder, *, strict: bool = False) -> Recor
     """
 
     def read(index: int, entry: Mapping[str, Any]) -> Captioned:
-        return captioned(index, entry, (Path(images, _name(entry, "image")),))
+        return parse_captioned(index, entry, (Path(images, _name(entry, "image")),))
 
     return _records(file, read, strict)
 
 
-def captioned(index: int, entry: Mapping[str, Any], images: Sequence[Picture]) -> Captioned:
+def parse_captioned(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> Captioned:
     """One image with its captions. Raises one of `UNREADABLE` for another form."""
     entry = _given(entry)
     written = _texts(entry, "captions" if "captions" in entry else "caption")
-    given = _identifier(entry, "image_id")
-    id = str(entry.get("image", entry.get(KEY, index)) if given is None else given)
-    return Captioned(index, _so_many(1, images), id, written, given)
+    original_id = _identifier(entry, "image_id")
+    id = str(entry.get("image", entry.get(KEY, index)) if original_id is None else original_id)
+    return Captioned(index, _so_many(1, images), id, written, original_id)
 
 
 def answer_list(file: str | Path) -> tuple[str, ...]:
@@ -182,7 +182,7 @@ def _answers(entry: Mapping[str, Any], source: str) -> tuple[tuple[str, ...], bo
     return _texts(entry, "answer"), False
 
 
-def _so_many(n: int, images: Sequence[Picture]) -> tuple[Picture, ...]:
+def _so_many(n: int, images: Sequence[ImageSource]) -> tuple[ImageSource, ...]:
     if len(images) != n:
         raise ValueError(f"it has {len(images)} pictures, and needs {n}")
     return tuple(images)

@@ -91,16 +91,16 @@ def paint(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarra
     A pixel's owner is 0 for the ground and i + 1 for thing i.
     """
     picture = _scribble(_ground(rng), rng)
-    owners = np.zeros((SIDE, SIDE), np.uint8)
+    object_map = np.zeros((SIDE, SIDE), np.uint8)
     for index, thing in enumerate(scene):
         rows, columns, cover = _cover(thing)
         ink = _RGB[thing.color] * rng.uniform(0.85, 1.05) + rng.normal(0, 6, (*cover.shape, 1))
         window = picture[rows, columns]
         picture[rows, columns] = window + cover[..., None] * (ink - window)
-        owners[rows, columns][cover > 0.5] = index + 1
+        object_map[rows, columns][cover > 0.5] = index + 1
 
     picture += rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32) * rng.uniform(2, 8)
-    return picture.clip(0, 255).astype(np.uint8), owners
+    return picture.clip(0, 255).astype(np.uint8), object_map
 
 
 def _ground(rng: np.random.Generator) -> np.ndarray:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import Record
-from .pictures import Encoded
+from .images import EncodedImage
 
 _BLOCK = 1 << 22  # bytes read at a time
 _END = 1 << 12  # bytes of a file's beginning and end, which for pictures hold the header and the last of the data
 
 
-def of_model(model: nn.Module) -> str:
+def hash_model(model: nn.Module) -> str:
     """Of a model, dense or pruned: its class, the arguments it was built by, how it prunes, and every tensor of its state."""
     pruning: Any = getattr(model, "pruning", None)
     told = {
@@ -35,7 +35,7 @@ def of_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def of_file(path: str | Path | None) -> str | None:
+def hash_file(path: str | Path | None) -> str | None:
     """Of a file's bytes, or of all files of a folder; None where there is none."""
     if path is None or not Path(path).exists():
         return None
@@ -49,17 +49,17 @@ def of_file(path: str | Path | None) -> str | None:
     return digest.hexdigest()
 
 
-def of_pictures(record: Record) -> str | None:
+def hash_images(record: Record) -> str | None:
     """Of the files of a record's pictures, read whole; None for pixels that are drawn, which their record's name fixes."""
     if any(isinstance(image, np.ndarray) for image in record.images):
         return None
     digest = _digest()
     for image in record.images:
-        digest.update((_of_bytes(image.data) if isinstance(image, Encoded) else _of_path(image)).encode())
+        digest.update((_of_bytes(image.data) if isinstance(image, EncodedImage) else _of_path(image)).encode())
     return digest.hexdigest()
 
 
-def of_ends(paths: Iterable[Path]) -> str:
+def hash_file_ends(paths: Iterable[Path]) -> str:
     """Of files by name, size, and their first and last bytes: for more of them than one would read twice."""
     digest = _digest()
     for path in paths:
@@ -77,7 +77,7 @@ def of_ends(paths: Iterable[Path]) -> str:
 
 def _of_path(path: Any) -> str:
     try:
-        return of_file(path) or "missing"
+        return hash_file(path) or "missing"
     except (OSError, ValueError) as error:  # such a name, or such rights
         return type(error).__name__
 

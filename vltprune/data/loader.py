@@ -69,7 +69,7 @@ class Loader(Generic[R]):
     def _open(self, number: int) -> tuple[R, Tensor | Skipped]:
         record = self.records[number]
         try:
-            return record, record.prepared(self.prepare)
+            return record, record.load_tensor(self.prepare)
         except OSError as error:
             if self.strict:
                 raise OSError(f"entry {record.index}: {error}") from error

@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import pictures
-from .pictures import Encoded
+from .images import EncodedImage, load_image, load_tensor
 
-Picture = Path | Encoded | np.ndarray
+ImageSource = Path | EncodedImage | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,15 @@ class Record:
     """
 
     index: int
-    images: tuple[Picture, ...]
+    images: tuple[ImageSource, ...]
 
-    def pictures(self) -> tuple[Image.Image, ...]:
-        """The images, opened, as RGB. PictureError that names one which is missing or broken."""
-        return tuple(map(pictures.read, self.images))
+    def load_images(self) -> tuple[Image.Image, ...]:
+        """The images, opened, as RGB. ImageError that names one which is missing or broken."""
+        return tuple(map(load_image, self.images))
 
-    def prepared(self, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
-        """The images as a model takes them, [images, 3, height, width]. prepare, errors: as of `pictures.prepared`."""
-        return torch.stack([pictures.prepared(image, prepare) for image in self.images])
+    def load_tensor(self, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
+        """The images as a model takes them, [images, 3, height, width]. prepare, errors: as of `images.load_tensor`."""
+        return torch.stack([load_tensor(image, prepare) for image in self.images])
 
 
 @dataclass(frozen=True)
@@ -54,34 +53,34 @@ class Statement(Record):
 class Question(Record):
     """Visual question answering. answers: all that people gave, repeated as they were; empty where they are held back.
 
-    together: the answers belong together (what is on the desk? a lamp and a cup), and are not one each of several people.
-    share: how much the question counts in training (BLIP gives those of Visual Genome 0.2).
-    id, given: the question's identifier as a text, and as the annotations have it, None where they have none.
+    is_answer_set: the answers belong together (what is on the desk? a lamp and a cup), and are not one each of several people.
+    weight: how much the question counts in training (BLIP gives those of Visual Genome 0.2).
+    id, original_id: the question's identifier as a text, and as the annotations have it, None where they have none.
     """
 
     id: str
     question: str
     answers: tuple[str, ...]
-    together: bool = False
-    share: float = 1.0
-    given: str | int | float | None = None
+    is_answer_set: bool = False
+    weight: float = 1.0
+    original_id: str | int | float | None = None
 
     @property
-    def weights(self) -> dict[str, float]:
-        """How much each distinct answer counts in training: the part of the people who gave it, times `share`."""
-        return {answer: self.share * n / len(self.answers) for answer, n in Counter(self.answers).items()}
+    def answer_weights(self) -> dict[str, float]:
+        """How much each distinct answer counts in training: the part of the people who gave it, times `weight`."""
+        return {answer: self.weight * n / len(self.answers) for answer, n in Counter(self.answers).items()}
 
 
 @dataclass(frozen=True)
 class Captioned(Record):
     """An image and what people wrote of it: for captioning, and for retrieval in both directions.
 
-    id, given: the image's identifier as a text, and as the annotations have it, None where they have none.
+    id, original_id: the image's identifier as a text, and as the annotations have it, None where they have none.
     """
 
     id: str
     captions: tuple[str, ...]
-    given: str | int | float | None = None
+    original_id: str | int | float | None = None
 
     @property
     def image_name(self) -> str:

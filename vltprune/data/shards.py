@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
 
-from vltprune.data import pictures
 from vltprune.data.annotations import KEY, UNREADABLE, decoded, entries, parsed, reason
-from vltprune.data.records import Picture, R
+from vltprune.data.images import EncodedImage, load_image
+from vltprune.data.records import ImageSource, R
 
 _SHARDS = re.compile(r"(pipe:|\w+://).*|.*\.(tar|tgz|tar\.\w+)")
 _PICTURE = re.compile(r"(?:(\d+)\.)?(jpg|jpeg|png|webp)")
 _PIECE = 1 << 20  # bytes
 
 
-def are_meant(data: str) -> bool:
+def is_shard_address(data: str) -> bool:
     """Whether an input is an address of shards: train-{000..009}.tar, train-*.tar, https://..., pipe:..., several by "::"."""
     return _SHARDS.fullmatch(data) is not None
 
@@ -42,7 +42,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Lost:
+class SkippedSample:
     """A sample that could not be used, and why; no key: what is behind the place where a shard ends too early."""
 
     shard: str
@@ -58,11 +58,11 @@ class Shards(Generic[R]):
     """Where the shards of a data set are, and how an entry of it is read (`entry` of a task)."""
 
     names: tuple[str, ...]
-    entry: Callable[[int, Mapping[str, Any], Sequence[Picture]], R]
+    parse_entry: Callable[[int, Mapping[str, Any], Sequence[ImageSource]], R]
 
     @classmethod
-    def of(cls, data: str, entry: Callable[[int, Mapping[str, Any], Sequence[Picture]], R]) -> Shards[R]:
-        """Those of an address as `are_meant` takes it. FileNotFoundError that names what is not on this disk."""
+    def from_address(cls, data: str, entry: Callable[[int, Mapping[str, Any], Sequence[ImageSource]], R]) -> Shards[R]:
+        """Those of an address as `is_shard_address` takes it. FileNotFoundError that names what is not on this disk."""
         from webdataset.shardlists import expand_urls  # of the extra `train`
 
         names = tuple(shard for part in expand_urls(data) for shard in _found(part))
@@ -71,12 +71,12 @@ class Shards(Generic[R]):
     def record(self, index: int, sample: Sample) -> R:
         """What a sample holds; its key is the id of an entry that has none. OSError that says why there is no record."""
         try:
-            return self.entry(index, {KEY: sample.key, **_entry(sample)}, _pictures(sample))
+            return self.parse_entry(index, {KEY: sample.key, **_entry(sample)}, _pictures(sample))
         except UNREADABLE as error:
             raise OSError(reason(error)) from error
 
 
-def samples(shard: str, lost: Callable[[Lost], object]) -> Generator[Sample]:
+def iterate_samples(shard: str, lost: Callable[[SkippedSample], object]) -> Generator[Sample]:
     """The samples of a shard, in its order; `lost` is told of what is cut off.
 
     OSError that names a shard which cannot be opened, or whose command or server fails.
@@ -87,7 +87,7 @@ def samples(shard: str, lost: Callable[[Lost], object]) -> Generator[Sample]:
     def told(error: Exception) -> bool:
         if isinstance(error, OSError):
             raise error
-        lost(Lost(shard, "", f"not a whole tar file: {_said(error)}"))
+        lost(SkippedSample(shard, "", f"not a whole tar file: {_said(error)}"))
         return True
 
     stream: Any = None
@@ -107,7 +107,7 @@ def samples(shard: str, lost: Callable[[Lost], object]) -> Generator[Sample]:
             stream.close()
 
 
-def write(file: str | Path, images: str | Path, folder: str | Path, per_shard: int = 1000) -> list[Path]:
+def write_shards(file: str | Path, images: str | Path, folder: str | Path, per_shard: int = 1000) -> list[Path]:
     """An annotation file and its pictures as shards in a folder, in the file's order; returns them, FILE-000000.tar, ...
 
     images: the folder that the entries' paths begin in. Entries are written as they are, and read only by who reads the
@@ -149,10 +149,10 @@ def _entry(sample: Sample) -> Mapping[str, Any]:
     return entry
 
 
-def _pictures(sample: Sample) -> list[Picture]:
+def _pictures(sample: Sample) -> list[ImageSource]:
     matches = filter(None, map(_PICTURE.fullmatch, sample.files))
     names = [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
-    return [pictures.Encoded(f"{sample.shard}, {sample.key}.{name}", sample.files[name]) for name in names]
+    return [EncodedImage(f"{sample.shard}, {sample.key}.{name}", sample.files[name]) for name in names]
 
 
 def _packed(index: int, entry: Any, folder: Path) -> dict[str, bytes]:
@@ -172,7 +172,7 @@ def _file(path: Path) -> tuple[str, bytes]:
     if _PICTURE.fullmatch(kind):
         return kind, path.read_bytes()
     as_png = io.BytesIO()
-    pictures.read(path).save(as_png, "png")
+    load_image(path).save(as_png, "png")
     return "png", as_png.getvalue()
 
 

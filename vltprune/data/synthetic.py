@@ -29,18 +29,18 @@ SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Pair:
+class SyntheticPair:
     """Two images, what is said of them, and what is in them.
 
     `images` uint8 [2, 96, 96, 3], left then right. `sentences`, `labels` (1 true, 0 false) and `families` have one
-    entry per sentence. `owners` uint8 [2, 96, 96] says whose each pixel is: 0 the ground's, i + 1 `scenes[side][i]`'s.
+    entry per sentence. `object_map` uint8 [2, 96, 96] says whose each pixel is: 0 the ground's, i + 1 `scenes[side][i]`'s.
     """
 
     images: np.ndarray
     sentences: tuple[str, ...]
     labels: np.ndarray
     families: tuple[str, ...]
-    owners: np.ndarray
+    object_map: np.ndarray
     scenes: tuple[Scene, Scene]
 
     def attribute_maps(self) -> np.ndarray:
@@ -49,7 +49,7 @@ class Pair:
         for side, scene in enumerate(self.scenes):
             for index, thing in enumerate(scene, start=1):
                 tables[side, :, index] = np.array(thing[:3]) + 1
-        return np.stack([tables[side][:, self.owners[side]] for side in range(2)], axis=1)
+        return np.stack([tables[side][:, self.object_map[side]] for side in range(2)], axis=1)
 
 
 class SyntheticPairs:
@@ -69,7 +69,7 @@ class SyntheticPairs:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> SyntheticPair:
         if not 0 <= index < self.size:
             raise IndexError(f"pair {index} of {self.size}")
         key = (SPLITS.index(self.split), self.seed, index)
@@ -77,9 +77,9 @@ class SyntheticPairs:
         painted = [paint(scene, np.random.default_rng((*key, 1, side))) for side, scene in enumerate(scenes)]
         said = self._say(scenes, index, np.random.default_rng((*key, 2)))
 
-        images, owners = (np.stack(arrays) for arrays in zip(*painted, strict=True))
+        images, object_map = (np.stack(arrays) for arrays in zip(*painted, strict=True))
         texts, labels, families = zip(*said, strict=True)
-        return Pair(images, texts, np.array(labels, np.int64), families, owners, scenes)
+        return SyntheticPair(images, texts, np.array(labels, np.int64), families, object_map, scenes)
 
     def _say(self, scenes: tuple[Scene, Scene], index: int, rng: np.random.Generator) -> list[tuple[str, int, str]]:
         said = []
@@ -101,7 +101,7 @@ def normalize(images: np.ndarray) -> np.ndarray:
     return np.moveaxis(images, -1, -3).astype(np.float32) / 127.5 - 1
 
 
-class SyntheticStatements(Sequence[Statement]):
+class SyntheticNLVR(Sequence[Statement]):
     """The pairs of a split as the records that NLVR2 has too, drawn when asked for: each with a sentence, and `more`."""
 
     def __init__(self, split: str, size: int, seed: int = 0, sentences: int = 1) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..cost.sample_cost import SampleCost, SampleCostMeter
-from ..data import Pair, SyntheticPairs, normalize
+from ..data import SyntheticPair, SyntheticPairs, normalize
 from ..data.sentences import FAMILIES
-from ..data.words import WordTokenizer
+from ..data.word_tokenizer import WordTokenizer
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
 from ..utils.wrappers import is_pruned
@@ -57,7 +57,7 @@ def draw(
     return batches
 
 
-def _columns(pairs: Sequence[Pair]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+def _columns(pairs: Sequence[SyntheticPair]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     return [pair.sentences for pair in pairs], [pair.families for pair in pairs]
 
 

@@ -9,7 +9,7 @@ from html import escape
 from PIL import Image
 
 from ..viz import charts, html
-from ..viz.images import Fate
+from ..viz.kept_tokens import TokenState
 from .measure import Outcome, relative_time
 
 _LEAD = (
@@ -39,7 +39,7 @@ class Example:
     truth: bool
     answers: Mapping[str, float]
     films: Mapping[str, Image.Image]
-    words: Mapping[str, Sequence[tuple[str, Fate]]]
+    words: Mapping[str, Sequence[tuple[str, TokenState]]]
 
 
 def page(outcomes: Mapping[str, Outcome], examples: Sequence[Example], dense: str, notes: Sequence[str] = ()) -> str:
@@ -55,7 +55,7 @@ def page(outcomes: Mapping[str, Outcome], examples: Sequence[Example], dense: st
         f"<h2>Which questions suffer</h2><p>{_QUESTIONS}</p>",
         html.card(_families(outcomes)),
         f"<h2>What each layer kept</h2><p>{_PICTURES}</p>",
-        html.fates(),
+        html.state_legend(),
         *(html.card(_example(example)) for example in examples),
     ]
     return html.document("vltprune demo", body)
@@ -122,5 +122,5 @@ def _answer(chance: float, truth: bool) -> str:
 
 
 def _film(example: Example, name: str) -> str:
-    words = html.words([(word, fate.name) for word, fate in example.words.get(name, ())])
-    return f'<div class="model">{escape(name)}</div>{words}{html.film(name, example.films[name])}'
+    words = html.word_states([(word, fate.name) for word, fate in example.words.get(name, ())])
+    return f'<div class="model">{escape(name)}</div>{words}{html.strip_image(name, example.films[name])}'

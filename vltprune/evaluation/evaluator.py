@@ -18,17 +18,17 @@ from ..data import Loader, Record, Skipped, fingerprint
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
 from .results_log import ResultsLog
-from .tasks import Explains, Matching, Round
+from .tasks import EvaluationStage, Matching, SupportsUnscored
 
 
 @dataclass
 class Evaluator:
-    """A task set to a model on a device; `run` answers what the log does not have yet, `report` sums it up.
+    """A task set to a model on a device; `run` answers what the log does not have yet, `summarize` sums it up.
 
     cost_meter: the model's, where there is one already. Answers are those of evaluation, whatever mode the model is in.
     """
 
-    task: Round[Any]
+    task: EvaluationStage[Any]
     model: nn.Module
     device: str = "cpu"
     cost_meter: SampleCostMeter | None = None
@@ -64,13 +64,13 @@ class Evaluator:
     def _legible(self, records: Sequence[Record], loader: Loader[Any]) -> list[int]:
         """The places of the records whose texts have token ids; the others go to what the loader skipped."""
         try:
-            self.task.texts(records)
+            self.task.tokenize(records)
             return [*range(len(records))]
         except ValueError:
             places = []
         for place, record in enumerate(records):
             try:
-                self.task.texts([record])
+                self.task.tokenize([record])
                 places.append(place)
             except ValueError as error:
                 if loader.strict:
@@ -79,12 +79,12 @@ class Evaluator:
         return places
 
     def _answer(self, records: Sequence[Record], images: Tensor) -> list[dict[str, Any]]:
-        texts, counts = self.task.texts(records)
+        texts, counts = self.task.tokenize(records)
         texts = tuple(text.to(self.device) for text in texts)
         self._wait()
         start = time.perf_counter()
         with collect(threads=False) as traces:
-            answers = self.task.answer(self.model, records, images, texts)
+            answers = self.task.predict(self.model, records, images, texts)
         self._wait()
         seconds = (time.perf_counter() - start) / len(records)
 
@@ -99,7 +99,7 @@ class Evaluator:
                 **answer,
                 **asdict(cost),
                 "seconds": seconds,
-                "pictures": fingerprint.of_pictures(record),
+                "pictures": fingerprint.hash_images(record),
             }
             for record, answer, cost in zip(records, answers, spent, strict=True)
         ]
@@ -114,7 +114,7 @@ class Evaluator:
         if key in self._dense_costs:
             return self._dense_costs[key]
         with collect(threads=False) as traces:
-            self.task.answer(self._cost_meter.model, records, images, texts)
+            self.task.predict(self._cost_meter.model, records, images, texts)
         costs = [replace(cost, kept={}) for cost in self._cost_meter(traces, counts)]
         if not any(trace.decoded for trace in traces):
             self._dense_costs[key] = costs
@@ -130,7 +130,7 @@ def _check_pictures(loader: Loader[Any], log: ResultsLog) -> None:
     for place, row in enumerate(log.rows[: len(loader.records)]):
         if row.get("pictures") is not None:
             record = loader.records[place]
-            if fingerprint.of_pictures(record) != row["pictures"]:
+            if fingerprint.hash_images(record) != row["pictures"]:
                 raise ValueError(
                     f"entry {record.index}: its pictures, {', '.join(map(str, record.images))}, are not those that it was "
                     "answered by: choose another --output, or remove that folder"
@@ -149,15 +149,17 @@ def _write(
     loader.skipped.clear()
     for place, row in enumerate(rows, start=len(log.rows)):
         if "pictures" not in row:
-            row["pictures"] = fingerprint.of_pictures(loader.records[place])
+            row["pictures"] = fingerprint.hash_images(loader.records[place])
     if rows:
         log.add(rows)
     if tick is not None:
         tick(len(rows))
 
 
-def report(
-    task: Round[Any], rows: Sequence[Mapping[str, Any]], weight: Callable[[Mapping[str, Any]], float] = lambda row: 1
+def summarize(
+    task: EvaluationStage[Any],
+    rows: Sequence[Mapping[str, Any]],
+    weight: Callable[[Mapping[str, Any]], float] = lambda row: 1,
 ) -> dict[str, Any]:
     """The rows of all records, summed up: scores, means an instance, throughput, what was skipped. ValueError for none.
 
@@ -191,7 +193,7 @@ def report(
     scores = _finite(task.score(answered), len(answered))
     return {
         "scores": scores,
-        "unscored": task.unscored(scores) if isinstance(task, Explains) else {},
+        "unscored": task.unscored(scores) if isinstance(task, SupportsUnscored) else {},
         "records": len(answered),
         "macs": macs,
         "dense_macs": dense,
@@ -221,12 +223,12 @@ def _spent(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], tower: s
     return macs, dense
 
 
-def report_matching(matching: Matching, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_matching(matching: Matching, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The rows of a second stage, summed up. ValueError for none.
 
     macs, dense_macs: of a pair whose image is encoded already, the mean of all; kept: the tokens of its text.
     """
-    found = report(matching, rows, lambda row: row["pairs"])
+    found = summarize(matching, rows, lambda row: row["pairs"])
     pairs, seconds = (sum(row[key] for row in rows if "pairs" in row) for key in ("pairs", "seconds"))
     image = found["towers"]["image"]
     return {

@@ -30,32 +30,37 @@ def accuracy(chances: Sequence[float], labels: Sequence[int]) -> float:
 
 def recalls(
     similarity: Tensor,
-    owners: Sequence[int] | Tensor,
+    text_to_image: Sequence[int] | Tensor,
     ranks: Sequence[int] = RANKS,
     by_text: Tensor | None = None,
 ) -> dict[str, float]:
     """Retrieval in both directions: how often one of the right ones is among the first k, and the mean of all.
 
-    similarity [images, texts]; owners [texts], the row of each text's image. "i2t_r1": an image's nearest texts hold one
+    similarity [images, texts]; text_to_image [texts], the row of each text's image. "i2t_r1": an image's nearest texts hold one
     of its own; "t2i_r1": a text's nearest images hold its own. by_text [images, texts]: what ranks images for a text, where it
     is not `similarity`. Equals rank first: whoever cannot tell finds nothing.
     ValueError for similarities that are not finite, or images without a text.
     """
-    owner = torch.as_tensor(owners, device=similarity.device)
+    own_image = torch.as_tensor(text_to_image, device=similarity.device)
     by_text = similarity if by_text is None else by_text
     finite = bool(similarity.isfinite().all() and by_text.isfinite().all())
-    if similarity.dim() != 2 or owner.shape != similarity.shape[1:] or by_text.shape != similarity.shape or not finite:
+    if (
+        similarity.dim() != 2
+        or own_image.shape != similarity.shape[1:]
+        or by_text.shape != similarity.shape
+        or not finite
+    ):
         raise ValueError(
-            "similarity, and by_text if it is given, must be finite [images, texts], with the image of each text in owners "
-            f"[texts]; got {list(similarity.shape)} and {list(owner.shape)}{'' if finite else ', and NaN or infinity in it'}"
+            "similarity, and by_text if it is given, must be finite [images, texts], with each text's image in text_to_image "
+            f"[texts]; got {list(similarity.shape)} and {list(own_image.shape)}{'' if finite else ', with NaN or infinity'}"
         )
-    own = torch.arange(len(similarity), device=similarity.device)[:, None] == owner
+    own = torch.arange(len(similarity), device=similarity.device)[:, None] == own_image
     if not own.any(1).all() or not own.any(0).all():
-        raise ValueError("every image needs a text, and every text one of the images: see owners")
+        raise ValueError("every image needs a text, and every text one of the images: see text_to_image")
 
     best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     texts_before = ((similarity >= best) & ~own).sum(1)
-    images_before = ((by_text >= by_text.gather(0, owner[None])) & ~own).sum(0)
+    images_before = ((by_text >= by_text.gather(0, own_image[None])) & ~own).sum(0)
     found = {f"i2t_r{k}": int((texts_before < k).sum()) / len(texts_before) for k in ranks}
     found |= {f"t2i_r{k}": int((images_before < k).sum()) / len(images_before) for k in ranks}
     return {**found, "mean_recall": sum(found.values()) / len(found)}

@@ -20,7 +20,7 @@ from ..cost.macs import CostMeter
 from ..cost.sample_cost import SampleCostMeter
 from ..data import Loader, fingerprint, shards
 from ..evaluation import tasks
-from ..evaluation.evaluator import Evaluator, report, report_matching
+from ..evaluation.evaluator import Evaluator, summarize, summarize_matching
 from ..evaluation.results_log import ResultsLog, write_json
 from ..evaluation.tasks import Matching, Options, Retrieval
 from ..io import checkpoint
@@ -50,8 +50,8 @@ _CALIBRATED = 256  # records of the validation split that the knob is set on
 class Compressed:
     """What came of a compression: the model, its folder, and one row of results a cost, dense first.
 
-    A row: reduction asked for (0: dense; a mapping where each tower had a target of its own), knob, and what `evaluator.report`
-    gives on the validation split; `matching`, where a model has a second stage: what `evaluator.report_matching` gives. page:
+    A row: reduction asked for (0: dense; a mapping where each tower had a target of its own), knob, and what `summarize`
+    gives on the validation split; `matching`, where a model has a second stage: what `summarize_matching` gives. page:
     report.html, for people to look at. skipped: records that could not be trained on since the run was last taken up, and why.
     """
 
@@ -85,7 +85,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     check_folder(folder, config)
     with told(f"loading {config.model}", tell):
         dense = dense_model(config)
-    content = fingerprint.of_model(dense)
+    content = fingerprint.hash_model(dense)
     taught = config.distill or config.distill_summaries or config.scores_taught
     twin = copy.deepcopy(dense) if taught else None
     model = prune_towers(dense, config.pruning)
@@ -98,7 +98,7 @@ def compress(config: CompressConfig, output: str | Path, extra: Extra | None = N
     if twin is not None:
         teacher = watched(twin, model) if config.scores_taught else prune_towers(twin, "random", at=())
     kind: Any = tasks.tasks[config.task]
-    task = kind.of(model, Options(config.vocabulary, config.answers))
+    task = kind.from_model(model, Options(config.vocabulary, config.answers))
     records, val = _read(config, kind, tell)
     claim_contents(folder, contents_of(config, content, records, val))
     run = Run(config, folder, model, task, records, teacher, extra)
@@ -135,12 +135,14 @@ def dense_model(config: CompressConfig) -> nn.Module:
 def _read(config: CompressConfig, kind: Any, tell: bool) -> tuple[Any, Sequence[Any]]:
     """What to train on, shards or the records of an annotation file, and the records to examine on."""
     with told(f"reading {config.data}", tell):
-        if shards.are_meant(config.data):
-            records = shards.Shards.of(config.data, kind.entry)
+        if shards.is_shard_address(config.data):
+            records = shards.Shards.from_address(config.data, kind.parse_entry)
         else:
-            records = kind.read(config.data, config.images or str(Path(config.data).parent), False)
+            records = kind.load_records(config.data, config.images or str(Path(config.data).parent), False)
     with told(f"reading {config.val}", tell):
-        return records, kind.read(config.val, config.val_images or config.images or str(Path(config.val).parent), False)
+        return records, kind.load_records(
+            config.val, config.val_images or config.images or str(Path(config.val).parent), False
+        )
 
 
 def _trained(run: Run) -> nn.Module:
@@ -256,13 +258,13 @@ def _examined(
     cost_meter = cost_meter or SampleCostMeter(model)
     loader = Loader(val, transforms(model), workers=run.config.workers)
     folder = run.folder / "val" / name
-    content = {"content_of_model": fingerprint.of_model(model)}
+    content = {"content_of_model": fingerprint.hash_model(model)}
     log = ResultsLog(folder, {"reduction": thawed(reduction), "knob": knob, **content})
     cost = f"{savings.asked(reduction, '%')} fewer MACs" if reduction else name
     what = f"examining {len(loader)} validation records, {cost}"
     with told(what, total=len(loader)) as bar:
         Evaluator(run.task, model, str(run.accelerator.device), cost_meter).run(loader, log, bar.update)
-    row = {"reduction": thawed(reduction), "knob": knob, **report(run.task, log.rows)}
+    row = {"reduction": thawed(reduction), "knob": knob, **summarize(run.task, log.rows)}
     if isinstance(run.task, Retrieval) and run.task.has_head and run.config.k_test:
         matching = run.task.matching(val, log.rows, run.config.k_test)
         row["matching"] = _matched(
@@ -278,4 +280,4 @@ def _matched(
     loader = Loader(matching.pairs(), transforms(model), batch_size=1, workers=run.config.workers)
     with told("judging the nearest again, the second stage") as bar:
         Evaluator(matching, model, str(run.accelerator.device), cost_meter).run(loader, log, bar.update)
-    return report_matching(matching, log.rows)
+    return summarize_matching(matching, log.rows)

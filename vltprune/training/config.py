@@ -127,7 +127,7 @@ class CompressConfig:
         if self.task not in RECIPES:
             raise ValueError(f"task={self.task!r} cannot be trained yet: one of {', '.join(RECIPES)} can")
         self._check_ranges()
-        if self.steps is None and shards.are_meant(self.data):
+        if self.steps is None and shards.is_shard_address(self.data):
             raise ValueError(
                 f"data={self.data!r}: samples in shards are not counted beforehand, give steps, not epochs"
             )

@@ -56,13 +56,13 @@ def contents_of(config: CompressConfig, model: str, records: Any, val: Any) -> d
     return {
         "version": __version__,
         "model": model,
-        "start": fingerprint.of_file(start),
-        "data": fingerprint.of_file(config.data),
-        "val": fingerprint.of_file(config.val),
-        "vocabulary": fingerprint.of_file(config.vocabulary),
-        "answers": fingerprint.of_file(config.answers),
-        "pictures of data": fingerprint.of_ends(names),
-        "pictures of val": fingerprint.of_ends(_picture_files(val)),
+        "start": fingerprint.hash_file(start),
+        "data": fingerprint.hash_file(config.data),
+        "val": fingerprint.hash_file(config.val),
+        "vocabulary": fingerprint.hash_file(config.vocabulary),
+        "answers": fingerprint.hash_file(config.answers),
+        "pictures of data": fingerprint.hash_file_ends(names),
+        "pictures of val": fingerprint.hash_file_ends(_picture_files(val)),
     }
 
 

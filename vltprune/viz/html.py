@@ -75,7 +75,7 @@ def dots(names: Sequence[str]) -> str:
     return f'<div class="quiet">{named}</div>'
 
 
-def fates() -> str:
+def state_legend() -> str:
     """A line that says what the colors of a film mean."""
     keys = {"#9aa7b5": "kept", "#0a7c82": "merged into another token", "#16181c": "dropped"}
     return (
@@ -91,12 +91,12 @@ def answer(text: str, right: bool | None) -> str:
     return f'<span class="{css}">{escape(text)} {mark}</span>'
 
 
-def film(name: str, picture: Image.Image) -> str:
-    """What an image tower kept, drawn by `visualize.film`."""
+def strip_image(name: str, picture: Image.Image) -> str:
+    """What an image tower kept, drawn by `kept_tokens.layer_strip`."""
     return f'<img class="film" alt="patches kept by {escape(name)}" src="{_inline(picture)}">'
 
 
-def words(fated: Sequence[tuple[str, str]]) -> str:
+def word_states(fated: Sequence[tuple[str, str]]) -> str:
     """Words and the names of their fates, as they stand after the last layer; nothing for none."""
     said = " ".join(f'<span class="{fate}">{escape(word)}</span>' for word, fate in fated)
     return f'<div class="quiet">words at the last layer: {said}</div>' if said else ""

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from runs import annotations, config
 
-from vltprune.data import pictures
-from vltprune.data.annotations import captioned, statement
-from vltprune.data.shards import Shards, are_meant, samples, write
+from vltprune.data.annotations import parse_captioned, parse_statement
+from vltprune.data.images import EncodedImage, load_image
+from vltprune.data.shards import Shards, is_shard_address, iterate_samples, write_shards
 from vltprune.evaluation.tasks import tasks
 from vltprune.training import compress, compression
 from vltprune.training.data.shards import ShardDraws
@@ -56,7 +56,7 @@ def captions(*numbers: int) -> list[tuple[str, bytes]]:
 
 
 def draws(address: str | Path, batch_size: int = 4, **named) -> ShardDraws:
-    return ShardDraws(Shards.of(str(address), captioned), prepare, batch_size, **named)
+    return ShardDraws(Shards.from_address(str(address), parse_captioned), prepare, batch_size, **named)
 
 
 def ids(batches) -> list[list[str]]:
@@ -75,47 +75,54 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("task", ["nlvr", "caption", "retrieval", "vqa"])
 def test_annotations_come_back_from_shards(task, tmp_path):
     file, kind = annotations(task, tmp_path / "data"), tasks[task]
-    right = kind.read(file, str(tmp_path / "data"), False)
-    written = write(file, tmp_path / "data", tmp_path / "shards", per_shard=3)
+    right = kind.load_records(file, str(tmp_path / "data"), False)
+    written = write_shards(file, tmp_path / "data", tmp_path / "shards", per_shard=3)
     assert [path.name for path in written] == [f"{task}-{place:06d}.tar" for place in range(3)]
 
-    packed = Shards.of(f"{tmp_path}/shards/{task}-{{000000..000002}}.tar", kind.entry)
-    assert packed.names == Shards.of(f"{tmp_path}/shards/*.tar", kind.entry).names == tuple(map(str, written))
+    packed = Shards.from_address(f"{tmp_path}/shards/{task}-{{000000..000002}}.tar", kind.parse_entry)
+    assert (
+        packed.names
+        == Shards.from_address(f"{tmp_path}/shards/*.tar", kind.parse_entry).names
+        == tuple(map(str, written))
+    )
     found = [
-        packed.record(i, one) for i, one in enumerate(one for name in packed.names for one in samples(name, print))
+        packed.record(i, one)
+        for i, one in enumerate(one for name in packed.names for one in iterate_samples(name, print))
     ]
     assert [replace(one, images=()) for one in found] == [replace(one, images=()) for one in right]
     for one, same in zip(found, right, strict=True):
-        assert [picture.tobytes() for picture in one.pictures()] == [picture.tobytes() for picture in same.pictures()]
+        assert [picture.tobytes() for picture in one.load_images()] == [
+            picture.tobytes() for picture in same.load_images()
+        ]
 
 
 def test_what_is_written_is_told_from_what_is_not(tmp_path):
     file = tmp_path / "all.json"
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.bmp")
     file.write_text(json.dumps([{"image": "a.bmp", "caption": "red"}]))
-    (written,) = write(file, tmp_path, tmp_path / "shards")
-    (sample,) = samples(str(written), print)
+    (written,) = write_shards(file, tmp_path, tmp_path / "shards")
+    (sample,) = iterate_samples(str(written), print)
     assert set(sample.files) == {"png", "json"}
-    assert pictures.read(pictures.Encoded("", sample.files["png"])).getpixel((0, 0)) == (255, 0, 0)
+    assert load_image(EncodedImage("", sample.files["png"])).getpixel((0, 0)) == (255, 0, 0)
     file.write_text(json.dumps([{"caption": "red"}]))
     with pytest.raises(ValueError, match="entry 0: there is no 'image'"):
-        write(file, tmp_path, tmp_path / "shards")
+        write_shards(file, tmp_path, tmp_path / "shards")
     file.write_text(json.dumps([{"image": "b.jpg", "caption": "red"}]))
     with pytest.raises(FileNotFoundError, match=r"b\.jpg"):
-        write(file, tmp_path, tmp_path / "shards")
+        write_shards(file, tmp_path, tmp_path / "shards")
 
 
 def test_forms_of_samples(tmp_path):
     two = {"sentence": "both", "label": "True"}
     members = [(f"a.{place}.PNG", png(place)) for place in (10, 2)] + [("a.json", json.dumps(two).encode())]
-    (sample,) = samples(str(shard(tmp_path / "a.tar", *members)), print)
-    record = Shards((), statement).record(7, sample)
+    (sample,) = iterate_samples(str(shard(tmp_path / "a.tar", *members)), print)
+    record = Shards((), parse_statement).record(7, sample)
     assert (record.index, record.sentence, record.label) == (7, "both", 1)
-    assert [picture.getpixel((0, 0))[0] for picture in record.pictures()] == [2, 10]
+    assert [picture.getpixel((0, 0))[0] for picture in record.load_images()] == [2, 10]
 
     both = [("b/1.png", png(1)), ("b/1.txt", b" said \n"), ("b/1.json", b'{"width": 8}')]
-    (sample,) = samples(str(shard(tmp_path / "b.tar", *both)), print)
-    record = Shards((), captioned).record(0, sample)
+    (sample,) = iterate_samples(str(shard(tmp_path / "b.tar", *both)), print)
+    record = Shards((), parse_captioned).record(0, sample)
     assert (record.captions, record.id) == (("said",), "b/1")
 
 
@@ -130,9 +137,9 @@ def test_addresses():
         "a.tar::b.tar",
         "s3://b/a",
     ):
-        assert are_meant(data), data
+        assert is_shard_address(data), data
     for data in ("a.json", "tar", "synthetic:train:16000x8", "/a/b.jsonl", "a.tar.d/x.json"):
-        assert not are_meant(data), data
+        assert not is_shard_address(data), data
 
 
 @given(
@@ -240,7 +247,7 @@ def test_a_run_from_shards_goes_on_as_if_it_had_not_been_stopped(tmp_path, monke
     with pytest.raises(ValueError, match=r"data='a\.tar': samples in shards are not counted .* give steps, not epochs"):
         config("nlvr", tmp_path / "data", data="a.tar", steps=None, epochs=3)
     file = config("nlvr", tmp_path / "data").data
-    write(file, tmp_path / "data", tmp_path / "shards", per_shard=3)
+    write_shards(file, tmp_path / "data", tmp_path / "shards", per_shard=3)
     learned = {"parts": {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}, "budget": "learned"}
     changes = {"augment": True, "steps": 5, "checkpoint_every": 3, **learned}  # there are two steps in all records
     settings = config("nlvr", tmp_path / "data", data=f"{tmp_path}/shards/*.tar", **changes)

@@ -22,8 +22,8 @@ def setting(name, folder, limit=4):
     settings = config(name, folder)
     model = dense_model(settings).train()
     kind = tasks.tasks[name]
-    task = kind.of(model, tasks.Options(settings.vocabulary))
-    records = kind.read(settings.data, str(Path(settings.data).parent))
+    task = kind.from_model(model, tasks.Options(settings.vocabulary))
+    records = kind.load_records(settings.data, str(Path(settings.data).parent))
     batch, images = next(iter(Loader(records, transforms(model), limit)))
     return model, task, objective_of(task, model), batch, images
 
@@ -31,16 +31,16 @@ def setting(name, folder, limit=4):
 def test_statements_and_their_further_sentences(tmp_path):
     model, task, objective, records, images = setting("nlvr", tmp_path)
     loss = objective(model, records, images, 0)
-    ids, mask = task.words.encode([record.sentence for record in records])
+    ids, mask = task.tokenizer.encode([record.sentence for record in records])
     labels = torch.tensor([record.label for record in records])
     right = torch.nn.functional.cross_entropy(model(images, ids, mask), labels, reduction="sum")
     torch.testing.assert_close(loss.total, right)
     assert loss.count == 4
 
-    drawn = Nlvr.read("synthetic:train:3x5", "")
+    drawn = Nlvr.load_records("synthetic:train:3x5", "")
     assert [1 + len(record.more) for record in drawn] == [5, 5, 5]
     tiny = vp.create_model("blip_nlvr_tiny", pretrained=True)
-    task = Nlvr.of(tiny)
+    task = Nlvr.from_model(tiny)
     records, images = next(iter(Loader(drawn, transforms(tiny), 3)))
     found = objective_of(task, tiny)(tiny, records, images, 0)
     alone = [objective_of(task, tiny)(tiny, [record], images[i : i + 1], 0) for i, record in enumerate(records)]
@@ -53,7 +53,9 @@ def test_captions_as_the_model_costs_them(tmp_path):
     model, task, objective, records, images = setting("caption", tmp_path)
     loss = objective(model, records, images, 3)
     said = [objective.choose(record, record.captions, 3) for record in records]
-    ids, mask = task.words.encode([f"a above {text}" for text in said])  # the prompt of these models, and the caption
+    ids, mask = task.tokenizer.encode(
+        [f"a above {text}" for text in said]
+    )  # the prompt of these models, and the caption
     torch.testing.assert_close(loss.total / loss.count, model.loss(images[:, 0], ids, mask))
     assert loss.outputs.shape == (loss.count, model.decoder.bias.numel())
 
@@ -61,8 +63,8 @@ def test_captions_as_the_model_costs_them(tmp_path):
 def test_answers_as_the_model_costs_them(tmp_path):
     model, task, objective, records, images = setting("vqa", tmp_path)
     loss = objective(model, records, images, 0)
-    questions = task.words.encode([record.question for record in records])
-    answers = task.answer_words.encode(["red", "blue"] * 4)
+    questions = task.tokenizer.encode([record.question for record in records])
+    answers = task.answer_tokenizer.encode(["red", "blue"] * 4)
     weight = torch.tensor([0.7, 0.3] * 4)
     right = model.loss(images[:, 0], *questions, *answers, torch.arange(4).repeat_interleave(2), weight)
     torch.testing.assert_close(loss.total / loss.count, right)
@@ -72,7 +74,7 @@ def test_pairs_of_one_image_are_all_right(tmp_path):
     _, task, objective, records, _ = setting("retrieval", tmp_path)
     assert isinstance(objective, MomentumObjective)
     clip = vp.create_model("clip_vit_s_32_alt").train()
-    task = tasks.Retrieval.of(clip)
+    task = tasks.Retrieval.from_model(clip)
     objective, pictures = objective_of(task, clip), torch.rand(4, 1, 3, 224, 224)
     loss = objective(clip, records, pictures, 0)
     texts = task.encode([objective.choose(record, record.captions, 0) for record in records])[0]

@@ -22,7 +22,7 @@ from vltprune.training.report import curves
 from vltprune.training.report import page as report
 from vltprune.training.report.examples import Example, Said
 from vltprune.viz import charts
-from vltprune.viz.images import Fate
+from vltprune.viz.kept_tokens import TokenState
 
 NASTY = "<b>both</b> & <script>alert(1)</script>"
 
@@ -142,15 +142,15 @@ def test_blips_second_stage_is_told_of(made):
     assert "The 128 texts nearest to each image" in page
     entries = json.loads((done.folder.parent / "data" / "retrieval.json").read_text())
     model, prepare = done.model.eval(), vp.transforms(done.model)
-    words = Retrieval.of(model, Options(str(done.folder.parent / "data" / "vocab.txt"))).encode
+    words = Retrieval.from_model(model, Options(str(done.folder.parent / "data" / "vocab.txt"))).encode
     ids, mask = words([text for entry in entries for text in entry["caption"]])
     with torch.no_grad():
         pixels = torch.stack([prepare(Image.open(done.folder.parent / "data" / entry["image"])) for entry in entries])
         cosines = model.image_features(pixels) @ model.text_features(ids, mask).T
         heads = torch.stack([model(one[None], ids, mask)[:, 1] for one in pixels])
-    owners = [i for i, entry in enumerate(entries) for _ in entry["caption"]]
+    text_to_image = [i for i, entry in enumerate(entries) for _ in entry["caption"]]
     found = done.rows[-1]["matching"]
-    assert found["scores"] == pytest.approx(metrics.recalls(cosines + heads, owners))
+    assert found["scores"] == pytest.approx(metrics.recalls(cosines + heads, text_to_image))
     assert f"<td>{found['pairs']:,}</td>" in page and found["pairs"] == 8 * 16
     assert found["macs"] < found["dense_macs"]
 
@@ -231,7 +231,7 @@ def test_short_histories(made, history):
 
 def test_texts_are_escaped(made):
     _, _, _, (story, *_) = made
-    example = Example(0, NASTY, NASTY, [Said(NASTY, True)] * len(story.rows), None, [(NASTY, Fate.KEPT)])
+    example = Example(0, NASTY, NASTY, [Said(NASTY, True)] * len(story.rows), None, [(NASTY, TokenState.KEPT)])
     page = report.page(report.Story(**{**vars(story), "config": story.config.replace(val=NASTY)}), [example])
     assert NASTY not in page
     assert "<script" not in page

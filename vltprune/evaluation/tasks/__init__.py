@@ -1,7 +1,7 @@
 """The tasks that models are evaluated on, by name in the registry `tasks`."""
 
 from ...registry import tasks
-from .base import Explains, Options, Publishes, Round, Task
+from .base import EvaluationStage, Options, SupportsSubmission, SupportsUnscored, Task
 from .caption import Caption
 from .matching import Matching, rerank
 from .nlvr import Nlvr
@@ -10,13 +10,13 @@ from .vqa import Vqa
 
 __all__ = [
     "Caption",
-    "Explains",
+    "EvaluationStage",
     "Matching",
     "Nlvr",
     "Options",
-    "Publishes",
     "Retrieval",
-    "Round",
+    "SupportsSubmission",
+    "SupportsUnscored",
     "Task",
     "Vqa",
     "rerank",

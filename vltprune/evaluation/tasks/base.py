@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ...data.records import Picture, Record
-from ...data.words import WordTokenizer
+from ...data.records import ImageSource, Record
+from ...data.word_tokenizer import WordTokenizer
 from ...models.wordpiece import BERT, CLS, DEC, ENC, BlipTokenizer
 from ...utils.wrappers import record_of, unwrapped
 
@@ -38,22 +38,22 @@ DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
-class Words:
+class Tokenizer:
     """A model's way from sentences to `input_ids` and `attention_mask` [sentences, length], and from ids back."""
 
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
     decode: Callable[[Tensor], list[str]]
 
 
-class Round(Protocol[Read]):
-    """What is asked of a model, record by record. `answer` gives one row of plain JSON values a record; `score` needs
+class EvaluationStage(Protocol[Read]):
+    """What is asked of a model, record by record. `predict` gives one row of plain JSON values a record; `score` needs
     nothing but the rows of all records."""
 
-    def texts(self, records: Sequence[Read]) -> tuple[tuple[Tensor, ...], list[int]]:
+    def tokenize(self, records: Sequence[Read]) -> tuple[tuple[Tensor, ...], list[int]]:
         """The texts of a batch as the model takes them, and how many each record has."""
         ...
 
-    def answer(
+    def predict(
         self, model: Any, records: Sequence[Read], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
         """images [batch, images a record, 3, height, width]; each tower of the model is called once at most."""
@@ -64,19 +64,19 @@ class Round(Protocol[Read]):
         ...
 
 
-class Task(Round[R], Protocol[R]):
+class Task(EvaluationStage[R], Protocol[R]):
     """One task, set to one model. `vltprune.registry.tasks.register(name)` makes a class a `--task`.
 
-    One that is a `Publishes` too gets its file of results written.
+    One that is a `SupportsSubmission` too gets its file of results written.
     """
 
     @staticmethod
-    def read(data: str, images: Images, strict: bool) -> Sequence[R]:
+    def load_records(data: str, images: Images, strict: bool) -> Sequence[R]:
         """The records of an annotation file; their pictures' paths begin in the folder `images`."""
         ...
 
     @staticmethod
-    def entry(index: int, entry: Mapping[str, Any], images: Sequence[Picture]) -> R:
+    def parse_entry(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> R:
         """The record of one entry, of the form that annotation files have, with its pictures at hand (from shards).
 
         Raises one of `annotations.UNREADABLE` for another form.
@@ -84,22 +84,22 @@ class Task(Round[R], Protocol[R]):
         ...
 
     @classmethod
-    def of(cls, model: nn.Module, options: Options) -> Task[R]:
+    def from_model(cls, model: nn.Module, options: Options) -> Task[R]:
         """The task for a model, dense or pruned. ValueError for one that cannot do it, with one that can."""
         ...
 
 
 @runtime_checkable
-class Publishes(Protocol):
+class SupportsSubmission(Protocol):
     """A task whose answers are scored elsewhere too: by a data set's server, or its own evaluation code."""
 
-    def results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def submission(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The answered rows in the form that is asked for there, to be written as JSON."""
         ...
 
 
 @runtime_checkable
-class Explains(Protocol):
+class SupportsUnscored(Protocol):
     """A task whose scores may not all be had on every machine."""
 
     def unscored(self, scores: Mapping[str, float]) -> dict[str, str]:
@@ -107,14 +107,14 @@ class Explains(Protocol):
         ...
 
 
-def words_of(
+def tokenizer_for(
     host: Any,
     reader: Any,
     options: Options,
     clean: Callable[[str], str],
     first: str = CLS,
     max_length: int | None = None,
-) -> Words:
+) -> Tokenizer:
     """The words of a text tower: our closed vocabulary where it has its size, else BERT's, sentences cleaned as for BLIP.
 
     host: the dense model that the tower `reader` stands in; first, max_length: as of `BlipTokenizer.encode`, but none is
@@ -122,7 +122,7 @@ def words_of(
     """
     known, longest, closed = reader.word.num_embeddings, reader.position.num_embeddings, WordTokenizer()
     if known in (len(closed), len(closed) + 2):  # a decoder's two more begin a sentence
-        return Words(closed.encode, closed.decode)
+        return Tokenizer(closed.encode, closed.decode)
     blip = BlipTokenizer.load(options.vocabulary, max_positions=longest)
     if len(blip) != known:
         raise ValueError(
@@ -134,7 +134,7 @@ def words_of(
     def encode(sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
         return blip.encode([clean(text) for text in sentences], first=first, max_length=cut)
 
-    return Words(encode, blip.decode)
+    return Tokenizer(encode, blip.decode)
 
 
 def _check_ids(host: Any, blip: BlipTokenizer) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...data import Captioned, captions
-from ...data.annotations import captioned
+from ...data.annotations import parse_captioned
 from ...registry import tasks
 from .. import caption_metrics
-from .base import DEFAULTS, Images, Options, Words, dense, number, one_folder, words_of
+from .base import DEFAULTS, Images, Options, Tokenizer, dense, number, one_folder, tokenizer_for
 
 _COCO = re.compile(r"COCO_[a-z]+\d+_0*(\d+)\.jpg$")  # the files of COCO carry the ids of its images
 
@@ -24,38 +24,38 @@ _COCO = re.compile(r"COCO_[a-z]+\d+_0*(\d+)\.jpg$")  # the files of COCO carry t
 class Caption:
     """BLEU, ROUGE-L, CIDEr, SPICE of one caption an image, by models whose `generate` continues a `prompt` (BlipCaption).
 
-    Where a scorer cannot run there is no score, and `unscored` tells why; `results` is what COCO's evaluation code and
+    Where a scorer cannot run there is no score, and `unscored` tells why; `submission` is what COCO's evaluation code and
     server take.
     """
 
-    words: Words
+    tokenizer: Tokenizer
     prompt: int  # how many tokens of a caption are not the model's
 
     @staticmethod
-    def read(data: str, images: Images, strict: bool = False) -> Sequence[Captioned]:
+    def load_records(data: str, images: Images, strict: bool = False) -> Sequence[Captioned]:
         return captions(data, one_folder(images), strict=strict)
 
-    entry = staticmethod(captioned)
+    parse_entry = staticmethod(parse_captioned)
 
     @classmethod
-    def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Caption:
+    def from_model(cls, model: nn.Module, options: Options = DEFAULTS) -> Caption:
         """ValueError as of `Task`. Warns, before the work begins, where captions will be written and not scored."""
         host = dense(model)
         if not (hasattr(host, "prompt") and hasattr(host, "generate")):
             raise ValueError(f"caption asks for captions, and a {type(host).__name__} writes none: use a blip_caption")
         if missing := caption_metrics.caption_scorer_lacks():
             warnings.warn(f"captions are written, and not scored: {missing}", stacklevel=2)
-        return cls(words_of(host, host.decoder.body, options, str), len(host.prompt))
+        return cls(tokenizer_for(host, host.decoder.body, options, str), len(host.prompt))
 
-    def texts(self, records: Sequence[Captioned]) -> tuple[tuple[Tensor, ...], list[int]]:
+    def tokenize(self, records: Sequence[Captioned]) -> tuple[tuple[Tensor, ...], list[int]]:
         return (), [1] * len(records)
 
-    def answer(
+    def predict(
         self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
-        written = self.words.decode(model.generate(images[:, 0])[:, self.prompt :])
+        written = self.tokenizer.decode(model.generate(images[:, 0])[:, self.prompt :])
         return [
-            {"id": record.id, "given": record.given, "caption": text, "captions": list(record.captions)}
+            {"id": record.id, "original_id": record.original_id, "caption": text, "captions": list(record.captions)}
             for text, record in zip(written, records, strict=True)
         ]
 
@@ -73,15 +73,15 @@ class Caption:
             return {"captions": caption_metrics.caption_scorer_lacks() or "there were none"}
         return {} if "SPICE" in scores else {"SPICE": caption_metrics.spice_lacks() or "its program failed"}
 
-    def results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def submission(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """COCO's form: `image_id`, as it was given, and `caption`, of each image."""
         return [{"image_id": _image_id(row), "caption": row["caption"]} for row in rows]
 
 
 def _image_id(row: Mapping[str, Any]) -> str | int | float:
     """As the annotations have it; where they have none, COCO's number out of the image's path, or the path."""
-    given = row.get("given")
-    if given is not None:
-        return given
+    original_id = row.get("original_id")
+    if original_id is not None:
+        return original_id
     found = _COCO.search(row["id"])
     return number(found[1] if found else row["id"])

@@ -41,13 +41,13 @@ class Matching:
 
     encode      captions to `input_ids` and `attention_mask`
     records     those that have features, in the order of the similarity's rows
-    similarity  [images, texts]; owners [texts], the row of each text's image
+    similarity  [images, texts]; text_to_image [texts], the row of each text's image
     """
 
     encode: Callable[[Sequence[str]], tuple[Tensor, ...]]
     records: Sequence[Captioned]
     similarity: Tensor
-    owners: Sequence[int]
+    text_to_image: Sequence[int]
     most: int
 
     @property
@@ -70,11 +70,11 @@ class Matching:
                 found.append(Pairs(len(found), record.images, row, texts))
         return found
 
-    def texts(self, records: Sequence[Pairs]) -> tuple[tuple[Tensor, ...], list[int]]:
+    def tokenize(self, records: Sequence[Pairs]) -> tuple[tuple[Tensor, ...], list[int]]:
         wanted = [self._captions[text] for record in records for text in record.texts.tolist()]
         return self.encode(wanted), [len(record.texts) for record in records]
 
-    def answer(
+    def predict(
         self, model: Any, records: Sequence[Pairs], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
         """As of `Task`, for one image at a time or images with equally many texts."""
@@ -92,7 +92,7 @@ class Matching:
         for row in rows:
             judged[row["image"], unpack(row["texts"], torch.int32).long()] = unpack(row["match"])
         by_image, by_text = rerank(self.similarity, lambda images, texts: judged[images, texts], self.most)
-        return metrics.recalls(by_image, self.owners, by_text=by_text)
+        return metrics.recalls(by_image, self.text_to_image, by_text=by_text)
 
     @cached_property
     def _captions(self) -> list[str]:
@@ -104,7 +104,7 @@ def rerank(similarity: Tensor, match: Match, most: int = 256) -> tuple[Tensor, T
 
     similarity [images, texts]; match(rows of images, rows of texts) -> [pairs], added to the similarity; most: how many
     nearest are judged (BLIP: 256 on COCO, 128 on Flickr30k). Returns what ranks texts for an image and what ranks images
-    for a text, both [images, texts], for `metrics.recalls(first, owners, by_text=second)`; pairs not judged come last.
+    for a text, both [images, texts], for `metrics.recalls(first, text_to_image, by_text=second)`; pairs not judged come last.
     ValueError for similarities, and FloatingPointError for matches, that are NaN or infinite.
     """
     if not similarity.isfinite().all():

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...data import Statement, SyntheticStatements, nlvr2
-from ...data.annotations import statement
+from ...data import Statement, SyntheticNLVR, nlvr2
+from ...data.annotations import parse_statement
 from ...models.wordpiece import ENC, clean_caption
 from ...registry import tasks
 from .. import metrics
-from .base import DEFAULTS, Images, Options, Words, dense, finite, one_folder, words_of
+from .base import DEFAULTS, Images, Options, Tokenizer, dense, finite, one_folder, tokenizer_for
 
 SYNTHETIC, _PAIRS = "synthetic:", 1800
 _WORDS = 40  # what BLIP cuts NLVR2's sentences at
@@ -25,29 +25,29 @@ _WORDS = 40  # what BLIP cuts NLVR2's sentences at
 class Nlvr:
     """Accuracy of true and false, by the models whose call gives those two logits (BlipNlvr)."""
 
-    words: Words
+    tokenizer: Tokenizer
 
     @staticmethod
-    def read(data: str, images: Images, strict: bool = False) -> Sequence[Statement]:
+    def load_records(data: str, images: Images, strict: bool = False) -> Sequence[Statement]:
         """An annotation file of NLVR2, or drawn pairs, which need no `images`: "synthetic:SPLIT", the first 1,800, or
         "synthetic:SPLIT:PAIRS", "synthetic:SPLIT:PAIRSxSENTENCES". ValueError for another form."""
         if data.startswith(SYNTHETIC):
             return _drawn(data)
         return nlvr2(data, one_folder(images), strict=strict)
 
-    entry = staticmethod(statement)
+    parse_entry = staticmethod(parse_statement)
 
     @classmethod
-    def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Nlvr:
+    def from_model(cls, model: nn.Module, options: Options = DEFAULTS) -> Nlvr:
         host = dense(model)
         if getattr(host, "images_per_sentence", 1) != 2:
             raise ValueError(f"nlvr asks about two images, and a {type(host).__name__} reads one: use a blip_nlvr")
-        return cls(words_of(host, host.text, options, lambda text: clean_caption(text, _WORDS), ENC))
+        return cls(tokenizer_for(host, host.text, options, lambda text: clean_caption(text, _WORDS), ENC))
 
-    def texts(self, records: Sequence[Statement]) -> tuple[tuple[Tensor, ...], list[int]]:
-        return self.words.encode([record.sentence for record in records]), [1] * len(records)
+    def tokenize(self, records: Sequence[Statement]) -> tuple[tuple[Tensor, ...], list[int]]:
+        return self.tokenizer.encode([record.sentence for record in records]), [1] * len(records)
 
-    def answer(
+    def predict(
         self, model: Any, records: Sequence[Statement], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
         chances = finite(model(images, *texts), records, "logits").softmax(-1)[:, 1].tolist()
@@ -57,9 +57,9 @@ class Nlvr:
         return {"accuracy": metrics.accuracy([row["chance"] for row in rows], [row["label"] for row in rows])}
 
 
-def _drawn(data: str) -> SyntheticStatements:
+def _drawn(data: str) -> SyntheticNLVR:
     found = re.fullmatch(rf"{SYNTHETIC}(\w+)(?::(\d+)(?:x(\d+))?)?", data)
     if found is None:
         raise ValueError(f"{data!r}: write synthetic:SPLIT, such as synthetic:test, or synthetic:train:16000x8")
     split, pairs, sentences = found.groups()
-    return SyntheticStatements(split, int(pairs or _PAIRS), sentences=int(sentences or 1))
+    return SyntheticNLVR(split, int(pairs or _PAIRS), sentences=int(sentences or 1))

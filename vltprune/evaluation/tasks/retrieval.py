@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ...data import Captioned, captions
-from ...data.annotations import captioned
+from ...data.annotations import parse_captioned
 from ...io.checkpoint import Recipe
 from ...models.factory import CONFIGURED, open_clip_name
 from ...models.wordpiece import clean_caption, well_formed
 from ...registry import tasks
 from .. import metrics
-from .base import DEFAULTS, LONGEST, Images, Options, dense, finite, one_folder, pack, unpack, words_of
+from .base import DEFAULTS, LONGEST, Images, Options, dense, finite, one_folder, pack, tokenizer_for, unpack
 from .matching import Matching
 
 
@@ -38,30 +38,30 @@ class Retrieval:
     has_head: bool = False
 
     @staticmethod
-    def read(data: str, images: Images, strict: bool = False) -> Sequence[Captioned]:
+    def load_records(data: str, images: Images, strict: bool = False) -> Sequence[Captioned]:
         return captions(data, one_folder(images), strict=strict)
 
-    entry = staticmethod(captioned)
+    parse_entry = staticmethod(parse_captioned)
 
     @classmethod
-    def of(cls, model: nn.Module, options: Options = DEFAULTS) -> Retrieval:
+    def from_model(cls, model: nn.Module, options: Options = DEFAULTS) -> Retrieval:
         host = dense(model)
         recipe = getattr(host, "recipe", None)
         if hasattr(host, "encode_image") and recipe is not None:
             tokenize = _tokenizer(recipe)
             return cls(lambda texts: (tokenize([*map(well_formed, texts)]),), _clip_image, _clip_text)
         if hasattr(host, "match"):
-            words = words_of(host, host.text, options, clean_caption, max_length=LONGEST)
-            return cls(words.encode, _blip_image, _blip_text, has_head=True)
+            tokenizer = tokenizer_for(host, host.text, options, clean_caption, max_length=LONGEST)
+            return cls(tokenizer.encode, _blip_image, _blip_text, has_head=True)
         raise ValueError(
             f"retrieval compares features of images and texts, and a {type(host).__name__} has none that were trained for "
             "it: use a model of open_clip by name, such as clip_vit_b_32, or a blip_retrieval"
         )
 
-    def texts(self, records: Sequence[Captioned]) -> tuple[tuple[Tensor, ...], list[int]]:
+    def tokenize(self, records: Sequence[Captioned]) -> tuple[tuple[Tensor, ...], list[int]]:
         return self.encode([text for r in records for text in r.captions]), [len(r.captions) for r in records]
 
-    def answer(
+    def predict(
         self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
         counts = [len(record.captions) for record in records]

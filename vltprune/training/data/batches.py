@@ -97,7 +97,7 @@ class Batches(ABC, Generic[R]):
                 record = self._record(one)
                 if self.check is not None:
                     self.check(record)
-                return record, record.prepared(partial(self._prepare, rng)), lost
+                return record, record.load_tensor(partial(self._prepare, rng)), lost
             except (OSError, ValueError) as error:
                 lost.append(self._lost(one, error))
         raise OSError(f"{TRIES} records in a row cannot be opened; the last: {lost[-1]}")

@@ -31,16 +31,16 @@ def calls_of(
             continue
         some, images = list(map(list, zip(*there, strict=True)))
         images = torch.stack(images)
-        texts = tuple(text.to(device) for text in task.texts(some)[0])
-        calls.append(partial(task.answer, records=some, images=images.to(device), texts=texts))
+        texts = tuple(text.to(device) for text in task.tokenize(some)[0])
+        calls.append(partial(task.predict, records=some, images=images.to(device), texts=texts))
     return calls
 
 
 def _opened(task: Any, record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
     """The images of a record, None where they cannot be opened, or its texts have no token ids."""
     try:
-        task.texts([record])
-        return record.prepared(prepare)
+        task.tokenize([record])
+        return record.load_tensor(prepare)
     except (OSError, ValueError):
         return None
 

@@ -12,7 +12,7 @@ from itertools import count, islice
 import numpy as np
 
 from ...data.records import R
-from ...data.shards import Lost, Sample, Shards, samples
+from ...data.shards import Sample, Shards, SkippedSample, iterate_samples
 from .batches import TRIES, Batches, Opened
 
 Numbered = tuple[int, Sample]  # a sample, and how many the run has drawn before it
@@ -30,7 +30,7 @@ class ShardDraws(Batches[R]):
       read less, and together see other batches than one process does.
     - a run that goes on reads again what it had read, without decoding it, and throws it away.
 
-    buffer: samples, as they are in the files, that shuffling holds in memory. Raises as `samples`; OSError too where an
+    buffer: samples, as they are in the files, that shuffling holds in memory. Raises as `iterate_samples`; OSError too where an
     epoch has no sample.
     """
 
@@ -46,7 +46,7 @@ class ShardDraws(Batches[R]):
             for number, sample in enumerate(epoch):
                 try:
                     record = self._record((number, sample))
-                    record.pictures()
+                    record.load_images()
                     found.append(record)
                 except OSError as error:
                     self._note(self._lost((number, sample), error))
@@ -92,15 +92,15 @@ class ShardDraws(Batches[R]):
         from webdataset import filters  # of the extra `train`
 
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.records.names))
-        read = (sample for place in order for sample in samples(self.records.names[place], self._note))
+        read = (sample for place in order for sample in iterate_samples(self.records.names[place], self._note))
         shuffle = filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(f"{self.seed} {epoch}"))
         return shuffle(read)
 
     def _record(self, one: Numbered) -> R:
         return self.records.record(*one)
 
-    def _lost(self, one: Numbered, error: Exception) -> Lost:
-        return Lost(one[1].shard, one[1].key, str(error))
+    def _lost(self, one: Numbered, error: Exception) -> SkippedSample:
+        return SkippedSample(one[1].shard, one[1].key, str(error))
 
     def _nothing(self) -> OSError:
         last = f"; the last: {self.skipped[-1]}" if self.skipped else ""

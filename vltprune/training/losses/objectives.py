@@ -73,11 +73,11 @@ class NlvrObjective(Objective):
     images = 2
 
     def check(self, record: Statement) -> None:
-        self.task.words.encode([record.sentence, *(sentence for sentence, _ in record.more)])
+        self.task.tokenizer.encode([record.sentence, *(sentence for sentence, _ in record.more)])
 
     def forward(self, model: Any, records: Sequence[Statement], images: Tensor, step: int) -> Loss:
         said = [one for record in records for one in ((record.sentence, record.label), *record.more)]
-        ids, mask = self.encode(self.task.words, [sentence for sentence, _ in said], images)
+        ids, mask = self.encode(self.task.tokenizer, [sentence for sentence, _ in said], images)
         labels = torch.tensor([label for _, label in said], device=images.device)
         logits = model(images, ids, mask)
         return Loss(F.cross_entropy(logits, labels, reduction="sum"), _number(len(said), images), logits)
@@ -91,7 +91,7 @@ class CaptionObjective(Objective):
         self.longest = dense(model).decoder.body.position.num_embeddings
 
     def check(self, record: Captioned) -> None:
-        ids, _ = self.task.words.encode([clean_caption(text, _WORDS) for text in record.captions])
+        ids, _ = self.task.tokenizer.encode([clean_caption(text, _WORDS) for text in record.captions])
         length = ids.shape[1] + self.task.prompt - 1  # the prompt's first token is the caption's own
         if length > self.longest:
             raise ValueError(
@@ -100,7 +100,7 @@ class CaptionObjective(Objective):
 
     def forward(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Loss:
         texts = [clean_caption(self.choose(record, record.captions, step), _WORDS) for record in records]
-        ids, mask = self.encode(self.task.words, texts, images)
+        ids, mask = self.encode(self.task.tokenizer, texts, images)
         prompt = torch.tensor(dense(model).prompt[1:], device=images.device).expand(len(ids), -1)
         ids, mask = (
             torch.cat([one[:, :1], new, one[:, 1:]], 1) for one, new in ((ids, prompt), (mask, torch.ones_like(prompt)))
@@ -116,14 +116,14 @@ class VqaObjective(Objective):
     def check(self, record: Question) -> None:
         if not record.answers:
             raise ValueError("its answers are held back: there is nothing to learn")
-        self.task.words.encode([record.question])
-        self.task.answer_words.encode([*_answers(record)])
+        self.task.tokenizer.encode([record.question])
+        self.task.answer_tokenizer.encode([*_answers(record)])
 
     def forward(self, model: Any, records: Sequence[Question], images: Tensor, step: int) -> Loss:
-        ids, mask = self.encode(self.task.words, [record.question for record in records], images)
+        ids, mask = self.encode(self.task.tokenizer, [record.question for record in records], images)
         rows = [(i, answer, w) for i, record in enumerate(records) for answer, w in _answers(record).items()]
         question, answers, shares = zip(*rows, strict=True)
-        answer_ids, answer_mask = self.encode(self.task.answer_words, answers, images)
+        answer_ids, answer_mask = self.encode(self.task.answer_tokenizer, answers, images)
         about = torch.tensor(question, device=images.device)
         logits = model(images[:, 0], ids, mask, answer_ids, answer_mask, about)
         costs, _ = next_token_costs(logits, answer_ids, answer_mask, smoothing=_SMOOTHING)
@@ -212,7 +212,7 @@ def objective_of(task: Any, model: nn.Module, seed: int = 0) -> Objective:
 
 def _answers(record: Question) -> Mapping[str, float]:
     """What is to be said, and how much each counts."""
-    return {", ".join(record.answers): record.share} if record.together else record.weights
+    return {", ".join(record.answers): record.weight} if record.is_answer_set else record.answer_weights
 
 
 def _number(n: int, like: Tensor) -> Tensor:

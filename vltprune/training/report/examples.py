@@ -21,7 +21,7 @@ from ...evaluation.tasks.base import unpack
 from ...io.preprocessing import transforms
 from ...pruning.trace import PruneTrace, collect
 from ...utils.modes import evaluating
-from ...viz import images as visualize
+from ...viz import kept_tokens
 
 Rows = Sequence[Mapping[str, Any]]  # of an evaluation, one a record
 
@@ -44,7 +44,7 @@ class Example:
     truth: str
     said: Sequence[Said]
     film: Image.Image | None
-    words: Sequence[tuple[str, visualize.Fate]]
+    words: Sequence[tuple[str, kept_tokens.TokenState]]
 
 
 def examples(
@@ -67,32 +67,34 @@ def examples(
 
 
 @torch.no_grad()
-def _looked(task: Any, model: nn.Module, record: Record) -> tuple[Image.Image | None, list[tuple[str, visualize.Fate]]]:
+def _looked(
+    task: Any, model: nn.Module, record: Record
+) -> tuple[Image.Image | None, list[tuple[str, kept_tokens.TokenState]]]:
     """What became of one record's pictures and of its first text, as the model answers it."""
     prepare, device = transforms(model), next(model.parameters()).device
-    images = record.prepared(prepare)
-    texts, _ = task.texts([record])
+    images = record.load_tensor(prepare)
+    texts, _ = task.tokenize([record])
     with evaluating(model), collect(threads=False) as traces:
-        task.answer(model, [record], images[None].to(device), tuple(text.to(device) for text in texts))
+        task.predict(model, [record], images[None].to(device), tuple(text.to(device) for text in texts))
     towers = {trace.tower: trace for trace in traces}
 
     seen = [prepare.seen(image) for image in images]
-    film = visualize.films(seen, towers["image"]) if "image" in towers else None
+    film = kept_tokens.record_strip(seen, towers["image"]) if "image" in towers else None
     return film, _words(task, towers["text"], texts) if "text" in towers else []
 
 
-def _words(task: Any, trace: PruneTrace, texts: tuple[Tensor, ...]) -> list[tuple[str, visualize.Fate]]:
+def _words(task: Any, trace: PruneTrace, texts: tuple[Tensor, ...]) -> list[tuple[str, kept_tokens.TokenState]]:
     """The first text's pieces, and what had become of each behind the last layer; none where a task cannot spell ids."""
-    spell = getattr(getattr(task, "words", None), "decode", None)
+    spell = getattr(getattr(task, "tokenizer", None), "decode", None)
     if spell is None or len(texts) != 2:
         return []
     ids = texts[0][0][texts[1][0].bool()]
     free = trace.entered.free[trace.entered.layout.instance == 0].cpu()
     if len(ids) != len(free):
         return []
-    fates = visualize.fates_of(trace, 0)[-1].tolist()
+    fates = kept_tokens.instance_states(trace, 0)[-1].tolist()
     pieces = spell(ids[free][:, None])
-    return [(piece, visualize.Fate(fate)) for piece, fate in zip(pieces, fates, strict=True) if piece]
+    return [(piece, kept_tokens.TokenState(fate)) for piece, fate in zip(pieces, fates, strict=True) if piece]
 
 
 def _judged(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Said]:
@@ -105,7 +107,7 @@ def _judged(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Said]:
 
 def _answered(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Said]:
     """By VQA accuracy, right where anybody said the same; not judged where answers are one's, or belong together."""
-    people = [len(row["answers"]) > 1 and not row["together"] for row in chosen]
+    people = [len(row["answers"]) > 1 and not row["is_answer_set"] for row in chosen]
     return [
         Said(row["answer"], metrics.vqa_accuracy(row["answer"], row["answers"]) > 0 if several else None)
         for row, several in zip(chosen, people, strict=True)

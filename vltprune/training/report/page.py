@@ -283,18 +283,18 @@ def _pictures(story: Story, shown: Sequence[Example], missing: str) -> list[str]
     if not shown:
         return [html.card(f"No pictures: {escape(missing or 'no record was answered at every cost')}.")]
     name = story.names[story.asked]
-    head = f"<p>{_PICTURES.format(count=len(shown), name=escape(name))}</p>{html.fates()}"
+    head = f"<p>{_PICTURES.format(count=len(shown), name=escape(name))}</p>{html.state_legend()}"
     return [head, *(html.card(_example(example, story)) for example in shown)]
 
 
 def _example(example: Example, story: Story) -> str:
     asked = f'<div class="sentence">&ldquo;{escape(example.asked)}&rdquo;</div>' if example.asked else ""
     answers = [[html.answer(said.text, said.right) for said in example.said]]
-    film = "" if example.film is None else html.film(story.names[story.asked], example.film)
+    film = "" if example.film is None else html.strip_image(story.names[story.asked], example.film)
     return (
         f'{asked}<div class="quiet">record {example.index} &middot; in truth: <b>{escape(example.truth)}</b></div>'
         f'<div class="answers">{html.table(story.names, answers)}</div>'
-        f"{html.words([(word, fate.name) for word, fate in example.words])}{film}"
+        f"{html.word_states([(word, fate.name) for word, fate in example.words])}{film}"
     )
 
 

@@ -30,50 +30,50 @@ _TURNS = {
 _FILTERS = threading.Lock()
 
 
-class PictureError(OSError):
+class ImageError(OSError):
     """A picture that cannot be read: missing, damaged, too large, or of no format that Pillow knows. Its message names it."""
 
 
-class PictureNotFoundError(PictureError, FileNotFoundError):
+class ImageNotFoundError(ImageError, FileNotFoundError):
     """A picture whose file does not exist."""
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedImage:
     """A picture's file as bytes. name: what to call it in messages."""
 
     name: str
     data: bytes = field(repr=False)
 
 
-def read(file: str | Path | Encoded | np.ndarray) -> Image.Image:
+def load_image(file: str | Path | EncodedImage | np.ndarray) -> Image.Image:
     """The picture as RGB, turned as its EXIF data ask; what is transparent becomes white, 16 bits become 8.
 
     file: a path, a file's bytes, or pixels, uint8 [height, width, 3]. Of a picture with several frames the first is read.
-    Metadata that are damaged are ignored. Raises PictureError, an OSError that names the file, and nothing else.
+    Metadata that are damaged are ignored. Raises ImageError, an OSError that names the file, and nothing else.
     """
     try:
         return _rgb(Image.fromarray(file)) if isinstance(file, np.ndarray) else _decoded(file)
-    except PictureError:
+    except ImageError:
         raise
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
-        raise PictureError(f"cannot read {_name(file)} as a picture: {_reason(error)}") from error
+        raise ImageError(f"cannot read {_name(file)} as a picture: {_reason(error)}") from error
 
 
-def prepared(file: str | Path | Encoded | np.ndarray, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
+def load_tensor(file: str | Path | EncodedImage | np.ndarray, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
     """The picture as a model takes it. prepare: an RGB picture to [3, height, width], as `vltprune.transforms` gives it.
 
-    PictureError as of `read`, and for a picture that `prepare` refuses, such as one so thin that nothing is left of it.
+    ImageError as of `load_image`, and for a picture that `prepare` refuses, such as one so thin that nothing is left of it.
     """
-    picture = read(file)
+    picture = load_image(file)
     try:
         return prepare(picture)
     except Exception as error:
         size = f"{picture.width} x {picture.height} pixels"
-        raise PictureError(f"cannot prepare {_name(file)}, {size}, for the model: {_reason(error)}") from error
+        raise ImageError(f"cannot prepare {_name(file)}, {size}, for the model: {_reason(error)}") from error
 
 
-def listing(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path) -> list[Path]:
     """The pictures of a folder by suffix, sorted, subfolders left out. ValueError for none, OSError for no folder."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -84,13 +84,13 @@ def listing(folder: str | Path) -> list[Path]:
     return files
 
 
-def _name(file: str | Path | Encoded | np.ndarray) -> str:
+def _name(file: str | Path | EncodedImage | np.ndarray) -> str:
     if isinstance(file, np.ndarray):
         return f"an array {list(file.shape)} of {file.dtype}"
-    return file.name if isinstance(file, Encoded) else str(file)
+    return file.name if isinstance(file, EncodedImage) else str(file)
 
 
-def _decoded(file: str | Path | Encoded) -> Image.Image:
+def _decoded(file: str | Path | EncodedImage) -> Image.Image:
     try:
         return _opened(file)
     except Image.DecompressionBombWarning:
@@ -102,17 +102,17 @@ def _decoded(file: str | Path | Encoded) -> Image.Image:
             return _opened(file)
 
 
-def _opened(file: str | Path | Encoded) -> Image.Image:
+def _opened(file: str | Path | EncodedImage) -> Image.Image:
     with Image.open(_source(file)) as picture:
         return _rgb(_upright(picture))
 
 
-def _source(file: str | Path | Encoded) -> Path | io.BytesIO:
-    if isinstance(file, Encoded):
+def _source(file: str | Path | EncodedImage) -> Path | io.BytesIO:
+    if isinstance(file, EncodedImage):
         return io.BytesIO(file.data)
     path = Path(file)
     if not path.is_file():
-        raise PictureNotFoundError(f"there is no picture {path}" + (" (it is a folder)" if path.is_dir() else ""))
+        raise ImageNotFoundError(f"there is no picture {path}" + (" (it is a folder)" if path.is_dir() else ""))
     return path
 
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vltprune.data import Loader, Record, pictures
-from vltprune.data.pictures import Encoded, PictureError
+from vltprune.data import Loader, Record
+from vltprune.data.images import EncodedImage, ImageError, load_image
 from vltprune.training.data.calibration import calls_of
 from vltprune.training.data.sampler import Draws
 
@@ -40,7 +40,7 @@ def every_format() -> dict[str, bytes]:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of formats that Pillow will give up
                     data = encoded(Image.fromarray(PIXELS).convert(mode), kind)
-                pictures.read(Encoded(kind, data))
+                load_image(EncodedImage(kind, data))
             except (OSError, KeyError, ValueError):
                 continue
             made[kind] = data
@@ -66,8 +66,8 @@ def test_damage_of_any_kind_is_a_picture_error_or_a_picture(kind, seed):
             data[rng.randrange(min(len(data), rng.choice((32, 256, len(data)))))] = rng.randrange(256)
     complaint = ""
     try:
-        picture = pictures.read(Encoded("it.bin", bytes(data)))
-    except PictureError as error:
+        picture = load_image(EncodedImage("it.bin", bytes(data)))
+    except ImageError as error:
         complaint = str(error)
     if complaint:
         assert complaint.startswith("cannot read it.bin as a picture: ") and "0x" not in complaint
@@ -106,8 +106,8 @@ def test_whatever_a_decoder_raises(raised, where, tmp_path, monkeypatch):
     monkeypatch.setattr(owner, where, fail)
     if where == "load":
         monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
-    with pytest.raises(PictureError, match=r"cannot read .*a\.png as a picture: \w+"):
-        pictures.read(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"cannot read .*a\.png as a picture: \w+"):
+        load_image(tmp_path / "a.png")
 
 
 def exif(orientation: int, *more: tuple[int, int, int, int]) -> bytes:
@@ -138,7 +138,7 @@ def test_a_sound_picture_with_an_ill_typed_tag_is_turned_and_read(broken, kind, 
     data = encoded(Image.fromarray(LEFT_HALF_RED), kind, exif=exif(6, ILL_TYPED[broken]))
     with warnings.catch_warnings():
         warnings.simplefilter(filters)
-        picture = pictures.read(Encoded("a", data))
+        picture = load_image(EncodedImage("a", data))
     assert picture.size == (16, 48)
     assert picture.getpixel((8, 4))[0] > 200 and picture.getpixel((8, 44))[0] < 60
 
@@ -162,13 +162,13 @@ def test_where_the_orientation_is_broken_the_picture_is_read_as_it_lies(damaged,
     data = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(damaged) + 2) + damaged + whole[2:]
     with warnings.catch_warnings():
         warnings.simplefilter(filters)
-        assert pictures.read(Encoded("a", data)).size == (32, 24)
+        assert load_image(EncodedImage("a", data)).size == (32, 24)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_all_eight_orientations(orientation):
     data = encoded(Image.fromarray(LEFT_HALF_RED), "PNG", exif=exif(orientation))
-    picture = np.asarray(pictures.read(Encoded("a", data)))[..., 0] > 0
+    picture = np.asarray(load_image(EncodedImage("a", data)))[..., 0] > 0
     wide = orientation < 5
     assert picture.shape == ((16, 48) if wide else (48, 16))
     first = picture[:, :24] if wide else picture[:24]
@@ -186,7 +186,7 @@ def test_all_eight_orientations(orientation):
     ids=["F", "I;16", "I", "F of nothing"],
 )
 def test_wide_pixels(picture, wanted):
-    read = pictures.read(Encoded("a", encoded(picture, "TIFF")))
+    read = load_image(EncodedImage("a", encoded(picture, "TIFF")))
     assert np.asarray(read)[0].tolist() == [[level] * 3 for level in wanted]
 
 
@@ -194,7 +194,7 @@ def test_transparent_palettes_become_white():
     palette = Image.fromarray(PIXELS).convert("P")
     for transparency in (palette.getpixel((0, 0)), bytes(256)):
         data = encoded(palette, "PNG", transparency=transparency)
-        assert pictures.read(Encoded("a", data)).getpixel((0, 0)) == (255, 255, 255)
+        assert load_image(EncodedImage("a", data)).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_of_several_frames_the_first_is_read():
@@ -202,32 +202,32 @@ def test_of_several_frames_the_first_is_read():
     for kind in ("GIF", "TIFF", "WEBP", "PNG"):
         options = {"lossless": True} if kind == "WEBP" else {}
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-        assert pictures.read(Encoded("a", data)).getpixel((2, 2)) == (255, 0, 0)
+        assert load_image(EncodedImage("a", data)).getpixel((2, 2)) == (255, 0, 0)
 
 
 def test_pictures_of_no_or_too_many_pixels(monkeypatch):
     for size in ((0, 5), (5, 0)):
-        with pytest.raises(PictureError, match="as a picture"):
-            pictures.read(Encoded("a", b"P6 %d %d 255\n" % size))
+        with pytest.raises(ImageError, match="as a picture"):
+            load_image(EncodedImage("a", b"P6 %d %d 255\n" % size))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # 768 are more, and not twice as many
-    with pytest.raises(PictureError, match="decompression bomb"):
-        pictures.read(Encoded("a", FORMATS["PNG"]))
+    with pytest.raises(ImageError, match="decompression bomb"):
+        load_image(EncodedImage("a", FORMATS["PNG"]))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(PictureError, match="decompression bomb"):
-        pictures.read(Encoded("a", FORMATS["PNG"]))
+    with pytest.raises(ImageError, match="decompression bomb"):
+        load_image(EncodedImage("a", FORMATS["PNG"]))
 
 
 def test_names_that_no_disk_takes(tmp_path):
     for name in ("a\0b.png", "half \ud83d.png", "long" * 100, "missing.png"):
-        with pytest.raises(PictureError, match="picture"):
-            pictures.read(tmp_path / name)
+        with pytest.raises(ImageError, match="picture"):
+            load_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="there is no picture"):
-        pictures.read(tmp_path / "missing.png")
+        load_image(tmp_path / "missing.png")
 
 
 def test_arrays_that_are_no_pixels():
-    with pytest.raises(PictureError, match=r"cannot read an array \[2, 2, 2, 2\] of float64"):
-        pictures.read(np.zeros((2, 2, 2, 2)))
+    with pytest.raises(ImageError, match=r"cannot read an array \[2, 2, 2, 2\] of float64"):
+        load_image(np.zeros((2, 2, 2, 2)))
 
 
 def thin(picture: Image.Image) -> torch.Tensor:
@@ -265,10 +265,10 @@ def test_training_draws_others_instead(records):
 
 def test_calls_leave_them_out(records):
     class Looks:
-        def texts(self, some):
+        def tokenize(self, some):
             return (), [1] * len(some)
 
-        def answer(self, model, records, images, texts):
+        def predict(self, model, records, images, texts):
             return [record.index for record in records]
 
     (call,) = calls_of(Looks(), records, thin)

@@ -19,7 +19,7 @@ _TINT = np.array((0, 122, 128), np.float32)
 _GAP, _LABEL = 6, 18  # pixels: between pictures, and under each for its label
 
 
-class Fate(enum.IntEnum):
+class TokenState(enum.IntEnum):
     """What became of a token that entered the tower."""
 
     DROPPED = 0
@@ -27,8 +27,8 @@ class Fate(enum.IntEnum):
     KEPT = 2
 
 
-def fates(trace: PruneTrace) -> Tensor:
-    """The Fate of every token that entered, after each block: [depths, entered total] uint8.
+def token_states(trace: PruneTrace) -> Tensor:
+    """The TokenState of every token that entered, after each block: [depths, entered total] uint8.
 
     A token is merged once its contents live on in a row that it shares with others.
     """
@@ -37,15 +37,15 @@ def fates(trace: PruneTrace) -> Tensor:
         owner = trace.owners(depth)
         there = owner >= 0
         crowd = torch.bincount(owner[there], minlength=sum(step.lengths))
-        fate = torch.where(crowd[owner.clamp(min=0)] > 1, Fate.MERGED, Fate.KEPT)
-        rows.append(torch.where(there, fate, Fate.DROPPED).to(torch.uint8))
+        fate = torch.where(crowd[owner.clamp(min=0)] > 1, TokenState.MERGED, TokenState.KEPT)
+        rows.append(torch.where(there, fate, TokenState.DROPPED).to(torch.uint8))
     return torch.stack(rows)
 
 
-def fates_of(trace: PruneTrace, instance: int) -> np.ndarray:
+def instance_states(trace: PruneTrace, instance: int) -> np.ndarray:
     """The fates of one instance's unprotected tokens, in their order (of an image: its patches): uint8 [depths, n]."""
     columns = (trace.entered.layout.instance == instance) & trace.entered.free
-    return fates(trace)[:, columns].cpu().numpy()
+    return token_states(trace)[:, columns].cpu().numpy()
 
 
 def grid(patches: int, width: int, height: int) -> tuple[int, int]:
@@ -64,11 +64,13 @@ def overlay(picture: Image.Image, fate: np.ndarray) -> Image.Image:
 
     pixels = np.asarray(picture.convert("RGB"), np.float32)
     grey = pixels.mean(-1, keepdims=True)
-    dimmed = np.where(mask == Fate.MERGED, 0.35 * grey + 0.45 * _TINT, 0.13 * grey)
-    return Image.fromarray(np.where(mask == Fate.KEPT, pixels, dimmed).astype(np.uint8))
+    dimmed = np.where(mask == TokenState.MERGED, 0.35 * grey + 0.45 * _TINT, 0.13 * grey)
+    return Image.fromarray(np.where(mask == TokenState.KEPT, pixels, dimmed).astype(np.uint8))
 
 
-def film(picture: Image.Image, trace: PruneTrace, instance: int, side: int = 128, across: int = 7) -> Image.Image:
+def layer_strip(
+    picture: Image.Image, trace: PruneTrace, instance: int, side: int = 128, across: int = 7
+) -> Image.Image:
     """What an image tower kept of one image, block after block: the picture, then one overlay a block.
 
     picture: what the tower saw, of any size; instance: its place in the traced batch; side: the longer side of each
@@ -79,17 +81,17 @@ def film(picture: Image.Image, trace: PruneTrace, instance: int, side: int = 128
     picture = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     entered = trace.entered.layout.lengths[instance]
     cells = [(picture, f"input: {entered}")]
-    for depth, fate in enumerate(fates_of(trace, instance)):
+    for depth, fate in enumerate(instance_states(trace, instance)):
         cells.append((overlay(picture, fate), f"layer {depth + 1}: {trace.lengths[depth][instance]}"))
     return _contact(cells, across)
 
 
-def films(pictures: Sequence[Image.Image], trace: PruneTrace) -> Image.Image:
+def record_strip(pictures: Sequence[Image.Image], trace: PruneTrace) -> Image.Image:
     """What an image tower kept of a record that was traced alone: a film for each of its pictures, one above another."""
-    return stack([film(picture, trace, place) for place, picture in enumerate(pictures)], legend=False)
+    return stack_strips([layer_strip(picture, trace, place) for place, picture in enumerate(pictures)], legend=False)
 
 
-def stack(films: Sequence[Image.Image], titles: Sequence[str] = (), legend: bool = True) -> Image.Image:
+def stack_strips(films: Sequence[Image.Image], titles: Sequence[str] = (), legend: bool = True) -> Image.Image:
     """Films one under another, each under its title if it has one, and the legend: what `predict` and `prune` write."""
     titles = [*titles, *[""] * (len(films) - len(titles))]
     words = [*titles, LEGEND if legend else ""]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import vltprune as vp
-from vltprune.viz.images import Fate, fates, fates_of, film, grid, overlay, stack
+from vltprune.viz.kept_tokens import TokenState, grid, instance_states, layer_strip, overlay, stack_strips, token_states
 
 
 def traced(reducer: str, keep: str = "ratio(ratio=0.6)", batch: int = 3):
@@ -23,10 +23,10 @@ def traced(reducer: str, keep: str = "ratio(ratio=0.6)", batch: int = 3):
 @pytest.mark.parametrize("reducer", ["drop", "fuse"])
 def test_kept_tokens_are_those_that_are_left(reducer):
     trace = traced(reducer)
-    everything = fates(trace)
+    everything = token_states(trace)
     assert everything.shape == (3, 3 * 17)
     for depth, step in enumerate(trace.steps):
-        kept = everything[depth] == Fate.KEPT
+        kept = everything[depth] == TokenState.KEPT
         left = set(zip(np.repeat(range(3), step.lengths).tolist(), step.position.tolist(), strict=True))
         layout = trace.entered.layout
         here = {(i, s) for i, s in zip(layout.instance[kept].tolist(), layout.slot[kept].tolist(), strict=True)}
@@ -36,21 +36,21 @@ def test_kept_tokens_are_those_that_are_left(reducer):
 
 
 def test_dropped_is_not_merged():
-    assert set(fates(traced("drop")).unique().tolist()) == {Fate.DROPPED, Fate.KEPT}
-    assert set(fates(traced("fuse")).unique().tolist()) == {Fate.MERGED, Fate.KEPT}
+    assert set(token_states(traced("drop")).unique().tolist()) == {TokenState.DROPPED, TokenState.KEPT}
+    assert set(token_states(traced("fuse")).unique().tolist()) == {TokenState.MERGED, TokenState.KEPT}
 
 
-def test_fates_only_get_worse():
-    everything = fates(traced("fuse")).int()
+def test_states_only_get_worse():
+    everything = token_states(traced("fuse")).int()
     assert (everything.diff(dim=0) <= 0).all()
 
 
-def test_fates_of_one_instance_are_its_patches():
+def test_states_of_one_instance_are_its_patches():
     trace = traced("drop", "ratio(ratio=0.5)")
     for instance in range(3):
-        own = fates_of(trace, instance)
+        own = instance_states(trace, instance)
         assert own.shape == (3, 16)
-        assert [(row == Fate.KEPT).sum() for row in own] == [8, 4, 2]
+        assert [(row == TokenState.KEPT).sum() for row in own] == [8, 4, 2]
 
 
 @pytest.mark.parametrize(
@@ -66,26 +66,28 @@ def test_grid_refuses_what_does_not_tile():
         grid(7, 64, 64)
 
 
-def test_overlay_shows_each_fate():
+def test_overlay_shows_each_state():
     picture = Image.new("RGB", (40, 40), (200, 100, 50))
-    pixels = np.asarray(overlay(picture, np.array([Fate.KEPT, Fate.MERGED, Fate.DROPPED, Fate.KEPT])))
+    pixels = np.asarray(
+        overlay(picture, np.array([TokenState.KEPT, TokenState.MERGED, TokenState.DROPPED, TokenState.KEPT]))
+    )
     kept, merged, dropped = pixels[5, 5].astype(int), pixels[5, 25].astype(int), pixels[25, 5].astype(int)
     assert kept.tolist() == pixels[30, 30].tolist() == [200, 100, 50]
     assert merged[2] > merged[0] + 20  # teal
     assert dropped.max() < 25
 
 
-def test_film_has_a_picture_a_block_and_keeps_proportions():
+def test_strip_has_an_image_a_block_and_keeps_proportions():
     trace = traced("drop")
-    strip = film(Image.new("L", (300, 300)), trace, 0, side=50)
+    strip = layer_strip(Image.new("L", (300, 300)), trace, 0, side=50)
     assert strip.width == 4 * (50 + 6) + 6
-    wrapped = film(Image.new("RGB", (64, 64)), trace, 0, side=50, across=2)
+    wrapped = layer_strip(Image.new("RGB", (64, 64)), trace, 0, side=50, across=2)
     assert wrapped.width < strip.width
     assert wrapped.height == 2 * strip.height
 
 
-def test_stack_makes_room_for_titles_and_legend():
+def test_stacked_strips_make_room_for_titles_and_legend():
     strip = Image.new("RGB", (900, 30))
-    assert stack([strip, strip], legend=False).size == (900, 60)
-    assert stack([strip, strip], ["a title"]).height > 90
-    assert stack([Image.new("RGB", (9, 9))], ["a title much wider than the picture"]).width > 100
+    assert stack_strips([strip, strip], legend=False).size == (900, 60)
+    assert stack_strips([strip, strip], ["a title"]).height > 90
+    assert stack_strips([Image.new("RGB", (9, 9))], ["a title much wider than the picture"]).width > 100

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vltprune.data import SyntheticPairs
-from vltprune.data.words import CLS, NLVR_WORDS, PAD, SEP, WordTokenizer
+from vltprune.data.word_tokenizer import CLS, NLVR_WORDS, PAD, SEP, WordTokenizer
 
 
 def test_every_word_is_said_and_every_said_word_known():
