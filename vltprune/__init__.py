@@ -14,6 +14,7 @@ from .models.factory import create_model, list_models, list_pretrained
 from .pruning import losses
 from .pruning.config import Part, PruneConfig
 from .pruning.encoder import PrunedEncoder, Pruning
+from .pruning.model import PrunedModel, is_pruned
 from .pruning.presets import preset
 from .pruning.pruner import Pruner, UntrainedGuideWarning
 from .pruning.trace import PruneTrace, collect
@@ -39,6 +40,7 @@ __all__ = [
     "PruneConfig",
     "PruneTrace",
     "PrunedEncoder",
+    "PrunedModel",
     "Pruner",
     "Pruning",
     "Recipe",
@@ -60,6 +62,7 @@ __all__ = [
     "from_pretrained",
     "guides",
     "hosts",
+    "is_pruned",
     "keepers",
     "list_models",
     "list_pretrained",

@@ -18,8 +18,8 @@ from ..evaluation.tasks.nlvr import SYNTHETIC
 from ..io.preprocessing import transforms
 from ..models.catalog import Name
 from ..models.open_model import is_random, open_model
+from ..pruning.model import is_pruned
 from ..utils.progress import bar, say
-from ..utils.wrappers import is_pruned
 from . import options
 
 MODEL = "a name, such as vit_base_patch16_224_evit or clip_vit_b_32.openai, a saved model's folder, or hf-hub:org/name"

@@ -12,7 +12,7 @@ from torch import nn
 from ..layers import KeepRatioPredictor
 from ..pruning.config import Part
 from ..pruning.encoder import PrunedEncoder
-from ..pruning.prune import pruning
+from ..pruning.model import get_pruning
 from ..utils.wrappers import unwrapped
 
 
@@ -24,7 +24,7 @@ class BudgetControl:
 
     def __init__(self, model: nn.Module, tower: str | None = None):
         self.model = model
-        towers = pruning(model).towers
+        towers = get_pruning(model).towers
         if tower is not None and tower not in towers:
             raise ValueError(f"tower={tower!r} is none of this model's, which are {', '.join(towers)}")
         asked = towers if tower is None else (tower,)
@@ -34,12 +34,12 @@ class BudgetControl:
         if not knobs or any(keeper.knob is None for keeper in self.keepers):
             whose = "" if tower is None else f" in the {tower} tower"
             raise ValueError(
-                f"keep={pruning(model).config.spelled('keep')!r} has nothing a budget can turn{whose}: use "
+                f"keep={get_pruning(model).config.spelled('keep')!r} has nothing a budget can turn{whose}: use "
                 "keep='threshold', 'ratio' or 'random_ratio'"
             )
         if len(knobs) > 1:
             raise ValueError(
-                f"keep={pruning(model).config.spelled('keep')!r}: the towers have different knobs, which one value cannot "
+                f"keep={get_pruning(model).config.spelled('keep')!r}: the towers have different knobs, which one value cannot "
                 "set: calibrate each, with reduction={'image': 0.5, 'text': 0.5}"
             )
         self.knob = knobs.pop()
@@ -72,7 +72,7 @@ class BudgetControl:
     def commit(self, value: float) -> None:
         """Turn it, and write the value into `model.pruning.config`, for the towers that it turns."""
         self.set(value)
-        record = pruning(self.model)
+        record = get_pruning(self.model)
         config, pruned = record.config, [name for name, tower in record.towers.items() if tower.pruners]
         if isinstance(config.keep, Part) and set(pruned) == set(self.towers):
             keep: Any = config.keep.replace(**{self.knob.name: value})

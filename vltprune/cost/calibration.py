@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..pruning.encoder import PrunedEncoder
-from ..pruning.prune import pruning
+from ..pruning.model import get_pruning
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
 from .budget_control import BudgetControl, keepers_of
@@ -68,7 +68,7 @@ def calibrate(
     wanted: dict[str | None, float] = {}
     if isinstance(reduction, Mapping):
         # in the model's order, images first: a text tower's cost depends on the image tokens that it looks at
-        wanted |= {tower: reduction[tower] for tower in pruning(model).towers if tower in reduction}
+        wanted |= {tower: reduction[tower] for tower in get_pruning(model).towers if tower in reduction}
     else:
         wanted[None] = reduction
     meter = meter or CostMeter(model)
@@ -86,7 +86,7 @@ def calibrate(
 def check_targets(model: nn.Module, reduction: float | Mapping[str, float]) -> None:
     """ValueError for targets that are no shares, and for towers that the model lacks, does not prune, or whose keeper has no
     knob."""
-    towers = pruning(model).towers
+    towers = get_pruning(model).towers
     by_tower = dict(reduction) if isinstance(reduction, Mapping) else {}
     for share in by_tower.values() if by_tower else (reduction,):
         if isinstance(share, (bool, Mapping)) or not 0 < share < 1:
@@ -182,7 +182,7 @@ class _Search:
         return None
 
     def _missed(self, reduction: float, tolerance: float, tried: Sequence[Calibration], best: Calibration) -> str:
-        keep, knob = pruning(self.model).config.spelled("keep"), self.knob
+        keep, knob = get_pruning(self.model).config.spelled("keep"), self.knob
         saved, whose = self.saved(best), "" if self.tower is None else f" of the {self.tower} tower"
         least, most = (f(self.saved(one) for one in tried) for f in (min, max))
         beside = "" if self.tower is None else " with the other towers as they then are"
@@ -211,7 +211,7 @@ def _measured(model: nn.Module, meter: CostMeter, control: BudgetControl, batche
         for tower in cost.towers:
             spent = [float(one[tower].sum()) for one in (cost.towers, cost.dense, cost.padding)]
             towers[tower] = [sum(both) for both in zip(towers.get(tower, [0.0] * 3), spent, strict=True)]
-    encoders = pruning(model).towers
+    encoders = get_pruning(model).towers
     each = {}
     for tower, sums in towers.items():
         pruned, whole, padded = (one / instances for one in sums)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.tokens import PackedTokens
 from ..layers import Ratio
-from ..pruning.prune import pruning
+from ..pruning.model import get_pruning
 from ..pruning.pruner import Pruner, UntrainedGuideWarning
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
@@ -25,10 +25,10 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
     drawn with `seed`, equally many of each tower and more readily from later batches. Nothing is pruned meanwhile.
     Raises ValueError for a model without a guide, no batches, or fewer tokens than anchors.
     """
-    guide = pruning(model).guide
+    guide = get_pruning(model).guide
     if guide is None:
         raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
-    generator, each = torch.Generator("cpu").manual_seed(seed), points // len(pruning(model).towers)
+    generator, each = torch.Generator("cpu").manual_seed(seed), points // len(get_pruning(model).towers)
     drawn: dict[str, Tensor] = {}
     with evaluating(model), torch.no_grad(), collect(threads=False) as traces, _keeping_all(model):
         for batch in batches:
@@ -51,7 +51,7 @@ def _keeping_all(model: nn.Module) -> Iterator[None]:
     """Within the `with` block every token stays; scores and guidance are computed still."""
     kept = []
     for pruner in [
-        m for tower in pruning(model).towers.values() for m in tower.pruners.modules() if isinstance(m, Pruner)
+        m for tower in get_pruning(model).towers.values() for m in tower.pruners.modules() if isinstance(m, Pruner)
     ]:
         kept.append((pruner, pruner.keeper))
         pruner.keeper = Ratio(pruner.scorer.spec, ratio=1.0)

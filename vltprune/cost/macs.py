@@ -35,7 +35,7 @@ from ..hosts.base import Host
 from ..hosts.find import find_composite
 from ..hosts.linear_maps import uncounted_macs
 from ..layers import AlignmentGuide
-from ..pruning.prune import pruning
+from ..pruning.model import get_pruning
 from ..pruning.pruner import Pruner
 from ..pruning.tower import Tower
 from ..pruning.trace import LayerTrace, PruneTrace, collect
@@ -65,7 +65,7 @@ class CostMeter:
     """Counts calls of one pruned model: meter(traces) -> Cost. What it measures of the blocks is measured once."""
 
     def __init__(self, model: nn.Module):
-        self.host = pruning(model).host
+        self.host = get_pruning(model).host
         self.composite = find_composite(self.host)
         self.head = self.composite.head_macs(self.host) if self.composite is not None else 0.0
         self._towers: dict[Any, _TowerMeter] = {}

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..pruning.config import PruneConfig
-from ..pruning.prune import prune_towers, pruning
+from ..pruning.model import PrunedModel
+from ..pruning.prune import prune_towers
 from .calibration import calibrate
 from .guide_fit import fit_guide
 from .inputs import Batch
@@ -21,7 +22,7 @@ def prune(
     reduction: float | Mapping[str, float] | None = None,
     data: Iterable[Batch] | None = None,
     **parts: Any,
-) -> nn.Module:
+) -> PrunedModel:
     """A model like `model`, called in the same way and returning the same, whose towers prune their tokens.
 
     Args:
@@ -56,7 +57,7 @@ def prune(
     if reduction is None or data is None:
         return pruned
     batches = list(data)
-    guide = pruning(pruned).guide
+    guide = pruned.pruning.guide
     if guide is not None and guide.is_untrained:
         fit_guide(pruned, batches)
     calibrate(pruned, batches, reduction)

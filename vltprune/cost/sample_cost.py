@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import precision
+from ..pruning.model import find_pruning
 from ..pruning.prune import prune_towers
 from ..pruning.trace import PruneTrace
-from ..utils.wrappers import is_pruned, unwrapped
+from ..utils.wrappers import unwrapped
 from .macs import CostMeter
 
 
@@ -40,7 +41,7 @@ class SampleCostMeter:
     """Reads the costs of one model. `model` is what to run for its traces: the model, or a dense one's keep-all twin."""
 
     def __init__(self, model: nn.Module):
-        self.is_dense = not is_pruned(model)
+        self.is_dense = find_pruning(model) is None
         self.model = keep_all(model) if self.is_dense else model
         self.meter = CostMeter(self.model)
 

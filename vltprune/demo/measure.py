@@ -16,9 +16,9 @@ from ..cost.sample_cost import SampleCost, SampleCostMeter
 from ..data import SyntheticPair, SyntheticPairs, normalize
 from ..data.sentences import FAMILIES
 from ..data.word_tokenizer import WordTokenizer
+from ..pruning.model import is_pruned
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
-from ..utils.wrappers import is_pruned
 
 
 @dataclass(frozen=True)

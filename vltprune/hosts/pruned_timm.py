@@ -11,8 +11,8 @@ from ..io.checkpoint import saved_of
 from ..io.model_files import IN_ARGUMENTS
 from ..io.recipe import check_whole
 from ..pruning.encoder import PrunedEncoder
+from ..pruning.model import is_pruned
 from ..pruning.trace import collect
-from ..utils.wrappers import is_pruned
 from .attributes import forwards, of_host
 
 

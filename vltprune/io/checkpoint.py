@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ..models import convert
 from ..pruning.config import PruneConfig
 from ..pruning.current_config import current_config
+from ..pruning.model import dense_model, find_pruning
 from ..registry import guides, keepers, reducers, scorers
 from ..utils.files import Write, replace_together
-from ..utils.wrappers import plain_name, record_of, unwrapped
+from ..utils.wrappers import plain_name, unwrapped
 from .model_files import BACKUP, CONFIG, DIGEST, WEIGHTS, CheckpointError, Saved, finish_interrupted, weights_of
 from .recipe import Recipe, check_shared, check_whole, recipe_of
 
@@ -47,7 +48,7 @@ def save(
     """
     check_whole(model, adapters=only is None)
     folder, model = Path(folder), unwrapped(model)
-    record = record_of(model)
+    record = find_pruning(model)
     if only == "pruning" and record is None:
         raise ValueError("only='pruning' needs a pruned model: this one is dense")
     host = model if record is None else record.host
@@ -69,7 +70,7 @@ def saved_of(model: nn.Module, arguments: dict[str, Any]) -> Saved:
     Knobs that were turned since the model was pruned are written as they stand. Raises ValueError for a pruned model that no
     longer shares a part with its dense one, and for pruners with parts that were exchanged.
     """
-    record = record_of(model)
+    record = find_pruning(model)
     if record is None:
         return Saved(None, arguments, None)
     check_shared(model, record)
@@ -100,7 +101,7 @@ def load_into(model: nn.Module, path: str | Path) -> None:
     What a file is, its keys tell. Raises CheckpointError as `load` does, and for a folder that was saved with another pruning
     than this model has.
     """
-    path, record = Path(path), record_of(model)
+    path, record = Path(path), find_pruning(model)
     if record is not None and (path / CONFIG).is_file():
         _check_pruning(record, path)
     fill(model, path)
@@ -189,7 +190,7 @@ def saved_temperature(path: Path) -> float | None:
 
 def _pruning_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
     """Tensors of guide and pruners: "pruning.guide.*" and "pruning.<tower>.<depth>.*"; keep_vars: the model's own objects."""
-    record = record_of(model)
+    record = find_pruning(model)
     if record is None:
         return {}
     modules = {tower: encoder.pruners for tower, encoder in record.towers.items()}
@@ -202,22 +203,17 @@ def _pruning_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tenso
 
 
 def _wanted(model: nn.Module) -> dict[str, Tensor]:
-    host = {_HOST + plain_name(key): value for key, value in _host(model).state_dict().items()}
+    host = {_HOST + plain_name(key): value for key, value in dense_model(model).state_dict().items()}
     return host | _pruning_state(model)
-
-
-def _host(model: nn.Module) -> nn.Module:
-    record = record_of(model)
-    return unwrapped(model) if record is None else record.host
 
 
 def _own_keys(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], bool]:
     """A state dict in our keys, and whether it is only the pruning's."""
     pruned = _pruning_state(model)
-    if not state and record_of(model) is not None:
+    if not state and find_pruning(model) is not None:
         return {}, True  # the pruning alone, of parts that have no tensors
     if convert.is_blip(state):
-        dense, anchors = convert.from_blip(state, _host(model).state_dict())
+        dense, anchors = convert.from_blip(state, dense_model(model).state_dict())
         own = {_HOST + key: value for key, value in dense.items()}
         if anchors is not None and pruned:
             own[f"{_PRUNING}guide.anchors"] = anchors

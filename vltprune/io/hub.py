@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from ..models.factory import create_model
+from ..pruning.model import PrunedModel, find_pruning
 from ..pruning.prune import prune_towers
-from ..utils.wrappers import is_pruned, unwrapped
+from ..utils.wrappers import unwrapped
 from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, fill, pruning_of, save
 from .model_files import BESIDE, IN_ARGUMENTS
 
@@ -19,15 +20,22 @@ _HUB = "hf-hub:"
 _FILES = ["*.json", "*.safetensors"]  # ours, or those of transformers, which may split weights over several
 
 
-def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) -> nn.Module:
-    """A model that `save` wrote, or `save_pretrained` of a pruned model of transformers, or `save_for_hf` of one of timm.
+def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) -> PrunedModel:
+    """Load a model that `save` wrote, or `save_pretrained` of a pruned transformers model, or timm's `save_for_hf`.
 
-    host: the dense model to prune and fill, for one that `save` wrote and `create_model` did not build. Its own tensors are
-    overwritten, and it is put into evaluation mode, as what is returned; where loading fails, it stays as it was.
+    Args:
+        folder: the folder that it was saved to.
+        host: the dense model to prune and fill, for one that `save` wrote and `create_model` did not build. Its own tensors
+            are overwritten, and it is put into evaluation mode; where loading fails, it stays as it was.
+        **overrides: parts of the pruning (scorer=, keep=, reducer=, guide=, at=), as in `create_model`.
 
-    overrides: parts of the pruning (scorer=, keep=, reducer=, guide=, at=), as in `create_model`. Raises CheckpointError
-    for a folder that is none, and for tensors that are missing, left over or of another shape: all are listed, and
-    nothing is loaded.
+    Returns:
+        The model, in evaluation mode. A folder that holds a dense model gives that one: `is_pruned` tells them apart.
+
+    Raises:
+        CheckpointError: for a folder that is none, and for tensors that are missing, left over or of another shape. All are
+            listed, and nothing is loaded.
+        TypeError: for overrides of a dense model.
     """
     folder = Path(folder)
     if host is None and is_pretrained(folder):
@@ -49,7 +57,7 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
     elif overrides:
         raise TypeError(f"{', '.join(overrides)} given, but {folder} holds a dense model")
     fill(host, folder)
-    return host.eval()
+    return cast(PrunedModel, host.eval())
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -62,7 +70,7 @@ def is_pretrained(folder: Path) -> bool:
         return True
 
 
-def _load_pretrained(folder: Path, overrides: dict[str, Any]) -> nn.Module:
+def _load_pretrained(folder: Path, overrides: dict[str, Any]) -> PrunedModel:
     try:
         from ..hosts.transformers import saving
     except ImportError as error:
@@ -84,7 +92,7 @@ def _of_timm(folder: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) and "architecture" in data and "format" not in data else None
 
 
-def _load_of_timm(folder: Path, description: dict[str, Any], overrides: dict[str, Any]) -> nn.Module:
+def _load_of_timm(folder: Path, description: dict[str, Any], overrides: dict[str, Any]) -> PrunedModel:
     """CheckpointError where timm did not write how the model is pruned, and where the weights do not fit."""
     name, arguments = description["architecture"], dict(description.get("model_args") or {})
     record = arguments.pop(IN_ARGUMENTS, None)
@@ -109,7 +117,7 @@ def _as_written(value: Any) -> Any:
 
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Any
-) -> nn.Module:
+) -> PrunedModel:
     """A model from a local folder, or from the hub: "hf-hub:org/name" (the prefix may be left out).
 
     Downloads go through huggingface_hub and its cache; offline, what the cache holds is used. Raises CheckpointError as
@@ -141,7 +149,7 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool = False, token:
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        own = getattr(unwrapped(model), "save_pretrained", None) if is_pruned(model) else None
+        own = getattr(unwrapped(model), "save_pretrained", None) if find_pruning(model) is not None else None
         own(folder, **how) if own is not None else save(model, folder, **how)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..hosts.find import find_composite
 from ..models import zoo
+from ..pruning.model import dense_model
 from ..registry import backbones
-from ..utils.wrappers import record_of, unwrapped
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -58,8 +58,7 @@ def transforms(model: nn.Module) -> Preprocessing:
     size by bicubic interpolation, normalized as CLIP's; a backbone of ours that was trained on other pixels is known by
     the name that `create_model` built it by. TypeError for a model that takes no images.
     """
-    record = record_of(model)
-    host: Any = unwrapped(model) if record is None else record.host
+    host = dense_model(model)
     composite = find_composite(host)
     towers = {"image": host} if composite is None else {t: tower for t, (tower, _) in composite.towers(host).items()}
     tower: Any = towers.get("image")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from ..io import checkpoint
 from ..io.recipe import Recipe
 from ..pruning import presets
 from ..pruning.config import PruneConfig
+from ..pruning.model import PrunedModel
 from ..pruning.prune import prune_towers
 from ..registry import backbones, bind
 from ..utils.structure import Structure
@@ -24,6 +25,26 @@ from .catalog import CONFIGURED, Name, list_models, list_pretrained, open_clip_n
 __all__ = ["CONFIGURED", "Name", "create_model", "list_models", "list_pretrained", "open_clip_name"]
 
 PARTS = ("scorer", "keep", "reducer", "guide", "at")
+
+
+@overload
+def create_model(
+    name: str,
+    *,
+    pretrained: bool | str | Path | None = None,
+    preset: PruneConfig | str,
+    **arguments: Any,
+) -> PrunedModel: ...
+
+
+@overload
+def create_model(
+    name: str,
+    *,
+    pretrained: bool | str | Path | None = None,
+    preset: PruneConfig | str | None = None,
+    **arguments: Any,
+) -> nn.Module: ...
 
 
 def create_model(

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..io import checkpoint, hub
+from ..pruning.model import is_pruned
 from ..pruning.presets import preset as preset_of
-from ..pruning.prune import prune_towers, pruning
-from ..utils.wrappers import is_pruned
+from ..pruning.prune import prune_towers
 from .catalog import Name
 from .factory import PARTS, check_same, create_model
 
@@ -89,7 +89,7 @@ def _saved(
     opened = hub.from_pretrained(model)
     if is_pruned(opened):
         if preset is not None:
-            check_same(preset, preset_of(preset), pruning(opened).config, model, arguments)
+            check_same(preset, preset_of(preset), opened.pruning.config, model, arguments)
         return hub.from_pretrained(model, **arguments) if arguments else opened
     asked = preset or default
     if asked is not None:

@@ -11,14 +11,15 @@ from ..hosts.find import find_composite, find_host
 from ..layers import AlignmentGuide
 from ..layers.printing import remember_arguments
 from ..registry import guides
-from ..utils.wrappers import is_pruned, record_of, unwrapped
+from ..utils.wrappers import unwrapped
 from . import presets
 from .config import PruneConfig
 from .encoder import PrunedEncoder, Pruning
+from .model import PrunedModel, is_pruned
 from .pruner import born_like
 
 
-def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> nn.Module:
+def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> PrunedModel:
     """`vltprune.prune` without a cost to set; its arguments, result and errors are described there."""
     if unwrapped(model) is not model:
         raise TypeError(
@@ -54,6 +55,7 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> n
             result.add_module("guide", guide)  # here alone: towers that share it do not register it
         object.__setattr__(result, "host", model)  # not a child: its towers are in `result` already
     object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
+    assert isinstance(result, PrunedModel)
     return result
 
 
@@ -65,14 +67,6 @@ def build_guide(config: PruneConfig, specs: dict[str, Any], model: nn.Module) ->
     guide = born_like(model, guides[part.name], specs, **part.args)
     remember_arguments(guide, guides[part.name], part.args)
     return guide
-
-
-def pruning(model: nn.Module) -> Pruning:
-    """What `prune` made of a model, wrapped (compiled, in parallel) or not. TypeError for a dense one."""
-    record = record_of(model)
-    if not isinstance(record, Pruning):
-        raise TypeError(f"this {type(unwrapped(model)).__name__} is not pruned: give it to vltprune.prune first")
-    return record
 
 
 def _check_towers(config: PruneConfig, towers: tuple[str, ...]) -> None:

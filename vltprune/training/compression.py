@@ -27,10 +27,10 @@ from ..io import checkpoint
 from ..io.preprocessing import transforms
 from ..models import zoo
 from ..models.open_model import open_model
-from ..pruning.prune import prune_towers, pruning
+from ..pruning.model import get_pruning, is_pruned
+from ..pruning.prune import prune_towers
 from ..utils.frozen import thawed
 from ..utils.modes import evaluating
-from ..utils.wrappers import is_pruned
 from .config import CompressConfig
 from .data.calibration import calls_of
 from .loop.controller import Target
@@ -167,7 +167,7 @@ def _finish(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
         with evaluating(model):  # here, and not again for each of many measurements
             evaluations += _served(run, model, val)
     else:
-        model = pruning(model).host
+        model = get_pruning(model).host
         evaluations.append(_examined(run, model, val, "trained", 0.0, None))
         checkpoint.save(model, folder / "model")
     rows, answered = map(list, zip(*evaluations, strict=True))
@@ -212,7 +212,7 @@ def _calibrated(
     targets: dict[str | None, Target] = {None: reduction}
     if isinstance(reduction, Mapping):
         # in the model's order, as `calibrate` has it
-        targets = {tower: {tower: reduction[tower]} for tower in pruning(model).towers if tower in reduction}
+        targets = {tower: {tower: reduction[tower]} for tower in get_pruning(model).towers if tower in reduction}
     found: Any = None
     with told(f"setting the knob to {savings.asked(reduction, '%')} fewer MACs") as bar:
         for tower, one in targets.items():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .wrappers import record_of
+from .wrappers import unwrapped
 
 _FILLS = {
     getattr(torch.Tensor, name)
@@ -44,8 +44,8 @@ def _modules(models: tuple[nn.Module, ...]) -> list[nn.Module]:
     """Every module of the models, and of the dense models behind pruned ones, a parent before its children."""
     found: dict[nn.Module, None] = {}
     for model in models:
-        record: Any = record_of(model)
-        for root in (model,) if record is None else (model, record.host):
+        host = getattr(getattr(unwrapped(model), "pruning", None), "host", None)
+        for root in (model,) if host is None else (model, host):
             _gather(root, found)
     return list(found)
 

@@ -20,16 +20,6 @@ def unwrapped(model: nn.Module) -> Any:
     return model
 
 
-def record_of(model: nn.Module) -> Any:
-    """What `prune` noted of a model, wrapped or not: a `Pruning`, or None for a dense model."""
-    return getattr(unwrapped(model), "pruning", None)
-
-
-def is_pruned(model: nn.Module) -> bool:
-    """Whether `prune` made a model, wrapped or not."""
-    return record_of(model) is not None
-
-
 def plain_name(key: str) -> str:
     """The name of a tensor or module without the parts that compiled submodules add to it."""
     return key.replace(f"{_COMPILED}.", "").removesuffix(f".{_COMPILED}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...data.records import ImageSource, Record
 from ...data.word_tokenizer import WordTokenizer
 from ...models.wordpiece import BERT, CLS, DEC, ENC, BlipTokenizer
-from ...utils.wrappers import record_of, unwrapped
+from ...pruning.model import dense_model
 
 R = TypeVar("R", bound=Record)
 Read = TypeVar("Read", bound=Record, contravariant=True)
@@ -149,8 +149,7 @@ def _check_ids(host: Any, blip: BlipTokenizer) -> None:
 
 def dense(model: Any) -> Any:
     """The dense host of a pruned model; a dense one as it is."""
-    record = record_of(model)
-    return unwrapped(model) if record is None else record.host
+    return dense_model(model)
 
 
 def one_folder(images: Images) -> str | Path:

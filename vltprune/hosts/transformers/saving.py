@@ -23,8 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from ...io.checkpoint import saved_of
 from ...io.model_files import BESIDE, CONFIG, CheckpointError
 from ...io.recipe import check_whole
+from ...pruning.model import get_pruning
 from ...utils.files import write_text
-from ...utils.wrappers import record_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,8 +49,8 @@ def save_pretrained(
             "vltprune.push_to_hub(model, 'org/name')"
         )
     check_whole(model)
-    record: Any = record_of(model)
-    host, file = record.host, Path(save_directory) / BESIDE
+    host: Any = get_pruning(model).host
+    file = Path(save_directory) / BESIDE
     text = json.dumps(saved_of(model, _constructor_arguments(host)).to_dict(), indent=2) + "\n"
     if is_main_process:
         file.unlink(missing_ok=True)  # it would not belong to the weights, should writing these fail
@@ -131,7 +131,7 @@ def fill_pruning(model: nn.Module, there: set[str], folder: Path) -> None:
 
     CheckpointError for tensors that are missing, left over or of another shape.
     """
-    dense = record_of(model).host.state_dict().keys()
+    dense = get_pruning(model).host.state_dict().keys()
     own = {key: value for key, value in model.state_dict().items() if key not in dense}
     strange = sorted(there ^ own.keys())
     if strange:

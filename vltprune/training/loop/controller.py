@@ -10,7 +10,7 @@ from torch import nn
 
 from ...cost.calibration import Batch, BudgetControl, Calibration, measure
 from ...cost.macs import CostMeter
-from ...pruning.prune import pruning
+from ...pruning.model import get_pruning
 
 Target: TypeAlias = float | Mapping[str, float]  # a share of the dense MACs, or one of each tower's own
 
@@ -131,7 +131,7 @@ class TowerControllers:
 
     def __init__(self, model: nn.Module, towers: Iterable[str]):
         # in the model's order, images first: a text tower's cost depends on the image tokens that it looks at
-        self.towers = {name: Controller(model, tower=name) for name in pruning(model).towers if name in {*towers}}
+        self.towers = {name: Controller(model, tower=name) for name in get_pruning(model).towers if name in {*towers}}
 
     @property
     def value(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...cost.guide_fit import fit_guide
 from ...data.shards import Shards
 from ...io.preprocessing import transforms
-from ...pruning.prune import pruning
+from ...pruning.model import get_pruning
 from ...pruning.pruner import Pruner
 from ...utils.modes import evaluating
 from ...utils.progress import say
@@ -68,7 +68,7 @@ class Run:
         config, device = self.config, self._accelerate().device
         self.draws = self._draws()
         self.steps = config.steps or self.draws.steps(float(config.epochs or 1))
-        freeze(pruning(self.model).host, config.freeze)
+        freeze(get_pruning(self.model).host, config.freeze)
         self.model.to(device)
         objective = objective_of(self.task, self.model, config.seed).to(device)
         self.draws.check = objective.check
@@ -183,7 +183,7 @@ class Run:
         first, tell = self.draws.first(_START), self.accelerator.is_main_process
         with told(f"opening the pictures of {len(first)} records to start from", tell):
             calls = calls_of(self.task, first, self.draws.prepare, self.accelerator.device)
-        guide = pruning(self.model).guide
+        guide = get_pruning(self.model).guide
         if guide is not None and guide.is_untrained:
             with told("placing the guide's anchors among their tokens, by k-means", tell) as bar:
                 fit_guide(self.model, counted(calls, bar), self.config.seed)
@@ -293,7 +293,7 @@ class Run:
         if self.turns is not None:
             self.turns.take(self._place(step))
         soft_temperature = _SOFT * (_HARD / _SOFT) ** (step / (_HARDENED * self.steps)) if self._is_soft(step) else 0.0
-        towers = pruning(self.model).towers.values()
+        towers = get_pruning(self.model).towers.values()
         for pruner in [module for tower in towers for module in tower.modules() if isinstance(module, Pruner)]:
             pruner.soft_temperature = soft_temperature
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ...core import segments
 from ...core.tokens import PackedTokens
-from ...pruning.prune import prune_towers, pruning
+from ...pruning.model import get_pruning
+from ...pruning.prune import prune_towers
 from ...pruning.trace import PruneTrace
 
 _EPS = 1e-12
@@ -47,7 +48,7 @@ def saliency(
 
 def watched(dense: nn.Module, like: nn.Module) -> nn.Module:
     """A dense model whose tokens can be watched where a pruned one prunes: it keeps them all there."""
-    at = {name: tuple(map(int, tower.pruners)) for name, tower in pruning(like).towers.items()}
+    at = {name: tuple(map(int, tower.pruners)) for name, tower in get_pruning(like).towers.items()}
     return prune_towers(dense, "random", keep="ratio(ratio=1.0)", at=at)
 
 

@@ -15,7 +15,7 @@ from ...cost.sample_cost import SampleCostMeter
 from ...data import Record
 from ...models.momentum import everyones
 from ...pruning import losses
-from ...pruning.prune import pruning
+from ...pruning.model import get_pruning
 from ...pruning.trace import PruneTrace, collect
 from .decoding import Searched
 from .objectives import Loss, Objective
@@ -96,7 +96,7 @@ class Student(nn.Module):
 
     def _own(self, traces: Sequence[PruneTrace]) -> dict[str, PruneTrace]:
         """The first trace of each tower of the model itself."""
-        towers, own = pruning(self.model).towers, {}
+        towers, own = get_pruning(self.model).towers, {}
         for trace in traces:
             if towers.get(trace.tower) is trace.encoder:
                 own.setdefault(trace.tower, trace)
