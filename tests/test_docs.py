@@ -7,32 +7,24 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import pages
 import pytest
+from pages import FENCED, PAGES, ROOT
 
 import vltprune as vp
-import vltprune.registry
-
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-REGISTRIES = [thing for thing in vars(vltprune.registry).values() if isinstance(thing, vp.Registry)]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for registry in REGISTRIES:  # what a page registers stays on the page
-        monkeypatch.setattr(registry, "_makers", dict(registry._makers))
-    names = {"__name__": "page"}
-    for block in BLOCK.findall(page.read_text()):
-        exec(compile(block, page.name, "exec"), names)
+    with pages.run(page):
+        pass
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)\)", FENCED.sub("", page.read_text())):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 
