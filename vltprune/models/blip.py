@@ -1,7 +1,7 @@
-"""BLIP (Li et al., arXiv 2201.12086): timm's ViT as image tower, `MedEncoder` as text tower, and small heads on top.
+"""BLIP (Li et al., arXiv 2201.12086): timm's ViT as image tower, `MedEncoder` as text tower, and a head for the task.
 
-These are dense models. `vltprune.prune` takes their two towers apart and puts pruned ones in their place: what the
-image tower returns then is packed, and goes to the text tower as it is.
+These are dense models. In a model that `vltprune.prune` returns, the image tower's tokens are packed and go to the text tower as
+they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from .med import MedEncoder
 
 
 class BlipVision(VisionTransformer):
-    """The image tower: timm's ViT without a head. images [batch, 3, H, W] -> normed tokens [batch, 1 + patches, width]."""
+    """BLIP's image tower: timm's ViT without a head.
+
+    Args:
+        image_size: Side of the images, in pixels; a multiple of `patch_size`.
+        patch_size: Side of a patch, in pixels.
+        width: Width of the tokens.
+        depth: Number of blocks.
+        heads: Attention heads of each block.
+        drop_path: Stochastic depth of the last block; it grows linearly over the blocks.
+    """
 
     def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int, drop_path: float = 0.0):
         if image_size % patch_size:
@@ -32,16 +41,30 @@ class BlipVision(VisionTransformer):
             global_pool="",
         )
 
-    def forward(self, images: Tensor) -> Tensor:  # narrower than timm's: no attention mask
+    # narrower than timm's, without its attention mask
+    def forward(self, images: Tensor) -> Tensor:
+        """Normed tokens [batch, 1 + patches, width] of images [batch, 3, H, W]."""
         check_images(images, self.in_chans, self.patch_embed.img_size)
         return self.forward_features(images)
 
 
 class Blip(nn.Module):
-    """BLIP without a task head: features of an image, of a sentence, and of a sentence read against its image.
+    """BLIP without a task head: features of an image, of a sentence, and of a sentence that cross-attends to its image.
 
-    Sizes: `image_size` and `patch_size` in pixels; `vision_*` and `text_*` width, depth, heads of the two towers;
-    `vocab_size`; `max_positions`, the longest sentence; `dropout` (text tower), `drop_path` (image tower).
+    Args:
+        image_size: Side of the images, in pixels.
+        patch_size: Side of a patch, in pixels.
+        vision_width: Width of the image tower.
+        vision_depth: Blocks of the image tower.
+        vision_heads: Attention heads of the image tower.
+        text_width: Width of the text tower.
+        text_depth: Layers of the text tower.
+        text_heads: Attention heads of the text tower.
+        vocab_size: Number of token ids.
+        max_positions: Longest sentence, in tokens.
+        merge_from: First text layer whose streams are merged by a linear layer, where a sentence has several images.
+        dropout: Dropout probability of the text tower.
+        drop_path: Stochastic depth of the image tower's last block.
     """
 
     images_per_sentence = 1
@@ -78,31 +101,37 @@ class Blip(nn.Module):
         self.head = self._head(text_width)
 
     def _head(self, width: int) -> nn.Module:
-        """What a task puts on the summary token [sentences, width]; features have nothing."""
+        """The task's head on the summary token [sentences, width]."""
         return nn.Identity()
 
     def image_features(self, images: Tensor) -> Tensor:
-        """images [batch, 3, H, W] -> class-token features [batch, vision_width]."""
-        return first(self.visual(images))
+        """Class-token features [batch, vision_width] of images [batch, 3, H, W]."""
+        return summary_token(self.visual(images))
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids [batch, length] -> features [batch, text_width] of the first token, no image in sight."""
-        return first(self.text(input_ids, attention_mask))
+        """First-token features [batch, text_width] of input_ids and attention_mask [batch, length], without an image."""
+        return summary_token(self.text(input_ids, attention_mask))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Multimodal features [sentences, text_width].
+        """Encode sentences with their images.
 
-        images [batch, 3, H, W]; input_ids, attention_mask [sentences, length], `sentences` a multiple of `batch`
-        (consecutive sentences are about one image). Raises ValueError where shapes do not fit.
+        Args:
+            images: [batch, 3, H, W].
+            input_ids: Token ids [sentences, length], `sentences` a multiple of `batch`: consecutive sentences are about one
+                image.
+            attention_mask: [sentences, length], nonzero where a token is real; None for everywhere.
+
+        Returns:
+            Multimodal features [sentences, text_width].
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
-        return self.head(first(self.text(input_ids, attention_mask, self.visual(images))))
+        return self.head(summary_token(self.text(input_ids, attention_mask, self.visual(images))))
 
 
 class BlipNlvr(Blip):
-    """BLIP for NLVR2: is the sentence true of the two images? The arguments are those of `Blip`.
-
-    Text layers from `merge_from` on merge the two images' streams by a linear layer; lower ones average them.
-    """
+    """BLIP for NLVR2: classifies whether a sentence is true of two images. The arguments are those of `Blip`."""
 
     images_per_sentence = 2
 
@@ -110,27 +139,36 @@ class BlipNlvr(Blip):
         return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [sentences, 2] for false and true.
+        """Classify sentences.
 
-        images [batch, 2, 3, H, W]; input_ids, attention_mask [sentences, length], `sentences` a multiple of `batch`
-        (consecutive sentences are about one pair). Raises ValueError where shapes do not fit.
+        Args:
+            images: [batch, 2, 3, H, W], two images a sentence.
+            input_ids: Token ids [sentences, length], `sentences` a multiple of `batch`: consecutive sentences are about one
+                pair of images.
+            attention_mask: [sentences, length], nonzero where a token is real; None for everywhere.
+
+        Returns:
+            Logits [sentences, 2] for false and true.
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
         if images.dim() != 5 or images.shape[1] != 2:
             raise ValueError(
                 f"images must be [batch, 2, 3, height, width], two images a sentence; got {list(images.shape)}"
             )
         memory = self.visual(images.flatten(0, 1))
-        return self.head(first(self.text(input_ids, attention_mask, memory)))
+        return self.head(summary_token(self.text(input_ids, attention_mask, memory)))
 
 
-def first(tokens: Tensor | PackedTokens) -> Tensor:
-    """The summary token of each instance: tokens [batch, n, width], or packed ones -> [batch, width]."""
+def summary_token(tokens: Tensor | PackedTokens) -> Tensor:
+    """The summary token of each instance [batch, width], of tokens [batch, n, width] or packed ones."""
     if isinstance(tokens, PackedTokens):
         assert tokens.summary is not None
         return tokens.read(tokens.summary)
     return tokens[:, 0]
 
 
-def beginning_with(token: int, input_ids: Tensor) -> Tensor:
-    """The same sentences [batch, length] with another first token: what a sentence is read for."""
+def replace_first(input_ids: Tensor, token: int) -> Tensor:
+    """input_ids [batch, length] with `token` in the place of each first one, which tells the text tower its task."""
     return torch.cat([torch.full_like(input_ids[..., :1], token), input_ids[..., 1:]], -1)

@@ -7,20 +7,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .blip import BlipVision, beginning_with
-from .decoder import MedDecoder, next_token_costs
-from .generation import Beam, Rules, Strategy
+from .blip import BlipVision, replace_first
+from .decoder import MedDecoder, next_token_losses
+from .generation import BeamSearch, DecodingStrategy, GenerationConfig
 from .med import MedEncoder
 
-_BEAMS = Beam(3)
+_BEAM_SEARCH = BeamSearch(3)
 
 
 class BlipCaption(nn.Module):
-    """Captions of images. Sizes are those of `Blip`, `text_*` the decoder's.
+    """BLIP's image tower with a text decoder that writes captions.
 
-    Captions come as a tokenizer gives them, [CLS] ... [SEP]: the model itself puts `bos_id` in the place of the first
-    token. `prompt`: the ids that every caption begins with; the default is "a picture of", in BERT's words. `eos_id` ends
-    a caption, `pad_id` fills the row behind it.
+    Captions come as a tokenizer gives them, [CLS] ... [SEP]. The model puts `bos_id` in the place of the first token.
+
+    Args:
+        image_size: Side of the images, in pixels.
+        patch_size: Side of a patch, in pixels.
+        vision_width: Width of the image tower.
+        vision_depth: Blocks of the image tower.
+        vision_heads: Attention heads of the image tower.
+        text_width: Width of the decoder.
+        text_depth: Layers of the decoder.
+        text_heads: Attention heads of the decoder.
+        vocab_size: Number of token ids.
+        max_positions: Longest caption, in tokens.
+        dropout: Dropout probability of the decoder.
+        drop_path: Stochastic depth of the image tower's last block.
+        prompt: Token ids that every caption begins with; the default is "a picture of" in BERT's vocabulary.
+        bos_id: Token that begins a caption.
+        eos_id: Token that ends a caption.
+        pad_id: Token that fills the row behind the end.
     """
 
     images_per_sentence = 1
@@ -52,36 +68,59 @@ class BlipCaption(nn.Module):
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits of each next token, [captions, length, vocab_size].
+        """Predict each next token of given captions.
 
-        images [batch, 3, H, W]; input_ids, attention_mask [captions, length], prompt included, `captions` a multiple of
-        `batch` (consecutive captions are about one image). Raises ValueError where shapes do not fit.
+        Args:
+            images: [batch, 3, H, W].
+            input_ids: Token ids [captions, length], prompt included, `captions` a multiple of `batch`: consecutive captions
+                are about one image.
+            attention_mask: [captions, length], nonzero where a token is real; None for everywhere.
+
+        Returns:
+            Logits [captions, length, vocab_size].
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
-        cache = self.decoder.read(self.visual(images))
-        return self.decoder(beginning_with(self.bos_id, input_ids), cache, attention_mask)[0]
+        cache = self.decoder.start(self.visual(images))
+        return self.decoder(replace_first(input_ids, self.bos_id), cache, attention_mask)[0]
 
     def loss(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, smoothing: float = 0.1
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, label_smoothing: float = 0.1
     ) -> Tensor:
-        """Cross-entropy with smoothed labels, a scalar: the mean over all tokens but the prompt's and padding."""
+        """Cross-entropy with smoothed labels, a scalar: the mean over all tokens but the prompt's and padding.
+
+        Args:
+            images: As in `forward`.
+            input_ids: As in `forward`.
+            attention_mask: As in `forward`.
+            label_smoothing: Share of the target's probability that all tokens get, 0 .. 1.
+        """
         logits = self(images, input_ids, attention_mask)
-        costs, counts = next_token_costs(logits, input_ids, attention_mask, len(self.prompt), smoothing)
-        return costs.sum() / counts.sum()
+        losses, counts = next_token_losses(logits, input_ids, attention_mask, len(self.prompt), label_smoothing)
+        return losses.sum() / counts.sum()
 
     @torch.no_grad()
     def generate(
         self,
         images: Tensor,
-        strategy: Strategy = _BEAMS,
+        strategy: DecodingStrategy = _BEAM_SEARCH,
         min_length: int = 5,
         max_length: int = 20,
         repetition_penalty: float = 1.0,
     ) -> Tensor:
-        """Captions [batch, n] of images [batch, 3, H, W], prompt and end token included, padded behind it.
+        """Write captions. The defaults are BLIP's for COCO.
 
-        strategy: `Greedy()`, `Nucleus(top_p)` or `Beam(beams)`. The other arguments are those of `generation.Rules`, and
-        BLIP's defaults for COCO.
+        Args:
+            images: [batch, 3, H, W].
+            strategy: `GreedySearch()`, `BeamSearch(num_beams)` or `NucleusSampling(top_p)`, of `vltprune.models.generation`.
+            min_length: Fewest tokens before the end token, prompt included.
+            max_length: Most tokens, prompt included.
+            repetition_penalty: Above 1, tokens that were generated become less likely.
+
+        Returns:
+            Token ids [batch, n], prompt and end token included, padded behind the end.
         """
-        rules = Rules(self.eos_id, self.pad_id, min_length, max_length, repetition_penalty)
+        config = GenerationConfig(self.eos_id, self.pad_id, min_length, max_length, repetition_penalty)
         prompt = torch.tensor([self.prompt], device=images.device).expand(len(images), -1)
-        return self.decoder.generate(prompt, self.decoder.read(self.visual(images)), strategy, rules)
+        return self.decoder.generate(prompt, self.decoder.start(self.visual(images)), strategy, config)

@@ -1,6 +1,7 @@
-"""Decoding strategies: greedy, nucleus sampling and beam search, over any step function.
+"""Decoding strategies for text generation: greedy search, nucleus sampling and beam search.
 
-A speaker is a `Step`: new tokens and a state in, the logits of the next token and the new state out.
+A strategy drives any `DecoderStep`: a function of new tokens and a state that returns the logits of the next token and the
+new state. `MedDecoder.generate` gives it such a function.
 """
 
 from __future__ import annotations
@@ -8,31 +9,42 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
+S = TypeVar("S", bound="DecoderState")
 
-class State(Protocol):
-    """What a speaker remembers of the rows it has begun."""
 
-    def reorder(self, rows: Tensor) -> Any:
-        """The state whose row i continues what row rows[i] began."""
+class DecoderState(Protocol):
+    """What a decoder keeps of the rows that it has begun, such as a key/value cache."""
+
+    def reorder(self: S, rows: Tensor) -> S:
+        """The state whose row i continues what row `rows[i]` began."""
         ...
 
 
-Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # ids [rows, n], state -> logits [rows, vocab_size], state
+# ids [rows, n] and the state before them -> logits [rows, vocab_size] of the next token, and the state after them
+DecoderStep: TypeAlias = Callable[[Tensor, S], tuple[Tensor, S]]
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What may be said.
+class GenerationConfig:
+    """Limits of a generated sentence: its end token, its length, and a penalty for repetition.
 
-    eos_id ends a sentence, pad_id fills the row behind it. At least `min_length` tokens stand before the end token, and no
-    sentence has more than `max_length`; the prompt counts in both, as it does in BLIP. repetition_penalty: above 1, what
-    has been said becomes less likely (Keskar et al., CTRL, arXiv 1909.05858, section 4.1).
+    Args:
+        eos_id: Token that ends a sentence.
+        pad_id: Token that fills the row behind the end.
+        min_length: Fewest tokens before the end token; the prompt counts, as in BLIP.
+        max_length: Most tokens of a sentence; the prompt counts.
+        repetition_penalty: Above 1, tokens that were generated become less likely (Keskar et al., CTRL, arXiv 1909.05858,
+            section 4.1); 1 for none.
+
+    Raises:
+        ValueError: For lengths out of order, or a penalty that is not positive.
     """
 
     eos_id: int
@@ -47,19 +59,31 @@ class Rules:
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be positive; 1 is none")
 
-    def apply(self, scores: Tensor, said: Tensor) -> Tensor:
-        """scores [rows, vocab_size] of the token behind said [rows, n], logits or their logarithms, under these rules."""
+    def process(self, scores: Tensor, generated: Tensor) -> Tensor:
+        """Apply the repetition penalty and the minimum length to the scores of the next token.
+
+        Args:
+            scores: Logits or log-probabilities, [rows, vocab_size].
+            generated: Tokens so far, prompt included, [rows, n].
+
+        Returns:
+            Scores [rows, vocab_size].
+        """
         if self.repetition_penalty != 1:
-            again = scores.gather(1, said)
-            penalized = torch.where(again < 0, again * self.repetition_penalty, again / self.repetition_penalty)
-            scores = scores.scatter(1, said, penalized)
-        if said.shape[1] < self.min_length:
+            repeated = scores.gather(1, generated)
+            penalized = torch.where(repeated < 0, repeated * self.repetition_penalty, repeated / self.repetition_penalty)
+            scores = scores.scatter(1, generated, penalized)
+        if generated.shape[1] < self.min_length:
             end = torch.arange(scores.shape[1], device=scores.device) == self.eos_id
             scores = scores.masked_fill(end, float("-inf"))
         return scores
 
-    def room(self, prompt: Tensor) -> range:
-        """The lengths that sentences can still reach: prompt [rows, prompt length]. ValueError where there are none."""
+    def lengths_after(self, prompt: Tensor) -> range:
+        """The lengths that sentences can still reach behind a prompt [rows, prompt length].
+
+        Raises:
+            ValueError: If the prompt fills `max_length` already.
+        """
         if prompt.shape[1] >= self.max_length:
             raise ValueError(
                 f"a prompt of {prompt.shape[1]} tokens leaves no room in max_length={self.max_length}: "
@@ -68,28 +92,46 @@ class Rules:
         return range(prompt.shape[1] + 1, self.max_length + 1)
 
 
-class Strategy(ABC):
-    """How the next token is chosen."""
+class DecodingStrategy(ABC):
+    """A rule that chooses each next token from a decoder's logits."""
 
     @abstractmethod
-    def __call__(self, step: Step, state: State, prompt: Tensor, rules: Rules) -> Tensor:
-        """Sentences [rows, n], n <= max_length, that continue prompt [rows, prompt length], padded behind their ends.
+    def __call__(self, step: DecoderStep[S], state: S, prompt: Tensor, config: GenerationConfig) -> Tensor:
+        """Continue a prompt until each sentence ends.
 
-        FloatingPointError for logits that are NaN or infinite.
+        Args:
+            step: The decoder, one call at a time.
+            state: The decoder's state before the prompt.
+            prompt: Token ids [rows, prompt length], at least one each.
+            config: Limits of the sentences.
+
+        Returns:
+            Token ids [rows, n], n <= max_length, prompt and end token included, padded behind the end.
+
+        Raises:
+            ValueError: If the prompt leaves no room in `max_length`.
+            FloatingPointError: For logits that are NaN or infinite.
         """
 
 
 @dataclass(frozen=True)
-class Greedy(Strategy):
-    """The likeliest token each time."""
+class GreedySearch(DecodingStrategy):
+    """Greedy search: the likeliest token each time."""
 
-    def __call__(self, step: Step, state: State, prompt: Tensor, rules: Rules) -> Tensor:
-        return _one_by_one(step, state, prompt, rules, lambda scores: scores.argmax(-1))
+    def __call__(self, step: DecoderStep[S], state: S, prompt: Tensor, config: GenerationConfig) -> Tensor:
+        return _generate_token_by_token(step, state, prompt, config, lambda scores: scores.argmax(-1))
 
 
 @dataclass(frozen=True)
-class Nucleus(Strategy):
-    """Drawn from the fewest tokens that hold `top_p` of the probability (Holtzman et al., arXiv 1904.09751, section 3.1)."""
+class NucleusSampling(DecodingStrategy):
+    """Nucleus (top-p) sampling: a token drawn from the fewest that hold `top_p` of the probability.
+
+    Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751, section 3.1.
+
+    Args:
+        top_p: Probability that the nucleus holds, above 0 and at most 1.
+        generator: Source of randomness, on the logits' device; None for torch's own.
+    """
 
     top_p: float = 0.9
     generator: torch.Generator | None = None
@@ -98,86 +140,98 @@ class Nucleus(Strategy):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in 0 .. 1, and above 0")
 
-    def __call__(self, step: Step, state: State, prompt: Tensor, rules: Rules) -> Tensor:
-        return _one_by_one(step, state, prompt, rules, self._draw)
+    def __call__(self, step: DecoderStep[S], state: S, prompt: Tensor, config: GenerationConfig) -> Tensor:
+        return _generate_token_by_token(step, state, prompt, config, self._sample)
 
-    def _draw(self, scores: Tensor) -> Tensor:
-        chance, token = scores.softmax(-1).sort(-1, descending=True)
-        outside = chance.cumsum(-1) - chance >= self.top_p  # what stands before it suffices
-        place = torch.multinomial(chance.masked_fill(outside, 0), 1, generator=self.generator)
-        return token.gather(1, place).squeeze(1)
+    def _sample(self, scores: Tensor) -> Tensor:
+        probabilities, tokens = scores.softmax(-1).sort(-1, descending=True)
+        # the tokens before it hold top_p already
+        outside = probabilities.cumsum(-1) - probabilities >= self.top_p
+        rank = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=self.generator)
+        return tokens.gather(1, rank).squeeze(1)
 
 
 @dataclass(frozen=True)
-class Beam(Strategy):
-    """The best of several sentences begun at once.
+class BeamSearch(DecodingStrategy):
+    """Beam search: the best of several sentences that are extended side by side.
 
     A sentence's score is the sum of its log-probabilities, end token included, over (tokens behind the prompt) **
-    length_penalty. Only the best `beams` continuations of a step may end there, as in transformers. A row stops when
-    `beams` sentences have ended and none that goes on would, ending at once, beat the worst of them.
+    length_penalty. Only the best `num_beams` continuations of a step may end there, as in transformers. A row stops when
+    `num_beams` sentences have ended and none of the others would beat the worst of them by ending now.
+
+    Args:
+        num_beams: Sentences per row that are extended side by side.
+        length_penalty: Exponent of the length that divides a score; above 0 favors longer sentences.
     """
 
-    beams: int = 3
+    num_beams: int = 3
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.beams < 1:
-            raise ValueError(f"beams={self.beams}: at least one sentence must be begun")
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams={self.num_beams} must be at least 1")
 
-    def __call__(self, step: Step, state: State, prompt: Tensor, rules: Rules) -> Tensor:
-        rows, beams = len(prompt), self.beams
-        said, scores = prompt[:, None].expand(-1, beams, -1), _first_alone(rows, beams, prompt.device)
-        new, ended = prompt.repeat_interleave(beams, 0), _Ended.none(rows, beams, rules, prompt.device)
-        for length in rules.room(prompt):
+    def __call__(self, step: DecoderStep[S], state: S, prompt: Tensor, config: GenerationConfig) -> Tensor:
+        rows, beams = len(prompt), self.num_beams
+        generated = prompt[:, None].expand(-1, beams, -1)
+        scores = _initial_scores(rows, beams, prompt.device)
+        finished = _FinishedSentences.empty(rows, beams, config, prompt.device)
+        new = prompt.repeat_interleave(beams, 0)
+        for length in config.lengths_after(prompt):
             logits, state = step(new, state)
-            chances = _checked(rules.apply(logits.float().log_softmax(-1), said.flatten(0, 1)))
-            chances = chances.unflatten(0, (rows, beams))
+            log_probs = config.process(logits.float().log_softmax(-1), rearrange(generated, "r b n -> (r b) n"))
+            log_probs = rearrange(_check_finite(log_probs), "(r b) vocab -> r b vocab", b=beams)
 
-            found, begun, said = _best(2 * beams, scores[..., None] + chances, said)
-            ends = (said[..., -1] == rules.eos_id) | (length == rules.max_length)
+            found, beam, generated = _best_continuations(2 * beams, scores[..., None] + log_probs, generated)
+            ends = (generated[..., -1] == config.eos_id) | (length == config.max_length)
             weight = (length - prompt.shape[1]) ** self.length_penalty
             among_best = torch.arange(2 * beams, device=prompt.device) < beams
-            ended = ended.join(said, (found / weight).masked_fill(~(ends & among_best), -torch.inf), rules.pad_id)
+            ended_scores = (found / weight).masked_fill(~(ends & among_best), -torch.inf)
+            finished = finished.add(generated, ended_scores, config.pad_id)
 
             scores, pick = found.masked_fill(ends, -torch.inf).topk(beams)
-            ended = ended.settle(scores[:, 0] / weight)
-            if ended.done.all():
+            finished = finished.close_rows(scores[:, 0] / weight)
+            if finished.closed.all():
                 break
-            said, begun = _take(said, pick), begun.gather(1, pick)
-            state = state.reorder((begun + beams * torch.arange(rows, device=prompt.device)[:, None]).flatten())
-            new = said.flatten(0, 1)[:, -1:]
-        return _trim(ended.said[:, 0], rules.pad_id)
+            generated, beam = _take(generated, pick), beam.gather(1, pick)
+            state = state.reorder((beam + beams * torch.arange(rows, device=prompt.device)[:, None]).flatten())
+            new = generated[..., -1:].flatten(0, 1)
+        return _trim(finished.generated[:, 0], config.pad_id)
 
 
 @dataclass(frozen=True)
-class _Ended:
-    """The best sentences that have ended: said [rows, beams, max_length], scores [rows, beams], minus infinity for none;
-    done [rows], where no other can come in."""
+class _FinishedSentences:
+    """The best sentences of each row that have ended.
 
-    said: Tensor
+    generated  [rows, beams, max_length]
+    scores     [rows, beams], minus infinity where no sentence has ended
+    closed     [rows] bool, true where no other sentence can come in
+    """
+
+    generated: Tensor
     scores: Tensor
-    done: Tensor
+    closed: Tensor
 
     @classmethod
-    def none(cls, rows: int, beams: int, rules: Rules, device: torch.device) -> _Ended:
-        said = torch.full((rows, beams, rules.max_length), rules.pad_id, device=device)
-        done = torch.zeros(rows, dtype=torch.bool, device=device)
-        return cls(said, torch.full((rows, beams), -torch.inf, device=device), done)
+    def empty(cls, rows: int, beams: int, config: GenerationConfig, device: torch.device) -> _FinishedSentences:
+        generated = torch.full((rows, beams, config.max_length), config.pad_id, device=device)
+        scores = torch.full((rows, beams), -torch.inf, device=device)
+        return cls(generated, scores, closed=torch.zeros(rows, dtype=torch.bool, device=device))
 
-    def join(self, said: Tensor, scores: Tensor, pad_id: int) -> _Ended:
-        """With others, said [rows, others, n], scores [rows, others]: the best of both. Rows that are done stay."""
-        said = F.pad(said, (0, self.said.shape[-1] - said.shape[-1]), value=pad_id)
-        scores = scores.masked_fill(self.done[:, None], -torch.inf)
+    def add(self, generated: Tensor, scores: Tensor, pad_id: int) -> _FinishedSentences:
+        """Keep the best of these and of others, generated [rows, others, n], scores [rows, others]. Closed rows stay."""
+        generated = F.pad(generated, (0, self.generated.shape[-1] - generated.shape[-1]), value=pad_id)
+        scores = scores.masked_fill(self.closed[:, None], -torch.inf)
         best, pick = torch.cat([self.scores, scores], 1).topk(self.scores.shape[1])
-        return replace(self, said=_take(torch.cat([self.said, said], 1), pick), scores=best)
+        return replace(self, generated=_take(torch.cat([self.generated, generated], 1), pick), scores=best)
 
-    def settle(self, hope: Tensor) -> _Ended:
-        """hope [rows]: the best score that a sentence which goes on would have, if it ended now."""
-        return replace(self, done=self.done | (self.scores.amin(1) >= hope))
+    def close_rows(self, best_unfinished: Tensor) -> _FinishedSentences:
+        """Close rows whose worst sentence is no worse than best_unfinished [rows], the best score of those that go on."""
+        return replace(self, closed=self.closed | (self.scores.amin(1) >= best_unfinished))
 
 
-def _checked(scores: Tensor) -> Tensor:
-    """scores [rows, vocab_size], as they are. FloatingPointError where a row has no best token: NaN, infinity, or none left."""
+def _check_finite(scores: Tensor) -> Tensor:
+    """scores [rows, vocab_size] as they are. FloatingPointError where a row has no best token: NaN, infinity, none left."""
     if not scores.amax(-1).isfinite().all():
         raise FloatingPointError(
             "the decoder's logits are NaN or infinite, and no token can be chosen by them: check the weights, or compute in "
@@ -186,41 +240,47 @@ def _checked(scores: Tensor) -> Tensor:
     return scores
 
 
-def _one_by_one(step: Step, state: State, prompt: Tensor, rules: Rules, choose: Callable[[Tensor], Tensor]) -> Tensor:
-    said, new, goes_on = prompt, prompt, torch.ones_like(prompt[:, 0], dtype=torch.bool)
-    for _ in rules.room(prompt):
+def _generate_token_by_token(
+    step: DecoderStep[S], state: S, prompt: Tensor, config: GenerationConfig, choose: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Sentences [rows, n] of one candidate a row; choose: scores [rows, vocab_size] -> the next tokens [rows]."""
+    generated = new = prompt
+    unfinished = torch.ones_like(prompt[:, 0], dtype=torch.bool)
+    for _ in config.lengths_after(prompt):
         logits, state = step(new, state)
-        token = choose(_checked(rules.apply(logits.float(), said)))
-        new = torch.where(goes_on, token, rules.pad_id)[:, None]
-        said, goes_on = torch.cat([said, new], 1), goes_on & (token != rules.eos_id)
-        if not goes_on.any():
+        token = choose(_check_finite(config.process(logits.float(), generated)))
+        new = torch.where(unfinished, token, config.pad_id)[:, None]
+        generated = torch.cat([generated, new], 1)
+        unfinished = unfinished & (token != config.eos_id)
+        if not unfinished.any():
             break
-    return said
+    return generated
 
 
-def _first_alone(rows: int, beams: int, device: torch.device) -> Tensor:
+def _initial_scores(rows: int, beams: int, device: torch.device) -> Tensor:
     """Scores [rows, beams] of sentences that are still the same one, so that only the first goes on."""
     scores = torch.full((rows, beams), -torch.inf, device=device)
     scores[:, 0] = 0
     return scores
 
 
-def _best(count: int, scores: Tensor, said: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best continuations of said [rows, beams, n] by scores [rows, beams, vocab_size].
+def _best_continuations(count: int, scores: Tensor, generated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best continuations of generated [rows, beams, n] by scores [rows, beams, vocab_size].
 
-    Returns their scores [rows, count], which beam each continues [rows, count], and what is said then [rows, count, n + 1].
+    Returns their scores [rows, count], the beam that each continues [rows, count], and their tokens [rows, count, n + 1].
     """
-    best, place = scores.flatten(1).topk(count)
-    beam, token = place // scores.shape[2], place % scores.shape[2]
-    return best, beam, torch.cat([_take(said, beam), token[..., None]], 2)
+    vocab_size = scores.shape[2]
+    best, index = scores.flatten(1).topk(count)
+    beam, token = index // vocab_size, index % vocab_size
+    return best, beam, torch.cat([_take(generated, beam), token[..., None]], 2)
 
 
-def _take(said: Tensor, pick: Tensor) -> Tensor:
-    """said [rows, sentences, n], pick [rows, chosen] -> [rows, chosen, n]."""
-    return said.gather(1, pick[..., None].expand(-1, -1, said.shape[-1]))
+def _take(generated: Tensor, pick: Tensor) -> Tensor:
+    """generated [rows, sentences, n], pick [rows, chosen] -> [rows, chosen, n]."""
+    return generated.gather(1, pick[..., None].expand(-1, -1, generated.shape[-1]))
 
 
-def _trim(said: Tensor, pad_id: int) -> Tensor:
-    """Without the columns at the end that are padding in every row: said [rows, n]."""
-    used = (said != pad_id).any(0).nonzero()
-    return said[:, : int(used.max()) + 1]
+def _trim(generated: Tensor, pad_id: int) -> Tensor:
+    """generated [rows, n] without the columns at the end that are padding in every row."""
+    used = (generated != pad_id).any(0).nonzero()
+    return generated[:, : int(used.max()) + 1]

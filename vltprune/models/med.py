@@ -1,21 +1,31 @@
-"""BLIP's text tower: BERT whose layers may cross-attend to images.
+"""BLIP's text tower: a BERT encoder whose layers can cross-attend to image tokens.
 
-The architecture is the "multimodal mixture of encoder-decoder" of Li et al., BLIP, arXiv 2201.12086, section 3.1: a
-post-norm BERT encoder with a cross-attention between self-attention and feed-forward, and, for NLVR2, one
-cross-attention stream per image whose outputs are averaged or merged by a linear layer.
+The architecture is the multimodal mixture of encoder-decoder (MED) of Li et al., BLIP, arXiv 2201.12086, section 3.1: post-norm
+BERT with a cross-attention between self-attention and MLP. For NLVR2 each image has a cross-attention stream of its own, and
+the streams' outputs are averaged or merged by a linear layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 EPS = 1e-12  # BERT's layer norms
 
 
 class Attention(nn.Module):
-    """The four projections of multi-head attention; `memory_width` is the width of what keys and values read."""
+    """Multi-head attention with separate query, key, value and output projections.
+
+    Args:
+        width: Width of the tokens that attend; a multiple of `heads`.
+        heads: Number of attention heads.
+        memory_width: Width of the tokens attended to; None for `width`.
+    """
 
     def __init__(self, width: int, heads: int, memory_width: int | None = None):
         super().__init__()
@@ -28,42 +38,69 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """memory [batch, m, memory_width] -> its keys and values, each [batch, heads, m, head_dim]."""
-        return self._by_head(self.key(memory)), self._by_head(self.value(memory))
+        """Keys and values of memory [batch, m, memory_width], each [batch, heads, m, head_dim]."""
+        return self._split_heads(self.key(memory)), self._split_heads(self.value(memory))
 
-    def look(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [batch, n, width] looks at keys and values; mask broadcastable to [batch, heads, n, m], true where it may."""
-        context = F.scaled_dot_product_attention(self._by_head(self.query(x)), keys, values, attn_mask=mask)
-        return self.output(context.transpose(1, 2).flatten(2))
+    def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend from x [batch, n, width] to keys and values, and project: [batch, n, width].
+
+        Args:
+            x: Tokens that attend.
+            keys: [batch, heads, m, head_dim].
+            values: [batch, heads, m, head_dim].
+            mask: Broadcastable to [batch, heads, n, m]: bool, true where a token may attend, or float, added to the logits.
+        """
+        context = F.scaled_dot_product_attention(self._split_heads(self.query(x)), keys, values, attn_mask=mask)
+        return self.output(rearrange(context, "b h n d -> b n (h d)"))
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [batch, n, width], memory [batch, m, memory_width], mask as in `look`."""
-        return self.look(x, *self.keys_values(memory), mask)
+        """`attend` from x [batch, n, width] to memory [batch, m, memory_width]."""
+        return self.attend(x, *self.keys_values(memory), mask)
 
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 class CrossAttention(nn.Module):
-    """One attention stream per image; several streams are averaged, or merged by a linear layer (NLVR2, upper layers)."""
+    """Cross-attention with one stream per image; the streams' outputs are averaged, or merged by a linear layer.
+
+    Args:
+        width: Width of the text tokens.
+        heads: Attention heads of each stream.
+        memory_width: Width of the image tokens.
+        images: Images per sentence, each with its own stream.
+        merge: Whether a linear layer merges the streams, as in the upper layers of BLIP for NLVR2.
+    """
 
     def __init__(self, width: int, heads: int, memory_width: int, images: int = 1, merge: bool = False):
         super().__init__()
         self.images = images
-        self.streams = nn.ModuleList(Attention(width, heads, memory_width) for _ in range(images))
+        # an nn.ModuleList, which does not say what its modules are
+        self.streams = cast(
+            Sequence[Attention], nn.ModuleList(Attention(width, heads, memory_width) for _ in range(images))
+        )
         self.merge = nn.Linear(images * width, width) if merge else None
         self.norm = nn.LayerNorm(width, eps=EPS)
 
     def combine(self, outputs: list[Tensor]) -> Tensor:
-        """One tensor per stream, each [..., width] -> [..., width]."""
+        """Combine the streams' outputs, each [..., width], to [..., width]."""
         if self.merge is not None:
             return self.merge(torch.cat(outputs, -1))
         return torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0]
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """x [sentences, n, width]; memory [groups * images, m, memory_width], `sentences` a multiple of `groups`."""
+        """Attend from sentences to their images.
+
+        Args:
+            x: Text tokens [sentences, n, width], `sentences` a multiple of `groups`.
+            memory: Image tokens [groups * images, m, memory_width].
+
+        Returns:
+            [sentences, n, width], before the residual.
+        """
         groups = len(memory) // self.images
-        grouped = x.reshape(groups, -1, x.shape[-1])  # the sentences about one pair share its keys and values
+        # the sentences about one group of images share its keys and values
+        grouped = x.reshape(groups, -1, x.shape[-1])
         views = memory.unflatten(0, (groups, self.images)).unbind(1)
 
         outputs = [stream(grouped, view) for stream, view in zip(self.streams, views, strict=True)]
@@ -71,7 +108,14 @@ class CrossAttention(nn.Module):
 
 
 class MedLayer(nn.Module):
-    """Post-norm BERT layer: self-attention, then (given a memory) cross-attention, then the feed-forward."""
+    """A post-norm BERT layer: self-attention, cross-attention where there is a memory, MLP.
+
+    Args:
+        width: Width of the tokens.
+        heads: Attention heads.
+        dropout: Dropout probability on each branch.
+        cross: Cross-attention, or None for a layer without one.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float, cross: CrossAttention | None):
         super().__init__()
@@ -84,10 +128,11 @@ class MedLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """x [..., width] -> [..., width], residual and norm included."""
+        """The MLP with its residual and norm: x [..., width] -> [..., width]."""
         return self.norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [sentences, n, width], memory as in `CrossAttention`, mask of the self-attention -> [sentences, n, width]."""
         x = self.attention_norm(x + self.dropout(self.attention(x, x, mask)))
         if memory is not None and self.cross is not None:
             x = self.cross.norm(x + self.dropout(self.cross(x, memory)))
@@ -95,11 +140,18 @@ class MedLayer(nn.Module):
 
 
 class MedEncoder(nn.Module):
-    """Token ids, and optionally the tokens of the images they speak of, to hidden states.
+    """A BERT encoder of token ids, which may cross-attend to the tokens of images.
 
-    Arguments: `vocab_size`, `max_positions` (longest sentence), `width`, `depth`, `heads`; `memory_width`: the image
-    tower's width (`None`: no cross-attention at all); `images`: images per sentence; `merge_from`: first layer whose
-    streams are merged by a linear layer rather than averaged; `dropout` on embeddings and on each sublayer's output.
+    Args:
+        vocab_size: Number of token ids.
+        max_positions: Longest sentence, in tokens.
+        width: Width of the tokens.
+        depth: Number of layers.
+        heads: Attention heads of each layer.
+        memory_width: Width of the image tokens; None for no cross-attention at all.
+        images: Images per sentence.
+        merge_from: First layer whose streams are merged by a linear layer rather than averaged.
+        dropout: Dropout probability on embeddings and on each branch.
     """
 
     def __init__(
@@ -125,14 +177,25 @@ class MedEncoder(nn.Module):
         self.position = nn.Embedding(max_positions, width)
         self.embedding_norm = nn.LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(MedLayer(width, heads, dropout, cross(index)) for index in range(depth))
+        # an nn.ModuleList, which does not say what its modules are
+        self.layers = cast(
+            Sequence[MedLayer], nn.ModuleList(MedLayer(width, heads, dropout, cross(index)) for index in range(depth))
+        )
         self.images = images
         self.apply(initialize)
 
     def embed(self, input_ids: Tensor, start: int = 0) -> Tensor:
-        """input_ids [batch, length] int64 -> [batch, length, width]; ValueError where a sentence cannot be embedded.
+        """Embed token ids with their positions.
 
-        start: how many tokens of the sentence came before these.
+        Args:
+            input_ids: Token ids [batch, length] int64.
+            start: Position of the first of them: how many tokens of the sentence came before.
+
+        Returns:
+            Embeddings [batch, length, width].
+
+        Raises:
+            ValueError: For ids of another shape or out of range, and for sentences past `max_positions`.
         """
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids must be [batch, length] and not empty, got {list(input_ids.shape)}")
@@ -148,7 +211,11 @@ class MedEncoder(nn.Module):
         return self.dropout(self.embedding_norm(x))
 
     def check_memory(self, sentences: int, memories: int) -> None:
-        """ValueError unless `sentences` sentences can be about `memories` images."""
+        """Check that `sentences` sentences can be about `memories` images.
+
+        Raises:
+            ValueError: If the images form no groups, or the groups do not divide the sentences.
+        """
         if memories % self.images or memories == 0 or sentences % (memories // self.images):
             raise ValueError(
                 f"{sentences} sentences cannot be about {memories} images at {self.images} images a sentence: "
@@ -156,16 +223,24 @@ class MedEncoder(nn.Module):
             )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
-        """Hidden states [batch, length, width].
+        """Encode sentences, alone or with their images.
 
-        input_ids [batch, length] int64; attention_mask [batch, length], nonzero where a token is real; memory
-        [batch / k * images, tokens, memory_width]: consecutive images belong to one group, and k consecutive sentences
-        are about one group. Raises ValueError for sentences past `max_positions` and for batches that do not match.
+        Args:
+            input_ids: Token ids [batch, length] int64.
+            attention_mask: [batch, length], nonzero where a token is real; None for everywhere.
+            memory: Image tokens [batch / k * images, m, memory_width]: consecutive images form a group, and k consecutive
+                sentences are about one group. None for sentences alone.
+
+        Returns:
+            Hidden states [batch, length, width].
+
+        Raises:
+            ValueError: For sentences past `max_positions`, and for batches that do not match.
         """
         x = self.embed(input_ids)
         if memory is not None:
             self.check_memory(len(input_ids), len(memory))
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        mask = None if attention_mask is None else rearrange(attention_mask.bool(), "b n -> b 1 1 n")
 
         for layer in self.layers:
             x = layer(x, memory, mask)
@@ -173,11 +248,11 @@ class MedEncoder(nn.Module):
 
 
 class QuestionEncoder(MedEncoder):
-    """A MedEncoder whose states are all read by what follows, not the first alone. Pruned, it hands them on packed."""
+    """A `MedEncoder` whose hidden states are all read by a decoder. Pruned, it returns them packed."""
 
 
 def initialize(module: nn.Module) -> None:
-    """BERT's: normal of deviation 0.02, zero biases."""
+    """Initialize one module as BERT does: weights normal with deviation 0.02, biases and padding embedding zero."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

@@ -1,4 +1,4 @@
-"""Training of `BlipRetrieval`: momentum distillation, feature queues, hard negatives.
+"""Momentum distillation: the training losses of `BlipRetrieval`, with an EMA model, feature queues and hard negatives.
 
 Li et al., BLIP, arXiv 2201.12086, section 3.2, after ALBEF (Li et al., arXiv 2107.07651, sections 3.2 and 3.3) and MoCo.
 """
@@ -19,26 +19,31 @@ from ..core.tokens import PackedTokens
 from .retrieval import BlipRetrieval
 
 
-class Momentum(nn.Module):
-    """A slow copy of a BlipRetrieval, dense or pruned, and queues of its features. Called, it gives the training losses.
+class MomentumDistillation(nn.Module):
+    """The losses of a `BlipRetrieval` against an exponential moving average (EMA) of it and queues of that one's features.
 
-    queue: features of how many pairs are kept, of which none are there at first; momentum: how much of itself the copy
-    keeps each time it follows. It has no trainable parameters; its state belongs in a training checkpoint, not in a model.
+    It has no trainable parameters. Its state belongs in a training checkpoint, not in a model.
+
+    Args:
+        model: The model to train, dense or pruned; `ema_model` starts as a copy of it.
+        queue_size: How many pairs' features are kept; the queues start empty.
+        momentum: Decay of the average: ema = momentum * ema + (1 - momentum) * model, once a step.
     """
 
-    images: Tensor
-    texts: Tensor
-    ids: Tensor
-    written: Tensor
+    image_queue: Tensor
+    text_queue: Tensor
+    id_queue: Tensor
+    enqueued: Tensor
 
-    def __init__(self, model: BlipRetrieval, queue: int = 57600, momentum: float = 0.995):
+    def __init__(self, model: BlipRetrieval, queue_size: int = 57600, momentum: float = 0.995):
         super().__init__()
-        self.slow = copy.deepcopy(model).requires_grad_(False)
-        self.queue, self.momentum = queue, momentum
-        for name in ("images", "texts"):
-            self.register_buffer(name, torch.zeros(queue, model.text_projection.out_features))
-        self.register_buffer("ids", torch.zeros(queue, dtype=torch.int64))
-        self.register_buffer("written", torch.zeros((), dtype=torch.int64))
+        self.ema_model = copy.deepcopy(model).requires_grad_(False)
+        self.queue_size, self.momentum = queue_size, momentum
+        for name in ("image_queue", "text_queue"):
+            self.register_buffer(name, torch.zeros(queue_size, model.text_projection.out_features))
+        self.register_buffer("id_queue", torch.zeros(queue_size, dtype=torch.int64))
+        # how many pairs were ever enqueued
+        self.register_buffer("enqueued", torch.zeros((), dtype=torch.int64))
 
     def forward(
         self,
@@ -49,92 +54,116 @@ class Momentum(nn.Module):
         image_ids: Tensor,
         alpha: float = 0.4,
     ) -> tuple[Tensor, Tensor]:
-        """The losses of contrast (ITC) and of matching (ITM), two scalars, on a batch of pairs.
+        """Compute the losses of image-text contrast (ITC) and matching (ITM); update the EMA model and the queues.
 
-        images [batch, 3, H, W]; input_ids, attention_mask [batch, length], on all ranks equally long; image_ids [batch]
-        int64: pairs of one image are no negatives of each other. alpha: how much of the targets are the slow copy's own
-        similarities. The copy follows the model, and its features enter the queues. The model's towers run first, each
-        once, and so the first two traces are those that `losses.alignment` compares. ValueError for a batch of one image.
+        The model's towers run first, each once: the first two traces are those that `losses.alignment` compares.
+
+        Args:
+            model: The model that is trained.
+            images: [batch, 3, H, W].
+            input_ids: Token ids [batch, length], equally long on all ranks.
+            attention_mask: [batch, length], nonzero where a token is real.
+            image_ids: [batch] int64; pairs of one image are no negatives of each other.
+            alpha: Weight of the EMA model's similarities in the targets, 0 .. 1 (ALBEF, eq. 6).
+
+        Returns:
+            The two losses, scalars.
+
+        Raises:
+            ValueError: If the batch shows one image only, or is larger than the queues.
         """
         memory = model.visual(images)
-        image, text = model.features_of(memory), model.text_features(input_ids, attention_mask)
+        image, text = model.project_image_tokens(memory), model.text_features(input_ids, attention_mask)
         temperature = model.temperature.clamp(0.001, 0.5)
 
-        self.follow(model)
-        slow_image, slow_text = self._slow_features(images, input_ids, attention_mask)
-        all_images, all_texts, all_ids = self._with_queues(slow_image, slow_text, image_ids)
+        self.update_ema(model)
+        ema_image, ema_text = self._ema_features(images, input_ids, attention_mask)
+        all_images, all_texts, all_ids = self._with_queues(ema_image, ema_text, image_ids)
         same = (image_ids[:, None] == all_ids).to(image.dtype)
-        truth = same / same.sum(1, keepdim=True)
-        of_images = _contrast(image, slow_image, all_texts, truth, temperature, alpha)
-        of_texts = _contrast(text, slow_text, all_images, truth, temperature, alpha)
-        self.enqueue(slow_image, slow_text, image_ids)
+        targets = same / same.sum(1, keepdim=True)
+        image_to_text = _contrastive_loss(image, ema_image, all_texts, targets, temperature, alpha)
+        text_to_image = _contrastive_loss(text, ema_text, all_images, targets, temperature, alpha)
+        self.enqueue(ema_image, ema_text, image_ids)
 
         negatives = _hard_negatives(image.detach(), text.detach(), image_ids, temperature.detach())
-        matching = _matching(model, memory, input_ids, attention_mask, *negatives)
-        return (of_images + of_texts) / 2, matching
+        matching = _matching_loss(model, memory, input_ids, attention_mask, *negatives)
+        return (image_to_text + text_to_image) / 2, matching
 
     @torch.no_grad()
-    def follow(self, model: BlipRetrieval) -> None:
-        """The copy moves towards the model, by 1 - momentum of the way."""
-        for slow, fast in zip(self.slow.parameters(), model.parameters(), strict=True):
-            slow.lerp_(fast, 1 - self.momentum)
+    def update_ema(self, model: BlipRetrieval) -> None:
+        """Move the EMA model's parameters towards the model's, by 1 - momentum of the way."""
+        for average, parameter in zip(self.ema_model.parameters(), model.parameters(), strict=True):
+            average.lerp_(parameter, 1 - self.momentum)
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor, image_ids: Tensor) -> None:
-        """Features [batch, embed_dim] and ids [batch] of all ranks take the places of the oldest."""
-        image, text, image_ids = everyones(image), everyones(text), everyones(image_ids)
-        if len(image) > self.queue:
-            raise ValueError(f"queue={self.queue} cannot hold the {len(image)} pairs of one batch: give a longer one")
-        place = (self.written + torch.arange(len(image), device=image.device)) % self.queue
-        self.images[place], self.texts[place] = (
-            image.to(self.images),
-            text.to(self.texts),
-        )  # autocast may have made them half
-        self.ids[place] = image_ids
-        self.written += len(image)
+        """Replace the oldest entries of the queues by the features of all ranks.
+
+        Args:
+            image: Image features [batch, embed_dim].
+            text: Text features [batch, embed_dim].
+            image_ids: [batch] int64.
+
+        Raises:
+            ValueError: If the queues are shorter than the batch of all ranks.
+        """
+        image, text, image_ids = (gather_ranks(x) for x in (image, text, image_ids))
+        if len(image) > self.queue_size:
+            raise ValueError(
+                f"queue_size={self.queue_size} cannot hold the {len(image)} pairs of one batch: give a larger one"
+            )
+        slots = (self.enqueued + torch.arange(len(image), device=image.device)) % self.queue_size
+        # autocast may have made the features half
+        self.image_queue[slots] = image.to(self.image_queue)
+        self.text_queue[slots] = text.to(self.text_queue)
+        self.id_queue[slots] = image_ids
+        self.enqueued += len(image)
 
     @torch.no_grad()
-    def _slow_features(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.slow.image_features(images), self.slow.text_features(input_ids, attention_mask)
+    def _ema_features(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ema_model.image_features(images), self.ema_model.text_features(input_ids, attention_mask)
 
     def _with_queues(self, image: Tensor, text: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the batch is compared with: itself, then what the queues hold."""
-        there = min(int(self.written), self.queue)
-        pairs = ((image, self.images), (text, self.texts), (image_ids, self.ids))
-        image, text, image_ids = (torch.cat([new, old[:there]]) for new, old in pairs)
+        filled = min(int(self.enqueued), self.queue_size)
+        pairs = ((image, self.image_queue), (text, self.text_queue), (image_ids, self.id_queue))
+        image, text, image_ids = (torch.cat([new, old[:filled]]) for new, old in pairs)
         return image, text, image_ids
 
 
-def _contrast(
-    features: Tensor, slow: Tensor, others: Tensor, truth: Tensor, temperature: Tensor, alpha: float
+def _contrastive_loss(
+    features: Tensor, ema_features: Tensor, candidates: Tensor, targets: Tensor, temperature: Tensor, alpha: float
 ) -> Tensor:
-    """Cross-entropy of features [batch, dim] against others [all, dim]. Targets: truth [batch, all], softened by `slow`."""
+    """Cross-entropy of features [batch, dim] over candidates [all, dim].
+
+    Targets [batch, all] are mixed with the EMA model's own similarities (ALBEF, eq. 6).
+    """
     with torch.no_grad():
-        targets = alpha * (slow @ others.T / temperature).softmax(1) + (1 - alpha) * truth
-    return F.cross_entropy(features @ others.T / temperature, targets)
+        targets = alpha * (ema_features @ candidates.T / temperature).softmax(1) + (1 - alpha) * targets
+    return F.cross_entropy(features @ candidates.T / temperature, targets)
 
 
 def _hard_negatives(image: Tensor, text: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """For each pair a text that its image, and an image that its text, is likely to be taken for: [batch] each.
+    """A negative text for each image, and a negative image for each text, as rows of all ranks: [batch] each.
 
-    Drawn from the pairs of all ranks by similarity, those of the same image left out.
+    They are drawn by similarity; pairs of the same image are left out.
     """
-    same = ids[:, None] == everyones(ids)
+    same = ids[:, None] == gather_ranks(ids)
     if same.all(1).any():
         raise ValueError(
             "the batch has pairs of one image only, and so no negatives: draw pairs of at least two images"
         )
     drawn = []
-    for features, others in ((image, everyones(text)), (text, everyones(image))):
-        chances = (features @ others.T / temperature).masked_fill(same, -torch.inf).softmax(1)
-        legible = chances.isfinite().all(
-            1, keepdim=True
-        )  # features may be NaN: the loss is then, and it is skipped as such
-        drawn.append(torch.multinomial(torch.where(legible, chances, (~same).to(chances)), 1).squeeze(1))
+    for features, candidates in ((image, gather_ranks(text)), (text, gather_ranks(image))):
+        weights = (features @ candidates.T / temperature).masked_fill(same, -torch.inf).softmax(1)
+        # features may be NaN: then the loss is NaN too, and the step is skipped for it
+        is_finite = weights.isfinite().all(1, keepdim=True)
+        weights = torch.where(is_finite, weights, (~same).to(weights))
+        drawn.append(torch.multinomial(weights, 1).squeeze(1))
     return drawn[0], drawn[1]
 
 
-def _matching(
+def _matching_loss(
     model: BlipRetrieval,
     memory: Tensor | PackedTokens,
     input_ids: Tensor,
@@ -143,9 +172,9 @@ def _matching(
     negative_image: Tensor,
 ) -> Tensor:
     """Cross-entropy of the matching head on each pair, each image with another text, and each text with another image."""
-    others = _everyones_memory(memory)
-    other = others.of(negative_image.tolist()) if isinstance(others, PackedTokens) else others[negative_image]
-    texts = everyones(input_ids)[negative_text], everyones(attention_mask)[negative_text]
+    memories = _gather_memory(memory)
+    other = memories.of(negative_image.tolist()) if isinstance(memories, PackedTokens) else memories[negative_image]
+    texts = gather_ranks(input_ids)[negative_text], gather_ranks(attention_mask)[negative_text]
     logits = torch.cat(
         [
             model.match(memory, input_ids, attention_mask),
@@ -158,28 +187,29 @@ def _matching(
     return F.cross_entropy(logits, labels)
 
 
-def everyones(x: Tensor) -> Tensor:
-    """x [batch, ...] of all ranks, one after another, with gradients; x itself in a single process."""
+def gather_ranks(x: Tensor) -> Tensor:
+    """Concatenate x [batch, ...] of all ranks, with gradients: [batch of all ranks, ...]; in a single process, x itself."""
     return torch.cat(all_gather(x.contiguous())) if _is_distributed() else x
 
 
-def _everyones_memory(memory: Tensor | PackedTokens) -> Tensor | PackedTokens:
-    """The image tokens of all ranks. Packed ones travel padded, since ranks hold differently many."""
+def _gather_memory(memory: Tensor | PackedTokens) -> Tensor | PackedTokens:
+    """The image tokens of all ranks. Packed ones are padded on the way, since ranks hold differently many."""
     if not _is_distributed():
         return memory
     if not isinstance(memory, PackedTokens):
-        return everyones(memory)
+        return gather_ranks(memory)
     layout = memory.layout
     longest = torch.tensor(layout.longest, device=layout.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    room = (0, int(longest) - layout.longest)
-    real = everyones(F.pad(layout.real, room))
+    padding = (0, int(longest) - layout.longest)
+    real = gather_ranks(F.pad(layout.real, padding))
 
-    def of_all(column: Tensor | None) -> Tensor | None:
-        return None if column is None else everyones(F.pad(segments.pad(column, layout), room))[real]
+    def gather_column(column: Tensor | None) -> Tensor | None:
+        return None if column is None else gather_ranks(F.pad(segments.pad(column, layout), padding))[real]
 
-    tokens = PackedTokens.pack(everyones(F.pad(memory.unpack()[0], (0, 0, *room))), real)
-    return replace(tokens, keep_prob=of_all(memory.keep_prob), counted_prob=of_all(memory.counted_prob))
+    tokens = PackedTokens.pack(gather_ranks(F.pad(memory.unpack()[0], (0, 0, *padding))), real)
+    keep_prob, counted_prob = gather_column(memory.keep_prob), gather_column(memory.counted_prob)
+    return replace(tokens, keep_prob=keep_prob, counted_prob=counted_prob)
 
 
 def _is_distributed() -> bool:

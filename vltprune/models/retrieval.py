@@ -1,4 +1,4 @@
-"""BLIP for retrieval: features to search with, and an image-text matching head.
+"""BLIP for retrieval: features of images and texts, and an image-text matching head.
 
 Li et al., BLIP, arXiv 2201.12086, sections 3.2 and 5.1: image-text contrast (ITC) and image-text matching (ITM).
 """
@@ -10,15 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.tokens import PackedTokens
-from .blip import BlipVision, beginning_with, first
+from .blip import BlipVision, replace_first, summary_token
 from .med import MedEncoder
 
 
 class BlipRetrieval(nn.Module):
-    """Features of images and of sentences, and whether a pair of them matches. Sizes are those of `Blip`.
+    """BLIP's image and text towers with projections to a shared space, and a head that classifies pairs.
 
-    Sentences come as a tokenizer gives them, [CLS] ... [SEP]: the model itself puts `enc_id` in the place of the first
-    token where a sentence is read against an image. `embed_dim`: of the features; `temperature`: of their contrast.
+    Sentences come as a tokenizer gives them, [CLS] ... [SEP]. The model puts `enc_id` in the place of the first token where a
+    sentence is matched with an image.
+
+    Args:
+        image_size: Side of the images, in pixels.
+        patch_size: Side of a patch, in pixels.
+        vision_width: Width of the image tower.
+        vision_depth: Blocks of the image tower.
+        vision_heads: Attention heads of the image tower.
+        text_width: Width of the text tower.
+        text_depth: Layers of the text tower.
+        text_heads: Attention heads of the text tower.
+        vocab_size: Number of token ids.
+        max_positions: Longest sentence, in tokens.
+        dropout: Dropout probability of the text tower.
+        drop_path: Stochastic depth of the image tower's last block.
+        embed_dim: Width of the features.
+        temperature: Initial temperature of the contrast, a parameter.
+        enc_id: Token that begins a sentence which cross-attends to an image.
     """
 
     images_per_sentence = 1
@@ -52,24 +69,34 @@ class BlipRetrieval(nn.Module):
         self.enc_id = enc_id
 
     def image_features(self, images: Tensor) -> Tensor:
-        """images [batch, 3, H, W] -> features [batch, embed_dim] of length one."""
-        return self.features_of(self.visual(images))
+        """Features [batch, embed_dim] of unit length, of images [batch, 3, H, W]."""
+        return self.project_image_tokens(self.visual(images))
 
-    def features_of(self, memory: Tensor | PackedTokens) -> Tensor:
-        """Features of images whose tokens, `model.visual(images)`, are there already."""
-        return F.normalize(self.image_projection(first(memory)), dim=-1)
+    def project_image_tokens(self, memory: Tensor | PackedTokens) -> Tensor:
+        """Features [batch, embed_dim] of unit length, of image tokens that `model.visual(images)` returned."""
+        return F.normalize(self.image_projection(summary_token(memory)), dim=-1)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids, attention_mask [sentences, length] -> features [sentences, embed_dim] of length one."""
-        return F.normalize(self.text_projection(first(self.text(input_ids, attention_mask))), dim=-1)
+        """Features [sentences, embed_dim] of unit length, of input_ids and attention_mask [sentences, length]."""
+        return F.normalize(self.text_projection(summary_token(self.text(input_ids, attention_mask))), dim=-1)
 
     def match(self, memory: Tensor | PackedTokens, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [sentences, 2] for "they do not match" and "they do".
+        """Classify pairs of images and sentences.
 
-        memory: `model.visual(images)` of `batch` images; input_ids, attention_mask [sentences, length], `sentences` a
-        multiple of `batch` (consecutive sentences are about one image). Raises ValueError where shapes do not fit.
+        Args:
+            memory: `model.visual(images)` of `batch` images.
+            input_ids: Token ids [sentences, length], `sentences` a multiple of `batch`: consecutive sentences are about one
+                image.
+            attention_mask: [sentences, length], nonzero where a token is real; None for everywhere.
+
+        Returns:
+            Logits [sentences, 2] for "they do not match" and "they match".
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
-        return self.head(first(self.text(beginning_with(self.enc_id, input_ids), attention_mask, memory)))
+        hidden = self.text(replace_first(input_ids, self.enc_id), attention_mask, memory)
+        return self.head(summary_token(hidden))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`match`, from images [batch, 3, H, W]."""

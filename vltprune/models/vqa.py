@@ -1,6 +1,6 @@
-"""BLIP for visual question answering: an encoder of the question, and a decoder that generates or ranks answers.
+"""BLIP for visual question answering: a question encoder, and a decoder that generates or ranks answers.
 
-Li et al., BLIP, arXiv 2201.12086, section 5.3. The answer's decoder sees the image only through the question's states.
+Li et al., BLIP, arXiv 2201.12086, section 5.3. The decoder attends to the question's hidden states, not to the image.
 """
 
 from __future__ import annotations
@@ -8,19 +8,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .blip import BlipVision, beginning_with
-from .decoder import Cache, MedDecoder, next_token_costs
-from .generation import Beam, Rules, Strategy
+from .blip import BlipVision, replace_first
+from .decoder import DecoderCache, MedDecoder, next_token_losses
+from .generation import BeamSearch, DecodingStrategy, GenerationConfig
 from .med import MedEncoder, QuestionEncoder
 
-_BEAMS = Beam(3)
+_BEAM_SEARCH = BeamSearch(3)
 
 
 class BlipVqa(nn.Module):
-    """Answers to questions about images. Sizes are those of `Blip`, `text_*` both the encoder's and the decoder's.
+    """BLIP's image tower, an encoder of questions that cross-attends to it, and a decoder of answers.
 
-    Questions and answers come as a tokenizer gives them, [CLS] ... [SEP]: the model itself puts `enc_id` in the place of a
-    question's first token and `bos_id` in that of an answer's. `eos_id` ends an answer, `pad_id` fills the row behind it.
+    Questions and answers come as a tokenizer gives them, [CLS] ... [SEP]. The model puts `enc_id` in the place of a question's
+    first token and `bos_id` in that of an answer's.
+
+    Args:
+        image_size: Side of the images, in pixels.
+        patch_size: Side of a patch, in pixels.
+        vision_width: Width of the image tower.
+        vision_depth: Blocks of the image tower.
+        vision_heads: Attention heads of the image tower.
+        text_width: Width of encoder and decoder.
+        text_depth: Layers of encoder and decoder, each.
+        text_heads: Attention heads of encoder and decoder.
+        vocab_size: Number of token ids.
+        max_positions: Longest question or answer, in tokens.
+        dropout: Dropout probability of encoder and decoder.
+        drop_path: Stochastic depth of the image tower's last block.
+        bos_id: Token that begins an answer.
+        enc_id: Token that begins a question.
+        eos_id: Token that ends an answer.
+        pad_id: Token that fills the row behind the end.
     """
 
     images_per_sentence = 1
@@ -51,14 +69,19 @@ class BlipVqa(nn.Module):
         self.decoder = MedDecoder(MedEncoder(*text, memory_width=text_width, dropout=dropout))
         self.bos_id, self.enc_id, self.eos_id, self.pad_id = bos_id, enc_id, eos_id, pad_id
 
-    def read(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Cache:
-        """The questions, read against their images, for the decoder to look at.
+    def encode_questions(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> DecoderCache:
+        """Encode questions with their images: the decoder's cache before the first token of an answer.
 
-        images [batch, 3, H, W]; input_ids, attention_mask [questions, length], `questions` a multiple of `batch`
-        (consecutive questions are about one image).
+        Args:
+            images: [batch, 3, H, W].
+            input_ids: Token ids of the questions [questions, length], `questions` a multiple of `batch`: consecutive
+                questions are about one image.
+            attention_mask: [questions, length], nonzero where a token is real; None for everywhere.
         """
-        states = self.text(beginning_with(self.enc_id, input_ids), attention_mask, self.visual(images))
-        return self.decoder.read(states, attention_mask)
+        hidden = self.text(replace_first(input_ids, self.enc_id), attention_mask, self.visual(images))
+        return self.decoder.start(hidden, attention_mask)
 
     def forward(
         self,
@@ -69,14 +92,26 @@ class BlipVqa(nn.Module):
         answer_mask: Tensor | None = None,
         question: Tensor | None = None,
     ) -> Tensor:
-        """Logits of each next token of the answers, [answers, length, vocab_size].
+        """Predict each next token of given answers.
 
-        images, input_ids, attention_mask as in `read`; answer_ids, answer_mask [answers, length]; question [answers] int64,
-        the question that each answers (None: equally many consecutive answers each). ValueError where shapes do not fit.
+        Args:
+            images: As in `encode_questions`.
+            input_ids: As in `encode_questions`.
+            attention_mask: As in `encode_questions`.
+            answer_ids: Token ids of the answers [answers, length].
+            answer_mask: [answers, length], nonzero where a token is real; None for everywhere.
+            question: Index of the question that each answers, [answers] int64; None for equally many consecutive answers
+                each.
+
+        Returns:
+            Logits [answers, length, vocab_size].
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
-        cache = self.read(images, input_ids, attention_mask)
-        cache = cache if question is None else cache.about(question)
-        return self.decoder(beginning_with(self.bos_id, answer_ids), cache, answer_mask)[0]
+        cache = self.encode_questions(images, input_ids, attention_mask)
+        cache = cache if question is None else cache.select_groups(question)
+        return self.decoder(replace_first(answer_ids, self.bos_id), cache, answer_mask)[0]
 
     def loss(
         self,
@@ -87,15 +122,23 @@ class BlipVqa(nn.Module):
         answer_mask: Tensor | None = None,
         question: Tensor | None = None,
         weight: Tensor | None = None,
-        smoothing: float = 0.1,
+        label_smoothing: float = 0.1,
     ) -> Tensor:
-        """Weighted cross-entropy of the answers with smoothed labels, summed over tokens, a mean over questions: a scalar.
+        """Weighted cross-entropy of the answers with smoothed labels, summed over tokens, the mean over questions: a scalar.
 
-        weight [answers]: how often each was given, as a share of its question's (None: 1). The rest as in `forward`.
+        Args:
+            images: As in `encode_questions`.
+            input_ids: As in `encode_questions`.
+            attention_mask: As in `encode_questions`.
+            answer_ids: As in `forward`.
+            answer_mask: As in `forward`.
+            question: As in `forward`.
+            weight: How often each answer was given, as a share of its question's, [answers]; None for 1.
+            label_smoothing: Share of the target's probability that all tokens get, 0 .. 1.
         """
         logits = self(images, input_ids, attention_mask, answer_ids, answer_mask, question)
-        costs, _ = next_token_costs(logits, answer_ids, answer_mask, smoothing=smoothing)
-        return (costs if weight is None else costs * weight).sum() / len(input_ids)
+        losses, _ = next_token_losses(logits, answer_ids, answer_mask, label_smoothing=label_smoothing)
+        return (losses if weight is None else losses * weight).sum() / len(input_ids)
 
     @torch.no_grad()
     def rank(
@@ -106,34 +149,49 @@ class BlipVqa(nn.Module):
         answer_ids: Tensor,
         answer_mask: Tensor | None = None,
         k: int = 128,
-        smoothing: float = 0.1,
+        label_smoothing: float = 0.1,
     ) -> tuple[Tensor, Tensor]:
-        """The best of a list of answers: which ones, best first, and their scores, both [questions, min(k, answers)].
+        """Rank a list of answers for each question.
 
-        answer_ids, answer_mask [answers, length]: one list for all questions; the rest as in `read`. The k answers whose
-        first word is likeliest are scored in full: minus the cost in training, which for BLIP is smoothed by 0.1; with
-        smoothing=0 it is the log-likelihood. Raises ValueError for answers without a word, FloatingPointError for scores that
-        are NaN.
+        The k answers whose first word is likeliest are scored in full, by minus the loss of training. For BLIP that has smoothed
+        labels; with `label_smoothing=0` a score is the log-likelihood.
+
+        Args:
+            images: As in `encode_questions`.
+            input_ids: As in `encode_questions`.
+            attention_mask: As in `encode_questions`.
+            answer_ids: Token ids of the answers [answers, length], one list for all questions.
+            answer_mask: [answers, length], nonzero where a token is real; None for everywhere.
+            k: Answers to score in full.
+            label_smoothing: Share of the target's probability that all tokens get, 0 .. 1.
+
+        Returns:
+            Indices of the best answers, best first, and their scores, both [questions, min(k, answers)].
+
+        Raises:
+            ValueError: For answers without a word.
+            FloatingPointError: For scores that are NaN.
         """
         if answer_ids.dim() != 2 or answer_ids.shape[1] < 2:
             raise ValueError(f"answer_ids must be [answers, 2 or more], [CLS] first; got {list(answer_ids.shape)}")
-        cache = self.read(images, input_ids, attention_mask)
-        answer_ids, k = beginning_with(self.bos_id, answer_ids), min(k, len(answer_ids))
+        cache = self.encode_questions(images, input_ids, attention_mask)
+        answer_ids, k = replace_first(answer_ids, self.bos_id), min(k, len(answer_ids))
         start = answer_ids.new_full((cache.groups, 1), self.bos_id)
-        first = self.decoder(start, cache)[0][:, 0].log_softmax(-1)
-        chosen = first[:, answer_ids[:, 1]].topk(k).indices
+        first_word = self.decoder(start, cache)[0][:, 0].log_softmax(-1)
+        candidates = first_word[:, answer_ids[:, 1]].topk(k).indices
 
-        costs = []
-        for question, some in enumerate(chosen):  # one at a time: logits of k answers are [k, length, vocab_size]
-            ids, mask = answer_ids[some], None if answer_mask is None else answer_mask[some]
-            logits, _ = self.decoder(ids, cache.about(start.new_tensor([question])), mask)
-            costs.append(next_token_costs(logits, ids, mask, smoothing=smoothing)[0])
-        if first.isnan().any() or any(cost.isnan().any() for cost in costs):
+        losses = []
+        # one question at a time: logits of k answers are [k, length, vocab_size]
+        for question, answers in enumerate(candidates):
+            ids, mask = answer_ids[answers], None if answer_mask is None else answer_mask[answers]
+            logits, _ = self.decoder(ids, cache.select_groups(start.new_tensor([question])), mask)
+            losses.append(next_token_losses(logits, ids, mask, label_smoothing=label_smoothing)[0])
+        if first_word.isnan().any() or any(loss.isnan().any() for loss in losses):
             raise FloatingPointError(
                 "the answers' scores are NaN, and none can be ranked by them: check the weights, or compute in full precision"
             )
-        scores, order = (-torch.stack(costs)).sort(descending=True)
-        return chosen.gather(1, order), scores
+        scores, order = (-torch.stack(losses)).sort(descending=True)
+        return candidates.gather(1, order), scores
 
     @torch.no_grad()
     def generate(
@@ -141,14 +199,24 @@ class BlipVqa(nn.Module):
         images: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        strategy: Strategy = _BEAMS,
+        strategy: DecodingStrategy = _BEAM_SEARCH,
         min_length: int = 1,
         max_length: int = 10,
     ) -> Tensor:
-        """Answers [questions, n] in free words, start and end token included, padded behind it. BLIP's defaults.
+        """Generate answers. The defaults are BLIP's.
 
-        images, input_ids, attention_mask as in `read`; strategy: `Greedy()`, `Nucleus(top_p)` or `Beam(beams)`.
+        Args:
+            images: As in `encode_questions`.
+            input_ids: As in `encode_questions`.
+            attention_mask: As in `encode_questions`.
+            strategy: `GreedySearch()`, `BeamSearch(num_beams)` or `NucleusSampling(top_p)`, of `vltprune.models.generation`.
+            min_length: Fewest tokens before the end token, start token included.
+            max_length: Most tokens, start token included.
+
+        Returns:
+            Token ids [questions, n], start and end token included, padded behind the end.
         """
-        cache = self.read(images, input_ids, attention_mask)
+        cache = self.encode_questions(images, input_ids, attention_mask)
         prompt = input_ids.new_full((cache.groups, 1), self.bos_id)
-        return self.decoder.generate(prompt, cache, strategy, Rules(self.eos_id, self.pad_id, min_length, max_length))
+        config = GenerationConfig(self.eos_id, self.pad_id, min_length, max_length)
+        return self.decoder.generate(prompt, cache, strategy, config)
