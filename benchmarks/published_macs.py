@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vltprune as vp
 from vltprune.cost.macs import CostMeter
 from vltprune.cost.sample_cost import keep_all
-from vltprune.models.generation import Beam
+from vltprune.models.generation import BeamSearch
 from vltprune.utils.modes import on_meta
 
 SENTENCE = 36  # tokens of the one that NLVR2's number was measured with
@@ -106,7 +106,7 @@ def caption() -> Iterator[Published | Instance]:
     count, images = Count(vp.backbones["blip_caption_base"]), _images()
     found = count(lambda model: model(images, _ids(1, CAPTION)))
     yield Published("BLIP caption, 384 px", 65.7, f"an image, a given caption of {CAPTION} tokens", *found.tolist())
-    found = count(lambda model: model.generate(images, Beam(3), max_length=20))
+    found = count(lambda model: model.generate(images, BeamSearch(3), max_length=20))
     yield Instance("BLIP caption: an image, a caption of 20 tokens by three beams", float(found[0]))
 
 
@@ -121,7 +121,7 @@ def answering() -> Iterator[Published | Instance]:
     yield Published("BLIP VQA, 480 px", 186.1, counts, *count(measured).tolist())
     question = count(lambda model: model.text(_ids(1, QUESTION), None, model.visual(images)))
     yield Instance(f"BLIP VQA: an image, a question of {QUESTION} tokens, before the answer", float(question[0]))
-    found = count(lambda model: model.generate(images, _ids(1, QUESTION), None, Beam(3), max_length=10))
+    found = count(lambda model: model.generate(images, _ids(1, QUESTION), None, BeamSearch(3), max_length=10))
     yield Instance("BLIP VQA: the same, and an answer of 10 tokens by three beams", float(found[0]))
 
 

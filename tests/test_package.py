@@ -30,7 +30,7 @@ FLOORS = (
     "hosts",
     "pruning.prune",
     "cost",
-    "io.preprocessing io.hub models.catalog models.sources models.factory models.open_model",
+    "io.preprocessing io.hub models.catalog models.sources models.factory models.resolve",
     "viz evaluation",
     "demo training",
     "cli",

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from vltprune.cli import main as cli
-from vltprune.models import open_model as opening
+from vltprune.models import resolve
 
 EVAL = ["eval", "--task", "nlvr", "--model", "blip_nlvr_tiny", "--data", "synthetic:test"]
 PRUNE = ["prune", "vit_tiny_patch16_224_evit", "PHOTOS"]
@@ -155,7 +155,7 @@ def test_wrong_values_are_refused_at_once(argv, name, says, pair, photos, tmp_pa
         raise AssertionError("the work began before the option was checked")
 
     if argv[0] == "prune" and "40" not in argv:
-        monkeypatch.setattr(opening, "create_model", work)
+        monkeypatch.setattr(resolve, "create_model", work)
         monkeypatch.setattr("vltprune.data.images.load_image", work)
     (tmp_path / "file").write_text("in the way")
     places = {"PHOTOS": str(photos), "FILE": str(tmp_path / "file"), "LEFT": pair[0], "RIGHT": pair[1]}

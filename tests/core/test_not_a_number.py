@@ -15,7 +15,7 @@ from vltprune.cli import main as cli
 from vltprune.demo import measure as evaluate
 from vltprune.evaluation import metrics, tasks
 from vltprune.evaluation.evaluator import summarize
-from vltprune.models.generation import Beam, Greedy, Nucleus, Rules
+from vltprune.models.generation import BeamSearch, GreedySearch, NucleusSampling, GenerationConfig
 from vltprune.models.momentum import _hard_negatives
 
 NAN, INF = float("nan"), float("inf")
@@ -54,7 +54,7 @@ class State:
         return self
 
 
-@pytest.mark.parametrize("strategy", [Greedy(), Beam(1), Beam(3), Nucleus()], ids=repr)
+@pytest.mark.parametrize("strategy", [GreedySearch(), BeamSearch(1), BeamSearch(3), NucleusSampling()], ids=repr)
 @pytest.mark.parametrize("bad", [NAN, INF, "all"])
 @pytest.mark.parametrize("at", [1, 3])
 def test_no_token_is_chosen_by_it(strategy, bad, at):
@@ -67,7 +67,7 @@ def test_no_token_is_chosen_by_it(strategy, bad, at):
             logits[-1] = torch.where(torch.arange(12) == 4, bad, logits[-1]) if bad != "all" else -INF
         return logits[:, None].squeeze(1), state
 
-    rules = Rules(eos_id=0, pad_id=1, min_length=4, max_length=6)
+    rules = GenerationConfig(eos_id=0, pad_id=1, min_length=4, max_length=6)
     with pytest.raises(FloatingPointError, match="no token can be chosen"):
         strategy(step, State(), torch.full((2, 1), 2), rules)
 
@@ -78,8 +78,8 @@ def test_impossible_tokens_are_no_fault():
         logits[:, 7] = 0.0
         return logits, state
 
-    rules = Rules(eos_id=0, pad_id=1, min_length=2, max_length=4)
-    assert Greedy()(step, State(), torch.full((1, 1), 2), rules).tolist() == [[2, 7, 7, 7]]
+    rules = GenerationConfig(eos_id=0, pad_id=1, min_length=2, max_length=4)
+    assert GreedySearch()(step, State(), torch.full((1, 1), 2), rules).tolist() == [[2, 7, 7, 7]]
 
 
 def records(task):

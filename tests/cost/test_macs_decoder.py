@@ -12,7 +12,7 @@ from test_macs import counted
 import vltprune as vp
 from vltprune.cost.sample_cost import SampleCostMeter
 from vltprune.evaluation.evaluator import Evaluator
-from vltprune.models.generation import Beam, Greedy
+from vltprune.models.generation import BeamSearch, GreedySearch
 
 VOCABULARY = 40
 SIZES = {"vocab_size": VOCABULARY, "bos_id": VOCABULARY - 1, "vision_depth": 2, "text_depth": 2}
@@ -64,14 +64,14 @@ def silent(model):
 CAPTIONS = {
     "given": lambda model: model(pictures(), *words(3, 9)),
     "two an image": lambda model: model(pictures(), *words(6, 9)),
-    "greedy": lambda model: model.generate(pictures(), Greedy(), max_length=8),
-    "beams": lambda model: model.generate(pictures(), Beam(3), max_length=8),
+    "greedy": lambda model: model.generate(pictures(), GreedySearch(), max_length=8),
+    "beams": lambda model: model.generate(pictures(), BeamSearch(3), max_length=8),
 }
 ANSWERS = {
     "given": lambda model: model(pictures(), *words(3, 11), *words(3, 5)),
     "dealt out": lambda model: model(pictures(), *words(3, 11), *words(4, 5), torch.tensor([2, 0, 0, 1])),
     "ranked": lambda model: model.rank(pictures(), *words(3, 11), *words(8, 5), k=4),
-    "beams": lambda model: model.generate(pictures(), *words(3, 11), Beam(2), max_length=5),
+    "beams": lambda model: model.generate(pictures(), *words(3, 11), BeamSearch(2), max_length=5),
 }
 CALLS = {("blip_caption_tiny", name): call for name, call in CAPTIONS.items()}
 CALLS |= {("blip_vqa_tiny", name): call for name, call in ANSWERS.items()}
@@ -121,7 +121,7 @@ def test_what_is_said_again_is_paid_again():
     costs = []
     for longest in (8, 12, 16):
         with vp.collect() as traces:
-            model.generate(pictures(), Greedy(), max_length=longest)
+            model.generate(pictures(), GreedySearch(), max_length=longest)
         costs.append(vp.CostMeter(model)(traces).decoder)
     assert costs[0] < costs[1] < costs[2]
     with torch.no_grad(), vp.collect() as traces:
@@ -141,7 +141,7 @@ def test_a_budget_counts_the_decoder():
 def test_a_record_pays_its_share_of_the_decoder():
     model = vp.create_model("blip_caption_tiny_random", **SIZES)
     with vp.collect() as traces:
-        model.generate(pictures(), Greedy(), max_length=8)
+        model.generate(pictures(), GreedySearch(), max_length=8)
     cost = vp.CostMeter(model)(traces)
     spent = SampleCostMeter(model)(traces, [1] * 3)
     assert sum(one.macs for one in spent) == pytest.approx(cost.total)
@@ -155,7 +155,7 @@ class Say:
         return (), [1] * len(records)
 
     def answer(self, model, records, images, texts):
-        model.generate(images[:, 0], Greedy(), max_length=records[0].longest)
+        model.generate(images[:, 0], GreedySearch(), max_length=records[0].longest)
         return [{} for _ in records]
 
 

@@ -9,7 +9,7 @@ import small
 import torch
 from torch.testing import assert_close
 
-from vltprune.models.generation import Beam, Greedy
+from vltprune.models.generation import BeamSearch, GreedySearch
 
 
 def near(got, want):
@@ -64,7 +64,7 @@ class TestCaption:
         how = {"num_beams": beams, "do_sample": False, "early_stopping": False, **rules}
         how |= {"length_penalty": length_penalty} if beams > 1 else {}
         want = model.generate(pixel_values=pictures, input_ids=prompt, **how)
-        got = own.generate(pictures, Greedy() if beams == 1 else Beam(beams, length_penalty), **rules)
+        got = own.generate(pictures, GreedySearch() if beams == 1 else BeamSearch(beams, length_penalty), **rules)
         assert spoken(got) == spoken(want)
         assert len({tuple(row) for row in spoken(got)}) > 2
 
@@ -131,7 +131,7 @@ class TestQuestions:
         want = model.generate(
             input_ids=ids, pixel_values=pictures, num_beams=beams, do_sample=False, min_length=1, max_length=10
         )
-        got = own.generate(pictures, ids, strategy=Greedy() if beams == 1 else Beam(beams))
+        got = own.generate(pictures, ids, strategy=GreedySearch() if beams == 1 else BeamSearch(beams))
         assert spoken(got) == spoken(want)
         assert len({tuple(row) for row in spoken(got)}) > 2
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import vltprune as vp
-from vltprune.models.generation import Beam, Greedy, Nucleus, Rules
+from vltprune.models.generation import BeamSearch, GenerationConfig, GreedySearch, NucleusSampling
 from vltprune.utils.modes import on_meta
 
-STRATEGIES = [Greedy(), Beam(3), Beam(2, 0.0)]
+STRATEGIES = [GreedySearch(), BeamSearch(3), BeamSearch(2, 0.0)]
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_the_first_token_is_the_models_own(model):
 @torch.no_grad()
 def test_word_by_word_is_all_at_once(model):
     ids = small.words(6)[0]
-    cache = model.decoder.read(model.visual(small.images(3)))  # two captions an image
+    cache = model.decoder.start(model.visual(small.images(3)))  # two captions an image
     whole, _ = model.decoder(ids, cache)
     parts = []
     for part in ids.split([4, 1, 1, 3], 1):
@@ -89,35 +89,35 @@ def test_several_captions_are_one_by_one(model):
     together = model(pictures, ids, mask)
     assert_close(model(pictures.repeat_interleave(2, 0), ids, mask), together, rtol=0, atol=1e-5)
     order, ids[:, 0] = torch.tensor([2, 0, 0]), small.BOS
-    cache = model.decoder.read(model.visual(pictures)).about(order)
+    cache = model.decoder.start(model.visual(pictures)).select_groups(order)
     assert_close(model.decoder(ids, cache)[0], model(pictures[order], ids), rtol=0, atol=1e-5)
 
 
 @dataclass(frozen=True)
 class History:
-    """A state that has no cache, only what each row has said."""
+    """A state that has no cache, only what each row has generated."""
 
-    said: torch.Tensor
+    generated: torch.Tensor
 
     def reorder(self, rows):
-        return History(self.said[rows])
+        return History(self.generated[rows])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_generation_remembers_rightly(model, strategy):
     """What was generated with a cache is what the whole sentence, read at once, says."""
     pictures = small.images(6)
-    said = model.generate(pictures, strategy, min_length=0, max_length=14)
-    assert said[:, :4].tolist() == [[small.BOS, *small.PROMPT]] * 6
+    generated = model.generate(pictures, strategy, min_length=0, max_length=14)
+    assert generated[:, :4].tolist() == [[small.BOS, *small.PROMPT]] * 6
 
     def forgetful(ids, state):
-        history = torch.cat([state.said, ids], 1) if state is not None else ids
-        cache = model.decoder.read(model.visual(pictures))
+        history = torch.cat([state.generated, ids], 1) if state is not None else ids
+        cache = model.decoder.start(model.visual(pictures))
         return model.decoder(history, cache)[0][:, -1], History(history)
 
     prompt = torch.tensor([model.prompt]).expand(6, -1)
     with torch.no_grad():
-        assert torch.equal(strategy(forgetful, None, prompt, Rules(small.EOS, small.PAD, 0, 14)), said)
+        assert torch.equal(strategy(forgetful, None, prompt, GenerationConfig(small.EOS, small.PAD, 0, 14)), generated)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
@@ -129,12 +129,14 @@ def test_packed_is_unpacked_and_masked(pruned, strategy):
     assert not real.all()
 
     rules = {"min_length": 0, "max_length": 12}
-    said = pruned.generate(pictures, strategy, **rules)
+    generated = pruned.generate(pictures, strategy, **rules)
     junk = torch.where(real[..., None], padded, 100.0)
     prompt = torch.tensor([pruned.prompt]).expand(6, -1)
     with torch.no_grad():
-        again = decoder.generate(prompt, decoder.read(junk, real), strategy, Rules(small.EOS, small.PAD, **rules))
-    assert torch.equal(said, again)
+        again = decoder.generate(
+            prompt, decoder.start(junk, real), strategy, GenerationConfig(small.EOS, small.PAD, **rules)
+        )
+    assert torch.equal(generated, again)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
@@ -181,7 +183,8 @@ def test_refusals(model):
 def test_generation_can_be_drawn(model):
     pictures, rules = small.images(3), {"max_length": 14, "repetition_penalty": 1.1}
     one, two, other = (
-        model.generate(pictures, Nucleus(0.9, torch.Generator().manual_seed(seed)), **rules) for seed in (1, 1, 2)
+        model.generate(pictures, NucleusSampling(0.9, torch.Generator().manual_seed(seed)), **rules)
+        for seed in (1, 1, 2)
     )
     assert torch.equal(one, two)
     assert one.tolist() != other.tolist()

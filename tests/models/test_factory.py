@@ -12,8 +12,7 @@ import torch
 import vltprune as vp
 from vltprune.models import zoo
 from vltprune.models.blip import Blip, BlipNlvr
-from vltprune.models.catalog import _TIMM_MODULES
-from vltprune.models.factory import Name, open_clip_name
+from vltprune.models.catalog import _TIMM_MODULES, ModelName, open_clip_name
 from vltprune.utils.modes import on_meta
 
 
@@ -36,20 +35,20 @@ def test_sizes_of_the_published_backbones():
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("blip_nlvr_tiny_madtp.p80", Name("vltprune", "blip_nlvr_tiny", "madtp", "p80")),
-        ("blip_base", Name("vltprune", "blip_base", None, None)),
-        ("vit_base_patch16_224_madtp", Name("timm", "vit_base_patch16_224", "madtp", None)),
-        ("vit_base_patch16_224_evit.augreg", Name("timm", "vit_base_patch16_224", "evit", "augreg")),
-        ("clip_vit_b_32_madtp.openai", Name("open_clip", "clip_vit_b_32", "madtp", "openai")),
-        ("ViT-B-32", Name("open_clip", "clip_vit_b_32", None, None)),
-        ("ViT-B/32", Name("open_clip", "clip_vit_b_32", None, None)),
-        ("ViT-B-32_madtp.openai", Name("open_clip", "clip_vit_b_32", "madtp", "openai")),
-        ("RN50_evit", Name("open_clip", "clip_rn50", "evit", None)),
-        ("vit_medium_patch16_gap_256", Name("timm", "vit_medium_patch16_gap_256", None, None)),
+        ("blip_nlvr_tiny_madtp.p80", ModelName("vltprune", "blip_nlvr_tiny", "madtp", "p80")),
+        ("blip_base", ModelName("vltprune", "blip_base", None, None)),
+        ("vit_base_patch16_224_madtp", ModelName("timm", "vit_base_patch16_224", "madtp", None)),
+        ("vit_base_patch16_224_evit.augreg", ModelName("timm", "vit_base_patch16_224", "evit", "augreg")),
+        ("clip_vit_b_32_madtp.openai", ModelName("open_clip", "clip_vit_b_32", "madtp", "openai")),
+        ("ViT-B-32", ModelName("open_clip", "clip_vit_b_32", None, None)),
+        ("ViT-B/32", ModelName("open_clip", "clip_vit_b_32", None, None)),
+        ("ViT-B-32_madtp.openai", ModelName("open_clip", "clip_vit_b_32", "madtp", "openai")),
+        ("RN50_evit", ModelName("open_clip", "clip_rn50", "evit", None)),
+        ("vit_medium_patch16_gap_256", ModelName("timm", "vit_medium_patch16_gap_256", None, None)),
     ],
 )
 def test_names(name, read):
-    assert Name.read(name) == read
+    assert ModelName.parse(name) == read
 
 
 @pytest.mark.parametrize("preset", vp.presets.names())
@@ -276,7 +275,7 @@ def test_lists_of_weights():
     )
     models = set(vp.list_models())
     for name in vp.list_pretrained():
-        read = Name.read(name)
+        read = ModelName.parse(name)
         assert read.backbone in models
         read.check_tag()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vltprune.models.generation import Beam, Greedy, Nucleus, Rules
+from vltprune.models.generation import BeamSearch, GenerationConfig, GreedySearch, NucleusSampling
 
 WORDS, EOS, PAD = 4, 3, 0
 ROWS = 5
@@ -16,12 +16,12 @@ ROWS = 5
 
 @dataclass(frozen=True)
 class History:
-    """A state that can be checked: all that each row has said."""
+    """A state that can be checked: all that each row has generated."""
 
-    said: torch.Tensor
+    generated: torch.Tensor
 
     def reorder(self, rows):
-        return History(self.said[rows])
+        return History(self.generated[rows])
 
 
 class Speaker:
@@ -33,9 +33,9 @@ class Speaker:
 
     def __call__(self, ids, state):
         self.calls += 1
-        said = torch.cat([state.said, ids], 1) if len(state.said) else ids
+        generated = torch.cat([state.generated, ids], 1) if len(state.generated) else ids
         group = torch.arange(len(ids)) * len(self.table) // len(ids)
-        return self.table[group, said.shape[1] - 1, said[:, -1]], History(said)
+        return self.table[group, generated.shape[1] - 1, generated[:, -1]], History(generated)
 
     def score(self, row, sentence, prompt):
         """Sum of the log-probabilities of what stands behind the prompt."""
@@ -63,20 +63,20 @@ def without_padding(row):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_beams_enough_for_all_find_the_best(length_penalty):
-    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 5)
-    said = Beam(64, length_penalty)(speaker, speaker.start(), PROMPT, rules)
+    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 5)
+    generated = BeamSearch(64, length_penalty)(speaker, speaker.start(), PROMPT, config)
     for row in range(ROWS):
 
         def worth(sentence, row=row):
             return speaker.score(row, sentence, 2) / (len(sentence) - 2) ** length_penalty
 
-        assert without_padding(said[row].tolist()) == max(sentences(5), key=worth)
+        assert without_padding(generated[row].tolist()) == max(sentences(5), key=worth)
 
 
 def test_one_beam_is_greedy():
-    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 7)
-    greedy = Greedy()(speaker, speaker.start(), PROMPT, rules)
-    beam = Beam(1, 0.0)(speaker, speaker.start(), PROMPT, rules)
+    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 7)
+    greedy = GreedySearch()(speaker, speaker.start(), PROMPT, config)
+    beam = BeamSearch(1, 0.0)(speaker, speaker.start(), PROMPT, config)
     assert torch.equal(greedy, beam)
     for row, sentence in enumerate(greedy.tolist()):
         for i in range(2, len(without_padding(sentence))):
@@ -84,9 +84,9 @@ def test_one_beam_is_greedy():
 
 
 def test_a_tiny_nucleus_is_greedy():
-    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 7)
-    greedy = Greedy()(speaker, speaker.start(), PROMPT, rules)
-    assert torch.equal(Nucleus(1e-6)(speaker, speaker.start(), PROMPT, rules), greedy)
+    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 7)
+    greedy = GreedySearch()(speaker, speaker.start(), PROMPT, config)
+    assert torch.equal(NucleusSampling(1e-6)(speaker, speaker.start(), PROMPT, config), greedy)
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.8, 1.0])
@@ -94,8 +94,9 @@ def test_a_nucleus_holds_just_enough_and_is_drawn_in_proportion(top_p):
     speaker = Speaker(rows=1, longest=3)
     prompt = torch.tensor([[1, 2]]).expand(20000, -1)
     speaker.table = speaker.table.expand(20000, -1, -1, -1)
-    said = Nucleus(top_p, torch.Generator().manual_seed(1))(speaker, speaker.start(), prompt, Rules(EOS, PAD, 0, 3))
-    drawn = torch.bincount(said[:, 2], minlength=WORDS) / len(said)
+    strategy = NucleusSampling(top_p, torch.Generator().manual_seed(1))
+    generated = strategy(speaker, speaker.start(), prompt, GenerationConfig(EOS, PAD, 0, 3))
+    drawn = torch.bincount(generated[:, 2], minlength=WORDS) / len(generated)
 
     chance, order = speaker.table[0, 1, 2].softmax(-1).sort(descending=True)
     size = int((chance.cumsum(0) < top_p).sum()) + 1
@@ -105,31 +106,34 @@ def test_a_nucleus_holds_just_enough_and_is_drawn_in_proportion(top_p):
 
 
 def test_a_generator_repeats_itself():
-    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 7)
-    a, b = (Nucleus(0.9, torch.Generator().manual_seed(3))(speaker, speaker.start(), PROMPT, rules) for _ in range(2))
+    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 7)
+    a, b = (
+        NucleusSampling(0.9, torch.Generator().manual_seed(3))(speaker, speaker.start(), PROMPT, config)
+        for _ in range(2)
+    )
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("strategy", [Greedy(), Beam(2), Beam(3, 2.0)])
+@pytest.mark.parametrize("strategy", [GreedySearch(), BeamSearch(2), BeamSearch(3, 2.0)])
 def test_rows_do_not_matter_to_each_other(strategy):
-    speaker, rules = Speaker(), Rules(EOS, PAD, 0, 7)
-    together = strategy(speaker, speaker.start(), PROMPT, rules)
+    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 7)
+    together = strategy(speaker, speaker.start(), PROMPT, config)
     for row in range(ROWS):
         one = Speaker(rows=1)
         one.table = speaker.table[row : row + 1]
-        alone = strategy(one, one.start(), PROMPT[:1], rules)
+        alone = strategy(one, one.start(), PROMPT[:1], config)
         assert without_padding(alone[0].tolist()) == without_padding(together[row].tolist())
 
 
-@pytest.mark.parametrize("strategy", [Greedy(), Nucleus(1.0), Beam(2), Beam(3, 2.0)])
+@pytest.mark.parametrize("strategy", [GreedySearch(), NucleusSampling(1.0), BeamSearch(2), BeamSearch(3, 2.0)])
 class TestEvery:
     def test_shape_of_sentences(self, strategy):
         for shortest, longest in ((0, 7), (4, 6), (6, 6), (0, 3)):
             speaker = Speaker()
-            said = strategy(speaker, speaker.start(), PROMPT, Rules(EOS, PAD, shortest, longest))
-            assert torch.equal(said[:, :2], PROMPT)
-            assert said.shape[1] <= longest
-            for row in said.tolist():
+            generated = strategy(speaker, speaker.start(), PROMPT, GenerationConfig(EOS, PAD, shortest, longest))
+            assert torch.equal(generated[:, :2], PROMPT)
+            assert generated.shape[1] <= longest
+            for row in generated.tolist():
                 end = row.index(EOS) if EOS in row else len(row)
                 assert end >= shortest or end == longest
                 assert set(row[end + 1 :]) <= {PAD}
@@ -137,28 +141,28 @@ class TestEvery:
     def test_it_stops_when_all_have_ended(self, strategy):
         speaker = Speaker()
         speaker.table[..., EOS] = 50
-        strategy(speaker, speaker.start(), PROMPT, Rules(EOS, PAD, 0, 7))
+        strategy(speaker, speaker.start(), PROMPT, GenerationConfig(EOS, PAD, 0, 7))
         assert speaker.calls <= 3
 
     def test_no_room(self, strategy):
         speaker = Speaker()
         with pytest.raises(ValueError, match="a prompt of 2 tokens leaves no room in max_length=2"):
-            strategy(speaker, speaker.start(), PROMPT, Rules(EOS, PAD, 0, 2))
+            strategy(speaker, speaker.start(), PROMPT, GenerationConfig(EOS, PAD, 0, 2))
 
 
 def test_repetition_penalty():
     scores = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
-    rules = Rules(EOS, PAD, 0, 7, repetition_penalty=2.0)
-    assert rules.apply(scores, torch.tensor([[0, 1, 1]])).tolist() == [[1.0, -4.0, 1.0, -1.0]]
+    config = GenerationConfig(EOS, PAD, 0, 7, repetition_penalty=2.0)
+    assert config.process(scores, torch.tensor([[0, 1, 1]])).tolist() == [[1.0, -4.0, 1.0, -1.0]]
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: Rules(EOS, PAD, 8, 7), "min_length=8 must lie in 0 .. max_length=7"),
-        (lambda: Rules(EOS, PAD, 0, 7, 0.0), "repetition_penalty=0.0 must be positive"),
-        (lambda: Nucleus(0.0), "top_p=0.0"),
-        (lambda: Beam(0), "beams=0"),
+        (lambda: GenerationConfig(EOS, PAD, 8, 7), "min_length=8 must lie in 0 .. max_length=7"),
+        (lambda: GenerationConfig(EOS, PAD, 0, 7, 0.0), "repetition_penalty=0.0 must be positive"),
+        (lambda: NucleusSampling(0.0), "top_p=0.0"),
+        (lambda: BeamSearch(0), "num_beams=0 must be at least 1"),
     ],
 )
 def test_refusals(call, says):

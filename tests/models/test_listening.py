@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 import vltprune as vp
-from vltprune.models.decoder import _backwards, _decode
-from vltprune.models.generation import Greedy
+from vltprune.models.decoder import _causal_mask, _decode_layer
+from vltprune.models.generation import GreedySearch
 
 
 @pytest.fixture(params=[48, 32], ids=["one width", "two widths"])
@@ -21,16 +21,16 @@ def pruned(request):
 def by_hand(pruned, pictures, ids, mask):
     """[captions, anchors, dim]: of each caption alone, without padding and its first token, summed over blocks."""
     decoder, guide = pruned.decoder, pruned.pruning.guide
-    cache = decoder.read(pruned.visual(pictures))
+    cache = decoder.start(pruned.visual(pictures))
     x, seen = decoder.body.embed(ids), None
     gathered = torch.zeros(len(ids), 6, guide.anchors.shape[1])
-    seen = _backwards(x, 0, mask)
+    seen = _causal_mask(x, 0, mask)
     for depth, layer in enumerate(decoder.body.layers):
         for row, (states, real) in enumerate(zip(x, mask.bool(), strict=True)):
             states = guide.map(states[real][1:], "text")
             weight = (guide.anchors @ states.T / guide.anchors.shape[1] ** 0.5).softmax(-1)
             gathered[row] += weight @ states
-        x, _ = _decode(layer, x, None, seen, cache.memory[depth], cache.seen)
+        x, _ = _decode_layer(layer, x, None, seen, cache.memory[depth], cache.memory_mask)
     return gathered
 
 
@@ -71,7 +71,7 @@ def test_nobody_listens_without_training_or_guide(pruned):
     unguided = vp.prune(pruned.host, "random")
     with vp.collect() as traces:
         unguided.loss(pictures, ids, mask)
-        pruned.generate(pictures, Greedy(), max_length=9)
+        pruned.generate(pictures, GreedySearch(), max_length=9)
         with torch.no_grad():
             pruned.loss(pictures, ids, mask)
     assert len(traces) == 3

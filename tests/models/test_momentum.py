@@ -1,4 +1,4 @@
-"""Training for retrieval: the slow copy, its queues, the two losses, and all of it on two ranks."""
+"""Training for retrieval: the EMA model, its queues, the two losses, and all of it on two ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import vltprune as vp
 from vltprune.models import momentum
-from vltprune.models.momentum import Momentum
+from vltprune.models.momentum import MomentumDistillation
 
 IDS = torch.tensor([7, 7, 3, 5])
 
@@ -27,61 +27,61 @@ def batch():
 
 
 @torch.no_grad()
-def test_the_copy_follows(model):
-    slow = Momentum(model, queue=8, momentum=0.9)
-    before = slow.slow.head.weight.clone()
+def test_the_ema_model_follows(model):
+    distillation = MomentumDistillation(model, queue_size=8, momentum=0.9)
+    before = distillation.ema_model.head.weight.clone()
     assert torch.equal(before, model.head.weight)
     model.head.weight.add_(1.0)
-    slow.follow(model)
-    assert_close(slow.slow.head.weight, before + 0.1)
-    assert not [p for p in slow.parameters() if p.requires_grad]
+    distillation.update_ema(model)
+    assert_close(distillation.ema_model.head.weight, before + 0.1)
+    assert not [p for p in distillation.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def test_queues_hold_the_latest(model):
-    slow = Momentum(model, queue=5)
+    distillation = MomentumDistillation(model, queue_size=5)
     rows = torch.arange(9.0)[:, None].expand(-1, 24)
     for start in (0, 3, 6):
         part = rows[start : start + 3]
-        slow.enqueue(part, -part, part[:, 0].long())
-    assert sorted(slow.ids.tolist()) == [4, 5, 6, 7, 8]
-    assert torch.equal(slow.images[:, 0], slow.ids.float())
-    assert torch.equal(slow.texts, -slow.images)
-    with pytest.raises(ValueError, match="queue=5 cannot hold the 9 pairs"):
-        slow.enqueue(rows, rows, rows[:, 0].long())
+        distillation.enqueue(part, -part, part[:, 0].long())
+    assert sorted(distillation.id_queue.tolist()) == [4, 5, 6, 7, 8]
+    assert torch.equal(distillation.image_queue[:, 0], distillation.id_queue.float())
+    assert torch.equal(distillation.text_queue, -distillation.image_queue)
+    with pytest.raises(ValueError, match="queue_size=5 cannot hold the 9 pairs"):
+        distillation.enqueue(rows, rows, rows[:, 0].long())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
 @torch.no_grad()
 def test_contrast_is_the_papers(model, alpha):
     """ALBEF's eq. 1 to 3 and 6 by hand: over the batch and the queue, pairs of one image being positives of each other."""
-    slow, earlier, now = Momentum(model, queue=16, momentum=0.5), batch(), batch()
-    slow(model, *earlier)
-    stored = slow.images[:4].clone(), slow.texts[:4].clone()
+    distillation, earlier, now = MomentumDistillation(model, queue_size=16, momentum=0.5), batch(), batch()
+    distillation(model, *earlier)
+    stored = distillation.image_queue[:4].clone(), distillation.text_queue[:4].clone()
     model.image_projection.weight.mul_(1.5)
-    contrast, _ = slow(model, *now, alpha=alpha)
+    contrast, _ = distillation(model, *now, alpha=alpha)
 
     pictures, ids, mask, _ = now
     t, others = model.temperature, torch.cat([IDS, IDS])
     total = 0.0
-    for own, slow_own, slow_other, queue in (
+    for own, ema_own, ema_other, queue in (
         (
             model.image_features(pictures),
-            slow.slow.image_features(pictures),
-            slow.slow.text_features(ids, mask),
+            distillation.ema_model.image_features(pictures),
+            distillation.ema_model.text_features(ids, mask),
             stored[1],
         ),
         (
             model.text_features(ids, mask),
-            slow.slow.text_features(ids, mask),
-            slow.slow.image_features(pictures),
+            distillation.ema_model.text_features(ids, mask),
+            distillation.ema_model.image_features(pictures),
             stored[0],
         ),
     ):
-        compared = torch.cat([slow_other, queue])
+        compared = torch.cat([ema_other, queue])
         for i in range(4):
             truth = torch.tensor([float(IDS[i] == other) for other in others])
-            target = alpha * (slow_own[i] @ compared.T / t).softmax(0) + (1 - alpha) * truth / truth.sum()
+            target = alpha * (ema_own[i] @ compared.T / t).softmax(0) + (1 - alpha) * truth / truth.sum()
             total -= (target * (own[i] @ compared.T / t).log_softmax(0)).sum() / 4
     assert_close(contrast, total / 2)
 
@@ -104,7 +104,7 @@ def test_negatives_are_never_of_the_same_image_and_mostly_hard():
 def test_matching_asks_for_pairs_and_negatives(model):
     pictures, ids, mask, _ = batch()
     texts, others = torch.tensor([2, 3, 0, 1]), torch.tensor([3, 2, 1, 0])
-    got = momentum._matching(model, model.visual(pictures), ids, mask, texts, others)
+    got = momentum._matching_loss(model, model.visual(pictures), ids, mask, texts, others)
     logits = torch.cat(
         [model(pictures, ids, mask), model(pictures, ids[texts], mask[texts]), model(pictures[others], ids, mask)]
     )
@@ -116,16 +116,16 @@ def test_pruned_with_all_kept_is_dense(model):
     losses = []
     for net in (model, pruned):
         torch.manual_seed(4)
-        losses.append(torch.stack(Momentum(net, queue=8)(net, *inputs)))
+        losses.append(torch.stack(MomentumDistillation(net, queue_size=8)(net, *inputs)))
     assert_close(losses[1], losses[0])
 
 
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
-def test_gradients_reach_all_and_the_copy_none(model, kind):
+def test_gradients_reach_all_and_the_ema_model_none(model, kind):
     net = model if kind == "dense" else vp.prune(model, "madtp", guide="codebook(anchors=12)")
-    slow, inputs = Momentum(net.train(), queue=8), batch()
+    distillation, inputs = MomentumDistillation(net.train(), queue_size=8), batch()
     with vp.collect() as traces:
-        contrast, matching = slow(net, *inputs)
+        contrast, matching = distillation(net, *inputs)
     loss = contrast + matching
     if kind == "pruned":
         image, text, *_ = traces
@@ -134,16 +134,16 @@ def test_gradients_reach_all_and_the_copy_none(model, kind):
     loss.backward()
     idle = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert not [name for name in idle if "key.bias" not in name]
-    assert all(p.grad is None for p in slow.parameters())
+    assert all(p.grad is None for p in distillation.parameters())
 
 
 def test_a_step_learns(model):
-    slow, inputs = Momentum(model.train(), queue=8), batch()
+    distillation, inputs = MomentumDistillation(model.train(), queue_size=8), batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     history = []
     for _ in range(30):
         torch.manual_seed(0)
-        loss = torch.stack(slow(model, *inputs, alpha=0.0))
+        loss = torch.stack(distillation(model, *inputs, alpha=0.0))
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
@@ -159,15 +159,15 @@ def on_one_of_two_ranks(rank, folder):
     mine = slice(2 * rank, 2 * rank + 2)
 
     x = torch.full((2, 1), float(rank), requires_grad=True)
-    (momentum.everyones(x) * torch.arange(1.0, 5.0)[:, None]).sum().backward()
+    (momentum.gather_ranks(x) * torch.arange(1.0, 5.0)[:, None]).sum().backward()
     with torch.no_grad():
         whole = pruned.visual(pictures)
-        gathered = momentum._everyones_memory(pruned.visual(pictures[mine]))
+        gathered = momentum._gather_memory(pruned.visual(pictures[mine]))
         logits = pruned.match(gathered, ids, mask)
     soft = soften(vp.prune(model, "random", keep="learned(threshold=-0.3)"), 0.5)
-    parts = soft.visual(pictures), momentum._everyones_memory(soft.visual(pictures[mine]))
-    slow = Momentum(pruned, queue=8)
-    losses = slow(pruned, pictures[mine], ids[mine], mask[mine], torch.arange(4)[mine])
+    parts = soft.visual(pictures), momentum._gather_memory(soft.visual(pictures[mine]))
+    distillation = MomentumDistillation(pruned, queue_size=8)
+    losses = distillation(pruned, pictures[mine], ids[mine], mask[mine], torch.arange(4)[mine])
     torch.stack(losses).sum().backward()
     torch.save(
         {
@@ -178,8 +178,8 @@ def on_one_of_two_ranks(rank, folder):
             "keep_prob": tuple(part.keep_prob.detach() for part in parts),
             "counted_prob": tuple(part.counted_prob.detach() for part in parts),
             "soft logits": tuple(soft.match(part, ids, mask).detach() for part in parts),
-            "queue": slow.images,
-            "ids": slow.ids[:4],
+            "queue": distillation.image_queue,
+            "ids": distillation.id_queue[:4],
             "finite": all(p.grad is None or p.grad.isfinite().all() for p in pruned.parameters()),
         },
         f"{folder}/{rank}.pt",

@@ -48,7 +48,7 @@ def test_one_memory_serves_features_and_matching(model, kind):
     pictures, (ids, mask) = small.images(3), small.words(6)
     memory = net.visual(pictures)
     assert isinstance(memory, vp.PackedTokens) == (kind == "pruned")
-    near(net.features_of(memory), net.image_features(pictures))
+    near(net.project_image_tokens(memory), net.image_features(pictures))
     near(net.match(memory, ids, mask), net(pictures, ids, mask))
 
 

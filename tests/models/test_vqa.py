@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import vltprune as vp
-from vltprune.models.generation import Beam, Greedy
+from vltprune.models.generation import BeamSearch, GreedySearch
 from vltprune.utils.modes import on_meta
 
 
@@ -77,7 +77,7 @@ def test_loss_weighs_answers(model):
 @torch.no_grad()
 def test_ranking_is_by_first_word_and_then_in_full(model, k):
     pictures, (ids, mask), (answers, answer_mask) = small.images(3), small.words(3), small.words(7, 6)
-    order, scores = model.rank(pictures, ids, mask, answers, answer_mask, k=k, smoothing=0.0)
+    order, scores = model.rank(pictures, ids, mask, answers, answer_mask, k=k, label_smoothing=0.0)
     assert order.shape == scores.shape == (3, min(k, 7))
     for i in range(3):
         each = (pictures[i].expand(7, -1, -1, -1), ids[i].expand(7, -1), mask[i].expand(7, -1))
@@ -102,7 +102,7 @@ def test_ranking_decodes_one_question_at_a_time(model, monkeypatch):
     assert decoded == [(3, 1), (5, length), (5, length), (5, length)]  # the first words, then each question's best
 
 
-@pytest.mark.parametrize("strategy", [Greedy(), Beam(3)], ids=str)
+@pytest.mark.parametrize("strategy", [GreedySearch(), BeamSearch(3)], ids=str)
 def test_packed_is_unpacked_and_masked(pruned, strategy, monkeypatch):
     """Ragged image tokens in the encoder, ragged question states in the decoder."""
     pictures, (ids, mask) = small.images(6), small.words(6)
@@ -113,10 +113,10 @@ def test_packed_is_unpacked_and_masked(pruned, strategy, monkeypatch):
     assert not real.all()
     assert states.layout.total < mask.sum()
 
-    said, read = pruned.generate(pictures, ids, mask, strategy), pruned.decoder.read
+    generated, start = pruned.generate(pictures, ids, mask, strategy), pruned.decoder.start
     junk = torch.where(real[..., None], padded, 100.0)
-    monkeypatch.setattr(pruned.decoder, "read", lambda *memory: read(junk, real))
-    assert torch.equal(pruned.generate(pictures, ids, mask, strategy), said)
+    monkeypatch.setattr(pruned.decoder, "start", lambda *memory: start(junk, real))
+    assert torch.equal(pruned.generate(pictures, ids, mask, strategy), generated)
 
 
 def test_batch_mates_do_not_matter_to_generation(pruned):

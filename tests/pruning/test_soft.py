@@ -99,7 +99,7 @@ def test_a_decoder_sees_in_part_what_is_there_in_part():
     packed = vp.PackedTokens.pack(model.visual(images(2)))
     gone = (packed.layout.slot % 3 == 1) & (packed.layout.instance == 0)
     faded = packed.with_keep_prob(torch.where(gone, 1e-30, 1.0))
-    logits = [model.decoder(ids, model.decoder.read(memory), mask)[0] for memory in (faded, packed.select(~gone))]
+    logits = [model.decoder(ids, model.decoder.start(memory), mask)[0] for memory in (faded, packed.select(~gone))]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
 
 

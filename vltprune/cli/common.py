@@ -16,8 +16,8 @@ from ..cost import calibration as budget
 from ..data import shards
 from ..evaluation.tasks.nlvr import SYNTHETIC
 from ..io.preprocessing import transforms
-from ..models.catalog import Name
-from ..models.open_model import is_random, open_model
+from ..models.catalog import ModelName
+from ..models.resolve import has_random_weights, resolve_model
 from ..pruning.model import is_pruned
 from ..utils.progress import bar, say
 from . import options
@@ -119,19 +119,19 @@ def load_model(
     dtype: torch.dtype | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """The model of a command's model argument, on its device and in its dtype: see `open_model`.
+    """The model of a command's model argument, on its device and in its dtype: see `resolve_model`.
 
     Says so where random weights choose the tokens; of a model that is `judged` by its answers, wherever they are random.
     """
-    opened = open_model(model, pretrained=pretrained, preset=preset, default=default, arguments=arguments)
-    if is_random(model, pretrained) and (judged or is_pruned(opened)):
+    opened = resolve_model(model, pretrained=pretrained, preset=preset, default=default, arguments=arguments)
+    if has_random_weights(model, pretrained) and (judged or is_pruned(opened)):
         say_random(model, "which tokens it keeps, and what it makes of them, means nothing")
     return opened.to(device, dtype)
 
 
 def say_random(model: str, so: str) -> None:
     """That a named model has random weights, and so what."""
-    trained = Name.read(model).tags()
+    trained = ModelName.parse(model).tags()
     how = f"append a tag, such as .{trained[0]}" if trained else "give a file of weights with --pretrained PATH"
     say(f"vltprune: {model} has RANDOM weights here: {so}. For trained ones, {how}")
 

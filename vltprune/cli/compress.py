@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cost import savings
 from ..evaluation import tasks
-from ..models.open_model import is_random
+from ..models.resolve import has_random_weights
 from . import common, options
 
 _NEEDED = ("task", "model", "data", "val")
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     config = config_of(args)
     common.output_folder(args.output)
     common.use_threads(args.threads)
-    if is_random(config.model, config.pretrained):
+    if has_random_weights(config.model, config.pretrained):
         common.say_random(config.model, "it learns from nothing")
     done = compress(config, args.output)
     if done is not None:

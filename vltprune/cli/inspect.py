@@ -17,8 +17,8 @@ from ..cost.sample_cost import keep_all
 from ..hosts.find import find_composite
 from ..io.preprocessing import image_size
 from ..models import zoo
-from ..models.catalog import Name, list_models, list_pretrained, unprunable
-from ..models.open_model import is_saved
+from ..models.catalog import ModelName, list_models, list_pretrained, unprunable
+from ..models.resolve import is_saved_model
 from . import common, options
 
 _COUNTED = (
@@ -100,7 +100,7 @@ def run_info(args: argparse.Namespace) -> None:
     print(f"{args.model}: {_origin(pruned.pruning.host)}, {_millions(pruned.pruning.host)} parameters")
     if dense:
         print(
-            f"dense: append a preset to prune it, as in {Name.read(pruned.pruning.host.recipe.backbone).backbone}_madtp"
+            f"dense: append a preset to prune it, as in {ModelName.parse(pruned.pruning.host.recipe.backbone).backbone}_madtp"
         )
     else:
         _print_parts(pruned)
@@ -113,15 +113,15 @@ def run_info(args: argparse.Namespace) -> None:
 
 def _origin(host: Any) -> str:
     """The backbone that a dense model was built as, and its library."""
-    name = Name.read(host.recipe.backbone)
+    name = ModelName.parse(host.recipe.backbone)
     return f"{name.backbone} of {name.library}"
 
 
 def run_macs(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
-    if args.image_size and is_saved(args.model):
+    if args.image_size and is_saved_model(args.model):
         raise ValueError(f"--image-size {args.image_size}: the folder {args.model} says itself what its model is")
-    size = {_SIZE_ARGUMENT[Name.read(args.model).library]: args.image_size} if args.image_size else {}
+    size = {_SIZE_ARGUMENT[ModelName.parse(args.model).library]: args.image_size} if args.image_size else {}
     model: Any = common.load_model(args.model, args.pretrained, device=args.device, dtype=args.dtype, **size)
     dense = not hasattr(model, "pruning")
     pruned: Any = keep_all(model) if dense else model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.attention import attend
 from ..core.tokens import Layout, PackedTokens
 from ..layers.block_spec import BlockSpec
-from ..models.decoder import Cache
+from ..models.decoder import DecoderCache
 from ..models.med import Attention, MedEncoder, MedLayer
 from ..pruning.trace import DecodeStats, tell_collectors
 from ..registry import hosts
@@ -83,7 +83,9 @@ class MedHost(Host):
 
     def feed_forward(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> PackedTokens:
         if beside is not None and block.cross is not None:
-            outputs = [_look(stream, tokens, view) for stream, view in zip(block.cross.streams, beside, strict=True)]
+            outputs = [
+                _cross_attend(stream, tokens, view) for stream, view in zip(block.cross.streams, beside, strict=True)
+            ]
             branch = block.dropout(block.cross.combine(outputs))
             tokens = tokens.with_x(block.cross.norm(tokens.x + branch))
         return tokens.with_x(block.feed_forward(tokens.x))
@@ -156,7 +158,7 @@ class CaptionComposite(_Speaking):
         return assembled
 
 
-def _tell_tokens(decoder: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Cache]) -> None:
+def _tell_tokens(decoder: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, DecoderCache]) -> None:
     """After a `MedDecoder` made logits [rows, n, vocab_size]: all its new tokens have theirs."""
     logits, cache = out
     tokens = logits.shape[0] * logits.shape[1]
@@ -176,7 +178,7 @@ def _by_image(memory: PackedTokens, images: int) -> Memory:
     return tuple(views)
 
 
-def _look(stream: Attention, tokens: PackedTokens, view: PackedTokens) -> Tensor:
+def _cross_attend(stream: Attention, tokens: PackedTokens, view: PackedTokens) -> Tensor:
     """Cross-attention of the sentences to one image of their group: [total, width]."""
     q, k, v = _project(stream, tokens.x, view.x)
     together = tokens.layout.grouped(view.layout.batch)  # consecutive sentences of one group share its keys

@@ -1,7 +1,6 @@
 """BLIP (Li et al., arXiv 2201.12086): timm's ViT as image tower, `MedEncoder` as text tower, and a head for the task.
 
-These are dense models. In a model that `vltprune.prune` returns, the image tower's tokens are packed and go to the text tower as
-they are.
+These are dense models. In a pruned one the image tower's tokens are packed, and go to the text tower as they are.
 """
 
 from __future__ import annotations

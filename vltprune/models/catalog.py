@@ -27,7 +27,7 @@ _TIMM_OTHERS = (
 
 
 @dataclass(frozen=True)
-class Name:
+class ModelName:
     """A model's name, read: library is "vltprune", "timm" or "open_clip"; backbone is in our spelling."""
 
     library: str
@@ -36,7 +36,7 @@ class Name:
     tag: str | None
 
     @classmethod
-    def read(cls, text: str) -> Name:
+    def parse(cls, text: str) -> ModelName:
         """ "blip_base_madtp.tag" -> its parts. Where timm and open_clip both have a backbone, timm's is meant.
 
         Raises LookupError, with the nearest names, where no library knows the backbone, TypeError for what is no text.
@@ -130,7 +130,7 @@ def _libraries(library: str | None) -> list[str]:
 
 
 def _pretrained(library: str) -> list[str]:
-    names = {f"{model}.{tag}" for model in _LISTS[library]() for tag in Name(library, model, None, None).tags()}
+    names = {f"{model}.{tag}" for model in _LISTS[library]() for tag in ModelName(library, model, None, None).tags()}
     return sorted(names | set(zoo.packaged_names())) if library == "vltprune" else sorted(names)
 
 

@@ -220,7 +220,9 @@ def _causal_mask(x: Tensor, past: int, attention_mask: Tensor | None) -> Tensor:
         return mask
     real = attention_mask.bool()
     if not real[:, 0].all():
-        raise ValueError("attention_mask hides the first token of a sentence, which all others attend to: pad on the right")
+        raise ValueError(
+            "attention_mask hides the first token of a sentence, which all others attend to: pad on the right"
+        )
     return mask & F.pad(real, (past, 0), value=True)[:, None, None]
 
 

@@ -20,9 +20,9 @@ from ..pruning.prune import prune_towers
 from ..registry import backbones, bind
 from ..utils.structure import Structure
 from . import sources, zoo
-from .catalog import CONFIGURED, Name, list_models, list_pretrained, open_clip_name
+from .catalog import CONFIGURED, ModelName, list_models, list_pretrained, open_clip_name
 
-__all__ = ["CONFIGURED", "Name", "create_model", "list_models", "list_pretrained", "open_clip_name"]
+__all__ = ["CONFIGURED", "ModelName", "create_model", "list_models", "list_pretrained", "open_clip_name"]
 
 PARTS = ("scorer", "keep", "reducer", "guide", "at")
 
@@ -71,7 +71,7 @@ def create_model(
     contradicts the saved pruning, CheckpointError for weights that do not fit.
     """
     parts = {key: arguments.pop(key) for key in PARTS if key in arguments}
-    read = Name.read(name)
+    read = ModelName.parse(name)
     read.check_tag()
     if preset is not None and read.preset is not None:
         raise ValueError(f"{name!r} already names the preset {read.preset!r}: give preset=... to {read.backbone!r}")
@@ -94,7 +94,7 @@ def create_model(
 
 
 def _config(
-    name: Name, preset: PruneConfig | str | None, parts: Mapping[str, Any], path: Path | None, given: bool
+    name: ModelName, preset: PruneConfig | str | None, parts: Mapping[str, Any], path: Path | None, given: bool
 ) -> PruneConfig | None:
     """The pruning that was asked for: the given one, or the named one as `path` was saved with it; single parts replaced.
 
@@ -132,7 +132,7 @@ def _as_stored(config: PruneConfig, path: Path | None) -> PruneConfig:
     return config if temperature is None else config.replace(keep=keep.replace(temperature=temperature))
 
 
-def _own_weights(name: Name) -> Path | None:
+def _own_weights(name: ModelName) -> Path | None:
     """The file or folder of a name's own weights, downloaded where need be; None where timm or open_clip load them.
 
     LookupError for none, ValueError where the name does not say which of several.
@@ -155,7 +155,7 @@ def _own_weights(name: Name) -> Path | None:
     return folder or sources.fetch(sources.published(name.backbone, name.tag))
 
 
-def _unsaid(name: Name, tags: list[str]) -> Exception:
+def _unsaid(name: ModelName, tags: list[str]) -> Exception:
     if not tags:
         return LookupError(name.no_weights())
     return ValueError(
@@ -163,7 +163,7 @@ def _unsaid(name: Name, tags: list[str]) -> Exception:
     )
 
 
-def _given_weights(name: Name, pretrained: Any) -> Path | None:
+def _given_weights(name: ModelName, pretrained: Any) -> Path | None:
     """The path that `pretrained` is, None for none. ValueError for a tag, CheckpointError for no such file."""
     if pretrained is None or pretrained is False:
         return None
@@ -183,7 +183,7 @@ def _given_weights(name: Name, pretrained: Any) -> Path | None:
     )
 
 
-def _build(name: Name, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
+def _build(name: ModelName, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     """The dense model; with `pretrained`, timm and open_clip load its weights. Errors name the arguments it was given."""
     if name.backbone == CONFIGURED:
         return _configured(pretrained, arguments)
@@ -197,7 +197,7 @@ def _build(name: Name, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Mod
         raise kind(f"{name.backbone} cannot be built with {given}: {error or type(error).__name__}") from error
 
 
-def _dense(name: Name, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
+def _dense(name: ModelName, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     if name.library == "timm":
         timm: Any = importlib.import_module("timm")
         return timm.create_model(_dense_name(name), pretrained=pretrained, **arguments)
@@ -221,12 +221,12 @@ def _configured(pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     return clip(**arguments)
 
 
-def _recorded(name: Name, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(name: ModelName, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as a checkpoint keeps them."""
     if name.backbone == CONFIGURED:
         return importlib.import_module(f"{__package__}.clip").recorded(arguments)
     return dict(arguments)
 
 
-def _dense_name(name: Name) -> str:
+def _dense_name(name: ModelName) -> str:
     return f"{name.backbone}.{name.tag}" if name.library == "timm" and name.tag else name.backbone

@@ -71,7 +71,9 @@ class GenerationConfig:
         """
         if self.repetition_penalty != 1:
             repeated = scores.gather(1, generated)
-            penalized = torch.where(repeated < 0, repeated * self.repetition_penalty, repeated / self.repetition_penalty)
+            penalized = torch.where(
+                repeated < 0, repeated * self.repetition_penalty, repeated / self.repetition_penalty
+            )
             scores = scores.scatter(1, generated, penalized)
         if generated.shape[1] < self.min_length:
             end = torch.arange(scores.shape[1], device=scores.device) == self.eos_id

@@ -69,9 +69,7 @@ class BlipVqa(nn.Module):
         self.decoder = MedDecoder(MedEncoder(*text, memory_width=text_width, dropout=dropout))
         self.bos_id, self.enc_id, self.eos_id, self.pad_id = bos_id, enc_id, eos_id, pad_id
 
-    def encode_questions(
-        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> DecoderCache:
+    def encode_questions(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderCache:
         """Encode questions with their images: the decoder's cache before the first token of an answer.
 
         Args:
@@ -153,8 +151,8 @@ class BlipVqa(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Rank a list of answers for each question.
 
-        The k answers whose first word is likeliest are scored in full, by minus the loss of training. For BLIP that has smoothed
-        labels; with `label_smoothing=0` a score is the log-likelihood.
+        The k answers whose first word is likeliest are scored in full, by minus the loss of training. BLIP's loss has
+        smoothed labels; with `label_smoothing=0` a score is the log-likelihood.
 
         Args:
             images: As in `encode_questions`.

@@ -26,7 +26,7 @@ from ..evaluation.tasks import Matching, Options, Retrieval
 from ..io import checkpoint
 from ..io.preprocessing import transforms
 from ..models import zoo
-from ..models.open_model import open_model
+from ..models.resolve import resolve_model
 from ..pruning.model import get_pruning, is_pruned
 from ..pruning.prune import prune_towers
 from ..utils.frozen import thawed
@@ -126,7 +126,7 @@ def _is_first() -> bool:
 def dense_model(config: CompressConfig) -> nn.Module:
     """The dense model of a config, with its weights. TypeError for a pruned one."""
     torch.manual_seed(config.seed)  # of weights that are random
-    model = open_model(config.model, pretrained=config.pretrained, arguments=config.model_args)
+    model = resolve_model(config.model, pretrained=config.pretrained, arguments=config.model_args)
     if is_pruned(model):
         raise TypeError(f"model={config.model!r} is pruned already: give its dense model, and this one as start=")
     return model

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ...data import Captioned, Question, Record, Statement
 from ...evaluation.tasks import Caption, Nlvr, Retrieval, Vqa
 from ...evaluation.tasks.base import dense
-from ...models.decoder import next_token_costs
-from ...models.momentum import Momentum, everyones
+from ...models.decoder import next_token_losses
+from ...models.momentum import MomentumDistillation, gather_ranks
 from ...models.wordpiece import clean_caption
 
 _SMOOTHING, _WORDS = 0.1, 30  # of the words' labels; what captions are cut at: both as BLIP trains
@@ -106,7 +106,7 @@ class CaptionObjective(Objective):
             torch.cat([one[:, :1], new, one[:, 1:]], 1) for one, new in ((ids, prompt), (mask, torch.ones_like(prompt)))
         )
         logits = model(images[:, 0], ids, mask)
-        costs, counts = next_token_costs(logits, ids, mask, self.task.prompt, _SMOOTHING)
+        costs, counts = next_token_losses(logits, ids, mask, self.task.prompt, _SMOOTHING)
         return Loss(costs.sum(), counts.sum(), _asked(logits, mask, self.task.prompt))
 
 
@@ -126,7 +126,7 @@ class VqaObjective(Objective):
         answer_ids, answer_mask = self.encode(self.task.answer_tokenizer, answers, images)
         about = torch.tensor(question, device=images.device)
         logits = model(images[:, 0], ids, mask, answer_ids, answer_mask, about)
-        costs, _ = next_token_costs(logits, answer_ids, answer_mask, smoothing=_SMOOTHING)
+        costs, _ = next_token_losses(logits, answer_ids, answer_mask, label_smoothing=_SMOOTHING)
         total = (costs * torch.tensor(shares, device=images.device)).sum()
         return Loss(total, _number(len(records), images), _asked(logits, answer_mask, 1))
 
@@ -143,7 +143,7 @@ class ContrastObjective(Objective):
     def forward(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Loss:
         image, text = self._features(model, records, images, step)
         numbers = _image_numbers(records, images)
-        truth = (numbers[:, None] == everyones(numbers)).to(image.dtype)
+        truth = (numbers[:, None] == gather_ranks(numbers)).to(image.dtype)
         truth = truth / truth.sum(1, keepdim=True)
         rows = self._rows(model, image, text)
         total = F.cross_entropy(rows, truth.repeat(2, 1), reduction="sum") / 2
@@ -151,7 +151,7 @@ class ContrastObjective(Objective):
 
     def _rows(self, model: Any, image: Tensor, text: Tensor) -> Tensor:
         """Logits of each image's texts, then of each text's images: [2 pairs, pairs of all processes]."""
-        return torch.cat([image @ everyones(text).T, text @ everyones(image).T]) * self._scale(model)
+        return torch.cat([image @ gather_ranks(text).T, text @ gather_ranks(image).T]) * self._scale(model)
 
     def _scale(self, model: Any) -> Tensor:
         return model.logit_scale.exp()
@@ -173,11 +173,11 @@ class MomentumObjective(ContrastObjective):
 
     def __init__(self, task: Any, model: Any, seed: int = 0):
         super().__init__(task, model, seed)
-        self.momentum = Momentum(model)
+        self.momentum = MomentumDistillation(model)
 
     def forward(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Loss:
         texts = self.task.encode([self.choose(record, record.captions, step) for record in records])
-        ids, mask = (_as_long_as_everyones(part.to(images.device)) for part in texts)
+        ids, mask = (_pad_to_longest_rank(part.to(images.device)) for part in texts)
         alpha = self.alpha * min(step / self.warm, 1.0)
         numbers = _image_numbers(records, images)
         contrast, matching = self.momentum(model, images[:, 0], ids, mask, numbers, alpha)
@@ -226,9 +226,9 @@ def _image_numbers(records: Sequence[Captioned], like: Tensor) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "big") for digest in digests], device=like.device)
 
 
-def _as_long_as_everyones(ids: Tensor) -> Tensor:
+def _pad_to_longest_rank(ids: Tensor) -> Tensor:
     """[texts, length], padded with zeros to the longest of all processes."""
-    longest = everyones(torch.tensor([ids.shape[1]], device=ids.device)).amax()
+    longest = gather_ranks(torch.tensor([ids.shape[1]], device=ids.device)).amax()
     return F.pad(ids, (0, int(longest) - ids.shape[1]))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core import precision
 from ...cost.sample_cost import SampleCostMeter
 from ...data import Record
-from ...models.momentum import everyones
+from ...models.momentum import gather_ranks
 from ...pruning import losses
 from ...pruning.model import get_pruning
 from ...pruning.trace import PruneTrace, collect
@@ -173,10 +173,10 @@ def _is_guided(trace: PruneTrace) -> bool:
 
 def _rows_before(outputs: Tensor) -> int:
     """How many rows the processes before this one have."""
-    rows = everyones(torch.tensor([len(outputs)], device=outputs.device))
+    rows = gather_ranks(torch.tensor([len(outputs)], device=outputs.device))
     return int(rows[: dist.get_rank()].sum()) if len(rows) > 1 else 0
 
 
 def _mean_over_processes(count: Tensor) -> Tensor:
     """A process's share of what all of them count, so that the mean of their gradients is that of all units together."""
-    return everyones(count[None]).float().mean()
+    return gather_ranks(count[None]).float().mean()

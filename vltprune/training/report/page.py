@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cost import savings
-from ...models.open_model import is_random, is_saved
+from ...models.resolve import has_random_weights, is_saved_model
 from ...utils.files import write_text
 from ...viz import html
 from ..config import CompressConfig
@@ -149,9 +149,9 @@ def _pruned(config: CompressConfig) -> list[tuple[str, str]]:
 
 
 def _weights(config: CompressConfig) -> str:
-    if is_saved(config.model):
+    if is_saved_model(config.model):
         return "the folder's"
-    if is_random(config.model, config.pretrained):
+    if has_random_weights(config.model, config.pretrained):
         return "random"
     return "those published" if config.pretrained in (None, True) else str(config.pretrained)
 

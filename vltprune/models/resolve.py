@@ -1,4 +1,4 @@
-"""open_model: resolves a command's or a config's model argument, by one rule for all of them."""
+"""resolve_model: resolves a command's or a config's model argument, by one rule for all of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..io import checkpoint, hub
 from ..pruning.model import is_pruned
 from ..pruning.presets import preset as preset_of
 from ..pruning.prune import prune_towers
-from .catalog import Name
+from .catalog import ModelName
 from .factory import PARTS, check_same, create_model
 
 _HUB = "hf-hub:"
 
 
-def open_model(
+def resolve_model(
     model: str,
     *,
     pretrained: bool | str | Path | None = None,
@@ -39,9 +39,9 @@ def open_model(
     what `create_model` and `load` do.
     """
     arguments = dict(arguments or {})
-    if is_saved(model):
+    if is_saved_model(model):
         return _saved(model, pretrained, preset, default, arguments)
-    name = _read(model)
+    name = _parse(model)
     if preset is not None and name.preset is not None:
         raise ValueError(f"--preset {preset}: {model} names a preset already, leave one of them out")
     saved = _saved_pruning(pretrained)
@@ -57,19 +57,19 @@ def open_model(
     return create_model(model, pretrained=pretrained, preset=asked, **arguments)
 
 
-def is_saved(model: str) -> bool:
+def is_saved_model(model: str) -> bool:
     """Whether a model argument is a folder or a repository of the hub, not a name."""
     return model.startswith(_HUB) or Path(model).is_dir()
 
 
-def is_random(model: str, pretrained: bool | str | Path | None = None) -> bool:
-    """Whether `open_model` gives random weights."""
-    return not is_saved(model) and (pretrained is False or (pretrained is None and _read(model).tag is None))
+def has_random_weights(model: str, pretrained: bool | str | Path | None = None) -> bool:
+    """Whether `resolve_model` gives random weights."""
+    return not is_saved_model(model) and (pretrained is False or (pretrained is None and _parse(model).tag is None))
 
 
-def _read(model: str) -> Name:
+def _parse(model: str) -> ModelName:
     try:
-        return Name.read(model)
+        return ModelName.parse(model)
     except LookupError:
         if "/" not in model and os.sep not in model:
             raise
