@@ -55,7 +55,7 @@ def test_names(name, read):
 @pytest.mark.parametrize("backbone", ["blip_base", "vit_base_patch16_224", "clip_vit_b_32"])
 def test_a_preset_is_read_from_the_end_of_a_name(backbone, preset):
     """Also where one preset's name begins with another's."""
-    read = Name.read(f"{backbone}_{preset}")
+    read = ModelName.parse(f"{backbone}_{preset}")
     assert (read.backbone, read.preset) == (backbone, preset)
 
 
