@@ -15,7 +15,7 @@ from vltprune.cli import main as cli
 from vltprune.demo import measure as evaluate
 from vltprune.evaluation import metrics, tasks
 from vltprune.evaluation.evaluator import summarize
-from vltprune.models.generation import BeamSearch, GreedySearch, NucleusSampling, GenerationConfig
+from vltprune.models.generation import BeamSearch, GenerationConfig, GreedySearch, NucleusSampling
 from vltprune.models.momentum import _hard_negatives
 
 NAN, INF = float("nan"), float("inf")
