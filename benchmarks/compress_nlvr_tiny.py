@@ -185,7 +185,7 @@ class Choosing:
 
     def __call__(self, records: Any, traces: dict[str, vp.PruneTrace]) -> Tensor:
         targets = torch.from_numpy(np.concatenate([self.targets(record.index) for record in records]))
-        scored = [step.scored for step in traces["image"].steps if step.scored is not None]
+        scored = [step.scored for step in traces["image"].layers if step.scored is not None]
         each = [self._off(*one, targets, float(SIDE) if depth == 0 else NEAR) for depth, one in enumerate(scored)]
         return TOLD * torch.stack(each).mean()
 

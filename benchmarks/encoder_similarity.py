@@ -47,7 +47,7 @@ METHODS = {
     "self_attention": {"scorer": "self_attention", "keep": RATIO},
     "madtp - guide": {"scorer": "unguided", "keep": RATIO},
     "madtp": {"scorer": "madtp", "keep": RATIO, "guide": GUIDE},
-    "madtp, threshold": {"scorer": "madtp", "keep": "threshold(turn='temperature')", "guide": GUIDE},
+    "madtp, threshold": {"scorer": "madtp", "keep": "threshold(knob='temperature')", "guide": GUIDE},
     "distinct_attention": {"scorer": "distinct_attention", "keep": RATIO},
     "self_attention, distortion": {"scorer": "self_attention", "keep": "distortion"},
     "distinct_attention, distortion": {"scorer": "distinct_attention", "keep": "distortion"},

@@ -64,7 +64,7 @@ _ABLATED = 0.7  # fewer MACs, where nothing else is said
 _SHORT = {"steps": 140, "batch_size": 48, "val_limit": 500}
 _FREE = {
     "madtp": {"guide": "codebook(anchors=100)", "keep": "ratio"},
-    "madtp, DTP": {"guide": "codebook(anchors=100)", "keep": "threshold(turn='temperature')"},
+    "madtp, DTP": {"guide": "codebook(anchors=100)", "keep": "threshold(knob='temperature')"},
     "self_attention": {"guide": None, "scorer": "self_attention", "keep": "ratio"},
     "distortion": {"guide": None, "scorer": "self_attention", "keep": "distortion"},
     "distinct_attention": {"guide": None, "scorer": "distinct_attention", "keep": "ratio"},

@@ -36,7 +36,7 @@ def main() -> None:
     images = torch.randn(options.batch, 3, *dense.patch_embed.img_size)
     rows = []
     for reduction in options.reductions:
-        model = vp.prune(dense, "madtp", keep=f"random_ratio(spread={options.spread})")
+        model = vp.prune(dense, "madtp", keep=f"random_ratio(half_width={options.spread})")
         found = vp.calibrate(model, [images], reduction)
         rows.append(_row(dense, model, images, found, options.repeats))
         print(_line(options, rows[-1]), flush=True)

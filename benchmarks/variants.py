@@ -64,10 +64,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def _by_temperature(change: dict[str, Any]) -> dict[str, Any]:
     """The same change where DTP's budget is kept as paper and reference do; itself where no DTP is."""
-    keep = Part.of(change.get("parts", {}).get("keep", "threshold"))
+    keep = Part.from_spec(change.get("parts", {}).get("keep", "threshold"))
     if keep.name != "threshold":
         return change
-    return {**change, "parts": {**change.get("parts", {}), "keep": str(keep.replace(turn="temperature"))}}
+    return {**change, "parts": {**change.get("parts", {}), "keep": str(keep.replace(knob="temperature"))}}
 
 
 def _without_maps(change: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _without_maps(change: dict[str, Any]) -> dict[str, Any]:
     parts = {**COMMON["parts"], **change.get("parts", {})}
     if parts["guide"] is None:
         return change
-    return {**change, "parts": {**parts, "guide": str(Part.of(parts["guide"]).replace(project=False))}}
+    return {**change, "parts": {**parts, "guide": str(Part.from_spec(parts["guide"]).replace(project=False))}}
 
 
 def _twins(suffix: str, twin: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -77,9 +77,9 @@ def test_what_was_run_before_has_twins_and_runs_are_compared_with_their_like():
     assert turned == {name for name in firsts if "threshold" in parts[name].get("keep", "threshold")}
     assert plain == {name for name in firsts if parts[name]["guide"] is not None}
     for name in firsts:
-        assert "project" not in (parts[name]["guide"] or "") and "turn" not in parts[name].get("keep", "")
+        assert "project" not in (parts[name]["guide"] or "") and "knob" not in parts[name].get("keep", "")
     for name in turned:
-        assert parts[name + " by temperature"]["keep"].endswith("turn='temperature')")
+        assert parts[name + " by temperature"]["keep"].endswith("knob='temperature')")
         assert parts[name + " by temperature"]["guide"] == parts[name]["guide"]
     for name in plain:
         assert "project=False" in parts[name + " without maps"]["guide"]

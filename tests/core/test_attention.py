@@ -38,9 +38,9 @@ class Apart:
 
     @property
     def pairs(self):
-        return PairBias(self.position, self.of)
+        return PairBias(self.position, self.distance_bias)
 
-    def of(self, distance):
+    def distance_bias(self, distance):
         hidden = (distance.abs() > self.reach).unsqueeze(-3)
         return self.table[:, distance + FAR].movedim(0, -3).masked_fill(hidden, -torch.inf)
 

@@ -144,7 +144,7 @@ class TestRefused:
         "part",
         [
             "threshold(temperature=0)",
-            "threshold(turn='group')",
+            "threshold(knob='group')",
             "ratio(ratio=1.5)",
             "count(count=-1)",
             "random_ratio(mean=2)",

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vltprune as vp
 from vltprune import scorers
 from vltprune.core import precision
-from vltprune.layers.keepers import share
+from vltprune.layers.keepers import keep_count
 from vltprune.models.med import MedEncoder
 from vltprune.pruning import losses
 from vltprune.utils.modes import on_meta
@@ -65,7 +65,7 @@ def test_parts_are_born_in_the_host_s_type(name, dtype):
         out = getattr(out, "x", out)
         assert out.dtype == dtype
         assert out.isfinite().all()
-        assert all(step.scored is None for trace in traces for step in trace.steps)
+        assert all(step.scored is None for trace in traces for step in trace.layers)
 
 
 @pytest.mark.parametrize("scorer", scorers.names())
@@ -76,7 +76,7 @@ def test_scores_are_single_whatever_the_model_is(scorer, dtype):
     model = vp.prune(dense, "madtp", scorer=scorer, keep="ratio(ratio=0.9)")
     with vp.collect() as traces:
         model(torch.randn(2, 3, 160, 160, dtype=dtype)).float().sum().backward()
-    for step in traces[0].steps:
+    for step in traces[0].layers:
         tokens, scores = step.scored
         assert scores.dtype == torch.float32
         assert scores.isfinite().all()
@@ -96,7 +96,7 @@ def test_a_random_baseline_is_the_same_in_every_type(dtype):
         pruned, images = vp.prune(model, "random", keep="ratio(ratio=0.5)", at=(0,)), torch.randn(1, 3, 160, 160)
         with vp.collect() as traces:
             pruned(images.to(dtype if model is not dense else torch.float32))
-        kept.append(traces[0].steps[0].position)
+        kept.append(traces[0].layers[0].position)
     assert torch.equal(*kept)
     half = len(kept[0]) // 2
     assert kept[0][-1] > 1.5 * len(kept[0])
@@ -122,8 +122,8 @@ def test_autocast_does_not_reach_scores(name, dtype):
     model, inputs = vp.prune(small(name).model, "madtp", guide="codebook(anchors=6)"), small(name).draw(2)
     with torch.enable_grad(), torch.autocast("cpu", dtype), vp.collect() as traces:
         model(*inputs)
-    assert {s.scored[1].dtype for trace in traces for s in trace.steps if s.scored} == {torch.float32}
-    assert {s.guidance.affinity.dtype for trace in traces for s in trace.steps} == {torch.float32}
+    assert {s.scored[1].dtype for trace in traces for s in trace.layers if s.scored} == {torch.float32}
+    assert {s.guidance.affinity.dtype for trace in traces for s in trace.layers} == {torch.float32}
 
 
 @pytest.mark.parametrize(("name", "keep"), TOWERS_AND_KEEPERS)
@@ -198,13 +198,13 @@ def test_scores_that_differ_by_rounding_are_settled(values, copies, seed):
     g = torch.Generator().manual_seed(seed)
     exact = torch.tensor(values, dtype=torch.float64).repeat(copies)[None]
     near = (exact * (1 + 5e-6 * (2 * torch.rand(exact.shape, generator=g, dtype=torch.float64) - 1))).float()
-    settled = precision.settle(near)
+    settled = precision.equalize(near)
     assert_close(settled, near, rtol=3e-5 * len(values), atol=0)
     for value in values:
         assert len(settled[exact == value].unique()) == 1
-    assert torch.equal(precision.settle(settled), settled)
+    assert torch.equal(precision.equalize(settled), settled)
     padded = torch.cat([near, near.new_full((1, 3), float("-inf"))], 1)
-    assert torch.equal(precision.settle(padded), torch.cat([settled, padded[:, -3:]], 1))
+    assert torch.equal(precision.equalize(padded), torch.cat([settled, padded[:, -3:]], 1))
 
 
 @pytest.mark.parametrize("mode", [torch.device("cpu"), _Refuses()], ids=["double", "no float64"])
@@ -213,12 +213,12 @@ def test_shares_of_tokens_are_rounded_up_from_what_they_are(mode):
     there = torch.arange(1, 400)
     with mode:
         for tenths in range(11):
-            assert share(there, tenths / 10).tolist() == [-(-n * tenths // 10) for n in range(1, 400)]
+            assert keep_count(there, tenths / 10).tolist() == [-(-n * tenths // 10) for n in range(1, 400)]
 
 
 def test_settled_scores_have_their_gradients():
     scores = torch.tensor([[1.0, 1.0000005, 2.0, float("-inf")]], requires_grad=True)
-    settled = precision.settle(scores)
+    settled = precision.equalize(scores)
     assert settled[0, 0] == settled[0, 1]
     settled[:, :3].sum().backward()
     assert torch.equal(scores.grad, torch.tensor([[1.0, 1.0, 1.0, 0.0]]))
@@ -257,7 +257,7 @@ def test_copies_of_a_token_tie_whoever_shares_the_batch(scorer, batch, keep, red
     def kept(*rows):
         with vp.collect() as traces:
             model(*(x[list(rows)] for x in inputs))
-        steps = traces[0].steps
+        steps = traces[0].layers
         return [[part.tolist() for part in step.position.split(step.lengths)] for step in steps]
 
     together = kept(0, 1, 2)

@@ -34,9 +34,9 @@ def test_pad_flat_sum_count(drawn):
     layout, x, mask = drawn
     padded = segments.pad(x, layout, 7.0)
     assert padded.shape == (layout.batch, layout.longest, *x.shape[1:])
-    assert torch.equal(padded[layout.real], x)
-    assert (padded[~layout.real] == 7.0).all()
-    assert torch.equal(segments.flat(padded, layout), x)
+    assert torch.equal(padded[layout.valid], x)
+    assert (padded[~layout.valid] == 7.0).all()
+    assert torch.equal(segments.unpad(padded, layout), x)
     assert_close(segments.sum(x, layout), torch.stack([part.sum(0) for (part,) in each(layout, x)]), **TIGHT)
     assert segments.count(mask, layout).tolist() == [int(part.sum()) for (part,) in each(layout, mask)]
 
@@ -98,7 +98,7 @@ def test_mix(drawn, seed):
     weight = weight if weight.dim() == 2 else weight[:, None]
     contents = torch.randn(layout.total, 5, generator=generator(seed), dtype=torch.float64)
     expected = torch.stack([w.t() @ v for w, v in each(layout, weight, contents)])
-    assert_close(segments.mix(weight, contents, layout), expected, **TIGHT)
+    assert_close(segments.weighted_sum(weight, contents, layout), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -24,8 +24,8 @@ def test_layout(sizes):
     assert layout.offsets.tolist() == [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     assert layout.offsets.dtype == torch.int32
     assert list(zip(layout.instance.tolist(), layout.slot.tolist(), strict=True)) == pairs
-    assert layout.place.tolist() == [i * max(sizes) + s for i, s in pairs]
-    assert layout.real.flatten().nonzero().flatten().tolist() == layout.place.tolist()
+    assert layout.padded_index.tolist() == [i * max(sizes) + s for i, s in pairs]
+    assert layout.valid.flatten().nonzero().flatten().tolist() == layout.padded_index.tolist()
     assert layout.sizes.tolist() == list(sizes)
 
 
@@ -58,7 +58,7 @@ def test_unpack_then_pack(case):
 def test_pack_takes_only_what_is_valid(sizes, seed, left):
     """Padding may stand on either side, and a token's position is its place in the padded row."""
     layout, g = Layout(sizes), generator(seed)
-    valid = layout.real.flip(1) if left else layout.real
+    valid = layout.valid.flip(1) if left else layout.valid
     x = torch.randn(*valid.shape, 2, generator=g)
     x[~valid] = float("nan")
     marks = torch.rand(valid.shape, generator=g) < 0.5
@@ -110,7 +110,7 @@ def test_select(case, seed):
 def test_of(case, seed):
     tokens, batch = case.tokens, case.tokens.layout.batch
     which = torch.randint(batch, (batch + 1,), generator=generator(seed)).tolist()
-    picked = tokens.of(which)
+    picked = tokens.select_instances(which)
     rows = torch.arange(tokens.layout.total).split(tokens.layout.lengths)
     index = torch.cat([rows[i] for i in which])
     assert picked.layout.lengths == tuple(tokens.layout.lengths[i] for i in which)
@@ -123,12 +123,12 @@ def test_read_and_at(case, seed):
     tokens, g = case.tokens, generator(seed)
     slots = [int(torch.randint(0, n, (), generator=g)) for n in tokens.layout.lengths]
     rows = tokens.layout.offsets[:-1].long() + torch.tensor(slots)
-    assert torch.equal(tokens.at(tokens.position[rows]), tokens.x[rows])
+    assert torch.equal(tokens.at_position(tokens.position[rows]), tokens.x[rows])
 
     mark = torch.zeros(tokens.layout.total, dtype=torch.bool)
     mark[rows] = True
     later = mark | ((tokens.layout.slot > torch.tensor(slots)[tokens.layout.instance]) & (tokens.x[:, 0] > 0))
-    assert torch.equal(tokens.read(later), tokens.x[rows])  # the first of several
+    assert torch.equal(tokens.first_where(later), tokens.x[rows])  # the first of several
     assert torch.equal(tokens.free, ~tokens.protected)
     assert tokens.with_x(tokens.x[:, :1]).x.shape == (tokens.layout.total, 1)
 

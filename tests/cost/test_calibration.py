@@ -43,7 +43,7 @@ def clip():
 
 
 @pytest.mark.parametrize(
-    ("keep", "reduction"), [("ratio", 0.5), ("ratio", 0.7), ("random_ratio(spread=0.1)", 0.5), ("threshold", 0.7)]
+    ("keep", "reduction"), [("ratio", 0.5), ("ratio", 0.7), ("random_ratio(half_width=0.1)", 0.5), ("threshold", 0.7)]
 )
 def test_mean_macs_meet_the_target(dense, inputs, keep, reduction):
     model = vp.prune(dense, "madtp", keep=keep)
@@ -105,7 +105,7 @@ def test_a_target_between_two_counts_is_told_from_one_out_of_reach():
 
 @pytest.mark.parametrize(("turn", "turned"), [("power", (2.5, 3.0)), ("temperature", (3.0, 1.0))])
 def test_a_budget_turns_what_the_keeper_says(dense, turn, turned):
-    model = vp.prune(dense, "madtp", keep=f"threshold(temperature=2.5, turn={turn!r})")
+    model = vp.prune(dense, "madtp", keep=f"threshold(temperature=2.5, knob={turn!r})")
     BudgetControl(model).commit(3.0)
     assert {(m.temperature, m.power) for m in model.modules() if isinstance(m, vp.KeepRatioPredictor)} == {turned}
     assert model.pruning.config.keep.args[turn] == 3.0
@@ -147,7 +147,7 @@ def test_a_guide_is_fitted_to_tokens_from_everywhere(dense, monkeypatch):
     for batch in batches:
         with torch.no_grad(), vp.collect() as traces:
             model(*batch)
-        met.append([trace.steps[0].guidance.mapped for trace in traces])
+        met.append([trace.layers[0].guidance.mapped for trace in traces])
     vp.fit_guide(model, batches, points=300)
     (points,) = held
     assert len(points) == 300
@@ -273,7 +273,7 @@ class TestFitGuide:
         with torch.no_grad(), vp.collect() as traces:
             model(*inputs)
         for trace in traces:
-            guidance = trace.steps[0].guidance
+            guidance = trace.layers[0].guidance
             closest = torch.cdist(anchors, guidance.mapped.x[guidance.mapped.free]).min(1).values
             assert closest.min() < torch.cdist(before, guidance.mapped.x).min()
         assert not model.pruning.guide.is_untrained

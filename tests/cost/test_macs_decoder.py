@@ -16,7 +16,7 @@ from vltprune.models.generation import BeamSearch, GreedySearch
 
 VOCABULARY = 40
 SIZES = {"vocab_size": VOCABULARY, "bos_id": VOCABULARY - 1, "vision_depth": 2, "text_depth": 2}
-RAGGED = vp.preset("random").replace(keep="random_ratio(mean=0.5, spread=0.5)")
+RAGGED = vp.preset("random").replace(keep="random_ratio(mean=0.5, half_width=0.5)")
 
 
 @pytest.fixture(autouse=True)

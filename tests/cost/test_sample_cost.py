@@ -20,7 +20,7 @@ def test_a_record_costs_what_it_costs_alone():
         alone = vp.count_macs(model, *small("nlvr").take(inputs, slice(i, i + 1)))
         assert one.macs == pytest.approx(alone.total, rel=1e-3)  # a merge is counted for all or none
         assert one.dense_macs == pytest.approx(alone.dense_total)
-        pairs = [traces[0].entered.layout.lengths, *traces[0].lengths]
+        pairs = [traces[0].input_tokens.layout.lengths, *traces[0].lengths]
         assert one.kept["image"] == tuple(sum(row[2 * i : 2 * i + 2]) / 2 for row in pairs)
 
 

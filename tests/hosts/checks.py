@@ -89,7 +89,9 @@ def keep_all_is_the_host(case: Case) -> None:
                 with vp.collect() as traces:
                     same(pruned(*case.inputs), expected)
                 assert {trace.tower for trace in traces} == set(case.protected)
-                assert all(lengths == trace.entered.layout.lengths for trace in traces for lengths in trace.lengths)
+                assert all(
+                    lengths == trace.input_tokens.layout.lengths for trace in traces for lengths in trace.lengths
+                )
 
 
 @torch.no_grad()
@@ -134,15 +136,15 @@ def _are_sound(case: Case, traces: Sequence[vp.PruneTrace]) -> None:
     """Counts never grow, protected tokens stay, tokens keep their order."""
     assert {trace.tower for trace in traces} == set(case.protected)
     for trace in traces:
-        lengths = trace.entered.layout.lengths
-        for step in trace.steps:
+        lengths = trace.input_tokens.layout.lengths
+        for step in trace.layers:
             assert all(after <= before for after, before in zip(step.lengths, lengths, strict=True))
             lengths = step.lengths
             positions, kept = step.position.split(lengths), step.protected.split(lengths)
             for position, protected, must in zip(positions, kept, case.protected[trace.tower], strict=True):
                 assert (position.diff() > 0).all()
                 assert position[protected].tolist() == list(must)
-    assert case.prunes == any(sum(t.lengths[-1]) < t.entered.layout.total for t in traces)
+    assert case.prunes == any(sum(t.lengths[-1]) < t.input_tokens.layout.total for t in traces)
 
 
 def gradients_reach(case: Case) -> None:
@@ -170,7 +172,7 @@ def reducing_early_changes_nothing(case: Case) -> None:
             patch.setattr(tower.adapter, "projects_affinely", lambda block: False)
         with vp.collect() as traces:
             late = tensors(pruned(*case.inputs))
-    assert not any(step.reduced_early for trace in traces for step in trace.steps)
+    assert not any(step.reduced_early for trace in traces for step in trace.layers)
     assert {trace.tower: trace.lengths for trace in traces} == {tower: own[1:] for tower, own in lengths.items()}
     same(early, late)
 
@@ -208,10 +210,10 @@ def dropping_is_hiding(
     """
     with vp.collect() as traces:
         tokens, _ = pruned.encode(*inputs)
-    entered = traces[0].entered
+    entered = traces[0].input_tokens
     there = _places(entered.position, entered.layout.lengths, x)
     before = int(there.sum())
-    for block, step in zip(blocks, traces[0].steps, strict=True):
+    for block, step in zip(blocks, traces[0].layers, strict=True):
         seen = there[:, None] | torch.eye(x.shape[1], dtype=torch.bool)  # itself: for dropped tokens too, against NaN
         x = block(x, seen.tril() if causal else seen)
         there = _places(step.position, step.lengths, x)
@@ -251,7 +253,7 @@ def run(
 
 
 def _lengths(traces: Sequence[vp.PruneTrace]) -> Lengths:
-    return {trace.tower: (trace.entered.layout.lengths, *trace.lengths) for trace in traces}
+    return {trace.tower: (trace.input_tokens.layout.lengths, *trace.lengths) for trace in traces}
 
 
 def tensors(out: Any) -> list[Tensor]:

@@ -151,7 +151,7 @@ def test_a_nonlinear_adapter_sees_what_the_projection_would_see():
             setattr(getattr(block, parent), own, Squash(getattr(getattr(block, parent), own)))
         with vp.collect() as traces:
             case.pruned(reducer="fuse")(*case.inputs)
-        assert not any(step.reduced_early for step in traces[0].steps)
+        assert not any(step.reduced_early for step in traces[0].layers)
 
 
 def pair():

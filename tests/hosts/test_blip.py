@@ -86,7 +86,7 @@ def test_several_sentences_are_one_by_one(kind, preset):
 @torch.no_grad()
 def test_image_tokens_stay_packed(kind):
     model = randomize(kind(**SIZES))
-    pruned = Case(model, (), {}).pruned("random", keep="random_ratio(mean=0.5, spread=0.5)")
+    pruned = Case(model, (), {}).pruned("random", keep="random_ratio(mean=0.5, half_width=0.5)")
     with vp.collect() as traces:
         memory = pruned.visual(images(3))
     assert isinstance(memory, vp.PackedTokens)

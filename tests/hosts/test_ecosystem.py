@@ -72,11 +72,11 @@ def test_timm_features(name):
 
     with vp.collect(tokens=True) as traces:
         left = pruned.forward_features(images)
-    same(left, case.model.norm(traces[0].left.x).view(left.shape))
+    same(left, case.model.norm(traces[0].output_tokens.x).view(left.shape))
     lengths = [len(t[0]) for t in pruned.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)]
     prefix = case.model.num_prefix_tokens
-    assert lengths == [step.lengths[0] - prefix for step in traces[0].steps]
-    assert [step.tokens.layout.lengths for step in traces[0].steps] == [step.lengths for step in traces[0].steps]
+    assert lengths == [step.lengths[0] - prefix for step in traces[0].layers]
+    assert [step.tokens.layout.lengths for step in traces[0].layers] == [step.lengths for step in traces[0].layers]
     with pytest.raises(ValueError, match="write output_fmt='NLC'"):
         pruned.forward_intermediates(images)
 
@@ -99,7 +99,7 @@ def test_steps_keep_no_tokens_unless_asked():
     case = make("timm: vit: plain")
     with vp.collect() as traces:
         case.pruned()(*case.inputs)
-    assert all(step.tokens is None for step in traces[0].steps)
+    assert all(step.tokens is None for step in traces[0].layers)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, that open_clip calls what it renamed

@@ -163,7 +163,7 @@ def test_trunks_of_timm_are_merged_before_they_are_projected():
     case = make("timm: token, linear")
     with vp.collect() as traces:
         case.pruned()(*case.inputs)
-    assert any(step.reduced_early for step in traces[0].steps)
+    assert any(step.reduced_early for step in traces[0].layers)
 
 
 REFUSED = {

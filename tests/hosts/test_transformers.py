@@ -63,13 +63,13 @@ def test_dropping_is_hiding(name, at):
 def test_pooled_is_pooled_from_what_is_left(name):
     case = make(name)
     pruned = checks.ragged(case)
-    tokens, beside = pruned.encode(*case.inputs)
+    tokens, block_inputs = pruned.encode(*case.inputs)
     out = pruned(*case.inputs)
     for i, x in enumerate(tokens.x.split(tokens.layout.lengths)):
         alone = vp.PackedTokens.pack(
             x[None], summary=None if tokens.summary is None else own(tokens.summary, tokens, i)
         )
-        want = pruned.adapter.head(case.model, alone, beside)
+        want = pruned.adapter.head(case.model, alone, block_inputs)
         assert not out.last_hidden_state[i, len(x) :].any()
         same(out.last_hidden_state[i, : len(x)], want.last_hidden_state[0])
         if "pooler_output" in out:
@@ -113,7 +113,7 @@ def test_the_end_of_text_is_found_as_the_host_finds_it(eos):
     pruned = case.pruned()
     with vp.collect() as traces:
         pruned(ids)
-    last = traces[0].steps[-1]
+    last = traces[0].layers[-1]
     assert last.position[last.protected].tolist() == ([9, 9, 3] if eos == 2 else [3, 3, 3])
     same(case.pruned(keep="ratio(ratio=1.0)")(ids), case.model(ids))
 

@@ -66,7 +66,7 @@ def keeper_is_monotone(name: str, args: dict, case: Case, values: tuple[float, f
     knob = keepers[name].knob
     low, high = (
         keepers[name](case.spec, **{**args, knob.name: value})(case.scores, case.tokens, case.guidance)
-        for value in sorted(values, reverse=not knob.keeps)
+        for value in sorted(values, reverse=not knob.larger_keeps_more)
     )
     assert (low <= high).all()
 
@@ -91,7 +91,7 @@ def reducer(name: str, args: dict, case: Case, counts: Tensor) -> None:
     assert torch.equal(out.x[out.protected], tokens.x[tokens.protected])
     assert torch.equal(out.position[out.protected], tokens.position[tokens.protected])
     if tokens.summary is not None:
-        assert torch.equal(out.read(out.summary), tokens.read(tokens.summary))
+        assert torch.equal(out.first_where(out.summary), tokens.first_where(tokens.summary))
     for position in out.position.split(out.layout.lengths):
         assert (position.diff() > 0).all()
 

@@ -81,4 +81,4 @@ def _kept(page, config):
     vp.fit_guide(model, [page["images"]])
     with vp.collect() as traces:
         model(page["images"])
-    return traces[0].steps[2].position.tolist(), traces[0].lengths
+    return traces[0].layers[2].position.tolist(), traces[0].lengths

@@ -265,7 +265,7 @@ def test_random_ratio_spreads_as_told():
 def test_random_ratio_without_spread_is_ratio():
     tokens = packed(Layout((7, 1, 30)), DIM, 0.2, True, False, 1.0, generator(0))
     for mean in (0.0, 0.3, 1.0):
-        drawn = keepers["random_ratio"](SPEC, mean=mean, spread=0.0)(tokens.x[:, 0], tokens, None)
+        drawn = keepers["random_ratio"](SPEC, mean=mean, half_width=0.0)(tokens.x[:, 0], tokens, None)
         assert drawn.tolist() == keepers["ratio"](SPEC, mean)(tokens.x[:, 0], tokens, None).tolist()
 
 
@@ -279,13 +279,13 @@ def test_random_ratio_without_spread_is_ratio():
         ("threshold", {"decay": 0.0}, r"threshold\(decay=0.0\) must be above 0 and finite"),
         ("distortion", {"decay": -1.0}, r"distortion\(decay=-1.0\) must be above 0 and finite"),
         ("ratio", {"decay": float("inf")}, r"ratio\(decay=inf\) must be above 0 and finite"),
-        ("threshold", {"turn": "both"}, "write turn='power' or turn='temperature'"),
+        ("threshold", {"knob": "both"}, "write knob='power' or knob='temperature'"),
         ("top_p", {"p": 1.1}, r"top_p\(p=1.1\) must lie in 0 .. 1"),
         ("ratio", {"ratio": 1.5}, r"ratio\(ratio=1.5\) must lie in 0 .. 1"),
         ("ratio", {"ratio": float("nan")}, "must lie in 0 .. 1"),
         ("count", {"count": -1}, r"count\(count=-1\) must be 0 or more"),
         ("random_ratio", {"mean": 2.0}, "both must lie in 0 .. 1"),
-        ("random_ratio", {"spread": -0.1}, "both must lie in 0 .. 1"),
+        ("random_ratio", {"half_width": -0.1}, "both must lie in 0 .. 1"),
     ],
 )
 def test_refusals(name, args, text):

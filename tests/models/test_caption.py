@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture
 def pruned(model):
-    return vp.prune(model, "random", keep="random_ratio(mean=0.5, spread=0.5)")
+    return vp.prune(model, "random", keep="random_ratio(mean=0.5, half_width=0.5)")
 
 
 @torch.no_grad()

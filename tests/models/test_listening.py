@@ -41,8 +41,8 @@ def test_what_is_heard(pruned):
         pruned.loss(pictures, ids, mask)
     (trace,) = traces
     assert trace.tower == "image"
-    assert_close(trace.spoken, by_hand(pruned, pictures, ids, mask), rtol=1e-4, atol=1e-4)
-    assert trace.spoken.shape == trace.aligned.shape
+    assert_close(trace.caption_aligned, by_hand(pruned, pictures, ids, mask), rtol=1e-4, atol=1e-4)
+    assert trace.caption_aligned.shape == trace.aligned.shape
 
 
 def test_alignment_trains_the_guide_and_both_sides(pruned):
@@ -50,7 +50,7 @@ def test_alignment_trains_the_guide_and_both_sides(pruned):
     pruned.train()
     with vp.collect() as traces:
         pruned.loss(pictures, ids, mask)
-    vp.losses.alignment(traces[0].aligned, traces[0].spoken).backward()
+    vp.losses.alignment(traces[0].aligned, traces[0].caption_aligned).backward()
     assert all(parameter.grad.any() for parameter in pruned.pruning.guide.parameters())
     assert pruned.visual.host.patch_embed.proj.weight.grad.any()
     assert pruned.decoder.body.word.weight.grad.any()
@@ -77,4 +77,4 @@ def test_nobody_listens_without_training_or_guide(pruned):
     assert len(traces) == 3
     for trace in traces:
         with pytest.raises(LookupError, match="pruned BlipCaption with gradients"):
-            trace.spoken  # noqa: B018
+            trace.caption_aligned  # noqa: B018

@@ -154,7 +154,7 @@ def test_a_step_learns(model):
 def on_one_of_two_ranks(rank, folder):
     """What each rank sees: all features, packed image tokens of both, gradients from both, one queue."""
     model = small.build("retrieval")
-    pruned = vp.prune(model, "random", keep="random_ratio(mean=0.5, spread=0.5)")
+    pruned = vp.prune(model, "random", keep="random_ratio(mean=0.5, half_width=0.5)")
     pictures, ids, mask = small.images(4), *small.words(4)
     mine = slice(2 * rank, 2 * rank + 2)
 

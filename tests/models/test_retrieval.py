@@ -44,7 +44,7 @@ def test_keep_all_is_the_host_through_every_door(model):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
 def test_one_memory_serves_features_and_matching(model, kind):
-    net = model if kind == "dense" else vp.prune(model, "random", keep="random_ratio(mean=0.5, spread=0.5)")
+    net = model if kind == "dense" else vp.prune(model, "random", keep="random_ratio(mean=0.5, half_width=0.5)")
     pictures, (ids, mask) = small.images(3), small.words(6)
     memory = net.visual(pictures)
     assert isinstance(memory, vp.PackedTokens) == (kind == "pruned")

@@ -70,7 +70,7 @@ def test_each_decoder_reports_to_the_tower_of_its_own_thread():
     ids, mask = sentences(2)
     with torch.no_grad(), vp.collect() as traces, ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: model(images(1), ids[:1, :n], mask[:1, :n]), range(2, 10)))
-    assert sorted(sum(piece.tokens for piece in trace.decoded) for trace in traces) == list(range(2, 10))
+    assert sorted(sum(piece.tokens for piece in trace.decode_stats) for trace in traces) == list(range(2, 10))
 
 
 @pytest.mark.parametrize("how", ["blocks", "whole"])
@@ -100,7 +100,7 @@ def test_a_decoder_that_fails_leaves_nothing_behind(monkeypatch):
     pictures, (ids, mask) = images(2), sentences(2)
     with vp.collect() as traces:
         model(pictures, ids, mask)
-    right = traces[0].spoken
+    right = traces[0].caption_aligned
 
     def fail(*args):
         raise KeyboardInterrupt
@@ -113,7 +113,7 @@ def test_a_decoder_that_fails_leaves_nothing_behind(monkeypatch):
     last.remove()
     with vp.collect() as traces:
         model(pictures, ids, mask)
-    assert_close(traces[0].spoken, right)
+    assert_close(traces[0].caption_aligned, right)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def there_and_back(config):
 @given(data=st.data(), at=at)
 def test_every_part_survives_json_and_its_short_form(kind, name, data, at):
     part = Part(name, data.draw(arguments(KINDS[kind][name])))
-    assert Part.of(str(part)) == part == Part.of(part) == Part.of(part.to_dict())
+    assert Part.from_spec(str(part)) == part == Part.from_spec(part) == Part.from_spec(part.to_dict())
     config = BASE.replace(**{kind: part}, at=at)
     assert there_and_back(config) == config
     assert config.part(kind) == part
@@ -60,7 +60,7 @@ def test_every_preset_survives_json(name):
     ],
 )
 def test_short_forms(text, part):
-    assert Part.of(text.strip()) == part
+    assert Part.from_spec(text.strip()) == part
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_short_forms(text, part):
 )
 def test_unreadable_parts(text):
     with pytest.raises(ValueError, match=r"cannot read the part .*: write name or name"):
-        Part.of(text)
+        Part.from_spec(text)
 
 
 def test_parts_of_other_types():
     with pytest.raises(TypeError, match=r"not int: 3"):
-        Part.of(3)
+        Part.from_spec(3)
     with pytest.raises(ValueError, match="a part needs a 'name'"):
-        Part.of({"ratio": 1})
+        Part.from_spec({"ratio": 1})
 
 
 def test_parts_hold_their_own_arguments():
@@ -281,7 +281,11 @@ class TestHash:
 
     def test_parts_of_nested_arguments(self):
         part = Part("x", {"a": [1, {"b": [2]}]})
-        assert hash(part) == hash(Part.of(json.loads(json.dumps(part.to_dict())))) == hash(Part.of(str(part)))
+        assert (
+            hash(part)
+            == hash(Part.from_spec(json.loads(json.dumps(part.to_dict()))))
+            == hash(Part.from_spec(str(part)))
+        )
         assert part.to_dict() == {"name": "x", "a": [1, {"b": [2]}]}
 
 
@@ -304,7 +308,7 @@ class TestHash:
 def test_arguments_become_plain(value, plain):
     part = Part("x", {"a": value})
     assert part.args == {"a": plain} and type(part.args["a"]) is type(Part("x", {"a": plain}).args["a"])
-    assert Part.of(json.loads(json.dumps(part.to_dict()))) == part == Part.of(str(part))
+    assert Part.from_spec(json.loads(json.dumps(part.to_dict()))) == part == Part.from_spec(str(part))
 
 
 @pytest.mark.parametrize("value", [object(), b"x", 1j, print, torch.float16, {1: 2}, [object()]])
@@ -334,7 +338,7 @@ def test_arguments_are_a_mapping(args):
 
 def test_names_of_parts_are_text():
     with pytest.raises(TypeError, match="a part's name is text"):
-        Part.of({"name": 3})
+        Part.from_spec({"name": 3})
 
 
 class TestKeepersByTower:

@@ -84,7 +84,7 @@ def test_one_token_stays_where_the_answer_needs_it(name, keep):
         out = answer(model(images(3)))
     assert out.isfinite().all()
     (trace,) = traces
-    free = [int((~row).sum()) for row in trace.steps[-1].protected.split(trace.lengths[-1])]
+    free = [int((~row).sum()) for row in trace.layers[-1].protected.split(trace.lengths[-1])]
     assert free == [int(name in POOLS)] * 3
 
 
@@ -115,9 +115,9 @@ def test_soft_training_that_takes_all_but_one_token_is_finite(name):
     out.square().sum().backward()
     assert out.isfinite().all()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    left = traces[0].left
+    left = traces[0].output_tokens
     assert left.keep_prob.tolist() == [1.0] * left.layout.total
-    assert_close(traces[0].steps[-1].expected, left.layout.sizes.double())
+    assert_close(traces[0].layers[-1].expected, left.layout.sizes.double())
 
 
 @pytest.mark.parametrize("soft_temperature", [1.0, 0.1, 0.01])
@@ -129,11 +129,11 @@ def test_pools_weigh_what_is_there_in_part(keep, soft_temperature):
         pixels = images(2)
         out = answer(soften(model, soft_temperature)(pixels))
         assert out.isfinite().all()
-        tokens, beside = model.encode(pixels)
+        tokens, block_inputs = model.encode(pixels)
         assert tokens.keep_prob is not None
         gone = tokens.free & (tokens.layout.slot % 2 == 1)
         faint, kept = tokens.with_keep_prob(torch.where(gone, 1e-30, 1.0)), tokens.select(~gone)
-        faint, kept = (answer(model.adapter.head(model.host, part, beside)) for part in (faint, kept))
+        faint, kept = (answer(model.adapter.head(model.host, part, block_inputs)) for part in (faint, kept))
         assert_close(faint, kept, rtol=1e-4, atol=1e-5)
 
 

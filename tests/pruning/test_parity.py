@@ -85,7 +85,7 @@ def assert_near(got, key, tolerance=1e-5):
 
 def assert_counts(trace, instance, recorded):
     """The recorded counts [before, after] of each block leave the class token out."""
-    before = [trace.entered.layout.lengths, *trace.lengths[:-1]]
+    before = [trace.input_tokens.layout.lengths, *trace.lengths[:-1]]
     got = [[b[instance] - 1, a[instance] - 1] for b, a in zip(before, trace.lengths, strict=True)]
     assert got == recorded
 
@@ -108,7 +108,7 @@ def test_two_images(tau, sample):
     assert_near(text.aligned[0], key + "aligned_text_nlvr")
 
     tokens = net.visual(pairs()[sample])
-    for i, cls in enumerate(tokens.read(tokens.summary)):
+    for i, cls in enumerate(tokens.first_where(tokens.summary)):
         assert_near(cls, f"{key}image{i}_cls")
     assert_near(tokens.x[tokens.layout.instance == 0].sum(0), key + "image0_tokens_sum")
 
@@ -154,7 +154,7 @@ def test_batch_maximum_rule(tau, monkeypatch):
         tokens = model("blip_nlvr_base", tau, "batch_maximum").visual(images)
     assert_counts(traces[0], 0, case(tau)["counts"])
     assert all(len(set(lengths)) == 1 for lengths in traces[0].lengths)
-    assert_near(tokens.read(tokens.summary), f"tau{tau}.batch_max.image_cls")
+    assert_near(tokens.first_where(tokens.summary), f"tau{tau}.batch_max.image_cls")
 
 
 @pytest.mark.parametrize("tau", TAUS[1:])

@@ -80,18 +80,18 @@ def test_invariants(name, chosen, data, seed):
         alone, alone_traces = run(model, small(name).take(inputs, slice(i, i + 1)))
         assert_close(alone, out[i : i + 1], **CLOSE)
         for trace, one in zip(traces, alone_traces, strict=True):
-            each = trace.entered.layout.batch // 4
+            each = trace.input_tokens.layout.batch // 4
             assert one.lengths == tuple(lengths[i * each : (i + 1) * each] for lengths in trace.lengths)
 
 
 def check_trace(trace):
-    before, entered = trace.entered.layout.lengths, trace.entered
+    before, entered = trace.input_tokens.layout.lengths, trace.input_tokens
     speaks = entered.summary.nonzero().flatten()
-    for depth, step in enumerate(trace.steps):
+    for depth, step in enumerate(trace.layers):
         assert all(after <= n for after, n in zip(step.lengths, before, strict=True))
         for position in step.position.split(step.lengths):
             assert (position.diff() > 0).all()
-        owners = trace.owners(depth)
+        owners = trace.provenance(depth)
         assert step.protected[owners[speaks]].all()
         assert torch.equal(step.position[owners[speaks]], entered.position[speaks])
         if step.reduction is not None:
@@ -100,7 +100,7 @@ def check_trace(trace):
             kept = step.reduction.index[step.protected]
             assert torch.equal(step.reduction.values(torch.arange(sum(before)).double())[step.protected], kept.double())
         before = step.lengths
-    holders = Counter(trace.owners(len(trace.steps) - 1).tolist())
+    holders = Counter(trace.provenance(len(trace.layers) - 1).tolist())
     holders.pop(-1, None)
     assert sorted(holders) == list(range(sum(before)))
 
@@ -110,7 +110,7 @@ def check_trace(trace):
 def test_presets_do_prune(name, chosen):
     """None of the above would mean anything if nothing were pruned, or everybody alike where counts are per instance."""
     _, traces = run(pruned(name, vp.preset(chosen)), small(name).draw(6))
-    assert all(sum(trace.lengths[-1]) < trace.entered.layout.total for trace in traces)
+    assert all(sum(trace.lengths[-1]) < trace.input_tokens.layout.total for trace in traces)
     if chosen == "madtp" and name != "text":
         assert len(set(traces[0].lengths[-1])) > 1
 
@@ -126,7 +126,7 @@ def test_models_in_half_precision(chosen, dtype):
     images, *words = small("nlvr").draw(4)
     out, traces = run(model, (images.to(dtype), *words))
     assert out.dtype == dtype and out.isfinite().all()
-    assert any(sum(trace.lengths[-1]) < trace.entered.layout.total for trace in traces)
+    assert any(sum(trace.lengths[-1]) < trace.input_tokens.layout.total for trace in traces)
     for trace in traces:
         check_trace(trace)
 
@@ -142,7 +142,7 @@ def test_keeping_all_is_the_dense_model(name, scorer, reducer):
     with torch.no_grad():
         dense = features(small(name).model(*inputs), inputs)
     assert_close(out, dense, **CLOSE)
-    assert all(step.reduction is None for trace in traces for step in trace.steps)
+    assert all(step.reduction is None for trace in traces for step in trace.layers)
 
 
 @pytest.mark.parametrize("name", ["vit", "nlvr"])
@@ -169,7 +169,7 @@ def test_gradients_reach_every_parameter(name, chosen, data):
     with vp.collect() as traces:
         loss = model(*inputs).square().sum()
     aligned = [trace.aligned.square().sum() for trace in traces if config.guide is not None]
-    costs = [step.expected.sum() for trace in traces for step in trace.steps if step.expected is not None]
+    costs = [step.expected.sum() for trace in traces for step in trace.layers if step.expected is not None]
     own = {key for key, _ in parts(model).named_parameters()}
     assert reached(parts(model), loss + sum(aligned) + sum(costs)) == own
     if soft:

@@ -66,7 +66,7 @@ def test_traces_come_tower_by_tower_to_every_collector():
     assert [trace.tower for trace in inner] == ["image", "text"]
     assert [trace.tower for trace in outer] == ["image", "text", "image", "text", "image"]
     assert outer[0].encoder is model.pruning.towers["image"]
-    assert outer[0].entered.layout.lengths == (17,) * 4
+    assert outer[0].input_tokens.layout.lengths == (17,) * 4
 
 
 def test_no_collector_survives_its_block():
@@ -82,11 +82,11 @@ def test_owners_follow_every_token_through_merges_and_drops():
     """Where a marker put on one original token shows up among those that leave a block, there its owner is."""
     for reducer in vp.reducers.names():
         _, (trace,) = traced(vp.prune(small("vit").model, FUSE, reducer=reducer), images(3))
-        marks = torch.eye(trace.entered.layout.total, dtype=torch.float64)
-        for depth, step in enumerate(trace.steps):
+        marks = torch.eye(trace.input_tokens.layout.total, dtype=torch.float64)
+        for depth, step in enumerate(trace.layers):
             if step.reduction is not None:
                 marks = step.reduction.values(marks)
-            owners = trace.owners(depth)
+            owners = trace.provenance(depth)
             gone = marks.abs().sum(0) == 0
             assert torch.equal(owners < 0, gone)
             assert torch.equal(marks.abs().argmax(0)[~gone], owners[~gone])
@@ -98,8 +98,8 @@ def test_alignment_needs_a_guide():
         trace.aligned  # noqa: B018
     model = vp.prune(small("vit").model, FUSE.replace(guide="codebook(anchors=6)", at=(1, 3)))
     _, (trace,) = traced(model, images(3))
-    assert [step.guidance is None for step in trace.steps] == [True, False, True, False]
-    assert_close(trace.aligned, trace.steps[1].guidance.pooled + trace.steps[3].guidance.pooled)
+    assert [step.guidance is None for step in trace.layers] == [True, False, True, False]
+    assert_close(trace.aligned, trace.layers[1].guidance.pooled + trace.layers[3].guidance.pooled)
 
 
 def test_a_tower_that_is_pruned_nowhere_is_aligned_all_the_same(monkeypatch):
@@ -109,8 +109,8 @@ def test_a_tower_that_is_pruned_nowhere_is_aligned_all_the_same(monkeypatch):
     with vp.collect() as traces:
         model(*inputs)
     image, text = traces
-    assert text.lengths == (text.entered.layout.lengths,) * len(text.steps)
-    assert_close(text.aligned, torch.stack([step.guidance.pooled for step in text.steps]).sum(0))
+    assert text.lengths == (text.input_tokens.layout.lengths,) * len(text.layers)
+    assert_close(text.aligned, torch.stack([step.guidance.pooled for step in text.layers]).sum(0))
     assert image.aligned.shape == text.aligned.shape
     seen = []
     bind = model.pruning.guide.bind

@@ -42,7 +42,7 @@ def test_a_hard_sigmoid_decides_as_evaluation_does(keep):
     soft, traces = run(soften(model, 1e-7))
     hard, plain = run(model.eval())
     assert [trace.lengths for trace in traces] == [trace.lengths for trace in plain]
-    assert min(plain[0].lengths[-1]) < plain[0].entered.layout.longest  # something was pruned
+    assert min(plain[0].lengths[-1]) < plain[0].input_tokens.layout.longest  # something was pruned
     torch.testing.assert_close(soft, hard, atol=1e-5, rtol=1e-4)
 
 

@@ -25,10 +25,10 @@ def test_kept_tokens_are_those_that_are_left(reducer):
     trace = traced(reducer)
     everything = token_states(trace)
     assert everything.shape == (3, 3 * 17)
-    for depth, step in enumerate(trace.steps):
+    for depth, step in enumerate(trace.layers):
         kept = everything[depth] == TokenState.KEPT
         left = set(zip(np.repeat(range(3), step.lengths).tolist(), step.position.tolist(), strict=True))
-        layout = trace.entered.layout
+        layout = trace.input_tokens.layout
         here = {(i, s) for i, s in zip(layout.instance[kept].tolist(), layout.slot[kept].tolist(), strict=True)}
         assert here <= left
         merged = len(left - here)  # one an instance at each depth, as long as it is not merged or dropped again

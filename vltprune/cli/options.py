@@ -189,7 +189,7 @@ def part(registry: Registry, given: str) -> Callable[[str], Part | str]:
         if given == "specs" and text.lower() == "none":
             return "none"
         try:
-            found = Part.of(text)
+            found = Part.from_spec(text)
             bind(f"{registry.kind} {found.name!r}", registry[found.name], found.args, (given,))
         except (LookupError, TypeError, ValueError) as error:
             raise _Wrong(str(error)) from None

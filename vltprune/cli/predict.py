@@ -101,7 +101,7 @@ def _report(model: nn.Module, traces: Sequence[PruneTrace]) -> None:
     print(savings.saving(cost.total, cost.dense_total, cost.skipped))
     print("tokens kept, layer by layer:")
     for trace in traces:
-        for instance, entered in enumerate(trace.entered.layout.lengths):
+        for instance, entered in enumerate(trace.input_tokens.layout.lengths):
             side = ("left ", "right ")[instance] if trace.tower == "image" else ""
             counts = " ".join(str(lengths[instance]) for lengths in trace.lengths)
             print(f"  {side + trace.tower:12}{entered} -> {counts}")

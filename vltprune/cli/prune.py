@@ -165,11 +165,11 @@ class Results:
     def add(self, files: list[Path], images: Tensor, features: Any, trace: PruneTrace, cost: Any) -> None:
         if isinstance(features, PackedTokens):  # BLIP's image tower hands on all that is left
             assert features.summary is not None
-            features = features.read(features.summary)
+            features = features.first_where(features.summary)
         if not features.isfinite().all():
             wrong = next(file for file, feature in zip(files, features, strict=True) if not feature.isfinite().all())
             raise FloatingPointError(f"the features of {wrong} are NaN or infinite: check the model's weights")
-        lengths = [trace.entered.layout.lengths, *trace.lengths]
+        lengths = [trace.input_tokens.layout.lengths, *trace.lengths]
         for i, file in enumerate(files):
             feature = features[i] if features.dim() == 2 else features[i, : lengths[-1][i]]
             self.features.append(feature.contiguous().clone())

@@ -54,12 +54,12 @@ class PairBias:
     """What is added to the logit of a query and a key for how far apart they stood before anything was pruned.
 
     position  [total] int64: the tokens' original positions, never negative
-    of        distances [..., n, m] int64, the key's position minus the query's -> bias [..., heads or 1, n, m]; minus
+    distance_bias  distances [..., n, m] int64, the key's position minus the query's -> bias [..., heads or 1, n, m]; minus
               infinity hides a key, but not at distance 0
     """
 
     position: Tensor
-    of: Callable[[Tensor], Tensor]
+    distance_bias: Callable[[Tensor], Tensor]
 
     def split(self, layout: Layout) -> list[PairBias]:
         """One for each instance."""
@@ -67,7 +67,7 @@ class PairBias:
 
     def between(self, queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:
         """Positions [..., n] and [..., m] -> [..., heads or 1, n, m], in the dtype of `like`."""
-        return self.of(keys[..., None, :] - queries[..., None]).to(like.dtype)
+        return self.distance_bias(keys[..., None, :] - queries[..., None]).to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def attend(
     if (layout.is_uniform and keys.is_uniform and pairs is None) or _is_small(q, layout, keys):
         padded_q, padded_k, padded_v = _by_head(q, layout), _by_head(k, keys), _by_head(v, keys)
         out = _sdpa(padded_q, padded_k, padded_v, scale, causal, _padded_bias(q, keys, key_bias, pairs), dropout)
-        return segments.flat(out.transpose(1, 2), layout)
+        return segments.unpad(out.transpose(1, 2), layout)
 
     biases = (_own_bias(q, *own) for own in _each(keys, key_bias, pairs))
     parts = zip(q.split(layout.lengths), k.split(keys.lengths), v.split(keys.lengths), biases, strict=True)
@@ -202,7 +202,7 @@ def _padded_bias(q: Tensor, keys: Layout, key_bias: Tensor | None, pairs: PairBi
 
     position = segments.pad(pairs.position, keys)
     if not keys.is_uniform:  # padding stands where the last token does: a query that saw no key would give NaN
-        position = torch.where(keys.real, position, position.amax(1, keepdim=True))
+        position = torch.where(keys.valid, position, position.amax(1, keepdim=True))
     apart = pairs.between(position, position, q)
     return apart if bias is None else apart + bias
 
@@ -232,7 +232,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules:
 
     received = (segments.pad(_asking(tokens, q), layout)[:, None] @ weight.amax(1)).squeeze(1)
     out = (F.dropout(weight, rules.dropout) if rules.dropout else weight).to(v.dtype) @ values
-    return segments.flat(out.transpose(1, 2), layout), segments.flat(received, layout)
+    return segments.unpad(out.transpose(1, 2), layout), segments.unpad(received, layout)
 
 
 def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules: _Logits) -> tuple[Tensor, Tensor]:
@@ -270,13 +270,13 @@ def _summary_attention(q: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logit
     """The summary token's own row of the map, [total, heads]: one query an instance."""
     layout = tokens.layout
     assert tokens.summary is not None
-    query = tokens.with_x(q.flatten(1)).read(tokens.summary).unflatten(1, q.shape[1:])
+    query = tokens.with_x(q.flatten(1)).first_where(tokens.summary).unflatten(1, q.shape[1:])
     logits = (k * query[layout.instance]).sum(-1) * rules.scale
     if rules.key_bias is not None:
         logits = logits + rules.key_bias[:, None]
     if rules.pairs is not None:
         keys = rules.pairs.position[:, None]
-        queries = tokens.with_x(keys).read(tokens.summary)[layout.instance]
+        queries = tokens.with_x(keys).first_where(tokens.summary)[layout.instance]
         logits = logits + rules.pairs.between(queries, keys, logits)[..., 0, 0]
 
     seen = torch.ones_like(tokens.protected)

@@ -27,7 +27,7 @@ def single(values: Tensor) -> Tensor:
     return values.float() if values.dtype in _HALF else values
 
 
-def exact(device: torch.device) -> torch.dtype:
+def widest_float(device: torch.device) -> torch.dtype:
     """The widest floating-point type that the device computes in: float64, or float32 where it refuses that, as MPS does."""
     try:
         torch.empty((), dtype=torch.float64, device=device)
@@ -36,9 +36,9 @@ def exact(device: torch.device) -> torch.dtype:
     return torch.float64
 
 
-def reals(values: Sequence[Any], device: torch.device) -> Tensor:
+def float_tensor(values: Sequence[Any], device: torch.device) -> Tensor:
     """Numbers, nested or not, as a tensor on the device, of the widest floating-point type that it computes in."""
-    return torch.tensor(values, dtype=exact(device), device=device)
+    return torch.tensor(values, dtype=widest_float(device), device=device)
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -51,7 +51,7 @@ def surely_none(true: Tensor) -> bool:
     return true.device.type == "cpu" and not is_traced() and not bool(true.any())
 
 
-def settle(rows: Tensor, within: float = ROUNDING) -> Tensor:
+def equalize(rows: Tensor, within: float = ROUNDING) -> Tensor:
     """Scores in which those of one row that are equal within rounding are equal: rows [batch, n] -> [batch, n].
 
     In the order of their size, neighbors closer than `within` of the larger one are one group, and take its largest score.
@@ -65,5 +65,7 @@ def settle(rows: Tensor, within: float = ROUNDING) -> Tensor:
 
     place = torch.arange(1, rows.shape[1], device=rows.device)
     leader = F.pad(torch.where(apart, place, 0), (1, 0)).cummax(1).values  # [batch, n]: where each one's group begins
-    settled = torch.empty_like(ordered).scatter_(1, order, ordered.gather(1, leader))
-    return settled if not rows.requires_grad else torch.where(settled > rows, rows + (settled - rows).detach(), rows)
+    equalized = torch.empty_like(ordered).scatter_(1, order, ordered.gather(1, leader))
+    if not rows.requires_grad:
+        return equalized
+    return torch.where(equalized > rows, rows + (equalized - rows).detach(), rows)

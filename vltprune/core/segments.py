@@ -19,13 +19,13 @@ def pad(values: Tensor, layout: Layout, fill: float = 0.0) -> Tensor:
     if layout.is_uniform:
         return values.reshape(shape)
     padded = values.new_full((layout.batch * layout.longest, *values.shape[1:]), fill)
-    return padded.index_copy(0, layout.place, values).view(shape)
+    return padded.index_copy(0, layout.padded_index, values).view(shape)
 
 
-def flat(padded: Tensor, layout: Layout) -> Tensor:
+def unpad(padded: Tensor, layout: Layout) -> Tensor:
     """The inverse of `pad`: [batch, longest, ...] -> [total, ...]."""
     rows = padded.reshape(layout.batch * layout.longest, *padded.shape[2:])
-    return rows if layout.is_uniform else rows.index_select(0, layout.place)
+    return rows if layout.is_uniform else rows.index_select(0, layout.padded_index)
 
 
 def sum(values: Tensor, layout: Layout) -> Tensor:
@@ -41,7 +41,7 @@ def count(mask: Tensor, layout: Layout) -> Tensor:
 def softmax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     """Softmax over the tokens of each instance where `where` [total] bool holds, zero elsewhere; [total, ...]."""
     weight = torch.softmax(_hidden(values, layout, where), 1)
-    return flat(weight, layout).to(values.dtype).masked_fill(_like(~where, values), 0.0)
+    return unpad(weight, layout).to(values.dtype).masked_fill(_like(~where, values), 0.0)
 
 
 def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     support = (ordered * place > cumulative) & (ordered > _LOWEST)
     size = support.sum(1, keepdim=True).clamp(min=1)
     threshold = cumulative.gather(1, size - 1) / size
-    weight = flat((hidden - threshold).clamp(min=0.0), layout).to(values.dtype)
+    weight = unpad((hidden - threshold).clamp(min=0.0), layout).to(values.dtype)
     return weight.masked_fill(_like(~where, values), 0.0)
 
 
@@ -66,15 +66,15 @@ def rank(scores: Tensor, layout: Layout) -> Tensor:
     """0 for the largest score of each instance, ties by place: scores [total] -> [total] int64."""
     order = pad(scores, layout, float("-inf")).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(layout.longest, device=scores.device).expand_as(order)
-    return flat(torch.empty_like(order).scatter_(1, order, places), layout)
+    return unpad(torch.empty_like(order).scatter_(1, order, places), layout)
 
 
-def settle(scores: Tensor, layout: Layout, within: float = precision.ROUNDING) -> Tensor:
+def equalize(scores: Tensor, layout: Layout, within: float = precision.ROUNDING) -> Tensor:
     """Scores in which those of one instance that are equal within rounding are equal: [total] -> [total]."""
-    return flat(precision.settle(pad(scores, layout, float("-inf")), within), layout)
+    return unpad(precision.equalize(pad(scores, layout, float("-inf")), within), layout)
 
 
-def mix(weight: Tensor, values: Tensor, layout: Layout) -> Tensor:
+def weighted_sum(weight: Tensor, values: Tensor, layout: Layout) -> Tensor:
     """Weighted sums of token contents: weight [total, k], values [total, dim] -> [batch, k, dim]."""
     if layout.is_uniform or values.device.type != "cpu":  # elsewhere a call for each instance costs more than padding
         return pad(weight, layout).transpose(1, 2) @ pad(values, layout)

@@ -62,12 +62,12 @@ class Layout:
         return torch.arange(self.total, device=self.device) - self.offsets[:-1].long()[self.instance]
 
     @cached_property
-    def place(self) -> Tensor:
+    def padded_index(self) -> Tensor:
         """[total] int64: a token's row in the padded batch, flattened: instance * longest + slot."""
         return self.instance * self.longest + self.slot
 
     @cached_property
-    def real(self) -> Tensor:
+    def valid(self) -> Tensor:
         """[batch, longest] bool: which places of the padded batch hold a token."""
         return torch.arange(self.longest, device=self.device) < self.sizes[:, None]
 
@@ -164,7 +164,7 @@ class PackedTokens:
     @property
     def expected(self) -> Tensor:
         """[batch]: tokens of each instance, those that are there in part counted in part."""
-        dtype = precision.exact(self.x.device)
+        dtype = precision.widest_float(self.x.device)
         if self.counted_prob is None:
             return self.layout.sizes.to(dtype)
         empty = self.counted_prob.new_zeros(self.layout.batch, dtype=dtype)
@@ -190,8 +190,8 @@ class PackedTokens:
         if layout.is_uniform:
             return self.x.view(layout.batch, layout.longest, -1), None
         padded = self.x.new_zeros(layout.batch * layout.longest, self.x.shape[-1])
-        padded = padded.index_copy(0, layout.place, self.x)
-        return padded.view(layout.batch, layout.longest, -1), layout.real
+        padded = padded.index_copy(0, layout.padded_index, self.x)
+        return padded.view(layout.batch, layout.longest, -1), layout.valid
 
     def select(self, keep: Tensor) -> PackedTokens:
         """The tokens where keep [total] bool is true, in their order."""
@@ -201,7 +201,7 @@ class PackedTokens:
         index = keep.nonzero().squeeze(1)
         return self.take(index, Layout(tuple(lengths), layout.device))
 
-    def of(self, instances: Sequence[int]) -> PackedTokens:
+    def select_instances(self, instances: Sequence[int]) -> PackedTokens:
         """The tokens of these instances, in this order; one may be asked for several times."""
         lengths, starts = self.layout.lengths, (0, *accumulate(self.layout.lengths))
         rows = [row for i in instances for row in range(starts[i], starts[i] + lengths[i])]
@@ -225,13 +225,13 @@ class PackedTokens:
             pick(self.counted_prob),
         )
 
-    def read(self, mark: Tensor) -> Tensor:
-        """The first marked token of each instance: mark [total] bool -> [batch, dim]. Every instance must have one."""
+    def first_where(self, mask: Tensor) -> Tensor:
+        """The first token of each instance where mask [total] bool holds: [batch, dim]. Every instance must have one."""
         layout = self.layout
-        here = torch.where(mark, layout.slot, layout.longest)
+        here = torch.where(mask, layout.slot, layout.longest)
         slots = here.new_full((layout.batch,), layout.longest).scatter_reduce(0, layout.instance, here, "amin")
         return self.x.index_select(0, layout.offsets[:-1].long() + slots)
 
-    def at(self, position: Tensor) -> Tensor:
+    def at_position(self, position: Tensor) -> Tensor:
         """The token at an original position: position [batch] int64 -> [batch, dim]. It must not have been pruned."""
-        return self.read(self.position == position[self.layout.instance])
+        return self.first_where(self.position == position[self.layout.instance])

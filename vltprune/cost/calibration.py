@@ -154,7 +154,7 @@ class _Search:
 
         A share of the dense MACs that were measured with each value: a decoder says other words with other tokens.
         """
-        tried = [self.measure(self.knob.at(0.0)), self.measure(self.knob.at(1.0))]
+        tried = [self.measure(self.knob.value_at(0.0)), self.measure(self.knob.value_at(1.0))]
         starts_below = self.saved(tried[0]) > reduction
         between = (0.0, 1.0) if (self.saved(tried[1]) > reduction) != starts_below else self._crossing(reduction, tried)
 
@@ -164,7 +164,7 @@ class _Search:
         low, high = between or (0.0, 0.0)
         while min(map(off, tried)) > tolerance * (1 - reduction) and high - low > _FINEST:
             middle = (low + high) / 2
-            tried.append(self.measure(self.knob.at(middle)))
+            tried.append(self.measure(self.knob.value_at(middle)))
             low, high = (middle, high) if (self.saved(tried[-1]) > reduction) == starts_below else (low, middle)
         best = min(tried, key=off)
         if off(best) > tolerance * (1 - reduction):
@@ -176,7 +176,7 @@ class _Search:
         """Two places between which the target is crossed first; None where no step has it beyond."""
         below = self.saved(tried[0]) > reduction
         for step in range(1, _STEPS):
-            tried.append(self.measure(self.knob.at(step / _STEPS)))
+            tried.append(self.measure(self.knob.value_at(step / _STEPS)))
             if (self.saved(tried[-1]) > reduction) != below:
                 return (step - 1) / _STEPS, step / _STEPS
         return None

@@ -34,7 +34,7 @@ def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points:
         for batch in batches:
             run_batch(model, batch)
             for trace in traces:
-                fresh = [_free(step.guidance.mapped) for step in trace.steps if step.guidance is not None]
+                fresh = [_free(step.guidance.mapped) for step in trace.layers if step.guidance is not None]
                 if not fresh:
                     continue  # this tower prunes nowhere
                 tokens = torch.cat([drawn[trace.tower], *fresh] if trace.tower in drawn else fresh)

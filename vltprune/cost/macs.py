@@ -76,18 +76,18 @@ class CostMeter:
             raise ValueError("no traces: call the model inside `with vltprune.collect() as traces:`")
         towers, dense, padding, entered = {}, {}, {}, None
         for trace in traces:
-            looks = tuple(map(_is_memory, trace.beside))  # a block costs more where it is called with a memory
+            looks = tuple(map(_is_memory, trace.block_inputs))  # a block costs more where it is called with a memory
             if (trace.tower, looks) not in self._towers:
                 self._towers[trace.tower, looks] = _TowerMeter(trace)
             meter = self._towers[trace.tower, looks]
             towers[trace.tower] = meter.count(trace)
-            dense[trace.tower] = meter.count_dense(trace, _sizes(trace.entered.layout), entered)
+            dense[trace.tower] = meter.count_dense(trace, _sizes(trace.input_tokens.layout), entered)
             padding[trace.tower] = meter.count_dense(trace, _padded_lengths(trace), entered) - dense[trace.tower]
-            entered = trace.entered.layout
+            entered = trace.input_tokens.layout
         decoder = self._decoder(traces, [max(trace.lengths[-1]) for trace in traces])
-        dense_decoder = self._decoder(traces, [trace.entered.layout.longest for trace in traces])
+        dense_decoder = self._decoder(traces, [trace.input_tokens.layout.longest for trace in traces])
         padded_decoder = self._decoder(traces, [int(_padded_lengths(trace).max()) for trace in traces])
-        instances = traces[-1].entered.layout.batch
+        instances = traces[-1].input_tokens.layout.batch
         decoder_padding = padded_decoder - dense_decoder
         return Cost(towers, dense, self.head, instances, decoder, dense_decoder, padding, decoder_padding)
 
@@ -96,32 +96,32 @@ class CostMeter:
         if self.composite is None:
             return 0.0
         looks = zip(traces, memories, strict=True)
-        return sum(self.composite.decoder_macs(self.host, trace.decoded, memory) for trace, memory in looks)
+        return sum(self.composite.decoder_macs(self.host, trace.decode_stats, memory) for trace, memory in looks)
 
 
 class _TowerMeter:
     """The unit costs of one tower, measured in evaluation: dropout draws nothing, batch norms learn nothing from it."""
 
     def __init__(self, trace: PruneTrace):
-        encoder, like = trace.encoder, trace.entered
-        self.encoder, beside = encoder, tuple(_cut(b, 1) for b in trace.beside)
+        encoder, like = trace.encoder, trace.input_tokens
+        self.encoder, block_inputs = encoder, tuple(_cut(b, 1) for b in trace.block_inputs)
         adapter, host = encoder.adapter, encoder.host
         with _evaluating(encoder):
             guide = encoder.guide if len(encoder.pruners) else None  # which nobody asks elsewhere
             asked = 0.0 if guide is None else _guiding(guide, encoder.tower, like)
-            products = _products(adapter, adapter.blocks(host), like, beside)
+            products = _products(adapter, adapter.blocks(host), like, block_inputs)
             self.units = [_Units(one, encoder.pruner(d), asked, like.x.shape[-1]) for d, one in enumerate(products)]
-            two, three = (_macs(adapter.head, host, _blank(like, n), beside) for n in (2, 3))
+            two, three = (_macs(adapter.head, host, _blank(like, n), block_inputs) for n in (2, 3))
         self._closing = 3 * two - 2 * three, three - two  # of any instance, and of each of its tokens
         self._opening: dict[tuple[Any, ...], float] = {}
 
     def count(self, trace: PruneTrace) -> Tensor:
         """[depths + 2, batch]."""
-        before = _sizes(trace.entered.layout)
+        before = _sizes(trace.input_tokens.layout)
         rows = [self._open(trace)]
-        for unit, step, beside in zip(self.units, trace.steps, trace.beside, strict=True):
+        for unit, step, block_input in zip(self.units, trace.layers, trace.block_inputs, strict=True):
             after = _left(step, before)
-            rows.append(unit.pruned(before, after, _Memory.of(beside, len(before)), step))
+            rows.append(unit.pruned(before, after, _Memory.from_block_input(block_input, len(before)), step))
             before = after
         return torch.stack([*rows, self._close(before)])
 
@@ -129,8 +129,8 @@ class _TowerMeter:
         """What the host itself pays for so many tokens of each instance, lengths [batch]; `image`: the layout that entered
         the tower this one looks at."""
         rows = [self._open(trace)]
-        for unit, beside in zip(self.units, trace.beside, strict=True):
-            rows.append(unit.dense(lengths, _Memory.of(beside, len(lengths), image)))
+        for unit, block_input in zip(self.units, trace.block_inputs, strict=True):
+            rows.append(unit.dense(lengths, _Memory.from_block_input(block_input, len(lengths), image)))
         return torch.stack([*rows, self._close(lengths)])
 
     def _open(self, trace: PruneTrace) -> Tensor:
@@ -139,8 +139,8 @@ class _TowerMeter:
             adapter, host = self.encoder.adapter, self.encoder.host
             with _evaluating(self.encoder):
                 macs = _macs(adapter.embed, host, *trace.inputs)
-            self._opening[shape] = macs / trace.entered.layout.batch
-        return torch.full_like(_sizes(trace.entered.layout), self._opening[shape])
+            self._opening[shape] = macs / trace.input_tokens.layout.batch
+        return torch.full_like(_sizes(trace.input_tokens.layout), self._opening[shape])
 
     def _close(self, lengths: Tensor) -> Tensor:
         each, token = self._closing
@@ -157,26 +157,26 @@ class _Products:
     feed: tuple[float, float, float]
 
     @classmethod
-    def of(cls, adapter: Host, block: nn.Module, like: PackedTokens, beside: Any) -> _Products:
+    def from_block(cls, adapter: Host, block: nn.Module, like: PackedTokens, block_input: Any) -> _Products:
         one = _blank(like, 1)
         with torch.no_grad():
-            query = adapter.qkv(block, one, beside)[0]
-        qkv = _macs(adapter.qkv, block, one, beside)
+            query = adapter.qkv(block, one, block_input)[0]
+        qkv = _macs(adapter.qkv, block, one, block_input)
         mix = _macs(adapter.project, block, one, torch.zeros_like(query))
-        return cls(query.numel(), qkv, mix, _feeding(partial(adapter.feed_forward, block), like, beside))
+        return cls(query.numel(), qkv, mix, _feeding(partial(adapter.feed_forward, block), like, block_input))
 
 
 def _products(
-    adapter: Host, blocks: Iterable[nn.Module], like: PackedTokens, beside: Sequence[Any]
+    adapter: Host, blocks: Iterable[nn.Module], like: PackedTokens, block_inputs: Sequence[Any]
 ) -> Iterator[_Products]:
     """Those of each block. Blocks that differ in their weights alone, as most of a tower do, are measured once."""
     known: list[tuple[Any, _Products]] = []
-    for block, own in zip(blocks, beside, strict=True):
+    for block, own in zip(blocks, block_inputs, strict=True):
         sizes = {name: tensor.shape for name, tensor in chain(block.named_parameters(), block.named_buffers())}
         kind = modules_of(block), sizes, [view.x.shape[-1] for view in own] if _is_memory(own) else None
         found = next((products for other, products in known if other == kind), None)
         if found is None:
-            found = _Products.of(adapter, block, like, own)
+            found = _Products.from_block(adapter, block, like, own)
             known.append((kind, found))
         yield found
 
@@ -214,14 +214,16 @@ class _Units:
         return self.channels if self.pruner is not None and self.pruner.scorer.pairwise else 0
 
 
-def _feeding(feed: Callable[[PackedTokens, Any], Any], like: PackedTokens, beside: Any) -> tuple[float, float, float]:
-    """MACs of feed(tokens, beside) per token, and, where it looks at a memory, per memory token and per pair of both."""
+def _feeding(
+    feed: Callable[[PackedTokens, Any], Any], like: PackedTokens, block_input: Any
+) -> tuple[float, float, float]:
+    """MACs of feed(tokens, block_input) per token, and, where it looks at a memory, per memory token and per pair of both."""
 
     def macs(tokens: int, memory: int) -> float:
-        return _macs(feed, _blank(like, tokens), _cut(beside, memory))
+        return _macs(feed, _blank(like, tokens), _cut(block_input, memory))
 
     one = macs(1, 1)
-    if not _is_memory(beside):
+    if not _is_memory(block_input):
         return one, 0.0, 0.0
     more_tokens, more_memory = macs(2, 1), macs(1, 2)
     pair = macs(2, 2) - more_tokens - more_memory + one
@@ -243,34 +245,34 @@ class _Memory:
     share: float
 
     @classmethod
-    def of(cls, beside: Any, batch: int, dense: Layout | None = None) -> _Memory | None:
-        """From what stands beside a block; `dense`: the layout, image after image of each group, to count instead."""
-        if not _is_memory(beside):
+    def from_block_input(cls, block_input: Any, batch: int, dense: Layout | None = None) -> _Memory | None:
+        """From the input of a block; `dense`: the layout, image after image of each group, to count instead."""
+        if not _is_memory(block_input):
             return None
-        groups = beside[0].layout.batch
-        sizes = torch.stack([view.expected for view in beside], 1)
+        groups = block_input[0].layout.batch
+        sizes = torch.stack([view.expected for view in block_input], 1)
         if dense is not None:
-            sizes = _sizes(dense).view(groups, len(beside))
+            sizes = _sizes(dense).view(groups, len(block_input))
         return cls(sizes.mean(1).repeat_interleave(batch // groups), groups / batch)
 
 
 def _padded_lengths(trace: PruneTrace) -> Tensor:
     """Tokens of each instance that the dense tower computes on, padding included: [batch]."""
-    lengths = _sizes(trace.entered.layout)
+    lengths = _sizes(trace.input_tokens.layout)
     padded = trace.encoder.adapter.padded_length(*trace.inputs)
     return lengths if padded is None else torch.full_like(lengths, padded)
 
 
 def _sizes(layout: Layout) -> Tensor:
     """Tokens of each instance, [batch], to compute with."""
-    return precision.reals(layout.lengths, layout.device)
+    return precision.float_tensor(layout.lengths, layout.device)
 
 
 def _left(step: LayerTrace, like: Tensor) -> Tensor:
     """Tokens of each instance that left a block, [batch]; where some are there in part, as many as may be expected."""
     if step.expected is not None:
         return step.expected
-    return precision.reals(step.lengths, like.device)
+    return precision.float_tensor(step.lengths, like.device)
 
 
 def _macs(run: Callable[..., Any], *inputs: Any) -> float:
@@ -304,10 +306,10 @@ def _blank(like: PackedTokens, n: int) -> PackedTokens:
     return PackedTokens.pack(x, protected=first, summary=first if like.summary is not None else None)
 
 
-def _is_memory(beside: Any) -> bool:
-    return isinstance(beside, tuple) and all(isinstance(view, PackedTokens) for view in beside)
+def _is_memory(block_input: Any) -> bool:
+    return isinstance(block_input, tuple) and all(isinstance(view, PackedTokens) for view in block_input)
 
 
-def _cut(beside: Any, n: int) -> Any:
-    """The memory beside a block as n tokens of one instance; anything else as it is."""
-    return tuple(_blank(view, n) for view in beside) if _is_memory(beside) else beside
+def _cut(block_input: Any, n: int) -> Any:
+    """The memory that a block gets as n tokens of one instance; anything else as it is."""
+    return tuple(_blank(view, n) for view in block_input) if _is_memory(block_input) else block_input

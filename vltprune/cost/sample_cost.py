@@ -87,11 +87,11 @@ class SampleCostMeter:
 
     def _kept(self, trace: PruneTrace, texts: Sequence[int]) -> Tensor:
         """[records, 1 + depths]"""
-        hard = [precision.reals(step.lengths, torch.device("cpu")) for step in trace.steps]
+        hard = [precision.float_tensor(step.lengths, torch.device("cpu")) for step in trace.layers]
         left = [
-            one if s.expected is None else s.expected.detach().cpu() for s, one in zip(trace.steps, hard, strict=True)
+            one if s.expected is None else s.expected.detach().cpu() for s, one in zip(trace.layers, hard, strict=True)
         ]
-        lengths = torch.stack([precision.reals(trace.entered.layout.lengths, torch.device("cpu")), *left])
+        lengths = torch.stack([precision.float_tensor(trace.input_tokens.layout.lengths, torch.device("cpu")), *left])
         return _means(lengths, _sizes(trace.tower, lengths.shape[-1], texts)).T
 
 

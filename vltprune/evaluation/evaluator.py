@@ -116,7 +116,7 @@ class Evaluator:
         with collect(threads=False) as traces:
             self.task.predict(self._cost_meter.model, records, images, texts)
         costs = [replace(cost, kept={}) for cost in self._cost_meter(traces, counts)]
-        if not any(trace.decoded for trace in traces):
+        if not any(trace.decode_stats for trace in traces):
             self._dense_costs[key] = costs
         return costs
 

@@ -18,16 +18,16 @@ from ..pruning.trace import DecodeStats
 class Host(ABC):
     """Takes towers of one type apart. Stateless; speaks in the tower's own submodules and leaves them as they are.
 
-    A forward pass is `embed`, then for each block `qkv`, attention, `project`, `feed_forward`, then `head`. `beside` is what a
-    block gets besides its tokens: rotary tables, biases, the memory that it cross-attends to, or None. `call` and `answer`
-    stand at its two ends, for towers that are called by keywords and answer in more than one form.
+    A forward pass is `embed`, then for each block `qkv`, attention, `project`, `feed_forward`, then `head`. A block input is
+    what a block gets besides its tokens: rotary tables, biases, the memory that it cross-attends to, or None. `call` and
+    `answer` stand at its two ends, for towers that are called by keywords and answer in more than one form.
     """
 
     tower: str = "image"
     encoder: ClassVar[type[nn.Module] | None] = None  # a PrunedEncoder with what the library reads of such a tower
 
     @classmethod
-    def of(cls, module: nn.Module) -> Host:
+    def from_module(cls, module: nn.Module) -> Host:
         """The host for a module of the registered type."""
         return cls()
 
@@ -63,17 +63,17 @@ class Host(ABC):
 
     @abstractmethod
     def embed(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
-        """All before the first block. Returns the tokens, and one `beside` for each block. ValueError for bad input."""
+        """All before the first block. Returns the tokens, and one input for each block. ValueError for bad input."""
 
     @abstractmethod
-    def qkv(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value, each [total, heads, head_dim], as they enter the dot product."""
 
     @abstractmethod
     def scale(self, block: nn.Module) -> float:
         """What the dot products are multiplied by."""
 
-    def pairs(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PairBias | None:
+    def pairs(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PairBias | None:
         """What the dot products get for how far apart two tokens stood; None for nothing."""
         return None
 
@@ -82,11 +82,11 @@ class Host(ABC):
         """Output projection, scale, drop path, residual (and norm): context [total, heads, head_dim]."""
 
     @abstractmethod
-    def feed_forward(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PackedTokens:
+    def feed_forward(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PackedTokens:
         """The rest of the block: cross-attention, MLP."""
 
     @abstractmethod
-    def head(self, tower: nn.Module, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: nn.Module, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         """Final norm and pooling: what tower(*inputs) returns."""
 
     def padded_length(self, *inputs: Any) -> int | None:
@@ -118,7 +118,7 @@ class Composite(ABC):
     """A model of several towers that share a guide."""
 
     @classmethod
-    def of(cls, module: nn.Module) -> Composite:
+    def from_module(cls, module: nn.Module) -> Composite:
         return cls()
 
     @abstractmethod

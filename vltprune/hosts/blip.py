@@ -13,7 +13,7 @@ from ..core.tokens import Layout, PackedTokens
 from ..layers.block_spec import BlockSpec
 from ..models.decoder import DecoderCache
 from ..models.med import Attention, MedEncoder, MedLayer
-from ..pruning.trace import DecodeStats, tell_collectors
+from ..pruning.trace import DecodeStats, report_decode_stats
 from ..registry import hosts
 from .base import Host
 from .composites import ImageAndText
@@ -29,7 +29,7 @@ Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that
 class BlipVisionHost(Vit):
     """BLIP's image tower. Its tokens go to cross-attention, and so it returns them packed, normed, however many are left."""
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> PackedTokens:
         return tokens.with_x(tower.norm(tokens.x))
 
 
@@ -71,7 +71,7 @@ class MedHost(Host):
     def padded_length(self, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
-    def qkv(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
         return _project(block.attention, tokens.x, tokens.x)
 
     def scale(self, block: Any) -> float:
@@ -81,16 +81,17 @@ class MedHost(Host):
         branch = block.dropout(block.attention.output(context.flatten(1)))
         return tokens.with_x(block.attention_norm(tokens.x + branch))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> PackedTokens:
-        if beside is not None and block.cross is not None:
+    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Memory | None) -> PackedTokens:
+        if block_input is not None and block.cross is not None:
             outputs = [
-                _cross_attend(stream, tokens, view) for stream, view in zip(block.cross.streams, beside, strict=True)
+                _cross_attend(stream, tokens, view)
+                for stream, view in zip(block.cross.streams, block_input, strict=True)
             ]
             branch = block.dropout(block.cross.combine(outputs))
             tokens = tokens.with_x(block.cross.norm(tokens.x + branch))
         return tokens.with_x(block.feed_forward(tokens.x))
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Tensor:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Tensor:
         """Hidden states of the tokens that are left, padded with zeros: [batch, longest, width], the first token first."""
         return tokens.unpack()[0]
 
@@ -99,7 +100,7 @@ class MedHost(Host):
 class QuestionHost(MedHost):
     """The encoder of a question. A decoder looks at its tokens, and so it returns them packed, however many are left."""
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> PackedTokens:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> PackedTokens:
         return tokens
 
 
@@ -162,7 +163,7 @@ def _tell_tokens(decoder: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, D
     """After a `MedDecoder` made logits [rows, n, vocab_size]: all its new tokens have theirs."""
     logits, cache = out
     tokens = logits.shape[0] * logits.shape[1]
-    tell_collectors(DecodeStats(tokens, words=tokens, pairs=tokens * cache.length))
+    report_decode_stats(DecodeStats(tokens, words=tokens, pairs=tokens * cache.length))
 
 
 def _by_image(memory: PackedTokens, images: int) -> Memory:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..pruning.trace import DecodeStats, tell_collectors
+from ..pruning.trace import DecodeStats, report_decode_stats
 from .composites import WithTowers
 from .graft import sharing, with_submodule
 from .linear_maps import linear_macs
@@ -63,4 +63,4 @@ class WithDecoder(WithTowers):
 
 def _tell_memories(key: nn.Module, args: tuple[Any, ...], keys: Tensor) -> None:
     """After the first layer made the keys [memories, m, width]: the others do as it did."""
-    tell_collectors(DecodeStats(memories=len(keys)))
+    report_decode_stats(DecodeStats(memories=len(keys)))

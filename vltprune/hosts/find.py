@@ -53,7 +53,7 @@ def _find(module: nn.Module) -> Host | Composite | None:
     if name not in hosts:
         return None
     cls: Any = hosts[name]
-    return cls.of(module)
+    return cls.from_module(module)
 
 
 def _load_hosts(cls: type) -> None:

@@ -12,20 +12,20 @@ M = TypeVar("M", bound=nn.Module)
 
 def with_submodule(model: M, name: str, new: nn.Module) -> M:
     """The same model with one child exchanged; it shares every parameter, and `model` stays as it is."""
-    out = _beside(model)
+    out = _shallow_copy(model)
     out._modules[name] = new
     return out
 
 
 def sharing(model: M) -> M:
     """A model of the same parameters in modules of its own: what is hooked to them, the modules of `model` do not notice."""
-    out = _beside(model)
+    out = _shallow_copy(model)
     for name, child in model._modules.items():
         out._modules[name] = child if child is None else sharing(child)
     return out
 
 
-def _beside(model: M) -> M:
+def _shallow_copy(model: M) -> M:
     """The same module once more, which shares its parameters, buffers and children.
 
     Parameters and buffers stand in the same tables, so that one that is replaced (`to`, `load_state_dict(assign=True)`) is

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.tokens import PackedTokens
 from ..layers import AlignmentGuide
-from ..pruning.trace import DecodeStats, collectors, tell_collectors
+from ..pruning.trace import DecodeStats, active_collectors, report_decode_stats
 
 # what the blocks of the decoder that runs in this thread were given so far; None where nobody asks
 _heard: ContextVar[list[Tensor] | None] = ContextVar("heard", default=None)
@@ -36,7 +36,7 @@ class Listener:
         decoder.register_forward_hook(self._tell, with_kwargs=True, always_call=True)
 
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...]) -> None:
-        _heard.set([] if torch.is_grad_enabled() and collectors() else None)
+        _heard.set([] if torch.is_grad_enabled() and active_collectors() else None)
 
     def _hear(self, query: nn.Module, args: tuple[Tensor, ...]) -> None:
         heard = _heard.get()
@@ -53,7 +53,7 @@ class Listener:
         input_ids, cache, *mask = (*args, *named.values())
         if cache.length:
             return  # words that go on from others
-        tell_collectors(DecodeStats(gathered=partial(self._gathered, heard, input_ids, mask[0] if mask else None)))
+        report_decode_stats(DecodeStats(gathered=partial(self._gathered, heard, input_ids, mask[0] if mask else None)))
 
     def _gathered(self, heard: Sequence[Tensor], input_ids: Tensor, mask: Tensor | None) -> Tensor:
         """[captions, anchors, anchor dim], from the inputs of the blocks."""

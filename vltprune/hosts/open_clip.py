@@ -42,7 +42,7 @@ class _ClipHost(Host):
     def scale(self, block: Any) -> float:
         return block.attn.head_dim**-0.5
 
-    def qkv(self, block: Any, tokens: PackedTokens, beside: None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: None) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         if type(attn) not in _ATTENTIONS:
             raise TypeError(
@@ -62,7 +62,7 @@ class _ClipHost(Host):
             branch = block.ln_attn(attn.out_drop(attn.out_proj(attn.ln_inner(context.flatten(1)))))
         return tokens.with_x(tokens.x + block.ls_1(branch))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: None) -> PackedTokens:
         return tokens.with_x(tokens.x + by_tiles(lambda x: block.ls_2(block.mlp(block.ln_2(x))), tokens.x))
 
     def projects_affinely(self, block: Any) -> bool:
@@ -100,7 +100,7 @@ class ClipVision(_ClipHost):
     def pools_free(self, tower: Any) -> bool:
         return tower.attn_pool is None and tower.pool_type == "avg"
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         pooled, rest = _pool(tower, tokens)
         if tower.proj is not None:
             pooled = pooled @ tower.proj
@@ -154,10 +154,10 @@ class _ClipText(_ClipHost):
     def padded_length(self, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         tokens = tokens.with_x(tower.ln_final(tokens.x))
         assert tokens.summary is not None
-        pooled = tokens.read(tokens.summary)
+        pooled = tokens.first_where(tokens.summary)
         projection = tower.text_projection
         if projection is not None:
             pooled = pooled @ projection if isinstance(projection, Tensor) else projection(pooled)
@@ -206,8 +206,8 @@ class TimmTower(Wrapper):
     name: ClassVar = "trunk"
     encoder = PrunedTimmModel
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
-        return tower.head(self.inner.head(tower.trunk, tokens, beside))
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+        return tower.head(self.inner.head(tower.trunk, tokens, block_inputs))
 
 
 @hosts.register("open_clip.model.CustomTextCLIP")

@@ -57,15 +57,15 @@ class HfText(Wrapper):
         if text.dim() == 2 and not real[:, :1].all():
             sentence = int((~real[:, 0]).nonzero()[0])
             raise ValueError(f"text: sentence {sentence} begins with padding (id {padding}): pad on the right")
-        tokens, beside = super().embed(tower, text, real)
+        tokens, block_inputs = super().embed(tower, text, real)
         if type(tower.pooler) in _FIRST:
             tokens = replace(tokens, protected=tokens.protected | (tokens.position == 0))
-        return tokens, beside
+        return tokens, block_inputs
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
-        out = self.inner.head(self.within(tower), tokens, beside)
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+        out = self.inner.head(self.within(tower), tokens, block_inputs)
         hidden = out.last_hidden_state
-        features = tower.proj(_pooled(tower.pooler, out, tokens.with_x(segments.flat(hidden, tokens.layout))))
+        features = tower.proj(_pooled(tower.pooler, out, tokens.with_x(segments.unpad(hidden, tokens.layout))))
         if not tower.output_tokens:
             return features
         return features, hidden[:, 1:] if type(tower.pooler) is ClsPooler else hidden

@@ -13,7 +13,7 @@ from .attributes import forwards, of_host
 
 _NO_INTERMEDIATES = (
     "a pruned tower of open_clip gives no intermediates, for tokens are gone: call the model within "
-    "`with vltprune.collect(tokens=True) as traces:` and read the tokens that left each block from traces[0].steps"
+    "`with vltprune.collect(tokens=True) as traces:` and read the tokens that left each block from traces[0].layers"
 )
 
 

@@ -86,7 +86,7 @@ class PrunedTimm(PrunedEncoder):
         taken, _ = feature_take_indices(len(host.blocks), indices)
         with collect(tokens=True, threads=False) as traces:
             last, _ = self.encode(x)
-        outputs = [step.tokens for depth, step in enumerate(traces[-1].steps) if depth in taken]
+        outputs = [step.tokens for depth, step in enumerate(traces[-1].layers) if depth in taken]
         padded = [t.with_x(host.norm(t.x) if norm else t.x).unpack()[0] for t in outputs if t is not None]
         prefix = host.num_prefix_tokens
         parts: list[Any] = [each[:, prefix:] for each in padded]

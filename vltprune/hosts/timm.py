@@ -58,7 +58,7 @@ class _TimmHost(Host):
         pre_norm = type(block) in (Block, EvaBlock)
         return pre_norm and attn.gate is None and is_affine(attn.norm) and is_affine(attn.proj)
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Tensor:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Tensor:
         tokens = tokens.with_x(tower.norm(tokens.x))
         if tower.global_pool == "" and tower.attn_pool is None:
             return tokens.with_x(tower.head(tower.head_drop(tower.fc_norm(tokens.x)))).unpack()[0]
@@ -89,7 +89,7 @@ class Vit(_TimmHost):
         x = tower.norm_pre(tower.patch_drop(tower._pos_embed(tower.patch_embed(images))))
         return self._pack(tower, x), (None,) * len(tower.blocks)
 
-    def qkv(self, block: Any, tokens: PackedTokens, beside: None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: None) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         x = block.norm1(tokens.x) if type(block) is Block else tokens.x
         q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
@@ -104,7 +104,7 @@ class Vit(_TimmHost):
         branch = block.ls1(branch) if type(block) is Block else block.norm1(branch)
         return tokens.with_x(tokens.x + drop_path(block.drop_path1, branch, tokens.layout))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: None) -> PackedTokens:
         if type(block) is Block:
             branch = by_tiles(lambda x: block.ls2(block.mlp(block.norm2(x))), tokens.x)
         else:
@@ -130,14 +130,14 @@ class EvaVit(_TimmHost):
         )
         return self._pack(tower, tower.norm_pre(x)), tables
 
-    def qkv(self, block: Any, tokens: PackedTokens, beside: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         x = block.norm1(tokens.x) if type(block) is EvaBlock else tokens.x
         q, k, v = self._project(attn, x)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        if beside is None:
+        if block_input is None:
             return q, k, v
-        return _rotate(attn, q, tokens, beside).type_as(v), _rotate(attn, k, tokens, beside).type_as(v), v
+        return _rotate(attn, q, tokens, block_input).type_as(v), _rotate(attn, k, tokens, block_input).type_as(v), v
 
     def _project(self, attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (attn.num_heads, attn.head_dim)
@@ -162,7 +162,7 @@ class EvaVit(_TimmHost):
             branch = block.gamma_1 * branch
         return tokens.with_x(tokens.x + drop_path(block.drop_path1, branch, tokens.layout))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Tensor | None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Tensor | None) -> PackedTokens:
         if type(block) is not EvaBlock:
             branch = by_tiles(lambda x: block.norm2(block.mlp(x)), tokens.x)
         elif block.gamma_2 is None:
@@ -220,7 +220,7 @@ def _pool(tower: Any, tokens: PackedTokens) -> Tensor:
         return pool(pooled.unpack()[0], attn_mask=None if bias is None else bias[:, None, None])
     if kind == "token":
         assert tokens.summary is not None
-        return tokens.read(tokens.summary)
+        return tokens.first_where(tokens.summary)
 
     counted = torch.ones_like(tokens.protected) if _pools_prefix(tower) else tokens.free
     average = weighted_mean(tokens, counted)

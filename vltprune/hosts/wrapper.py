@@ -23,7 +23,7 @@ class Wrapper(Host):
         self.inner = inner
 
     @classmethod
-    def of(cls, module: nn.Module) -> Wrapper:
+    def from_module(cls, module: nn.Module) -> Wrapper:
         return cls(find_host(getattr(module, cls.name)))
 
     def within(self, tower: nn.Module) -> Any:
@@ -39,20 +39,20 @@ class Wrapper(Host):
     def embed(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
         return self.inner.embed(self.within(tower), *inputs)
 
-    def qkv(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return self.inner.qkv(block, tokens, beside)
+    def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inner.qkv(block, tokens, block_input)
 
     def scale(self, block: nn.Module) -> float:
         return self.inner.scale(block)
 
-    def pairs(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PairBias | None:
-        return self.inner.pairs(block, tokens, beside)
+    def pairs(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PairBias | None:
+        return self.inner.pairs(block, tokens, block_input)
 
     def project(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return self.inner.project(block, tokens, context)
 
-    def feed_forward(self, block: nn.Module, tokens: PackedTokens, beside: Any) -> PackedTokens:
-        return self.inner.feed_forward(block, tokens, beside)
+    def feed_forward(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PackedTokens:
+        return self.inner.feed_forward(block, tokens, block_input)
 
     def padded_length(self, *inputs: Any) -> int | None:
         return self.inner.padded_length(*inputs)

@@ -14,7 +14,7 @@ from ..pruning.model import PrunedModel, find_pruning
 from ..pruning.prune import prune_towers
 from ..utils.wrappers import unwrapped
 from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, fill, pruning_of, save
-from .model_files import BESIDE, IN_ARGUMENTS
+from .model_files import IN_ARGUMENTS, PRUNING_FILE
 
 _HUB = "hf-hub:"
 _FILES = ["*.json", "*.safetensors"]  # ours, or those of transformers, which may split weights over several
@@ -62,7 +62,7 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
 
 def is_pretrained(folder: Path) -> bool:
     """Whether transformers' `save_pretrained` wrote a folder, of a pruned model: `save` writes all into its config.json."""
-    if not (folder / BESIDE).is_file():
+    if not (folder / PRUNING_FILE).is_file():
         return False
     try:
         return "format" not in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def _load_pretrained(folder: Path, overrides: dict[str, Any]) -> PrunedModel:
         from ..hosts.transformers import saving
     except ImportError as error:
         raise CheckpointError(f"{folder} holds a model of transformers, which cannot be imported: {error}") from error
-    saved = Saved.read(folder, BESIDE)
+    saved = Saved.read(folder, PRUNING_FILE)
     config = pruning_of(saved, folder)
     dense, extra = saving.dense_model(folder, saved.model_args)
     model = prune_towers(dense, config.replace(**overrides) if overrides else config)

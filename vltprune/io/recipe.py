@@ -41,12 +41,12 @@ def recipe_of(model: nn.Module) -> Recipe:
         return Recipe("")
     if recipe.built is None or recipe.build is None:
         return recipe
-    now = Structure.of(model)
+    now = Structure.from_model(model)
     differences = recipe.built.differences(now)
     if not differences:
         return recipe
     for arguments in _arguments(recipe, model):
-        if Structure.of(_built(recipe, arguments)).differences(now) == []:
+        if Structure.from_model(_built(recipe, arguments)).differences(now) == []:
             return dataclasses.replace(recipe, model_args=arguments, built=now)
     raise ValueError(
         f"cannot save this {recipe.backbone}: it is no longer what create_model built, and would come back without the "

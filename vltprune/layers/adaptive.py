@@ -13,14 +13,14 @@ from ..core.tokens import Layout, PackedTokens
 from ..registry import keepers
 from .block_spec import BlockSpec
 from .guides import Guidance
-from .keepers import KeepRatioPredictor, Knob, decayed, share
+from .keepers import KeepRatioPredictor, Knob, decay_factor, keep_count
 from .scorers import unit
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
 _EQUAL = 5e-5  # relative: sums of scores, or of what tokens take with them, that rounding may make of equal ones
 _TIE = 1e-8  # relative: a score that is nearer to a threshold does not count as above it
 _ALIKE = 1e-9  # a squared distance, of unit vectors, that rounding may make of none
-_TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, keeps=False)
+_TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, larger_keeps_more=False)
 
 
 @keepers.register("threshold")
@@ -36,20 +36,20 @@ class Threshold(KeepRatioPredictor):
     every cost, but where m is n. Who keeps more than others at 1 does so at any power, by the less the milder the cost
     (docs/ablations.md).
 
-    Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; turn: which of them a budget turns;
+    Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; knob: which of them a budget sets;
     decay > 0: behind i blocks that prune, the power is power * decay^i, so that below 1 the first blocks prune most, as with
     `ratio`.
     """
 
     guided = True
-    knob = Knob("power", 1 / 64, 64.0, log=True, keeps=False)
+    knob = Knob("power", 1 / 64, 64.0, log=True, larger_keeps_more=False)
 
     def __init__(
         self,
         spec: BlockSpec,
         temperature: float = 1.0,
         power: float = 1.0,
-        turn: Literal["power", "temperature"] = "power",
+        knob: Literal["power", "temperature"] = "power",
         decay: float = 1.0,
     ):
         super().__init__(spec)
@@ -59,11 +59,11 @@ class Threshold(KeepRatioPredictor):
             )
         if not 0 < power < math.inf:
             raise ValueError(f"threshold(power={power}) must be above 0 and finite: 1 is DTP, less prunes less")
-        if turn not in ("power", "temperature"):
-            raise ValueError(f"threshold(turn={turn!r}): write turn='power' or turn='temperature'")
+        if knob not in ("power", "temperature"):
+            raise ValueError(f"threshold(knob={knob!r}): write knob='power' or knob='temperature'")
         self.temperature = temperature
-        self.power, self._decay = power, decayed(spec, decay, "threshold")
-        if turn == "temperature":
+        self.power, self._decay = power, decay_factor(spec, decay, "threshold")
+        if knob == "temperature":
             self.knob = _TEMPERATURE
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
@@ -77,7 +77,7 @@ class Threshold(KeepRatioPredictor):
             # what is kept is no longer what is above: the threshold as if it lay where the counts cut
             cut = torch.where(counts < there, _cut(scores, tokens, counts), threshold)
             threshold = threshold + (cut - threshold).detach()
-        margin = (scores - threshold[tokens.layout.instance]) / spread(scores, tokens)[1]
+        margin = (scores - threshold[tokens.layout.instance]) / mean_and_deviation(scores, tokens)[1]
         return margin.masked_fill((counts == there)[tokens.layout.instance], _ENTIRELY)
 
     def _counts(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
@@ -85,8 +85,8 @@ class Threshold(KeepRatioPredictor):
         counts = torch.where((counts < 1) | (there - counts <= 1), there, counts)
         if self._exponent == 1:
             return counts
-        part = counts.to(precision.exact(counts.device)) / there.clamp(min=1)
-        return share(there, part**self._exponent)
+        part = counts.to(precision.widest_float(counts.device)) / there.clamp(min=1)
+        return keep_count(there, part**self._exponent)
 
     def _above(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
         """[batch]: how many tokens of each instance score above its threshold."""
@@ -121,7 +121,7 @@ class Learned(KeepRatioPredictor):
     Arguments: threshold, where it starts; shift, what a budget turns: it is added to all thresholds.
     """
 
-    knob = Knob("shift", -8.0, 8.0, keeps=False)
+    knob = Knob("shift", -8.0, 8.0, larger_keeps_more=False)
 
     def __init__(self, spec: BlockSpec, threshold: float = -2.0, shift: float = 0.0):
         super().__init__(spec)
@@ -131,13 +131,13 @@ class Learned(KeepRatioPredictor):
         self.shift = shift
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        middle, deviation = spread(scores, tokens)
+        middle, deviation = mean_and_deviation(scores, tokens)
         size = middle.abs() + deviation  # scores that are alike are not above their mean, whatever rounding says
         above = scores - middle - (self.threshold + self.shift) * deviation > precision.ROUNDING * size
         return segments.count(above & tokens.free, tokens.layout).clamp(min=1)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        mean, deviation = spread(scores, tokens)
+        mean, deviation = mean_and_deviation(scores, tokens)
         return (scores - mean) / deviation - self.threshold - self.shift
 
 
@@ -159,8 +159,9 @@ class TopP(KeepRatioPredictor):
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
-        exact = precision.exact(scores.device)
-        weight = scores.detach().to(exact).clamp(min=0).masked_fill(tokens.protected, 0.0)
+        weight = (
+            scores.detach().to(precision.widest_float(scores.device)).clamp(min=0).masked_fill(tokens.protected, 0.0)
+        )
         ranked = segments.pad(weight, layout, 0.0).sort(1, descending=True).values
         reached = ranked.cumsum(1) - ranked  # by the tokens before each
         wanted = self.p * ranked.sum(1, keepdim=True) * (1 - _EQUAL)
@@ -183,13 +184,13 @@ class Distortion(KeepRatioPredictor):
     that below 1 the first blocks prune most, as with `ratio`. Scores below 0 count as 0.
     """
 
-    knob = Knob("error", 1e-6, 1.0, log=True, keeps=False)
+    knob = Knob("error", 1e-6, 1.0, log=True, larger_keeps_more=False)
 
     def __init__(self, spec: BlockSpec, error: float = 0.1, decay: float = 1.0):
         super().__init__(spec)
         if not 0 <= error <= 1:
             raise ValueError(f"distortion(error={error}) must lie in 0 .. 1: what may be lost of a squared length of 1")
-        self.error, self._decay = error, decayed(spec, decay, "distortion")
+        self.error, self._decay = error, decay_factor(spec, decay, "distortion")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
@@ -207,7 +208,7 @@ def _lost(scores: Tensor, tokens: PackedTokens) -> Tensor:
     weight = scores.float().clamp(min=0) + 1e-12  # equal where no score is above 0
     weight = weight.masked_fill(tokens.protected, 0.0)
     part = weight / segments.sum(weight, layout).clamp(min=1e-12)[layout.instance]
-    mean = segments.mix(part[:, None], z, layout)[:, 0]
+    mean = segments.weighted_sum(part[:, None], z, layout)[:, 0]
     return part * (z - mean[layout.instance]).square().sum(-1)
 
 
@@ -219,7 +220,7 @@ def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
     return ranked.gather(1, last).mean(1)
 
 
-def spread(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+def mean_and_deviation(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the scores of each token's instance, protected ones left out: [total] each.
 
     The deviation is at least a thousandth of the scores' size, so that equal scores are equally far from any threshold.

@@ -53,10 +53,10 @@ class _Shared(Distinct):
 
     def __init__(self, spec: BlockSpec, width: float = 0.03):
         super().__init__(spec, width)
-        self.of = self.scorer(spec)
+        self.base = self.scorer(spec)
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        return normalize(self.of(tokens, stats, guidance) * uniqueness(tokens, self.width), tokens)
+        return normalize(self.base(tokens, stats, guidance) * uniqueness(tokens, self.width), tokens)
 
 
 @scorers.register("distinct_attention")
@@ -84,11 +84,11 @@ def uniqueness(tokens: PackedTokens, width: float) -> Tensor:
         z = unit(tokens)
         if layout.is_uniform or z.device.type != "cpu":  # elsewhere a call for each instance costs less than padding
             counts = _resembling(segments.pad(z, layout), segments.pad(tokens.free, layout, False), width)
-            counts = segments.flat(counts, layout)
+            counts = segments.unpad(counts, layout)
         else:
             parts = zip(z.split(layout.lengths), tokens.free.split(layout.lengths), strict=True)
             counts = torch.cat([_resembling(one, free, width) for one, free in parts])
-        return 1 / segments.settle(counts, layout, _ROUNDING)
+        return 1 / segments.equalize(counts, layout, _ROUNDING)
 
 
 def _resembling(z: Tensor, free: Tensor, width: float) -> Tensor:

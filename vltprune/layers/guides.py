@@ -52,7 +52,7 @@ class Guidance:
         """
         x = precision.single(self.mapped.x)
         with torch.autocast(x.device.type, enabled=False):
-            return segments.mix(self.attention(x.shape[-1] ** 0.5), x, self.mapped.layout)
+            return segments.weighted_sum(self.attention(x.shape[-1] ** 0.5), x, self.mapped.layout)
 
 
 class AlignmentGuide(PrintedPart, ABC):

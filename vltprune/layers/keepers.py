@@ -23,24 +23,24 @@ from .scorers import hash_integers
 class Knob:
     """The argument that sets a keeper's cost: what a budget turns.
 
-    name: the keeper's argument and attribute; low .. high: its range; log: whether it is searched on a log scale; keeps:
-    whether larger values keep more.
+    name: the keeper's argument and attribute; low .. high: its range; log: whether it is searched on a log scale;
+    larger_keeps_more: whether larger values keep more.
     """
 
     name: str
     low: float
     high: float
     log: bool = False
-    keeps: bool = True
+    larger_keeps_more: bool = True
 
-    def at(self, place: float) -> float:
-        """The value at a place of the range, 0 .. 1."""
+    def value_at(self, fraction: float) -> float:
+        """The value at a fraction of the range, 0 .. 1."""
         if self.log:
-            return math.exp(math.log(self.low) * (1 - place) + math.log(self.high) * place)
-        return self.low * (1 - place) + self.high * place
+            return math.exp(math.log(self.low) * (1 - fraction) + math.log(self.high) * fraction)
+        return self.low * (1 - fraction) + self.high * fraction
 
-    def place(self, value: float) -> float:
-        """The inverse of `at`; values outside the range are at its ends."""
+    def fraction(self, value: float) -> float:
+        """The inverse of `value_at`; values outside the range are at its ends."""
         low, high, value = (map(math.log, (self.low, self.high, value))) if self.log else (self.low, self.high, value)
         return min(max((value - low) / (high - low), 0.0), 1.0)
 
@@ -90,10 +90,10 @@ class Ratio(KeepRatioPredictor):
         super().__init__(spec)
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio(ratio={ratio}) must lie in 0 .. 1: the share of tokens kept")
-        self.ratio, self._decay = ratio, decayed(spec, decay, "ratio")
+        self.ratio, self._decay = ratio, decay_factor(spec, decay, "ratio")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return share(segments.count(tokens.free, tokens.layout), self.ratio**self._decay)
+        return keep_count(segments.count(tokens.free, tokens.layout), self.ratio**self._decay)
 
 
 @keepers.register("count")
@@ -114,7 +114,7 @@ class Count(KeepRatioPredictor):
 
 @keepers.register("random_ratio")
 class RandomRatio(KeepRatioPredictor):
-    """A share drawn for each instance, uniform in mean - spread .. mean + spread, cut to [0, 1].
+    """A share drawn for each instance, uniform in mean - half_width .. mean + half_width, cut to [0, 1].
 
     The baseline for per-instance counts. An instance's draw comes from `seed`, the depth, and from which of its tokens
     lie farthest along four random directions: it differs between instances and ignores batch mates.
@@ -122,15 +122,15 @@ class RandomRatio(KeepRatioPredictor):
 
     knob = Knob("mean", 0.0, 1.0)
 
-    def __init__(self, spec: BlockSpec, mean: float = 0.7, spread: float = 0.25, seed: int = 0):
+    def __init__(self, spec: BlockSpec, mean: float = 0.7, half_width: float = 0.25, seed: int = 0):
         super().__init__(spec)
-        if not 0 <= mean <= 1 or not 0 <= spread <= 1:
-            raise ValueError(f"random_ratio(mean={mean}, spread={spread}): both must lie in 0 .. 1")
-        self.mean, self.spread, self.seed = mean, spread, seed
+        if not 0 <= mean <= 1 or not 0 <= half_width <= 1:
+            raise ValueError(f"random_ratio(mean={mean}, half_width={half_width}): both must lie in 0 .. 1")
+        self.mean, self.half_width, self.seed = mean, half_width, seed
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        ratio = self.mean + self.spread * (2 * self._draw(tokens) - 1)
-        return share(segments.count(tokens.free, tokens.layout), ratio.clamp(0, 1))
+        ratio = self.mean + self.half_width * (2 * self._draw(tokens) - 1)
+        return keep_count(segments.count(tokens.free, tokens.layout), ratio.clamp(0, 1))
 
     def _draw(self, tokens: PackedTokens) -> Tensor:
         """One number in (0, 1) an instance: [batch]."""
@@ -146,12 +146,12 @@ class RandomRatio(KeepRatioPredictor):
 
         drawn = torch.full_like(position[:, 0], self.seed * 1009 + self.spec.depth)
         for column in reach.unbind(1):
-            farthest = precision.settle(segments.pad(column, layout, float("-inf"))).argmax(1, keepdim=True)
+            farthest = precision.equalize(segments.pad(column, layout, float("-inf"))).argmax(1, keepdim=True)
             drawn = hash_integers(drawn, position.gather(1, farthest)[:, 0])
         return ((drawn >> 8).float() + 0.5) / 2**23
 
 
-def decayed(spec: BlockSpec, decay: float, name: str) -> float:
+def decay_factor(spec: BlockSpec, decay: float, name: str) -> float:
     """decay^i, with i blocks that prune before the spec: what a share is raised to there, or an error multiplied by.
 
     ValueError for a decay that is not above 0 and finite.
@@ -163,8 +163,8 @@ def decayed(spec: BlockSpec, decay: float, name: str) -> float:
     return decay**spec.before
 
 
-def share(there: Tensor, ratio: Tensor | float) -> Tensor:
+def keep_count(there: Tensor, ratio: Tensor | float) -> Tensor:
     """ceil(ratio * there) as int64, with a hair off so that 0.7 * 10 is 7: there [batch] int64, ratio [batch] or one."""
-    dtype = precision.exact(there.device)
+    dtype = precision.widest_float(there.device)
     part = there.to(dtype) * ratio
     return (part - part * precision.rounding(dtype) - 1e-9).ceil().long().clamp(min=0)

@@ -134,12 +134,12 @@ class Drop(TokenReducer):
     """Keep the `counts` best, in their order; the rest is gone."""
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:
-        keep = best(tokens, scores, counts)
+        keep = top_tokens(tokens, scores, counts)
         lengths = tuple(segments.count(keep, tokens.layout).tolist())
         if lengths == tokens.layout.lengths:
             return None
         layout = Layout(lengths, tokens.layout.device)
-        return Reduction(tokens.layout, layout, rows_of(keep, layout.total))
+        return Reduction(tokens.layout, layout, true_rows(keep, layout.total))
 
 
 @reducers.register("fuse")
@@ -157,7 +157,7 @@ class Fuse(TokenReducer):
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:
         layout = tokens.layout
-        rest = ~best(tokens, scores, counts)
+        rest = ~top_tokens(tokens, scores, counts)
         last = segments.pad(torch.where(rest, layout.slot, -1), layout, -1).amax(1)
         carrier = rest & (layout.slot == last[layout.instance])
 
@@ -167,8 +167,8 @@ class Fuse(TokenReducer):
         merging = tuple(i for i, n in enumerate(lost) if n)
 
         reduced = Layout(tuple(lengths), layout.device)
-        index = rows_of(~rest | carrier, reduced.total)
-        rows = rows_of(carrier.index_select(0, index), len(merging))
+        index = true_rows(~rest | carrier, reduced.total)
+        rows = true_rows(carrier.index_select(0, index), len(merging))
         merge = Merge(layout, merging, rows, rest, self._weight(scores, rest, layout), self.normalize)
         return Reduction(layout, reduced, index, merge)
 
@@ -184,14 +184,14 @@ class Fuse(TokenReducer):
         return torch.where(usable[layout.instance], share, even)
 
 
-def best(tokens: PackedTokens, scores: Tensor, counts: Tensor) -> Tensor:
+def top_tokens(tokens: PackedTokens, scores: Tensor, counts: Tensor) -> Tensor:
     """[total] bool: the protected tokens, and the `counts` [batch] unprotected ones of largest score; ties by place."""
     standing = segments.rank(scores.detach().masked_fill(tokens.protected, float("-inf")), tokens.layout)
     return tokens.protected | (standing < counts[tokens.layout.instance])
 
 
-def rows_of(mask: Tensor, total: int) -> Tensor:
+def true_rows(mask: Tensor, total: int) -> Tensor:
     """Where mask [n] bool is true: [total] int64. Like `nonzero` when `total` is known, and then without a host sync."""
-    place = torch.where(mask, mask.cumsum(0) - 1, total)
+    row = torch.where(mask, mask.cumsum(0) - 1, total)
     rows = torch.arange(len(mask), device=mask.device)
-    return rows.new_empty(total + 1).scatter_(0, place, rows)[:total]
+    return rows.new_empty(total + 1).scatter_(0, row, rows)[:total]

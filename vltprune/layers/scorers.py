@@ -143,7 +143,7 @@ def normalize(scores: Tensor, tokens: PackedTokens) -> Tensor:
     if precision.surely_none(odd):  # as nearly always
         return z / (total + _EPS)[layout.instance]
     # lifting leaves of scores that are alike little more than rounding: they must be equal before
-    scores = torch.where(odd[layout.instance], segments.settle(scores, layout), scores)
+    scores = torch.where(odd[layout.instance], segments.equalize(scores, layout), scores)
     lowest = segments.pad(scores.masked_fill(~free, float("inf")), layout, float("inf")).amin(1)
     lift = torch.where(odd & lowest.isfinite(), lowest, torch.zeros_like(lowest))
     lifted = (scores - lift[layout.instance]).masked_fill(~free, 0.0)

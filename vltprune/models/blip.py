@@ -164,7 +164,7 @@ def summary_token(tokens: Tensor | PackedTokens) -> Tensor:
     """The summary token of each instance [batch, width], of tokens [batch, n, width] or packed ones."""
     if isinstance(tokens, PackedTokens):
         assert tokens.summary is not None
-        return tokens.read(tokens.summary)
+        return tokens.first_where(tokens.summary)
     return tokens[:, 0]
 
 

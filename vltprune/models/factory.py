@@ -84,7 +84,7 @@ def create_model(
     pixels: Any = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
     if own and path is None and pixels is not None:
         recorded.setdefault("force_preprocess_cfg", dict(pixels))  # the weights' own, which the tag brought
-    recipe = Recipe(_dense_name(read), recorded, Structure.of(model), partial(create_model, pretrained=False))
+    recipe = Recipe(_dense_name(read), recorded, Structure.from_model(model), partial(create_model, pretrained=False))
     object.__setattr__(model, "recipe", recipe)
     if config is not None:
         model = prune_towers(model, config)

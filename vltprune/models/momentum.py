@@ -173,7 +173,11 @@ def _matching_loss(
 ) -> Tensor:
     """Cross-entropy of the matching head on each pair, each image with another text, and each text with another image."""
     memories = _gather_memory(memory)
-    other = memories.of(negative_image.tolist()) if isinstance(memories, PackedTokens) else memories[negative_image]
+    other = (
+        memories.select_instances(negative_image.tolist())
+        if isinstance(memories, PackedTokens)
+        else memories[negative_image]
+    )
     texts = gather_ranks(input_ids)[negative_text], gather_ranks(attention_mask)[negative_text]
     logits = torch.cat(
         [
@@ -202,7 +206,7 @@ def _gather_memory(memory: Tensor | PackedTokens) -> Tensor | PackedTokens:
     longest = torch.tensor(layout.longest, device=layout.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     padding = (0, int(longest) - layout.longest)
-    real = gather_ranks(F.pad(layout.real, padding))
+    real = gather_ranks(F.pad(layout.valid, padding))
 
     def gather_column(column: Tensor | None) -> Tensor | None:
         return None if column is None else gather_ranks(F.pad(segments.pad(column, layout), padding))[real]

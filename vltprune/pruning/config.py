@@ -44,7 +44,7 @@ class Part:
         object.__setattr__(self, "args", FrozenDict(args))
 
     @classmethod
-    def of(cls, spec: Part | str | Mapping[str, Any]) -> Part:
+    def from_spec(cls, spec: Part | str | Mapping[str, Any]) -> Part:
         """From a Part, from "name" or "name(key=value, ...)" with literal values, or from {"name": ..., key: value}.
 
         Raises ValueError for text of another shape, TypeError for another type.
@@ -118,7 +118,9 @@ class PruneConfig:
                     continue
                 raise TypeError(f"{kind}=None: a pruner needs a {kind}, such as {kind}={registry.names()[0]!r}")
             by_tower = kind == "keep" and isinstance(spec, Mapping) and "name" not in spec
-            parts = {tower: Part.of(one) for tower, one in spec.items()} if by_tower else {"": Part.of(spec)}
+            parts = (
+                {tower: Part.from_spec(one) for tower, one in spec.items()} if by_tower else {"": Part.from_spec(spec)}
+            )
             if not parts:
                 raise ValueError(f"{kind}={{}}: name a {registry.kind} for each tower, such as {{'image': 'ratio'}}")
             for part in parts.values():

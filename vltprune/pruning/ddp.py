@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.tokens import PackedTokens
 
 
-def tied(tokens: PackedTokens, *parts: nn.Module | None) -> PackedTokens:
+def reach_weights(tokens: PackedTokens, *parts: nn.Module | None) -> PackedTokens:
     """The same tokens, from which a gradient reaches each trainable weight of the parts: zero, unless others give it more.
 
     DistributedDataParallel waits for all weights in each step, and some may get none: those of a map, where nothing is

@@ -19,11 +19,11 @@ from ..hosts.base import Host
 from ..layers import AlignmentGuide, Guidance
 from ..utils.wrappers import is_sharded
 from .config import PruneConfig
-from .ddp import tied
-from .pruner import PruneDecision, Pruner, UntrainedGuideWarning, born_like
+from .ddp import reach_weights
+from .pruner import PruneDecision, Pruner, UntrainedGuideWarning, build_like
 from .state_dict import fqn_modifiers, use_dense_names
 from .tower import Tower
-from .trace import LayerTrace, PruneTrace, collectors
+from .trace import LayerTrace, PruneTrace, active_collectors
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,28 @@ class Pruning:
     towers: Mapping[str, PrunedEncoder]
 
 
-class Noted:
-    """A tower's record of its own pruning, where it is a model by itself; a tower of a composite model has none.
+class HasPruning:
+    """Mixin: a tower that is a model by itself has `pruning`; a tower of a composite model has none.
 
-    The record is completed with the tower each time it is read. Noted in the tower, it would refer to the tower itself, and
-    the weights of a model that nobody holds any more would stay until Python looks for such circles.
+    The tower is added to the record each time it is asked for. A record that held the tower would be a reference cycle:
+    the weights of a deleted model would stay in memory until Python's garbage collector runs.
     """
 
     tower: str
 
     @property
     def pruning(self) -> Pruning:
-        if "_noted" not in self.__dict__:
+        if "_pruning" not in self.__dict__:
             raise AttributeError(f"the {self.tower} tower is no model by itself: its composite model has `pruning`")
         this: Any = self
-        return replace(self.__dict__["_noted"], towers={self.tower: this})
+        return replace(self.__dict__["_pruning"], towers={self.tower: this})
 
     @pruning.setter
     def pruning(self, record: Pruning) -> None:
-        self.__dict__["_noted"] = replace(record, towers={})
+        self.__dict__["_pruning"] = replace(record, towers={})
 
 
-class PrunedEncoder(Noted, Tower):
+class PrunedEncoder(HasPruning, Tower):
     """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
 
     Calling it takes what the host takes and returns what the host returns. Its state dict has the host's own names, and
@@ -88,7 +88,7 @@ class PrunedEncoder(Noted, Tower):
         blocks = self.adapter.blocks(self.host)
         depths = config.depths(self.tower, len(blocks))
         specs = [replace(self.adapter.spec(self.host, d, self.tower), before=i) for i, d in enumerate(depths)]
-        pruners = {str(spec.depth): born_like(blocks[spec.depth], Pruner.build, config, spec) for spec in specs}
+        pruners = {str(spec.depth): build_like(blocks[spec.depth], Pruner.build, config, spec) for spec in specs}
         return nn.ModuleDict(pruners)
 
     def _hold(self, name: str, module: nn.Module | None, is_child: bool) -> None:
@@ -131,16 +131,17 @@ class PrunedEncoder(Noted, Tower):
         super().__setattr__(name, value)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        tokens, beside = self.encode(*inputs, **named)
-        return self.adapter.answer(self.host, self.adapter.head(self.host, tokens, beside), **named)
+        tokens, block_inputs = self.encode(*inputs, **named)
+        return self.adapter.answer(self.host, self.adapter.head(self.host, tokens, block_inputs), **named)
 
     def encode(self, *inputs: Any, **named: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
         """Tokens that leave the last block, before the host's final norm and pooling; and what stood beside the blocks."""
         self._warn_of_noise()
         inputs = self.adapter.call(self.host, *inputs, **named)
-        tokens, beside = self.adapter.embed(self.host, *inputs)
-        collecting = collectors()  # asked once: gradient checkpointing runs blocks again when nobody collects any more
-        traces = [PruneTrace(self.tower, self, tokens, inputs, beside) for _ in collecting]
+        tokens, block_inputs = self.adapter.embed(self.host, *inputs)
+        # once: gradient checkpointing runs blocks again when nobody collects any more
+        collecting = active_collectors()
+        traces = [PruneTrace(self.tower, self, tokens, inputs, block_inputs) for _ in collecting]
         recompute = self.training and torch.is_grad_enabled() and self.adapter.recomputes(self.host)
         run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
         guide = self.guide.bind(self.tower) if self.guide is not None else None
@@ -150,27 +151,27 @@ class PrunedEncoder(Noted, Tower):
                     f"block {depth} of the {self.tower} tower is sharded by FSDP, which gathers weights where a module is "
                     "called, and a pruned tower calls the parts of its blocks: shard the whole model alone, fully_shard(model)"
                 )
-            tokens, step = run(depth, block, tokens, beside[depth], guide)
+            tokens, step = run(depth, block, tokens, block_inputs[depth], guide)
             for collector, trace in zip(collecting, traces, strict=True):
-                trace.steps.append(replace(step, tokens=tokens) if collector.tokens else step)
+                trace.layers.append(replace(step, tokens=tokens) if collector.tokens else step)
         if self.training:
-            tokens = tied(tokens, self.pruners, self.guide)
+            tokens = reach_weights(tokens, self.pruners, self.guide)
         for collector, trace in zip(collecting, traces, strict=True):
-            collector.add(replace(trace, left=tokens))
-        return tokens, beside
+            collector.add(replace(trace, output_tokens=tokens))
+        return tokens, block_inputs
 
     def _block(
         self,
         depth: int,
         block: nn.Module,
         tokens: PackedTokens,
-        beside: Any,
+        block_input: Any,
         guide: Callable[[PackedTokens], Guidance] | None,
     ) -> tuple[PackedTokens, LayerTrace]:
         adapter, pruner = self.adapter, self.pruner(depth)
-        q, k, v = adapter.qkv(block, tokens, beside)
+        q, k, v = adapter.qkv(block, tokens, block_input)
         room: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
-        room |= {"key_bias": tokens.bias, "pairs": adapter.pairs(block, tokens, beside)}
+        room |= {"key_bias": tokens.bias, "pairs": adapter.pairs(block, tokens, block_input)}
         scale, relate, decision = adapter.scale(block), None, PruneDecision(None)
 
         if pruner is None:
@@ -194,7 +195,7 @@ class PrunedEncoder(Noted, Tower):
         tokens = adapter.project(block, tokens, context)
         if plan is not None and not early:
             tokens = plan.tokens(tokens)
-        tokens = adapter.feed_forward(block, tokens, beside)
+        tokens = adapter.feed_forward(block, tokens, block_input)
         expected = None if tokens.keep_prob is None else tokens.expected
         lengths = tokens.layout.lengths
         return tokens, LayerTrace(tokens.position, tokens.protected, lengths, plan, early, relate, expected, scored)

@@ -16,7 +16,7 @@ from . import presets
 from .config import PruneConfig
 from .encoder import PrunedEncoder, Pruning
 from .model import PrunedModel, is_pruned
-from .pruner import born_like
+from .pruner import build_like
 
 
 def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> PrunedModel:
@@ -64,7 +64,7 @@ def build_guide(config: PruneConfig, specs: dict[str, Any], model: nn.Module) ->
     if config.guide is None:
         return None
     part = config.part("guide")
-    guide = born_like(model, guides[part.name], specs, **part.args)
+    guide = build_like(model, guides[part.name], specs, **part.args)
     remember_arguments(guide, guides[part.name], part.args)
     return guide
 

@@ -16,7 +16,7 @@ from ..core.checks import is_traced
 from ..core.tokens import PackedTokens
 from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer
 from ..layers.printing import remember_arguments
-from ..layers.reducers import best
+from ..layers.reducers import top_tokens
 from ..registry import keepers, reducers, scorers
 from .config import PruneConfig
 
@@ -105,10 +105,10 @@ class Pruner(nn.Module):
     def _judge(
         self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, soft: bool, least: int
     ) -> PruneDecision:
-        scores = segments.settle(self.scorer(tokens, stats, guidance).float(), tokens.layout)
+        scores = segments.equalize(self.scorer(tokens, stats, guidance).float(), tokens.layout)
         keep_prob = counted_prob = None
         if soft:
-            whole = best(tokens, scores, tokens.layout.sizes.new_full((tokens.layout.batch,), least))
+            whole = top_tokens(tokens, scores, tokens.layout.sizes.new_full((tokens.layout.batch,), least))
             keep_prob, counted_prob = (
                 self._keep_prob(one, tokens, guidance, whole) for one in (scores, scores.detach())
             )
@@ -124,7 +124,7 @@ class Pruner(nn.Module):
         return (margin / self.soft_temperature).sigmoid().to(scores.dtype).masked_fill(whole, 1.0)
 
 
-def born_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any) -> M:
+def build_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any) -> M:
     """What `build` makes of the arguments, in the floating-point type and on the device of the host's weights.
 
     It is made on the CPU, whatever the default device, so that what is drawn at random is the same on each. Hosts without

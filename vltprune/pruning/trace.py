@@ -68,27 +68,27 @@ class PruneTrace:
     """What one call of one tower did.
 
     tower    its name; encoder, the PrunedEncoder that ran
-    entered  tokens per instance that entered the first block, protected ones included
-    steps    one LayerTrace a depth
-    beside   what the blocks got besides their tokens (memory, rotary tables), one entry a depth
+    input_tokens  tokens per instance that entered the first block, protected ones included
+    layers   one LayerTrace a depth
+    block_inputs   what the blocks got besides their tokens (memory, rotary tables), one entry a depth
     inputs   what the tower was called with, as its host's `embed` takes it
-    decoded  what a decoder then did that looks at what the tower returned, in order
-    left     the tokens that left the last block, before the host's final norm; None while the tower still runs
+    decode_stats  what a decoder then did that looks at what the tower returned, in order
+    output_tokens  the tokens that left the last block, before the host's final norm; None while the tower still runs
     """
 
     tower: str
     encoder: Tower
-    entered: PackedTokens
+    input_tokens: PackedTokens
     inputs: tuple[Any, ...]
-    beside: tuple[Any, ...]
-    steps: list[LayerTrace] = field(default_factory=list)
-    decoded: list[DecodeStats] = field(default_factory=list)
-    left: PackedTokens | None = None
+    block_inputs: tuple[Any, ...]
+    layers: list[LayerTrace] = field(default_factory=list)
+    decode_stats: list[DecodeStats] = field(default_factory=list)
+    output_tokens: PackedTokens | None = None
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:
         """Per depth, per instance: tokens leaving the block, protected ones included."""
-        return tuple(step.lengths for step in self.steps)
+        return tuple(step.lengths for step in self.layers)
 
     @property
     def aligned(self) -> Tensor:
@@ -97,29 +97,29 @@ class PruneTrace:
         The sum over blocks that `losses.alignment` compares between towers; with gradients
         enabled, all blocks of a tower that is pruned nowhere. LookupError without a guide.
         """
-        pooled = [step.guidance.pooled for step in self.steps if step.guidance is not None]
+        pooled = [step.guidance.pooled for step in self.layers if step.guidance is not None]
         if not pooled:
             raise LookupError(f"the {self.tower} tower has no guide at any depth: prune it with guide='codebook'")
         return torch.stack(pooled).sum(0)
 
     @property
-    def summary(self) -> Tensor:
+    def embedding(self) -> Tensor:
         """What speaks for each instance behind the last block, [batch, dim]: its summary token, or the mean of what is left."""
-        assert self.left is not None
-        left = self.left
+        assert self.output_tokens is not None
+        left = self.output_tokens
         if left.summary is not None:
-            return left.read(left.summary)
+            return left.first_where(left.summary)
         total = segments.sum(precision.single(left.x) * left.weight[:, None], left.layout)
         return (total / segments.sum(left.weight, left.layout)[:, None]).to(left.x.dtype)
 
     @property
-    def spoken(self) -> Tensor:
+    def caption_aligned(self) -> Tensor:
         """What the guide's anchors gathered from captions that a decoder then read, [captions, anchors, anchor dim].
 
-        `losses.alignment(trace.aligned, trace.spoken)` aligns an image with its captions, as `aligned` of two towers does.
+        `losses.alignment(trace.aligned, trace.caption_aligned)` aligns an image with its captions.
         LookupError where no decoder read captions under the guide, with gradients, while this was collected.
         """
-        gathered = [decoded.gathered() for decoded in self.decoded if decoded.gathered is not None]
+        gathered = [decoded.gathered() for decoded in self.decode_stats if decoded.gathered is not None]
         if not gathered:
             raise LookupError(
                 f"no captions were read behind the {self.tower} tower: call a pruned BlipCaption with gradients enabled, on "
@@ -127,10 +127,10 @@ class PruneTrace:
             )
         return torch.cat(gathered)
 
-    def owners(self, depth: int) -> Tensor:
+    def provenance(self, depth: int) -> Tensor:
         """Provenance, [entered total] int64: the row, among tokens leaving block `depth`, that holds each; -1 if dropped."""
-        owner = torch.arange(self.entered.layout.total, device=self.entered.x.device)
-        for step in self.steps[: depth + 1]:
+        owner = torch.arange(self.input_tokens.layout.total, device=self.input_tokens.x.device)
+        for step in self.layers[: depth + 1]:
             if step.reduction is not None:
                 target = step.reduction.target()
                 owner = torch.where(owner >= 0, target[owner.clamp(min=0)], owner)
@@ -150,11 +150,11 @@ class Collector(list[PruneTrace]):
         self.append(trace)
         self._thread.last = trace
 
-    def tell(self, decoded: DecodeStats) -> None:
+    def add_decode_stats(self, decoded: DecodeStats) -> None:
         """A decoder has run: it looks at what the tower left that ran last in the same thread."""
         last = getattr(self._thread, "last", None)
         if last is not None:
-            last.decoded.append(decoded)
+            last.decode_stats.append(decoded)
 
 
 _own: ContextVar[tuple[Collector, ...]] = ContextVar("collectors", default=())
@@ -187,7 +187,7 @@ def collect(tokens: bool = False, threads: bool = True) -> Iterator[list[PruneTr
         _own.reset(token)
 
 
-def collectors() -> tuple[Collector, ...]:
+def active_collectors() -> tuple[Collector, ...]:
     """Those who collect what this thread does now."""
     if torch._C._current_graph_task_id() != -1:  # in `backward`, as torch.utils.checkpoint asks
         return ()
@@ -198,7 +198,7 @@ def collectors() -> tuple[Collector, ...]:
         return tuple(_shared)
 
 
-def tell_collectors(decoded: DecodeStats) -> None:
+def report_decode_stats(decoded: DecodeStats) -> None:
     """A decoder says what it did: it goes to the trace of the tower that ran last, which is the one it looks at."""
-    for collector in collectors():
-        collector.tell(decoded)
+    for collector in active_collectors():
+        collector.add_decode_stats(decoded)

@@ -18,7 +18,7 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
     If the block fails, whatever stood at `target` is there as before. The file's mode is what the umask leaves.
     """
-    with _beside(Path(target)) as part:
+    with _partial_file(Path(target)) as part:
         mode = part.stat().st_mode
         yield part
         _finish(part, mode)
@@ -40,7 +40,7 @@ def replace_together(writes: Mapping[Path, Write], backups: Mapping[Path, Path])
     they were: whoever reads takes the backup where the file does not belong to the last target.
     """
     with contextlib.ExitStack() as stack:
-        parts = {target: stack.enter_context(_beside(target)) for target in writes}
+        parts = {target: stack.enter_context(_partial_file(target)) for target in writes}
         for target, write in writes.items():
             mode = parts[target].stat().st_mode
             write(parts[target])
@@ -66,7 +66,7 @@ def replace_together(writes: Mapping[Path, Write], backups: Mapping[Path, Path])
 
 
 @contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
+def _partial_file(target: Path) -> Iterator[Path]:
     """A new, empty file in the target's folder, which is gone afterwards unless it was moved."""
     part = target.with_name(
         f".{uuid.uuid4().hex}.{target.name}"

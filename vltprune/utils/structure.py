@@ -31,7 +31,7 @@ class Structure:
     tensors: Mapping[str, tuple[Any, ...]]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Structure:
+    def from_model(cls, model: nn.Module) -> Structure:
         model = unwrapped(model)
         first: dict[int, str] = {}
         tensors = {}

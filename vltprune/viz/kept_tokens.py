@@ -33,8 +33,8 @@ def token_states(trace: PruneTrace) -> Tensor:
     A token is merged once its contents live on in a row that it shares with others.
     """
     rows = []
-    for depth, step in enumerate(trace.steps):
-        owner = trace.owners(depth)
+    for depth, step in enumerate(trace.layers):
+        owner = trace.provenance(depth)
         there = owner >= 0
         crowd = torch.bincount(owner[there], minlength=sum(step.lengths))
         fate = torch.where(crowd[owner.clamp(min=0)] > 1, TokenState.MERGED, TokenState.KEPT)
@@ -44,7 +44,7 @@ def token_states(trace: PruneTrace) -> Tensor:
 
 def instance_states(trace: PruneTrace, instance: int) -> np.ndarray:
     """The fates of one instance's unprotected tokens, in their order (of an image: its patches): uint8 [depths, n]."""
-    columns = (trace.entered.layout.instance == instance) & trace.entered.free
+    columns = (trace.input_tokens.layout.instance == instance) & trace.input_tokens.free
     return token_states(trace)[:, columns].cpu().numpy()
 
 
@@ -79,7 +79,7 @@ def layer_strip(
     scale = side / max(picture.size)
     size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
     picture = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    entered = trace.entered.layout.lengths[instance]
+    entered = trace.input_tokens.layout.lengths[instance]
     cells = [(picture, f"input: {entered}")]
     for depth, fate in enumerate(instance_states(trace, instance)):
         cells.append((overlay(picture, fate), f"layer {depth + 1}: {trace.lengths[depth][instance]}"))

@@ -31,10 +31,10 @@ def test_it_finds_a_target_and_follows_it(keep, center):
     model = vp.prune(small("blip").model, "madtp", keep=keep)
     controller = Controller(model)
     knob = controller.control.knob
-    sign = -1 if knob.keeps else 1
+    sign = -1 if knob.larger_keeps_more else 1
 
     def saved():
-        return 1 / (1 + math.exp(-sign * 12 * (knob.place(controller.control.value) - knob.place(center))))
+        return 1 / (1 + math.exp(-sign * 12 * (knob.fraction(controller.control.value) - knob.fraction(center))))
 
     for wanted in (0.3, 0.8, 0.5):
         for _ in range(300):
@@ -48,15 +48,15 @@ def test_one_step_turns_a_tenth_of_what_is_missing_and_remembers_nine_tenths(kee
     """Of the knob's range, towards saving more where too little was saved; the mean is of what was measured."""
     controller = Controller(vp.prune(small("blip").model, "madtp", keep=keep), saved=0.6)
     knob = controller.control.knob
-    before = knob.place(controller.value)
+    before = knob.fraction(controller.value)
     for saved, wanted in ((0.2, 0.5), (0.9, 0.5)):
         mean = 0.9 * controller.saved + 0.1 * saved
-        place = knob.place(controller.value) + sign * 0.1 * (wanted - saved)
+        place = knob.fraction(controller.value) + sign * 0.1 * (wanted - saved)
         controller.step(saved, wanted)
         assert controller.saved == pytest.approx(mean)
-        assert knob.place(controller.value) == pytest.approx(place)
+        assert knob.fraction(controller.value) == pytest.approx(place)
         assert controller.control.value == controller.value
-    assert knob.place(controller.value) == pytest.approx(before - sign * 0.01)
+    assert knob.fraction(controller.value) == pytest.approx(before - sign * 0.01)
 
 
 def test_it_begins_near_its_target_and_remembers_where_it_is():
@@ -84,16 +84,16 @@ def test_it_begins_at_the_nearest_of_25_values_in_few_measurements(monkeypatch, 
     tried = []
 
     def saved(place):
-        return 0.9 - 0.91 * (place if knob.keeps else 1 - place) ** 2
+        return 0.9 - 0.91 * (place if knob.larger_keeps_more else 1 - place) ** 2
 
     def measure(model, batches, value, tower, meter):
         tried.append(value)
-        return Calibration(knob.name, value, 1 - saved(knob.place(value)), 1.0)
+        return Calibration(knob.name, value, 1 - saved(knob.fraction(value)), 1.0)
 
     monkeypatch.setattr(controller_module, "measure", measure)
     controller.start([], wanted)
     nearest = min((place / 24 for place in range(25)), key=lambda place: abs(saved(place) - wanted))
-    assert knob.place(controller.value) == pytest.approx(nearest)
+    assert knob.fraction(controller.value) == pytest.approx(nearest)
     assert controller.saved == pytest.approx(saved(nearest))
     assert len(tried) == len(set(tried)) <= 7
 
@@ -105,12 +105,12 @@ def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch,
     knob = controller.control.knob
 
     def measure(model, batches, value, tower, meter):
-        saved = min(max(0.2 + 3.5 * (knob.place(value) - 0.6), 0.2), 0.9)
+        saved = min(max(0.2 + 3.5 * (knob.fraction(value) - 0.6), 0.2), 0.9)
         return Calibration(knob.name, value, 1 - saved, 1.0)
 
     monkeypatch.setattr(controller_module, "measure", measure)
     controller.start([], wanted)
-    assert knob.place(controller.value) == pytest.approx(place, abs=1 / 64 + 0.003)
+    assert knob.fraction(controller.value) == pytest.approx(place, abs=1 / 64 + 0.003)
     assert controller.control.value == controller.value
 
 

@@ -139,7 +139,7 @@ class PreNorm(TransformersHost):
     norms: ClassVar[tuple[str, str]]
     output: ClassVar[str] = "o_proj"
 
-    def qkv(self, block: Any, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
         x = getattr(block, self.norms[0])(tokens.x)
         return self.projected(self.attn(block), x, x)
 
@@ -147,7 +147,7 @@ class PreNorm(TransformersHost):
         branch = getattr(self.attn(block), self.output)(context.flatten(1))
         return tokens.with_x(tokens.x + self.branch(block, 0, branch, tokens))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Any) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Any) -> PackedTokens:
         norm = getattr(block, self.norms[1])
         branch = by_tiles(lambda x: block.mlp(norm(x)), tokens.x)
         return tokens.with_x(tokens.x + self.branch(block, 1, branch, tokens))

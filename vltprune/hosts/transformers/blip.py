@@ -18,7 +18,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextS
 
 from ...core.attention import attend
 from ...core.tokens import PackedTokens
-from ...pruning.trace import DecodeStats, tell_collectors
+from ...pruning.trace import DecodeStats, report_decode_stats
 from ...registry import hosts
 from ..base import Host
 from ..decoder import WithDecoder
@@ -48,7 +48,7 @@ class BlipVision(PreNorm, Images):
     def scale(self, block: Any) -> float:
         return block.self_attn.scale
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         refuse_parts(tokens, _READER, _INSTEAD)
         x = tokens.with_x(tower.post_layernorm(tokens.x)).unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
@@ -83,11 +83,11 @@ class BlipText(PostNorm):
             real = real & encoder_attention_mask.to(real.device).bool()
         return tokens, ((PackedTokens.pack(encoder_hidden_states, real),),) * len(nothing)
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Memory | None) -> PackedTokens:
-        if beside is not None:
-            context = self._look(block.crossattention.self, tokens, beside[0])
+    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Memory | None) -> PackedTokens:
+        if block_input is not None:
+            context = self._look(block.crossattention.self, tokens, block_input[0])
             tokens = tokens.with_x(block.crossattention.output(context.flatten(1), tokens.x))
-        return super().feed_forward(block, tokens, beside)
+        return super().feed_forward(block, tokens, block_input)
 
     def _look(self, attn: Any, tokens: PackedTokens, memory: PackedTokens) -> Tensor:
         """Cross-attention of each sentence to its image: [total, heads, head_dim]."""
@@ -100,9 +100,9 @@ class BlipText(PostNorm):
 class BlipQuestion(BlipText):
     """BLIP's text tower where a decoder looks at all that it leaves."""
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         refuse_parts(tokens, _READER, _INSTEAD)
-        return super().head(tower, tokens, beside)
+        return super().head(tower, tokens, block_inputs)
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForImageTextRetrieval")
@@ -173,9 +173,9 @@ def _hide_padding(attn: nn.Module, args: tuple[Any, ...], named: dict[str, Any])
 def _tell_tokens(attn: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
     """After the first layer's self-attention made probabilities [rows, heads, new tokens, seen]: the others do as it did."""
     rows, _, new, seen = out[1].shape
-    tell_collectors(DecodeStats(rows * new, pairs=rows * new * seen))
+    report_decode_stats(DecodeStats(rows * new, pairs=rows * new * seen))
 
 
 def _tell_words(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
     """After logits [rows, words, vocab_size], in `generate` those of each row's last token alone."""
-    tell_collectors(DecodeStats(words=logits.shape[0] * logits.shape[1]))
+    report_decode_stats(DecodeStats(words=logits.shape[0] * logits.shape[1]))

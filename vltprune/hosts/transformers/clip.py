@@ -39,10 +39,10 @@ class ClipVision(_Blocks, Images):
     def embed(
         self, tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
-        tokens, beside = super().embed(tower, pixel_values, interpolate_pos_encoding)
-        return tokens.with_x(tower.pre_layrnorm(tokens.x)), beside
+        tokens, block_inputs = super().embed(tower, pixel_values, interpolate_pos_encoding)
+        return tokens.with_x(tower.pre_layrnorm(tokens.x)), block_inputs
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         x = tokens.unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
 
@@ -53,7 +53,7 @@ class SiglipVision(_Blocks, Images):
 
     has_summary = False
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         tokens = tokens.with_x(tower.post_layernorm(tokens.x))
         x = tokens.unpack()[0]
         pooled = _pool(tower.head, tokens) if tower.use_head else None
@@ -84,10 +84,10 @@ class Siglip2Vision(SiglipVision):
 class _Text(_Blocks, Sentences):
     """All tokens that the mask shows enter, those behind the pooled one too: the last hidden state has them."""
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         tokens = tokens.with_x(tower.final_layer_norm(tokens.x))
         assert tokens.summary is not None
-        pooled = self.pooled(tower, tokens.read(tokens.summary))
+        pooled = self.pooled(tower, tokens.first_where(tokens.summary))
         return BaseModelOutputWithPooling(last_hidden_state=tokens.unpack()[0], pooler_output=pooled)
 
     def pooled(self, tower: Any, pooled: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Dinov2(PreNorm, Images):
         scaled = (block.layer_scale1, block.layer_scale2)[index](x)
         return drop_path(block.drop_path, scaled, tokens.layout)
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         x = tokens.with_x(getattr(tower, self.norm)(tokens.x)).unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
 
@@ -66,7 +66,7 @@ class Dinov3(Dinov2):
         still = tables.new_tensor((1.0, 0.0)).view(2, 1, 1).expand(2, self.prefix(tower), tables.shape[-1])
         return tokens, (torch.cat((still, tables), 1),) * len(self.blocks(tower))
 
-    def qkv(self, block: Any, tokens: PackedTokens, beside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().qkv(block, tokens, beside)
-        cos, sin = beside.index_select(1, tokens.position)[:, :, None]
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().qkv(block, tokens, block_input)
+        cos, sin = block_input.index_select(1, tokens.position)[:, :, None]
         return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v

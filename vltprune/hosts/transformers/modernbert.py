@@ -21,11 +21,11 @@ from ...registry import hosts
 from .base import PreNorm, Sentences
 
 
-class Beside(NamedTuple):
+class BlockInput(NamedTuple):
     """What blocks of one kind get besides their tokens.
 
     tables  [2, sentences, length, head_dim]: cosine and sine by place, sentences 1 where all have the same
-    within  hides what is out of the window, as `PairBias.of`; None where nothing is
+    within  hides what is out of the window, as `PairBias.distance_bias`; None where nothing is
     """
 
     tables: Tensor
@@ -52,7 +52,7 @@ class ModernBert(PreNorm, Sentences):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> tuple[PackedTokens, tuple[Beside, ...]]:
+    ) -> tuple[PackedTokens, tuple[BlockInput, ...]]:
         check_ids(input_ids, tower.config.vocab_size, longest=None)
         if isinstance(attention_mask, dict):
             raise TypeError(
@@ -63,32 +63,32 @@ class ModernBert(PreNorm, Sentences):
 
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
-        kinds = {kind: self.beside(tower, kind, x, position_ids) for kind in set(tower.config.layer_types)}
+        kinds = {kind: self.block_input(tower, kind, x, position_ids) for kind in set(tower.config.layer_types)}
         return tokens, tuple(kinds[block.attention_type] for block in self.blocks(tower))
 
-    def beside(self, tower: Any, kind: str, x: Tensor, position_ids: Tensor) -> Beside:
+    def block_input(self, tower: Any, kind: str, x: Tensor, position_ids: Tensor) -> BlockInput:
         tables, window = torch.stack(tower.rotary_emb(x, position_ids, kind)), tower.config.sliding_window
         sees_all = kind == "full_attention" or window >= x.shape[1] - 1
-        return Beside(tables, None if sees_all else _window(window))
+        return BlockInput(tables, None if sees_all else _window(window))
 
-    def qkv(self, block: Any, tokens: PackedTokens, beside: Beside) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: BlockInput) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         q, k, v = attn.Wqkv(block.attn_norm(tokens.x)).unflatten(-1, (3, -1, attn.head_dim)).unbind(1)
-        _, sentences, length, _ = beside.tables.shape
+        _, sentences, length, _ = block_input.tables.shape
         row = tokens.position if sentences == 1 else tokens.position + length * tokens.layout.instance
-        cos, sin = beside.tables.flatten(1, 2).index_select(1, row)
+        cos, sin = block_input.tables.flatten(1, 2).index_select(1, row)
         return *apply_rotary_pos_emb(q, k, cos, sin), v
 
     def scale(self, block: Any) -> float:
         return block.attn.head_dim**-0.5
 
-    def pairs(self, block: Any, tokens: PackedTokens, beside: Beside) -> PairBias | None:
-        return None if beside.within is None else PairBias(tokens.position, beside.within)
+    def pairs(self, block: Any, tokens: PackedTokens, block_input: BlockInput) -> PairBias | None:
+        return None if block_input.within is None else PairBias(tokens.position, block_input.within)
 
     def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
         return block.attn.out_drop(x) if index == 0 else x
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         return BaseModelOutput(last_hidden_state=tokens.with_x(tower.final_norm(tokens.x)).unpack()[0])
 
 

@@ -33,16 +33,16 @@ class PostNorm(Sentences):
     projections = ("query", "key", "value")
     answers: ClassVar[Any] = BaseModelOutputWithPoolingAndCrossAttentions
 
-    def qkv(self, block: Any, tokens: PackedTokens, beside: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self.projected(self.attn(block), tokens.x, tokens.x)
 
     def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return tokens.with_x(block.attention.output(context.flatten(1), tokens.x))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, beside: Any) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Any) -> PackedTokens:
         return tokens.with_x(by_tiles(lambda x: block.output(block.intermediate(x), x), tokens.x))
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         x = tokens.unpack()[0]
         pooled = None if tower.pooler is None else tower.pooler(x)
         return self.answers(last_hidden_state=x, pooler_output=pooled)
@@ -101,9 +101,9 @@ class MPNet(PostNorm):
         buckets = encoder.relative_position_bucket(torch.arange(1 - length, length, device=input_ids.device))
         return tokens, (encoder.relative_attention_bias(buckets).t(),) * len(self.blocks(tower))
 
-    def pairs(self, block: Any, tokens: PackedTokens, beside: Tensor) -> PairBias:
-        zero = beside.shape[1] // 2
-        return PairBias(tokens.position, lambda distance: beside[:, distance + zero].movedim(0, -3))
+    def pairs(self, block: Any, tokens: PackedTokens, block_input: Tensor) -> PairBias:
+        zero = block_input.shape[1] // 2
+        return PairBias(tokens.position, lambda distance: block_input[:, distance + zero].movedim(0, -3))
 
     def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         own = block.attention
@@ -129,14 +129,14 @@ class DistilBert(Sentences):
     projections = ("q_lin", "k_lin", "v_lin")
     known: ClassVar = {TransformerBlock: (DistilBertSelfAttention,)}
 
-    def qkv(self, block: Any, tokens: PackedTokens, beside: None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: None) -> tuple[Tensor, Tensor, Tensor]:
         return self.projected(block.attention, tokens.x, tokens.x)
 
     def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return tokens.with_x(block.sa_layer_norm(block.attention.out_lin(context.flatten(1)) + tokens.x))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, beside: None) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: None) -> PackedTokens:
         return tokens.with_x(by_tiles(lambda x: block.output_layer_norm(block.ffn.ff_chunk(x) + x), tokens.x))
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         return BaseModelOutput(last_hidden_state=tokens.unpack()[0])

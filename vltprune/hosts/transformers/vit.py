@@ -27,7 +27,7 @@ class Vit(PreNorm, Images):
     def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
         return block.dropout(x)
 
-    def head(self, tower: Any, tokens: PackedTokens, beside: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         x = tokens.with_x(tower.layernorm(tokens.x)).unpack()[0]
         pooled = None if tower.pooler is None else tower.pooler(x)
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled)

@@ -55,7 +55,7 @@ class Controller:
         inputs, knob, meter = list(batches), self.control.knob, meter or CostMeter(self.model)
 
         def at(place: float) -> Calibration:
-            found = measure(self.model, inputs, knob.at(place), self.tower, meter)
+            found = measure(self.model, inputs, knob.value_at(place), self.tower, meter)
             if tick is not None:
                 tick()
             return found
@@ -93,7 +93,7 @@ class Controller:
     def _edge(self, end: Calibration, at: Callable[[float], Calibration]) -> Calibration:
         """The farthest from an end of the range that still saves what the end does, by bisection."""
         assert end.value is not None
-        near, far, best = self.control.knob.place(end.value), 1 - self.control.knob.place(end.value), end
+        near, far, best = self.control.knob.fraction(end.value), 1 - self.control.knob.fraction(end.value), end
         for _ in range(_HALVINGS):
             found = at((near + far) / 2)
             if abs(self._saved(found) - self._saved(end)) < _SAME:
@@ -105,10 +105,10 @@ class Controller:
     def step(self, saved: float, wanted: float) -> None:
         """saved: the share of the dense MACs that a step saved, of all processes; wanted: its target."""
         knob = self.control.knob
-        more = (saved - wanted) if knob.keeps else (wanted - saved)
-        place = min(max(knob.place(self.value) + _PULL * more, 0.0), 1.0)
+        more = (saved - wanted) if knob.larger_keeps_more else (wanted - saved)
+        place = min(max(knob.fraction(self.value) + _PULL * more, 0.0), 1.0)
         saved = _MEMORY * self.saved + (1 - _MEMORY) * saved
-        self.load_state_dict({"value": knob.at(place), "saved": saved})
+        self.load_state_dict({"value": knob.value_at(place), "saved": saved})
 
     def take(self) -> None:
         """The knob to where this controller has it."""

@@ -115,7 +115,7 @@ class Watch:
 
 def _mean(values: Sequence[Tensor]) -> Tensor:
     each = torch.stack(list(values))
-    return each.to(precision.exact(each.device)).mean(0)
+    return each.to(precision.widest_float(each.device)).mean(0)
 
 
 def gathered(pieces: Sequence[Mapping[str, Any]], accelerator: Accelerator) -> dict[str, Any]:

@@ -31,11 +31,11 @@ class Searched:
         for call in calls:
             with evaluating(model), collect(threads=False) as traces:
                 call(model)
-            decoding = [trace for trace in traces if trace.decoded]
+            decoding = [trace for trace in traces if trace.decode_stats]
             if not decoding:
                 return None
-            pieces += [piece for trace in decoding for piece in trace.decoded]
-            instances += sum(trace.entered.layout.batch for trace in decoding)
+            pieces += [piece for trace in decoding for piece in trace.decode_stats]
+            instances += sum(trace.input_tokens.layout.batch for trace in decoding)
         sums = {
             name: sum(getattr(piece, name) for piece in pieces) for name in ("tokens", "words", "pairs", "memories")
         }
@@ -43,10 +43,10 @@ class Searched:
 
     def instead(self, trace: PruneTrace) -> PruneTrace:
         """The trace of a tower as if its decoder, where it has one, had searched for each instance."""
-        if not trace.decoded:
+        if not trace.decode_stats:
             return trace
-        share = trace.entered.layout.batch / self.instances
+        share = trace.input_tokens.layout.batch / self.instances
         tokens, words, pairs, memories = (
             round(share * count) for count in (self.tokens, self.words, self.pairs, self.memories)
         )
-        return replace(trace, decoded=[DecodeStats(tokens, words, pairs, memories)])
+        return replace(trace, decode_stats=[DecodeStats(tokens, words, pairs, memories)])

@@ -31,7 +31,7 @@ def saliency(
     pairs = [
         (ours.scored, dense.scored)
         for tower, trace in own.items()
-        for ours, dense in zip(trace.steps, theirs[tower].steps, strict=True)
+        for ours, dense in zip(trace.layers, theirs[tower].layers, strict=True)
         if ours.scored is not None and dense.scored is not None and ours.scored[1].requires_grad
     ]
     if not pairs:  # nothing is scored, or nothing that could learn: noise

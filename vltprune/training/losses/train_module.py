@@ -105,7 +105,7 @@ class Student(nn.Module):
     def _alignment(self, own: dict[str, PruneTrace]) -> Tensor:
         image = own["image"]
         if "text" not in own:  # captions, that a decoder read
-            return losses.alignment(image.aligned, image.spoken)
+            return losses.alignment(image.aligned, image.caption_aligned)
         return losses.alignment(image.aligned, own["text"].aligned, self.objective.images)
 
     def _taught(
@@ -129,8 +129,8 @@ class Student(nn.Module):
         of_logits, of_summaries = self.taught
         total = loss.total.new_zeros(())
         for tower, trace in own.items() if of_summaries else ():
-            right = theirs[tower].summary.detach()
-            total = total + of_summaries * F.mse_loss(trace.summary, right) / right.square().mean()
+            right = theirs[tower].embedding.detach()
+            total = total + of_summaries * F.mse_loss(trace.embedding, right) / right.square().mean()
         if of_logits and outputs is not None and loss.outputs is not None:
             ours, target = ((part / _HEAT).log_softmax(-1) for part in (loss.outputs, outputs))
             divergence = F.kl_div(ours, target, reduction="batchmean", log_target=True)
@@ -151,12 +151,12 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _cost(self, own: dict[str, PruneTrace], batch: int) -> dict[str, Any]:
-        texts = own["text"].entered.layout.batch // batch if "text" in own else 1
+        texts = own["text"].input_tokens.layout.batch // batch if "text" in own else 1
         spent = self.cost_meter(list(own.values()), [texts] * batch)
         device = next(self.model.parameters()).device
 
         def mean(rows: Sequence[Any]) -> Tensor:
-            return precision.reals(rows, device).mean(0)
+            return precision.float_tensor(rows, device).mean(0)
 
         return {
             "macs": mean([one.macs for one in spent]),
@@ -168,7 +168,7 @@ class Student(nn.Module):
 
 def _is_guided(trace: PruneTrace) -> bool:
     """Whether the tower has a guide, and prunes somewhere: alignment needs both towers' anchors."""
-    return any(step.guidance is not None for step in trace.steps)
+    return any(step.guidance is not None for step in trace.layers)
 
 
 def _rows_before(outputs: Tensor) -> int:

@@ -89,7 +89,7 @@ def _words(task: Any, trace: PruneTrace, texts: tuple[Tensor, ...]) -> list[tupl
     if spell is None or len(texts) != 2:
         return []
     ids = texts[0][0][texts[1][0].bool()]
-    free = trace.entered.free[trace.entered.layout.instance == 0].cpu()
+    free = trace.input_tokens.free[trace.input_tokens.layout.instance == 0].cpu()
     if len(ids) != len(free):
         return []
     fates = kept_tokens.instance_states(trace, 0)[-1].tolist()
