@@ -24,6 +24,7 @@ FLOORS = (
     "layers",
     "models data",
     "pruning",
+    "parts",
     "hosts.base",
     "pruning.encoder pruning.model",
     "io",

@@ -11,10 +11,13 @@ from .io.hub import from_pretrained, load, push_to_hub
 from .io.preprocessing import Preprocessing, transforms
 from .layers import AlignmentGuide, BlockSpec, Guidance, KeepRatioPredictor, Knob, Reduction, TokenReducer, TokenScorer
 from .models.factory import create_model, list_models, list_pretrained
+from .parts import guide, keep, reduce, score
+from .parts.typed import typed_part
 from .pruning import losses
-from .pruning.config import Part, PruneConfig
+from .pruning.config import PruneConfig
 from .pruning.encoder import PrunedEncoder, Pruning
 from .pruning.model import PrunedModel, is_pruned
+from .pruning.part import Part
 from .pruning.presets import preset
 from .pruning.pruner import Pruner, UntrainedGuideWarning
 from .pruning.trace import PruneTrace, collect
@@ -60,9 +63,11 @@ __all__ = [
     "create_model",
     "fit_guide",
     "from_pretrained",
+    "guide",
     "guides",
     "hosts",
     "is_pruned",
+    "keep",
     "keepers",
     "list_models",
     "list_pretrained",
@@ -73,9 +78,12 @@ __all__ = [
     "presets",
     "prune",
     "push_to_hub",
+    "reduce",
     "reducers",
     "save",
+    "score",
     "scorers",
     "transforms",
+    "typed_part",
     "unwrapped",
 ]

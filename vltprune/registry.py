@@ -9,7 +9,7 @@ import functools
 import inspect
 import keyword
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 M = TypeVar("M", bound=Callable[..., Any])
@@ -119,6 +119,29 @@ def _parameters(maker: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
     return tuple(inspect.signature(maker).parameters.values())
 
 
+def name_arguments(
+    what: str,
+    maker: Callable[..., Any],
+    values: Sequence[Any],
+    arguments: Mapping[str, Any],
+    given: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """All arguments by name: the `values` by position, named as the maker's signature has them, and the named `arguments`.
+
+    `given` are the arguments that we pass ourselves. TypeError, naming `what`, for too many, and for one given twice.
+    """
+    if not values:
+        return dict(arguments)
+    takes = [p.name for p in parameters(maker) if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given]
+    if len(values) > len(takes):
+        there = f"{', '.join(takes)}, in this order" if takes else "no arguments"
+        raise TypeError(f"{what} takes {there}, and {len(values)} were given: {', '.join(map(repr, values))}")
+    named = dict(zip(takes, values, strict=False))
+    for name in named.keys() & arguments.keys():
+        raise TypeError(f"{what} has {name} twice: write either {named[name]!r} or {name}={arguments[name]!r}")
+    return {**named, **arguments}
+
+
 def bind(what: str, maker: Callable[..., Any], arguments: Mapping[str, Any], given: tuple[str, ...] = ()) -> None:
     """TypeError unless `maker` can be called with these keyword arguments besides the `given` ones we pass ourselves.
 
@@ -134,4 +157,4 @@ def bind(what: str, maker: Callable[..., Any], arguments: Mapping[str, Any], giv
             raise TypeError(f"{what} takes no argument {name!r}{there}")
     missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
     if missing:
-        raise TypeError(f"{what} needs {', '.join(missing)}: write {what}({missing[0]}=...)")
+        raise TypeError(f"{what} needs {', '.join(missing)}: write {missing[0]}=...")

@@ -137,7 +137,7 @@ def test_sentences_that_cannot_be_read(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"embed_dim": None}, TypeError, r"clip needs embed_dim: write clip\(embed_dim="),
+        ({"embed_dim": None}, TypeError, r"clip needs embed_dim: write embed_dim="),
         ({"multimodal_cfg": {}}, TypeError, "clip takes no argument 'multimodal_cfg'"),
         ({"vision_cfg": "ViT-B-32"}, TypeError, "vision_cfg must be a dict.*got 'ViT-B-32'"),
         ({"vision_cfg": {**VISION, "widht": 3}}, TypeError, "vision_cfg takes no argument 'widht'; did you mean width"),

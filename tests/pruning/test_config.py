@@ -68,7 +68,7 @@ def test_short_forms(text, part):
     [
         "",
         "ratio(",
-        "ratio(0.5)",
+        "ratio(0.5)",  # without a kind there is no signature
         "a.b",
         "ratio ratio",
         "1",

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..pruning.config import Part, PruneConfig
-from ..registry import Registry, bind, nearest, presets
+from ..pruning.config import PruneConfig
+from ..pruning.part import Part
+from ..registry import nearest, presets
 
 _MOST_THREADS = 1024
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -182,20 +183,18 @@ def preset(text: str) -> str:
     return text
 
 
-def part(registry: Registry, given: str) -> Callable[[str], Part | str]:
-    """An argparse type: a registered part, as name or name(key=value). given: the argument that the library passes."""
+def part(kind: str) -> Callable[[str], Part | str]:
+    """An argparse type: a registered part of a kind, as name, name(value) or name(key=value)."""
 
-    def read(text: str) -> Part | str:
-        if given == "specs" and text.lower() == "none":
+    def parse(text: str) -> Part | str:
+        if kind == "guide" and text.lower() == "none":
             return "none"
         try:
-            found = Part.from_spec(text)
-            bind(f"{registry.kind} {found.name!r}", registry[found.name], found.args, (given,))
+            return Part.from_spec(text, kind)
         except (LookupError, TypeError, ValueError) as error:
             raise _Wrong(str(error)) from None
-        return found
 
-    return read
+    return parse
 
 
 def _number(text: str) -> float:

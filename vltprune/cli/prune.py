@@ -23,8 +23,8 @@ from ..evaluation.results_log import write_json
 from ..hosts.find import find_composite
 from ..io.preprocessing import Preprocessing, transforms
 from ..models.factory import PARTS
-from ..pruning.config import KINDS
 from ..pruning.encoder import Pruning
+from ..pruning.part import KINDS
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import replacing
 from ..viz import kept_tokens
@@ -63,10 +63,10 @@ def _add_parts(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="where neither the model's name nor what was saved has one (madtp)",
     )
-    for name, (registry, given) in KINDS.items():
+    for name in KINDS:
         none = ", or none" if name == "guide" else ""
-        what = f"instead of the preset's, as name or 'name(key=value)'{none}"
-        parser.add_argument(f"--{name}", type=options.part(registry, given[0]), metavar="PART", help=what)
+        what = f"instead of the preset's, as name, 'name(value)' or 'name(key=value)'{none}"
+        parser.add_argument(f"--{name}", type=options.part(name), metavar="PART", help=what)
     where = "depths to prune, such as 3,6,9, or --at=-1 for the last (every one)"
     parser.add_argument("--at", type=options.depths, metavar="DEPTHS", help=where)
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..layers import KeepRatioPredictor
-from ..pruning.config import Part
 from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import get_pruning
+from ..pruning.part import Part
 from ..utils.wrappers import unwrapped
 
 

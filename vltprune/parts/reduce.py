@@ -1,0 +1,7 @@
+"""Reducers as typed parts: prune(model, preset, reducer=vltprune.reduce.fuse())."""
+
+from ..layers.reducers import Drop, Fuse
+from .typed import typed_part
+
+drop = typed_part(Drop)
+fuse = typed_part(Fuse)

@@ -1,0 +1,134 @@
+"""Part: a guide, scorer, keeper or reducer by registered name and arguments, as frozen data that JSON can hold."""
+
+from __future__ import annotations
+
+import ast
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..registry import Registry, bind, guides, keepers, name_arguments, parameters, reducers, scorers
+from ..utils.frozen import FrozenDict, frozen, thawed
+
+# kind -> its registry, and the argument that the library itself passes
+KINDS: dict[str, tuple[Registry, str]] = {
+    "guide": (guides, "specs"),
+    "scorer": (scorers, "spec"),
+    "keep": (keepers, "spec"),
+    "reducer": (reducers, "spec"),
+}
+
+# annotation of a maker's argument -> what values of it are, for a program and for a reader
+_PLAIN: dict[str, tuple[type, str]] = {
+    "bool": (bool, "True or False"),
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "str": (str, "text"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part by registered name and arguments: Part("ratio", {"ratio": 0.5}), or "ratio(0.5)" in short.
+
+    Args:
+        name: the registered name.
+        args: the arguments by name, of what JSON has a form for. They are copied and cannot be changed: lists, arrays and
+            tensors are held as tuples, scalars of numpy and torch as numbers.
+
+    Raises:
+        TypeError: for values that JSON has no form for.
+        ValueError: for numbers that are not finite.
+    """
+
+    name: str
+    args: Mapping[str, Any] = field(default_factory=FrozenDict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"a part's name is text, such as 'ratio', not {self.name!r}")
+        if not isinstance(self.args, Mapping):
+            raise TypeError(f"{self.name}: args must be a dict of the part's arguments, not {self.args!r}")
+        args = {key: frozen(value, f"{self.name}({key}=...)") for key, value in self.args.items()}
+        object.__setattr__(self, "args", FrozenDict(args))
+
+    @classmethod
+    def from_spec(cls, spec: Part | str | Mapping[str, Any], kind: str | None = None) -> Part:
+        """The Part that a spec says.
+
+        Args:
+            spec: a Part, its short form with literal values, "name", "name(value)" or "name(key=value, ...)", or a mapping
+                {"name": ..., key: value}.
+            kind: "guide", "scorer", "keep" or "reducer". With it the part must be registered and take these arguments, and
+                arguments by position get their names from its signature.
+
+        Raises:
+            LookupError: for a name that is not registered as this kind.
+            TypeError: for a spec of another type, and for arguments that the part does not take.
+            ValueError: for text of another shape.
+        """
+        values: Sequence[Any] = ()
+        if isinstance(spec, Part):
+            name, args = spec.name, spec.args
+        elif isinstance(spec, Mapping):
+            if "name" not in spec:
+                raise ValueError(f"a part needs a 'name', got {dict(spec)}")
+            name, args = spec["name"], {key: value for key, value in spec.items() if key != "name"}
+        elif isinstance(spec, str):
+            name, values, args = _parse(spec, positional=kind is not None)
+        else:
+            raise TypeError(f"a part is 'name', 'name(key=value)' or a Part, not {type(spec).__name__}: {spec!r}")
+        return cls(name, args) if kind is None else registered_part(kind, name, values, args)
+
+    def replace(self, **args: Any) -> Part:
+        """The same part with other arguments."""
+        return Part(self.name, {**self.args, **args})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that json can write."""
+        return {"name": self.name, **thawed(self.args)}
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.args.items())
+        return f"{self.name}({arguments})" if arguments else self.name
+
+
+def registered_part(kind: str, name: str, values: Sequence[Any], args: Mapping[str, Any]) -> Part:
+    """The Part of a registered name, with arguments by position and by name, checked against the maker's signature.
+
+    Raises LookupError for a name that is not registered, and TypeError for arguments that it does not take.
+    """
+    registry, passed = KINDS[kind]
+    what = f"{registry.kind} {name!r}"
+    maker = registry[Part(name).name]
+    part = Part(name, name_arguments(what, maker, values, args, (passed,)))
+    bind(what, maker, part.args, (passed,))
+    for parameter in parameters(maker):
+        annotation = getattr(parameter.annotation, "__name__", parameter.annotation)
+        if annotation not in _PLAIN or parameter.name not in part.args:
+            continue
+        plain, words = _PLAIN[annotation]
+        value = part.args[parameter.name]
+        if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+            raise TypeError(f"{what}: {parameter.name}={value!r} must be {words}")
+    return part
+
+
+def _parse(text: str, positional: bool) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """Name, arguments by position and arguments by name of a short form."""
+    wrong = ValueError(f"cannot read the part {text!r}: write name or name(key=value, ...) with literal values")
+    try:
+        expression = ast.parse(text, mode="eval").body
+        if isinstance(expression, ast.Name):
+            return expression.id, (), {}
+        if not isinstance(expression, ast.Call) or not isinstance(expression.func, ast.Name):
+            raise wrong
+        values = tuple(map(ast.literal_eval, expression.args))
+        named = {k.arg: ast.literal_eval(k.value) for k in expression.keywords if k.arg is not None}
+    except (SyntaxError, ValueError, TypeError):
+        raise wrong from None
+    # an argument that is given twice, **mapping, or positions that no signature can name
+    if len(named) < len(expression.keywords) or (values and not positional):
+        raise wrong
+    return expression.func.id, values, named
