@@ -17,7 +17,8 @@ from PIL import Image
 from vltprune.data import Loader, Record
 from vltprune.data.images import EncodedImage, ImageError, load_image
 from vltprune.training.data.calibration import calls_of
-from vltprune.training.data.sampler import Draws
+from vltprune.training.data.loader import RecordLoader
+from vltprune.training.data.opener import RecordOpener
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
 LEFT_HALF_RED = np.zeros((16, 48, 3), np.uint8)
@@ -257,10 +258,10 @@ def test_loaders_report_them_with_file_and_index(records, tmp_path, workers):
 
 
 def test_training_draws_others_instead(records):
-    draws = Draws(records, thin, batch_size=4)
-    (batch, images), *_ = draws.batches(0, 1)
+    loader = RecordLoader(records, RecordOpener(thin), batch_size=4)
+    (batch, images), *_ = loader.batches(0, 1)
     assert {record.index for record in batch} == {10, 13} and len(images) == 4
-    assert sorted(one.index for one in draws.skipped) == [11, 12]
+    assert sorted(one.index for one in loader.skipped) == [11, 12]
 
 
 def test_calls_leave_them_out(records):

@@ -88,5 +88,6 @@ def config(task: str, folder: Path, **changes: Any) -> CompressConfig:
         "lr": 1e-3,
         "checkpoint_every": 2,
         "log_every": 1,
+        "workers": 0,
     }
     return CompressConfig.from_dict({**common, **changes})

@@ -202,6 +202,14 @@ def test_pictures_that_cannot_be_opened_are_told_of(tmp_path):
     assert all(note.startswith("entry ") and str(tmp_path / "data" / "0.png") in note for note in notes)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # from Python 3.12 on
+def test_workers_change_nothing(unexamined, tmp_path):
+    settings = config("nlvr", tmp_path / "data", **{**SHORT, "steps": 3, "augment": True})
+    (tmp_path / "data" / "0.png").write_bytes(b"no picture")
+    alone, by_two = (compress(settings.replace(workers=n), tmp_path / f"run{n}").state_dict() for n in (0, 2))
+    assert all(torch.equal(value, by_two[name]) for name, value in alone.items())
+
+
 def test_half_precision(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}
     changes = {"budget": "learned", "parts": parts, "distill": 0.5, "val_limit": 2}
@@ -215,7 +223,7 @@ def test_distillation_of_what_is_not_pruned_costs_nothing(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-20.0)"}
     settings = config("nlvr", tmp_path / "data", distill=1.0, distill_summaries=1.0, parts=parts, steps=1)
     run = engine_of(settings, tmp_path / "run")
-    records, images = next(run.draws.batches(0, 1))
+    records, images = next(run.loader.batches(0, 1))
     figures = run.student(records, images, 0, True)
     assert figures["distill"] == pytest.approx(0.0, abs=1e-5)
     assert figures["kept"]["image"].tolist() == [65.0] * 3

@@ -173,7 +173,7 @@ def _finish(run: Run, model: nn.Module, val: Sequence[Any]) -> Compressed:
     rows, answered = map(list, zip(*evaluations, strict=True))
     write_json(folder / "results.json", rows)
 
-    skipped = [str(one) for one in run.draws.skipped]
+    skipped = [str(one) for one in run.loader.skipped]
     if skipped:
         write_json(folder / "skipped.json", skipped)
     done = Compressed(model.eval(), folder, rows, skipped)

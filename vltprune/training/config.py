@@ -40,7 +40,7 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-_FROM_ONE = ("val_limit", "steps", "batch_size", "accumulate", "workers", "checkpoint_every", "log_every", "max_bad")
+_FROM_ONE = ("val_limit", "steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "max_bad")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class CompressConfig:
     max_grad_norm   largest norm of the gradients
     augment         random crops and flips of the pictures
     precision       "no", "bf16" or "fp16"
-    workers         threads that open pictures
+    workers         processes that open pictures ahead of their use (0: the run's own does)
     checkpoint_every, log_every   in steps; max_bad: so many losses in a row that are no number end the run
     """
 
@@ -161,7 +161,7 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
-        for name in ("k_test", "seed", "align", "distill", "distill_summaries", "saliency", "weight_decay"):
+        for name in ("k_test", "seed", "workers", "align", "distill", "distill_summaries", "saliency", "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.budget not in ("controller", "learned"):

@@ -22,7 +22,8 @@ from vltprune.data.images import EncodedImage, load_image
 from vltprune.data.shards import Shards, is_shard_address, iterate_samples, write_shards
 from vltprune.evaluation.tasks import tasks
 from vltprune.training import compress, compression
-from vltprune.training.data.shards import ShardDraws
+from vltprune.training.data.opener import RecordOpener
+from vltprune.training.data.shards import ShardLoader
 from vltprune.training.loop.checkpoints import Checkpoints
 
 pytest.importorskip("webdataset", reason="shards need webdataset: pip install 'vltprune[train]'")
@@ -55,8 +56,10 @@ def captions(*numbers: int) -> list[tuple[str, bytes]]:
     return [one for n in numbers for one in ((f"{n:03d}.png", png(n)), (f"{n:03d}.txt", f"red {n}".encode()))]
 
 
-def draws(address: str | Path, batch_size: int = 4, **named) -> ShardDraws:
-    return ShardDraws(Shards.from_address(str(address), parse_captioned), prepare, batch_size, **named)
+def loader(address: str | Path, batch_size: int = 4, seed: int = 0, augment: bool = False, **named) -> ShardLoader:
+    return ShardLoader(
+        Shards.from_address(str(address), parse_captioned), RecordOpener(prepare, seed, augment), batch_size, **named
+    )
 
 
 def ids(batches) -> list[list[str]]:
@@ -152,8 +155,8 @@ def test_addresses():
 )
 def test_a_step_is_a_matter_of_seed_and_step(folder, seed, each, world, start, buffer, augment):
     settings = dict(batch_size=each * world, seed=seed, buffer=buffer, augment=augment)
-    whole = list(draws(folder / "*.tar", **settings).batches(0, 7))
-    ranks = [list(draws(folder / "*.tar", rank=r, world=world, **settings).batches(start, 7)) for r in range(world)]
+    whole = list(loader(folder / "*.tar", **settings).batches(0, 7))
+    ranks = [list(loader(folder / "*.tar", rank=r, world=world, **settings).batches(start, 7)) for r in range(world)]
     assert len(whole) == 7 and {len(one) for one in ranks} == {7 - start}
     for (records, images), *parts in zip(whole[start:], *ranks, strict=True):
         assert records == [record for some, _ in parts for record in some]
@@ -164,22 +167,35 @@ def test_a_step_is_a_matter_of_seed_and_step(folder, seed, each, world, start, b
 
 
 def test_epochs_and_seeds_differ(folder):
-    one, other = (ids(draws(folder / "*.tar", N, seed=seed).batches(0, 3)) for seed in (0, 1))
+    one, other = (ids(loader(folder / "*.tar", N, seed=seed).batches(0, 3)) for seed in (0, 1))
     assert len({tuple(some) for some in one + other}) == 6
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # from Python 3.12 on
+def test_workers_take_steps_by_turns(folder, tmp_path):
+    whole, by_two = (list(loader(folder / "*.tar", augment=True, workers=n).batches(1, 6)) for n in (0, 2))
+    assert ids(whole) == ids(by_two)
+    assert all(torch.equal(images, same) for (_, images), (_, same) in zip(whole, by_two, strict=True))
+    shard(tmp_path / "a.tar", *captions(0, 1, 2), ("x.txt", b"red"))
+    some = loader(tmp_path / "a.tar", workers=2)
+    list(some.batches(0, 4))
+    assert len(some.skipped) == 1
+    with pytest.raises(OSError, match=r"^cannot read the shard nowhere://a: .*no gopen handler"):
+        list(loader("nowhere://a", workers=2).batches(0, 1))
+
+
 def test_first_records_are_those_of_every_process(folder):
-    few = [draws(folder / "*.tar", 4, rank=rank, world=2).first(5) for rank in range(2)]
+    few = [loader(folder / "*.tar", 4, rank=rank, world=2).first(5) for rank in range(2)]
     assert few[0] == few[1]
-    assert ids([(few[0], None)]) == ids(draws(folder / "*.tar", 5).batches(0, 1))
-    assert len({record.id for record in draws(folder / "*.tar").first(64)}) == N
+    assert ids([(few[0], None)]) == ids(loader(folder / "*.tar", 5).batches(0, 1))
+    assert len({record.id for record in loader(folder / "*.tar").first(64)}) == N
 
 
 def test_broken_samples_are_replaced_by_the_next_and_noted_once(tmp_path):
     broken = [("x.png", b"no picture"), ("x.txt", b"red"), ("y.png", png(1)), ("y.json", b"{"), ("z.txt", b"red")]
     shard(tmp_path / "a.tar", *captions(0, 1, 2), *broken, ("w.png", png(1)), ("v.png", png(1)), ("v.json", b"[]"))
     shard(tmp_path / "b.tar", *captions(3, 4))
-    some = draws(tmp_path / "*.tar", 4, seed=1)
+    some = loader(tmp_path / "*.tar", 4, seed=1)
     batches = list(some.batches(0, 9))
     assert {one for batch in ids(batches) for one in batch} == {f"{n:03d}" for n in range(5)}
     assert all(images.shape == (4, 1, 3, 8, 8) for _, images in batches)
@@ -189,7 +205,7 @@ def test_broken_samples_are_replaced_by_the_next_and_noted_once(tmp_path):
         notes, "vwxyz", ["a list", "neither json nor", "x.png as", "Expecting", "0 pic"], strict=True
     ):
         assert f"{tmp_path}/a.tar, {key}: " in note and why in note
-    assert ids(draws(tmp_path / "*.tar", 4, seed=1).batches(6, 9)) == ids(batches)[6:]
+    assert ids(loader(tmp_path / "*.tar", 4, seed=1).batches(6, 9)) == ids(batches)[6:]
 
 
 def test_shards_that_end_too_early(tmp_path):
@@ -197,7 +213,7 @@ def test_shards_that_end_too_early(tmp_path):
     (tmp_path / "a.tar").write_bytes(whole[: whole.index(b"5.png") + 1200])
     shard(tmp_path / "b.tar", *captions(2))
     (tmp_path / "c.tar").write_bytes(b"")
-    some = draws(tmp_path / "*.tar", 3)
+    some = loader(tmp_path / "*.tar", 3)
     batches = ids(some.batches(0, 4))
     assert {one for batch in batches for one in batch} == {"000", "001", "002"}
     notes = "\n".join(map(str, some.skipped))
@@ -210,37 +226,37 @@ def test_shards_that_end_too_early(tmp_path):
 def test_where_nothing_can_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no shard .*1\.tar"):
         shard(tmp_path / "0.tar", *captions(0))
-        draws(tmp_path / "{0,1}.tar")
+        loader(tmp_path / "{0,1}.tar")
     with pytest.raises(FileNotFoundError, match=r"there is no shard .*\*\.tgz"):
-        draws(tmp_path / "*.tgz")
+        loader(tmp_path / "*.tgz")
     shard(tmp_path / "a.tar", ("a.txt", b"red"))
     with pytest.raises(
         OSError, match=r"20 records in a row cannot be opened; the last: .*a\.tar, a: it has 0 pictures"
     ):
-        list(draws(tmp_path / "a.tar").batches(0, 1))
+        list(loader(tmp_path / "a.tar").batches(0, 1))
     with pytest.raises(OSError, match=r"nothing can be read from the 1 shards, .*; the last: .*a\.tar, a: it has 0"):
-        draws(tmp_path / "a.tar").first(3)
+        loader(tmp_path / "a.tar").first(3)
     (tmp_path / "b.tar").write_bytes(b"x" * 2000)
     with pytest.raises(
         OSError, match=r"nothing can be read from the 1 shards, .*; the last: .*b\.tar: not a whole tar"
     ):
-        list(draws(tmp_path / "b.tar").batches(0, 1))
+        list(loader(tmp_path / "b.tar").batches(0, 1))
     with pytest.raises(OSError, match=r"nothing can be read from the 1 shards, .*c\.tar \.\.\.$"):
-        draws(shard(tmp_path / "c.tar")).first(3)
-    some = draws(tmp_path / "0.tar")
+        loader(shard(tmp_path / "c.tar")).first(3)
+    some = loader(tmp_path / "0.tar")
     (tmp_path / "0.tar").unlink()
     with pytest.raises(OSError, match=r"cannot read the shard .*0\.tar: No such file"):
         list(some.batches(0, 1))
     with pytest.raises(OSError, match=r"cannot read the shard nowhere://a: .*no gopen handler"):
-        list(draws("nowhere://a").batches(0, 1))
+        list(loader("nowhere://a").batches(0, 1))
 
 
 def test_commands_and_their_failures(folder, tmp_path):
     piped = "::".join(f"pipe:cat {folder}/{place}.tar" for place in range(3))
-    assert ids(draws(piped).batches(0, 3)) == ids(draws(folder / "*.tar").batches(0, 3))
-    assert ids(draws(f"file://{folder}/{{0..2}}.tar").batches(0, 3)) == ids(draws(folder / "*.tar").batches(0, 3))
+    assert ids(loader(piped).batches(0, 3)) == ids(loader(folder / "*.tar").batches(0, 3))
+    assert ids(loader(f"file://{folder}/{{0..2}}.tar").batches(0, 3)) == ids(loader(folder / "*.tar").batches(0, 3))
     with pytest.raises(OSError, match=r"cannot read the shard pipe:cat .*: what fetches it ended with exit 3"):
-        list(draws(f"pipe:cat {folder}/1.tar; exit 3").batches(0, 2))
+        list(loader(f"pipe:cat {folder}/1.tar; exit 3").batches(0, 2))
 
 
 def test_a_run_from_shards_goes_on_as_if_it_had_not_been_stopped(tmp_path, monkeypatch):

@@ -27,10 +27,10 @@ def begun(task, folder, monkeypatch, **changes):
 @pytest.mark.parametrize("task", ["vqa", "caption", "nlvr", "retrieval"])
 def test_a_step_counts_what_evaluation_does(task, tmp_path, monkeypatch):
     run = begun(task, tmp_path, monkeypatch)
-    records, images = next(iter(run.draws.batches(0, 1)))
+    records, images = next(iter(run.loader.batches(0, 1)))
     run.student.train()
     given, said = (run.student(records, images, 0, measured=True, searched=one) for one in (None, run.searched))
-    found = measure(run.model, calls_of(run.task, records, run.draws.prepare))
+    found = measure(run.model, calls_of(run.task, records, run.loader.opener.prepare))
     assert (run.searched is None) == (task in ("nlvr", "retrieval"))  # which have no decoder
     off = 0.02 if task == "retrieval" else 1e-6  # its captions are drawn, and evaluation is measured on the first ones
     assert float(said["macs"]) == pytest.approx(found.macs, rel=off)

@@ -1,70 +1,67 @@
-"""Index sampler: batches of record indices, shuffled anew each epoch."""
+"""Batch sampler keyed by seed and step: which records a step sees."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
+from torch.utils.data import Sampler
 
-from ...data import Skipped
-from ...data.records import R
-from .batches import Batches, Opened
+RecordKey = tuple[int, int]  # step, index of the record: with the seed, what its random numbers depend on
 
 
-@dataclass
-class Draws(Batches[R]):
-    """Batches that see each record once an epoch; the rest of an epoch that fills no batch is left out.
+class StepSampler(Sampler[list[RecordKey]]):
+    """Batch sampler whose steps depend on the seed and the step alone, so that a stopped run goes on with the same batches.
 
-    records: any sequence. One that cannot be opened is replaced by another, drawn at random.
+    Each epoch is a new permutation of all records. Those at its end that fill no batch are left out.
+
+    Args:
+        records: number of records.
+        batch_size: records a step, of all processes.
+        seed: the run's seed.
+        rank: this process; it gets its part of each step.
+        world: number of processes.
+        steps: the steps to go through.
     """
 
-    records: Sequence[R]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size > len(self.records):
-            raise ValueError(f"batch_size={self.batch_size} is more than the {len(self.records)} records there are")
+    def __init__(
+        self, records: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, steps: range = range(0)
+    ):
+        if batch_size > records:
+            raise ValueError(f"batch_size={batch_size} is more than the {records} records there are")
+        self.records, self.batch_size, self.seed, self.steps = records, batch_size, seed, steps
+        self.positions = positions(batch_size, rank, world)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.records) // self.batch_size
+        """Number of whole batches in all records."""
+        return self.records // self.batch_size
 
-    def steps(self, epochs: float) -> int:
-        return max(round(epochs * self.steps_per_epoch), 1)
+    def __iter__(self) -> Iterator[list[RecordKey]]:
+        for step in self.steps:
+            yield [(step, index) for index in self.indices(step)]
 
-    def first(self, n: int) -> list[R]:
-        return [self.records[int(number)] for number in self._shuffled(0)[:n]]
+    def indices(self, step: int) -> list[int]:
+        """Indices of this process's records of a step."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start = batch * self.batch_size
+        return self.permutation(epoch)[start + self.positions.start : start + self.positions.stop].tolist()
 
-    def numbers(self, step: int) -> np.ndarray:
-        """The places of this process's records of a step."""
-        epoch, turn = divmod(step, self.steps_per_epoch)
-        start = turn * self.batch_size
-        return self._shuffled(epoch)[start + self.share.start : start + self.share.stop]
-
-    def _begin(self, start: int, stop: int, pool: ThreadPoolExecutor) -> Iterator[list[Future[Opened[R]]]]:
-        for step in range(start, stop):
-            opening = []
-            for number in map(int, self.numbers(step)):
-                rng = np.random.default_rng((self.seed, step, number))
-                opening.append(pool.submit(self._open, rng, self._instead(number, rng)))
-            yield opening
-
-    def _instead(self, number: int, rng: np.random.Generator) -> Iterator[R]:
-        """A record, and others in its place."""
-        while True:
-            yield self.records[number]
-            number = int(rng.integers(len(self.records)))
-
-    def _record(self, one: R) -> R:
-        return one
-
-    def _lost(self, one: R, error: Exception) -> Skipped:
-        return Skipped(one.index, str(error))
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
+    def permutation(self, epoch: int) -> np.ndarray:
+        """[records] The order of all records in an epoch."""
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.records)))
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.records))
         return self._order[1]
+
+
+def positions(batch_size: int, rank: int, world: int) -> range:
+    """Where in a step the records of one process stand.
+
+    Raises:
+        ValueError: the processes cannot get equally many.
+    """
+    if batch_size % world:
+        raise ValueError(f"batch_size={batch_size} cannot be dealt to {world} processes evenly")
+    size = batch_size // world
+    return range(rank * size, (rank + 1) * size)

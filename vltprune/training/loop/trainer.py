@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from ...pruning.pruner import Pruner
 from ...utils.modes import evaluating
 from ...utils.progress import say
 from ..config import CompressConfig
-from ..data.batches import Batches
 from ..data.calibration import calls_of
-from ..data.sampler import Draws
-from ..data.shards import ShardDraws
+from ..data.loader import RecordLoader, TrainLoader
+from ..data.opener import RecordOpener
+from ..data.shards import ShardLoader
 from ..losses.decoding import Searched
-from ..losses.objectives import objective_of
+from ..losses.objectives import Objective, objective_of
 from ..losses.train_module import Extra, Student
 from .checkpoints import Checkpoints
 from .controller import Target, Turns, target
@@ -66,12 +66,11 @@ class Run:
 
     def __post_init__(self) -> None:
         config, device = self.config, self._accelerate().device
-        self.draws = self._draws()
-        self.steps = config.steps or self.draws.steps(float(config.epochs or 1))
         freeze(get_pruning(self.model).host, config.freeze)
         self.model.to(device)
         objective = objective_of(self.task, self.model, config.seed).to(device)
-        self.draws.check = objective.check
+        self.loader = self._loader(objective)
+        self.steps = config.steps or self.loader.steps(float(config.epochs or 1))
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
         taught = (config.distill, config.distill_summaries)
         student = Student(self.model, objective, config.align, teacher, taught, config.scores_taught, self.extra)
@@ -111,15 +110,16 @@ class Run:
             watch.bar.close()
 
     def _train(self, watch: Watch, stop: Stop) -> None:
-        for step, (records, images) in enumerate(self.draws.batches(self.done, self.steps), self.done):
-            watch.add(self._step(step, records, images))
-            if self.done % self.config.log_every == 0 or self.done == self.steps:
-                watch.report(self.done, **self._standing(step))
-            asked = self._anywhere(stop.asked)  # all processes end behind the same step
-            if asked or self.done % self.config.checkpoint_every == 0 or self.done == self.steps:
-                self._save()
-            if asked:
-                raise Stopped
+        with closing(self.loader.batches(self.done, self.steps)) as batches:
+            for step, (records, images) in enumerate(batches, self.done):
+                watch.add(self._step(step, records, images))
+                if self.done % self.config.log_every == 0 or self.done == self.steps:
+                    watch.report(self.done, **self._standing(step))
+                asked = self._anywhere(stop.asked)  # all processes end behind the same step
+                if asked or self.done % self.config.checkpoint_every == 0 or self.done == self.steps:
+                    self._save()
+                if asked:
+                    raise Stopped
 
     def _save(self) -> None:
         if self.done and self.done != self.checkpoints.last_step():
@@ -147,7 +147,7 @@ class Run:
         )
         return self.accelerator
 
-    def _draws(self) -> Batches[Any]:
+    def _loader(self, objective: Objective) -> TrainLoader[Any]:
         config, processes = self.config, self.accelerator.num_processes
         assert config.batch_size is not None
         if config.batch_size % (processes * config.accumulate):
@@ -155,16 +155,15 @@ class Run:
                 f"batch_size={config.batch_size} does not split into {processes} processes x accumulate="
                 f"{config.accumulate} equal parts"
             )
-        kind: Any = ShardDraws if isinstance(self.records, Shards) else Draws
+        kind: Any = ShardLoader if isinstance(self.records, Shards) else RecordLoader
         return kind(
             self.records,
-            transforms(self.model),
+            RecordOpener(transforms(self.model), config.seed, config.augment, objective.check),
             config.batch_size,
-            config.seed,
             self.accelerator.process_index,
             processes,
-            config.augment,
             config.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
 
     def _begin(self) -> int:
@@ -180,9 +179,9 @@ class Run:
 
     def _place_first(self) -> None:
         """Where a fresh run's guide and knob begin, and what decoding costs."""
-        first, tell = self.draws.first(_START), self.accelerator.is_main_process
+        first, tell = self.loader.first(_START), self.accelerator.is_main_process
         with told(f"opening the pictures of {len(first)} records to start from", tell):
-            calls = calls_of(self.task, first, self.draws.prepare, self.accelerator.device)
+            calls = calls_of(self.task, first, self.loader.opener.prepare, self.accelerator.device)
         guide = get_pruning(self.model).guide
         if guide is not None and guide.is_untrained:
             with told("placing the guide's anchors among their tokens, by k-means", tell) as bar:
@@ -203,7 +202,7 @@ class Run:
     def _standing(self, step: int) -> dict[str, float]:
         """What a report says besides the steps' own figures."""
         lr = self.optimizer.param_groups[0]["lr"]
-        skipped = {"skipped_steps": self.skipped, "skipped_records": len(self.draws.skipped)}
+        skipped = {"skipped_steps": self.skipped, "skipped_records": len(self.loader.skipped)}
         knob = {} if self.turns is None else by_tower("knob", self.turns.controllers[0].value)
         return {**by_tower("target", self._target(step)), "lr": lr, **knob, **skipped}
 
@@ -269,7 +268,7 @@ class Run:
         pieces, size = [], len(records) // config.accumulate
         for start in range(0, len(records), size):
             with nullcontext() if start + size >= len(records) else a.no_sync(self.student):
-                part = images[start : start + size].to(a.device)
+                part = images[start : start + size].to(a.device, non_blocking=True)
                 figures = self.student(records[start : start + size], part, step, **options)
                 loss = figures.pop("loss")
                 if self._anywhere(not bool(torch.isfinite(loss))):

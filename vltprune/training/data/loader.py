@@ -1,0 +1,148 @@
+"""Training loader: a DataLoader whose batches depend on seed and step alone, for any number of workers."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ...data import Skipped
+from ...data.records import R
+from .opener import Batch, Candidate, Opened, RecordOpener, collate
+from .sampler import RecordKey, StepSampler
+
+
+@dataclass
+class TrainLoader(ABC, Generic[R]):
+    """Training batches of one process. What cannot be opened is replaced, and noted in `skipped`, once.
+
+    Args:
+        records: where records come from.
+        opener: opens them.
+        batch_size: records a step, of all processes.
+        rank: this process; it opens its part of each step.
+        world: number of processes.
+        workers: worker processes that open records ahead of their use (0: none). They are forked, so that they share the
+            records' memory; on systems other than Linux, where that is not safe, there are none.
+        pin_memory: whether images are copied to page-locked memory, for a GPU.
+    """
+
+    records: Any
+    opener: RecordOpener[R]
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    workers: int = 0
+    pin_memory: bool = False
+    skipped: list[Any] = field(default_factory=list)
+
+    @abstractmethod
+    def first(self, n: int) -> list[R]:
+        """The first n records, or all there are; the same in every process."""
+
+    @abstractmethod
+    def steps(self, epochs: float) -> int:
+        """Number of steps in so many epochs, at least one.
+
+        Raises:
+            ValueError: the number of records is not known.
+        """
+
+    @abstractmethod
+    def _dataset(self, steps: range) -> dict[str, Any]:
+        """The DataLoader's arguments that give these steps' batches; an OSError in place of a batch ends the run."""
+
+    def batches(self, start: int, stop: int) -> Generator[tuple[list[R], Tensor]]:
+        """Yields records and images [batch, images a record, 3, height, width] of the steps start .. stop.
+
+        Raises:
+            OSError: nothing can be opened for a step.
+        """
+        workers = self.workers if sys.platform == "linux" else 0
+        loader = DataLoader(
+            **self._dataset(range(start, stop)),
+            num_workers=workers,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_leave_signals_to_the_run,
+            multiprocessing_context="fork" if workers else None,
+            generator=torch.Generator(),  # else it would draw from the run's random numbers
+        )
+        for batch in loader:
+            if isinstance(batch, OSError):
+                raise batch
+            self._note(batch.skipped)
+            yield batch.records, batch.images
+
+    def _note(self, skipped: Sequence[Any]) -> None:
+        self.skipped += [note for note in dict.fromkeys(skipped) if note not in self.skipped]
+
+
+@dataclass
+class RecordLoader(TrainLoader[R]):
+    """Batches of a sequence of records. One that cannot be opened is replaced by another, drawn at random."""
+
+    records: Sequence[R]
+
+    def __post_init__(self) -> None:
+        self._sampler()  # wrong numbers fail here
+
+    def first(self, n: int) -> list[R]:
+        return [self.records[int(index)] for index in self._sampler().permutation(0)[:n]]
+
+    def steps(self, epochs: float) -> int:
+        return max(round(epochs * self._sampler().steps_per_epoch), 1)
+
+    def _sampler(self, steps: range = range(0)) -> StepSampler:
+        return StepSampler(len(self.records), self.batch_size, self.opener.seed, self.rank, self.world, steps)
+
+    def _dataset(self, steps: range) -> dict[str, Any]:
+        dataset = RecordDataset(self.records, self.opener)
+        return {"dataset": dataset, "batch_sampler": self._sampler(steps), "collate_fn": _collate}
+
+
+class RecordDataset(Dataset["Opened[R] | OSError"], Generic[R]):
+    """Dataset of opened records, by their keys (step, index)."""
+
+    def __init__(self, records: Sequence[R], opener: RecordOpener[R]):
+        self.records, self.opener = records, opener
+
+    def __getitem__(self, key: RecordKey) -> Opened[R] | OSError:
+        step, index = key
+        rng = self.opener.rng(step, index)
+        try:
+            return self.opener.open_first(self._candidates(index, rng), rng)
+        except OSError as error:
+            return error  # raised in a worker, it would come with the worker's traceback as its message
+
+    def _candidates(self, index: int, rng: np.random.Generator) -> Iterator[Candidate[R]]:
+        """The record, then others drawn at random."""
+        while True:
+            record = self.records[index]
+            yield partial(_same, record), partial(Skipped, record.index)
+            index = int(rng.integers(len(self.records)))
+
+
+def _same(record: R) -> R:
+    return record
+
+
+def _collate(opened: Sequence[Opened[R] | OSError]) -> Batch[R] | OSError:
+    """A batch, or the first error."""
+    whole = [one for one in opened if not isinstance(one, OSError)]
+    errors = [one for one in opened if isinstance(one, OSError)]
+    return errors[0] if errors else collate(whole)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and SIGTERM, which may be sent to the workers as well, end a run behind its step, which needs them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

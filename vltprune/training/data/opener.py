@@ -1,0 +1,99 @@
+"""Record opener: a record and its images, or a replacement where it cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Generic, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...data.records import R
+
+TRIES = 20  # candidates in a row before a run gives up
+
+# BLIP's random crop: the least part of the area, and the largest ratio of the sides
+_LEAST_AREA, _LARGEST_RATIO = 0.5, 4 / 3
+
+# loads a record, and makes the note of why it was skipped
+Candidate = tuple[Callable[[], R], Callable[[str], Any]]
+
+
+class Opened(NamedTuple, Generic[R]):
+    """A record, its images [images a record, 3, height, width], and notes of what was skipped for it."""
+
+    record: R
+    images: Tensor
+    skipped: list[Any]
+
+
+class Batch(NamedTuple, Generic[R]):
+    """A step's records, their images [batch, images a record, 3, height, width], and notes of what was skipped."""
+
+    records: list[R]
+    images: Tensor
+    skipped: list[Any]
+
+
+@dataclass
+class RecordOpener(Generic[R]):
+    """Opens records for training. Random numbers depend on the seed, the step and the record's index alone.
+
+    Args:
+        prepare: a picture to what the model takes, [3, height, width].
+        seed: the run's seed.
+        augment: whether pictures are cropped and flipped at random.
+        check: raises ValueError for a record that cannot be used for another reason than its pictures.
+    """
+
+    prepare: Callable[[Image.Image], Tensor]
+    seed: int = 0
+    augment: bool = False
+    check: Callable[[R], object] | None = None
+
+    def rng(self, step: int, index: int) -> np.random.Generator:
+        """The random numbers of one record in one step."""
+        return np.random.default_rng((self.seed, step, index))
+
+    def open_first(self, candidates: Iterable[Candidate[R]], rng: np.random.Generator) -> Opened[R]:
+        """Opens the first candidate that can be used.
+
+        Raises:
+            OSError: `TRIES` candidates in a row cannot be used.
+        """
+        skipped = []
+        for load, note in islice(candidates, TRIES):
+            try:
+                record = load()
+                if self.check is not None:
+                    self.check(record)
+                return Opened(record, record.load_tensor(partial(self._prepare, rng)), skipped)
+            except (OSError, ValueError) as error:
+                skipped.append(note(str(error)))
+        raise OSError(f"{TRIES} records in a row cannot be opened; the last: {skipped[-1]}")
+
+    def _prepare(self, rng: np.random.Generator, picture: Image.Image) -> Tensor:
+        return self.prepare(random_crop(picture, rng) if self.augment else picture)
+
+
+def collate(opened: Iterable[Opened[R]]) -> Batch[R]:
+    """One batch of several opened records."""
+    records, images, skipped = zip(*opened, strict=True)
+    return Batch(list(records), torch.stack(images), [note for notes in skipped for note in notes])
+
+
+def random_crop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A random crop of at least half the picture's area, flipped horizontally half of the time."""
+    area = rng.uniform(_LEAST_AREA, 1.0) * picture.width * picture.height
+    log_ratio = np.log(_LARGEST_RATIO)
+    ratio = np.exp(rng.uniform(-log_ratio, log_ratio)) * picture.width / picture.height
+    width = min(max(round(np.sqrt(area * ratio)), 1), picture.width)
+    height = min(max(round(np.sqrt(area / ratio)), 1), picture.height)
+    left, top = rng.integers(picture.width - width + 1), rng.integers(picture.height - height + 1)
+    picture = picture.crop((int(left), int(top), int(left) + width, int(top) + height))
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else picture
