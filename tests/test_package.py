@@ -31,7 +31,7 @@ FLOORS = (
     "hosts",
     "pruning.prune",
     "cost",
-    "io.preprocessing io.hub models.catalog models.sources models.factory models.resolve",
+    "io.preprocessing io.hub models.catalog models.sources models.pretrained models.factory models.resolve",
     "viz evaluation",
     "demo training",
     "cli",

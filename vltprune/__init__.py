@@ -10,7 +10,8 @@ from .io.checkpoint import CheckpointError, Recipe, save
 from .io.hub import from_pretrained, load, push_to_hub
 from .io.preprocessing import Preprocessing, transforms
 from .layers import AlignmentGuide, BlockSpec, Guidance, KeepRatioPredictor, Knob, Reduction, TokenReducer, TokenScorer
-from .models.factory import create_model, list_models, list_pretrained
+from .models.catalog import list_models, list_pretrained
+from .models.factory import create_model
 from .parts import guide, keep, reduce, score
 from .parts.typed import typed_part
 from .pruning import losses

@@ -14,7 +14,7 @@ import vltprune as vp
 from vltprune.evaluation import tasks
 from vltprune.evaluation.tasks.base import dense
 from vltprune.io.preprocessing import image_size
-from vltprune.models.clip import tokenizer
+from vltprune.models.clip import build_tokenizer
 
 VISION = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
 TEXT = {"layers": 2, "width": 32, "heads": 4, "context_length": 14, "vocab_size": 60}
@@ -131,13 +131,13 @@ def test_sentences_that_cannot_be_read(folder, tmp_path):
     with pytest.raises(ValueError, match=r"does not say how sentences become its ids: .* with hf_tokenizer_name"):
         tasks.Retrieval.from_model(model)
     with pytest.raises(ValueError, match=r"no tokenizer of transformers at hf_tokenizer_name='.*nowhere'"):
-        tokenizer({"hf_tokenizer_name": str(tmp_path / "nowhere")})
+        build_tokenizer({"hf_tokenizer_name": str(tmp_path / "nowhere")})
 
 
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"embed_dim": None}, TypeError, r"clip needs embed_dim: write embed_dim="),
+        ({"embed_dim": None}, TypeError, r"'clip' needs embed_dim: write create_model\('clip', embed_dim="),
         ({"multimodal_cfg": {}}, TypeError, "clip takes no argument 'multimodal_cfg'"),
         ({"vision_cfg": "ViT-B-32"}, TypeError, "vision_cfg must be a dict.*got 'ViT-B-32'"),
         ({"vision_cfg": {**VISION, "widht": 3}}, TypeError, "vision_cfg takes no argument 'widht'; did you mean width"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import warnings
 
 import open_clip
@@ -10,7 +11,7 @@ import timm
 import torch
 
 import vltprune as vp
-from vltprune.models import zoo
+from vltprune.models import catalog, factory, zoo
 from vltprune.models.blip import Blip, BlipNlvr
 from vltprune.models.catalog import _TIMM_MODULES, ModelName, open_clip_name
 from vltprune.utils.modes import on_meta
@@ -90,16 +91,20 @@ def test_backbone_arguments_reach_it():
     ("call", "error", "says"),
     [
         (lambda: vp.create_model("blip_nlvr_bse"), LookupError, "did you mean .*blip_nlvr_base"),
-        (lambda: vp.create_model("blip_nlvr_base_madpt"), LookupError, "did you mean .*blip_nlvr_base_madtp"),
+        (lambda: vp.create_model("blip_nlvr_base_madpt"), LookupError, "did you mean blip_nlvr_base_madtp"),
         (
             lambda: vp.create_model("vit_tiny_patch16_224_madpt"),
             LookupError,
-            "did you mean .*vit_tiny_patch16_224_madtp",
+            "did you mean vit_tiny_patch16_224_madtp",
         ),
         (lambda: vp.create_model("clip_vit_b_33"), LookupError, "did you mean .*clip_vit_b_32"),
         (lambda: vp.create_model("blip_nlvr_tiny_madtp", widht=3), TypeError, "no argument 'widht'; did you mean"),
         (lambda: vp.create_model("blip_nlvr_tiny_madtp", keep="ratoi(ratio=1)"), LookupError, "did you mean ratio"),
-        (lambda: vp.create_model("blip_nlvr_tiny", keep="ratio"), TypeError, "dense: append a preset or give preset"),
+        (
+            lambda: vp.create_model("blip_nlvr_tiny", keep="ratio"),
+            TypeError,
+            "dense: append a preset to the name, or give preset=",
+        ),
         (lambda: vp.create_model("blip_tiny_madtp", preset="evit"), ValueError, "already names the preset 'madtp'"),
         (lambda: vp.create_model("blip_tiny", pretrained=True), LookupError, "no weights come with 'blip_tiny'"),
         (lambda: vp.create_model("clip_vit_b_32", pretrained=True), ValueError, r"append a tag, one of .*\.openai"),
@@ -107,6 +112,29 @@ def test_backbone_arguments_reach_it():
         (lambda: vp.create_model("some/folder"), LookupError, r"vltprune.load\(folder\), and .*from_pretrained"),
         (lambda: vp.create_model("hf-hub:org/name"), LookupError, "from_pretrained"),
         (lambda: vp.create_model(3), TypeError, "a model's name is text"),
+        (lambda: vp.create_model("ViT-B-32_madpt"), LookupError, "did you mean ViT-B-32_madtp"),
+        (
+            lambda: vp.create_model("vit_tiny_patch16_224_xyzzy"),
+            LookupError,
+            "'vit_tiny_patch16_224' is one, and the presets that may follow it are attention, evit, madtp",
+        ),
+        (
+            lambda: vp.create_model("timm/vit_tiny_patch16_224.augreg"),
+            LookupError,
+            "write 'vit_tiny_patch16_224.augreg'",
+        ),
+        (lambda: vp.create_model("blip_tiny", preset="madpt"), LookupError, "no preset 'madpt'; did you mean madtp"),
+        (lambda: vp.create_model("blip_tiny", preset=3), TypeError, "preset=3: give the name of a preset, attention"),
+        (lambda: vp.create_model("blip_tiny_evit", preset="evit"), ValueError, "or name the model 'blip_tiny'"),
+        (lambda: vp.create_model("vit_tiny_patch16_224", imgsize=96), TypeError, "imgsize=96.*did you mean img_size"),
+        (lambda: vp.create_model("ViT-B-32", force_size=96), TypeError, "did you mean force_image_size"),
+        (lambda: vp.create_model("vit_tiny_patch16_224_evit", scorrer="random"), TypeError, "did you mean scorer"),
+        (
+            lambda: vp.create_model("blip_tiny_evit", reduction=0.5),
+            TypeError,
+            "prune.model, preset, reduction=0.5, data",
+        ),
+        (lambda: vp.create_model("clip", embed_dim=3), TypeError, "needs vision_cfg, text_cfg: write create_model"),
         (lambda: vp.list_pretrained(library="keras"), ValueError, "there is vltprune, timm, open_clip"),
         (lambda: vp.create_model("blip_nlvr_tiny", pretrained=1), TypeError, "pretrained=1: write True, False"),
         (lambda: vp.create_model("blip_nlvr_tiny", pretrained="nowhere"), vp.CheckpointError, "no file nowhere"),
@@ -131,21 +159,21 @@ class TestTags:
     @pytest.mark.parametrize(
         ("name", "says"),
         [
-            ("blip_nlvr_tiny_madtp.p90", r"it has \.p70, \.p80"),
+            ("blip_nlvr_tiny_madtp.p90", r"blip_nlvr_tiny_madtp has \.p70, \.p80"),
             ("blip_nlvr_tiny.p80", "nobody has published any"),
-            ("blip_base.capfill", r"it has \.capfilt, \.129m, \.14m"),
+            ("blip_base.capfill", r"blip_base has \.capfilt, \.129m, \.14m"),
             ("blip_tiny_evit.coco", "nobody has published any"),
-            ("blip_base.", r"it has \.capfilt"),
-            ("vit_tiny_patch16_224.augreg", r"it has .*\.augreg_in21k"),
-            ("vit_tiny_patch16_224_evit.openai", r"it has .*\.augreg_in21k"),
-            ("clip_vit_b_32.openay", r"it has .*\.openai"),
-            ("ViT-B-32_madtp.p80", r"it has .*\.openai"),
+            ("blip_base.", r"blip_base has \.capfilt"),
+            ("vit_tiny_patch16_224.augreg", r"has .*\.augreg_in21k"),
+            ("vit_tiny_patch16_224_evit.openai", r"has .*\.augreg_in21k"),
+            ("clip_vit_b_32.openay", r"clip_vit_b_32 has \.openai"),
+            ("ViT-B-32_madtp.p80", r"vltprune.list_pretrained\('clip_vit_b_32'\) gives the"),
             ("clip.openai", "nobody has published any"),
         ],
     )
     def test_unknown_tags(self, name, says, pretrained):
         with pytest.raises(
-            LookupError, match=rf"there is no .*: no weights come with .*{says}.*: give pretrained=PATH"
+            LookupError, match=rf"there are no weights '.*{says}.*; pretrained=PATH loads a checkpoint of your own"
         ):
             vp.create_model(name, pretrained=pretrained)
 
@@ -256,6 +284,18 @@ def test_lists():
     assert {"deit3_small_patch16_224", "vitamin_small_224", "clip_vitamin_s", "clip_mobileclip_b"} <= set(listed)
     for other in ("clip_rn", "coca", "convnext", "_xp_", "18x2", "distilled", "swin", "mobileclip_s", "nllb", "relpos"):
         assert not [name for name in listed if other in name]
+
+
+def test_lists_match_patterns_of_either_case():
+    assert vp.list_models("BLIP_NLVR_*") == vp.list_models("blip_nlvr_*")
+    assert vp.list_models("vit-b-32") == ["clip_vit_b_32"]
+
+
+@pytest.mark.parametrize("module", [catalog, factory], ids=lambda module: module.__name__)
+def test_examples_run(module):
+    torch.manual_seed(0)
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 def test_lists_of_weights():

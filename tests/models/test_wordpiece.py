@@ -121,5 +121,5 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
 
 def test_sentences_are_cleaned_as_for_blip():
     assert clean_caption('A dog (brown): "Rex"; runs~ fast.\n') == "a dog brown rex runs fast"
-    assert clean_caption("one two three four", words=3) == "one two three"
+    assert clean_caption("one two three four", max_words=3) == "one two three"
     assert clean_question("Is it No.3 (or 4)?") == "is it no3 or 4?"

@@ -1,7 +1,8 @@
-"""Names of models and weights: which library knows a name, and which names can be built and pruned."""
+"""The catalog of model names: which library knows a name, and which models can be built and pruned."""
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import importlib
 from collections.abc import Callable, Mapping, Set
@@ -12,6 +13,7 @@ from ..registry import backbones, nearest, presets
 from . import sources, zoo
 
 CONFIGURED = "clip"  # any of open_clip's architectures, by its configuration
+_MOST_TAGS = 12  # in an error
 
 # timm's modules whose models are a VisionTransformer or an Eva, and those of them with other blocks or another class
 _TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "vitamin", "deit", "eva")
@@ -28,7 +30,14 @@ _TIMM_OTHERS = (
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model's name, read: library is "vltprune", "timm" or "open_clip"; backbone is in our spelling."""
+    """The parts of a model's name: "blip_nlvr_tiny_madtp.p80" is a backbone, a preset and a tag of weights.
+
+    Attributes:
+        library: Who builds the backbone: "vltprune", "timm" or "open_clip".
+        backbone: The dense model, in this library's spelling ("clip_vit_b_32" for open_clip's "ViT-B-32").
+        preset: How it is pruned; None for a dense model.
+        tag: Which weights it has; None for none in particular.
+    """
 
     library: str
     backbone: str
@@ -37,9 +46,11 @@ class ModelName:
 
     @classmethod
     def parse(cls, text: str) -> ModelName:
-        """ "blip_base_madtp.tag" -> its parts. Where timm and open_clip both have a backbone, timm's is meant.
+        """Split a name into its parts. Where timm and open_clip both have a backbone, timm's is meant.
 
-        Raises LookupError, with the nearest names, where no library knows the backbone, TypeError for what is no text.
+        Raises:
+            LookupError: If no library knows the backbone, or no preset has the name behind it; with the nearest names.
+            TypeError: If `text` is no text.
         """
         if not isinstance(text, str):
             raise TypeError(f"a model's name is text, such as 'blip_nlvr_tiny_madtp', not {text!r}")
@@ -47,13 +58,13 @@ class ModelName:
         given = tag if dot else None
         for preset in sorted(presets.names(), key=len, reverse=True):
             stem = arch.removesuffix(f"_{preset}")
-            found = _backbone(stem) if stem != arch else None
+            found = _find_backbone(stem) if stem != arch else None
             if found is not None:
                 return cls(*found, preset, given)
-        found = _backbone(arch)
+        found = _find_backbone(arch)
         if found is not None:
             return cls(*found, None, given)
-        raise LookupError(f"there is no model {text!r}{_instead(text, arch)}")
+        raise LookupError(f"there is no model {text!r}{_suggestion(text, arch)}")
 
     @property
     def arch(self) -> str:
@@ -64,59 +75,104 @@ class ModelName:
         return self.arch if self.tag is None else f"{self.arch}.{self.tag}"
 
     def tags(self) -> list[str]:
-        """The tags of all weights that this name can have."""
+        """The tags of all weights that this backbone and preset can have."""
         if self.library == "timm":
             return [name.partition(".")[2] for name in _timm().list_pretrained(f"{self.backbone}.*")]
         if self.library == "open_clip":
-            return [] if self.backbone == CONFIGURED else _clip().list_pretrained_tags_by_model(self.in_open_clip)
+            return [] if self.backbone == CONFIGURED else _clip().list_pretrained_tags_by_model(self.open_clip_name)
         own = [tag for arch, _, tag in (name.partition(".") for name in zoo.packaged_names()) if arch == self.arch]
         return list(dict.fromkeys([*filter(None, own), *sources.SOURCES.get(self.backbone, {})]))
 
     @property
-    def in_open_clip(self) -> str:
+    def open_clip_name(self) -> str:
         """open_clip's own spelling of the backbone: "ViT-B-32"."""
         return open_clip_name(self.backbone)
 
     def check_tag(self) -> None:
-        """LookupError, with the tags that there are, for a tag that names no weights."""
+        """Check that the name's tag exists.
+
+        Raises:
+            LookupError: If it names no weights; with the tags that there are.
+        """
         if self.tag is not None and self.tag not in self.tags():
-            raise LookupError(f"there is no {str(self)!r}: {self.no_weights()}")
+            raise LookupError(self.no_weights())
 
     def no_weights(self) -> str:
-        """What to say where weights of this name are asked for and there are none."""
+        """The message for weights that do not exist: which were asked for, which there are, and what to write."""
+        asked = f"there are no weights {str(self)!r}" if self.tag is not None else f"no weights come with {str(self)!r}"
         tags = self.tags()
-        there = f"it has {', '.join('.' + tag for tag in tags)}" if tags else "nobody has published any"
-        asked = f"{self.backbone}.{self.tag}" if self.tag is not None else self.backbone
-        return f"no weights come with {asked!r} ({there}): give pretrained=PATH, a checkpoint of your own"
+        close = difflib.get_close_matches(self.tag or "", tags, 3, 0.5) if len(tags) > _MOST_TAGS else tags
+        if close:
+            there = f"{self.arch} has {', '.join('.' + tag for tag in close)}"
+        elif tags:
+            there = f"vltprune.list_pretrained({self.backbone!r}) gives the {len(tags)} that there are"
+        else:
+            there = "nobody has published any"
+        return f"{asked}: {there}; pretrained=PATH loads a checkpoint of your own"
 
 
 def list_models(pattern: str = "*", *, library: str | None = None) -> list[str]:
-    """Names that `create_model` builds, `prune` prunes, and that match a shell pattern, sorted within each library.
+    """List the dense models that `create_model` builds and `prune` prunes.
 
-    Any preset may be appended to each. open_clip's are matched in its own spelling too ("ViT-B-*"). library: "vltprune",
-    "timm" or "open_clip" to list only its models, None for all. ValueError for another.
+    Any preset may be appended to a name: "vit_small_patch16_224_attention" is the pruned model.
+
+    Args:
+        pattern: Shell pattern of names, upper or lower case. open_clip's models also match in its own spelling ("ViT-B-*").
+        library: "vltprune", "timm" or "open_clip" for its models alone; None for all.
+
+    Returns:
+        Names, sorted within each library.
+
+    Raises:
+        ValueError: For another library.
+
+    Example:
+        >>> import vltprune as vp
+        >>> vp.list_models("blip_nlvr_*")
+        ['blip_nlvr_base', 'blip_nlvr_large', 'blip_nlvr_tiny']
+        >>> vp.list_models("ViT-B-32", library="open_clip")
+        ['clip_vit_b_32']
     """
     return [name for known in _libraries(library) for name in _LISTS[known]() if _matches(known, name, pattern)]
 
 
 def list_pretrained(pattern: str = "*", *, library: str | None = None) -> list[str]:
-    """Names with weights, which `create_model(name, pretrained=True)` loads: "clip_vit_b_32.openai".
+    """List the weights that `create_model(name)` loads: names of models with a tag, and names of packaged weights.
 
-    They are names of `list_models` with each of their tags, and of the weights that come with the package. A pattern
-    without "." is of what stands before the tag. library: as in `list_models`.
+    Args:
+        pattern: Shell pattern of names, upper or lower case. A pattern without "." is matched with the part before the tag.
+        library: "vltprune", "timm" or "open_clip" for its weights alone; None for all.
+
+    Returns:
+        Names, sorted within each library. `create_model(name)` loads those with a tag; those without, which come with the
+        package, need `pretrained=True`.
+
+    Raises:
+        ValueError: For another library.
+
+    Example:
+        >>> import vltprune as vp
+        >>> vp.list_pretrained("blip_caption_*")
+        ['blip_caption_base.coco', 'blip_caption_large.coco']
+        >>> vp.list_pretrained("ViT-B-32.openai")
+        ['clip_vit_b_32.openai']
     """
     return [name for known in _libraries(library) for name in _pretrained(known) if _matches(known, name, pattern)]
 
 
 def unprunable(pattern: str) -> list[str]:
-    """Names of timm and open_clip that match a shell pattern and are not listed: they are built, and not pruned."""
+    """List names of timm and open_clip that match a shell pattern and can be built, but not pruned."""
     everything = [("timm", name) for name in _timm().list_models()] + [("open_clip", name) for name in _clip_names()]
     listed = {*_timm_prunable(), *_clip_prunable()}
     return [name for known, name in everything if name not in listed and _matches(known, name, pattern)]
 
 
 def open_clip_name(backbone: str) -> str:
-    """open_clip's own spelling of an architecture: "clip_vit_b_32" -> "ViT-B-32". LookupError for none of its."""
+    """open_clip's own spelling of an architecture: "clip_vit_b_32" -> "ViT-B-32".
+
+    Raises:
+        LookupError: If it is none of open_clip's.
+    """
     names = _clip_names()
     if backbone not in names:
         raise LookupError(f"open_clip has no {backbone!r}{nearest(backbone, names)}")
@@ -137,11 +193,11 @@ def _pretrained(library: str) -> list[str]:
 def _matches(library: str, name: str, pattern: str) -> bool:
     arch, _, tag = name.partition(".")
     spellings = [arch, _clip_names()[arch]] if library == "open_clip" else [arch]
-    ends = f".{tag}" if tag and "." in pattern else ""
-    return any(fnmatch.fnmatchcase(spelling + ends, pattern) for spelling in spellings)
+    ending = f".{tag}" if tag and "." in pattern else ""
+    return any(fnmatch.fnmatchcase((spelling + ending).lower(), pattern.lower()) for spelling in spellings)
 
 
-def _backbone(text: str) -> tuple[str, str] | None:
+def _find_backbone(text: str) -> tuple[str, str] | None:
     """The library of a backbone, and its name in our spelling; None where no library knows it."""
     if text in backbones:
         return "vltprune", text
@@ -153,17 +209,36 @@ def _backbone(text: str) -> tuple[str, str] | None:
     return next((("open_clip", ours) for ours, theirs in _clip_names().items() if theirs == native), None)
 
 
-def _instead(text: str, arch: str) -> str:
-    """The tail of an error: the names closest to an unknown one, or how to read what seems to be no name."""
+def _suggestion(text: str, arch: str) -> str:
+    """The tail of an error for an unknown name: what to write instead."""
+    last = text.rpartition("/")[2]
+    if "/" in text and _find_backbone(last.partition(".")[0]) is not None:
+        return f"; write {last!r}"
     if "/" in text or text.startswith("hf-hub:"):
         return (
-            ": read a folder that vltprune.save wrote with vltprune.load(folder), and a repository of the hub with "
+            ": load a folder that vltprune.save wrote with vltprune.load(folder), and a repository of the hub with "
             "vltprune.from_pretrained('hf-hub:org/name')"
         )
-    stem = arch.rpartition("_")[0]
-    presets_of = [stem] if stem and _backbone(stem) is not None else backbones.names()
-    known = [*list_models(), *_clip_names().values(), *(f"{b}_{p}" for b in presets_of for p in presets.names())]
-    return nearest(arch, [*known, CONFIGURED]) or "; vltprune.list_models() gives the names"
+    stem, ending = _split_unknown_ending(arch)
+    known = [*list_models(), *_clip_names().values()]
+    if stem is None:
+        pruned = [f"{own}_{preset}" for own in (*backbones.names(), CONFIGURED) for preset in presets.names()]
+        return nearest(arch, [*known, *pruned, CONFIGURED]) or "; vltprune.list_models() gives the names"
+    endings = [*presets.names(), *(name.removeprefix(f"{stem}_") for name in known if name.startswith(f"{stem}_"))]
+    close = difflib.get_close_matches(ending, endings, 3, 0.5)
+    if close:
+        return f"; did you mean {', '.join(f'{stem}_{one}' for one in close)}?"
+    return f": {stem!r} is one, and the presets that may follow it are {', '.join(presets.names())}"
+
+
+def _split_unknown_ending(arch: str) -> tuple[str | None, str]:
+    """The longest backbone that an unknown name begins with, and what follows its "_"; None where it begins with none."""
+    stem = arch
+    while "_" in stem:
+        stem = stem.rpartition("_")[0]
+        if stem != CONFIGURED and _find_backbone(stem) is not None:
+            return stem, arch[len(stem) + 1 :]
+    return None, ""
 
 
 def _timm() -> Any:

@@ -1,4 +1,4 @@
-"""open_clip's CLIP built from a configuration, and its tokenizer."""
+"""open_clip's CLIP from a configuration: builds the model and its tokenizer, and makes the configuration JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POOLERS = ("mean_pooler", "max_pooler", "cls_pooler", "cls_last_hidden_state_po
 _PROJECTIONS = ("linear", "mlp", None)
 
 
-def clip(
+def build_clip(
     embed_dim: int,
     vision_cfg: Config,
     text_cfg: Config,
@@ -36,16 +36,33 @@ def clip(
     output_dict: bool = False,
     preprocess_cfg: Config | None = None,
 ) -> nn.Module:
-    """A dense CLIP, or CustomTextCLIP where open_clip would build one. The arguments are what open_clip's files of
-    architectures hold, and preprocess_cfg (size, mean, std, interpolation, resize_mode), CLIP's where it says nothing.
+    """Build a dense CLIP from the arguments that open_clip's configuration files hold.
 
-    A text tower of transformers has `hf_model_name` in text_cfg, a folder or a name of the hub of which config.json is
-    read; a trunk of timm has `timm_model_name` in vision_cfg, and takes images of the config's `image_size`. Weights are
-    random, unless hf_model_pretrained or timm_model_pretrained ask for the towers' own. Raises TypeError and ValueError
-    for what no such file may hold.
+    Weights are random, unless `hf_model_pretrained` in text_cfg or `timm_model_pretrained` in vision_cfg ask for a tower's own.
+
+    Args:
+        embed_dim: Width of the features that both towers share.
+        vision_cfg: The image tower; with `timm_model_name` a trunk of timm, for images of the config's `image_size`.
+        text_cfg: The text tower; with `hf_model_name` an encoder of transformers, from a folder or a hub name whose
+            config.json is read.
+        custom_text: Whether to build a CustomTextCLIP, as an encoder of transformers always does.
+        quick_gelu: Whether the towers use QuickGELU.
+        init_logit_scale: Initial log of the inverse temperature.
+        init_logit_bias: Initial bias of the logits (SigLIP); None for none.
+        nonscalar_logit_scale: Whether scale and bias have shape [1].
+        output_dict: Whether the model returns a dict.
+        preprocess_cfg: Pixel preprocessing (size, mean, std, interpolation, resize_mode); CLIP's where it says nothing.
+
+    Returns:
+        An open_clip CLIP or CustomTextCLIP.
+
+    Raises:
+        TypeError: For keys that no such configuration has.
+        ValueError: For an encoder or a pooler that open_clip does not build.
+        ImportError: For an encoder of transformers without that package.
     """
-    vision, text = _checked("vision_cfg", CLIPVisionCfg, vision_cfg), _checked("text_cfg", CLIPTextCfg, text_cfg)
-    pixels = _checked("preprocess_cfg", PreprocessCfg, preprocess_cfg or {})
+    vision, text = _check_keys("vision_cfg", CLIPVisionCfg, vision_cfg), _check_keys("text_cfg", CLIPTextCfg, text_cfg)
+    pixels = _check_keys("preprocess_cfg", PreprocessCfg, preprocess_cfg or {})
     if text.get("hf_model_name"):
         _check_encoder(text)
     kind: Any = CustomTextCLIP if custom_text or text.get("hf_model_name") else CLIP
@@ -55,15 +72,17 @@ def clip(
 
     size = model.visual.image_size
     if type(model.visual) is TimmModel:
-        model.visual.set_input_size(size)  # its trunk still has the size that timm knows it by
+        # its trunk still has the size that timm knows it by
+        model.visual.set_input_size(size)
     set_model_preprocess_cfg(model, asdict(PreprocessCfg(**{"size": size, **pixels})))
     return model
 
 
-def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `clip` as a checkpoint keeps them: plain JSON, and towers that wait for the checkpoint's weights.
+def recordable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the arguments of `build_clip` what a checkpoint keeps: plain JSON, without requests for pretrained towers.
 
-    TypeError for an argument that JSON has no form for.
+    Raises:
+        TypeError: For an argument that JSON cannot hold.
     """
     out = {}
     for name, value in arguments.items():
@@ -76,10 +95,17 @@ def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def tokenizer(text_cfg: Config) -> Callable[[list[str]], Tensor]:
-    """Sentences to ids [sentences, context_length], as open_clip makes them for such a text tower.
+def build_tokenizer(text_cfg: Config) -> Callable[[list[str]], Tensor]:
+    """Build open_clip's tokenizer for a text tower.
 
-    ValueError for a tower of transformers without `hf_tokenizer_name`, and for one that cannot be read.
+    Args:
+        text_cfg: The text tower, as in `build_clip`.
+
+    Returns:
+        A function of sentences that returns token ids [sentences, context_length].
+
+    Raises:
+        ValueError: For an encoder of transformers without `hf_tokenizer_name`, or a tokenizer that cannot be loaded.
     """
     cfg = CLIPTextCfg(**text_cfg)
     options: dict[str, Any] = {"context_length": cfg.context_length, **(cfg.tokenizer_kwargs or {})}
@@ -98,7 +124,7 @@ def tokenizer(text_cfg: Config) -> Callable[[list[str]], Tensor]:
     return SimpleTokenizer(**options)
 
 
-def _checked(name: str, kind: type, cfg: Config) -> dict[str, Any]:
+def _check_keys(name: str, kind: type, cfg: Config) -> dict[str, Any]:
     """The config with text for paths and a tuple for an image's two sides. TypeError for a key that `kind` lacks."""
     if not isinstance(cfg, Mapping):
         raise TypeError(f"{name} must be a dict, as in open_clip's files of architectures; got {cfg!r}")

@@ -1,4 +1,4 @@
-"""Conversion of foreign checkpoints to our keys. A file is recognized by its keys; what is left over is listed."""
+"""Conversion of BLIP checkpoints of Salesforce, the MADTP reference and transformers to this library's keys."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 _Rules = tuple[tuple[str, str], ...]
@@ -43,7 +44,8 @@ _VIT: _Rules = (
 _HEAD: _Rules = ((r"transform\.dense\.", "transform."), (r"transform\.LayerNorm\.", "norm."), (r"bias$", "bias"))
 _SAME: _Rules = (("", ""),)
 
-_PARTS: tuple[tuple[str, str, _Rules], ...] = (  # what their keys begin with, what ours do, what becomes of the rest
+# the prefix of their keys, the prefix of ours, rules for what follows it
+_PARTS: tuple[tuple[str, str, _Rules], ...] = (
     ("visual_encoder.", "visual.", _SAME),  # Salesforce, MADTP
     ("vision_model.", "visual.", _VIT),  # transformers
     ("text_encoder.", "text.", _BERT),
@@ -55,38 +57,45 @@ _PARTS: tuple[tuple[str, str, _Rules], ...] = (  # what their keys begin with, w
     ("text_proj.", "text_projection.", _SAME),
     ("temp", "temperature", ((r"$", ""),)),
 )
-_CARRIES_NOTHING = re.compile(  # buffers, and what only training needed: momentum copies, queues of features
+# buffers, and what only training needed: EMA models, queues of features
+_NOT_LOADED = re.compile(
     r".*\.position_ids|(visual_encoder|text_encoder|vision_proj|text_proj)_m\..*|(image|text|idx)_queue|queue_ptr|ptr_queue"
 )
 _PREDICTIONS = "text_decoder.cls.predictions."
-_TIED = {  # a second name -> the first
+# the second name of a tied weight -> the first
+_TIED = {
     _PREDICTIONS + "decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     _PREDICTIONS + "decoder.bias": _PREDICTIONS + "bias",
 }
 _ANCHORS = "space_dict"
-_ONE_TASK_LACKS = ("text_decoder.", "itm_head.")  # what only a checkpoint of BLIP's pretraining holds together
+# only a checkpoint of BLIP's pretraining has both
+_PRETRAINING_PARTS = ("text_decoder.", "itm_head.")
 
 
 def is_blip(keys: Mapping[str, Tensor]) -> bool:
-    """Whether these are keys of BLIP as Salesforce, the MADTP reference or transformers name them."""
+    """Whether a state dict has BLIP's keys as Salesforce, the MADTP reference or transformers name them."""
     return any(key.startswith(("visual_encoder.", "vision_model.")) for key in keys)
 
 
 def from_blip(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-    """BLIP's state dict, Salesforce's, the MADTP reference's or transformers', in our keys; and the anchors, if any.
+    """Convert BLIP's state dict, of Salesforce, the MADTP reference or transformers, to this library's keys.
 
-    like: the state of the dense model that it is for. Where the file's images had another size, its position embeddings
-    are interpolated to the model's grid, bicubically, as BLIP does. Momentum copies, queues and second names of tied
-    weights are left out, and of a pretraining checkpoint, which serves every task, the parts that the model has not.
-    transformers leaves out the temperature, and then the model's stays.
+    Position embeddings for images of another size are interpolated to the model's grid, bicubically, as BLIP does. EMA models,
+    feature queues and second names of tied weights are left out; of a pretraining checkpoint, which serves every task, also the
+    parts that the model lacks. transformers has no temperature for the retrieval models, and then the model's stays.
 
-    Returns the dense model's state and the reference's `space_dict` [anchors, dim], or None. Keys without a rule keep
-    their name, so that loading lists them as unexpected.
+    Args:
+        state: The checkpoint's state dict.
+        like: The state dict of the dense model that it is for.
+
+    Returns:
+        The dense model's state dict, and the reference's anchors (`space_dict`, [anchors, dim]) or None. Keys without a rule
+        keep their names, so that loading lists them as unexpected.
     """
-    kept = {key: value for key, value in state.items() if not _CARRIES_NOTHING.fullmatch(key) and key != _ANCHORS}
+    kept = {key: value for key, value in state.items() if not _NOT_LOADED.fullmatch(key) and key != _ANCHORS}
     dense = {_rename(key): value for key, value in _untied(kept).items()}
 
-    if all(any(key.startswith(part) for key in state) for part in _ONE_TASK_LACKS):
+    if all(any(key.startswith(part) for key in state) for part in _PRETRAINING_PARTS):
         parts = {key.partition(".")[0] for key in like}
         dense = {key: value for key, value in dense.items() if key.partition(".")[0] in parts or key in state}
     if "visual.pos_embed" in dense and "visual.pos_embed" in like:
@@ -116,10 +125,10 @@ def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _resized(position: Tensor, tokens: int) -> Tensor:
-    """position [1, 1 + patches, width], of a square grid, class token first -> [1, tokens, width]."""
+    """Position embeddings [1, 1 + patches, width] of a square grid, class token first, for another number of tokens."""
     old, new = math.isqrt(position.shape[1] - 1), math.isqrt(tokens - 1)
     if old == new or old**2 != position.shape[1] - 1 or new**2 != tokens - 1:
         return position
-    grid = position[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = rearrange(position[:, 1:], "1 (h w) d -> 1 d h w", h=old)
     grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
-    return torch.cat([position[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    return torch.cat([position[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d")], 1)

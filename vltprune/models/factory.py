@@ -1,9 +1,10 @@
-"""create_model: builds a model from a name, which is a backbone, then a preset, then a tag of weights."""
+"""Model factory: `create_model` builds a dense or pruned model from a name of backbone, preset and tag of weights."""
 
 from __future__ import annotations
 
 import importlib
-import os
+import inspect
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,14 @@ from torch import nn
 
 from ..io import checkpoint
 from ..io.recipe import Recipe
-from ..pruning import presets
 from ..pruning.config import PruneConfig
 from ..pruning.model import PrunedModel
+from ..pruning.presets import preset as preset_of
 from ..pruning.prune import prune_towers
-from ..registry import backbones, bind
+from ..registry import backbones, bind, nearest, presets
 from ..utils.structure import Structure
-from . import sources, zoo
-from .catalog import CONFIGURED, ModelName, list_models, list_pretrained, open_clip_name
-
-__all__ = ["CONFIGURED", "ModelName", "create_model", "list_models", "list_pretrained", "open_clip_name"]
+from .catalog import CONFIGURED, ModelName
+from .pretrained import given_weights, own_weights
 
 PARTS = ("scorer", "keep", "reducer", "guide", "at")
 
@@ -54,37 +53,57 @@ def create_model(
     preset: PruneConfig | str | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """A model by name, dense or pruned.
+    """Create a model by name, dense or pruned, in evaluation mode.
 
-    name: a backbone of this library ("blip_nlvr_base"), of timm under its own name ("vit_base_patch16_224") or of
-    open_clip under its own or ours ("ViT-B-32" is "clip_vit_b_32", and "clip" is what embed_dim=, vision_cfg= and text_cfg=
-    say, as in its files of architectures); "_" and a preset prune it ("blip_base_madtp"); "." and a tag mean its weights
-    ("clip_vit_b_32.openai"; `list_pretrained` gives them). pretrained: None for the weights of the tag, and random ones
-    without a tag; True for the weights that belong to the name (the package's own, or downloaded); False for random ones;
-    or the path of a file or folder: our own, BLIP's as Salesforce, the MADTP reference or transformers write it, told
-    apart by their keys.
-    preset: a preset's name or a PruneConfig, instead of the one in the name. Where a preset is named and the folder of
-    `pretrained` was saved with a pruning of the same parts, it is pruned as saved, calibration included. Arguments named
-    scorer, keep, reducer, guide, at replace parts of it; all others go to the backbone.
+    A name is a backbone, then "_" and a preset for a pruned model, then "." and a tag for its weights:
+    "vit_base_patch16_224" is dense, "vit_base_patch16_224_attention" is pruned, and "clip_vit_b_32_attention.openai" is pruned
+    with pretrained weights. `list_models` gives the backbones, `list_pretrained` the tags.
 
-    Raises LookupError for unknown names and tags, TypeError for arguments nobody takes, ValueError for a preset that
-    contradicts the saved pruning, CheckpointError for weights that do not fit.
+    Args:
+        name: A backbone of this library ("blip_nlvr_base"), of timm ("vit_base_patch16_224"), or of open_clip in its own
+            spelling or in ours ("ViT-B-32", "clip_vit_b_32"). "clip" builds the open_clip architecture that `embed_dim`,
+            `vision_cfg` and `text_cfg` describe, as in its own configuration files.
+        pretrained: None for the weights of the tag, or random ones without a tag. True for the weights that belong to the name
+            (packaged, or downloaded), False for random ones. A path loads a file or folder: one that `save` wrote, or BLIP's
+            weights as Salesforce, the MADTP reference or transformers write them; which one, its keys tell.
+        preset: A preset's name or a PruneConfig, instead of a preset in the name. If the folder `pretrained` was saved with
+            the parts of the named preset, the model is pruned as saved, calibration included.
+        **arguments: `scorer`, `keep`, `reducer`, `guide` and `at` replace those parts of the preset. All others go to the
+            backbone, such as `num_classes` or `img_size` of timm's models.
+
+    Returns:
+        A `PrunedModel` if the name or `preset` prunes it, the dense model otherwise.
+
+    Raises:
+        LookupError: For a backbone, preset, tag or part that does not exist; with the nearest names.
+        TypeError: For arguments that neither the preset nor the backbone takes.
+        ValueError: For two presets, for values that the backbone refuses, and for a preset that contradicts the saved pruning.
+        CheckpointError: For weights that cannot be had or do not fit.
+
+    Example:
+        >>> import torch, vltprune as vp
+        >>> model = vp.create_model("vit_tiny_patch16_224_attention", num_classes=10, at=(3, 6, 9))
+        >>> model(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 10])
+        >>> model.pruning.config.at
+        (3, 6, 9)
+        >>> trained = vp.create_model("blip_nlvr_tiny_madtp.p80")
     """
     parts = {key: arguments.pop(key) for key in PARTS if key in arguments}
-    read = ModelName.parse(name)
-    read.check_tag()
-    if preset is not None and read.preset is not None:
-        raise ValueError(f"{name!r} already names the preset {read.preset!r}: give preset=... to {read.backbone!r}")
+    parsed = ModelName.parse(name)
+    parsed.check_tag()
+    _check_arguments(parsed, preset, parts, arguments)
 
-    own = read.tag is not None if pretrained is None else pretrained is True
-    path = _own_weights(read) if own else _given_weights(read, pretrained)
-    config = _config(read, preset, parts, path, given=not own)
-    model = _build(read, own and path is None, arguments)
-    recorded = _recorded(read, arguments)
-    pixels: Any = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
-    if own and path is None and pixels is not None:
-        recorded.setdefault("force_preprocess_cfg", dict(pixels))  # the weights' own, which the tag brought
-    recipe = Recipe(_dense_name(read), recorded, Structure.from_model(model), partial(create_model, pretrained=False))
+    own = parsed.tag is not None if pretrained is None else pretrained is True
+    path = own_weights(parsed) if own else given_weights(parsed, pretrained)
+    config = _prune_config(parsed, preset, parts, path, given=not own)
+    model = _build(parsed, own and path is None, arguments)
+    recorded = _recorded(parsed, arguments)
+    preprocessing: Any = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
+    if own and path is None and preprocessing is not None:
+        # that of the weights, which came with them
+        recorded.setdefault("force_preprocess_cfg", dict(preprocessing))
+    recipe = Recipe(_dense_name(parsed), recorded, Structure.from_model(model), partial(create_model, pretrained=False))
     object.__setattr__(model, "recipe", recipe)
     if config is not None:
         model = prune_towers(model, config)
@@ -93,28 +112,60 @@ def create_model(
     return model.eval()
 
 
-def _config(
+def _check_arguments(
+    name: ModelName, preset: PruneConfig | str | None, parts: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> None:
+    """TypeError or ValueError for pruning arguments that contradict the name, or belong elsewhere."""
+    if preset is not None and not isinstance(preset, (str, PruneConfig)):
+        raise TypeError(f"preset={preset!r}: give the name of a preset, {', '.join(presets.names())}, or a PruneConfig")
+    if preset is not None and name.preset is not None:
+        raise ValueError(
+            f"{str(name)!r} already names the preset {name.preset!r}: leave preset= out, or name the model {name.backbone!r}"
+        )
+    if parts and preset is None and name.preset is None:
+        raise TypeError(
+            f"{', '.join(parts)} given, but {name.backbone!r} is dense: append a preset to the name, or give preset="
+        )
+    if "reduction" in arguments:
+        raise TypeError(
+            "create_model takes no reduction, which is measured on data: create the dense model, then call "
+            "vltprune.prune(model, preset, reduction=0.5, data=batches)"
+        )
+
+
+def _prune_config(
     name: ModelName, preset: PruneConfig | str | None, parts: Mapping[str, Any], path: Path | None, given: bool
 ) -> PruneConfig | None:
     """The pruning that was asked for: the given one, or the named one as `path` was saved with it; single parts replaced.
 
-    given: whether the user chose `path`, which may contradict the name; a tag's folder is what the name means.
+    given: whether the user chose `path`, which may contradict the name; the folder of a tag cannot.
     """
     asked = preset if name.preset is None else name.preset
     if isinstance(asked, str):
         saved = checkpoint.saved_pruning(path) if path is not None else None
         if saved is not None and given:
-            check_same(asked, presets.preset(asked), saved, path, parts)
-        config = saved or _as_stored(presets.preset(asked), path)
+            check_same_parts(asked, preset_of(asked), saved, path, parts)
+        config = saved or _as_stored(preset_of(asked), path)
     else:
         config = asked
-    if config is None and parts:
-        raise TypeError(f"{', '.join(parts)} given, but {name.backbone!r} is dense: append a preset or give preset=...")
     return config.replace(**parts) if config is not None and parts else config
 
 
-def check_same(asked: str, config: PruneConfig, saved: PruneConfig, path: object, replaced: Mapping[str, Any]) -> None:
-    """ValueError unless a preset and a saved pruning are of the same parts, but for those that are replaced anyway."""
+def check_same_parts(
+    asked: str, config: PruneConfig, saved: PruneConfig, path: object, replaced: Mapping[str, Any]
+) -> None:
+    """Check that a preset has the parts that a folder was saved with.
+
+    Args:
+        asked: Name of the preset, for the message.
+        config: The preset.
+        saved: The pruning of the folder.
+        path: The folder, for the message.
+        replaced: Parts that are replaced anyway, by kind.
+
+    Raises:
+        ValueError: For a part of another name.
+    """
     for kind in ("scorer", "keep", "reducer", "guide"):
         here, there = ({part.name for part in one.parts(kind)} for one in (config, saved))
         if kind not in replaced and here != there:
@@ -132,99 +183,69 @@ def _as_stored(config: PruneConfig, path: Path | None) -> PruneConfig:
     return config if temperature is None else config.replace(keep=keep.replace(temperature=temperature))
 
 
-def _own_weights(name: ModelName) -> Path | None:
-    """The file or folder of a name's own weights, downloaded where need be; None where timm or open_clip load them.
-
-    LookupError for none, ValueError where the name does not say which of several.
-    """
-    if name.library == "timm":
-        timm: Any = importlib.import_module("timm")
-        if not name.tags() and timm.list_models(name.backbone):  # an outdated name is not listed, and may have weights
-            raise LookupError(name.no_weights())
-        return None
-    if name.library == "open_clip":
-        if name.tag is None and name.backbone != CONFIGURED:
-            raise _unsaid(name, name.tags())
-        return None
-    folder = zoo.packaged(str(name))
-    if folder is None and name.tag is None:
-        pruned = [tag for tag in name.tags() if name.preset is not None and zoo.packaged(f"{name.arch}.{tag}")]
-        if pruned:
-            raise _unsaid(name, pruned)
-        folder = zoo.packaged(name.backbone)
-    return folder or sources.fetch(sources.published(name.backbone, name.tag))
-
-
-def _unsaid(name: ModelName, tags: list[str]) -> Exception:
-    if not tags:
-        return LookupError(name.no_weights())
-    return ValueError(
-        f"{str(name)!r} does not say which weights: append a tag, one of {', '.join('.' + tag for tag in tags)}"
-    )
-
-
-def _given_weights(name: ModelName, pretrained: Any) -> Path | None:
-    """The path that `pretrained` is, None for none. ValueError for a tag, CheckpointError for no such file."""
-    if pretrained is None or pretrained is False:
-        return None
-    if not isinstance(pretrained, (str, os.PathLike)):
-        raise TypeError(f"pretrained={pretrained!r}: write True, False, or the path of a file or folder")
-    path = Path(pretrained)
-    if path.exists():
-        return path
-    tag = str(pretrained).lower().replace("-", "_")
-    if tag in name.tags():
-        raise ValueError(f"pretrained={str(pretrained)!r} is a tag: it belongs to the name, '{name.arch}.{tag}'")
-    if str(pretrained).startswith("hf-hub:"):
-        raise ValueError(f"pretrained={pretrained!r}: read it with vltprune.from_pretrained({pretrained!r})")
-    raise checkpoint.CheckpointError(
-        f"there is no file {path}: give a folder with {checkpoint.WEIGHTS}, a .safetensors or a .pth file, or append a tag "
-        "to the name"
-    )
-
-
 def _build(name: ModelName, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     """The dense model; with `pretrained`, timm and open_clip load its weights. Errors name the arguments it was given."""
     if name.backbone == CONFIGURED:
-        return _configured(pretrained, arguments)
+        return _build_configured(pretrained, arguments)
     try:
-        return _dense(name, pretrained, arguments)
+        return _build_named(name, pretrained, arguments)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if not arguments or isinstance(error, checkpoint.CheckpointError):
             raise
         kind = TypeError if isinstance(error, TypeError) else ValueError
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise kind(f"{name.backbone} cannot be built with {given}: {error or type(error).__name__}") from error
+        reason = f"{error or type(error).__name__}{_did_you_mean(name, str(error))}"
+        raise kind(f"{name.backbone} cannot be built with {given}: {reason}") from error
 
 
-def _dense(name: ModelName, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
+def _build_named(name: ModelName, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     if name.library == "timm":
         timm: Any = importlib.import_module("timm")
         return timm.create_model(_dense_name(name), pretrained=pretrained, **arguments)
     if name.library == "open_clip":
         open_clip: Any = importlib.import_module("open_clip")
-        own = {"pretrained_text": False}  # open_clip would fetch those of a text tower of transformers, unasked
+        # open_clip would fetch the weights of a text tower of transformers, unasked
+        defaults = {"pretrained_text": False}
         tag = name.tag if pretrained else None
-        return open_clip.create_model(name.in_open_clip, pretrained=tag, **{**own, **arguments})
+        return open_clip.create_model(name.open_clip_name, pretrained=tag, **{**defaults, **arguments})
     return backbones[name.backbone](**arguments)
 
 
-def _configured(pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
+def _did_you_mean(name: ModelName, error: str) -> str:
+    """The tail of timm's and open_clip's errors for an unknown argument: the nearest that there are."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", error)
+    if unknown is None:
+        return ""
+    if name.library == "timm":
+        vision_transformer: Any = importlib.import_module("timm.models.vision_transformer")
+        takes = inspect.signature(vision_transformer.VisionTransformer).parameters
+    else:
+        takes = inspect.signature(importlib.import_module("open_clip").create_model).parameters
+    return nearest(unknown[1], [*takes, *PARTS, "pretrained", "preset"])
+
+
+def _build_configured(pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     """open_clip's CLIP by its configuration. ValueError for weights by name: it has none."""
     if pretrained:
         raise ValueError(
             f"{CONFIGURED!r} has no weights of its own: give pretrained=PATH, or let its towers bring theirs with "
             "hf_model_pretrained=True in text_cfg and timm_model_pretrained=True in vision_cfg"
         )
-    clip: Any = importlib.import_module(f"{__package__}.clip").clip
-    bind(CONFIGURED, clip, arguments)
-    return clip(**arguments)
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in arguments]
+    if missing:
+        raise TypeError(
+            f"{CONFIGURED!r} needs {', '.join(missing)}: write create_model({CONFIGURED!r}, embed_dim=512, "
+            "vision_cfg={...}, text_cfg={...}), as in open_clip's files of architectures"
+        )
+    clip = importlib.import_module(f"{__package__}.clip")
+    bind(CONFIGURED, clip.build_clip, arguments)
+    return clip.build_clip(**arguments)
 
 
 def _recorded(name: ModelName, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as a checkpoint keeps them."""
     if name.backbone == CONFIGURED:
-        return importlib.import_module(f"{__package__}.clip").recorded(arguments)
+        return importlib.import_module(f"{__package__}.clip").recordable(arguments)
     return dict(arguments)
 
 

@@ -1,4 +1,4 @@
-"""resolve_model: resolves a command's or a config's model argument, by one rule for all of them."""
+"""Model arguments of commands and configs: `resolve_model` loads a saved folder, a hub repository, or a model by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..pruning.model import is_pruned
 from ..pruning.presets import preset as preset_of
 from ..pruning.prune import prune_towers
 from .catalog import ModelName
-from .factory import PARTS, check_same, create_model
+from .factory import PARTS, check_same_parts, create_model
 
 _HUB = "hf-hub:"
 
@@ -28,19 +28,31 @@ def resolve_model(
     default: str | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """The model of a folder that `save` wrote, of a repository of the hub ("hf-hub:org/name"), or of a `create_model` name.
+    """Load or build the model that a command's model argument means.
 
-    pretrained: of a name, as `create_model` takes it. preset: the pruning, where neither the name nor what was saved has
-    one. default: the preset where nothing says how to prune, None to leave the model dense. arguments: parts that replace
-    the pruning's own (scorer, keep, reducer, guide, at), and for a name its backbone's arguments.
+    What was saved pruned comes pruned as saved, calibration included, whether its folder is `model` or `pretrained`. It warns
+    where a name without a preset leaves a saved pruning out.
 
-    What was saved pruned comes pruned as saved, calibration included, whether its folder is `model` or `pretrained`; a
-    preset of other parts raises ValueError. Where a name without a preset leaves a saved pruning out, it warns. Raises
-    what `create_model` and `load` do.
+    Args:
+        model: A folder that `save` wrote, a repository of the hub ("hf-hub:org/name"), or a name for `create_model`.
+        pretrained: Weights of a name, as `create_model` takes them.
+        preset: How to prune, where neither the name nor the saved model says.
+        default: The preset where nothing else says how to prune; None to leave the model dense.
+        arguments: Parts that replace the pruning's own (scorer, keep, reducer, guide, at); for a name also its backbone's
+            arguments.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: For a preset of other parts than the saved ones, or arguments that contradict the folder.
+        LookupError: As `create_model`.
+        TypeError: As `create_model`.
+        CheckpointError: As `create_model` and `load`.
     """
     arguments = dict(arguments or {})
     if is_saved_model(model):
-        return _saved(model, pretrained, preset, default, arguments)
+        return _load_saved(model, pretrained, preset, default, arguments)
     name = _parse(model)
     if preset is not None and name.preset is not None:
         raise ValueError(f"--preset {preset}: {model} names a preset already, leave one of them out")
@@ -58,12 +70,12 @@ def resolve_model(
 
 
 def is_saved_model(model: str) -> bool:
-    """Whether a model argument is a folder or a repository of the hub, not a name."""
+    """Whether a model argument is a folder or a repository of the hub, rather than a name."""
     return model.startswith(_HUB) or Path(model).is_dir()
 
 
 def has_random_weights(model: str, pretrained: bool | str | Path | None = None) -> bool:
-    """Whether `resolve_model` gives random weights."""
+    """Whether `resolve_model` would build the model with random weights."""
     return not is_saved_model(model) and (pretrained is False or (pretrained is None and _parse(model).tag is None))
 
 
@@ -78,25 +90,25 @@ def _parse(model: str) -> ModelName:
         ) from None
 
 
-def _saved(
+def _load_saved(
     model: str, pretrained: Any, preset: str | None, default: str | None, arguments: Mapping[str, Any]
 ) -> nn.Module:
-    """A folder's or a repository's model."""
+    """The model of a folder or a repository."""
     others = [name for name in arguments if name not in PARTS]
     if pretrained or others:
         what = "--pretrained" if pretrained else ", ".join(f"{name}=" for name in others)
         raise ValueError(f"{what}: the folder {model} says itself what its model is, leave one of them out")
-    opened = hub.from_pretrained(model)
-    if is_pruned(opened):
+    loaded = hub.from_pretrained(model)
+    if is_pruned(loaded):
         if preset is not None:
-            check_same(preset, preset_of(preset), opened.pruning.config, model, arguments)
-        return hub.from_pretrained(model, **arguments) if arguments else opened
+            check_same_parts(preset, preset_of(preset), loaded.pruning.config, model, arguments)
+        return hub.from_pretrained(model, **arguments) if arguments else loaded
     asked = preset or default
     if asked is not None:
-        return prune_towers(opened, asked, **arguments).eval()
+        return prune_towers(loaded, asked, **arguments).eval()
     if arguments:
         raise TypeError(f"{', '.join(arguments)} given, but {model} holds a dense model: name a preset too")
-    return opened
+    return loaded
 
 
 def _saved_pruning(pretrained: Any) -> Any:

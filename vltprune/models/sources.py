@@ -1,4 +1,4 @@
-"""Sources of the pretrained weights of our own backbones, and their download."""
+"""Addresses of published weights for this library's own backbones, and their download."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Source:
-    """Where one file of weights may be had; the places are tried in this order.
+    """Where one file of weights can be downloaded: an address, and a hub repository that is tried second.
 
-    url     an address; the file is kept under its last part in torch.hub's folder of checkpoints ($TORCH_HOME)
-    sha256  what the file at the address must hash to, where that is known
-    hub     "org/name", a repository of the hub with the same weights in transformers' layout
+    Attributes:
+        url: Address of the file; it is kept under its last part in torch.hub's folder of checkpoints ($TORCH_HOME).
+        sha256: Hash of the file at the address, where that is known.
+        hub: "org/name" of a hub repository with the same weights in transformers' layout.
     """
 
     url: str
@@ -30,7 +31,7 @@ class Source:
 
     @property
     def path(self) -> Path:
-        """Where the file at the address is kept, and where it may be put by hand."""
+        """The local path of the downloaded file, where it may also be put by hand."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.url.rpartition("/")[2]
 
 
@@ -68,27 +69,27 @@ SOURCES: Mapping[str, Mapping[str, Source]] = {
 }
 
 
-def published(backbone: str, tag: str | None) -> Source:
-    """The source of a backbone's weights; without a tag the first. LookupError, with what there is, for none."""
-    tags = SOURCES.get(backbone, {})
-    if not tags or (tag is not None and tag not in tags):
-        there = f"it has {', '.join('.' + name for name in tags)}" if tags else "nobody has published any"
-        asked = f"{backbone}.{tag}" if tag else backbone
-        raise LookupError(f"no weights come with {asked!r} ({there}): give pretrained=PATH, a checkpoint of your own")
-    return tags[tag or next(iter(tags))]
+def download(source: Source) -> Path:
+    """Download a file of weights, from its address or else from the hub, unless it is here.
 
+    Args:
+        source: Where the file may be had.
 
-def fetch(source: Source) -> Path:
-    """The file, downloaded unless it is here. CheckpointError, with what to fetch and where to put it, where it cannot be
-    had, and for a file that is not what was published."""
+    Returns:
+        The file, in torch.hub's or the hub's cache.
+
+    Raises:
+        CheckpointError: If it cannot be had, with what to fetch and where to put it; or if it is not what was published.
+    """
     if source.path.is_file():
-        _check(source)
+        _check_hash(source)
         return source.path
     failures = []
     for get in (_from_address, _from_hub):
         try:
             return get(source)
-        except Exception as error:  # whatever a network does: the next place may do
+        # whatever a network does: the next source may do
+        except Exception as error:
             failures.append(f"{error or type(error).__name__}")
     raise CheckpointError(
         f"cannot get the weights at {source.url} ({'; '.join(failures)}). Offline, download that file elsewhere and put "
@@ -111,7 +112,8 @@ def _from_hub(source: Source) -> Path:
     first, second = _HUB_FILES
     try:
         return Path(hf_hub_download(source.hub, first, library_name="vltprune"))
-    except LocalEntryNotFoundError:  # nobody answered, for all the hub's retries: no others for the second name
+    # no connection, after all the hub's retries: they are not repeated for the second name
+    except LocalEntryNotFoundError:
         cached = try_to_load_from_cache(source.hub, second)
         if isinstance(cached, str):
             return Path(cached)
@@ -120,8 +122,8 @@ def _from_hub(source: Source) -> Path:
         return Path(hf_hub_download(source.hub, second, library_name="vltprune"))
 
 
-def _check(source: Source) -> None:
-    """CheckpointError for a file of another content than the one published: cut short, or another's."""
+def _check_hash(source: Source) -> None:
+    """CheckpointError for a file whose content is not the published one."""
     if source.sha256 is None:
         return
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
-"""BERT's WordPiece tokenizer with the two tokens that BLIP adds to it.
+"""BLIP's tokenizer: BERT's lower-case WordPiece with two tokens more.
 
-Depends on nothing else here; the `tokenizers` package is imported when a tokenizer is made. CLIP's tokenizers are
-open_clip's: `open_clip.get_tokenizer(architecture)`.
+The `tokenizers` package is imported when a tokenizer is made. CLIP's tokenizers are open_clip's:
+`open_clip.get_tokenizer(architecture)`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CLS, DEC, ENC = "[CLS]", "[DEC]", "[ENC]"
 BERT = "google-bert/bert-base-uncased"  # on the hub
@@ -21,19 +24,26 @@ _FILES = ("vocab.txt", "tokenizer.json")
 
 
 def well_formed(text: str) -> str:
-    """The text with each half of a character (a lone surrogate) as U+FFFD: UTF-8 cannot write one, tokenizers refuse it."""
+    """Replace each lone surrogate (half a character) by U+FFFD: UTF-8 cannot encode one, and tokenizers refuse it."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class BlipTokenizer:
-    """Lower-case WordPiece over a vocabulary of BERT's, with `[DEC]` and `[ENC]` behind it (30522 and 30523).
+    """Lower-case WordPiece over BERT's vocabulary, with `[DEC]` and `[ENC]` behind it (30522 and 30523).
 
-    BLIP tells its text tower's task by a sentence's first token: `[CLS]` a sentence alone, `[ENC]` one read against its
-    image, `[DEC]` one to be written. `max_positions`: the longest sentence the model takes, special tokens counted.
+    A sentence's first token tells BLIP's text tower its task: `[CLS]` encodes the sentence alone, `[ENC]` with its image, and
+    `[DEC]` begins one to generate.
+
+    Args:
+        vocabulary: Token to id, with `[PAD]` 0.
+        max_positions: Longest sentence that the model takes, in tokens, special ones included.
+
+    Raises:
+        ImportError: Without the `tokenizers` package.
+        ValueError: For a vocabulary that is not BERT's.
     """
 
     def __init__(self, vocabulary: Mapping[str, int], max_positions: int = 512) -> None:
-        """vocabulary: token to id, with `[PAD]` 0. ImportError without the package, ValueError for no such vocabulary."""
         missing = [token for token in ("[PAD]", "[UNK]", CLS, "[SEP]") if token not in vocabulary]
         if missing or vocabulary["[PAD]"] != 0:
             raise ValueError(
@@ -41,22 +51,30 @@ class BlipTokenizer:
                 f"{'is missing' if missing else 'is not id 0'}; give bert-base-uncased's vocab.txt or tokenizer.json"
             )
         self.max_positions = max_positions
-        self._tokenizer = _word_pieces(vocabulary)
+        self._tokenizer = _build_pipeline(vocabulary)
         self._tokenizer.add_special_tokens([DEC, ENC])
-        self._ids = {token: int(self._tokenizer.token_to_id(token)) for token in (CLS, "[SEP]", DEC, ENC)}
+        ids = self._tokenizer.get_vocab()
+        self._ids = {token: ids[token] for token in (CLS, "[SEP]", DEC, ENC)}
 
     @classmethod
     def load(
         cls, source: str | Path = BERT, *, max_positions: int = 512, cache_dir: str | None = None
     ) -> BlipTokenizer:
-        """From a vocab.txt, a tokenizer.json, a folder with either, or the hub ("org/name", or its cache when offline).
+        """Load a vocabulary.
 
-        OSError for a source that is none of these, ValueError for a file that holds no vocabulary of BERT's.
+        Args:
+            source: A vocab.txt, a tokenizer.json, a folder with either, or a name on the hub ("org/name").
+            max_positions: Longest sentence that the model takes, in tokens.
+            cache_dir: The hub's cache; None for its default.
+
+        Raises:
+            OSError: For a source that is none of these, or that the hub does not give.
+            ValueError: For a file without a vocabulary of BERT's.
         """
-        return cls(_read(_locate(source, cache_dir)), max_positions)
+        return cls(_load_vocabulary(_locate(source, cache_dir)), max_positions)
 
     def __len__(self) -> int:
-        """How many ids there are: the text tower's `vocab_size`."""
+        """The number of token ids: the text tower's `vocab_size`."""
         return self._tokenizer.get_vocab_size()
 
     def id(self, token: str) -> int:
@@ -66,10 +84,19 @@ class BlipTokenizer:
     def encode(
         self, sentences: str | Iterable[str], *, first: str = CLS, max_length: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`input_ids` and `attention_mask`, both int64 [sentences, length], padded to the longest sentence.
+        """Encode sentences, padded to the longest.
 
-        first: the token that tells the task. max_length: cut sentences to so many tokens, special ones counted; without
-        it none is cut, and ValueError names one longer than `max_positions`. ValueError for no sentences at all.
+        Args:
+            sentences: One sentence or several.
+            first: The first token of each, which tells the text tower its task: `[CLS]`, `[ENC]` or `[DEC]`.
+            max_length: Cut sentences to so many tokens, special ones included; None to cut none.
+
+        Returns:
+            `input_ids` and `attention_mask`, both int64 [sentences, length].
+
+        Raises:
+            ValueError: For no sentences, for a `max_length` out of range, and without one for a sentence that is longer than
+                `max_positions`.
         """
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         if not texts:
@@ -83,12 +110,12 @@ class BlipTokenizer:
         return input_ids, (torch.arange(longest) < lengths[:, None]).long()
 
     def prompt(self, text: str, batch: int = 1) -> Tensor:
-        """input_ids [batch, length] of a text to be written on: `[DEC]` in front and no `[SEP]` behind."""
+        """Token ids [batch, length] of a text to be continued: `[DEC]` in front and no `[SEP]` behind."""
         return self.encode(text, first=DEC)[0][:, :-1].repeat(batch, 1)
 
     def decode(self, input_ids: Tensor) -> list[str]:
         """The sentences of input_ids [sentences, length], each up to its first `[SEP]`, without special tokens."""
-        return [self._tokenizer.decode(self._said(row)) for row in input_ids.tolist()]
+        return [self._tokenizer.decode(self._until_end(row)) for row in input_ids.tolist()]
 
     def _row(self, text: str, first: str, max_length: int | None) -> list[int]:
         ids = self._tokenizer.encode(well_formed(text), add_special_tokens=False).ids
@@ -101,26 +128,26 @@ class BlipTokenizer:
             )
         return [self._ids[first], *ids, self._ids["[SEP]"]]
 
-    def _said(self, row: list[int]) -> list[int]:
+    def _until_end(self, row: list[int]) -> list[int]:
         end = self._ids["[SEP]"]
         return row[: row.index(end)] if end in row else row
 
 
-def clean_caption(text: str, words: int = 30) -> str:
-    """A caption as BLIP reads it: lower case, most punctuation turned to spaces, at most so many words.
+def clean_caption(text: str, max_words: int = 30) -> str:
+    """Clean a caption as BLIP does: lower case, most punctuation replaced by spaces, cut to `max_words`.
 
     BLIP cuts captions at 30 words, and the sentences of NLVR2 at 40.
     """
-    return " ".join(re.sub(r"[.!\"()*#:;~]", " ", text.lower()).split()[:words])
+    return " ".join(re.sub(r"[.!\"()*#:;~]", " ", text.lower()).split()[:max_words])
 
 
-def clean_question(text: str, words: int = 30) -> str:
-    """A question as BLIP reads it: as `clean_caption`, but what is cut out leaves no space behind."""
-    return " ".join(re.sub(r"[.!\"()*#:;~]", "", text.lower()).split()[:words])
+def clean_question(text: str, max_words: int = 30) -> str:
+    """Clean a question as BLIP does: as `clean_caption`, but punctuation is removed without a space."""
+    return " ".join(re.sub(r"[.!\"()*#:;~]", "", text.lower()).split()[:max_words])
 
 
-def _word_pieces(vocabulary: Mapping[str, int]) -> Any:
-    """The pipeline of bert-base-uncased."""
+def _build_pipeline(vocabulary: Mapping[str, int]) -> Tokenizer:
+    """The tokenizer of bert-base-uncased."""
     try:
         from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     except ImportError as error:
@@ -129,7 +156,8 @@ def _word_pieces(vocabulary: Mapping[str, int]) -> Any:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(["[PAD]", "[UNK]", CLS, "[SEP]"])  # known already: never split, left out by decode
+    # they are in the vocabulary already; this keeps them from being split, and out of decoded text
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", CLS, "[SEP]"])
     return tokenizer
 
 
@@ -149,14 +177,15 @@ def _locate(source: str | Path, cache_dir: str | None) -> Path:
 
     try:
         return Path(hf_hub_download(str(source), _FILES[0], cache_dir=cache_dir, library_name="vltprune"))
-    except Exception as error:  # whatever a network does
+    # whatever a network does
+    except Exception as error:
         raise OSError(
             f"cannot get {_FILES[0]} of {str(source)!r} from the hub: {error}. Offline, give the path of a copy of "
             "bert-base-uncased's vocab.txt or tokenizer.json"
         ) from error
 
 
-def _read(file: Path) -> dict[str, int]:
+def _load_vocabulary(file: Path) -> dict[str, int]:
     """Token to id, from one token a line or from the JSON of a tokenizer."""
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix != ".json":

@@ -1,4 +1,7 @@
-"""Registry entries of our own backbones: their sizes, and where weights lie. Importing it imports no model."""
+"""Registry of this library's own backbones: their classes and sizes, and the weights that are packaged with it.
+
+Importing it imports no model.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,14 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model class, by module and name, and the sizes that make it this backbone. Calling it builds the dense model.
+    """A registered backbone: a model class and the sizes it is built with. Calling it builds the dense model.
 
-    mean, std: what its pixels, between 0 and 1, are normalized by (CLIP's, as BLIP does).
+    Attributes:
+        module: Module of the class, imported when it is needed.
+        cls: Name of the class.
+        sizes: Arguments of the class.
+        mean: Mean of each color channel, of pixels in 0 .. 1; CLIP's, as in BLIP.
+        std: Standard deviation of each color channel, of pixels in 0 .. 1.
     """
 
     module: str
@@ -34,12 +42,20 @@ class Backbone:
         object.__setattr__(self, "sizes", frozen(self.sizes, "sizes"))
 
     def type(self) -> builtins.type[nn.Module]:
+        """Import the model class."""
         return getattr(importlib.import_module(self.module), self.cls)
 
     def __call__(self, **model_args: Any) -> nn.Module:
-        """TypeError for an argument that the class does not take."""
+        """Build the dense model.
+
+        Args:
+            **model_args: Arguments of the class, in place of this backbone's sizes.
+
+        Raises:
+            TypeError: For an argument that the class does not take.
+        """
         cls = self.type()
-        bind(f"{self.cls}", cls, model_args)
+        bind(self.cls, cls, model_args)
         return cls(**{**self.sizes, **model_args})
 
 
@@ -79,11 +95,11 @@ for _stem, _cls, _own, _tiny in _TASKS:
 
 
 def packaged(name: str) -> Path | None:
-    """The folder of weights of this name ("backbone", "backbone_preset.tag") inside the package, None without one."""
+    """The folder of a name's weights ("backbone", "backbone_preset.tag") inside the package; None if there is none."""
     folder = WEIGHTS / name
     return folder if (folder / "config.json").is_file() else None
 
 
 def packaged_names() -> list[str]:
-    """The names whose weights come with the package, sorted."""
+    """The names whose weights are packaged, sorted."""
     return sorted(folder.name for folder in WEIGHTS.glob("*") if packaged(folder.name) is not None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...data import Captioned, captions
 from ...data.annotations import parse_captioned
 from ...io.checkpoint import Recipe
-from ...models.factory import CONFIGURED, open_clip_name
+from ...models.catalog import CONFIGURED, open_clip_name
 from ...models.wordpiece import clean_caption, well_formed
 from ...registry import tasks
 from .. import metrics
@@ -88,7 +88,7 @@ class Retrieval:
 def _tokenizer(recipe: Recipe) -> Callable[[list[str]], Tensor]:
     """open_clip's own, of the architecture that a model was built by, and as long as its text tower reads."""
     if recipe.backbone == CONFIGURED:
-        return importlib.import_module("vltprune.models.clip").tokenizer(recipe.model_args["text_cfg"])
+        return importlib.import_module("vltprune.models.clip").build_tokenizer(recipe.model_args["text_cfg"])
     length = recipe.model_args.get("force_context_length")
     get: Any = importlib.import_module("open_clip").get_tokenizer
     return get(open_clip_name(recipe.backbone), context_length=length)
