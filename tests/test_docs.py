@@ -41,3 +41,14 @@ def test_site_builds_without_a_warning_and_has_every_public_name(tmp_path):
     reference = (tmp_path / "reference" / "vltprune.html").read_text()
     public = [n for n in vp.__all__ if inspect.isclass(getattr(vp, n)) or inspect.isfunction(getattr(vp, n))]
     assert [name for name in public if f'id="vltprune.{name}"' not in reference] == []
+
+
+def test_messages_of_troubleshooting_exist():
+    """Each piece of a message stands in the package's source, string literals joined as Python joins them."""
+    source = "\n".join(path.read_text() for path in (ROOT / "vltprune").rglob("*.py"))
+    source = re.sub(r'"\s*\+?\s*f?"', "", source)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## Symptoms")[0]
+    messages = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    pieces = [piece.strip() for message in messages for piece in message.split("...")]
+    assert [piece for piece in pieces if piece not in source] == []
+    assert len(messages) > 15
