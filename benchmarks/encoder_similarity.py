@@ -13,7 +13,8 @@ Printed, one line for a method: MACs saved on the measured inputs; cosine of pru
 percentile; how many of an input's ten nearest neighbors among dense embeddings are among its ten nearest after pruning;
 of captions, R@1: how often the nearest other caption tells of the same image; time relative to dense, runs alternating.
 Expected of self_attention with fuse, at 30, 50 and 70 % fewer MACs: sentences of all-MiniLM-L6-v2, cosine 0.89, 0.73, 0.55;
-photographs, by a ViT-S/14 in DINOv2's architecture, 0.95, 0.89, 0.78. docs/encoders.md has both tables whole.
+photographs, by a ViT-S/14 in DINOv2's architecture, 0.95, 0.89, 0.78. benchmarks/results/encoder_similarity.json has all
+that was measured.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def parts(drawn: Runs, photographs: Runs) -> str:
         on_drawn = worth(drawn, one, other, {", 300 steps": ""})
         on_photographs = worth(photographs, one, other, {", short": "", "": "l"})
         rows.append([label, on_drawn, on_photographs])
-    return _markdown(["part", "drawn pairs", "photographs"], rows)
+    return _markdown(["part", "synthetic pairs", "photographs"], rows)
 
 
 def keepers(drawn: Runs, photographs: Runs) -> str:
@@ -82,7 +82,7 @@ def keepers(drawn: Runs, photographs: Runs) -> str:
         cells = [_mean(drawn, variant + ", 300 steps"), _mean(photographs, variants.twin(variant, variants.PLAIN))]
         cells += [_mean(photographs, variant + ending) for ending in (", short", ", bf16, 600 steps")]
         rows.append([label, *cells])
-    heads = ("drawn pairs, 300 steps", "photographs, 240 steps", "photographs, 140 steps", "photographs, 600 steps")
+    heads = ("synthetic pairs, 300 steps", "photographs, 240 steps", "photographs, 140 steps", "photographs, 600 steps")
     return _markdown(["keeper", *heads], rows)
 
 

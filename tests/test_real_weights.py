@@ -179,6 +179,6 @@ def test_most_of_an_embedding_survives(kind, scorer):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_chooses_better_than_chance(kind):
-    """Not so for cls_attention on photographs: docs/encoders.md. Measured at random: sentences 0.81, photographs 0.94."""
+    """Not so for cls_attention on photographs: docs/results.md. Measured at random: sentences 0.81, photographs 0.94."""
     by_lot = [similarity(kind, f"random(seed={seed})") for seed in range(3)]
     assert similarity(kind, "self_attention") > max(by_lot)

@@ -196,7 +196,7 @@ class Tokenizer:
 @prunings
 @pytest.mark.parametrize("custom", [False, True], ids=["CLIP", "CustomTextCLIP"])
 def test_what_open_clip_saves_for_the_hub_holds_the_weights_and_not_the_pruning(tmp_path, parts, custom):
-    """As docs/architecture.md says: nothing that open_clip writes is the model's to add to."""
+    """As docs/supported.md says: nothing that open_clip writes is the model's to add to."""
     model = randomize(vp.prune(pair(custom), **parts))
     config = {**copy.deepcopy(PAIR), **({"custom_text": True} if custom else {})}
     save_for_hf(model, Tokenizer(), config, tmp_path)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..registry import hosts
 
-_LIST = "docs/architecture.md, section Hosts, lists all"
+_LIST = "docs/supported.md lists all"
 
 
 def refusal(module: nn.Module, find: Callable[[nn.Module], Any], supported: Callable[[], str]) -> TypeError:
