@@ -1,4 +1,4 @@
-"""The front desk: help, versions, interruptions, and whose mistake an error is."""
+"""The entry point: help, versions, interruptions, and whose mistake an error is."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import runpy
 import pytest
 
 import vltprune as vp
-from vltprune.cli import demo, inspect
+from vltprune.cli import demo, listing
 from vltprune.cli import main as cli
 
 
 def test_without_a_command_it_helps(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("demo", "predict", "list", "info", "macs", "prune", "eval"))
+    assert all(command in out for command in ("demo", "predict", "list", "info", "macs", "features", "eval"))
 
 
 @pytest.mark.parametrize(
-    "argv", [["--version"], ["--help"], *([c, "--help"] for c in ("demo", "predict", "prune", "eval"))]
+    "argv", [["--version"], ["--help"], *([c, "--help"] for c in ("demo", "predict", "features", "eval"))]
 )
 def test_version_and_help(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -46,7 +46,7 @@ def test_interrupt_ends_with_130(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect, "list_models", interrupted)
+    monkeypatch.setattr(listing, "list_models", interrupted)
     assert cli.main(["list"]) == 130
     assert capsys.readouterr().err == "vltprune: interrupted\n"
 
@@ -55,7 +55,7 @@ def test_bugs_are_not_dressed_up_as_user_errors(monkeypatch):
     def buggy(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(inspect, "list_models", buggy)
+    monkeypatch.setattr(listing, "list_models", buggy)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["list"])
 
@@ -65,7 +65,7 @@ def test_traceback_on_demand():
         cli.main(["info", "nothing_of_the_kind", "--traceback"])
 
 
-@pytest.mark.parametrize("command", ["demo", "predict", "prune"])
+@pytest.mark.parametrize("command", ["demo", "predict", "features"])
 def test_output_is_checked_before_the_work(command, tmp_path, monkeypatch, pair, photos, fails):
     def work(*args, **kwargs):
         raise AssertionError("the work began before the output was checked")
@@ -74,7 +74,7 @@ def test_output_is_checked_before_the_work(command, tmp_path, monkeypatch, pair,
     monkeypatch.setattr("vltprune.data.images.load_image", work)
     monkeypatch.setattr("vltprune.cli.predict.load_image", work)
     (tmp_path / "file").write_text("in the way")
-    arguments = {"demo": [], "predict": [*pair, "a circle"], "prune": ["vit_tiny_patch16_224_evit", str(photos)]}
+    arguments = {"demo": [], "predict": [*pair, "a circle"], "features": ["vit_tiny_patch16_224_evit", str(photos)]}
     complaint = fails(command, *arguments[command], "--output", str(tmp_path / "file" / "below"))
     assert "cannot write to the folder" in complaint
     assert "choose another --output" in complaint

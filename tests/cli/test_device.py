@@ -8,16 +8,17 @@ import torch
 from vltprune.cli import common
 from vltprune.cli import main as cli
 
-COMMANDS = ("info", "macs", "predict", "eval")
+COMMANDS = ("info", "macs", "features", "predict", "eval")
 
 
 @pytest.fixture
-def commands(pair, tmp_path):
+def commands(pair, photos, tmp_path):
     """A short run of each command."""
     output = ["--output", str(tmp_path / "out")]
     return {
         "info": ["info", "blip_nlvr_tiny_evit"],
         "macs": ["macs", "clip_vit_s_32_alt_evit"],
+        "features": ["features", "vit_tiny_patch16_224", str(photos), "--reduction", "0.3", *output],
         "predict": ["predict", *pair, "a circle", "--model", "blip_nlvr_tiny_evit", *output],
         "eval": ["eval", "--task", "nlvr", "--data", "synthetic:test:2", "--model", "blip_nlvr_tiny_evit", *output],
     }

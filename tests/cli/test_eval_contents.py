@@ -267,15 +267,6 @@ def test_identifiers_leave_as_they_came(task, ids, captioned, vocabulary, tmp_pa
     assert found == wanted and list(map(type, found)) == list(map(type, wanted))
 
 
-def test_prune_leaves_no_picture_of_a_former_run(photos, tmp_path):
-    argv = ["prune", "vit_tiny_patch16_224", "--preset", "evit", str(photos), "--output", str(tmp_path / "out")]
-    assert cli.main([*argv, "--limit", "3"]) == 0
-    (tmp_path / "out" / "pictures" / "mine.png").write_bytes(b"of the user")
-    (photos / "a.jpg").unlink()
-    assert cli.main(argv) == 0
-    assert {path.name for path in (tmp_path / "out" / "pictures").iterdir()} == {"b.png.png", "c.webp.png", "mine.png"}
-
-
 def test_damaged_journals_say_so(model, captioned, tmp_path, fails):
     folder, words = model
     argv = retrieval(captioned, tmp_path / "out", folder, *words)

@@ -38,46 +38,49 @@ def hub(monkeypatch, calibrated):
     return "hf-hub:org/vit"
 
 
-def prune(photos, tmp_path, *argv):
+def features(photos, tmp_path, *argv):
     output = tmp_path / "out"
-    options = ["--output", str(output), "--limit", "1", "--pictures", "0"]
-    assert cli.main(["prune", argv[0], str(photos), *argv[1:], *options]) == 0
+    options = ["--output", str(output), "--overwrite", "--limit", "1", "--draw", "0"]
+    assert cli.main(["features", argv[0], str(photos), *argv[1:], *options]) == 0
     return json.loads((output / "summary.json").read_text())
 
 
 @pytest.mark.parametrize("options", [[], ["--preset", "evit"], ["--batch-size", "2"]])
-def test_prune_prunes_a_folder_as_saved(options, calibrated, photos, tmp_path):
-    assert prune(photos, tmp_path, calibrated, *options)["pruning"]["keep"] == KEEP.to_dict()
+def test_features_prunes_a_folder_as_saved(options, calibrated, photos, tmp_path):
+    assert features(photos, tmp_path, calibrated, *options)["pruning"]["keep"] == KEEP.to_dict()
 
 
-def test_prune_takes_a_repository_of_the_hub(hub, photos, tmp_path):
-    assert prune(photos, tmp_path, hub)["pruning"]["keep"] == KEEP.to_dict()
+def test_features_takes_a_repository_of_the_hub(hub, photos, tmp_path):
+    assert features(photos, tmp_path, hub)["pruning"]["keep"] == KEEP.to_dict()
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [("vit_tiny_patch16_224", []), ("vit_tiny_patch16_224", ["--preset", "evit"]), ("vit_tiny_patch16_224_evit", [])],
 )
-def test_prune_keeps_the_calibration_of_the_weights(name, options, whole, photos, tmp_path):
-    summary = prune(photos, tmp_path, name, *options, "--pretrained", whole)
+def test_features_keeps_the_calibration_of_the_weights(name, options, whole, photos, tmp_path):
+    summary = features(photos, tmp_path, name, *options, "--pretrained", whole)
     assert summary["pruning"]["keep"] == KEEP.to_dict()
-    replaced = prune(photos, tmp_path, name, *options, "--pretrained", whole, "--keep", "count(count=9)", "--at", "-1")
+    replaced = features(
+        photos, tmp_path, name, *options, "--pretrained", whole, "--keep", "count(count=9)", "--at", "-1"
+    )
     assert (replaced["pruning"]["keep"], replaced["pruning"]["at"]) == ({"name": "count", "count": 9}, [-1])
 
 
-def test_prune_replaces_parts_of_a_folder(calibrated, photos, tmp_path):
-    summary = prune(photos, tmp_path, calibrated, "--keep", "count(count=3)")
+def test_features_replaces_parts_of_a_folder(calibrated, photos, tmp_path):
+    summary = features(photos, tmp_path, calibrated, "--keep", "count(count=3)")
     assert summary["pruning"]["keep"] == {"name": "count", "count": 3}
 
 
 GUIDE = ["--guide", "codebook(anchors=4)"]
 
 
-@pytest.mark.parametrize("options", [GUIDE, ["--preset", "random"], [*GUIDE, "--preset", "madtp", "--keep", "ratio"]])
-def test_prune_gives_a_dense_folder_a_preset(options, photos, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--preset", "random"], [*GUIDE, "--preset", "madtp", "--keep", "ratio"]])
+def test_features_gives_a_dense_folder_a_preset(options, photos, tmp_path):
     folder = vp.save(vp.create_model("vit_tiny_patch16_224", **SMALL), tmp_path / "dense")
-    summary = prune(photos, tmp_path, str(folder), *options)
-    assert summary["pruning"]["scorer"]["name"] == ("random" if "random" in options else "madtp")
+    summary = features(photos, tmp_path, str(folder), *options)
+    wanted = options[options.index("--preset") + 1] if options else "distinct_attention"
+    assert summary["pruning"]["scorer"]["name"] == wanted
 
 
 @pytest.mark.parametrize("preset", ["madtp", "random"])
@@ -88,9 +91,9 @@ def test_a_contradicting_preset_is_refused(preset, calibrated, whole, photos, tm
         ["vit_tiny_patch16_224", str(photos), "--preset", preset, "--pretrained", whole],
         [f"vit_tiny_patch16_224_{preset}", str(photos), "--pretrained", whole],
     ):
-        assert f"the preset '{preset}' has scorer='{preset}'" in fails("prune", *argv, *output)
+        assert f"the preset '{preset}' has scorer='{preset}'" in fails("features", *argv, *output)
     assert "names a preset already" in fails(
-        "prune", "vit_tiny_patch16_224_evit", str(photos), "--preset", preset, *output
+        "features", "vit_tiny_patch16_224_evit", str(photos), "--preset", preset, *output
     )
 
 
@@ -180,16 +183,16 @@ def test_refusals(argv, says, calibrated, tmp_path, monkeypatch, fails):
     assert says.replace("FOLDER", calibrated) in fails(*(one.replace("FOLDER", calibrated) for one in argv))
 
 
-@pytest.mark.parametrize("command", ["info", "macs", "eval", "predict", "prune", "compress"])
+@pytest.mark.parametrize("command", ["info", "macs", "eval", "predict", "features", "compress"])
 def test_every_command_refuses_a_tag_that_there_is_not(command, pair, photos, tmp_path, fails):
-    model = "blip_nlvr_tiny_madtp.p90" if command != "prune" else "vit_tiny_patch16_224.p90"
+    model = "blip_nlvr_tiny_madtp.p90" if command != "features" else "vit_tiny_patch16_224.p90"
     output = ["--output", str(tmp_path / "out")]
     task = ["--task", "nlvr", "--model", model, "--data", "synthetic:test"]
     argv = {
         "eval": [*task, *output],
         "compress": [*task, "--val", "synthetic:val", *output],
         "predict": [*pair, "a circle", "--model", model, *output],
-        "prune": [model, str(photos), *output],
+        "features": [model, str(photos), *output],
     }
     assert f"there is no {model!r}: no weights come with" in fails(command, *argv.get(command, [model]))
 
@@ -214,11 +217,11 @@ def test_both_spellings(capsys):
 
 
 def test_list_of_weights(capsys, fails):
-    assert cli.main(["list", "--pretrained", "ViT-B-32"]) == 0
+    assert cli.main(["list", "--tags", "ViT-B-32"]) == 0
     assert "clip_vit_b_32.openai" in capsys.readouterr().out.split()
-    assert cli.main(["list", "--pretrained", "nlvr"]) == 0
+    assert cli.main(["list", "--tags", "nlvr"]) == 0
     assert {"blip_nlvr_base.nlvr2", "blip_nlvr_tiny_madtp.p80"} <= set(capsys.readouterr().out.split())
-    assert cli.main(["list", "--pretrained", "vit_tiny*", "--library", "timm"]) == 0
+    assert cli.main(["list", "--tags", "vit_tiny*", "--library", "timm"]) == 0
     assert "vit_tiny_patch16_224.augreg_in21k" in capsys.readouterr().out.split()
-    assert "no weights of them" in fails("list", "--pretrained", "blip_vqa_tiny")
+    assert "no weights of them" in fails("list", "--tags", "blip_vqa_tiny")
     assert "resnet18" in fails("list", "resnet18") and "cannot" in fails("list", "coca")

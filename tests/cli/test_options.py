@@ -11,7 +11,7 @@ from vltprune.cli import main as cli
 from vltprune.models import resolve
 
 EVAL = ["eval", "--task", "nlvr", "--model", "blip_nlvr_tiny", "--data", "synthetic:test"]
-PRUNE = ["prune", "vit_tiny_patch16_224_evit", "PHOTOS"]
+FEATURES = ["features", "vit_tiny_patch16_224_evit", "PHOTOS"]
 COMPRESS = [
     "compress",
     "--task",
@@ -42,7 +42,7 @@ WRONG = [
     ([*PREDICT, "--output", "FILE/below"], "--output", "a file is in its way"),
     ([*PREDICT, "--pretrained", "nowhere.pth"], "nowhere.pth", "give a folder with model.safetensors"),
     (["list", "--library", "keras"], "--library", "choose from"),
-    (["list", "--parts", "--pretrained"], "--pretrained", "not allowed with argument"),
+    (["list", "--models", "--tags"], "--tags", "not allowed with argument"),
     (["info", "vit_tiny_patch16_224", "img_size"], "name=value", PAIR),
     (["info", "vit_tiny_patch16_224", "=3"], "name=value", PAIR),
     (["info", "vit_tiny_patch16_224", "img_size=abc"], "img_size='abc'", "cannot be built with"),
@@ -53,26 +53,29 @@ WRONG = [
     (["info", "blip_nlvr_tiny_madtp", "at=99"], "at=[99]", "depths 0 .. 5, or -6 .. -1 from the end"),
     (["macs", "vit_tiny_patch16_224", "--image-size", "big"], "--image-size", WHOLE),
     (["macs", "vit_tiny_patch16_224", "--tokens", "0"], "--tokens", WHOLE),
-    (["prune", "vit_tiny_patch16_224_evit", "nowhere"], "folder", "there is no folder 'nowhere'"),
-    (["prune", "vit_tiny_patch16_224_evit", "FILE"], "folder", "it is a file"),
-    ([*PRUNE, "--preset", "evitt"], "--preset", "did you mean evit"),
-    ([*PRUNE, "--scorer", "rando"], "--scorer", "did you mean random"),
-    ([*PRUNE, "--keep", "ratio(rato=0.5)"], "--keep", "did you mean ratio"),
-    ([*PRUNE, "--keep", "ratio(half)"], "--keep", "write name or name(key=value, ...)"),
-    ([*PRUNE, "--keep", "ratio(0.5, 1, 2)"], "--keep", "takes ratio, decay, in this order, and 3 were given"),
-    ([*PRUNE, "--keep", "ratio('half')"], "--keep", "ratio='half' must be a number"),
-    ([*PRUNE, "--keep", "count"], "--keep", "write keeper 'count'(count=...)"),
-    ([*PRUNE, "--reducer", "none"], "--reducer", "there is drop, fuse"),
-    ([*PRUNE, "--guide", "codebok"], "--guide", "codebook"),
-    *(([*PRUNE, "--at", value], "--at", "such as --at 3,6,9") for value in ("first", "1;2", "1.5", "True", "", "None")),
-    ([*PRUNE, "--at", "40"], "at=[40]", "depths 0 .. 11"),
+    (["features", "vit_tiny_patch16_224_evit", "nowhere"], "folder", "there is no folder 'nowhere'"),
+    (["features", "vit_tiny_patch16_224_evit", "FILE"], "folder", "it is a file"),
+    ([*FEATURES, "--preset", "evitt"], "--preset", "did you mean evit"),
+    ([*FEATURES, "--scorer", "rando"], "--scorer", "did you mean random"),
+    ([*FEATURES, "--keep", "ratio(rato=0.5)"], "--keep", "did you mean ratio"),
+    ([*FEATURES, "--keep", "ratio(half)"], "--keep", "write name or name(key=value, ...)"),
+    ([*FEATURES, "--keep", "ratio(0.5, 1, 2)"], "--keep", "takes ratio, decay, in this order, and 3 were given"),
+    ([*FEATURES, "--keep", "ratio('half')"], "--keep", "ratio='half' must be a number"),
+    ([*FEATURES, "--keep", "count"], "--keep", "write keeper 'count'(count=...)"),
+    ([*FEATURES, "--reducer", "none"], "--reducer", "there is drop, fuse"),
+    ([*FEATURES, "--guide", "codebok"], "--guide", "codebook"),
     *(
-        ([*PRUNE, "--reduction", value], "--reduction", SHARE)
+        ([*FEATURES, "--at", value], "--at", "such as --at 3,6,9")
+        for value in ("first", "1;2", "1.5", "True", "", "None")
+    ),
+    ([*FEATURES, "--at", "40"], "at=[40]", "depths 0 .. 11"),
+    *(
+        ([*FEATURES, "--reduction", value], "--reduction", SHARE)
         for value in ("abc", "0", "1", "1.5", "-0.5", "nan", "50%")
     ),
-    *(([*PRUNE, f"--{name}", "0"], f"--{name}", WHOLE) for name in ("limit", "batch-size", "calibrate-on")),
-    ([*PRUNE, "--pictures", "-1"], "--pictures", WHOLE),
-    ([*PRUNE, "--output", "FILE"], "--output", "a file is in its way"),
+    *(([*FEATURES, f"--{name}", "0"], f"--{name}", WHOLE) for name in ("limit", "batch-size", "calibrate-on")),
+    ([*FEATURES, "--draw", "-1"], "--draw", WHOLE),
+    ([*FEATURES, "--output", "FILE"], "--output", "a file is in its way"),
     ([*EVAL, "--task", "nlv"], "--task", "choose from"),
     ([*EVAL, "--data", "nowhere.json"], "--data", "there is no annotation file nowhere.json"),
     ([*EVAL, "--data", "PHOTOS"], "--data", "is a folder: give the annotation file in it"),
@@ -98,7 +101,7 @@ WRONG = [
     ([*COMPRESS, "--config", "nowhere.yaml"], "--config", "there is no file 'nowhere.yaml'"),
     ([*COMPRESS, "--config", "PHOTOS"], "--config", "is a folder"),
     ([*COMPRESS, "--task", "nvlr"], "--task", "choose from"),
-    ([*COMPRESS, "--preset", "nope"], "--preset", "there is evit, madtp, random"),
+    ([*COMPRESS, "--preset", "nope"], "--preset", "there is attention, evit, madtp"),
     ([*COMPRESS, "--reduction", "1"], "--reduction", SHARE),
     ([*COMPRESS, "--reduction", "half"], "--reduction", SHARE),
     ([*COMPRESS, "--reduction", "image=0.5,text=2"], "--reduction", SHARE),
@@ -156,7 +159,7 @@ def test_wrong_values_are_refused_at_once(argv, name, says, pair, photos, tmp_pa
     def work(*_, **__):
         raise AssertionError("the work began before the option was checked")
 
-    if argv[0] == "prune" and "40" not in argv:
+    if argv[0] == "features" and "40" not in argv:
         monkeypatch.setattr(resolve, "create_model", work)
         monkeypatch.setattr("vltprune.data.images.load_image", work)
     (tmp_path / "file").write_text("in the way")
@@ -191,11 +194,15 @@ def test_files_of_wrong_fields_are_named(text, says, tmp_path, monkeypatch, fail
 def test_every_option_is_in_the_table():
     """Options that take a value, of every command: each is tried with a wrong one above, or takes any text."""
     free = {("list", "pattern"), ("predict", "sentence"), ("predict", "right"), ("predict", "model"), ("eval", "model")}
-    free |= {("compress", "model"), *((command, "model") for command in ("info", "macs", "prune"))}
-    free |= {(command, "pretrained") for command in ("info", "macs", "prune", "eval", "compress")}  # as in predict
-    free |= {(command, "threads") for command in ("predict", "info", "macs", "prune", "eval", "compress")}  # as in demo
+    free |= {("compress", "model"), *((command, "model") for command in ("info", "macs", "features"))}
+    free |= {(command, "pretrained") for command in ("info", "macs", "features", "eval", "compress")}  # as in predict
     free |= {
-        (command, option) for command in ("predict", "info", "macs", "eval") for option in ("device", "dtype")
+        (command, "threads") for command in ("predict", "info", "macs", "features", "eval", "compress")
+    }  # as in demo
+    free |= {
+        (command, option)
+        for command in ("predict", "info", "macs", "features", "eval")
+        for option in ("device", "dtype")
     }  # in test_device
     tried = {(argv[0], option.strip("-").replace("-", "_")) for argv, name, _ in WRONG for option in (*argv, name)}
     tried |= {("info", "arguments"), ("predict", "left")}
@@ -208,8 +215,8 @@ def test_every_option_is_in_the_table():
 
 def test_what_is_right_is_taken(tmp_path):
     parse = cli.build_parser().parse_args
-    args = parse([*PRUNE[:2], str(tmp_path), "--at=-1,0.5", "--guide", "None", "--reduction", ".5", "--pictures", "0"])
-    assert (args.at, args.guide, args.reduction, args.pictures) == ((-1, 0.5), "none", 0.5, 0)
+    args = parse([*FEATURES[:2], str(tmp_path), "--at=-1,0.5", "--guide", "None", "--reduction", ".5", "--draw", "0"])
+    assert (args.at, args.guide, args.reduction, args.draw) == ((-1, 0.5), "none", 0.5, 0)
     assert parse([*COMPRESS, "--reduction", "0"]).reduction == 0.0
     assert parse([*COMPRESS, "--reduction", "image=0.5, text=.3"]).reduction == {"image": 0.5, "text": 0.3}
     assert parse([*EVAL, "--vocabulary", "org/name", "--device", "cpu", "--workers", "0"]).vocabulary == "org/name"

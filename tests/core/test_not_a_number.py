@@ -175,8 +175,8 @@ def test_pruned_features_are_numbers(tmp_path, capsys):
     vp.save(model, tmp_path / "model")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (20, 20), "red").save(tmp_path / "photos" / "a.png")
-    argv = ["prune", "blip_tiny_evit", str(tmp_path / "photos"), "--pretrained", str(tmp_path / "model")]
-    assert cli.main([*argv, "--output", str(tmp_path / "out"), "--pictures", "0"]) == 2
+    argv = ["features", "blip_tiny_evit", str(tmp_path / "photos"), "--pretrained", str(tmp_path / "model")]
+    assert cli.main([*argv, "--output", str(tmp_path / "out"), "--draw", "0"]) == 2
     assert "a.png are NaN or infinite" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..cost import calibration as budget
+from ..cost import guide_fit
 from ..data import shards
 from ..evaluation.tasks.nlvr import SYNTHETIC
 from ..io.preprocessing import transforms
@@ -43,6 +44,31 @@ def output_folder(path: str | Path) -> Path:
         reason = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
         raise OSError(f"cannot write to the folder {folder}: {reason}; choose another --output") from error
     return folder
+
+
+def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    """--output and --overwrite. default: the folder, as the help text writes it."""
+    parser.add_argument(
+        "--output", type=options.output, metavar="DIR", help=f"folder for the results (default: {default})"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what a former run left in the folder")
+
+
+def default_output(command: str, model: str) -> Path:
+    """The folder of a command's results for a model: "features/vit_tiny_patch16_224"."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model.removeprefix("hf-hub:").replace("/", "-")
+    return Path(command, name or "model")
+
+
+def new_folder(path: str | Path, names: Sequence[str], overwrite: bool) -> Path:
+    """The folder of a run that writes these names, as `output_folder`. FileExistsError where one is there already."""
+    folder = Path(path)
+    there = [name for name in names if (folder / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds results already ({', '.join(there)}): add --overwrite to replace them, or choose another --output"
+        )
+    return output_folder(folder)
 
 
 def check_annotations(option: str, data: str) -> None:
@@ -134,6 +160,18 @@ def say_random(model: str, so: str) -> None:
     trained = ModelName.parse(model).tags()
     how = f"append a tag, such as .{trained[0]}" if trained else "give a file of weights with --pretrained PATH"
     say(f"vltprune: {model} has RANDOM weights here: {so}. For trained ones, {how}")
+
+
+def has_untrained_guide(model: Any) -> bool:
+    """Whether a pruned model's guide is noise, which `fit_guide` mends."""
+    guide = model.pruning.guide
+    return guide is not None and guide.is_untrained
+
+
+def fit_guide(model: nn.Module, batches: Sequence[Any], what: str) -> None:
+    """Fit the guide of a pruned model, and say so; what: the batches in words."""
+    say(f"vltprune: the guide is untrained: placing its anchors by k-means on tokens of {what}")
+    guide_fit.fit_guide(model, batches)
 
 
 def calibrate(model: nn.Module, batches: Sequence[Any], reduction: float, what: str) -> budget.Calibration:

@@ -1,0 +1,47 @@
+"""Command-line options that say how a model is pruned: a preset, and single parts in place of the preset's."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..models.factory import PARTS
+from ..pruning.part import KINDS
+from . import options
+
+PRESET = "attention"  # for use without training
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """--preset, --scorer, --keep, --reducer, --guide and --at."""
+    group = parser.add_argument_group(
+        "pruning", "A model that has a preset in its name, or was saved pruned, keeps that pruning."
+    )
+    group.add_argument(
+        "--preset",
+        type=options.preset,
+        metavar="NAME",
+        help=f"how to prune a dense model; `vltprune list --presets` has the names (default: {PRESET})",
+    )
+    for name in KINDS:
+        none = ", or none" if name == "guide" else ""
+        group.add_argument(
+            f"--{name}",
+            type=options.part(name),
+            metavar="PART",
+            help=f"as name, 'name(value)' or 'name(key=value)'{none} (default: the preset's)",
+        )
+    group.add_argument(
+        "--at",
+        type=options.depths,
+        metavar="DEPTHS",
+        help="blocks to prune at, such as 3,6,9, or --at=-1 for the last (default: the preset's)",
+    )
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The parts that the options replace, as `prune` takes them."""
+    parts = {name: getattr(args, name) for name in PARTS if getattr(args, name) is not None}
+    if parts.get("guide") == "none":
+        parts["guide"] = None
+    return parts
