@@ -12,7 +12,7 @@ from PIL import Image
 import vltprune as vp
 from vltprune.cli import main as cli
 from vltprune.data import SyntheticPairs
-from vltprune.demo.measure import draw
+from vltprune.demo.measure import generate_batches
 from vltprune.models import zoo
 
 
@@ -24,7 +24,7 @@ def tiny_weights(tmp_path_factory):
     dense = vp.create_model("blip_nlvr_tiny")
     vp.save(dense, folder / "blip_nlvr_tiny", dtype=torch.float16)
     pruned = vp.prune(dense, "madtp", guide="codebook(anchors=8)")
-    vp.fit_guide(pruned, [batch.inputs for batch in draw("val", 2)])
+    vp.fit_guide(pruned, [batch.inputs_for(pruned) for batch in generate_batches("val", 2)])
     for tag in ("p70", "p80"):
         vp.save(pruned, folder / f"blip_nlvr_tiny_madtp.{tag}", dtype=torch.float16)
     return folder

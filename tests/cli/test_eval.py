@@ -13,7 +13,7 @@ from PIL import Image
 import vltprune as vp
 from vltprune.cli import main as cli
 from vltprune.data import SyntheticPairs
-from vltprune.demo.measure import draw, evaluate
+from vltprune.demo.measure import evaluate_models, generate_batches
 from vltprune.evaluation import caption_metrics, evaluator
 
 
@@ -47,11 +47,11 @@ def test_nlvr_agrees_with_the_demos_evaluation(tmp_path, capsys):
     assert cli.main(nlvr(tmp_path, "--limit", "5", "--batch-size", "2")) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     model = vp.create_model("blip_nlvr_tiny_madtp.p80", pretrained=True)
-    outcome = evaluate({"it": model}, draw("test", 5, batch=2))["it"]
-    np.testing.assert_allclose([row["chance"] for row in rows(tmp_path)], outcome.chance, atol=1e-3)
-    assert summary["scores"] == {"accuracy": pytest.approx(outcome.accuracy)}
-    assert summary["macs"] == pytest.approx(outcome.macs, rel=1e-3)
-    assert summary["kept"]["image"] == pytest.approx(outcome.kept["image"], rel=1e-3)
+    result = evaluate_models({"it": model}, generate_batches("test", 5, batch_size=2))["it"]
+    np.testing.assert_allclose([row["probability"] for row in rows(tmp_path)], result.probability, atol=1e-3)
+    assert summary["scores"] == {"accuracy": pytest.approx(result.accuracy)}
+    assert summary["macs"] == pytest.approx(result.macs, rel=1e-3)
+    assert summary["kept"]["image"] == pytest.approx(result.kept["image"], rel=1e-3)
     out = capsys.readouterr().out
     assert "accuracy" in out and "5 records" in out and "image tokens, layer by layer (mean): 145 ->" in out
 
@@ -124,7 +124,10 @@ def test_nothing_readable(statements, tmp_path, fails):
 def test_dense_models_are_counted_too(tmp_path, capsys):
     assert cli.main(nlvr(tmp_path, "--limit", "3", "--batch-size", "1", model="blip_nlvr_tiny")) == 0
     model = vp.prune(vp.create_model("blip_nlvr_tiny"), "evit")
-    costs = [vp.count_macs(model, *batch.inputs).dense_total for batch in draw("test", 3, batch=1)]
+    costs = [
+        vp.count_macs(model, *batch.inputs_for(model)).dense_total
+        for batch in generate_batches("test", 3, batch_size=1)
+    ]
     assert [row["macs"] for row in rows(tmp_path)] == pytest.approx(costs)
     assert "dense" in capsys.readouterr().out
 

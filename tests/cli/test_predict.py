@@ -12,7 +12,7 @@ import vltprune as vp
 from vltprune.cli import main as cli
 from vltprune.data import SyntheticPairs
 from vltprune.data.images import load_image
-from vltprune.demo.measure import draw
+from vltprune.demo.measure import generate_batches
 
 
 def test_predict(pair, tmp_path, capsys):
@@ -49,10 +49,10 @@ def test_predict_answers_as_the_library(pair, tmp_path, capsys):
     argv = [path.replace("jpg", "png") for path in pair]
     assert cli.main(["predict", *argv, sentence, "--output", str(tmp_path)]) == 0
 
-    batch = draw("test", 1)[0]
-    question = type(batch)(batch.pictures, (sentence,), batch.labels, batch.families)
+    batch = generate_batches("test", 1)[0]
+    question = type(batch)(batch.images, (sentence,), batch.labels, batch.families)
     model = vp.create_model("blip_nlvr_tiny_madtp.p80", pretrained=True)
-    chance = model(*question.inputs).softmax(-1)[0, 1]
+    chance = model(*question.inputs_for(model)).softmax(-1)[0, 1]
     assert f"{chance:.1%}" in capsys.readouterr().out
 
 

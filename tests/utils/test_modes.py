@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import vltprune as vp
-from vltprune.demo.measure import draw, evaluate, race
+from vltprune.demo.measure import evaluate_models, generate_batches, time_models
 from vltprune.evaluation.evaluator import Evaluator
 from vltprune.models.blip import BlipNlvr
 from vltprune.training.losses.decoding import Searched
@@ -134,14 +134,14 @@ def test_evaluation_leaves_modes_alone_and_answers_as_evaluation_does():
     sizes = {"merge_from": 2, "dropout": 0.3}
     dense = vp.create_model("blip_nlvr_tiny", **sizes)
     model = of_two_modes(pruned(dense))
-    batches, models = draw("val", 2, batch=2), {"dense": dense, "pruned": model}
+    batches, models = generate_batches("val", 2, batch_size=2), {"dense": dense, "pruned": model}
     before, drawn = modes(model), torch.get_rng_state()
-    first = evaluate(models, batches)
-    race(models, batches)
+    first = evaluate_models(models, batches)
+    time_models(models, batches)
     assert modes(model) == before
     assert torch.equal(torch.get_rng_state(), drawn)
-    again = evaluate({"dense": dense.eval(), "pruned": model.eval()}, batches)
-    assert all((first[name].chance == again[name].chance).all() for name in models)
+    again = evaluate_models({"dense": dense.eval(), "pruned": model.eval()}, batches)
+    assert all((first[name].probability == again[name].probability).all() for name in models)
 
 
 @pytest.mark.parametrize("kind", [lambda dense: dense, pruned], ids=["dense", "pruned"])
@@ -160,7 +160,7 @@ def test_an_exam_leaves_modes_alone(kind, tmp_path):
     for folder in ("train", "eval"):
         log = ResultsLog(tmp_path / folder, {})
         Evaluator(task, model).run(loader, log)
-        rows.append([row["chance"] for row in log.rows])
+        rows.append([row["probability"] for row in log.rows])
         if folder == "train":
             assert [module.training for module in model.modules()] == before
             assert torch.equal(torch.get_rng_state(), drawn)

@@ -1,1 +1,1 @@
-"""The demo: accuracy and cost of the shipped model on synthetic image pairs, and the report of it."""
+"""The demo: accuracy, cost and kept tokens of the shipped model on synthetic NLVR, and its report."""

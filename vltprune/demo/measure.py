@@ -1,4 +1,4 @@
-"""Accuracy, cost, kept tokens and time of models on synthetic pairs."""
+"""Measurements of the demo: accuracy, cost, kept tokens and time of models on synthetic NLVR."""
 
 from __future__ import annotations
 
@@ -6,73 +6,99 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..cost.sample_cost import SampleCost, SampleCostMeter
-from ..data import SyntheticPair, SyntheticPairs, normalize
+from ..data import SyntheticPairs, normalize
 from ..data.sentences import FAMILIES
 from ..data.word_tokenizer import WordTokenizer
 from ..pruning.model import is_pruned
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
 
+Tick = Callable[[int], object]
+
 
 @dataclass(frozen=True)
-class Questions:
-    """A batch: pictures uint8 [batch, 2, height, width, 3], one sentence about each pair, labels (1 true), families."""
+class QuestionBatch:
+    """A batch of image pairs with one sentence each.
 
-    pictures: np.ndarray
+    Attributes:
+        images: uint8 [batch, 2, height, width, 3], left before right.
+        sentences: One sentence about each pair.
+        labels: int64 [batch], 1 for a true sentence and 0 for a false one.
+        families: The family of each sentence, one of `sentences.FAMILIES`.
+    """
+
+    images: np.ndarray
     sentences: tuple[str, ...]
     labels: np.ndarray
     families: tuple[str, ...]
 
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a BlipNlvr takes: images, input_ids, attention_mask."""
-        return (torch.from_numpy(normalize(self.pictures)), *WordTokenizer().encode(self.sentences))
+    def inputs_for(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """What a `BlipNlvr` takes, on its device, the images in its dtype.
 
-    def only(self, place: int) -> Questions:
-        """The batch of one of them."""
-        one = slice(place, place + 1)
-        return Questions(self.pictures[one], self.sentences[one], self.labels[one], self.families[one])
+        Returns:
+            images [batch, 2, 3, height, width], and input_ids and attention_mask [batch, length].
+        """
+        weight = next(model.parameters(), torch.empty(0))
+        images = torch.from_numpy(normalize(self.images)).to(weight.device, weight.dtype)
+        return (images, *(text.to(weight.device) for text in WordTokenizer().encode(self.sentences)))
+
+    def select(self, index: int) -> QuestionBatch:
+        """The batch of one of its questions."""
+        one = slice(index, index + 1)
+        return QuestionBatch(self.images[one], self.sentences[one], self.labels[one], self.families[one])
 
 
-def draw(
-    split: str, pairs: int, seed: int = 0, batch: int = 16, tick: Callable[[int], object] | None = None
-) -> list[Questions]:
-    """The pairs of a split with one sentence each, in batches; tick: called with the number of pairs just drawn."""
-    drawn = SyntheticPairs(split, pairs, seed)
+def generate_batches(
+    split: str, pairs: int, seed: int = 0, batch_size: int = 16, tick: Tick | None = None
+) -> list[QuestionBatch]:
+    """Generate the pairs of a split, with one sentence each.
+
+    Args:
+        split: "train", "val" or "test".
+        pairs: The number of pairs.
+        seed: The seed of `SyntheticPairs`.
+        batch_size: Pairs a batch; the last batch has the rest.
+        tick: Called with the number of pairs just generated.
+    """
+    generated = SyntheticPairs(split, pairs, seed)
     batches = []
-    for start in range(0, pairs, batch):
-        some = [drawn[i] for i in range(start, min(start + batch, pairs))]
-        sentences, families = (tuple(each[0] for each in column) for column in _columns(some))
-        labels = np.array([int(pair.labels[0]) for pair in some])
-        batches.append(Questions(np.stack([pair.images for pair in some]), sentences, labels, families))
+    for start in range(0, pairs, batch_size):
+        batch = [generated[i] for i in range(start, min(start + batch_size, pairs))]
+        batches.append(
+            QuestionBatch(
+                images=np.stack([pair.images for pair in batch]),
+                sentences=tuple(pair.sentences[0] for pair in batch),
+                labels=np.array([int(pair.labels[0]) for pair in batch]),
+                families=tuple(pair.families[0] for pair in batch),
+            )
+        )
         if tick is not None:
-            tick(len(some))
+            tick(len(batch))
     return batches
 
 
-def _columns(pairs: Sequence[SyntheticPair]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    return [pair.sentences for pair in pairs], [pair.families for pair in pairs]
-
-
 @dataclass(frozen=True)
-class Outcome:
-    """How one model did.
+class ModelResult:
+    """Predictions, cost and time of one model.
 
-    chance    [questions] the probability it gave to "true"; labels and families are the questions'
-    macs      mean multiply-accumulates a sentence, both images included; dense_macs, of the dense model, and padding, what
-              that spends on padding besides
-    kept      per tower: mean tokens that entered, then mean tokens leaving each block
-    seconds   a batch, once per batch and round of the race; empty if there was none
+    Attributes:
+        probability: [questions], the probability that the model gave to "true".
+        labels: [questions], 1 for a true sentence and 0 for a false one.
+        families: The family of each sentence.
+        macs: Multiply-accumulates a sentence, both images included, mean over questions.
+        dense_macs: The same of the dense model, on tokens that are no padding.
+        kept: Per tower, mean tokens that entered, then mean tokens that left each block.
+        seconds: Seconds a batch, one for each timed batch; empty if the model was not timed.
+        padding: Multiply-accumulates a sentence that the dense model spends on padding besides.
     """
 
-    chance: np.ndarray
+    probability: np.ndarray
     labels: np.ndarray
     families: tuple[str, ...]
     macs: float = float("nan")
@@ -82,113 +108,151 @@ class Outcome:
     padding: float = 0.0
 
     @property
-    def right(self) -> np.ndarray:
-        """[questions] bool; NaN is never right."""
-        return ((self.chance > 0.5) == (self.labels == 1)) & np.isfinite(self.chance)
+    def correct(self) -> np.ndarray:
+        """bool [questions]: whether each prediction is right; a NaN never is."""
+        return ((self.probability > 0.5) == (self.labels == 1)) & np.isfinite(self.probability)
 
     @property
     def accuracy(self) -> float:
-        return float(self.right.mean())
+        """The share of questions that were answered right."""
+        return float(self.correct.mean())
 
     @property
-    def saved(self) -> float:
-        """The share of the dense MACs that was saved; padding counts neither as spent nor as saved."""
+    def macs_saved(self) -> float:
+        """The share of the dense model's MACs that was saved; padding counts neither as spent nor as saved."""
         return 1 - self.macs / self.dense_macs
 
     @property
-    def kept_share(self) -> float:
+    def kept_ratio(self) -> float:
         """Image tokens that left a block, as a share of those that entered the tower, mean over blocks."""
         entered, *leaving = self.kept["image"]
         return statistics.fmean(leaving) / entered
 
-    def timed(self, seconds: tuple[float, ...]) -> Outcome:
-        """The same, with the seconds of a race."""
-        return replace(self, seconds=seconds)
-
-    def by_family(self) -> dict[str, float]:
-        """Accuracy of each family that was asked about."""
-        asked = np.array(self.families)
-        return {name: float(self.right[asked == name].mean()) for name in FAMILIES if (asked == name).any()}
+    def accuracy_by_family(self) -> dict[str, float]:
+        """Accuracy on each family of sentences that was asked."""
+        families = np.array(self.families)
+        asked = [name for name in FAMILIES if (families == name).any()]
+        return {name: float(self.correct[families == name].mean()) for name in asked}
 
 
-def evaluate(
-    models: Mapping[str, nn.Module], batches: Sequence[Questions], tick: Callable[[int], object] | None = None
-) -> dict[str, Outcome]:
-    """Every model on the same batches, in evaluation mode.
+def evaluate_models(
+    models: Mapping[str, nn.Module], batches: Sequence[QuestionBatch], tick: Tick | None = None
+) -> dict[str, ModelResult]:
+    """Evaluate every model on the same batches, in evaluation mode.
 
-    tick: called with the number of sentences each model has just answered.
-    What dense models cost is read off the pruned ones, of which there must be one.
+    Args:
+        models: The models by name. At least one must be pruned: a dense model's cost is taken from a pruned one's.
+        batches: The questions.
+        tick: Called with the number of sentences that one model has just answered.
+
+    Returns:
+        The results by the models' names, without seconds.
+
+    Raises:
+        FloatingPointError: If a model's logits are NaN or infinite.
     """
-    outcomes = {}
+    results = {}
     for name, model in models.items():
         with evaluating(model):
-            outcomes[name] = _evaluate(model, batches, tick)
-    pruned = next(outcome for outcome in outcomes.values() if outcome.kept)
-    entered = {tower: (sizes[0],) * len(sizes) for tower, sizes in pruned.kept.items()}
-    dense = {"macs": pruned.dense_macs, "dense_macs": pruned.dense_macs, "kept": entered, "padding": pruned.padding}
-    return {name: outcome if outcome.kept else replace(outcome, **dense) for name, outcome in outcomes.items()}
+            results[name] = _evaluate(model, batches, tick)
+    pruned = next(result for result in results.values() if result.kept)
+    entered = {tower: (tokens[0],) * len(tokens) for tower, tokens in pruned.kept.items()}
+
+    def with_dense_cost(result: ModelResult) -> ModelResult:
+        return replace(
+            result, macs=pruned.dense_macs, dense_macs=pruned.dense_macs, kept=entered, padding=pruned.padding
+        )
+
+    return {name: result if result.kept else with_dense_cost(result) for name, result in results.items()}
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, batches: Sequence[Questions], tick: Callable[[int], object] | None) -> Outcome:
+def _evaluate(model: nn.Module, batches: Sequence[QuestionBatch], tick: Tick | None) -> ModelResult:
     cost_meter = SampleCostMeter(model) if is_pruned(model) else None
-    chances: list[Tensor] = []
-    spent: list[SampleCost] = []
+    probabilities: list[Tensor] = []
+    costs: list[SampleCost] = []
     for batch in batches:
         with collect(threads=False) as traces:
-            chances.append(model(*batch.inputs).softmax(-1)[:, 1])
-        if not chances[-1].isfinite().all():
-            raise FloatingPointError("the model's logits are NaN or infinite, which is no answer: check its weights")
+            probabilities.append(true_probability(model, batch))
         if cost_meter is not None:
-            spent += cost_meter(traces, [1] * len(batch.labels))
+            costs += cost_meter(traces, [1] * len(batch.labels))
         if tick is not None:
             tick(len(batch.labels))
 
     labels = np.concatenate([batch.labels for batch in batches])
     families = tuple(family for batch in batches for family in batch.families)
-    outcome = Outcome(torch.cat(chances).numpy(), labels, families)
-    return outcome if cost_meter is None else replace(outcome, **_means(spent))
+    result = ModelResult(torch.cat(probabilities).numpy(), labels, families)
+    return _with_mean_cost(result, costs) if costs else result
 
 
-def _means(spent: Sequence[SampleCost]) -> dict[str, Any]:
-    kept = {tower: np.mean([one.kept[tower] for one in spent], axis=0) for tower in spent[0].kept}
-    return {
-        "macs": statistics.fmean(one.macs for one in spent),
-        "dense_macs": statistics.fmean(one.dense_macs for one in spent),
-        "padding": statistics.fmean(one.padding for one in spent),
-        "kept": {tower: tuple(sizes.tolist()) for tower, sizes in kept.items()},
-    }
+def true_probability(model: nn.Module, batch: QuestionBatch) -> Tensor:
+    """The probability that a model gives to "true", float32 [batch] on the CPU.
+
+    Raises:
+        FloatingPointError: If the model's logits are NaN or infinite.
+    """
+    probability = model(*batch.inputs_for(model)).float().softmax(-1)[:, 1].cpu()
+    if not probability.isfinite().all():
+        raise FloatingPointError("the model's logits are NaN or infinite, which is no answer: check its weights")
+    return probability
+
+
+def _with_mean_cost(result: ModelResult, costs: Sequence[SampleCost]) -> ModelResult:
+    kept = {tower: np.mean([cost.kept[tower] for cost in costs], axis=0) for tower in costs[0].kept}
+    return replace(
+        result,
+        macs=statistics.fmean(cost.macs for cost in costs),
+        dense_macs=statistics.fmean(cost.dense_macs for cost in costs),
+        padding=statistics.fmean(cost.padding for cost in costs),
+        kept={tower: tuple(tokens.tolist()) for tower, tokens in kept.items()},
+    )
 
 
 @torch.no_grad()
-def race(
-    models: Mapping[str, nn.Module], batches: Sequence[Questions], tick: Callable[[int], object] | None = None
+def time_models(
+    models: Mapping[str, nn.Module], batches: Sequence[QuestionBatch], tick: Tick | None = None
 ) -> dict[str, tuple[float, ...]]:
-    """Seconds of every model on every batch, in evaluation mode.
+    """Time every model on every batch, in evaluation mode.
 
-    The models take turns, so that what disturbs the machine disturbs all. The first batch is run once more beforehand,
-    unmeasured. tick: called with 1 after each run that counts.
+    The models alternate on each batch, so that a disturbance of the machine reaches all of them. The first batch also runs
+    once beforehand, as a warm-up that is not measured.
+
+    Args:
+        models: The models by name.
+        batches: The questions.
+        tick: Called with 1 after each measured run.
+
+    Returns:
+        By the models' names, the seconds of each batch.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with evaluating(*models.values()):
-        for turn, batch in _turns(batches):
-            inputs = batch.inputs
-            names = [*models][turn % len(models) :] + [*models][: turn % len(models)]
+        for run, batch in _with_warm_up(batches):
+            names = [*models][run % len(models) :] + [*models][: run % len(models)]
             for name in names:
+                inputs = batch.inputs_for(models[name])
+                _synchronize(inputs[0])
                 start = time.perf_counter()
                 models[name](*inputs)
-                if turn:
+                _synchronize(inputs[0])
+                if run:
                     seconds[name].append(time.perf_counter() - start)
                     if tick is not None:
                         tick(1)
     return {name: tuple(times) for name, times in seconds.items()}
 
 
-def _turns(batches: Sequence[Questions]) -> Iterator[tuple[int, Questions]]:
+def _with_warm_up(batches: Sequence[QuestionBatch]) -> Iterator[tuple[int, QuestionBatch]]:
+    """The first batch as run 0, then all batches from run 1 on."""
     yield 0, batches[0]
     yield from enumerate(batches, start=1)
 
 
+def _synchronize(on: Tensor) -> None:
+    if on.is_cuda:
+        torch.cuda.synchronize(on.device)
+
+
 def relative_time(seconds: Sequence[float], dense: Sequence[float]) -> float:
-    """Median over the batches of a model's time relative to the dense model's on the same batch."""
+    """Median over batches of a model's time divided by the dense model's time on the same batch."""
     return statistics.median(a / b for a, b in zip(seconds, dense, strict=True))

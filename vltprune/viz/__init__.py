@@ -1,1 +1,1 @@
-"""Images of kept tokens, SVG charts, and HTML pages."""
+"""Visualization: images of kept tokens, SVG charts, and HTML reports."""

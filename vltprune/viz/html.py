@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from PIL import Image
-
-COLORS = ("#3b3f46", "#1f6fd6", "#d98a1f", "#0a9b74", "#c8452f", "#8a58c7", "#7b7f87")
 
 _STYLE = """
 :root { color-scheme: light }
@@ -21,10 +19,10 @@ p { margin: 6px 0 12px; max-width: 76ch } .lead { font-size: 18px }
 table { border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums }
 th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #eceef1; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } thead th { color: #5b626d; font-weight: 600 }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 8px }
+.symbol { vertical-align: -2px; margin-right: 7px }
 .sentence { font-size: 18px; font-weight: 600 } .quiet { color: #5b626d; font-size: 14px }
 .right { color: #0a7d50 } .wrong { color: #c0331f; font-weight: 600 }
-.film { max-width: 100%; height: auto; display: block; margin: 4px 0 }
+.strip { max-width: 100%; height: auto; display: block; margin: 4px 0 }
 .facts th { text-align: left; color: #5b626d; font-weight: 400; vertical-align: top }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 .tight table { font-size: 14px } .tight th, .tight td { padding: 5px 8px }
@@ -44,66 +42,73 @@ svg text { font: 13px system-ui, sans-serif; fill: #23272e }
 
 
 def document(title: str, body: Sequence[str]) -> str:
-    """A whole page. title is plain text, body is HTML."""
+    """A whole page.
+
+    Args:
+        title: Plain text.
+        body: HTML, one element or more each.
+    """
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
     head = f'<!doctype html>\n<html lang="en"><head>{head}<title>{escape(title)}</title></head>'
     return "\n".join([head, "<body><main>", *body, "</main></body></html>", ""])
 
 
 def card(content: str) -> str:
+    """HTML in a white box."""
     return f'<div class="card">{content}</div>'
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """header is plain text, lines are HTML."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table.
+
+    Args:
+        header: The names of the columns, plain text.
+        rows: The cells of each row, HTML.
+    """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def color(index: int) -> str:
-    return COLORS[index % len(COLORS)]
+def definitions(terms: Mapping[str, str]) -> str:
+    """A list of terms, such as the columns of a table, and what each means. Plain text."""
+    rows = "".join(f"<tr><th>{escape(term)}</th><td>{escape(meaning)}</td></tr>" for term, meaning in terms.items())
+    return f'<table class="facts">{rows}</table>'
 
 
-def dot(index: int) -> str:
-    return f'<span class="dot" style="background:{color(index)}"></span>'
-
-
-def dots(names: Sequence[str]) -> str:
-    """A line that says whose each color is, in their order."""
-    named = "".join(f"<span>{dot(i)}{escape(name)}&emsp;</span>" for i, name in enumerate(names))
-    return f'<div class="quiet">{named}</div>'
+def bullets(sentences: Sequence[str]) -> str:
+    """A list of sentences, plain text; nothing for none."""
+    return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>" if sentences else ""
 
 
 def state_legend() -> str:
-    """A line that says what the colors of a film mean."""
-    keys = {"#9aa7b5": "kept", "#0a7c82": "merged into another token", "#16181c": "dropped"}
-    return (
-        "<p>" + "".join(f'<span class="key" style="background:{c}"></span>{what}' for c, what in keys.items()) + "</p>"
-    )
+    """A line that says what the colors of a layer strip mean."""
+    keys = {"#9aa7b5": "in color: kept", "#0a7c82": "teal: merged into another token", "#16181c": "black: dropped"}
+    boxes = (f'<span class="key" style="background:{color}"></span>{meaning}' for color, meaning in keys.items())
+    return f"<p>{''.join(boxes)}</p>"
 
 
-def answer(text: str, right: bool | None) -> str:
-    """What a model said, marked as right or wrong; None: it cannot be told."""
-    if right is None:
+def answer(text: str, correct: bool | None) -> str:
+    """A model's answer, marked as right or wrong; unmarked for None, where that cannot be told."""
+    if correct is None:
         return escape(text)
-    css, mark = ("right", "&#10003;") if right else ("wrong", "&#10007;")
+    css, mark = ("right", "&#10003;") if correct else ("wrong", "&#10007;")
     return f'<span class="{css}">{escape(text)} {mark}</span>'
 
 
-def strip_image(name: str, picture: Image.Image) -> str:
-    """What an image tower kept, drawn by `kept_tokens.layer_strip`."""
-    return f'<img class="film" alt="patches kept by {escape(name)}" src="{_inline(picture)}">'
+def strip_image(name: str, strip: Image.Image) -> str:
+    """A layer strip (`kept_tokens.layer_strip`) of the model of this name, inside the page."""
+    return f'<img class="strip" alt="patches kept by {escape(name)}" src="{_data_address(strip)}">'
 
 
-def word_states(fated: Sequence[tuple[str, str]]) -> str:
-    """Words and the names of their fates, as they stand after the last layer; nothing for none."""
-    said = " ".join(f'<span class="{fate}">{escape(word)}</span>' for word, fate in fated)
-    return f'<div class="quiet">words at the last layer: {said}</div>' if said else ""
+def word_states(words: Sequence[tuple[str, str]]) -> str:
+    """Words, each with the name of its `TokenState` after the last layer; nothing for none."""
+    spans = " ".join(f'<span class="{state}">{escape(word)}</span>' for word, state in words)
+    return f'<div class="quiet">words after the last layer: {spans}</div>' if spans else ""
 
 
-def _inline(picture: Image.Image) -> str:
-    """The picture as a data address. JPEG, since the ground is noise, which PNG would keep at five times the size."""
+def _data_address(image: Image.Image) -> str:
+    """JPEG, since the background is noise, which PNG would store at five times the size."""
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=88, subsampling=0)
+    image.save(file, "JPEG", quality=88, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Images of kept tokens: which patches each layer kept, drawn from traces with Pillow."""
+"""Per-layer visualization of token pruning: which image patches each layer kept, merged or dropped, drawn from traces."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from ..pruning.trace import PruneTrace
 
-LEGEND = "clear: kept     teal: merged into another token     black: dropped"
+LEGEND = "in color: kept     teal: merged into another token     black: dropped"
 _INK, _PAPER = (40, 44, 52), (255, 255, 255)
-# the demo draws in red, green, blue, yellow, purple and white: none of them may mean anything here
+# No color of the synthetic shapes (red, green, blue, yellow, purple, white) may mean anything here.
 _TINT = np.array((0, 122, 128), np.float32)
-_GAP, _LABEL = 6, 18  # pixels: between pictures, and under each for its label
+_GAP, _LABEL = 6, 18  # pixels: between images, and under each for its label
 
 
 class TokenState(enum.IntEnum):
-    """What became of a token that entered the tower."""
+    """What a layer left of a token that entered the tower."""
 
     DROPPED = 0
     MERGED = 1
@@ -28,103 +28,137 @@ class TokenState(enum.IntEnum):
 
 
 def token_states(trace: PruneTrace) -> Tensor:
-    """The TokenState of every token that entered, after each block: [depths, entered total] uint8.
+    """The `TokenState` of every token that entered a tower, after each block.
 
-    A token is merged once its contents live on in a row that it shares with others.
+    A token is merged once it shares a row with other tokens.
+
+    Args:
+        trace: The trace of one call of the tower.
+
+    Returns:
+        uint8 [blocks, total tokens that entered].
     """
     rows = []
-    for depth, step in enumerate(trace.layers):
-        owner = trace.provenance(depth)
-        there = owner >= 0
-        crowd = torch.bincount(owner[there], minlength=sum(step.lengths))
-        fate = torch.where(crowd[owner.clamp(min=0)] > 1, TokenState.MERGED, TokenState.KEPT)
-        rows.append(torch.where(there, fate, TokenState.DROPPED).to(torch.uint8))
+    for depth, layer in enumerate(trace.layers):
+        row = trace.provenance(depth)
+        present = row >= 0
+        tokens_in_row = torch.bincount(row[present], minlength=sum(layer.lengths))
+        state = torch.where(tokens_in_row[row.clamp(min=0)] > 1, TokenState.MERGED, TokenState.KEPT)
+        rows.append(torch.where(present, state, TokenState.DROPPED).to(torch.uint8))
     return torch.stack(rows)
 
 
 def instance_states(trace: PruneTrace, instance: int) -> np.ndarray:
-    """The fates of one instance's unprotected tokens, in their order (of an image: its patches): uint8 [depths, n]."""
+    """The `TokenState` of one instance's unprotected tokens, in their order; of an image, these are its patches.
+
+    Args:
+        trace: The trace of one call of the tower.
+        instance: The image's or text's index in the traced batch.
+
+    Returns:
+        uint8 [blocks, unprotected tokens].
+    """
     columns = (trace.input_tokens.layout.instance == instance) & trace.input_tokens.free
     return token_states(trace)[:, columns].cpu().numpy()
 
 
 def grid(patches: int, width: int, height: int) -> tuple[int, int]:
-    """Rows and columns of an image's patches, told by the image's shape in pixels. ValueError where none fit."""
+    """Rows and columns of an image's square patches, from the image's size in pixels.
+
+    Raises:
+        ValueError: If no grid of square patches has this number of patches.
+    """
     rows = max(round((patches * height / width) ** 0.5), 1)
     if rows * (patches // rows) != patches:
         raise ValueError(f"{patches} patches do not tile an image of {width} x {height}: square patches are needed")
     return rows, patches // rows
 
 
-def overlay(picture: Image.Image, fate: np.ndarray) -> Image.Image:
-    """The picture with dropped patches almost black and merged ones teal: fate [patches], row by row."""
-    rows, columns = grid(len(fate), *picture.size)
-    cells = Image.fromarray(fate.reshape(rows, columns).astype(np.uint8))
-    mask = np.asarray(cells.resize(picture.size, Image.Resampling.NEAREST))[..., None]
+def overlay(image: Image.Image, states: np.ndarray) -> Image.Image:
+    """An image whose dropped patches are almost black and whose merged patches are teal.
 
-    pixels = np.asarray(picture.convert("RGB"), np.float32)
-    grey = pixels.mean(-1, keepdims=True)
-    dimmed = np.where(mask == TokenState.MERGED, 0.35 * grey + 0.45 * _TINT, 0.13 * grey)
+    Args:
+        image: The image that the patches tile.
+        states: `TokenState` of each patch, [patches], row by row.
+    """
+    rows, columns = grid(len(states), *image.size)
+    cells = Image.fromarray(states.reshape(rows, columns).astype(np.uint8))
+    mask = np.asarray(cells.resize(image.size, Image.Resampling.NEAREST))[..., None]
+
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    gray = pixels.mean(-1, keepdims=True)
+    dimmed = np.where(mask == TokenState.MERGED, 0.35 * gray + 0.45 * _TINT, 0.13 * gray)
     return Image.fromarray(np.where(mask == TokenState.KEPT, pixels, dimmed).astype(np.uint8))
 
 
-def layer_strip(
-    picture: Image.Image, trace: PruneTrace, instance: int, side: int = 128, across: int = 7
-) -> Image.Image:
-    """What an image tower kept of one image, block after block: the picture, then one overlay a block.
+def layer_strip(image: Image.Image, trace: PruneTrace, instance: int, side: int = 128, across: int = 7) -> Image.Image:
+    """One image and, after each block of its tower, an overlay of what the block kept.
 
-    picture: what the tower saw, of any size; instance: its place in the traced batch; side: the longer side of each
-    picture in pixels; across: pictures in a row. Labels give the tokens that leave a block, class token included.
+    Labels give the number of tokens that leave a block, class token included.
+
+    Args:
+        image: What the tower was given, of any size.
+        trace: The trace of the image tower's call.
+        instance: The image's index in the traced batch.
+        side: Longer side of each drawn image, in pixels.
+        across: Images in a row.
     """
-    scale = side / max(picture.size)
-    size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
-    picture = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    scale = side / max(image.size)
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+    image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     entered = trace.input_tokens.layout.lengths[instance]
-    cells = [(picture, f"input: {entered}")]
-    for depth, fate in enumerate(instance_states(trace, instance)):
-        cells.append((overlay(picture, fate), f"layer {depth + 1}: {trace.lengths[depth][instance]}"))
-    return _contact(cells, across)
+    cells = [(image, f"input: {entered}")]
+    for depth, states in enumerate(instance_states(trace, instance)):
+        cells.append((overlay(image, states), f"layer {depth + 1}: {trace.lengths[depth][instance]}"))
+    return _contact_sheet(cells, across)
 
 
-def record_strip(pictures: Sequence[Image.Image], trace: PruneTrace) -> Image.Image:
-    """What an image tower kept of a record that was traced alone: a film for each of its pictures, one above another."""
-    return stack_strips([layer_strip(picture, trace, place) for place, picture in enumerate(pictures)], legend=False)
+def record_strip(images: Sequence[Image.Image], trace: PruneTrace) -> Image.Image:
+    """The layer strips of all images of a record that was traced alone, one under another."""
+    strips = [layer_strip(image, trace, instance) for instance, image in enumerate(images)]
+    return stack_strips(strips, legend=False)
 
 
-def stack_strips(films: Sequence[Image.Image], titles: Sequence[str] = (), legend: bool = True) -> Image.Image:
-    """Films one under another, each under its title if it has one, and the legend: what `predict` and `prune` write."""
-    titles = [*titles, *[""] * (len(films) - len(titles))]
-    words = [*titles, LEGEND if legend else ""]
-    width = max(*(film.width for film in films), *(round(font(12).getlength(line)) + 2 * _GAP for line in words))
-    height = sum(film.height for film in films) + _LABEL * sum(map(bool, words))
+def stack_strips(strips: Sequence[Image.Image], titles: Sequence[str] = (), legend: bool = True) -> Image.Image:
+    """Strips one under another, each below its title if it has one, and a legend at the end.
+
+    Args:
+        strips: Images of any size.
+        titles: The titles of the first strips; an empty one is left out.
+        legend: Whether to write what the colors mean.
+    """
+    titles = [*titles, *[""] * (len(strips) - len(titles))]
+    lines = [*titles, LEGEND if legend else ""]
+    width = max(*(strip.width for strip in strips), *(round(font(12).getlength(line)) + 2 * _GAP for line in lines))
+    height = sum(strip.height for strip in strips) + _LABEL * sum(map(bool, lines))
     sheet = Image.new("RGB", (width, height), _PAPER)
 
     pen, top = ImageDraw.Draw(sheet), 0
-    for line, film in zip(words, [*films, None], strict=True):
+    for line, strip in zip(lines, [*strips, None], strict=True):
         if line:
             pen.text((_GAP, top + 3), line, _INK, font(12))
             top += _LABEL
-        if film is not None:
-            sheet.paste(film, (0, top))
-            top += film.height
+        if strip is not None:
+            sheet.paste(strip, (0, top))
+            top += strip.height
     return sheet
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font."""
+    """Pillow's built-in font."""
     return ImageFont.load_default(size)
 
 
-def _contact(cells: Sequence[tuple[Image.Image, str]], across: int) -> Image.Image:
-    """Pictures of one size with their labels, `across` in a row."""
+def _contact_sheet(cells: Sequence[tuple[Image.Image, str]], across: int) -> Image.Image:
+    """Images of one size with their labels, `across` in a row."""
     width, height = cells[0][0].size
     columns, rows = min(across, len(cells)), -(-len(cells) // across)
     size = columns * (width + _GAP) + _GAP, rows * (height + _LABEL + _GAP)
     sheet = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(sheet)
-    for place, (picture, label) in enumerate(cells):
-        left = _GAP + place % across * (width + _GAP)
-        top = place // across * (height + _LABEL + _GAP) + _GAP
-        sheet.paste(picture, (left, top))
+    for index, (image, label) in enumerate(cells):
+        left = _GAP + index % across * (width + _GAP)
+        top = index // across * (height + _LABEL + _GAP) + _GAP
+        sheet.paste(image, (left, top))
         pen.text((left + width / 2, top + height + 2), label, _INK, font(11), anchor="ma")
     return sheet

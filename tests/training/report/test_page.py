@@ -250,9 +250,11 @@ def test_bands_are_of_records():
 @pytest.mark.parametrize(
     "values", [[], [0.0], [3.0, 3.0], [float("nan"), 2.0], [-1.5, 7.25], [1e-4, 30.0], [0.99, 0.991]]
 )
-@pytest.mark.parametrize("kind", [charts.Axis.over, charts.Axis.ratios])
+@pytest.mark.parametrize("kind", [charts.Axis.from_values, charts.Axis.log_from_values])
 def test_axes_hold_what_they_are_over(values, kind):
     axis = kind(values)
-    assert all(-1e-5 <= axis.place(value) <= 1 + 1e-5 for value in values if np.isfinite(value))
+    assert all(-1e-5 <= axis.position(value) <= 1 + 1e-5 for value in values if np.isfinite(value))
     assert 2 <= len(axis.labels) <= 8
-    assert charts.chart([charts.Line([(0, v) for v in values], "red")], charts.layers(3), axis, "it").count("nan") == 0
+    assert (
+        charts.chart([charts.Line([(0, v) for v in values], "red")], charts.layer_axis(3), axis, "it").count("nan") == 0
+    )

@@ -50,11 +50,14 @@ class Nlvr:
     def predict(
         self, model: Any, records: Sequence[Statement], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
-        chances = finite(model(images, *texts), records, "logits").softmax(-1)[:, 1].tolist()
-        return [{"chance": chance, "label": record.label} for chance, record in zip(chances, records, strict=True)]
+        probabilities = finite(model(images, *texts), records, "logits").softmax(-1)[:, 1].tolist()
+        return [
+            {"probability": probability, "label": record.label}
+            for probability, record in zip(probabilities, records, strict=True)
+        ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        return {"accuracy": metrics.accuracy([row["chance"] for row in rows], [row["label"] for row in rows])}
+        return {"accuracy": metrics.accuracy([row["probability"] for row in rows], [row["label"] for row in rows])}
 
 
 def _drawn(data: str) -> SyntheticNLVR:

@@ -25,10 +25,10 @@ _LOSSES = {
 def costs(rows: Rows, score: str) -> str:
     """One score, in percent, against GMACs: a dot each for the dense model and for every cost, in the table's colors."""
     points = [(row["macs"] / 1e9, 100 * row["scores"][score]) for row in rows]
-    path = charts.Line(sorted(points), "#b9bec7", dots=False)
-    dots = [charts.Line([point], html.color(i)) for i, point in enumerate(points)]
-    across = charts.Axis.over([gmacs for gmacs, _ in points], zero=True)
-    up = charts.Axis.over([value for _, value in points])
+    path = charts.Line(sorted(points), "#b9bec7", mark=None)
+    dots = [charts.Line([point], charts.series_color(i), mark=charts.series_mark(i)) for i, point in enumerate(points)]
+    across = charts.Axis.from_values([gmacs for gmacs, _ in points], zero=True)
+    up = charts.Axis.from_values([value for _, value in points])
     title = f"{score}, in percent, against GMACs of an instance"
     return _titled(title, charts.chart([path, *dots], across, up, title))
 
@@ -73,19 +73,21 @@ def _tower(tower: str, evaluations: Sequence[Rows], names: Sequence[str]) -> str
             continue
         means, (low, high) = kept.mean(0), np.percentile(kept, SPREAD, axis=0)
         band = list(zip(low.tolist(), high.tolist(), strict=True))
-        lines.append(charts.Line(list(enumerate(means.tolist())), html.color(i), band))
+        lines.append(
+            charts.Line(list(enumerate(means.tolist())), charts.series_color(i), band, mark=charts.series_mark(i))
+        )
         spread = zip(means, low, high, strict=True)
-        cells.append([html.dot(i) + names[i], *(f"{mean:.1f} ({a:g}&ndash;{b:g})" for mean, a, b in spread)])
+        cells.append([charts.symbol(i) + names[i], *(f"{mean:.1f} ({a:g}&ndash;{b:g})" for mean, a, b in spread)])
         entered = max(entered, float(high.max()))
     layers = len(cells[0]) - 2
     flat = [(layer, lines[0].points[0][1]) for layer in range(layers + 1)]
-    lines.insert(0, charts.Line(flat, html.color(0), dashed=True, dots=False))
+    lines.insert(0, charts.Line(flat, charts.series_color(0), dashed=True, mark=None))
 
     title = f"{tower} tokens that are left"
-    drawn = charts.chart(lines, charts.layers(layers), charts.Axis.over([entered], "g", zero=True), title)
+    drawn = charts.chart(lines, charts.layer_axis(layers), charts.Axis.from_values([entered], "g", zero=True), title)
     head = ["mean (middle 80 %)", "input", *(f"layer {layer}" for layer in range(1, layers + 1))]
     numbers = f"<details><summary>in numbers</summary>{html.table(head, cells)}</details>"
-    return html.card(_titled(title, drawn + html.dots(names) + numbers))
+    return html.card(_titled(title, drawn + charts.legend(names) + numbers))
 
 
 def _curve(title: str, history: Rows, figures: Mapping[str, str], zero: bool = False) -> str:
@@ -95,15 +97,20 @@ def _curve(title: str, history: Rows, figures: Mapping[str, str], zero: bool = F
         return ""
     values = [value for some in points.values() for _, value in some]
     share = "target" in figures.values()
-    linear = charts.Axis.over(values, ".0%" if share else "g", zero or share)
-    up = charts.Axis.ratios(values) if "knob" in figures.values() else linear
+    linear = charts.Axis.from_values(values, ".0%" if share else "g", zero or share)
+    up = charts.Axis.log_from_values(values) if "knob" in figures.values() else linear
     lines = [
-        charts.Line(some, html.color(1 if i == 0 else 0), dashed=i > 0, dots=len(some) < 20)
+        charts.Line(
+            some,
+            charts.series_color(1 - i),
+            dashed=i > 0,
+            mark=charts.series_mark(1 - i) if len(some) < 20 else None,
+        )
         for i, some in enumerate(points.values())
     ]
-    across = charts.Axis.over([step for some in points.values() for step, _ in some], ",.0f", zero=True)
+    across = charts.Axis.from_values([step for some in points.values() for step, _ in some], ",.0f", zero=True)
     drawn = charts.chart(lines, across, up, title, _SMALL)
-    return _titled(title, drawn + (html.dots(["target", "saved"]) if share else ""))
+    return _titled(title, drawn + (charts.legend(["target", "saved"]) if share else ""))
 
 
 def _titled(title: str, content: str) -> str:

@@ -101,7 +101,7 @@ def _judged(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Said]:
     return [
         Said(f"{str(chance > 0.5).lower()} ({max(chance, 1 - chance):.0%})", (chance > 0.5) == bool(row["label"]))
         for row in chosen
-        for chance in [row["chance"]]
+        for chance in [row["probability"]]
     ]
 
 

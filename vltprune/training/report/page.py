@@ -11,7 +11,7 @@ from typing import Any
 from ...cost import savings
 from ...models.resolve import has_random_weights, is_saved_model
 from ...utils.files import write_text
-from ...viz import html
+from ...viz import charts, html
 from ..config import CompressConfig
 from . import curves, tables
 from .examples import Example, Rows
@@ -261,7 +261,7 @@ def _matching(story: Story) -> str:
 def _tight(table: Sequence[Sequence[str]]) -> str:
     """A table whose lines have the colors of the charts."""
     header, *lines = table
-    cells = [[html.dot(i) + escape(name), *map(escape, rest)] for i, (name, *rest) in enumerate(lines)]
+    cells = [[charts.symbol(i) + escape(name), *map(escape, rest)] for i, (name, *rest) in enumerate(lines)]
     return f'<div class="tight">{html.table(header, cells)}</div>'
 
 
