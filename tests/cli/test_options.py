@@ -61,7 +61,7 @@ WRONG = [
     ([*FEATURES, "--keep", "ratio(half)"], "--keep", "write name or name(key=value, ...)"),
     ([*FEATURES, "--keep", "ratio(0.5, 1, 2)"], "--keep", "takes ratio, decay, in this order, and 3 were given"),
     ([*FEATURES, "--keep", "ratio('half')"], "--keep", "ratio='half' must be a number"),
-    ([*FEATURES, "--keep", "count"], "--keep", "write keeper 'count'(count=...)"),
+    ([*FEATURES, "--keep", "count"], "--keep", "write count=..."),
     ([*FEATURES, "--reducer", "none"], "--reducer", "there is drop, fuse"),
     ([*FEATURES, "--guide", "codebok"], "--guide", "codebook"),
     *(

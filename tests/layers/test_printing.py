@@ -1,4 +1,4 @@
-"""What `print` shows of a pruned model: where it is pruned, and by which parts, with their arguments."""
+"""What `print` shows of parts and of a pruned model: where it is pruned, and by which parts, with their arguments."""
 
 from __future__ import annotations
 
@@ -8,24 +8,65 @@ import inspect
 import pytest
 import torch
 from small_models import small
+from torch import nn
 
 import vltprune as vp
+from vltprune.pruning.part import KINDS
 
 CONFIG = {"scorer": "alignment", "keep": "ratio", "reducer": "drop", "guide": "codebook(anchors=4)"}
-KINDS = {"scorer": vp.scorers, "keep": vp.keepers, "reducer": vp.reducers}
-PARTS = [(kind, registry, name) for kind, registry in KINDS.items() for name in registry.names()]
+PARTS = [(kind, name) for kind, (registry, _) in KINDS.items() for name in registry.names()]
+SPEC = vp.BlockSpec("image", 1, 3, 8, 2, has_summary=True, before=1)
 
 
-@pytest.mark.parametrize(("kind", "registry", "name"), PARTS)
-def test_each_part_shows_its_arguments(kind, registry, name):
-    pruned = vp.prune(
-        small("vit").model, vp.PruneConfig(**{**CONFIG, kind: "count(count=4)" if name == "count" else name})
-    )
-    _, *arguments = inspect.signature(registry[name]).parameters
-    shown = repr(pruned).partition(f" {registry[name].__name__}(")[2][
-        :200
-    ]  # on a line of its own where it has children
-    assert all(f"{argument}=" in shown for argument in arguments)
+def build(kind, name, *values, **named):
+    return KINDS[kind][0][name]({"image": SPEC} if kind == "guide" else SPEC, *values, **named)
+
+
+def arguments(kind, name):
+    """Each argument besides the spec, with its default, and 4 where it has none."""
+    _, *rest = inspect.signature(KINDS[kind][0][name]).parameters.values()
+    return {p.name: 4 if p.default is p.empty else p.default for p in rest}
+
+
+@pytest.mark.parametrize(("kind", "name"), PARTS)
+def test_each_part_shows_its_arguments_however_it_was_built(kind, name):
+    args = arguments(kind, name)
+    words = ", ".join(f"{name}={value!r}" for name, value in args.items())
+    parts = [build(kind, name, *args.values()), build(kind, name, **args)]
+    for part in (*parts, copy.deepcopy(parts[0])):
+        assert part.extra_repr() == words
+        assert words in repr(part)
+    spec = vp.Part(name, args)
+    pruned = vp.prune(small("vit").model, vp.PruneConfig(**{**CONFIG, kind: spec}))
+    assert words in repr(pruned)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in PARTS if kind == "keep"])
+def test_a_knob_is_shown_as_it_is_set(kind, name):
+    keeper = build(kind, name, **arguments(kind, name))
+    if keeper.knob is not None:
+        setattr(keeper, keeper.knob.name, 0.125)
+        assert f"{keeper.knob.name}=0.125" in repr(keeper)
+
+
+def test_a_part_of_ones_own_shows_its_arguments():
+    class Weighted(vp.TokenScorer):
+        """Another scorer's scores, times a weight that is learned."""
+
+        def __init__(self, spec, weight: float = 1.0, *, label: str = "mine"):
+            super().__init__(spec)
+            self.weight = nn.Parameter(torch.tensor(weight))
+
+        def forward(self, tokens, stats, guidance):
+            return self.weight * tokens.x.norm(dim=-1)
+
+    with vp.scorers.temporarily(weighted=Weighted, half=lambda spec: Weighted(spec, 0.5)):
+        for scorer, weight in (("weighted(0.25)", 0.25), ("half", 0.5)):
+            pruned = vp.prune(small("vit").model, "random", scorer=scorer)
+            assert f"Weighted(weight={weight}, label='mine')" in repr(pruned)
+        with torch.no_grad():
+            pruned.pruners["0"].scorer.weight.fill_(0.75)
+        assert "Weighted(weight=0.75, label='mine')" in repr(pruned)
 
 
 def test_a_model_shows_where_it_is_pruned_and_by_what():

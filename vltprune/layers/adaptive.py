@@ -62,7 +62,7 @@ class Threshold(KeepRatioPredictor):
         if knob not in ("power", "temperature"):
             raise ValueError(f"threshold(knob={knob!r}): write knob='power' or knob='temperature'")
         self.temperature = temperature
-        self.power, self._decay = power, decay_factor(spec, decay, "threshold")
+        self.power, self._decay_factor = power, decay_factor(spec, decay, "threshold")
         if knob == "temperature":
             self.knob = _TEMPERATURE
 
@@ -96,7 +96,7 @@ class Threshold(KeepRatioPredictor):
 
     @property
     def _exponent(self) -> float:
-        return self.power * self._decay
+        return self.power * self._decay_factor
 
     def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """A number near the threshold, and by how much the threshold is beyond it: [batch] each.
@@ -190,7 +190,7 @@ class Distortion(KeepRatioPredictor):
         super().__init__(spec)
         if not 0 <= error <= 1:
             raise ValueError(f"distortion(error={error}) must lie in 0 .. 1: what may be lost of a squared length of 1")
-        self.error, self._decay = error, decay_factor(spec, decay, "distortion")
+        self.error, self._decay_factor = error, decay_factor(spec, decay, "distortion")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
@@ -198,7 +198,7 @@ class Distortion(KeepRatioPredictor):
         lost = _lost(scores, tokens)
         ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, place), lost)
         behind = ranked.flip(1).cumsum(1).flip(1)  # what each token and those below it take with them
-        return (behind > max(self.error * self._decay * (1 + _EQUAL), _ALIKE)).sum(1).clamp(min=1).minimum(there)
+        return (behind > max(self.error * self._decay_factor * (1 + _EQUAL), _ALIKE)).sum(1).clamp(min=1).minimum(there)
 
 
 @torch.no_grad()

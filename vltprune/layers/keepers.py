@@ -90,10 +90,10 @@ class Ratio(KeepRatioPredictor):
         super().__init__(spec)
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio(ratio={ratio}) must lie in 0 .. 1: the share of tokens kept")
-        self.ratio, self._decay = ratio, decay_factor(spec, decay, "ratio")
+        self.ratio, self._decay_factor = ratio, decay_factor(spec, decay, "ratio")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return keep_count(segments.count(tokens.free, tokens.layout), self.ratio**self._decay)
+        return keep_count(segments.count(tokens.free, tokens.layout), self.ratio**self._decay_factor)
 
 
 @keepers.register("count")

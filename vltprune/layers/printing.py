@@ -1,9 +1,9 @@
-"""How parts print: each with its arguments, so that `print(model)` tells what a model was pruned by."""
+"""PrintedPart: base class of all parts, which print with their arguments as these stand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
+from inspect import Parameter
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +12,22 @@ from ..registry import parameters
 
 
 class PrintedPart(nn.Module):
-    """A module that prints its arguments as they stand: as it was built, or as it was calibrated or trained since."""
+    """A module that prints its arguments: as it was built, or as it was calibrated or trained since.
 
-    arguments: Mapping[str, Any] = MappingProxyType({})  # by `remember_arguments`
+    Attributes:
+        arguments: what the part was built with, besides the spec, by the names of its constructor.
+    """
+
+    arguments: Mapping[str, Any]
+
+    def __new__(cls, *values: Any, **named: Any):  # returns Self, which typing of Python 3.10 does not have
+        part = super().__new__(cls)
+        takes = [one for one in parameters(cls) if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+        given = dict(zip((one.name for one in takes), values, strict=False)) | named
+        arguments = {one.name: given.get(one.name, one.default) for one in takes[1:]}
+        # a copy is made without arguments, and gets those of the original afterwards
+        vars(part)["arguments"] = {name: value for name, value in arguments.items() if value is not Parameter.empty}
+        return part
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={self._current(name, value)!r}" for name, value in self.arguments.items())
@@ -25,9 +38,3 @@ class PrintedPart(nn.Module):
         if isinstance(value, Tensor):
             return round(float(value.detach()), 6) if value.dim() == 0 and not value.is_meta else built
         return value if isinstance(value, (bool, int, float, str)) else built
-
-
-def remember_arguments(part: nn.Module, maker: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Note what `maker` built a part with, besides where it stands: the given arguments, and the others at their defaults."""
-    known = {one.name: one.default for one in parameters(maker)[1:] if one.default is not one.empty}
-    vars(part)["arguments"] = {**known, **arguments}

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from ..registry import parameters
 from ..utils.structure import attributes
 from ..utils.wrappers import unwrapped
 from .config import PruneConfig
+from .part import KINDS
 
 _PARTS = {"scorer": "scorer", "keep": "keeper", "reducer": "reducer"}  # kind -> attribute of a pruner
 
@@ -55,6 +57,10 @@ def _changed(config: PruneConfig, kind: str, tower: str, encoder: Any) -> dict[s
             )
         now, then = attributes(part), attributes(right)
         found.append({name: now.get(name) for name in right.arguments if name in then and now.get(name) != then[name]})
+    maker = KINDS[kind][0][config.part(kind, tower).name] if found else None
+    takes = {parameter.name for parameter in parameters(maker)} if maker is not None else set()
+    for name in (name for one in found for name in one if name not in takes):
+        raise _refusal(f"{name} of the {kind} of its {tower} tower was set, and its maker takes no argument {name!r}")
     if any(one != found[0] for one in found):
         raise _refusal(f"the {kind} of its {tower} tower has other arguments at some depths than at others: {found}")
     return found[0] if found else {}

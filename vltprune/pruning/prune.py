@@ -9,7 +9,6 @@ from torch import nn
 
 from ..hosts.find import find_composite, find_host
 from ..layers import AlignmentGuide
-from ..layers.printing import remember_arguments
 from ..registry import guides
 from ..utils.wrappers import unwrapped
 from . import presets
@@ -64,9 +63,7 @@ def build_guide(config: PruneConfig, specs: dict[str, Any], model: nn.Module) ->
     if config.guide is None:
         return None
     part = config.part("guide")
-    guide = build_like(model, guides[part.name], specs, **part.args)
-    remember_arguments(guide, guides[part.name], part.args)
-    return guide
+    return build_like(model, guides[part.name], specs, **part.args)
 
 
 def _check_towers(config: PruneConfig, towers: tuple[str, ...]) -> None:

@@ -15,7 +15,6 @@ from ..core.attention import AttentionStats, Stat
 from ..core.checks import is_traced
 from ..core.tokens import PackedTokens
 from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer
-from ..layers.printing import remember_arguments
 from ..layers.reducers import top_tokens
 from ..registry import keepers, reducers, scorers
 from .config import PruneConfig
@@ -73,7 +72,6 @@ class Pruner(nn.Module):
         for kind, registry in kinds.items():
             part = config.part(kind, spec.tower)
             parts.append(registry[part.name](spec, **part.args))
-            remember_arguments(parts[-1], registry[part.name], part.args)
         pruner = cls(*parts)
         if Stat.SUMMARY in pruner.needs and not spec.has_summary:
             raise ValueError(
