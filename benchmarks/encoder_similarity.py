@@ -54,7 +54,6 @@ METHODS = {
     "distinct_attention, distortion": {"scorer": "distinct_attention", "keep": "distortion"},
 }
 SEEDS = (0, 1, 2)  # of random; its numbers are their mean
-FITTING = 6  # photographs to calibrate on: all have equally many tokens
 
 
 @vp.scorers.register("unguided")
@@ -126,10 +125,12 @@ def photographs(options: argparse.Namespace) -> Subject:
     source = {"file": options.weights}
     sizes = {"img_size": options.size, "num_classes": 0}
     dense = timm.create_model(options.model, pretrained=True, pretrained_cfg_overlay=source, **sizes).eval()
-    prepare, files = vp.transforms(dense), list_images(options.inputs)[: options.count + FITTING]
+    prepare, files = vp.transforms(dense), list_images(options.inputs)[: options.count + options.fitting]
     images = torch.stack([prepare(load_image(file)) for file in files])
     batches = images[: options.count].split(options.batch)
-    return Subject(dense, [images[options.count :]], batches, lambda model, batch: model(batch))
+    return Subject(
+        dense, list(images[options.count :].split(options.batch)), batches, lambda model, batch: model(batch)
+    )
 
 
 def mean_pooled(model: nn.Module, ids: Tensor) -> Tensor:
@@ -238,6 +239,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=112, help="of the images, in pixels")
     parser.add_argument("--count", type=int, help="inputs that are measured (500 sentences, 100 photographs)")
     parser.add_argument("--batch", type=int, help="sentences (64) or photographs (8) at a time")
+    parser.add_argument("--fitting", type=int, default=6, help="photographs that set the cost, which are not measured")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--reducers", nargs="+", choices=("drop", "fuse"), default=("drop", "fuse"))

@@ -61,8 +61,8 @@ def test_nlvr_agrees_with_the_demos_evaluation(tmp_path, capsys):
         assert summary["reductions"][tower] == pytest.approx(1 - macs / dense)
         assert summary["shares"][tower] == pytest.approx(images * (dense - macs) / saved)
         own, part = (
-            f"{summary['reductions'][tower]:.1%} fewer than dense",
-            f"{summary['shares'][tower]:.0%} of the saving",
+            f"{100 * summary['reductions'][tower]:.1f} % fewer than dense",
+            f"{100 * summary['shares'][tower]:.0f} % of the saving",
         )
         assert re.search(f"GMACs of one {tower}: .* {own} .*; {part}", out)
     assert sum(summary["shares"].values()) == pytest.approx(1)

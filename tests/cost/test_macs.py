@@ -250,10 +250,13 @@ def test_what_is_saved_is_not_of_padding(name):
         assert short.dense_total == pytest.approx(long.dense_total)
         assert short.reduction == pytest.approx(long.reduction)
         assert (
-            0 < short.skipped < long.skipped == pytest.approx(float(long.padding["text"].sum()) + long.decoder_padding)
+            0
+            < short.padding_total
+            < long.padding_total
+            == pytest.approx(float(long.padding["text"].sum()) + long.decoder_padding)
         )
         assert float(long.padding["image"].sum()) == 0
-        assert long.padded_total == long.dense_total + long.skipped
+        assert long.padded_total == long.dense_total + long.padding_total
         assert ("vqa" in name) == (long.decoder_padding > 0)
     assert long.reduction == pytest.approx(0.0)
 
@@ -264,11 +267,11 @@ def test_what_each_tower_saves_is_of_its_own_macs():
     cost = vp.count_macs(text_alone, *inputs(24))
     assert cost.reductions["image"] == 0
     assert 0.1 < cost.reductions["text"] < 0.9
-    assert cost.shares == pytest.approx({"image": 0.0, "text": 1.0})
+    assert cost.saving_by_tower == pytest.approx({"image": 0.0, "text": 1.0})
     full = vp.count_macs(vp.prune(dense, "random", keep="ratio(ratio=1.0)"), *inputs(24))
     assert full.reductions == {"image": 0.0, "text": 0.0}
-    assert full.shares == {}
-    assert full.skipped > full.dense["text"].sum()  # three short sentences in 24 places
+    assert full.saving_by_tower == {}
+    assert full.padding_total > full.dense["text"].sum()  # three short sentences in 24 places
 
 
 def test_counting_needs_a_pruned_model_and_a_call():

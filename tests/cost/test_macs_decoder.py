@@ -151,10 +151,10 @@ def test_a_record_pays_its_share_of_the_decoder():
 class Say:
     """A task whose records say how long to speak."""
 
-    def texts(self, records):
+    def tokenize(self, records):
         return (), [1] * len(records)
 
-    def answer(self, model, records, images, texts):
+    def predict(self, model, records, images, texts):
         model.generate(images[:, 0], GreedySearch(), max_length=records[0].longest)
         return [{} for _ in records]
 

@@ -37,9 +37,50 @@ def test_a_cost_and_inputs_belong_together():
     dense = small("nlvr").model
     with pytest.raises(ValueError, match=r"reduction=0.5 is set on inputs.*data=\[images.*vltprune.calibrate"):
         vp.prune(dense, "evit", reduction=0.5)
-    with pytest.raises(ValueError, match=r"such as reduction=0.5"):
+    with pytest.raises(ValueError, match=r"as in vltprune.prune\(model, .attention., reduction=0.5, data="):
         vp.prune(dense, "evit", data=[small("nlvr").draw(2)])
     with pytest.raises(vp.BudgetError, match="out of reach"):
         vp.prune(
             dense, "evit", keep="ratio", at={"image": (3,), "text": None}, reduction=0.9, data=[small("nlvr").draw(2)]
         )
+
+
+CALL = r"write vltprune\.prune\(model, 'attention', reduction=0\.5, data=\[images, \.\.\.\]\)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"reduction": 0.5}, TypeError, f"prune needs a preset, one of attention, .*: {CALL}"),
+        ({"data": []}, TypeError, f"prune needs a preset.*: {CALL}"),
+        ({}, TypeError, f"prune needs a preset.*: {CALL}"),
+        ({"scorer": "random"}, TypeError, f"prune needs a preset.*: {CALL}"),
+        ({"preset": "evit", "reduction": 0.5}, ValueError, f"reduction=0.5 .*: {CALL}"),
+        ({"preset": "evit", "reducton": 0.5}, TypeError, f"no argument 'reducton'; did you mean reduction.*: {CALL}"),
+        ({"preset": "evit", "redution": 0.5}, TypeError, f"'redution'; did you mean reduction.*: {CALL}"),
+        ({"preset": "evit", "dta": []}, TypeError, f"no argument 'dta'; did you mean data.*: {CALL}"),
+        ({"preset": "evit", "keeper": "ratio"}, TypeError, "no argument 'keeper'; did you mean keep"),
+        ({"config": "evit"}, TypeError, f"no argument 'config'.*: {CALL}"),
+        ({"preset": "evit", "batches": []}, TypeError, f"no argument 'batches'.*data.*: {CALL}"),
+    ],
+)
+def test_what_is_missing_or_misspelled_is_answered_with_the_call_to_write(arguments, error, says):
+    with pytest.raises(error, match=says):
+        vp.prune(small("vit").model, **arguments)
+
+
+def test_a_reduction_is_refused_before_the_guide_is_placed():
+    def run(model):
+        raise AssertionError("no batch is run")
+
+    with pytest.raises(ValueError, match=r"reduction=1\.5 must lie between 0 and 1"):
+        vp.prune(small("nlvr").model, "madtp", reduction=1.5, data=[run])
+
+
+@pytest.mark.parametrize("name", vp.presets.names())
+@pytest.mark.parametrize("model", ["vit", "text", "blip", "nlvr"])
+def test_every_preset_can_be_brought_to_a_cost(model, name):
+    dense, inputs = small(model).model, small(model).draw(6)
+    parts = {"guide": "codebook(anchors=5)"} if vp.preset(name).guide is not None else {}
+    pruned = vp.prune(dense, name, reduction=0.3, data=[inputs], tolerance=0.1, **parts)
+    assert vp.measure(pruned, [inputs]).reduction == pytest.approx(0.3, abs=0.08)

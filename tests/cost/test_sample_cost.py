@@ -33,7 +33,7 @@ def test_padding_stands_beside_what_a_record_costs():
             model(images, *texts)
         cost = vp.CostMeter(model)(traces)
         spent.append(SampleCostMeter(model)(traces, [1] * 4))
-        assert sum(one.padding for one in spent[-1]) == pytest.approx(cost.skipped)
+        assert sum(one.padding for one in spent[-1]) == pytest.approx(cost.padding_total)
         assert [one.tower_padding["text"] for one in spent[-1]] == pytest.approx([one.padding for one in spent[-1]])
         assert all(one.tower_padding["image"] == 0 for one in spent[-1])
     for short, long in zip(*spent, strict=True):
@@ -50,7 +50,7 @@ def test_what_a_decoder_spends_on_padding_is_shared_by_the_records():
     cost = vp.CostMeter(model)(traces)
     assert cost.decoder_padding > 0
     spent = SampleCostMeter(model)(traces, [1, 1])
-    assert sum(one.padding for one in spent) == pytest.approx(cost.skipped)
+    assert sum(one.padding for one in spent) == pytest.approx(cost.padding_total)
     assert sum(one.macs for one in spent) == pytest.approx(cost.total)
     assert sum(one.dense_macs for one in spent) == pytest.approx(cost.dense_total)
 
@@ -64,7 +64,7 @@ def test_costs_of_soft_training_are_numbers_without_gradients():
     cost = vp.CostMeter(model)(traces)
     assert all(macs.requires_grad for macs in cost.towers.values())
     assert cost.reduction == pytest.approx(1 - cost.total / cost.dense_total)
-    assert sum(cost.shares.values()) == pytest.approx(1.0)
+    assert sum(cost.saving_by_tower.values()) == pytest.approx(1.0)
     assert all(0 < reduction < 1 for reduction in cost.reductions.values())
     spent = SampleCostMeter(model)(traces, [1, 1])
     assert sum(one.macs for one in spent) == pytest.approx(cost.total)

@@ -20,7 +20,7 @@ from ..io.preprocessing import transforms
 from ..models.catalog import ModelName
 from ..models.resolve import has_random_weights, resolve_model
 from ..pruning.model import is_pruned
-from ..utils.progress import bar, say
+from ..utils.progress import say
 from . import options
 
 MODEL = "a name, such as vit_base_patch16_224_evit or clip_vit_b_32.openai, a saved model's folder, or hf-hub:org/name"
@@ -175,20 +175,6 @@ def fit_guide(model: nn.Module, batches: Sequence[Any], what: str) -> None:
 
 
 def calibrate(model: nn.Module, batches: Sequence[Any], reduction: float, what: str) -> budget.Calibration:
-    """`calibrate` under a progress bar that says `what`."""
-    with bar(what) as tries:
-
-        def tick(value: float, reduction: float) -> None:
-            tries.update()
-
-        return budget.calibrate(model, batches, reduction, progress=tick)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text, the first a header, as aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    """Calibrate a pruned model, and say so; what: the batches in words."""
+    say(f"vltprune: {what}")
+    return budget.calibrate(model, batches, reduction)

@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..cost import savings
+from ..cost import describe
 from ..evaluation import tasks
 from ..models.resolve import has_random_weights
+from ..utils.table import table
 from . import common, options
 
 _NEEDED = ("task", "model", "data", "val")
@@ -106,8 +107,8 @@ def _how(field: str) -> str:
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     from ..training.report import tables
 
-    names = [f"{savings.asked(row['reduction'], '%')} asked" if row["reduction"] else "dense" for row in rows]
-    print(common.table(tables.results(names, rows)))
+    names = [f"{describe.format_target(row['reduction'], '%')} asked" if row["reduction"] else "dense" for row in rows]
+    print(table(tables.results(names, rows)))
     if "matching" in rows[0]:
         print(f"\nsecond stage, the nearest {rows[0]['matching']['k_test']} judged by the matching head:")
-        print(common.table(tables.matching(names, rows)))
+        print(table(tables.matching(names, rows)))

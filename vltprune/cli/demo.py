@@ -21,6 +21,8 @@ from ..models.factory import create_model
 from ..pruning.model import PrunedModel
 from ..pruning.prune import prune_towers
 from ..utils.files import replacing, write_text
+from ..utils.progress import bar
+from ..utils.table import table
 from ..viz import kept_tokens
 from . import common, options
 
@@ -54,18 +56,18 @@ def run(args: argparse.Namespace) -> None:
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
     models = build_models(args.seed, args.device, args.dtype)
-    with common.bar("generating pairs", args.pairs) as bar:
-        batches = generate_batches("test", args.pairs, args.seed, _BATCH_SIZE, bar.update)
-    with common.bar("answering", args.pairs * len(models)) as bar:
-        results = evaluate_models(models, batches, bar.update)
+    with bar("generating pairs", args.pairs) as shown:
+        batches = generate_batches("test", args.pairs, args.seed, _BATCH_SIZE, shown.update)
+    with bar("answering", args.pairs * len(models)) as shown:
+        results = evaluate_models(models, batches, shown.update)
 
     timed = batches[: max(_TIMED_PAIRS // _BATCH_SIZE, 1)]
-    with common.bar("timing", len(timed) * len(models)) as bar:
-        seconds = time_models(models, timed, bar.update)
+    with bar("timing", len(timed) * len(models)) as shown:
+        seconds = time_models(models, timed, shown.update)
     results = {name: replace(result, seconds=seconds[name]) for name, result in results.items()}
 
     examples = select_examples(models, batches, results, _ILLUSTRATED)
-    print(common.table(report.table(results, DENSE)))
+    print(table(report.table(results, DENSE)))
     print(f"\n{report.TRAINING_NOTE}")
     _write(folder, results, examples, args)
     print(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..cost import savings
+from ..cost import describe
 from ..data import Loader, fingerprint
 from ..evaluation import tasks
 from ..evaluation.evaluator import Evaluator, summarize, summarize_matching
@@ -20,6 +20,8 @@ from ..evaluation.results_log import ResultsLog, write_json
 from ..evaluation.tasks.base import Images
 from ..evaluation.tasks.matching import MOST
 from ..models.wordpiece import BERT
+from ..utils.progress import bar
+from ..utils.table import table
 from . import common, options
 
 _SETTINGS = ("task", "model", "model_args", "pretrained", "vocabulary", "answers")
@@ -110,9 +112,9 @@ def _contents(args: argparse.Namespace, model: nn.Module) -> dict[str, str | Non
 
 def _evaluated(what: str, evaluator: Evaluator, loader: Loader[Any], log: ResultsLog) -> list[dict[str, Any]]:
     """The log's rows, with those that it lacked answered under a progress bar."""
-    with common.bar(what, len(loader)) as bar:
-        bar.update(min(len(log.rows), len(loader)))
-        evaluator.run(loader, log, bar.update)
+    with bar(what, len(loader)) as shown:
+        shown.update(min(len(log.rows), len(loader)))
+        evaluator.run(loader, log, shown.update)
     return log.rows
 
 
@@ -185,9 +187,13 @@ def _print(summary: Mapping[str, Any]) -> None:
     _print_macs("an instance", summary["macs"], summary["dense_macs"], summary["padding"])
     for tower, (macs, dense) in summary["towers"].items():
         _print_macs(
-            f"one {tower}", macs, dense, summary["tower_padding"][tower], savings.share(tower, summary["shares"])
+            f"one {tower}",
+            macs,
+            dense,
+            summary["tower_padding"][tower],
+            describe.format_tower_saving(tower, summary["shares"]),
         )
-    note = savings.whose(summary["shares"], summary["reductions"], summary["macs_saved"])
+    note = describe.note_on_towers(summary["shares"], summary["reductions"], summary["macs_saved"])
     if summary["kept"] and note:  # nothing is kept of a dense model
         print(note)
     _print_kept(summary)
@@ -209,13 +215,13 @@ def _print_matching(found: Mapping[str, Any]) -> None:
 
 def _print_scores(scores: Mapping[str, float]) -> None:
     rows = [[name, f"{100 * score:.2f}"] for name, score in scores.items()]
-    print(common.table([["", "%"], *rows]) if rows else "no scores here: score the result file elsewhere")
+    print(table([["", "%"], *rows]) if rows else "no scores here: score the result file elsewhere")
 
 
 def _print_macs(what: str, macs: float, dense: float, padding: float, share: str = "") -> None:
     """share: of the whole saving, as the tail of a sentence."""
-    saved = f"{savings.less(macs, dense)} than dense ({dense / 1e9:.3f})" if macs != dense else "as dense"
-    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}{share}{savings.skipped(padding)}")
+    saved = f"{describe.format_change(macs, dense)} than dense ({dense / 1e9:.3f})" if macs != dense else "as dense"
+    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}{share}{describe.format_padding(padding)}")
 
 
 def _print_kept(summary: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.tokens import PackedTokens
-from ..cost import savings
+from ..cost import describe
 from ..cost.macs import CostMeter
 from ..data import Loader, Record
 from ..data.images import list_images
@@ -27,6 +27,7 @@ from ..io.preprocessing import Preprocessing, transforms
 from ..pruning.encoder import Pruning
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import replacing
+from ..utils.progress import bar
 from ..viz import kept_tokens
 from . import common, options, parts
 
@@ -105,12 +106,12 @@ def run(args: argparse.Namespace) -> None:
 def _compute(model: nn.Module, loader: Loader[Record], files: Sequence[Path], device: str, results: Results) -> None:
     """Run the model on every image. OSError where none can be read."""
     meter = CostMeter(model)
-    with common.bar("images", len(files)) as bar:
+    with bar("images", len(files)) as shown:
         for records, images in loader:
             with torch.no_grad(), collect(threads=False) as traces:
                 features = model(images[:, 0].to(device))
             results.add([files[r.index] for r in records], images[:, 0], features, traces[0], meter(traces))
-            bar.update(len(records))
+            shown.update(len(records))
     if not results.files:
         raise OSError(f"none of the {len(files)} images could be read: {loader.skipped[0].reason}")
 
@@ -254,7 +255,7 @@ def _print(results: Results, folder: Path, unreadable: dict[str, str]) -> None:
     number, (entered, *kept) = len(results.files), results.mean_kept()
     macs, dense = sum(results.macs) / number / 1e9, results.dense_macs / number / 1e9
     print(f"{number} images, features {' x '.join(map(str, results.features[0].shape))}")
-    print(f"GMACs an image: {macs:.3f}, {savings.less(macs, dense)} than dense ({dense:.3f})")
+    print(f"GMACs an image: {macs:.3f}, {describe.format_change(macs, dense)} than dense ({dense:.3f})")
     print(f"tokens, layer by layer (mean): {entered:.0f} -> " + " ".join(f"{n:.0f}" for n in kept))
     for reason in unreadable.values():
         common.say(f"vltprune: skipped: {reason}")

@@ -11,6 +11,7 @@ from torch import nn
 from ..cost.macs import Cost, count_macs
 from ..cost.sample_cost import keep_all
 from ..models.catalog import ModelName
+from ..utils.table import table
 from . import common, macs, options, parts
 
 
@@ -78,7 +79,7 @@ def _print_tower(tower: str, encoder: Any, cost: Cost, dense: bool) -> None:
         inner = 0 < row <= spec.depths
         where = "prunes" if inner and encoder.pruner(row - 1) is not None else ""
         rows.append([name, f"{before:.1f}"] if dense else [name, f"{before:.1f}", f"{after:.1f}", where])
-    print(common.table(rows))
+    print(table(rows))
 
 
 def _millions(model: nn.Module) -> str:

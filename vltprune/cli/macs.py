@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cost import savings
+from ..cost import describe
 from ..cost.macs import Cost, count_macs
 from ..cost.sample_cost import keep_all
 from ..hosts.find import find_composite
@@ -100,19 +100,19 @@ def print_cost(cost: Cost, host: nn.Module, dense: bool) -> None:
     """Each tower, a decoder, the sum of all, whose the saving is, and what was counted."""
     for tower, macs in cost.towers.items():
         before, after, padding = (float(one.sum()) for one in (cost.dense[tower], macs, cost.padding[tower]))
-        share = "" if dense else savings.share(tower, cost.shares)
+        share = "" if dense else describe.format_tower_saving(tower, cost.saving_by_tower)
         _print_macs(f"{tower} tower", before, after, padding, dense, share)
     if cost.dense_decoder:
         _print_macs("decoder", cost.dense_decoder, cost.decoder, cost.decoder_padding, dense)
-    _print_macs("all", cost.dense_total, cost.total, cost.skipped, dense)
-    note = "" if dense else savings.whose(cost.shares, cost.reductions, cost.reduction)
+    _print_macs("all", cost.dense_total, cost.total, cost.padding_total, dense)
+    note = "" if dense else describe.note_on_towers(cost.saving_by_tower, cost.reductions, cost.reduction)
     if note:
         print(note)
     print(_COUNTED.format(instance=_instance(host)))
 
 
 def _print_macs(what: str, before: float, after: float, padding: float, dense: bool, share: str = "") -> None:
-    saved = "" if dense else f"   pruned {after / 1e9:9.3f} GMACs   ({savings.less(after, before)}{share})"
+    saved = "" if dense else f"   pruned {after / 1e9:9.3f} GMACs   ({describe.format_change(after, before)}{share})"
     beside = f"   and {padding / 1e9:.3f} on padding{'' if dense else ', skipped'}" if padding > 0 else ""
     print(f"{what:12} dense {before / 1e9:9.3f} GMACs{saved}{beside}")
 

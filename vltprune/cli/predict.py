@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..cost import savings
+from ..cost import describe
 from ..cost.macs import CostMeter
 from ..data.images import SUFFIXES, load_image, load_tensor
 from ..data.word_tokenizer import WordTokenizer
@@ -98,7 +98,7 @@ def _report(model: nn.Module, traces: Sequence[PruneTrace]) -> None:
         print("this model is dense: every token stays at every layer")
         return
     cost = CostMeter(model)(traces)
-    print(savings.saving(cost.total, cost.dense_total, cost.skipped))
+    print(describe.format_saving(cost.total, cost.dense_total, cost.padding_total))
     print("tokens kept, layer by layer:")
     for trace in traces:
         for instance, entered in enumerate(trace.input_tokens.layout.lengths):

@@ -1,4 +1,4 @@
-"""The budget argument of a model's keepers: reads it, sets it, and writes it into the config."""
+"""BudgetControl: reads and sets the knob of a model's keepers, and writes its value into the config."""
 
 from __future__ import annotations
 
@@ -13,54 +13,65 @@ from ..layers import KeepRatioPredictor
 from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import get_pruning
 from ..pruning.part import Part
+from ..registry import keepers
 from ..utils.wrappers import unwrapped
 
 
 class BudgetControl:
-    """The knob of a pruned model, at all its depths, or at those of one tower.
+    """The knob of a pruned model's keepers, at all its depths, or at those of one tower.
 
-    ValueError where it has none, or several, and for a tower that the model lacks.
+    Args:
+        model: a pruned model.
+        tower: whose keepers are meant; None is those of all towers.
+
+    Raises:
+        ValueError: for keepers without a knob or with several, for a model that is pruned nowhere, and for a tower that the
+            model lacks.
     """
 
     def __init__(self, model: nn.Module, tower: str | None = None):
-        self.model = model
+        self.model, self.tower = model, tower
         towers = get_pruning(model).towers
         if tower is not None and tower not in towers:
             raise ValueError(f"tower={tower!r} is none of this model's, which are {', '.join(towers)}")
         asked = towers if tower is None else (tower,)
         self.towers = tuple(name for name in asked if towers[name].pruners)
         self.keepers = [keeper for name in self.towers for keeper in keepers_of(towers[name])]
+        config, whose = get_pruning(model).config, "" if tower is None else f" in the {tower} tower"
+        if not self.keepers:
+            raise ValueError(f"no block is pruned{whose}, so that nothing can be saved: prune at some depths (at=...)")
         knobs = {keeper.knob for keeper in self.keepers if keeper.knob is not None}
         if not knobs or any(keeper.knob is None for keeper in self.keepers):
-            whose = "" if tower is None else f" in the {tower} tower"
+            others = ", ".join(map(repr, keepers_with_knob(guided=config.guide is not None)))
             raise ValueError(
-                f"keep={get_pruning(model).config.spelled('keep')!r} has nothing a budget can turn{whose}: use "
-                "keep='threshold', 'ratio' or 'random_ratio'"
+                f"keep={config.spelled('keep')!r} has no knob that a budget can set{whose}: use one of {others}"
             )
         if len(knobs) > 1:
+            targets = dict.fromkeys(self.towers, 0.5)
             raise ValueError(
-                f"keep={get_pruning(model).config.spelled('keep')!r}: the towers have different knobs, which one value cannot "
-                "set: calibrate each, with reduction={'image': 0.5, 'text': 0.5}"
+                f"keep={config.spelled('keep')!r}: the towers have different knobs, which one value cannot set: give a "
+                f"target for each, reduction={targets}"
             )
         self.knob = knobs.pop()
 
     @property
     def value(self) -> float:
-        """Of the first depth; `turn` sets all alike."""
+        """The knob's value at the first depth; `set` gives all depths the same."""
         return self.values[0]
 
     @property
     def values(self) -> list[float]:
-        """Of every depth."""
+        """The knob's value at every depth."""
         return [getattr(keeper, self.knob.name) for keeper in self.keepers]
 
     def set(self, value: float) -> None:
+        """Set the knob at every depth."""
         for keeper in self.keepers:
             setattr(keeper, self.knob.name, value)
 
     @contextlib.contextmanager
     def unless_done(self) -> Iterator[None]:
-        """Where the `with` block fails, every depth has the value again that it had before."""
+        """Restore the value of every depth where the `with` block fails."""
         before = self.values
         try:
             yield
@@ -70,7 +81,7 @@ class BudgetControl:
             raise
 
     def commit(self, value: float) -> None:
-        """Turn it, and write the value into `model.pruning.config`, for the towers that it turns."""
+        """Set the knob, and write its value into `model.pruning.config`, for the towers that it is of."""
         self.set(value)
         record = get_pruning(self.model)
         config, pruned = record.config, [name for name, tower in record.towers.items() if tower.pruners]
@@ -85,6 +96,16 @@ class BudgetControl:
         object.__setattr__(
             unwrapped(self.model), "pruning", dataclasses.replace(record, config=config.replace(keep=keep))
         )
+
+
+def keepers_with_knob(guided: bool) -> list[str]:
+    """Names of the registered keepers that a budget can set. guided: also those that read a guide."""
+    makers = {name: keepers[name] for name in keepers.names()}
+    return [
+        name
+        for name, maker in makers.items()
+        if getattr(maker, "knob", None) is not None and (guided or not getattr(maker, "guided", False))
+    ]
 
 
 def keepers_of(tower: PrunedEncoder) -> list[KeepRatioPredictor]:

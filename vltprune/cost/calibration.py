@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import get_pruning
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
+from ..utils.progress import bar, counted
+from .advice import budget_advice
 from .budget_control import BudgetControl, keepers_of
-from .inputs import Batch, run_batch
+from .describe import format_target, percent
+from .inputs import Batch, Inputs, model_inputs, run_batch
 from .macs import CostMeter
 from .savings import Calibration, TowerCalibration
 
@@ -43,27 +47,42 @@ def calibrate(
     batches: Iterable[Batch],
     reduction: float | Mapping[str, float] = 0.5,
     tolerance: float = 0.01,
-    progress: Callable[[float, float], object] | None = None,
+    *,
+    inputs: Inputs = None,
+    progress: bool | None = None,
     meter: CostMeter | None = None,
 ) -> Calibration:
-    """Set a pruned model's knob, DTP's power or a ratio, so that its mean MACs over `batches` are `reduction` below dense.
+    """Set the knob of a pruned model's keepers so that its mean MACs over `batches` are `reduction` below dense.
 
-    batches: inputs of the model, each a tensor, a tuple of positional inputs or a mapping of named ones, or a function that
-    puts its inputs to the model itself, by another method than the call; they are run some ten times, and at most 30.
-    reduction: a share of what the dense model spends on the tokens that are there, padding left out, in (0, 1). One number
-    sets one value of the knob at every depth of every tower; a mapping from tower to a share, {"image": 0.5, "text": 0.3},
-    sets a value for each tower it names, so that the tower saves that of its own MACs, and leaves the others as they are.
-    The values are also written into `model.pruning.config`. tolerance: relative to the target. progress: called with each
-    value tried and the reduction it gave; meter: the model's, where it is measured again and again. Returns a Calibration,
-    whose text says what each tower saves.
+    One number sets one value of the knob at every depth of every tower. A mapping sets a value for each tower that it names,
+    so that the tower saves that of its own MACs; the others stay as they are. The values are also written into
+    `model.pruning.config`.
 
-    Raises ValueError for a reduction outside (0, 1), a tower that the model lacks or does not prune, no batches, or a keeper
-    without a knob; BudgetError, with what can be had, where the target is out of reach or between two counts. The model is
-    then as it was.
+    Args:
+        model: a pruned model, wrapped (compiled, in parallel) or not.
+        batches: a DataLoader or a list of batches, held in memory and run about ten times, at most 30. A batch is a tensor, a
+            tuple or list of positional inputs, or a mapping of named inputs; tensors are moved to the model's device and
+            floating-point type. A function is called with the model, for another method than its call.
+        reduction: share of the dense MACs to save, in (0, 1), such as 0.5 or {"image": 0.5, "text": 0.3}. Dense MACs are
+            those on the tokens that are there, without padding.
+        tolerance: relative to the MACs that are to remain.
+        inputs: which part of a batch the model takes, where it holds more, such as labels: a position (0), a key
+            ("pixel_values") or a function of the batch. None passes the whole batch.
+        progress: whether to show a progress bar on stderr; None shows it where stderr is a terminal.
+        meter: the model's CostMeter, where it is measured again and again.
+
+    Returns:
+        The Calibration: the knob's value, and MACs per instance, pruned and dense, in all and for each tower.
+
+    Raises:
+        ValueError: for a reduction outside (0, 1), a tower that the model lacks or does not prune, no batches, or a keeper
+            without a knob.
+        TypeError: for a dense model, and for batches that the model does not take.
+        BudgetError: for a target out of reach, or between two counts. The model is then as it was.
     """
     check_targets(model, reduction)
-    inputs = list(batches)
-    if not inputs:
+    held = list(model_inputs(batches, inputs))
+    if not held:
         raise ValueError("calibrate needs at least one batch of inputs")
     wanted: dict[str | None, float] = {}
     if isinstance(reduction, Mapping):
@@ -72,10 +91,12 @@ def calibrate(
     else:
         wanted[None] = reduction
     meter = meter or CostMeter(model)
-    searches = {tower: _Search(model, inputs, progress, meter, tower) for tower in wanted}
-    with contextlib.ExitStack() as undo:
+    what = f"calibrating to {format_target(reduction)} fewer MACs"
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(bar(what, disable=None if progress is None else not progress))
+        searches = {tower: _Search(model, held, shown, meter, tower) for tower in wanted}
         for search in searches.values():
-            undo.enter_context(search.control.unless_done())
+            stack.enter_context(search.control.unless_done())
         found = [search.find(wanted[tower], tolerance) for tower, search in searches.items()]
     for search, one in zip(searches.values(), found, strict=True):
         search.control.commit(search.value(one))
@@ -84,14 +105,18 @@ def calibrate(
 
 
 def check_targets(model: nn.Module, reduction: float | Mapping[str, float]) -> None:
-    """ValueError for targets that are no shares, and for towers that the model lacks, does not prune, or whose keeper has no
-    knob."""
+    """Refuse a target that `calibrate` cannot search for.
+
+    Raises:
+        ValueError: for a target outside (0, 1), and for a tower that the model lacks or does not prune, or whose keeper has
+            no knob.
+    """
     towers = get_pruning(model).towers
     by_tower = dict(reduction) if isinstance(reduction, Mapping) else {}
     for share in by_tower.values() if by_tower else (reduction,):
         if isinstance(share, (bool, Mapping)) or not 0 < share < 1:
             raise ValueError(
-                f"reduction={reduction} must lie between 0 and 1: the share of the dense MACs to save"
+                f"reduction={reduction} must lie between 0 and 1: the fraction of the dense MACs to save"
                 + (", for each tower; leave a tower out to leave it as it is" if by_tower else "")
             )
     for tower in by_tower:
@@ -109,32 +134,35 @@ def measure(
     value: float | None = None,
     tower: str | None = None,
     meter: CostMeter | None = None,
+    *,
+    inputs: Inputs = None,
 ) -> Calibration:
-    """Mean MACs per instance over batches, as in `calibrate`, with the knob at `value`, where it stays (None: as it is).
+    """Mean MACs per instance of a pruned model over batches; its keepers stay as they are, or are set to a value.
 
-    tower: whose knob is meant (None: the one of all towers); meter: the model's, where it is measured again and again. Where
-    it fails, the knob is where it was.
+    Args:
+        model, batches, meter, inputs: as `calibrate` takes them.
+        value: of the knob, which stays there, or goes back where measuring fails. None leaves the knob as it is.
+        tower: whose knob is meant. None is the one of all towers.
     """
     control = BudgetControl(model, tower)
     with control.unless_done():
         if value is not None:
             control.set(value)
-        return _measured(model, meter or CostMeter(model), control, batches)
+        return _measured(model, meter or CostMeter(model), control, model_inputs(batches, inputs))
 
 
 class _Search:
     """Mean MACs, of the model or of one tower, as a function of the knob, and the bisection on it."""
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Batch], progress: Any, meter: CostMeter, tower: str | None):
-        self.model, self.inputs, self.progress, self.tower = model, inputs, progress, tower
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], shown: tqdm, meter: CostMeter, tower: str | None):
+        self.model, self.batches, self.shown, self.tower = model, batches, shown, tower
         self.control, self.meter = BudgetControl(model, tower), meter
         self.knob = self.control.knob
 
     def measure(self, value: float) -> Calibration:
         self.control.set(value)
-        found = _measured(self.model, self.meter, self.control, self.inputs)
-        if self.progress is not None:
-            self.progress(value, self.saved(found))
+        found = _measured(self.model, self.meter, self.control, counted(self.batches, self.shown))
+        self.shown.set_postfix_str(f"{percent(self.saved(found))} at {self.knob.name}={value:.4g}")
         return found
 
     def value(self, found: Calibration) -> Any:
@@ -182,21 +210,23 @@ class _Search:
         return None
 
     def _missed(self, reduction: float, tolerance: float, tried: Sequence[Calibration], best: Calibration) -> str:
+        """Why the target was missed, the nearest to it, and what this model's config leaves to change."""
         keep, knob = get_pruning(self.model).config.spelled("keep"), self.knob
-        saved, whose = self.saved(best), "" if self.tower is None else f" of the {self.tower} tower"
+        whose = "" if self.tower is None else f" of the {self.tower} tower"
         least, most = (f(self.saved(one) for one in tried) for f in (min, max))
-        beside = "" if self.tower is None else " with the other towers as they then are"
-        nearest = f"the nearest is {saved:.1%} at {knob.name}={self.value(best):g}"
+        nearest = f"the nearest is {percent(self.saved(best))} at {knob.name}={self.value(best):g}"
         if least < reduction < most:
-            return (
-                f"no {knob.name} of keep={keep!r} leaves {1 - reduction:.1%} of the MACs{whose} to within {tolerance:.1%} of "
-                f"them: its counts jump there, and {nearest}. Ask for that, for a larger tolerance=, or use keep='distortion'"
+            reason = (
+                f"no {knob.name} of keep={keep!r} leaves {percent(1 - reduction)} of the MACs{whose} to within "
+                f"{percent(tolerance)} of them: its counts jump there, and {nearest}"
             )
-        return (
-            f"reduction={reduction}{whose} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to {knob.high:g} "
-            f"saves {least:.1%} to {most:.1%}{beside}, and {nearest}. Ask for another reduction, prune at other depths "
-            "(at=...), or use keep='distortion' or keep='ratio'"
-        )
+        else:
+            others = "" if self.tower is None else " with the other towers as they then are"
+            reason = (
+                f"reduction={reduction}{whose} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to "
+                f"{knob.high:g} saves {percent(least)} to {percent(most)}{others}, and {nearest}"
+            )
+        return f"{reason}. {budget_advice(self.model, self.control, reduction, least, most)}"
 
 
 def _measured(model: nn.Module, meter: CostMeter, control: BudgetControl, batches: Iterable[Batch]) -> Calibration:
@@ -206,7 +236,7 @@ def _measured(model: nn.Module, meter: CostMeter, control: BudgetControl, batche
         with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
             run_batch(model, batch)
         cost = meter(traces)
-        macs, dense, padding = macs + cost.total, dense + cost.dense_total, padding + cost.skipped
+        macs, dense, padding = macs + cost.total, dense + cost.dense_total, padding + cost.padding_total
         instances += cost.instances
         for tower in cost.towers:
             spent = [float(one[tower].sum()) for one in (cost.towers, cost.dense, cost.padding)]

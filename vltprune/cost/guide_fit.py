@@ -1,10 +1,10 @@
-"""Placement of a guide's anchors among the tokens of a model, without training."""
+"""fit_guide: places a guide's anchors among the tokens of a model by k-means, without training."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,47 @@ from ..pruning.model import get_pruning
 from ..pruning.pruner import Pruner, UntrainedGuideWarning
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
-from .inputs import Batch, run_batch
+from ..utils.progress import bar, counted
+from .inputs import Batch, Inputs, model_inputs, run_batch
 
 
-def fit_guide(model: nn.Module, batches: Iterable[Batch], seed: int = 0, points: int = 20_000) -> None:
-    """Place the shared anchors of a pruned model among its own tokens: k-means over those of all towers and depths.
+def fit_guide(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    seed: int = 0,
+    points: int = 20_000,
+    *,
+    inputs: Inputs = None,
+    progress: bool | None = None,
+) -> None:
+    """Place the anchors of a pruned model's guide among its own tokens, by k-means over those of all towers and depths.
 
-    For use without training: an untrained codebook is noise. batches as in `calibrate`; at most `points` tokens are held,
-    drawn with `seed`, equally many of each tower and more readily from later batches. Nothing is pruned meanwhile.
-    Raises ValueError for a model without a guide, no batches, or fewer tokens than anchors.
+    For use without training: the anchors of an untrained codebook are noise. Nothing is pruned meanwhile.
+
+    Args:
+        model: a pruned model with a guide.
+        batches, inputs, progress: as `calibrate` takes them; batches are run once.
+        seed: of the draw of tokens and of k-means.
+        points: how many tokens are held at most, as many of each tower, later batches more readily.
+
+    Raises:
+        ValueError: for a model without a guide, no batches, or fewer tokens than anchors.
+        TypeError: for a dense model, and for batches that the model does not take.
     """
     guide = get_pruning(model).guide
     if guide is None:
         raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
     generator, each = torch.Generator("cpu").manual_seed(seed), points // len(get_pruning(model).towers)
     drawn: dict[str, Tensor] = {}
-    with evaluating(model), torch.no_grad(), collect(threads=False) as traces, _keeping_all(model):
-        for batch in batches:
+    total = len(batches) if isinstance(batches, Sized) else None
+    with (
+        bar("placing the guide's anchors", total, disable=None if progress is None else not progress) as shown,
+        evaluating(model),
+        torch.no_grad(),
+        collect(threads=False) as traces,
+        _keeping_all(model),
+    ):
+        for batch in counted(model_inputs(batches, inputs), shown):
             run_batch(model, batch)
             for trace in traces:
                 fresh = [_free(step.guidance.mapped) for step in trace.layers if step.guidance is not None]

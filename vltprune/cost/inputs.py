@@ -1,19 +1,95 @@
-"""Inputs of the functions that run a model to see what it costs."""
+"""Batches of the functions that run a model to see what it costs: which part the model takes, on its device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-Batch = Tensor | tuple[Any, ...] | Mapping[str, Any] | Callable[[nn.Module], Any]
+from ..utils.wrappers import unwrapped
+
+Batch = Tensor | Sequence[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
+Inputs = int | str | Callable[[Any], Any] | None
+
+_SELECT = "say which part the model takes: inputs=0, inputs='pixel_values' or inputs=lambda batch: batch[0]"
+# what a model raises of arguments that are not its own; errors of the device pass as they are
+_REFUSALS = (AttributeError, LookupError, TypeError, ValueError)
+
+
+def model_inputs(batches: Iterable[Any], inputs: Inputs = None) -> Iterator[Batch]:
+    """The part of each batch that the model takes.
+
+    Args:
+        batches: a DataLoader or another iterable of batches.
+        inputs: the position or key of the model's input in a batch, or a function from a batch to the model's inputs. None
+            passes whole batches.
+
+    Raises:
+        TypeError: for one batch in place of several, and for a batch that lacks the position or key.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be a DataLoader or a list of batches, not {_described(batches)}: write [batch]")
+    for batch in batches:
+        yield _selected(batch, inputs)
 
 
 def run_batch(model: nn.Module, batch: Batch) -> Any:
-    """What the model gives for a batch: a tensor, positional inputs, named inputs, or a function that calls the model."""
+    """The model's output for a batch, whose tensors are moved to the model's device and floating-point type.
+
+    A tensor is the model's input, a sequence its positional inputs, a mapping its named inputs; a function is called with
+    the model.
+
+    Raises:
+        TypeError, ValueError: where the model does not take several inputs, with the argument that selects among them.
+    """
+    if isinstance(batch, Tensor):
+        return model(_like(batch, model))
     if isinstance(batch, Mapping):
-        return model(**batch)
-    if callable(batch) and not isinstance(batch, Tensor):
-        return batch(model)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+        return _run(model, batch, (), {name: _like(value, model) for name, value in batch.items()})
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return _run(model, batch, [_like(value, model) for value in batch], {})
+    return batch(model) if callable(batch) else model(batch)
+
+
+def _run(model: nn.Module, batch: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    try:
+        return model(*positional, **named)
+    except _REFUSALS as error:
+        if len(batch) < 2:
+            raise
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"{type(unwrapped(model)).__name__} does not take a batch of {_described(batch)}: {error}. Where a batch holds "
+            f"more than the model's inputs, such as labels, {_SELECT}"
+        ) from error
+
+
+def _selected(batch: Any, inputs: Inputs) -> Any:
+    if inputs is None:
+        return batch
+    if callable(inputs):
+        return inputs(batch)
+    try:
+        return batch[inputs]
+    except (LookupError, TypeError) as error:
+        raise TypeError(f"inputs={inputs!r} is no part of a batch of {_described(batch)}: {_SELECT}") from error
+
+
+def _like(value: Any, model: nn.Module) -> Any:
+    """A tensor on the model's device, in its floating-point type where it is floating-point; other values as they are."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if not isinstance(value, Tensor) or weight is None:
+        return value
+    return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+
+
+def _described(batch: Any) -> str:
+    """A batch in words: "image (float32 [8, 3, 224, 224]), label (int64 [8])"."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{name} ({_described(value)})" for name, value in batch.items()) or "nothing"
+    if isinstance(batch, (list, tuple)) and any(isinstance(value, Tensor) for value in batch):
+        return ", ".join(map(_described, batch))
+    return f"a {type(batch).__name__}"

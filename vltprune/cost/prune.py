@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from ..pruning.config import PruneConfig
 from ..pruning.model import PrunedModel
 from ..pruning.prune import prune_towers
-from .calibration import calibrate
+from ..registry import nearest, presets
+from .calibration import calibrate, check_targets
 from .guide_fit import fit_guide
-from .inputs import Batch
+from .inputs import Batch, Inputs, model_inputs
+
+_CALL = "vltprune.prune(model, 'attention', reduction=0.5, data=[images, ...])"
 
 
 def prune(
     model: nn.Module,
-    preset: PruneConfig | str,
+    preset: PruneConfig | str | None = None,
     *,
     reduction: float | Mapping[str, float] | None = None,
     data: Iterable[Batch] | None = None,
+    tolerance: float = 0.01,
+    inputs: Inputs = None,
+    progress: bool | None = None,
     **parts: Any,
 ) -> PrunedModel:
     """A model like `model`, called in the same way and returning the same, whose towers prune their tokens.
@@ -30,11 +37,14 @@ def prune(
             HFTextEncoder, an encoder of transformers, our BlipVision or MedEncoder), or a composite of two (CLIP of open_clip;
             CLIP, SigLIP or BLIP of transformers; our Blip models), whose towers then share one guide. docs/supported.md
             lists them all. It is unchanged, and shares its weights with the result.
-        preset: the name of a preset, or a PruneConfig.
-        reduction: the share of the dense MACs to save, in (0, 1), or a mapping from tower to a share of its own. An untrained
+        preset: the name of a preset, or a PruneConfig; required.
+        reduction: fraction of the dense MACs to save, in (0, 1), or a mapping from tower to a fraction of its own. An untrained
             guide is placed among tokens of `data` (`fit_guide`), and the budget is set on them (`calibrate`). None leaves both
             as the preset says.
-        data: inputs to do so on, as `calibrate` takes them. They are read once, and held.
+        data: batches to do so on: a DataLoader or a list, as `calibrate` takes them. They are read once, and held.
+        tolerance: of the budget, relative to the MACs that are to remain.
+        inputs: which part of a batch the model takes, as in `calibrate`: inputs=0 for (images, labels).
+        progress: whether to show progress bars on stderr; None shows them where stderr is a terminal.
         **parts: single parts in place of the preset's, as in prune(model, "madtp", reducer="drop", at=(6, 7, 8)).
 
     Returns:
@@ -42,23 +52,36 @@ def prune(
         training or in evaluation mode as their tower is.
 
     Raises:
-        TypeError: for a model that no host takes apart, and the errors of PruneConfig.
+        TypeError: for a model that no host takes apart, for no preset, and the errors of PruneConfig.
         ValueError: for parts that need what a tower lacks, and for `reduction` without `data` or the reverse.
         BudgetError: for a cost that the keeper cannot reach.
     """
+    _check_arguments(preset, reduction, data, parts)
+    pruned = prune_towers(model, cast(PruneConfig | str, preset), **parts)
+    if reduction is None or data is None:
+        return pruned
+    check_targets(pruned, reduction)
+    batches = list(model_inputs(data, inputs))
+    guide = pruned.pruning.guide
+    if guide is not None and guide.is_untrained:
+        fit_guide(pruned, batches, progress=progress)
+    calibrate(pruned, batches, reduction, tolerance, progress=progress)
+    return pruned
+
+
+def _check_arguments(preset: Any, reduction: Any, data: Any, parts: Mapping[str, Any]) -> None:
+    """TypeError or ValueError, with the call to write, for arguments that are missing or have another name."""
+    names = [field.name for field in dataclasses.fields(PruneConfig)]
+    for name in parts:
+        if name not in names:
+            known = [*names, "preset", "reduction", "data", "tolerance", "inputs", "progress"]
+            raise TypeError(f"prune takes no argument {name!r}{nearest(name, known)}: write {_CALL}")
+    if preset is None:
+        raise TypeError(f"prune needs a preset, one of {', '.join(presets.names())}, or a PruneConfig: write {_CALL}")
     if reduction is not None and data is None:
         raise ValueError(
-            f"reduction={reduction} is set on inputs of the model: give some as data=[images, ...], or prune first and call "
+            f"reduction={reduction} is set on inputs of the model: write {_CALL}, or prune first and call "
             "vltprune.calibrate(model, batches, reduction) later"
         )
     if data is not None and reduction is None:
-        raise ValueError("data= is what a cost is set on: say which, such as reduction=0.5")
-    pruned = prune_towers(model, preset, **parts)
-    if reduction is None or data is None:
-        return pruned
-    batches = list(data)
-    guide = pruned.pruning.guide
-    if guide is not None and guide.is_untrained:
-        fit_guide(pruned, batches)
-    calibrate(pruned, batches, reduction)
-    return pruned
+        raise ValueError(f"data= is what a cost is set on: say which, as in {_CALL}")

@@ -1,4 +1,4 @@
-"""MACs of a model and of each of its towers, dense and pruned, and what is saved, as numbers and in words."""
+"""MACs of a model and of each of its towers, dense and pruned: of one call, and of a calibration."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-_ALONE = 0.95  # from such a share of all that is saved on, it is one tower's
-_LITTLE = 0.05  # a tower that saves less of its own MACs is about as slow as dense
+from ..utils.table import table
+from .describe import format_change, note_on_towers, percent, saving_by_tower, unit_of
 
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs of one call.
+    """MACs of one call of a pruned model, and of the dense model in its place. `print` shows them as a table.
 
-    towers           per tower name, [depths + 2, instances of the tower]: before, in and after its blocks
-    dense            the same for the dense host, on the tokens that are there: padding left out
-    head             of what stands behind the towers, once an instance
-    instances        sentences, or images where there is no text
-    decoder          of a decoder, in the whole call
-    dense_decoder    the same for as many tokens behind the dense towers
-    padding          per tower name, [depths + 2, instances]: what the dense host spends on padding besides
-    decoder_padding  the same of a decoder, which looks at the padding of a dense tower
+    Attributes:
+        towers: per tower, MACs [depths + 2, instances of the tower]: before its blocks, in each, and behind them.
+        dense: the same of the dense model, on the tokens that are there, without padding.
+        head: MACs per instance of what stands behind the towers, such as a classifier of pairs.
+        instances: how many instances the call had: texts, or images where there is no text.
+        decoder: MACs of a decoder in the whole call.
+        dense_decoder: the same for as many generated tokens behind the dense towers.
+        padding: per tower, MACs [depths + 2, instances] that the dense model spends on padding besides.
+        decoder_padding: MACs that a decoder spends on the padding of a dense tower.
     """
 
     towers: dict[str, Tensor]
@@ -37,51 +38,73 @@ class Cost:
     @property
     def total(self) -> float:
         """MACs of the whole call."""
-        return _total(self.towers) + self.head * self.instances + self.decoder
+        return sum(self._spent(self.towers).values()) + self.head * self.instances + self.decoder
 
     @property
     def dense_total(self) -> float:
         """MACs of the dense model in the whole call, on the tokens that are there."""
-        return _total(self.dense) + self.head * self.instances + self.dense_decoder
+        return sum(self._spent(self.dense).values()) + self.head * self.instances + self.dense_decoder
 
     @property
-    def skipped(self) -> float:
+    def padding_total(self) -> float:
         """MACs that the dense model spends on padding besides, and that the pruned one skips."""
-        return _total(self.padding) + self.decoder_padding
+        return sum(self._spent(self.padding).values()) + self.decoder_padding
 
     @property
     def padded_total(self) -> float:
-        """All that the dense model computes, padding included."""
-        return self.dense_total + self.skipped
+        """MACs of the dense model in the whole call, padding included."""
+        return self.dense_total + self.padding_total
 
     @property
     def reduction(self) -> float:
-        """The share of `dense_total` that was saved; padding counts neither as spent nor as saved."""
+        """The fraction of `dense_total` that was saved; padding counts neither as spent nor as saved."""
         return 1 - self.total / self.dense_total
 
     @property
     def reductions(self) -> dict[str, float]:
-        """Per tower, the share of its own dense MACs that was saved."""
-        return {tower: 1 - float(macs.detach().sum() / self.dense[tower].sum()) for tower, macs in self.towers.items()}
+        """Per tower, the fraction of its own dense MACs that was saved."""
+        dense = self._spent(self.dense)
+        return {tower: 1 - macs / dense[tower] for tower, macs in self._spent(self.towers).items()}
 
     @property
-    def shares(self) -> dict[str, float]:
+    def saving_by_tower(self) -> dict[str, float]:
         """Per tower, its part of all that was saved; what is missing from 1 is a decoder's. Empty where nothing was."""
-        spent = {tower: float(macs.detach().sum()) for tower, macs in self.towers.items()}
-        towers = {tower: (macs, float(self.dense[tower].sum())) for tower, macs in spent.items()}
-        return shares(towers, self.dense_total - self.total)
+        dense = self._spent(self.dense)
+        towers = {tower: (macs, dense[tower]) for tower, macs in self._spent(self.towers).items()}
+        return saving_by_tower(towers, self.dense_total - self.total)
 
+    @staticmethod
+    def _spent(towers: Mapping[str, Tensor]) -> dict[str, float]:
+        """Per tower, MACs of all depths and instances; numbers, also in soft training, where MACs have gradients."""
+        return {tower: float(macs.detach().sum()) for tower, macs in towers.items()}
 
-def _total(towers: Mapping[str, Tensor]) -> float:
-    """MACs of all towers together; a number, also in soft training, where MACs have gradients."""
-    return sum(float(macs.detach().sum()) for macs in towers.values())
+    def __str__(self) -> str:
+        dense, padding = self._spent(self.dense), self._spent(self.padding)
+        head = self.head * self.instances
+        parts = {
+            tower: (dense[tower], macs, padding.get(tower, 0.0)) for tower, macs in self._spent(self.towers).items()
+        }
+        parts |= {"head": (head, head, 0.0)} if head else {}
+        parts |= {"decoder": (self.dense_decoder, self.decoder, self.decoder_padding)} if self.dense_decoder else {}
+        parts |= {"total": (self.dense_total, self.total, self.padding_total)} if len(parts) > 1 else {}
+        scale, unit = unit_of(self.padded_total)
+        whose = "1 instance" if self.instances == 1 else f"{self.instances} instances"
+        rows = [[f"{unit}MACs, {whose}", "dense", "pruned", "saved", "padding"]]
+        for name, (whole, pruned, padded) in parts.items():
+            numbers = [f"{whole / scale:.3f}", f"{pruned / scale:.3f}", percent(1 - pruned / whole)]
+            rows.append([name, *numbers, f"{padded / scale:.3f}"])
+        return table(rows)
 
 
 @dataclass(frozen=True)
 class TowerCalibration:
-    """What one tower spends and saves: MACs per instance of the model, pruned, dense, and of the dense tower on padding.
+    """What one tower spends and saves after `calibrate`.
 
-    knob, value: what sets its keepers; None where they have no knob, or the tower is not pruned.
+    Attributes:
+        macs: MACs of the pruned tower, per instance of the model.
+        dense_macs: MACs of the dense tower on the tokens that are there, per instance of the model.
+        padding: MACs that the dense tower spends on padding besides, per instance of the model.
+        knob, value: what sets its keepers; None where they have no knob, or the tower is not pruned.
     """
 
     macs: float
@@ -92,17 +115,20 @@ class TowerCalibration:
 
     @property
     def reduction(self) -> float:
-        """The share of the tower's dense MACs that was saved."""
+        """The fraction of the tower's dense MACs that was saved."""
         return 1 - self.macs / self.dense_macs
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found: the knob and its value, and MACs per instance, pruned and dense. As text, it says whose they are.
+    """What `calibrate` found: the knob, its value, and what the model spends and saves with it. `print` shows one line.
 
-    knob, value  of all towers; None where they have knobs, or values, of their own, which `towers` says
-    dense_macs   of the dense model on the tokens that are there; `padding`, what it spends on padding besides
-    towers       the same of each tower; what is missing from the sums is of a head or a decoder
+    Attributes:
+        knob, value: of all towers; None where towers have knobs or values of their own, which `towers` holds.
+        macs: MACs of the pruned model, per instance.
+        dense_macs: MACs of the dense model on the tokens that are there, per instance.
+        padding: MACs that the dense model spends on padding besides, per instance.
+        towers: the same of each tower; what is missing from the sums is of a head or a decoder.
     """
 
     knob: str | None
@@ -114,78 +140,33 @@ class Calibration:
 
     @property
     def reduction(self) -> float:
-        """The share of the dense MACs that was saved; padding counts neither as spent nor as saved."""
+        """The fraction of the dense MACs that was saved; padding counts neither as spent nor as saved."""
         return 1 - self.macs / self.dense_macs
 
     @property
-    def shares(self) -> dict[str, float]:
+    def saving_by_tower(self) -> dict[str, float]:
         """Per tower, its part of all that was saved; what is missing from 1 is a decoder's. Empty where nothing was."""
         towers = {name: (one.macs, one.dense_macs) for name, one in self.towers.items()}
-        return shares(towers, self.dense_macs - self.macs)
+        return saving_by_tower(towers, self.dense_macs - self.macs)
 
     @property
     def note(self) -> str:
         """A sentence where nearly all that is saved is one tower's, or nothing is saved; empty otherwise."""
-        return whose(self.shares, {name: t.reduction for name, t in self.towers.items()}, self.reduction)
+        reductions = {name: tower.reduction for name, tower in self.towers.items()}
+        return note_on_towers(self.saving_by_tower, reductions, self.reduction)
 
     def __str__(self) -> str:
-        lines = [_set(self.knob, self.value) + saving(self.macs, self.dense_macs, self.padding)]
-        for name, tower in self.towers.items() if len(self.towers) > 1 else ():
-            own = _set(tower.knob, tower.value) if self.value is None else ""
-            told = saving(tower.macs, tower.dense_macs, tower.padding)
-            lines.append(f"  {name} tower: {own}{told}{share(name, self.shares)}")
-        return "\n".join([*lines, self.note] if self.note else lines)
+        own = self.value is None
+        towers = [
+            f"{name} {format_change(tower.macs, tower.dense_macs)}{_setting(tower.knob, tower.value) if own else ''}"
+            for name, tower in self.towers.items()
+        ]
+        change = f"{format_change(self.macs, self.dense_macs)} MACs{_setting(self.knob, self.value)}"
+        scale, unit = unit_of(self.dense_macs)
+        spent = f"{self.macs / scale:.3f} of {self.dense_macs / scale:.3f} {unit}MACs per instance"
+        return f"{change} ({spent})" + (f": {', '.join(towers)}" if len(towers) > 1 else "")
 
 
-def _set(knob: str | None, value: float | None) -> str:
-    return "" if knob is None or value is None else f"{knob}={value:.4g}: "
-
-
-def asked(reduction: float | Mapping[str, float], unit: str = " %") -> str:
-    """A target in words: "50 %" for one of all towers, "image 50 %, text 30 %" for one of each."""
-    if isinstance(reduction, Mapping):
-        return ", ".join(f"{tower} {asked(share, unit)}" for tower, share in reduction.items())
-    return f"{100 * reduction:g}{unit}"
-
-
-def saving(macs: float, dense: float, padding: float = 0.0) -> str:
-    """What was saved: MACs, the dense model's on the tokens that are there, and what that spends on padding besides."""
-    return f"{macs / 1e9:.3f} GMACs, {less(macs, dense)} than dense ({dense / 1e9:.3f}){skipped(padding)}"
-
-
-def less(macs: float, dense: float) -> str:
-    """How many MACs fewer than dense, or how many more."""
-    change = 1 - macs / dense
-    return f"{abs(change):.1%} {'fewer' if change >= 0 else 'MORE'}"
-
-
-def skipped(padding: float) -> str:
-    """What the dense model spends on padding, as the tail of a sentence; empty where there is none."""
-    return f"; dense spends {padding / 1e9:.3f} more on padding, which is skipped" if padding > 0 else ""
-
-
-def shares(towers: Mapping[str, tuple[float, float]], saved: float) -> dict[str, float]:
-    """Per tower, its part of all MACs that were saved; empty where none were. towers: MACs of each, and its dense MACs."""
-    return {tower: (dense - macs) / saved for tower, (macs, dense) in towers.items()} if saved > 0 else {}
-
-
-def share(tower: str, shares: Mapping[str, float]) -> str:
-    """A tower's part of all that is saved, as the tail of a sentence; empty where there is but one tower, or nothing saved."""
-    return f"; {shares[tower]:.0%} of the saving" if len(shares) > 1 else ""
-
-
-def whose(shares: Mapping[str, float], reductions: Mapping[str, float], reduction: float) -> str:
-    """A sentence where nearly all that is saved is one of several towers', or nothing is saved; empty otherwise.
-
-    shares: per tower, its part of all that is saved; reductions: per tower, the share of its own MACs; reduction: of all.
-    """
-    if reduction <= 0:
-        return "Nothing is saved: this model is no faster than the dense one."
-    alone = [tower for tower, part in shares.items() if part >= _ALONE and len(shares) > 1]
-    slow = [tower for tower, part in reductions.items() if part < _LITTLE and len(reductions) > 1]
-    told = [f"Nearly all of the saving ({shares[tower]:.0%}) is the {tower} tower's." for tower in alone]
-    told += [
-        f"The {tower} tower by itself spends {1 - reductions[tower]:.1%} of its dense MACs, and is no faster than dense."
-        for tower in slow
-    ]
-    return " ".join(told)
+def _setting(knob: str | None, value: float | None) -> str:
+    """ " at ratio=0.5"; empty where there is no one value."""
+    return "" if knob is None or value is None else f" at {knob}={value:.4g}"

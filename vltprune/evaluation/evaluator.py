@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cost import savings
+from ..cost import describe
 from ..cost.sample_cost import SampleCost, SampleCostMeter
 from ..data import Loader, Record, Skipped, fingerprint
 from ..pruning.trace import collect
@@ -201,7 +201,7 @@ def summarize(
         "padding": mean("padding"),
         "towers": towers,
         "reductions": {tower: 1 - pruned / whole for tower, (pruned, whole) in towers.items()},
-        "shares": savings.shares({tower: _spent(answered, weights, tower) for tower in towers}, dense - macs),
+        "shares": describe.saving_by_tower({tower: _spent(answered, weights, tower) for tower in towers}, dense - macs),
         "tower_padding": {tower: mean("tower_padding", tower) for tower in answered[0]["tower_padding"]},
         "kept": {tower: mean("kept", tower) for tower in answered[0]["kept"]},
         "records_per_second": len(answered) / sum(row["seconds"] for row in answered),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..cost import calibration as budget
-from ..cost import savings
+from ..cost import describe
 from ..cost.budget_control import BudgetControl
 from ..cost.macs import CostMeter
 from ..cost.sample_cost import SampleCostMeter
@@ -31,6 +31,7 @@ from ..pruning.model import get_pruning, is_pruned
 from ..pruning.prune import prune_towers
 from ..utils.frozen import thawed
 from ..utils.modes import evaluating
+from ..utils.progress import say
 from .config import CompressConfig
 from .data.calibration import calls_of
 from .loop.controller import Target
@@ -214,16 +215,16 @@ def _calibrated(
         # in the model's order, as `calibrate` has it
         targets = {tower: {tower: reduction[tower]} for tower in get_pruning(model).towers if tower in reduction}
     found: Any = None
-    with told(f"setting the knob to {savings.asked(reduction, '%')} fewer MACs") as bar:
-        for tower, one in targets.items():
-            try:
-                found = budget.calibrate(model, calls, one, progress=lambda value, saved: bar.update(), meter=meter)
-            except budget.BudgetError as error:
-                if strict:
-                    raise
-                warnings.warn(f"the nearest cost is examined and saved: {error}", stacklevel=2)
-                found = error.nearest
-                BudgetControl(model, tower).commit(cast(float, found.value))  # each that was tried has one
+    say(f"vltprune: setting the knob to {describe.format_target(reduction, '%')} fewer MACs ...")
+    for tower, one in targets.items():
+        try:
+            found = budget.calibrate(model, calls, one, meter=meter)
+        except budget.BudgetError as error:
+            if strict:
+                raise
+            warnings.warn(f"the nearest cost is examined and saved: {error}", stacklevel=2)
+            found = error.nearest
+            BudgetControl(model, tower).commit(cast(float, found.value))  # each that was tried has one
     # the last was measured with all the others set
     return replace(found, knob=None, value=None) if isinstance(reduction, Mapping) else found
 
@@ -260,7 +261,7 @@ def _examined(
     folder = run.folder / "val" / name
     content = {"content_of_model": fingerprint.hash_model(model)}
     log = ResultsLog(folder, {"reduction": thawed(reduction), "knob": knob, **content})
-    cost = f"{savings.asked(reduction, '%')} fewer MACs" if reduction else name
+    cost = f"{describe.format_target(reduction, '%')} fewer MACs" if reduction else name
     what = f"examining {len(loader)} validation records, {cost}"
     with told(what, total=len(loader)) as bar:
         Evaluator(run.task, model, str(run.accelerator.device), cost_meter).run(loader, log, bar.update)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 
 def say(text: str) -> None:
@@ -14,7 +18,14 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def bar(what: str, total: int | None = None, *, disable: bool = False) -> tqdm:
-    """A progress bar that goes away when it is done."""
+def bar(what: str, total: int | None = None, *, disable: bool | None = False) -> tqdm:
+    """A progress bar that goes away when it is done. disable: None hides it where stderr is no terminal."""
     pace = 0.2 if sys.stderr.isatty() else 5.0  # a log file needs no animation
     return tqdm(desc=what, total=total, unit="", leave=False, dynamic_ncols=True, mininterval=pace, disable=disable)
+
+
+def counted(things: Iterable[T], shown: tqdm) -> Iterator[T]:
+    """The same things, each noted in a progress bar when it is done with."""
+    for thing in things:
+        yield thing
+        shown.update()

@@ -6,9 +6,9 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from tqdm import tqdm
 from ...core import precision
 from ...utils.files import write_text
 from ...utils.progress import bar, say
-
-T = TypeVar("T")
 
 _SHOWN = ("task", "align", "distill", "budget", "extra")
 _KEPT, _SAVED, _COST = "kept ", "saved ", "macs "
@@ -33,13 +31,6 @@ def told(what: str, tell: bool = True, total: int | None = None) -> Iterator[tqd
         say(f"vltprune: {what} ...")
     with bar(what, total, disable=not tell) as shown:
         yield shown
-
-
-def counted(things: Iterable[T], shown: tqdm) -> Iterator[T]:
-    """The same things, each noted in a progress bar when it is done with."""
-    for thing in things:
-        yield thing
-        shown.update()
 
 
 class History:

@@ -19,7 +19,7 @@ from ...io.preprocessing import transforms
 from ...pruning.model import get_pruning
 from ...pruning.pruner import Pruner
 from ...utils.modes import evaluating
-from ...utils.progress import say
+from ...utils.progress import counted, say
 from ..config import CompressConfig
 from ..data.calibration import calls_of
 from ..data.loader import RecordLoader, TrainLoader
@@ -31,7 +31,7 @@ from ..losses.train_module import Extra, Student
 from .checkpoints import Checkpoints
 from .controller import Target, Turns, target
 from .interrupts import Stop, Stopped
-from .metrics import History, Watch, by_tower, counted, gathered, plain, told, trackers
+from .metrics import History, Watch, by_tower, gathered, plain, told, trackers
 from .optimizer import freeze, parameter_groups, schedule
 
 # the cost is measured, and the knob turned, every so many steps; so often in a run, at least
@@ -185,7 +185,7 @@ class Run:
         guide = get_pruning(self.model).guide
         if guide is not None and guide.is_untrained:
             with told("placing the guide's anchors among their tokens, by k-means", tell) as bar:
-                fit_guide(self.model, counted(calls, bar), self.config.seed)
+                fit_guide(self.model, counted(calls, bar), self.config.seed, progress=False)
         if self.turns is not None and self.config.budget == "controller":
             with told("measuring MACs, to set the knob", tell) as bar:
                 self.turns.start(calls, self._target(0), bar.update, self.cost_meter.meter)

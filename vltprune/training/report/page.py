@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ...cost import savings
+from ...cost import describe
 from ...models.resolve import has_random_weights, is_saved_model
 from ...utils.files import write_text
 from ...viz import charts, html
@@ -72,7 +72,8 @@ class Story:
     def names(self) -> list[str]:
         """What the rows are called."""
         pruned = [
-            f"{savings.asked(row['reduction'])} fewer MACs" if row["reduction"] else "trained" for row in self.rows[1:]
+            f"{describe.format_target(row['reduction'])} fewer MACs" if row["reduction"] else "trained"
+            for row in self.rows[1:]
         ]
         return ["dense", *pruned]
 
@@ -143,7 +144,10 @@ def _pruned(config: CompressConfig) -> list[tuple[str, str]]:
         ("pruning", f"preset {config.preset}; parts that replace its own: {own}"),
         *((f"&emsp;{name}", parts.spelled(name)) for name in ("guide", "scorer", "keep", "reducer")),
         ("&emsp;where", "every block of every tower" if parts.at is None else f"blocks {parts.to_dict()['at']}"),
-        ("MACs to save", savings.asked(config.reduction) + (f"; every second step {serve}, by turns" if serve else "")),
+        (
+            "MACs to save",
+            describe.format_target(config.reduction) + (f"; every second step {serve}, by turns" if serve else ""),
+        ),
         ("budget", f"{_BUDGETS[config.budget]}; the target rises over {config.ramp:.0%} of the steps"),
     ]
 
@@ -221,7 +225,7 @@ def _gaps(story: Story) -> list[str]:
     row = story.rows[story.asked]
     if row["knob"]:
         told += _missed(row["reduction"], row["knob"])
-        told += [one for one in [savings.whose(row["shares"], row["reductions"], row["macs_saved"])] if one]
+        told += [one for one in [describe.note_on_towers(row["shares"], row["reductions"], row["macs_saved"])] if one]
     told += [f"Not scored: {what}, since {why}." for what, why in row["unscored"].items()]
     if row["skipped"]:
         first = row["skipped"][0]

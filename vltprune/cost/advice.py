@@ -1,0 +1,41 @@
+"""Advice of errors about budgets: what a model's own config leaves to change."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..pruning.model import get_pruning
+from .budget_control import BudgetControl
+from .describe import percent
+
+_REACH_ANY = ("ratio", "distortion")  # keepers whose knob goes from all tokens to one or none
+
+
+def budget_advice(model: nn.Module, control: BudgetControl, reduction: float, least: float, most: float) -> str:
+    """What to write where no value of a knob saves `reduction`, and its values save `least` to `most`."""
+    names = {get_pruning(model).config.part("keep", tower).name for tower in control.towers}
+    if least < reduction < most:
+        # counts that follow from lengths alone are the same in more batches
+        more = [] if all(keeper.fixed for keeper in control.keepers) else ["give more batches"]
+        others = [] if "distortion" in names else ["use keep='distortion'"]
+        return _either([*more, "ask for what is nearest", "pass a larger tolerance=", *others])
+    others = [] if names & {*_REACH_ANY} else [f"use keep={name!r}" for name in _REACH_ANY]
+    if reduction >= most:
+        ways = [f"ask for less than {percent(most)}"] if most > 0 else []
+        return _either(ways + (["prune at more depths (at=...)"] if _has_dense_blocks(model, control) else []) + others)
+    several = any(len(get_pruning(model).towers[tower].pruners) > 1 for tower in control.towers)
+    ways = [f"ask for more than {percent(least)}"] + (["prune at fewer depths (at=...)"] if several else [])
+    return _either(ways + others)
+
+
+def _has_dense_blocks(model: nn.Module, control: BudgetControl) -> bool:
+    """Whether a tower that the target is of has a block without a pruner."""
+    towers = get_pruning(model).towers
+    asked = towers if control.tower is None else (control.tower,)
+    return any(len(towers[name].pruners) < len(towers[name].adapter.blocks(towers[name].host)) for name in asked)
+
+
+def _either(ways: list[str]) -> str:
+    """The ways as one sentence."""
+    text = ", ".join(ways[:-1]) + (" or " if len(ways) > 1 else "") + ways[-1] if ways else "nothing more can be saved"
+    return text[0].upper() + text[1:]
