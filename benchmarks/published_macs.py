@@ -115,7 +115,7 @@ def answering() -> Iterator[Published | Instance]:
 
     def measured(model: Any) -> None:
         states = model.text(_ids(QUESTIONS, QUESTION), None, model.visual(images))
-        model.decoder(_ids(ANSWERS, ANSWER), model.decoder.read(states.select_instances([0])))
+        model.decoder(_ids(ANSWERS, ANSWER), model.decoder.start(states.select_instances([0])))
 
     counts = f"an image, {QUESTIONS} questions of {QUESTION} tokens, {ANSWERS} answers of {ANSWER} tokens to the first"
     yield Published("BLIP VQA, 480 px", 186.1, counts, *count(measured).tolist())
