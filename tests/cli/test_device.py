@@ -8,7 +8,7 @@ import torch
 from vltprune.cli import common
 from vltprune.cli import main as cli
 
-COMMANDS = ("info", "macs", "features", "predict", "eval")
+COMMANDS = ("info", "macs", "features", "prune", "predict", "eval")
 
 
 @pytest.fixture
@@ -19,6 +19,7 @@ def commands(pair, photos, tmp_path):
         "info": ["info", "blip_nlvr_tiny_evit"],
         "macs": ["macs", "clip_vit_s_32_alt_evit"],
         "features": ["features", "vit_tiny_patch16_224", str(photos), "--reduction", "0.3", *output],
+        "prune": ["prune", "blip_nlvr_tiny", "--data", "synthetic:val:4", "--reduction", "image=0.3", *output],
         "predict": ["predict", *pair, "a circle", "--model", "blip_nlvr_tiny_evit", *output],
         "eval": ["eval", "--task", "nlvr", "--data", "synthetic:test:2", "--model", "blip_nlvr_tiny_evit", *output],
     }

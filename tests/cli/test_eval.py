@@ -231,3 +231,12 @@ def test_answers_are_written_for_scoring_elsewhere(captioned, vocabulary, tmp_pa
 )
 def test_options_that_do_not_fit(options, complaint, tmp_path, fails):
     assert complaint in fails("eval", "--task", "nlvr", "--data", "synthetic:test", *options, "--output", str(tmp_path))
+
+
+def test_default_outputs_of_two_models_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["eval", "--task", "nlvr", "--data", "synthetic:test:2", "--model"]
+    for model in ("blip_nlvr_tiny", "blip_nlvr_tiny_evit", "blip_nlvr_tiny"):
+        assert cli.main([*argv, model]) == 0
+    folders = sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("summary.json"))
+    assert folders == ["eval/nlvr/blip_nlvr_tiny", "eval/nlvr/blip_nlvr_tiny_evit"]

@@ -12,6 +12,7 @@ from vltprune.models import resolve
 
 EVAL = ["eval", "--task", "nlvr", "--model", "blip_nlvr_tiny", "--data", "synthetic:test"]
 FEATURES = ["features", "vit_tiny_patch16_224_evit", "PHOTOS"]
+PRUNE = ["prune", "vit_tiny_patch16_224", "--data", "PHOTOS", "--reduction", "0.5"]
 COMPRESS = [
     "compress",
     "--task",
@@ -76,6 +77,21 @@ WRONG = [
     *(([*FEATURES, f"--{name}", "0"], f"--{name}", WHOLE) for name in ("limit", "batch-size", "calibrate-on")),
     ([*FEATURES, "--draw", "-1"], "--draw", WHOLE),
     ([*FEATURES, "--output", "FILE"], "--output", "a file is in its way"),
+    (["prune", "vit_tiny_patch16_224", "--data", "PHOTOS"], "--reduction", "are required"),
+    (["prune", "vit_tiny_patch16_224", "--reduction", "0.5"], "--data", "are required"),
+    ([*PRUNE, "--data", "nowhere"], "--data", "there is no annotation file nowhere"),
+    ([*PRUNE, "--data", "FILE", "--images", "nowhere"], "--images", "there is no folder nowhere"),
+    ([*PRUNE, "--task", "nlv"], "--task", "choose from"),
+    ([*PRUNE, "--vocabulary", "nowhere.txt"], "--vocabulary", "there is no file 'nowhere.txt'"),
+    ([*PRUNE, "--preset", "evitt"], "--preset", "did you mean evit"),
+    ([*PRUNE, "--scorer", "rando"], "--scorer", "did you mean random"),
+    ([*PRUNE, "--keep", "ratio(rato=0.5)"], "--keep", "did you mean ratio"),
+    ([*PRUNE, "--reducer", "none"], "--reducer", "there is drop, fuse"),
+    ([*PRUNE, "--guide", "codebok"], "--guide", "codebook"),
+    ([*PRUNE, "--at", "first"], "--at", "such as --at 3,6,9"),
+    *(([*PRUNE, "--reduction", value], "--reduction", SHARE) for value in ("abc", "0", "1", "1.5", "image=2")),
+    *(([*PRUNE, f"--{name}", "0"], f"--{name}", WHOLE) for name in ("limit", "batch-size")),
+    ([*PRUNE, "--output", "FILE"], "--output", "a file is in its way"),
     ([*EVAL, "--task", "nlv"], "--task", "choose from"),
     ([*EVAL, "--data", "nowhere.json"], "--data", "there is no annotation file nowhere.json"),
     ([*EVAL, "--data", "PHOTOS"], "--data", "is a folder: give the annotation file in it"),
@@ -159,7 +175,7 @@ def test_wrong_values_are_refused_at_once(argv, name, says, pair, photos, tmp_pa
     def work(*_, **__):
         raise AssertionError("the work began before the option was checked")
 
-    if argv[0] == "features" and "40" not in argv:
+    if argv[0] in ("features", "prune") and "40" not in argv:
         monkeypatch.setattr(resolve, "create_model", work)
         monkeypatch.setattr("vltprune.data.images.load_image", work)
     (tmp_path / "file").write_text("in the way")
@@ -194,14 +210,16 @@ def test_files_of_wrong_fields_are_named(text, says, tmp_path, monkeypatch, fail
 def test_every_option_is_in_the_table():
     """Options that take a value, of every command: each is tried with a wrong one above, or takes any text."""
     free = {("list", "pattern"), ("predict", "sentence"), ("predict", "right"), ("predict", "model"), ("eval", "model")}
-    free |= {("compress", "model"), *((command, "model") for command in ("info", "macs", "features"))}
-    free |= {(command, "pretrained") for command in ("info", "macs", "features", "eval", "compress")}  # as in predict
+    free |= {("compress", "model"), *((command, "model") for command in ("info", "macs", "features", "prune"))}
     free |= {
-        (command, "threads") for command in ("predict", "info", "macs", "features", "eval", "compress")
+        (command, "pretrained") for command in ("info", "macs", "features", "prune", "eval", "compress")
+    }  # as in predict
+    free |= {
+        (command, "threads") for command in ("predict", "info", "macs", "features", "prune", "eval", "compress")
     }  # as in demo
     free |= {
         (command, option)
-        for command in ("predict", "info", "macs", "features", "eval")
+        for command in ("predict", "info", "macs", "features", "prune", "eval")
         for option in ("device", "dtype")
     }  # in test_device
     tried = {(argv[0], option.strip("-").replace("-", "_")) for argv, name, _ in WRONG for option in (*argv, name)}

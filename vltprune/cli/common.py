@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from ..cost import calibration as budget
 from ..cost import guide_fit
 from ..data import shards
+from ..evaluation.tasks.base import Images
 from ..evaluation.tasks.nlvr import SYNTHETIC
 from ..io.preprocessing import transforms
 from ..models.catalog import ModelName
 from ..models.resolve import has_random_weights, resolve_model
+from ..pruning.config import PruneConfig
 from ..pruning.model import is_pruned
 from ..utils.progress import say
 from . import options
@@ -88,6 +90,33 @@ def check_folder(option: str, folder: str) -> None:
         raise NotADirectoryError(f"{option}: there is no folder {folder}")
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """--images, beside annotations."""
+    parser.add_argument(
+        "--images",
+        action="append",
+        metavar="DIR",
+        help="the folder that the annotations' paths begin in; for vqa also one for each data set, as vg=DIR (default: the "
+        "annotations' own)",
+    )
+
+
+def image_folders(args: argparse.Namespace) -> Images:
+    """Where pictures are: one folder, or one for each data set. ValueError for a mixture, OSError for no folder."""
+    if args.images is None:
+        return str(Path(args.data).parent)
+    given = args.images
+    if len(given) == 1 and (Path(given[0]).is_dir() or "=" not in given[0]):
+        check_folder("--images", given[0])
+        return given[0]
+    if not all("=" in one for one in given):
+        raise ValueError(f"--images {' --images '.join(given)}: give one folder, or one for each data set, as vg=DIR")
+    folders = {name: folder for name, _, folder in (one.partition("=") for one in given)}
+    for folder in folders.values():
+        check_folder("--images", folder)
+    return folders
+
+
 def use_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
@@ -139,7 +168,7 @@ def load_model(
     pretrained: str | bool | None = None,
     *,
     preset: str | None = None,
-    default: str | None = None,
+    default: PruneConfig | str | None = None,
     judged: bool = False,
     device: str = "cpu",
     dtype: torch.dtype | None = None,

@@ -17,7 +17,6 @@ from ..data import Loader, fingerprint
 from ..evaluation import tasks
 from ..evaluation.evaluator import Evaluator, summarize, summarize_matching
 from ..evaluation.results_log import ResultsLog, write_json
-from ..evaluation.tasks.base import Images
 from ..evaluation.tasks.matching import MOST
 from ..models.wordpiece import BERT
 from ..utils.progress import bar
@@ -35,12 +34,21 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     _add_model(parser)
     _add_data(parser)
     parser.add_argument(
-        "--output", type=options.output, default="eval", metavar="DIR", help="folder for the results (%(default)s)"
+        "--output",
+        type=options.output,
+        metavar="DIR",
+        help="folder for the results; one of the same settings goes on where it was stopped (default: eval/TASK/MODEL)",
     )
-    parser.add_argument("--limit", type=options.positive, metavar="N", help="only the first so many records")
-    parser.add_argument("--batch-size", type=options.positive, default=16, metavar="N", help="records at a time (16)")
+    parser.add_argument("--limit", type=options.positive, metavar="N", help="only the first N records (default: all)")
     parser.add_argument(
-        "--workers", type=options.natural, default=2, metavar="N", help="threads that open pictures (2)"
+        "--batch-size", type=options.positive, default=16, metavar="N", help="records at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=options.natural,
+        default=2,
+        metavar="N",
+        help="threads that open images (default: %(default)s)",
     )
     common.add_device(parser)
     parser.add_argument("--strict", action="store_true", help="stop at what cannot be read, instead of skipping it")
@@ -54,28 +62,30 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model-args", type=options.assignment, nargs="+", default=[], metavar="NAME=VALUE", help=arguments
     )
     common.add_pretrained(parser)
-    vocabulary = "for BLIP: vocab.txt or tokenizer.json (the hub's %(default)s)"
+    vocabulary = "for BLIP: vocab.txt or tokenizer.json (default: the hub's %(default)s)"
     parser.add_argument("--vocabulary", type=options.vocabulary, default=BERT, metavar="PATH", help=vocabulary)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, choices=tasks.tasks.names(), help="what is asked of the model")
     parser.add_argument("--data", required=True, metavar="FILE", help="annotations, or synthetic:test (nlvr)")
-    images = (
-        "the folder that the annotations' paths begin in (their own); for vqa also one for each data set, as vg=DIR"
-    )
-    parser.add_argument("--images", action="append", metavar="DIR", help=images)
+    common.add_images(parser)
     parser.add_argument(
-        "--answers", type=options.file, metavar="FILE", help="for vqa: a list of answers to choose from (free words)"
+        "--answers",
+        type=options.file,
+        metavar="FILE",
+        help="for vqa: a list of answers to choose from (default: free words)",
     )
-    most = f"for retrieval by BLIP: how many nearest its matching head judges again ({MOST}; 0 leaves that out)"
+    most = (
+        f"for retrieval by BLIP: how many nearest its matching head judges again; 0 leaves that out (default: {MOST})"
+    )
     parser.add_argument("--k-test", type=options.natural, metavar="K", help=most)
 
 
 def run(args: argparse.Namespace) -> None:
     common.check_annotations("--data", args.data)
-    images = _images(args)
-    folder = common.output_folder(args.output)
+    images = common.image_folders(args)
+    folder = common.output_folder(args.output or common.default_output(f"eval/{args.task}", args.model))
     common.use_threads(args.threads)
     kind: Any = tasks.tasks[args.task]
     records = kind.load_records(args.data, images, args.strict)
@@ -100,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _contents(args: argparse.Namespace, model: nn.Module) -> dict[str, str | None]:
-    """What stands behind the names of the settings, as digests; pictures are told by each row."""
+    """What stands behind the names of the settings, as digests; images are told by each row."""
     return {
         "version": __version__,
         "content_of_model": fingerprint.hash_model(model),
@@ -142,22 +152,6 @@ def _second_stage(
     log = ResultsLog(folder / f"matching_{images}x{texts}_k{matching.most}", settings)
     rows = _evaluated("matching", Evaluator(matching, model, settings["device"]), loader, log)
     return summarize_matching(matching, rows)
-
-
-def _images(args: argparse.Namespace) -> Images:
-    """Where pictures are: one folder, or one for each data set. ValueError for a mixture, OSError for no folder."""
-    if args.images is None:
-        return str(Path(args.data).parent)
-    given = args.images
-    if len(given) == 1 and (Path(given[0]).is_dir() or "=" not in given[0]):
-        common.check_folder("--images", given[0])
-        return given[0]
-    if not all("=" in one for one in given):
-        raise ValueError(f"--images {' --images '.join(given)}: give one folder, or one for each data set, as vg=DIR")
-    folders = {name: folder for name, _, folder in (one.partition("=") for one in given)}
-    for folder in folders.values():
-        common.check_folder("--images", folder)
-    return folders
 
 
 def _check_second_stage(task: Any, most: int | None) -> None:
@@ -210,7 +204,7 @@ def _print_matching(found: Mapping[str, Any]) -> None:
     _print_macs("a matched pair, its image encoded already", found["macs"], found["dense_macs"], found["padding"])
     _print_kept(found)
     if found["skipped"]:
-        print(f"skipped {len(found['skipped'])} calls, whose pictures could not be read; summary.json lists them")
+        print(f"skipped {len(found['skipped'])} calls, whose images could not be read; summary.json lists them")
 
 
 def _print_scores(scores: Mapping[str, float]) -> None:

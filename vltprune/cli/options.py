@@ -81,6 +81,11 @@ def target(text: str) -> float | dict[str, float]:
     return found
 
 
+def reduction(text: str) -> float | dict[str, float]:
+    """A share of MACs above 0, or one for each tower, as `target`."""
+    return target(text) if "=" in text else share(text)
+
+
 def file(text: str) -> str:
     """The path of a file that can be read."""
     path = Path(text)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..models.catalog import ModelName
 from ..models.factory import PARTS
+from ..models.resolve import is_saved_model
 from ..pruning.part import KINDS
 from . import options
 
@@ -45,3 +47,9 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     if parts.get("guide") == "none":
         parts["guide"] = None
     return parts
+
+
+def check_preset(args: argparse.Namespace) -> None:
+    """ValueError for a --preset beside a name that has one. Nothing is loaded."""
+    if args.preset and not is_saved_model(args.model) and ModelName.parse(args.model).preset is not None:
+        raise ValueError(f"--preset {args.preset}: {args.model} names a preset already, leave one of them out")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..io import checkpoint, hub
+from ..pruning.config import PruneConfig
 from ..pruning.model import is_pruned
 from ..pruning.presets import preset as preset_of
 from ..pruning.prune import prune_towers
@@ -25,7 +26,7 @@ def resolve_model(
     *,
     pretrained: bool | str | Path | None = None,
     preset: str | None = None,
-    default: str | None = None,
+    default: PruneConfig | str | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load or build the model that a command's model argument means.
@@ -37,7 +38,7 @@ def resolve_model(
         model: A folder that `save` wrote, a repository of the hub ("hf-hub:org/name"), or a name for `create_model`.
         pretrained: Weights of a name, as `create_model` takes them.
         preset: How to prune, where neither the name nor the saved model says.
-        default: The preset where nothing else says how to prune; None to leave the model dense.
+        default: The preset or PruneConfig where nothing else says how to prune; None to leave the model dense.
         arguments: Parts that replace the pruning's own (scorer, keep, reducer, guide, at); for a name also its backbone's
             arguments.
 
@@ -91,7 +92,7 @@ def _parse(model: str) -> ModelName:
 
 
 def _load_saved(
-    model: str, pretrained: Any, preset: str | None, default: str | None, arguments: Mapping[str, Any]
+    model: str, pretrained: Any, preset: str | None, default: PruneConfig | str | None, arguments: Mapping[str, Any]
 ) -> nn.Module:
     """The model of a folder or a repository."""
     others = [name for name in arguments if name not in PARTS]
