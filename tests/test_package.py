@@ -26,7 +26,7 @@ FLOORS = (
     "pruning",
     "parts",
     "hosts.base",
-    "pruning.encoder pruning.model",
+    "pruning.tower pruning.trace pruning.encoder pruning.model pruning.current_config",
     "io",
     "hosts",
     "pruning.prune",

@@ -71,13 +71,13 @@ class Registry:
     def _all(self) -> dict[str, Callable[..., Any]]:
         return {name: maker for makers in (self._makers, *self._temporary) for name, maker in makers.copy().items()}
 
-    def _check_name(self, name: Any) -> None:
+    def _check_name(self, name: object) -> None:
         if not isinstance(name, str):
             raise TypeError(f"register takes the {self.kind}'s name: write register('name') above it, not {name!r}")
         if not all(word.isidentifier() and not keyword.iskeyword(word) for word in name.split(".")):
             raise ValueError(f"{self.kind} name {name!r} must be an identifier, so that it can stand in a config")
 
-    def _check_maker(self, name: str, maker: Any) -> None:
+    def _check_maker(self, name: str, maker: object) -> None:
         if not callable(maker):
             raise TypeError(f"{self.kind} {name!r} must be a class or function that makes one, not {maker!r}")
 
@@ -92,7 +92,7 @@ hosts = Registry("host")
 tasks = Registry("task")
 
 
-def _described(maker: Any) -> str:
+def _described(maker: object) -> str:
     """A maker's own name, or its type's where it has none: "str", "a Backbone"."""
     return getattr(maker, "__qualname__", None) or f"a {type(maker).__qualname__}"
 
@@ -122,10 +122,10 @@ def _parameters(maker: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
 def name_arguments(
     what: str,
     maker: Callable[..., Any],
-    values: Sequence[Any],
-    arguments: Mapping[str, Any],
+    values: Sequence[object],
+    arguments: Mapping[str, object],
     given: tuple[str, ...] = (),
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """All arguments by name: the `values` by position, named as the maker's signature has them, and the named `arguments`.
 
     `given` are the arguments that we pass ourselves. TypeError, naming `what`, for too many, and for one given twice.
@@ -142,7 +142,7 @@ def name_arguments(
     return {**named, **arguments}
 
 
-def bind(what: str, maker: Callable[..., Any], arguments: Mapping[str, Any], given: tuple[str, ...] = ()) -> None:
+def bind(what: str, maker: Callable[..., Any], arguments: Mapping[str, object], given: tuple[str, ...] = ()) -> None:
     """TypeError unless `maker` can be called with these keyword arguments besides the `given` ones we pass ourselves.
 
     The message names `what`, the argument, and what there is to write instead.

@@ -8,7 +8,6 @@ whose sums are made in another order, then keeps the same tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float64
 
 
-def float_tensor(values: Sequence[Any], device: torch.device) -> Tensor:
+def float_tensor(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
     """Numbers, nested or not, as a tensor on the device, of the widest floating-point type that it computes in."""
     return torch.tensor(values, dtype=widest_float(device), device=device)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.attention import PairBias
 from ..core.tokens import PackedTokens
 from ..layers.block_spec import BlockSpec
-from ..pruning.trace import DecodeStats
+from ..pruning.decode_stats import DecodeStats
 
 
 class Host(ABC):

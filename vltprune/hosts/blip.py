@@ -13,7 +13,8 @@ from ..core.tokens import Layout, PackedTokens
 from ..layers.block_spec import BlockSpec
 from ..models.decoder import DecoderCache
 from ..models.med import Attention, MedEncoder, MedLayer
-from ..pruning.trace import DecodeStats, report_decode_stats
+from ..pruning.decode_stats import DecodeStats
+from ..pruning.trace import report_decode_stats
 from ..registry import hosts
 from .base import Host
 from .composites import ImageAndText

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..pruning.trace import DecodeStats, report_decode_stats
+from ..pruning.decode_stats import DecodeStats
+from ..pruning.trace import report_decode_stats
 from .composites import WithTowers
 from .graft import sharing, with_submodule
 from .linear_maps import linear_macs

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..core.tokens import PackedTokens
 from ..layers import AlignmentGuide
-from ..pruning.trace import DecodeStats, active_collectors, report_decode_stats
+from ..pruning.decode_stats import DecodeStats
+from ..pruning.trace import active_collectors, report_decode_stats
 
 # what the blocks of the decoder that runs in this thread were given so far; None where nobody asks
 _heard: ContextVar[list[Tensor] | None] = ContextVar("heard", default=None)

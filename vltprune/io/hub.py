@@ -150,6 +150,6 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool = False, token:
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         own = getattr(unwrapped(model), "save_pretrained", None) if find_pruning(model) is not None else None
-        own(folder, **how) if own is not None else save(model, folder, **how)
+        own(folder, **how) if callable(own) else save(model, folder, **how)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))

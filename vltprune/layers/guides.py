@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +168,8 @@ def _map(dim: int, width: int) -> nn.Module:
     """A tower's way to the anchors; where nothing need change, it begins with changing nothing, and draws no numbers."""
     if dim != width:
         return nn.Linear(dim, width)
-    layer: Any = nn.utils.skip_init(nn.Linear, dim, width)
+    layer = nn.utils.skip_init(nn.Linear, dim, width)
+    assert isinstance(layer, nn.Linear)
     nn.init.eye_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

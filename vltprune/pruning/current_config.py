@@ -11,12 +11,13 @@ from ..registry import parameters
 from ..utils.structure import attributes
 from ..utils.wrappers import unwrapped
 from .config import PruneConfig
+from .encoder import PrunedEncoder
 from .part import KINDS
 
 _PARTS = {"scorer": "scorer", "keep": "keeper", "reducer": "reducer"}  # kind -> attribute of a pruner
 
 
-def current_config(config: PruneConfig, towers: Mapping[str, Any]) -> PruneConfig:
+def current_config(config: PruneConfig, towers: Mapping[str, PrunedEncoder]) -> PruneConfig:
     """The config that builds the pruners of these towers as they stand.
 
     Raises ValueError where none does: for parts of another type, other depths, and arguments that differ between depths.
@@ -40,7 +41,7 @@ def current_config(config: PruneConfig, towers: Mapping[str, Any]) -> PruneConfi
     return config
 
 
-def _changed(config: PruneConfig, kind: str, tower: str, encoder: Any) -> dict[str, Any]:
+def _changed(config: PruneConfig, kind: str, tower: str, encoder: PrunedEncoder) -> dict[str, Any]:
     """Arguments of a tower's parts of one kind that are not what the config builds, by their values now."""
     with torch.random.fork_rng(devices=[]):
         built = encoder.build_pruners(config)
@@ -49,8 +50,8 @@ def _changed(config: PruneConfig, kind: str, tower: str, encoder: Any) -> dict[s
         raise _refusal(f"its {tower} tower is pruned at {sorted(here)}, and its config says {sorted(map(int, built))}")
     found: list[dict[str, Any]] = []
     for depth, pruner in encoder.pruners.items():
-        part: Any = unwrapped(getattr(pruner, _PARTS[kind]))
-        right: Any = getattr(built[depth], _PARTS[kind])
+        part = unwrapped(getattr(pruner, _PARTS[kind]))
+        right = getattr(built[depth], _PARTS[kind])
         if type(part) is not type(right):
             raise _refusal(
                 f"the {kind} of its {tower} tower at {depth} is {type(part).__name__} and was {type(right).__name__}"

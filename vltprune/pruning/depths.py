@@ -56,7 +56,7 @@ def _freeze(at: Any) -> FrozenDepths:
     return tuple(dict.fromkeys(sorted(depths) if isinstance(given, Set) else depths))
 
 
-def _freeze_depth(depth: Any, among: list[Any]) -> int | float:
+def _freeze_depth(depth: Any, among: list[object]) -> int | float:
     number = depth.tolist() if hasattr(depth, "tolist") else depth
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"at={among}: depths are numbers, {number!r} is not")

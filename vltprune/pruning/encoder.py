@@ -36,28 +36,7 @@ class Pruning:
     towers: Mapping[str, PrunedEncoder]
 
 
-class HasPruning:
-    """Mixin: a tower that is a model by itself has `pruning`; a tower of a composite model has none.
-
-    The tower is added to the record each time it is asked for. A record that held the tower would be a reference cycle:
-    the weights of a deleted model would stay in memory until Python's garbage collector runs.
-    """
-
-    tower: str
-
-    @property
-    def pruning(self) -> Pruning:
-        if "_pruning" not in self.__dict__:
-            raise AttributeError(f"the {self.tower} tower is no model by itself: its composite model has `pruning`")
-        this: Any = self
-        return replace(self.__dict__["_pruning"], towers={self.tower: this})
-
-    @pruning.setter
-    def pruning(self, record: Pruning) -> None:
-        self.__dict__["_pruning"] = replace(record, towers={})
-
-
-class PrunedEncoder(HasPruning, Tower):
+class PrunedEncoder(Tower):
     """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
 
     Calling it takes what the host takes and returns what the host returns. Its state dict has the host's own names, and
@@ -97,6 +76,21 @@ class PrunedEncoder(HasPruning, Tower):
             setattr(self, name, module)
         else:
             object.__setattr__(self, name, module)
+
+    @property
+    def pruning(self) -> Pruning:
+        """How a tower that is a model by itself is pruned. AttributeError for a tower of a composite model.
+
+        The tower is added to the record each time it is asked for. A record that held the tower would be a reference cycle:
+        the weights of a deleted model would stay in memory until Python's garbage collector runs.
+        """
+        if "_pruning" not in self.__dict__:
+            raise AttributeError(f"the {self.tower} tower is no model by itself: its composite model has `pruning`")
+        return replace(self.__dict__["_pruning"], towers={self.tower: self})
+
+    @pruning.setter
+    def pruning(self, record: Pruning) -> None:
+        self.__dict__["_pruning"] = replace(record, towers={})
 
     @property
     def _dense(self) -> nn.Module:
@@ -170,16 +164,16 @@ class PrunedEncoder(HasPruning, Tower):
     ) -> tuple[PackedTokens, LayerTrace]:
         adapter, pruner = self.adapter, self.pruner(depth)
         q, k, v = adapter.qkv(block, tokens, block_input)
-        room: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
-        room |= {"key_bias": tokens.bias, "pairs": adapter.pairs(block, tokens, block_input)}
+        options: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
+        options |= {"key_bias": tokens.bias, "pairs": adapter.pairs(block, tokens, block_input)}
         scale, relate, decision = adapter.scale(block), None, PruneDecision(None)
 
         if pruner is None:
-            context = attend(q, k, v, tokens.layout, scale, **room)
+            context = attend(q, k, v, tokens.layout, scale, **options)
             if guide is not None and not self.pruners and torch.is_grad_enabled():
                 relate = partial(guide, tokens)  # so that the other tower has something to be aligned with, if it asks
         else:
-            context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **room)
+            context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **options)
             guidance = guide(tokens) if guide is not None else None
             relate = None if guidance is None else lambda: guidance
             decision = pruner(tokens, stats, guidance, self._least(pruner))

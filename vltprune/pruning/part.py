@@ -68,7 +68,7 @@ class Part:
             TypeError: for a spec of another type, and for arguments that the part does not take.
             ValueError: for text of another shape.
         """
-        values: Sequence[Any] = ()
+        values: Sequence[object] = ()
         if isinstance(spec, Part):
             name, args = spec.name, spec.args
         elif isinstance(spec, Mapping):
@@ -94,7 +94,7 @@ class Part:
         return f"{self.name}({arguments})" if arguments else self.name
 
 
-def registered_part(kind: str, name: str, values: Sequence[Any], args: Mapping[str, Any]) -> Part:
+def registered_part(kind: str, name: str, values: Sequence[object], args: Mapping[str, Any]) -> Part:
     """The Part of a registered name, with arguments by position and by name, checked against the maker's signature.
 
     Raises LookupError for a name that is not registered, and TypeError for arguments that it does not take.
@@ -115,7 +115,7 @@ def registered_part(kind: str, name: str, values: Sequence[Any], args: Mapping[s
     return part
 
 
-def _parse(text: str, positional: bool) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+def _parse(text: str, positional: bool) -> tuple[str, tuple[object, ...], dict[str, Any]]:
     """Name, arguments by position and arguments by name of a short form."""
     wrong = ValueError(f"cannot read the part {text!r}: write name or name(key=value, ...) with literal values")
     try:

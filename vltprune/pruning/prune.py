@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..hosts.find import find_composite, find_host
-from ..layers import AlignmentGuide
+from ..layers import AlignmentGuide, BlockSpec
 from ..registry import guides
 from ..utils.wrappers import unwrapped
 from . import presets
@@ -42,9 +42,10 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> P
     if guide is not None:
         guide.train(model.training)
     owner = model if composite is not None else None
-    pruned: dict[str, Any] = {}
+    pruned: dict[str, PrunedEncoder] = {}
     for name, (tower, host) in towers.items():
-        encoder: Any = host.encoder or PrunedEncoder
+        encoder = host.encoder or PrunedEncoder
+        assert issubclass(encoder, PrunedEncoder)
         pruned[name] = encoder(tower, host, config, guide, name, owner)
     if composite is None:
         result: nn.Module = pruned[next(iter(pruned))]
@@ -58,7 +59,7 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> P
     return result
 
 
-def build_guide(config: PruneConfig, specs: dict[str, Any], model: nn.Module) -> AlignmentGuide | None:
+def build_guide(config: PruneConfig, specs: Mapping[str, BlockSpec], model: nn.Module) -> AlignmentGuide | None:
     """The guide of a config for towers with these specs (any depth of each), in the model's type; None where it has none."""
     if config.guide is None:
         return None

@@ -1,11 +1,10 @@
-"""Base class of pruned towers: what traces and cost counters read of one."""
+"""Tower: base class of pruned towers, with what traces and cost counters read of one."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
+from ..hosts.base import Host
 from ..layers import AlignmentGuide
 from .pruner import Pruner
 
@@ -23,7 +22,7 @@ class Tower(nn.Module):
 
     tower: str
     host: nn.Module
-    adapter: Any
+    adapter: Host
     guide: AlignmentGuide | None
     pruners: nn.ModuleDict
 

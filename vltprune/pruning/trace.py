@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core import precision, segments
 from ..core.tokens import PackedTokens
 from ..layers import Guidance, Reduction
+from .decode_stats import DecodeStats
 from .tower import Tower
 
 
@@ -43,24 +44,6 @@ class LayerTrace:
         """How the tokens that entered relate to the anchors; None without a guide. With gradients enabled, also in a tower that
         is pruned nowhere: it is computed there when first asked for."""
         return None if self.guide is None else self.guide()
-
-
-@dataclass(frozen=True)
-class DecodeStats:
-    """A piece of a decoder's work, summed over its rows (sentences, or beams of them), padding included.
-
-    tokens    new tokens that went through the layers
-    words     those of them whose next token's logits were made
-    pairs     of a new token and one of its own row, itself and later ones included, that attention multiplied
-    memories  those whose keys and values were made
-    gathered  gives what the guide's anchors gathered from captions, [captions, anchors, anchor dim], while training
-    """
-
-    tokens: int = 0
-    words: int = 0
-    pairs: int = 0
-    memories: int = 0
-    gathered: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)

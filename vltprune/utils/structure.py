@@ -109,7 +109,7 @@ def plain(value: Any) -> Any:
     return f"{value.__module__}.{name}" if name is not None else _ABSENT
 
 
-def _kind(value: Any) -> tuple[Any, ...]:
+def _kind(value: object) -> tuple[Any, ...]:
     """Shape and kind: floating-point tensors are of one kind, for `save` and `load` change between them."""
     if not isinstance(value, Tensor):
         return (type(value).__name__,)
@@ -118,7 +118,7 @@ def _kind(value: Any) -> tuple[Any, ...]:
     return (tuple(value.shape), kind if plain else f"{kind} in a {type(value.data).__name__}")
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return (
         a is b
         or (type(a) is type(b) and a == b)
@@ -139,7 +139,7 @@ def _type(described: tuple[str, Any] | None, other: tuple[str, Any] | None) -> s
     return described[0] if other is not None and other[0].rpartition(".")[2] == name else name
 
 
-def _told(name: str, before: Any, now: Any) -> list[str]:
+def _told(name: str, before: object, now: object) -> list[str]:
     """In words; of a dict, only what differs."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [key for key in {**before, **now} if not _same(before.get(key, _ABSENT), now.get(key, _ABSENT))]
@@ -155,5 +155,5 @@ def _tensor(described: Any) -> str:
     return " ".join([str(list(described[0])), *described[1:-1]]) if len(described) > 2 else str(described[0])
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "nothing" if value is _ABSENT else repr(value)

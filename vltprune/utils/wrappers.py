@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 # libraries whose wrappers hold the model as `module`: DataParallel, DistributedDataParallel, FullyShardedDataParallel and
@@ -13,7 +11,7 @@ _FSDP = "torch.distributed.fsdp."  # where the classes of sharded modules are
 _COMPILED = "_orig_mod"  # what torch.compile calls the model
 
 
-def unwrapped(model: nn.Module) -> Any:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model behind its wrappers, however many; a model without any as it is."""
     while (inner := _inner(model)) is not None:
         model = inner

@@ -18,7 +18,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextS
 
 from ...core.attention import attend
 from ...core.tokens import PackedTokens
-from ...pruning.trace import DecodeStats, report_decode_stats
+from ...pruning.decode_stats import DecodeStats
+from ...pruning.trace import report_decode_stats
 from ...registry import hosts
 from ..base import Host
 from ..decoder import WithDecoder

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...pruning.trace import DecodeStats, PruneTrace, collect
+from ...pruning.decode_stats import DecodeStats
+from ...pruning.trace import PruneTrace, collect
 from ...utils.modes import evaluating
 
 
