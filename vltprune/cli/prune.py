@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..cost.savings import Calibration, less
+from ..cost.describe import format_change
+from ..cost.savings import Calibration
 from ..data import Loader, Record, shards
 from ..data.images import list_images
 from ..evaluation import tasks
@@ -21,6 +22,7 @@ from ..io.checkpoint import CONFIG, WEIGHTS, save
 from ..models.factory import check_same_parts
 from ..models.wordpiece import BERT
 from ..pruning.presets import preset
+from ..utils.table import table
 from . import common, options, parts
 
 _MORE = "--data captions.json --images DIR"
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         common.fit_guide(model, inputs, number)
     found = common.calibrate(model, inputs, reduction, f"calibrating on {number}")
     save(model, folder)
-    print(f"calibrated on {number}: {str(found).splitlines()[0]}")
+    print(f"calibrated on {number}: {found}")
     _print_towers(found, model)
     print(f"wrote {folder}. To use it:\n\n    import vltprune as vp\n    model = vp.load({str(folder)!r})")
 
@@ -209,8 +211,8 @@ def _print_towers(found: Calibration, model: Any) -> None:
     if not others and len(costs) > 1:
         costs["all"] = (found.macs, found.dense_macs)
     for name, (macs, dense) in costs.items():
-        rows.append([name, f"{dense / 1e9:.3f}", f"{macs / 1e9:.3f}", less(macs, dense)])
-    print(common.table(rows))
+        rows.append([name, f"{dense / 1e9:.3f}", f"{macs / 1e9:.3f}", format_change(macs, dense)])
+    print(table(rows))
     for name in others:
         how = "keeps the pruning that it had" if model.pruning.towers[name].pruners else "stays dense"
         print(f"The {name} tower {how}: images do not run it. To calibrate it too, give {_MORE}")
