@@ -39,7 +39,7 @@ def test_info_of_a_dense_model_takes_its_arguments(capsys):
         (["blip_nlvr_tiny_madtp", "patch_size"], "write name=value"),
         (["blip_nlvr_tiny_madtp", "keep=ratio(rato=0.5)"], "did you mean ratio"),
         (["blip_nlvr_tiny_madtp", "scorer=madpt"], "did you mean madtp"),
-        (["resnet18"], "no host takes it apart"),
+        (["resnet18"], "no host runs it"),
         (["blip_nlvr_tiny_madtp.p80", "--pretrained", "nowhere.pth"], "there is no file nowhere.pth"),
     ],
 )

@@ -126,7 +126,7 @@ def test_open_clip_training(name):
     dense.requires_grad_(True)
 
     pruned.set_grad_checkpointing()
-    assert all(tower.adapter.recomputes(tower.host) for tower in pruned.pruning.towers.values())
+    assert all(tower.adapter.gradient_checkpointing(tower.host) for tower in pruned.pruning.towers.values())
     with pytest.raises(TypeError, match=r"collect\(tokens=True\)"):
         pruned.forward_intermediates(image=case.inputs[0])
 

@@ -346,7 +346,7 @@ def clip_on_meta(name):
         return kind(**config)
 
 
-OTHER_TEXT = ("mt5", "nllb")  # encoders of transformers that no host takes apart
+OTHER_TEXT = ("mt5", "nllb")  # encoders of transformers that no host runs
 _OTHER_BLOCKS = ("xp_224", "vit_small_patch16_18x2_224", "dlittle", "dwee", "dpwee", "pwee", "deit_tiny_distilled")
 _OTHER_TYPES = ("relpos_small", "resnet18", "naflexvit_base")
 _PRUNED = (

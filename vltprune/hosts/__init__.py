@@ -1,6 +1,6 @@
-"""Hosts: how a tower is run with its own submodules. A library's host module is imported when its model is met."""
+"""Hosts: run the towers of each supported library with their own submodules, and find the host of a model."""
 
 from .base import Composite, Host
-from .find import find_composite, find_host, supported
+from .find import find_composite, find_host
 
-__all__ = ["Composite", "Host", "find_composite", "find_host", "supported"]
+__all__ = ["Composite", "Host", "find_composite", "find_host"]

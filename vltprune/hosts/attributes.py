@@ -1,11 +1,11 @@
-"""What the libraries around a host read of a model: the attributes and methods of the dense tower that a pruned one has, too.
+"""Attributes of the dense tower that its library expects of a model, declared on the pruned tower.
 
-They are declared, each library's in a subclass of `PrunedEncoder`, and everything else of the dense tower is `pruned.host`'s.
+Each library's are declared in a subclass of `PrunedEncoder`; all others are those of `pruned.host`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from ..pruning.encoder import PrunedEncoder
@@ -14,10 +14,13 @@ E = TypeVar("E", bound=type[PrunedEncoder])
 
 
 class HostAttribute:
-    """An attribute of the dense tower, read through the pruned one; AttributeError where the dense tower has none.
+    """Descriptor that forwards an attribute to the dense tower; AttributeError where that has none.
 
-    A method acts on the dense tower, whose modules and parameters are the pruned one's. What is set on the pruned tower is its
-    own from then on.
+    A method acts on the dense tower, whose modules and parameters are the pruned one's. An attribute that is set on the pruned
+    tower is its own from then on.
+
+    Args:
+        name: Name of the attribute.
     """
 
     def __init__(self, name: str):
@@ -27,8 +30,8 @@ class HostAttribute:
         return self if pruned is None else getattr(pruned.host, self.name)
 
 
-def forwards(*names: str) -> Callable[[E], E]:
-    """Class decorator: instances have these attributes of their dense tower."""
+def forward_attributes(*names: str) -> Callable[[E], E]:
+    """Class decorator of pruned towers: forward these attributes to the dense tower."""
 
     def declare(cls: E) -> E:
         for name in names:
@@ -38,6 +41,6 @@ def forwards(*names: str) -> Callable[[E], E]:
     return declare
 
 
-def of_host(parameters: Any) -> set[str]:
+def host_names(parameters: Iterable[str]) -> set[str]:
     """Names of a dense tower's parameters as the pruned tower has them."""
     return {f"host.{name}" for name in parameters}

@@ -1,4 +1,4 @@
-"""Host interface: what a host says of a tower, and a composite of its towers."""
+"""Host interface: how a tower is run with its own submodules, and which towers a composite model has."""
 
 from __future__ import annotations
 
@@ -16,109 +16,140 @@ from ..pruning.decode_stats import DecodeStats
 
 
 class Host(ABC):
-    """Takes towers of one type apart. Stateless; speaks in the tower's own submodules and leaves them as they are.
+    """Runs the towers of one type step by step, by calling their own submodules, which it leaves as they are.
 
-    A forward pass is `embed`, then for each block `qkv`, attention, `project`, `feed_forward`, then `head`. A block input is
-    what a block gets besides its tokens: rotary tables, biases, the memory that it cross-attends to, or None. `call` and
-    `answer` stand at its two ends, for towers that are called by keywords and answer in more than one form.
+    A forward pass is `embed`, then for each block `qkv`, attention, `project` and `feed_forward`, then `head`. A block input is
+    what a block gets besides its tokens: rotary tables, biases, the memory that it cross-attends to, or None.
+    `bind_arguments` and `format_output` are for towers that are called by keywords and return more than one form.
+
+    A host has no state of its own. Register it by the tower's type, `hosts.register("package.module.Class")`.
+
+    Attributes:
+        tower: Name of the tower where it is a model by itself: "image" or "text".
+        pruned_class: A subclass of PrunedEncoder with the attributes that the library expects of such a tower; None for
+            PrunedEncoder itself.
     """
 
     tower: str = "image"
-    encoder: ClassVar[type[nn.Module] | None] = None  # a PrunedEncoder with what the library reads of such a tower
+    pruned_class: ClassVar[type[nn.Module] | None] = None
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Host:
-        """The host for a module of the registered type."""
+        """Build the host of a module of the registered type."""
         return cls()
 
-    def check(self, tower: nn.Module) -> None:  # noqa: B027  (most towers have nothing more to check)
-        """TypeError or ValueError, with what is supported, for a tower of the right type with parts we cannot take apart."""
+    # most towers have nothing more to check
+    def check(self, tower: nn.Module) -> None:  # noqa: B027
+        """Check that a tower of the right type has parts that this host can run.
 
-    def call(self, tower: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, ...]:
-        """The positional inputs of `embed` for a call tower(*inputs, **named). TypeError for arguments that it lacks.
+        Raises:
+            TypeError: For another part; with what is supported.
+            ValueError: For an option of the tower that is not supported.
+        """
 
-        A keyword that the dense tower has as well, and that says what it says by default, may be there.
+    def bind_arguments(self, tower: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, ...]:
+        """The positional inputs of `embed` for a call tower(*inputs, **named).
+
+        A keyword that only the dense tower takes is allowed if it has its default value.
+
+        Raises:
+            TypeError: For arguments that `embed` does not take.
         """
         if named:
-            own, dense = (inspect.signature(call).parameters for call in (self.embed, tower.forward))
+            takes, dense = (inspect.signature(call).parameters for call in (self.embed, tower.forward))
             named = {
                 name: value
                 for name, value in named.items()
-                if name in own or name not in dense or value is not dense[name].default
+                if name in takes or name not in dense or value is not dense[name].default
             }
         bound = inspect.signature(self.embed).bind(tower, *inputs, **named)
         bound.apply_defaults()
         return bound.args[1:]
 
-    def answer(self, tower: nn.Module, out: Any, **named: Any) -> Any:
+    def format_output(self, tower: nn.Module, out: Any, **named: Any) -> Any:
         """What `head` returned, in the form that the call's keywords ask for."""
         return out
 
     @abstractmethod
-    def blocks(self, tower: nn.Module) -> Sequence[nn.Module]: ...
+    def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
+        """The tower's blocks, first to last."""
 
     @abstractmethod
     def spec(self, tower: nn.Module, depth: int, name: str) -> BlockSpec:
-        """What is known of block `depth`; `name` is the name of the tower in its model."""
+        """Describe block `depth` to the parts that are built for it; `name` is the tower's name in its model."""
 
     @abstractmethod
     def embed(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
-        """All before the first block. Returns the tokens, and one input for each block. ValueError for bad input."""
+        """Run everything before the first block.
+
+        Returns:
+            The tokens, and one block input for each block.
+
+        Raises:
+            ValueError: For inputs that the tower cannot take.
+        """
 
     @abstractmethod
     def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key, value, each [total, heads, head_dim], as they enter the dot product."""
+        """Query, key and value, each [total, heads, head_dim], as they enter the dot product."""
 
     @abstractmethod
     def scale(self, block: nn.Module) -> float:
-        """What the dot products are multiplied by."""
+        """The factor of the dot products."""
 
-    def pairs(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PairBias | None:
-        """What the dot products get for how far apart two tokens stood; None for nothing."""
+    def pair_bias(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PairBias | None:
+        """What is added to the attention logits for the distance of two tokens' original positions; None for nothing."""
         return None
 
     @abstractmethod
     def project(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
-        """Output projection, scale, drop path, residual (and norm): context [total, heads, head_dim]."""
+        """Run what follows attention: output projection, scale, drop path, residual (and norm).
+
+        Args:
+            block: The block.
+            tokens: Tokens before the block, x [total, dim].
+            context: Output of attention [total, heads, head_dim].
+        """
 
     @abstractmethod
     def feed_forward(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PackedTokens:
-        """The rest of the block: cross-attention, MLP."""
+        """Run the rest of the block: cross-attention where it has one, and the MLP."""
 
     @abstractmethod
     def head(self, tower: nn.Module, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
-        """Final norm and pooling: what tower(*inputs) returns."""
+        """Run the final norm, pooling and projection: what tower(*inputs) returns."""
 
     def padded_length(self, *inputs: Any) -> int | None:
-        """Tokens an instance that the dense tower computes on, where its inputs have padding; None where they have none."""
+        """Tokens per instance that the dense tower computes on, for inputs with padding; None for those without."""
         return None
 
     def causal(self, tower: nn.Module) -> bool:
-        """Whether a token sees only what stands before it."""
+        """Whether a token attends only to itself and to those before it."""
         return False
 
-    def pools_free(self, tower: nn.Module) -> bool:
-        """Whether what the tower returns is made of unprotected tokens alone, so that one at least must stay."""
+    def pools_unprotected(self, tower: nn.Module) -> bool:
+        """Whether the tower's output is made of unprotected tokens alone, so that at least one must be kept."""
         return False
 
-    def recomputes(self, tower: nn.Module) -> bool:
-        """Whether the tower was told to save memory in training by recomputing its blocks (gradient checkpointing)."""
+    def gradient_checkpointing(self, tower: nn.Module) -> bool:
+        """Whether the tower recomputes its blocks in training to save memory."""
         return bool(getattr(tower, "grad_checkpointing", False))
 
     def projects_affinely(self, block: nn.Module) -> bool:
-        """Whether `project` is x + A(context) with affine A, so that tokens may be averaged before it."""
+        """Whether `project` is x + A(context) with an affine map A, so that tokens may be averaged before it."""
         return False
 
     def attention_dropout(self, block: nn.Module) -> float:
-        """Dropout on the attention weights, zero outside training."""
+        """Dropout probability of the attention weights; 0 outside training."""
         return 0.0
 
 
 class Composite(ABC):
-    """A model of several towers that share a guide."""
+    """Names the towers of a model that has several, and assembles the model of pruned ones."""
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Composite:
+        """Build the composite of a module of the registered type."""
         return cls()
 
     @abstractmethod
@@ -127,16 +158,22 @@ class Composite(ABC):
 
     @abstractmethod
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
-        """A model like `model` that runs these towers and shares everything else; `model` stays as it is."""
+        """A model like `model` with these towers, which shares everything else; `model` stays as it is."""
 
-    def listeners(self, model: nn.Module) -> dict[str, BlockSpec]:
-        """What the guide aligns with the towers and nobody prunes, by name; one spec each."""
+    def guide_specs(self, model: nn.Module) -> dict[str, BlockSpec]:
+        """Modules that the guide aligns with the towers and that are not pruned, by name; one spec each."""
         return {}
 
     def head_macs(self, model: nn.Module) -> float:
-        """MACs of what stands behind the towers, once an instance."""
+        """MACs of the heads behind the towers, per instance."""
         return 0.0
 
     def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float:
-        """MACs of a decoder behind the towers that did this, looking at memories of so many tokens, padding included."""
+        """MACs of a decoder behind the towers.
+
+        Args:
+            model: The dense model.
+            decoded: What the decoder computed.
+            memory: Tokens of each memory that it cross-attends to, padding included.
+        """
         return 0.0

@@ -1,4 +1,4 @@
-"""Hosts of our own BLIP: the image tower's packed tokens are the memory of the text tower."""
+"""Hosts of this library's BLIP, whose text tower cross-attends to the packed tokens of the image tower."""
 
 from __future__ import annotations
 
@@ -11,41 +11,44 @@ from torch import Tensor, nn
 from ..core.attention import attend
 from ..core.tokens import Layout, PackedTokens
 from ..layers.block_spec import BlockSpec
-from ..models.decoder import DecoderCache
+from ..models.blip import BlipVision
+from ..models.caption import BlipCaption
+from ..models.decoder import DecoderCache, MedDecoder
 from ..models.med import Attention, MedEncoder, MedLayer
 from ..pruning.decode_stats import DecodeStats
 from ..pruning.trace import report_decode_stats
 from ..registry import hosts
 from .base import Host
+from .caption_alignment import CaptionAlignment
 from .composites import ImageAndText
 from .decoder import WithDecoder
 from .linear_maps import linear_macs
-from .listening import Listener
 from .timm import Vit
 
-Memory = tuple[PackedTokens, ...]  # per image of a sentence: the tokens of that image, one instance a group
+# for each image of a sentence its tokens, one instance a group
+Memory = tuple[PackedTokens, ...]
 
 
 @hosts.register("vltprune.models.blip.BlipVision")
 class BlipVisionHost(Vit):
-    """BLIP's image tower. Its tokens go to cross-attention, and so it returns them packed, normed, however many are left."""
+    """Host of BLIP's image tower. It returns normed tokens packed, for cross-attention."""
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> PackedTokens:
+    def head(self, tower: BlipVision, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> PackedTokens:
         return tokens.with_x(tower.norm(tokens.x))
 
 
 @hosts.register("vltprune.models.med.MedEncoder")
 class MedHost(Host):
-    """BLIP's text tower. The first token (CLS or ENC) is protected; padding never enters."""
+    """Host of BLIP's text tower. The first token (CLS or ENC) is protected; padding never enters."""
 
     tower = "text"
 
-    def blocks(self, tower: Any) -> Sequence[nn.Module]:
+    def blocks(self, tower: MedEncoder) -> Sequence[nn.Module]:
         return tower.layers
 
-    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
-        layer: MedLayer = tower.layers[depth]
-        return BlockSpec(name, depth, len(tower.layers), tower.width, layer.attention.heads, has_summary=True)
+    def spec(self, tower: MedEncoder, depth: int, name: str) -> BlockSpec:
+        heads = tower.layers[depth].attention.heads
+        return BlockSpec(name, depth, len(tower.layers), tower.width, heads, has_summary=True)
 
     def embed(
         self,
@@ -58,7 +61,7 @@ class MedHost(Host):
         valid = None if attention_mask is None else attention_mask.bool()
         if valid is not None and not valid[:, 0].all():
             raise ValueError(
-                "attention_mask hides the first token of a sentence, which speaks for it: pad on the right"
+                "attention_mask hides the first token of a sentence, which summarizes it: pad on the right"
             )
         first = torch.arange(x.shape[1], device=x.device) == 0
         tokens = PackedTokens.pack(x, valid, protected=first, summary=first)
@@ -72,17 +75,17 @@ class MedHost(Host):
     def padded_length(self, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
-    def qkv(self, block: Any, tokens: PackedTokens, block_input: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: MedLayer, tokens: PackedTokens, block_input: Memory | None) -> tuple[Tensor, Tensor, Tensor]:
         return _project(block.attention, tokens.x, tokens.x)
 
-    def scale(self, block: Any) -> float:
+    def scale(self, block: MedLayer) -> float:
         return _scale(block.attention)
 
-    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: MedLayer, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         branch = block.dropout(block.attention.output(context.flatten(1)))
         return tokens.with_x(block.attention_norm(tokens.x + branch))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Memory | None) -> PackedTokens:
+    def feed_forward(self, block: MedLayer, tokens: PackedTokens, block_input: Memory | None) -> PackedTokens:
         if block_input is not None and block.cross is not None:
             outputs = [
                 _cross_attend(stream, tokens, view)
@@ -92,16 +95,16 @@ class MedHost(Host):
             tokens = tokens.with_x(block.cross.norm(tokens.x + branch))
         return tokens.with_x(block.feed_forward(tokens.x))
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Tensor:
-        """Hidden states of the tokens that are left, padded with zeros: [batch, longest, width], the first token first."""
+    def head(self, tower: MedEncoder, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Tensor:
+        """Hidden states of the kept tokens, padded with zeros: [batch, longest, width], the first token first."""
         return tokens.unpack()[0]
 
 
 @hosts.register("vltprune.models.med.QuestionEncoder")
 class QuestionHost(MedHost):
-    """The encoder of a question. A decoder looks at its tokens, and so it returns them packed, however many are left."""
+    """Host of the encoder of a question. It returns its tokens packed, for a decoder to attend to."""
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> PackedTokens:
+    def head(self, tower: MedEncoder, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> PackedTokens:
         return tokens
 
 
@@ -109,45 +112,45 @@ class QuestionHost(MedHost):
 @hosts.register("vltprune.models.blip.BlipNlvr")
 @hosts.register("vltprune.models.retrieval.BlipRetrieval")
 class BlipComposite(ImageAndText):
-    """Both towers of BLIP under one guide."""
+    """Composite of BLIP's image and text tower."""
 
-    def head_macs(self, model: Any) -> float:
-        return linear_macs(getattr(model, "head", nn.Identity()))
+    def head_macs(self, model: nn.Module) -> float:
+        return linear_macs(model.get_submodule("head"))
 
 
-class _Speaking(WithDecoder):
-    """A model with a `MedDecoder`."""
+class _WithTextDecoder(WithDecoder):
+    """Composite with a `MedDecoder`."""
 
     decoder = "decoder"
 
-    def crosses(self, decoder: Any) -> Sequence[Any]:
-        return [layer.cross.streams[0] for layer in self.body(decoder).layers]
+    def cross_attentions(self, decoder: MedDecoder) -> Sequence[Attention]:
+        return [layer.cross.streams[0] for layer in decoder.body.layers if layer.cross is not None]
 
-    def width(self, cross: Any) -> int:
+    def cross_width(self, cross: Attention) -> int:
         return cross.heads * cross.head_dim
 
-    def word_macs(self, decoder: Any) -> float:
+    def lm_head_macs(self, decoder: MedDecoder) -> float:
         return linear_macs(decoder.transform) + decoder.body.vocab_size * decoder.body.width
 
-    def body(self, decoder: Any) -> Any:
+    def body(self, decoder: MedDecoder) -> MedEncoder:
         return decoder.body
 
-    def watch(self, decoder: nn.Module) -> None:
-        decoder.register_forward_hook(_tell_tokens)
+    def add_hooks(self, decoder: MedDecoder) -> None:
+        decoder.register_forward_hook(_record_tokens)
 
 
 @hosts.register("vltprune.models.vqa.BlipVqa")
-class VqaComposite(_Speaking, ImageAndText):
-    """Image and question under one guide. The decoder of the answer looks at what is left of the question."""
+class VqaComposite(_WithTextDecoder, ImageAndText):
+    """Composite of image and question. The decoder of answers attends to the kept tokens of the question."""
 
 
 @hosts.register("vltprune.models.caption.BlipCaption")
-class CaptionComposite(_Speaking):
-    """One tower: the decoder is not pruned, and looks at what is left of the image. The guide listens to it in training."""
+class CaptionComposite(_WithTextDecoder):
+    """Composite of the image tower alone. The decoder of captions attends to its kept tokens; a guide aligns it in training."""
 
     names: ClassVar = {"image": "visual"}
 
-    def listeners(self, model: Any) -> dict[str, BlockSpec]:
+    def guide_specs(self, model: BlipCaption) -> dict[str, BlockSpec]:
         body = model.decoder.body
         heads = body.layers[0].attention.heads
         return {"text": BlockSpec("text", 0, len(body.layers), body.width, heads, has_summary=True, causal=True)}
@@ -156,19 +159,19 @@ class CaptionComposite(_Speaking):
         assembled: Any = super().assemble(model, towers)
         guide: Any = towers["image"].guide
         if guide is not None:
-            Listener(assembled.decoder, guide)
+            CaptionAlignment(assembled.decoder, guide)
         return assembled
 
 
-def _tell_tokens(decoder: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, DecoderCache]) -> None:
-    """After a `MedDecoder` made logits [rows, n, vocab_size]: all its new tokens have theirs."""
+def _record_tokens(decoder: MedDecoder, args: tuple[Any, ...], out: tuple[Tensor, DecoderCache]) -> None:
+    """Hook of a `MedDecoder`, after logits [rows, n, vocab_size] of all its new tokens."""
     logits, cache = out
     tokens = logits.shape[0] * logits.shape[1]
     report_decode_stats(DecodeStats(tokens, words=tokens, pairs=tokens * cache.length))
 
 
 def _by_image(memory: PackedTokens, images: int) -> Memory:
-    """Packed memory, image after image of each group, as one PackedTokens per image of a sentence."""
+    """Split packed memory, image after image of each group, into one PackedTokens per image of a sentence."""
     if images == 1:
         return (memory,)
     which = memory.layout.instance % images
@@ -183,16 +186,18 @@ def _by_image(memory: PackedTokens, images: int) -> Memory:
 def _cross_attend(stream: Attention, tokens: PackedTokens, view: PackedTokens) -> Tensor:
     """Cross-attention of the sentences to one image of their group: [total, width]."""
     q, k, v = _project(stream, tokens.x, view.x)
-    together = tokens.layout.grouped(view.layout.batch)  # consecutive sentences of one group share its keys
-    context = attend(q, k, v, together, _scale(stream), key_layout=view.layout, key_bias=view.bias)
+    # consecutive sentences of one group share its keys
+    grouped = tokens.layout.grouped(view.layout.batch)
+    context = attend(q, k, v, grouped, _scale(stream), key_layout=view.layout, key_bias=view.bias)
     return stream.output(context.flatten(1))
 
 
-def _project(attention: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _project(attention: Attention, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query of x, key and value of memory, each [total, heads, head_dim]."""
     heads = (attention.heads, -1)
     q, k, v = attention.query(x), attention.key(memory), attention.value(memory)
     return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
 
 
-def _scale(attention: Any) -> float:
+def _scale(attention: Attention) -> float:
     return attention.head_dim**-0.5

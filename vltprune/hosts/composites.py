@@ -1,4 +1,4 @@
-"""Composite models that hold their towers as children."""
+"""Composites whose towers are children of the model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from .graft import with_submodule
 
 
 class WithTowers(Composite):
-    """A model that holds its towers as children. `names`: what they are called there, by what the towers are called here."""
+    """A composite whose towers are children of the model.
+
+    Attributes:
+        names: The name of each tower -> the name of the child.
+    """
 
     names: ClassVar[Mapping[str, str]]
 
     def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
-        children = {tower: getattr(model, name) for tower, name in self.names.items()}
+        children = {tower: model.get_submodule(name) for tower, name in self.names.items()}
         return {tower: (child, find_host(child)) for tower, child in children.items()}
 
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
@@ -28,6 +32,6 @@ class WithTowers(Composite):
 
 
 class ImageAndText(WithTowers):
-    """A model that holds its towers as `visual` and `text`."""
+    """A composite of the children `visual` and `text`."""
 
     names: ClassVar = {"image": "visual", "text": "text"}

@@ -1,4 +1,4 @@
-"""Models with one child exchanged, or with modules of their own, that share every parameter with the original."""
+"""Copies of models that share every parameter with the original: with one child exchanged, or with modules of their own."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def with_submodule(model: M, name: str, new: nn.Module) -> M:
-    """The same model with one child exchanged; it shares every parameter, and `model` stays as it is."""
+    """Copy a model with one child exchanged. The copy shares every parameter; `model` stays as it is."""
     out = _shallow_copy(model)
     out._modules[name] = new
     return out
 
 
-def sharing(model: M) -> M:
-    """A model of the same parameters in modules of its own: what is hooked to them, the modules of `model` do not notice."""
+def copy_modules(model: M) -> M:
+    """Copy a model's modules, not its parameters: hooks on the copy do not act on `model`."""
     out = _shallow_copy(model)
     for name, child in model._modules.items():
-        out._modules[name] = child if child is None else sharing(child)
+        out._modules[name] = child if child is None else copy_modules(child)
     return out
 
 
 def _shallow_copy(model: M) -> M:
-    """The same module once more, which shares its parameters, buffers and children.
+    """Copy one module; it shares its parameters, buffers and children with the original.
 
-    Parameters and buffers stand in the same tables, so that one that is replaced (`to`, `load_state_dict(assign=True)`) is
-    replaced in both.
+    Parameters and buffers stay in the same tables: one that is replaced (`to`, `load_state_dict(assign=True)`) is replaced in
+    both.
     """
     out = copy.copy(model)
     shared = ("_parameters", "_buffers")

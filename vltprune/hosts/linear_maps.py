@@ -1,4 +1,4 @@
-"""Linear maps in a model, plain, quantized or of adapters, and the products that they cost."""
+"""Linear maps of a model, plain, quantized or with adapters, and the MACs that they cost."""
 
 from __future__ import annotations
 
@@ -14,35 +14,41 @@ from torch.utils.flop_counter import FlopCounterMode
 def is_linear_map(module: nn.Module) -> bool:
     """Whether a module multiplies by a matrix [out_features, in_features] of its own.
 
-    What holds another such module, as an adapter does, leaves the product to that one.
+    A module that holds another such one, as an adapter does, leaves the product to that.
     """
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     if not all(isinstance(size, int) for size in sizes):
         return False
-    _, *within = module.modules()
-    return not any(map(is_linear_map, within))
+    _, *children = module.modules()
+    return not any(map(is_linear_map, children))
 
 
 def linear_macs(module: nn.Module) -> float:
-    """MACs of all linear maps in a module, on one token."""
+    """MACs of all linear maps in a module, per token."""
     maps: list[Any] = list(filter(is_linear_map, module.modules()))
     return float(sum(linear.in_features * linear.out_features for linear in maps))
 
 
 @contextlib.contextmanager
 def uncounted_macs(counter: FlopCounterMode) -> Iterator[list[int]]:
-    """Within the `with` block, MACs of linear maps whose kernels the counter does not know, such as those of quantized ones.
+    """Within the `with` block, collect MACs of linear maps whose kernels a counter does not know, such as quantized ones.
 
-    They are what an unquantized map of the same size costs.
+    They count as an unquantized map of the same size.
+
+    Args:
+        counter: torch's counter, which is running.
+
+    Yields:
+        The MACs of each such call.
     """
     uncounted: list[int] = []
     before: list[int] = []
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         if is_linear_map(module):
             before.append(counter.get_total_flops())
 
-    def leave(module: Any, args: Any, out: Tensor) -> None:
+    def leave(module: Any, args: tuple[Any, ...], out: Tensor) -> None:
         if is_linear_map(module) and counter.get_total_flops() == before.pop():
             uncounted.append(out.numel() * module.in_features)
 

@@ -1,4 +1,4 @@
-"""Hosts of open_clip's towers and of its CLIP."""
+"""Hosts of open_clip's towers, and composites of its CLIP models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock
+from open_clip.model import CLIP
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import (
+    Attention,
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 
 from ..core.checks import check_ids, check_images
@@ -21,7 +29,7 @@ from .graft import with_submodule
 from .ops import by_tiles, check_blocks, is_affine, weighted_mean
 from .pruned_open_clip import PrunedClip, PrunedClipOwnText, PrunedClipText, PrunedClipVision, PrunedTimmModel
 from .refusals import dotted
-from .soft import refuse_parts
+from .soft import refuse_soft_tokens
 from .wrapper import Wrapper
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
@@ -29,7 +37,7 @@ _ATTENTIONS = (nn.MultiheadAttention, Attention)
 
 
 class _ClipHost(Host):
-    """The residual attention blocks that image and text towers share, over either of open_clip's attention modules."""
+    """What image and text towers have in common: residual attention blocks, with either of open_clip's attention modules."""
 
     def check(self, tower: Any) -> None:
         check_blocks(tower, self.blocks(tower), _KNOWN)
@@ -46,7 +54,7 @@ class _ClipHost(Host):
         attn = block.attn
         if type(attn) not in _ATTENTIONS:
             raise TypeError(
-                f"cannot prune with a {dotted(type(attn))} around attention: torch's attention reads its weights and calls no "
+                f"cannot prune with a {dotted(type(attn))} around attention: torch's attention uses its weights and calls no "
                 "projection, so that an adapter would have no effect here. Merge it, or adapt the MLPs (c_fc, c_proj)"
             )
         x = F.linear(block.ln_1(tokens.x), attn.in_proj_weight, attn.in_proj_bias)
@@ -56,7 +64,7 @@ class _ClipHost(Host):
     def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         attn = block.attn
         if type(attn) is nn.MultiheadAttention:
-            branch = _read_projection(attn.out_proj, context.flatten(1))
+            branch = _out_projection(attn.out_proj, context.flatten(1))
         else:
             context = context if attn.head_scale is None else context * attn.head_scale[..., 0]
             branch = block.ln_attn(attn.out_drop(attn.out_proj(attn.ln_inner(context.flatten(1)))))
@@ -68,10 +76,11 @@ class _ClipHost(Host):
     def projects_affinely(self, block: Any) -> bool:
         attn = block.attn
         if type(attn) is nn.MultiheadAttention:
-            return isinstance(getattr(attn.out_proj, "weight", None), Tensor)  # which is read then, and nothing else
+            # then only its weight is used, whatever is hooked to it
+            return isinstance(getattr(attn.out_proj, "weight", None), Tensor)
         return all(map(is_affine, (attn.ln_inner, attn.out_proj, block.ln_attn)))
 
-    def recomputes(self, tower: Any) -> bool:
+    def gradient_checkpointing(self, tower: Any) -> bool:
         return tower.transformer.grad_checkpointing
 
     def attention_dropout(self, block: Any) -> float:
@@ -81,26 +90,27 @@ class _ClipHost(Host):
 
 @hosts.register("open_clip.transformer.VisionTransformer")
 class ClipVision(_ClipHost):
-    """open_clip's VisionTransformer. The class token is always there, and protected."""
+    """Host of open_clip's VisionTransformer. Its class token is protected."""
 
-    encoder = PrunedClipVision
+    pruned_class = PrunedClipVision
 
-    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
+    def spec(self, tower: VisionTransformer, depth: int, name: str) -> BlockSpec:
         blocks = self.blocks(tower)
         block: Any = blocks[depth]
         return BlockSpec(name, depth, len(blocks), tower.transformer.width, block.attn.num_heads, has_summary=True)
 
     def embed(self, tower: Any, images: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
-        channels = getattr(tower.conv1, "in_channels", None)  # None where an adapter stands around it
+        # None where an adapter wraps it
+        channels = getattr(tower.conv1, "in_channels", None)
         check_images(images, channels, tower.image_size)
         x = tower._embeds(images)
         first = torch.arange(x.shape[1], device=x.device) == 0
         return PackedTokens.pack(x, protected=first, summary=first), (None,) * len(tower.transformer.resblocks)
 
-    def pools_free(self, tower: Any) -> bool:
+    def pools_unprotected(self, tower: VisionTransformer) -> bool:
         return tower.attn_pool is None and tower.pool_type == "avg"
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(self, tower: VisionTransformer, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         pooled, rest = _pool(tower, tokens)
         if tower.proj is not None:
             pooled = pooled @ tower.proj
@@ -108,10 +118,10 @@ class ClipVision(_ClipHost):
 
 
 class _ClipText(_ClipHost):
-    """Text towers, causal or not. The pooled token is protected wherever it stands, and speaks for the sentence.
+    """What text towers have in common, causal or not. The pooled token is protected: it is the sentence's summary.
 
-    In a causal tower nothing behind the pooled token can reach it, so the padding there never enters; a tower without a
-    causal mask treats padding as its weights are used to: as tokens, or, with `use_pad_mask`, not at all.
+    In a causal tower tokens behind the pooled one cannot reach it, so the padding there never enters. A tower without a causal
+    mask treats padding as its weights were trained: as tokens, or, with `use_pad_mask`, not at all.
     """
 
     tower = "text"
@@ -129,19 +139,20 @@ class _ClipText(_ClipHost):
     def embed(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[None, ...]]:
         check_ids(text, tower.vocab_size, len(tower.positional_embedding), "text")
         first: Any = self.blocks(tower)[0]
-        dtype = first.attn.in_proj_weight.dtype  # open_clip asks the MLP, which may be quantized or adapted
+        # open_clip asks the MLP, which may be quantized or adapted
+        dtype = first.attn.in_proj_weight.dtype
         x = tower.token_embedding(text).to(dtype) + tower.positional_embedding[: text.shape[1]].to(dtype)
-        place = torch.arange(text.shape[1], device=text.device)
-        pooled = self.pooled_place(tower, text)[:, None]
+        position = torch.arange(text.shape[1], device=text.device)
+        pooled = self.pooled_position(tower, text)[:, None]
 
-        valid = self.valid(tower, text, place, pooled)
-        tokens = PackedTokens.pack(x, valid, protected=place == pooled, summary=place == pooled)
+        valid = self.valid(tower, text, position, pooled)
+        tokens = PackedTokens.pack(x, valid, protected=position == pooled, summary=position == pooled)
         return tokens, (None,) * len(tower.transformer.resblocks)
 
-    def valid(self, tower: Any, text: Tensor, place: Tensor, pooled: Tensor) -> Tensor | None:
-        """[batch, length] bool: the tokens that enter, None for all."""
+    def valid(self, tower: Any, text: Tensor, position: Tensor, pooled: Tensor) -> Tensor | None:
+        """The tokens that enter, [batch, length] bool; None for all."""
         if self.causal(tower):
-            return None if getattr(tower, "output_tokens", False) else place <= pooled
+            return None if getattr(tower, "output_tokens", False) else position <= pooled
         if not getattr(tower, "use_pad_mask", False):
             return None
         real = text != tower.pad_id
@@ -163,8 +174,8 @@ class _ClipText(_ClipHost):
             pooled = pooled @ projection if isinstance(projection, Tensor) else projection(pooled)
         return (pooled, tokens.unpack()[0]) if getattr(tower, "output_tokens", False) else pooled
 
-    def pooled_place(self, tower: Any, text: Tensor) -> Tensor:
-        """[batch]: where the token stands whose features are the sentence's."""
+    def pooled_position(self, tower: Any, text: Tensor) -> Tensor:
+        """The position of the pooled token, [batch] int64."""
         kind, eos = self.pooling(tower)
         if kind == "argmax":
             return text.argmax(1)
@@ -173,16 +184,17 @@ class _ClipText(_ClipHost):
         return text.new_full((len(text),), 0 if kind == "first" else text.shape[1] - 1)
 
     def pooling(self, tower: Any) -> tuple[str, int]:
+        """The kind of pooling, and the id of the end of text."""
         return tower.pool_type, tower.eos_id
 
 
 @hosts.register("open_clip.transformer.TextTransformer")
 class ClipText(_ClipText):
-    """open_clip's TextTransformer."""
+    """Host of open_clip's TextTransformer."""
 
-    encoder = PrunedClipText
+    pruned_class = PrunedClipText
 
-    def check(self, tower: Any) -> None:
+    def check(self, tower: TextTransformer) -> None:
         super().check(tower)
         if tower.cls_emb is not None or tower.pool_type == "none":
             raise TypeError(
@@ -191,9 +203,9 @@ class ClipText(_ClipText):
 
 
 class ClipOwnText(_ClipText):
-    """The text half of open_clip's CLIP, which holds it on itself."""
+    """Host of the text tower of open_clip's CLIP, which is the model itself."""
 
-    encoder = PrunedClipOwnText
+    pruned_class = PrunedClipOwnText
 
     def pooling(self, tower: Any) -> tuple[str, int]:
         return tower.text_pool_type, tower.text_eos_id
@@ -201,25 +213,25 @@ class ClipOwnText(_ClipText):
 
 @hosts.register("open_clip.timm_model.TimmModel")
 class TimmTower(Wrapper):
-    """A timm trunk with open_clip's projection on top: the trunk's own host, and the projection at the end."""
+    """Host of open_clip's TimmModel: a trunk of timm, run by its own host, and a projection."""
 
     name: ClassVar = "trunk"
-    encoder = PrunedTimmModel
+    pruned_class = PrunedTimmModel
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(self, tower: TimmModel, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         return tower.head(self.inner.head(tower.trunk, tokens, block_inputs))
 
 
 @hosts.register("open_clip.model.CustomTextCLIP")
 class CustomTextClip(ImageAndText):
-    """open_clip's CustomTextCLIP: two towers, one guide."""
+    """Composite of open_clip's CustomTextCLIP."""
 
 
 @hosts.register("open_clip.model.CLIP")
 class Clip(Composite):
-    """open_clip's CLIP, whose text tower is the model itself."""
+    """Composite of open_clip's CLIP, whose text tower is the model itself."""
 
-    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+    def towers(self, model: CLIP) -> dict[str, tuple[nn.Module, Host]]:
         text = ClipOwnText()
         text.check(model)
         return {"image": (model.visual, find_host(model.visual)), "text": (model, text)}
@@ -231,24 +243,24 @@ class Clip(Composite):
         return pruned
 
 
-def _read_projection(projection: Any, x: Tensor) -> Tensor:
+def _out_projection(projection: Any, x: Tensor) -> Tensor:
     """The output projection of torch's MultiheadAttention, x [total, dim].
 
-    It is read and not called, there as here: what is hooked or adapted to it is without effect in both. One without a weight
-    to read, at which torch fails, is called.
+    torch uses its weight and does not call it: hooks and adapters on it have no effect there, and so none here. A projection
+    without a weight, at which torch fails, is called.
     """
     weight = getattr(projection, "weight", None)
     return F.linear(x, weight, projection.bias) if isinstance(weight, Tensor) else projection(x)
 
 
-def _pool(tower: Any, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+def _pool(tower: VisionTransformer, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
     """The tower's own pooling: pooled [batch, dim], and its other tokens, padded with zeros.
 
     Averages weigh a merged token by how many tokens it stands for; the rest is the tower's, instance by instance. ValueError
-    for an attention pool over tokens that are there in part.
+    for an attention pool over tokens that are kept in part.
     """
     if tower.attn_pool is not None:
-        refuse_parts(tokens, "open_clip's attention pool", "build the tower with attentional_pool=False")
+        refuse_soft_tokens(tokens, "open_clip's attention pool", "build the tower with attentional_pool=False")
     if tokens.layout.is_uniform:
         pooled, rest = tower._pool(tokens.unpack()[0])
     else:

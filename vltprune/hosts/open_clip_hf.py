@@ -1,4 +1,4 @@
-"""Hosts of open_clip's text towers that are encoders of transformers."""
+"""Host of open_clip's HFTextEncoder, a text tower that is an encoder of transformers."""
 
 from __future__ import annotations
 
@@ -6,39 +6,41 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, MaxPooler, MeanPooler
+from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncoder, MaxPooler, MeanPooler
 from torch import Tensor, nn
 
 from ..core import segments
 from ..core.tokens import PackedTokens
 from ..pruning.encoder import PrunedEncoder
 from ..registry import hosts
-from .attributes import forwards
+from .attributes import forward_attributes
 from .ops import weighted_mean
-from .soft import refuse_parts
+from .soft import refuse_soft_tokens
 from .wrapper import Wrapper
 
 _FIRST = (ClsPooler, ClsLastHiddenStatePooler)
 _POOLERS = (MeanPooler, MaxPooler, *_FIRST)
 
 
-@forwards("config", "context_length", "vocab_size", "output_dim", "output_tokens", "lock", "set_grad_checkpointing")
+@forward_attributes(
+    "config", "context_length", "vocab_size", "output_dim", "output_tokens", "lock", "set_grad_checkpointing"
+)
 class PrunedHfText(PrunedEncoder):
-    """An encoder of transformers in open_clip."""
+    """A pruned HFTextEncoder of open_clip."""
 
 
 @hosts.register("open_clip.hf_model.HFTextEncoder")
 class HfText(Wrapper):
-    """open_clip's HFTextEncoder: an encoder of transformers, open_clip's pooler, and a projection.
+    """Host of HFTextEncoder: an encoder of transformers, open_clip's pooler, and a projection.
 
-    Padding, known by its id, never enters. Poolers act on the tokens that are left; a mean weighs a merged one by the
-    tokens it stands for, and a pooler that reads the first token protects it. With `output_tokens` the tokens are those
-    that are left, in their order, and zeros behind them.
+    Padding, known by its id, never enters. Poolers act on the kept tokens: a mean weighs a merged token by how many it stands
+    for, and the first token is protected where the pooler takes it. With `output_tokens` the tokens are the kept ones, in their
+    order, and zeros behind them.
     """
 
     name: ClassVar = "transformer"
     tower = "text"
-    encoder = PrunedHfText
+    pruned_class = PrunedHfText
 
     def check(self, tower: Any) -> None:
         if type(tower.pooler) not in _POOLERS:
@@ -62,8 +64,8 @@ class HfText(Wrapper):
             tokens = replace(tokens, protected=tokens.protected | (tokens.position == 0))
         return tokens, block_inputs
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
-        out = self.inner.head(self.within(tower), tokens, block_inputs)
+    def head(self, tower: HFTextEncoder, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+        out = self.inner.head(self.inner_tower(tower), tokens, block_inputs)
         hidden = out.last_hidden_state
         features = tower.proj(_pooled(tower.pooler, out, tokens.with_x(segments.unpad(hidden, tokens.layout))))
         if not tower.output_tokens:
@@ -72,10 +74,10 @@ class HfText(Wrapper):
 
 
 def _pooled(pooler: nn.Module, out: Any, tokens: PackedTokens) -> Tensor:
-    """[batch, dim]: by the pooler, from the encoder's output `out` and its last hidden states, packed."""
+    """The pooler's [batch, dim], from the encoder's output `out` and its last hidden states, packed."""
     if type(pooler) is MeanPooler:
         return weighted_mean(tokens, torch.ones_like(tokens.protected))
     if type(pooler) is MaxPooler:
-        refuse_parts(tokens, "the pooler 'max_pooler'", "pool by 'mean_pooler' or 'cls_pooler'")
+        refuse_soft_tokens(tokens, "the pooler 'max_pooler'", "pool by 'mean_pooler' or 'cls_pooler'")
         return segments.pad(tokens.x, tokens.layout, float("-inf")).amax(1)
     return pooler(out, None)

@@ -1,4 +1,4 @@
-"""Operations on packed tokens and checks of blocks that several hosts share."""
+"""Operations on packed tokens and checks of blocks that several hosts use."""
 
 from __future__ import annotations
 
@@ -18,21 +18,37 @@ from .refusals import dotted
 def check_blocks(
     tower: nn.Module, blocks: Iterable[nn.Module], known: Mapping[type, Sequence[type]], attention: str = "attn"
 ) -> None:
-    """TypeError unless each block's type is a key of `known` and its `attention` is of one of the types listed there."""
+    """Check that a host knows the type of each block and of its attention.
+
+    Args:
+        tower: The tower, for the message.
+        blocks: Its blocks.
+        known: Types of blocks, each with the types of attention that it may have.
+        attention: Dotted name of the attention in a block.
+
+    Raises:
+        TypeError: For a block or an attention of another type.
+    """
     for depth, block in enumerate(blocks):
-        part: Any = block if type(block) not in known else attrgetter(attention)(block)
+        part: nn.Module = block if type(block) not in known else attrgetter(attention)(block)
         if part is block or type(part) not in known[type(block)]:
             pairs = "; ".join(f"{b.__name__} with {', '.join(a.__name__ for a in attns)}" for b, attns in known.items())
             raise TypeError(
-                f"cannot prune this {type(tower).__name__}: block {depth} has a {dotted(type(part))}, which no host takes "
-                f"apart. Supported blocks: {pairs}"
+                f"cannot prune this {type(tower).__name__}: block {depth} has a {dotted(type(part))}, which no host runs. "
+                f"Supported blocks: {pairs}"
             )
 
 
 def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
-    """Stochastic depth per instance, on packed tokens: branch [total, dim].
+    """Apply stochastic depth per instance.
 
-    timm's DropPath drops along the first dimension, which here are tokens; its probability and scaling are read instead.
+    timm's DropPath drops along the first dimension, which in packed tokens is not the batch, and so only its probability and
+    scaling are used.
+
+    Args:
+        module: The block's DropPath, or an Identity.
+        branch: Output of a branch [total, dim].
+        layout: Layout of its tokens.
     """
     probability: Any = getattr(module, "drop_prob", 0.0)
     if not module.training or not probability:
@@ -47,34 +63,47 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
 def is_affine(projection: nn.Module) -> bool:
     """Whether a projection is certain to be x W^T + b.
 
-    An adapter, a quantized layer or a hook may compute anything, and then tokens are averaged behind it.
+    An adapter, a quantized layer or a hook may compute anything; then tokens are averaged behind it.
     """
     if type(projection) is nn.Identity:
         return True
     if type(projection) not in (nn.Linear, NonDynamicallyQuantizableLinear):
         return False
-    weight: Any = projection.weight
-    return type(weight) is nn.Parameter and not (projection._forward_hooks or projection._forward_pre_hooks)
+    return type(projection.weight) is nn.Parameter and not (projection._forward_hooks or projection._forward_pre_hooks)
 
 
 def weighted_mean(tokens: PackedTokens, counted: Tensor) -> Tensor:
-    """Mean over the counted [total] tokens of each instance, [batch, dim]; a merged token weighs as many as it stands for."""
-    x = precision.single(tokens.x)  # in half a sum of many tokens overflows
+    """Mean over the counted tokens of each instance; a merged token weighs as many as it stands for.
+
+    Args:
+        tokens: Packed tokens, x [total, dim].
+        counted: Bool [total], the tokens to average.
+
+    Returns:
+        [batch, dim].
+    """
+    # in half precision a sum of many tokens overflows
+    x = precision.single(tokens.x)
     size = counted.to(x.dtype) * tokens.weight
     mean = segments.sum(x * size[:, None], tokens.layout) / segments.sum(size, tokens.layout)[:, None]
     return mean.to(tokens.x.dtype)
 
 
 def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor, rows: int = 640) -> Tensor:
-    """function(x) for a function that acts row by row, a tile of rows at a time: x [total, dim].
+    """Compute function(x) a tile of rows at a time.
 
-    An MLP's hidden layer then stays in cache, which on CPUs is worth more than the larger matrix product; elsewhere, and
+    On CPUs an MLP's hidden layer then stays in cache, which is worth more than the larger matrix product. On other devices, and
     where autograd records, it is one call.
+
+    Args:
+        function: Acts on each row by itself.
+        x: [total, dim].
+        rows: Most rows of a tile.
     """
     if x.device.type != "cpu" or len(x) <= rows or torch.is_grad_enabled():
         return function(x)
     out = torch.empty_like(x)
     tiles = -(-len(x) // rows)
-    for tile, space in zip(x.tensor_split(tiles), out.tensor_split(tiles), strict=True):
-        space.copy_(function(tile))
+    for tile, result in zip(x.tensor_split(tiles), out.tensor_split(tiles), strict=True):
+        result.copy_(function(tile))
     return out

@@ -1,4 +1,4 @@
-"""Pruned towers of timm, with what timm's scripts, optimizers and feature extraction read of a model."""
+"""Pruned towers of timm, with the attributes and methods that timm expects of a model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from ..io.recipe import check_whole
 from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import is_pruned
 from ..pruning.trace import collect
-from .attributes import forwards, of_host
+from .attributes import forward_attributes, host_names
 
 
-@forwards("pretrained_cfg", "default_cfg", "num_classes", "num_features", "head_hidden_size", "embed_dim", "in_chans")
-@forwards("global_pool", "num_prefix_tokens", "feature_info", "patch_embed", "dynamic_img_size", "grad_checkpointing")
-@forwards("set_grad_checkpointing", "get_classifier", "reset_classifier", "set_input_size", "_traits")
+@forward_attributes(
+    "pretrained_cfg", "default_cfg", "num_classes", "num_features", "head_hidden_size", "embed_dim", "in_chans"
+)
+@forward_attributes(
+    "global_pool", "num_prefix_tokens", "feature_info", "patch_embed", "dynamic_img_size", "grad_checkpointing"
+)
+@forward_attributes("set_grad_checkpointing", "get_classifier", "reset_classifier", "set_input_size", "_traits")
 class PrunedTimm(PrunedEncoder):
-    """A pruned VisionTransformer or Eva."""
+    """A pruned VisionTransformer or Eva of timm."""
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -37,24 +41,27 @@ class PrunedTimm(PrunedEncoder):
         return arguments
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters that weight decay leaves alone, by their names here."""
+        """Names of the parameters that get no weight decay."""
         host: Any = self.host
-        return of_host(host.no_weight_decay())
+        return host_names(host.no_weight_decay())
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter names for layer decay, as timm's; guide and pruners are in no group of their own."""
+        """Patterns of parameter names for layer-wise learning rate decay, as timm's; guide and pruners are in no group."""
         host: Any = self.host
         return {group: _prefixed(patterns) for group, patterns in host.group_matcher(coarse).items()}
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens that are left, normed: [batch, longest, dim], in their order, prefix tokens first, and zeros behind."""
+        """The kept tokens after the final norm [batch, longest, dim], in their order, prefix tokens first, and zeros behind."""
         tokens, _ = self.encode(images)
         host: Any = self.host
         return tokens.with_x(host.norm(tokens.x)).unpack()[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The head on what `forward_features` returned. TypeError for towers that pool more than one token: how many there
-        are, and what was merged into them, `x` does not say."""
+        """The head on what `forward_features` returned, for towers that pool the class token.
+
+        Raises:
+            TypeError: For other pooling: `x` does not say how many tokens were kept, and what was merged into them.
+        """
         host: Any = self.host
         if host.global_pool != "token" or host.attn_pool is not None:
             raise TypeError(
@@ -73,9 +80,21 @@ class PrunedTimm(PrunedEncoder):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Tokens that left single blocks, as timm's: [batch, longest there, dim], in their order, and zeros behind.
+        """Tokens behind single blocks, as timm's method: [batch, longest there, dim], in their order, and zeros behind.
 
-        ValueError unless output_fmt is "NLC". `vltprune.collect(tokens=True)` says where they stood.
+        `vltprune.collect(tokens=True)` also has their positions.
+
+        Args:
+            x: Images [batch, 3, H, W].
+            indices: Blocks, as in timm.
+            return_prefix_tokens: Whether to return the prefix tokens too, apart.
+            norm: Whether to apply the final norm.
+            stop_early: Ignored: all blocks run.
+            output_fmt: "NLC".
+            intermediates_only: Whether to leave out the final tokens.
+
+        Raises:
+            ValueError: If `output_fmt` is not "NLC": kept tokens fill no grid.
         """
         host: Any = self.host
         if output_fmt != "NLC":

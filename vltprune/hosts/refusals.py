@@ -1,40 +1,38 @@
-"""What the error says of a module that no host takes apart: how near it is to one that can be pruned, and what to write."""
+"""Errors for modules that no host runs: how near a module is to one that can be pruned, and what to write."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
 from ..registry import hosts
 
 _LIST = "docs/supported.md lists all"
+_SUPPORTED = (
+    "VisionTransformer and Eva of timm, CLIP of open_clip, BERT, ViT, DINO, CLIP, SigLIP and BLIP of transformers, BLIP of "
+    f"this library; {_LIST}"
+)
 
 
-def refusal(module: nn.Module, find: Callable[[nn.Module], Any], supported: Callable[[], str]) -> TypeError:
+def refusal(module: nn.Module, find: Callable[[nn.Module], object]) -> TypeError:
     """The error for a module whose type has no host.
 
-    find: a module's host or composite, None without one. supported: the types that have a host.
+    Args:
+        module: The module.
+        find: Returns a module's host or composite, None without one.
     """
-    name = dotted(type(module))
-    return TypeError(
-        f"cannot prune a {name}: "
-        + (
-            _as_subclass(type(module))
-            or _as_wrapper(module, find)
-            or f"no host takes it apart. Supported: {supported()}"
-        )
-    )
+    reason = _as_subclass(type(module)) or _as_wrapper(module, find) or f"no host runs it. Supported: {_SUPPORTED}"
+    return TypeError(f"cannot prune a {dotted(type(module))}: {reason}")
 
 
 def dotted(cls: type) -> str:
-    """The name that a class is registered by."""
+    """The name that a class is registered by, "package.module.Class"."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _as_subclass(cls: type) -> str | None:
-    """For a class that inherits from one with a host; None for another."""
+    """The reason for a class that inherits from one with a host; None for another."""
     lineage = cls.__mro__[1:]
     base = next((base for base in lineage if dotted(base) in hosts), None)
     if base is None:
@@ -56,13 +54,13 @@ def _is_method(name: str, cls: type) -> bool:
     return callable(vars(cls)[name]) and not name.startswith("__")
 
 
-def _as_wrapper(module: nn.Module, find: Callable[[nn.Module], Any]) -> str | None:
-    """For a module that holds one with a host, as wrappers of peft and sentence-transformers do; None for another."""
+def _as_wrapper(module: nn.Module, find: Callable[[nn.Module], object]) -> str | None:
+    """The reason for a module that holds one with a host, as wrappers of peft and sentence-transformers do; or None."""
     for path, inner in module.named_modules():
         if path and find(inner) is not None:
             place = "model" + "".join(f"[{step}]" if step.isdigit() else f".{step}" for step in path.split("."))
             return (
-                f"it is no model that a host takes apart, and holds one, a {type(inner).__name__}. Prune that: "
+                f"it wraps one that can be pruned, a {type(inner).__name__}. Prune that: "
                 f"{place} = vltprune.prune({place}, ...). Supported types: {_LIST}"
             )
     return None

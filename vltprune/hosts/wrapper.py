@@ -1,4 +1,4 @@
-"""Hosts of towers that wrap another tower: the inner tower's host runs it, the outer adds what follows it."""
+"""Hosts of towers that wrap another tower: the inner host runs its blocks, the outer one what comes before and after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from .find import find_host
 
 
 class Wrapper(Host):
-    """A tower that holds another, the `name` child, and only changes how it is entered and left."""
+    """Host of a tower that wraps another and changes only how it is called and what it returns.
+
+    Args:
+        inner: Host of the wrapped tower.
+
+    Attributes:
+        name: Name of the child that is the wrapped tower.
+    """
 
     name: ClassVar[str]
 
@@ -24,20 +31,20 @@ class Wrapper(Host):
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Wrapper:
-        return cls(find_host(getattr(module, cls.name)))
+        return cls(find_host(module.get_submodule(cls.name)))
 
-    def within(self, tower: nn.Module) -> Any:
-        """The inner tower."""
-        return getattr(tower, self.name)
+    def inner_tower(self, tower: nn.Module) -> nn.Module:
+        """The wrapped tower."""
+        return tower.get_submodule(self.name)
 
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
-        return self.inner.blocks(self.within(tower))
+        return self.inner.blocks(self.inner_tower(tower))
 
     def spec(self, tower: nn.Module, depth: int, name: str) -> BlockSpec:
-        return self.inner.spec(self.within(tower), depth, name)
+        return self.inner.spec(self.inner_tower(tower), depth, name)
 
     def embed(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
-        return self.inner.embed(self.within(tower), *inputs)
+        return self.inner.embed(self.inner_tower(tower), *inputs)
 
     def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self.inner.qkv(block, tokens, block_input)
@@ -45,8 +52,8 @@ class Wrapper(Host):
     def scale(self, block: nn.Module) -> float:
         return self.inner.scale(block)
 
-    def pairs(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PairBias | None:
-        return self.inner.pairs(block, tokens, block_input)
+    def pair_bias(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PairBias | None:
+        return self.inner.pair_bias(block, tokens, block_input)
 
     def project(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return self.inner.project(block, tokens, context)
@@ -58,13 +65,13 @@ class Wrapper(Host):
         return self.inner.padded_length(*inputs)
 
     def causal(self, tower: nn.Module) -> bool:
-        return self.inner.causal(self.within(tower))
+        return self.inner.causal(self.inner_tower(tower))
 
-    def pools_free(self, tower: nn.Module) -> bool:
-        return self.inner.pools_free(self.within(tower))
+    def pools_unprotected(self, tower: nn.Module) -> bool:
+        return self.inner.pools_unprotected(self.inner_tower(tower))
 
-    def recomputes(self, tower: nn.Module) -> bool:
-        return self.inner.recomputes(self.within(tower))
+    def gradient_checkpointing(self, tower: nn.Module) -> bool:
+        return self.inner.gradient_checkpointing(self.inner_tower(tower))
 
     def projects_affinely(self, block: nn.Module) -> bool:
         return self.inner.projects_affinely(block)

@@ -126,17 +126,17 @@ class PrunedEncoder(Tower):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         tokens, block_inputs = self.encode(*inputs, **named)
-        return self.adapter.answer(self.host, self.adapter.head(self.host, tokens, block_inputs), **named)
+        return self.adapter.format_output(self.host, self.adapter.head(self.host, tokens, block_inputs), **named)
 
     def encode(self, *inputs: Any, **named: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
         """Tokens that leave the last block, before the host's final norm and pooling; and what stood beside the blocks."""
         self._warn_of_noise()
-        inputs = self.adapter.call(self.host, *inputs, **named)
+        inputs = self.adapter.bind_arguments(self.host, *inputs, **named)
         tokens, block_inputs = self.adapter.embed(self.host, *inputs)
         # once: gradient checkpointing runs blocks again when nobody collects any more
         collecting = active_collectors()
         traces = [PruneTrace(self.tower, self, tokens, inputs, block_inputs) for _ in collecting]
-        recompute = self.training and torch.is_grad_enabled() and self.adapter.recomputes(self.host)
+        recompute = self.training and torch.is_grad_enabled() and self.adapter.gradient_checkpointing(self.host)
         run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
         guide = self.guide.bind(self.tower) if self.guide is not None else None
         for depth, block in enumerate(self.adapter.blocks(self.host)):
@@ -165,7 +165,7 @@ class PrunedEncoder(Tower):
         adapter, pruner = self.adapter, self.pruner(depth)
         q, k, v = adapter.qkv(block, tokens, block_input)
         options: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
-        options |= {"key_bias": tokens.bias, "pairs": adapter.pairs(block, tokens, block_input)}
+        options |= {"key_bias": tokens.bias, "pairs": adapter.pair_bias(block, tokens, block_input)}
         scale, relate, decision = adapter.scale(block), None, PruneDecision(None)
 
         if pruner is None:
@@ -197,7 +197,7 @@ class PrunedEncoder(Tower):
     def _least(self, pruner: Pruner) -> int:
         """How many unprotected tokens must stay: one, where nothing else is there to answer with. Asked at each call, for the
         pooling of a tower may be exchanged."""
-        return int(not pruner.scorer.spec.has_summary or self.adapter.pools_free(self.host))
+        return int(not pruner.scorer.spec.has_summary or self.adapter.pools_unprotected(self.host))
 
     def _warn_of_noise(self) -> None:
         if self.training or self.guide is None or not self.pruners or is_traced() or not self.guide.is_untrained:

@@ -38,13 +38,13 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> P
     _check_towers(config, tuple(towers))
 
     specs = {name: host.spec(tower, 0, name) for name, (tower, host) in towers.items()}
-    guide = build_guide(config, specs | (composite.listeners(model) if composite is not None else {}), model)
+    guide = build_guide(config, specs | (composite.guide_specs(model) if composite is not None else {}), model)
     if guide is not None:
         guide.train(model.training)
     owner = model if composite is not None else None
     pruned: dict[str, PrunedEncoder] = {}
     for name, (tower, host) in towers.items():
-        encoder = host.encoder or PrunedEncoder
+        encoder = host.pruned_class or PrunedEncoder
         assert issubclass(encoder, PrunedEncoder)
         pruned[name] = encoder(tower, host, config, guide, name, owner)
     if composite is None:

@@ -16,7 +16,7 @@ from ...core.checks import check_ids, check_images
 from ...core.tokens import PackedTokens
 from ...layers.block_spec import BlockSpec
 from ...pruning.encoder import PrunedEncoder
-from ..attributes import forwards
+from ..attributes import forward_attributes
 from ..base import Host
 from ..composites import WithTowers
 from ..ops import by_tiles, check_blocks, is_affine
@@ -30,12 +30,16 @@ _WITHOUT_EFFECT = ("num_items_in_batch", "labels", "return_loss", "use_cache", "
 _EXTRAS = ("output_attentions", "output_hidden_states", "is_causal")
 
 
-@forwards("config", "device", "dtype", "main_input_name", "input_modalities", "base_model_prefix", "name_or_path")
-@forwards("generation_config", "can_generate", "dummy_inputs", "hf_device_map", "warnings_issued")
-@forwards("get_input_embeddings", "set_input_embeddings", "resize_token_embeddings")
-@forwards("enable_input_require_grads", "disable_input_require_grads", "supports_gradient_checkpointing")
-@forwards("gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing")
-@forwards("activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing")
+@forward_attributes(
+    "config", "device", "dtype", "main_input_name", "input_modalities", "base_model_prefix", "name_or_path"
+)
+@forward_attributes("generation_config", "can_generate", "dummy_inputs", "hf_device_map", "warnings_issued")
+@forward_attributes("get_input_embeddings", "set_input_embeddings", "resize_token_embeddings")
+@forward_attributes("enable_input_require_grads", "disable_input_require_grads", "supports_gradient_checkpointing")
+@forward_attributes("gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing")
+@forward_attributes(
+    "activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing"
+)
 class PrunedTransformer(PrunedEncoder, PushToHubMixin):
     """A pruned tower of transformers, with what its pipelines, its trainer, and models around the tower read of one."""
 
@@ -56,7 +60,7 @@ class TransformersHost(Host):
     `embed` names its arguments as the tower does, and takes those that pruning supports.
     """
 
-    encoder = PrunedTransformer
+    pruned_class = PrunedTransformer
     layers: ClassVar[str]  # where a tower keeps its blocks
     attention: ClassVar[str]  # where a block keeps its attention
     head_size: ClassVar[str] = "head_dim"  # what the attention calls the width of a head
@@ -74,7 +78,7 @@ class TransformersHost(Host):
                 f"anything. Supported: {', '.join(_KERNELS)}"
             )
 
-    def call(self, tower: Any, *inputs: Any, **named: Any) -> tuple[Any, ...]:
+    def bind_arguments(self, tower: Any, *inputs: Any, **named: Any) -> tuple[Any, ...]:
         given = inspect.signature(tower.forward).bind(*inputs, **named).arguments
         given |= given.pop("kwargs", {})
         for extra in _EXTRAS:
@@ -88,9 +92,9 @@ class TransformersHost(Host):
                 f"a pruned {type(tower).__name__} does not take {strange[0]}: leave it out (hidden states and attentions of "
                 f"tokens that are gone cannot be given). Supported: {', '.join(takes)}, return_dict"
             )
-        return super().call(tower, **{name: value for name, value in given.items() if name in takes})
+        return super().bind_arguments(tower, **{name: value for name, value in given.items() if name in takes})
 
-    def answer(self, tower: Any, out: Any, **named: Any) -> Any:
+    def format_output(self, tower: Any, out: Any, **named: Any) -> Any:
         wanted = named.get("return_dict")
         return out if (tower.config.return_dict if wanted is None else wanted) else out.to_tuple()
 
@@ -108,7 +112,7 @@ class TransformersHost(Host):
     def heads(self, attn: Any) -> int:
         return attn.config.num_attention_heads
 
-    def projected(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query of x, key and value of memory, each [total, heads, head_dim]."""
         query, key, value = (getattr(attn, name) for name in self.projections)
         heads = (self.heads(attn), -1)
@@ -122,7 +126,7 @@ class TransformersHost(Host):
         probability = dropout.p if isinstance(dropout, nn.Dropout) else dropout
         return probability if block.training else 0.0
 
-    def recomputes(self, tower: Any) -> bool:
+    def gradient_checkpointing(self, tower: Any) -> bool:
         return any(block.gradient_checkpointing for block in self.blocks(tower))
 
 
@@ -141,7 +145,7 @@ class PreNorm(TransformersHost):
 
     def qkv(self, block: Any, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
         x = getattr(block, self.norms[0])(tokens.x)
-        return self.projected(self.attn(block), x, x)
+        return self.project_qkv(self.attn(block), x, x)
 
     def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         branch = getattr(self.attn(block), self.output)(context.flatten(1))
@@ -160,7 +164,7 @@ class PreNorm(TransformersHost):
         return is_affine(getattr(self.attn(block), self.output))
 
 
-class Images(TransformersHost):
+class ImageTower(TransformersHost):
     """Towers of patches, with tokens before them that are protected, the first of which speaks for the image."""
 
     def prefix(self, tower: Any) -> int:
@@ -170,11 +174,11 @@ class Images(TransformersHost):
     def embed(
         self, tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
-        images = self.images(tower, pixel_values, interpolate_pos_encoding)
+        images = self.check_pixels(tower, pixel_values, interpolate_pos_encoding)
         x = tower.embeddings(images, interpolate_pos_encoding=interpolate_pos_encoding)
         return self.pack(tower, x), (None,) * len(self.blocks(tower))
 
-    def images(self, tower: Any, pixel_values: Tensor, any_size: bool | None) -> Tensor:
+    def check_pixels(self, tower: Any, pixel_values: Tensor, any_size: bool | None) -> Tensor:
         """The images, checked, in the tower's dtype."""
         size = tower.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
@@ -189,12 +193,12 @@ class Images(TransformersHost):
         return PackedTokens.pack(x, valid, protected=place < self.prefix(tower), summary=summary)
 
 
-class Sentences(TransformersHost):
+class TextTower(TransformersHost):
     """Towers of token ids. One token of each sentence is protected and speaks for it: the first, if nothing else is said."""
 
     tower = "text"
 
-    def place(self, tower: Any, input_ids: Tensor) -> Tensor | int:
+    def summary_position(self, tower: Any, input_ids: Tensor) -> Tensor | int:
         """[batch, 1] or one for all: where the token stands that speaks for its sentence."""
         return 0
 
@@ -205,9 +209,9 @@ class Sentences(TransformersHost):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
-        return self.enter(tower, input_ids, attention_mask, position_ids=position_ids)
+        return self.embed_ids(tower, input_ids, attention_mask, position_ids=position_ids)
 
-    def enter(
+    def embed_ids(
         self, tower: Any, input_ids: Tensor, attention_mask: Tensor | None, **embedding: Any
     ) -> tuple[PackedTokens, tuple[None, ...]]:
         """Checked ids through the tower's embeddings, which get **embedding too, and without their padding."""
@@ -216,7 +220,7 @@ class Sentences(TransformersHost):
         longest = tower.config.max_position_embeddings - first
         check_ids(input_ids, tower.config.vocab_size, longest)
         x = embed(input_ids, **embedding)
-        return self.pack(x, attention_mask, self.place(tower, input_ids)), (None,) * len(self.blocks(tower))
+        return self.pack(x, attention_mask, self.summary_position(tower, input_ids)), (None,) * len(self.blocks(tower))
 
     def padded_length(self, *inputs: Any) -> int:
         return inputs[0].shape[1]

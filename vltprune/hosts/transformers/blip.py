@@ -24,8 +24,8 @@ from ...registry import hosts
 from ..base import Host
 from ..decoder import WithDecoder
 from ..linear_maps import linear_macs
-from ..soft import refuse_parts
-from .base import Images, PreNorm, SavedWithTowers
+from ..soft import refuse_soft_tokens
+from .base import ImageTower, PreNorm, SavedWithTowers
 from .text import PostNorm
 
 _READER, _INSTEAD = "what looks at an image or a question in transformers' BLIP", "use this library's Blip models"
@@ -33,7 +33,7 @@ Memory = tuple[PackedTokens]  # the tokens that sentences cross-attend to: one i
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipVisionModel")
-class BlipVision(PreNorm, Images):
+class BlipVision(PreNorm, ImageTower):
     """BLIP's image tower. As in transformers, the pooled class token goes through the last norm twice."""
 
     layers = "encoder.layers"
@@ -42,7 +42,7 @@ class BlipVision(PreNorm, Images):
     output = "projection"
     known: ClassVar = {BlipEncoderLayer: (BlipAttention,)}
 
-    def projected(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return q, k, v
 
@@ -50,7 +50,7 @@ class BlipVision(PreNorm, Images):
         return block.self_attn.scale
 
     def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
-        refuse_parts(tokens, _READER, _INSTEAD)
+        refuse_soft_tokens(tokens, _READER, _INSTEAD)
         x = tokens.with_x(tower.post_layernorm(tokens.x)).unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
 
@@ -70,7 +70,7 @@ class BlipText(PostNorm):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
     ) -> tuple[PackedTokens, tuple[Memory | None, ...]]:
-        tokens, nothing = self.enter(tower, input_ids, attention_mask, position_ids=position_ids)
+        tokens, nothing = self.embed_ids(tower, input_ids, attention_mask, position_ids=position_ids)
         if encoder_hidden_states is None:
             return tokens, nothing
         if not tower.config.is_decoder:
@@ -86,13 +86,13 @@ class BlipText(PostNorm):
 
     def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Memory | None) -> PackedTokens:
         if block_input is not None:
-            context = self._look(block.crossattention.self, tokens, block_input[0])
+            context = self._cross_attend(block.crossattention.self, tokens, block_input[0])
             tokens = tokens.with_x(block.crossattention.output(context.flatten(1), tokens.x))
         return super().feed_forward(block, tokens, block_input)
 
-    def _look(self, attn: Any, tokens: PackedTokens, memory: PackedTokens) -> Tensor:
+    def _cross_attend(self, attn: Any, tokens: PackedTokens, memory: PackedTokens) -> Tensor:
         """Cross-attention of each sentence to its image: [total, heads, head_dim]."""
-        q, k, v = self.projected(attn, tokens.x, memory.x)
+        q, k, v = self.project_qkv(attn, tokens.x, memory.x)
         together = tokens.layout.grouped(memory.layout.batch)  # sentences that look at one image share its keys
         dropout = attn.dropout.p if attn.training else 0.0
         return attend(q, k, v, together, q.shape[-1] ** -0.5, key_layout=memory.layout, dropout=dropout)
@@ -102,7 +102,7 @@ class BlipQuestion(BlipText):
     """BLIP's text tower where a decoder looks at all that it leaves."""
 
     def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
-        refuse_parts(tokens, _READER, _INSTEAD)
+        refuse_soft_tokens(tokens, _READER, _INSTEAD)
         return super().head(tower, tokens, block_inputs)
 
 
@@ -116,32 +116,32 @@ class BlipRetrieval(SavedWithTowers):
         return linear_macs(model.itm_head)
 
 
-class _Speaking(SavedWithTowers, WithDecoder):
+class _WithTextDecoder(SavedWithTowers, WithDecoder):
     """A decoder looks at what the towers left. It stays dense, and does not see the zeros behind."""
 
     decoder = "text_decoder"
 
-    def crosses(self, decoder: Any) -> Sequence[Any]:
+    def cross_attentions(self, decoder: Any) -> Sequence[Any]:
         return [layer.crossattention.self for layer in decoder.bert.encoder.layer]
 
-    def width(self, cross: Any) -> int:
+    def cross_width(self, cross: Any) -> int:
         return cross.all_head_size
 
-    def word_macs(self, decoder: Any) -> float:
+    def lm_head_macs(self, decoder: Any) -> float:
         return linear_macs(decoder.cls)
 
     def body(self, decoder: Any) -> Any:
         return decoder.bert
 
-    def watch(self, decoder: Any) -> None:
-        for cross in self.crosses(decoder):
+    def add_hooks(self, decoder: Any) -> None:
+        for cross in self.cross_attentions(decoder):
             cross.register_forward_pre_hook(_hide_padding, with_kwargs=True)
-        self.body(decoder).encoder.layer[0].attention.self.register_forward_hook(_tell_tokens)
-        decoder.cls.register_forward_hook(_tell_words)
+        self.body(decoder).encoder.layer[0].attention.self.register_forward_hook(_record_tokens)
+        decoder.cls.register_forward_hook(_record_words)
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")
-class BlipAnswers(_Speaking):
+class BlipAnswers(_WithTextDecoder):
     """Image and question, one guide; the decoder of the answer looks at the question."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
@@ -152,7 +152,7 @@ class BlipAnswers(_Speaking):
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForConditionalGeneration")
-class BlipCaptions(_Speaking):
+class BlipCaptions(_WithTextDecoder):
     """The image alone; the decoder of the caption looks at it."""
 
     names: ClassVar = {"image": "vision_model"}
@@ -171,12 +171,12 @@ def _hide_padding(attn: nn.Module, args: tuple[Any, ...], named: dict[str, Any])
     return args, {**named, "encoder_attention_mask": bias[:, None, None]}
 
 
-def _tell_tokens(attn: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
+def _record_tokens(attn: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
     """After the first layer's self-attention made probabilities [rows, heads, new tokens, seen]: the others do as it did."""
     rows, _, new, seen = out[1].shape
     report_decode_stats(DecodeStats(rows * new, pairs=rows * new * seen))
 
 
-def _tell_words(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
+def _record_words(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
     """After logits [rows, words, vocab_size], in `generate` those of each row's last token alone."""
     report_decode_stats(DecodeStats(words=logits.shape[0] * logits.shape[1]))

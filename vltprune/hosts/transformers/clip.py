@@ -15,7 +15,7 @@ from ...core.tokens import PackedTokens
 from ...registry import hosts
 from ..linear_maps import linear_macs
 from ..soft import padded_bias
-from .base import Images, PreNorm, SavedWithTowers, Sentences
+from .base import ImageTower, PreNorm, SavedWithTowers, TextTower
 
 
 class _Blocks(PreNorm):
@@ -33,7 +33,7 @@ class _Blocks(PreNorm):
 
 
 @hosts.register("transformers.models.clip.modeling_clip.CLIPVisionModel")
-class ClipVision(_Blocks, Images):
+class ClipVision(_Blocks, ImageTower):
     """CLIP's image tower. As in transformers, the last hidden state is not normed, and the pooled class token is."""
 
     def embed(
@@ -48,7 +48,7 @@ class ClipVision(_Blocks, Images):
 
 
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipVisionModel")
-class SiglipVision(_Blocks, Images):
+class SiglipVision(_Blocks, ImageTower):
     """SigLIP's image tower: no class token, and a head that pools what is left by attention."""
 
     has_summary = False
@@ -81,7 +81,7 @@ class Siglip2Vision(SiglipVision):
         return inputs[0].shape[1]
 
 
-class _Text(_Blocks, Sentences):
+class _Text(_Blocks, TextTower):
     """All tokens that the mask shows enter, those behind the pooled one too: the last hidden state has them."""
 
     def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
@@ -101,7 +101,7 @@ class ClipText(_Text):
     def causal(self, tower: Any) -> bool:
         return True
 
-    def place(self, tower: Any, input_ids: Tensor) -> Tensor:
+    def summary_position(self, tower: Any, input_ids: Tensor) -> Tensor:
         # configurations from before the end of text had its right id say 2, and mean the largest id of the sentence
         ends = input_ids if tower.eos_token_id == 2 else (input_ids == tower.eos_token_id).int()
         return ends.argmax(-1, keepdim=True)
@@ -112,7 +112,7 @@ class ClipText(_Text):
 class SiglipText(_Text):
     """SigLIP's text tower, which pools its last token: padding, mostly, that was trained to be seen."""
 
-    def place(self, tower: Any, input_ids: Tensor) -> int:
+    def summary_position(self, tower: Any, input_ids: Tensor) -> int:
         return input_ids.shape[1] - 1
 
     def pooled(self, tower: Any, pooled: Tensor) -> Tensor:

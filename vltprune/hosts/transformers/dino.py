@@ -17,12 +17,12 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttentio
 from ...core.tokens import PackedTokens
 from ...registry import hosts
 from ..ops import drop_path
-from .base import Images, PreNorm
+from .base import ImageTower, PreNorm
 
 
 @hosts.register("transformers.models.dinov2.modeling_dinov2.Dinov2Model")
 @hosts.register("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel")
-class Dinov2(PreNorm, Images):
+class Dinov2(PreNorm, ImageTower):
     """DINOv2: LayerScale, stochastic depth, MLP or SwiGLU, registers behind the class token; images of any size."""
 
     layers = "encoder.layer"
@@ -40,7 +40,7 @@ class Dinov2(PreNorm, Images):
         return 1 + getattr(tower.config, "num_register_tokens", 0)
 
     def embed(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
-        x = tower.embeddings(self.images(tower, pixel_values, any_size=True))
+        x = tower.embeddings(self.check_pixels(tower, pixel_values, any_size=True))
         return self.pack(tower, x), (None,) * len(self.blocks(tower))
 
     def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:

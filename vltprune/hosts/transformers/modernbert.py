@@ -18,7 +18,7 @@ from ...core.attention import PairBias
 from ...core.checks import check_ids
 from ...core.tokens import PackedTokens
 from ...registry import hosts
-from .base import PreNorm, Sentences
+from .base import PreNorm, TextTower
 
 
 class BlockInput(NamedTuple):
@@ -33,7 +33,7 @@ class BlockInput(NamedTuple):
 
 
 @hosts.register("transformers.models.modernbert.modeling_modernbert.ModernBertModel")
-class ModernBert(PreNorm, Sentences):
+class ModernBert(PreNorm, TextTower):
     """ModernBERT: positions are rotations, looked up by where a word stood, and local blocks see a window of the sentence.
 
     The window is of original places: a word sees no farther where those between were pruned.
@@ -59,7 +59,7 @@ class ModernBert(PreNorm, Sentences):
                 "a pruned ModernBertModel takes one attention_mask [batch, length], not one a kind of block"
             )
         x = tower.embeddings(input_ids)
-        tokens = self.pack(x, attention_mask, self.place(tower, input_ids))
+        tokens = self.pack(x, attention_mask, self.summary_position(tower, input_ids))
 
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
@@ -82,7 +82,7 @@ class ModernBert(PreNorm, Sentences):
     def scale(self, block: Any) -> float:
         return block.attn.head_dim**-0.5
 
-    def pairs(self, block: Any, tokens: PackedTokens, block_input: BlockInput) -> PairBias | None:
+    def pair_bias(self, block: Any, tokens: PackedTokens, block_input: BlockInput) -> PairBias | None:
         return None if block_input.within is None else PairBias(tokens.position, block_input.within)
 
     def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:

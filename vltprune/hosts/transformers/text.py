@@ -21,20 +21,20 @@ from ...core.attention import PairBias
 from ...core.tokens import PackedTokens
 from ...registry import hosts
 from ..ops import by_tiles
-from .base import Sentences
+from .base import TextTower
 
 
-class PostNorm(Sentences):
+class PostNorm(TextTower):
     """Blocks that are norm(x + attention(x)), then norm(x + mlp(x)), as BERT lays them out."""
 
     layers = "encoder.layer"
     attention = "attention.self"
     head_size = "attention_head_size"
     projections = ("query", "key", "value")
-    answers: ClassVar[Any] = BaseModelOutputWithPoolingAndCrossAttentions
+    output_class: ClassVar[Any] = BaseModelOutputWithPoolingAndCrossAttentions
 
     def qkv(self, block: Any, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return self.projected(self.attn(block), tokens.x, tokens.x)
+        return self.project_qkv(self.attn(block), tokens.x, tokens.x)
 
     def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return tokens.with_x(block.attention.output(context.flatten(1), tokens.x))
@@ -45,7 +45,7 @@ class PostNorm(Sentences):
     def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         x = tokens.unpack()[0]
         pooled = None if tower.pooler is None else tower.pooler(x)
-        return self.answers(last_hidden_state=x, pooler_output=pooled)
+        return self.output_class(last_hidden_state=x, pooler_output=pooled)
 
 
 @hosts.register("transformers.models.bert.modeling_bert.BertModel")
@@ -73,7 +73,9 @@ class Bert(PostNorm):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[PackedTokens, tuple[None, ...]]:
-        return self.enter(tower, input_ids, attention_mask, token_type_ids=token_type_ids, position_ids=position_ids)
+        return self.embed_ids(
+            tower, input_ids, attention_mask, token_type_ids=token_type_ids, position_ids=position_ids
+        )
 
 
 @hosts.register("transformers.models.mpnet.modeling_mpnet.MPNetModel")
@@ -82,7 +84,7 @@ class MPNet(PostNorm):
 
     attention = "attention.attn"
     projections = ("q", "k", "v")
-    answers = BaseModelOutputWithPooling
+    output_class = BaseModelOutputWithPooling
     known: ClassVar = {MPNetLayer: (MPNetSelfAttention,)}
 
     def heads(self, attn: Any) -> int:
@@ -96,12 +98,12 @@ class MPNet(PostNorm):
         position_ids: Tensor | None = None,
     ) -> tuple[PackedTokens, tuple[Tensor, ...]]:
         """Beside each block stand its biases for the distances 1 - length .. length - 1, [heads, 2 * length - 1]."""
-        tokens, _ = self.enter(tower, input_ids, attention_mask, position_ids=position_ids)
+        tokens, _ = self.embed_ids(tower, input_ids, attention_mask, position_ids=position_ids)
         encoder, length = tower.encoder, input_ids.shape[1]  # distances are of places, whatever position_ids say
         buckets = encoder.relative_position_bucket(torch.arange(1 - length, length, device=input_ids.device))
         return tokens, (encoder.relative_attention_bias(buckets).t(),) * len(self.blocks(tower))
 
-    def pairs(self, block: Any, tokens: PackedTokens, block_input: Tensor) -> PairBias:
+    def pair_bias(self, block: Any, tokens: PackedTokens, block_input: Tensor) -> PairBias:
         zero = block_input.shape[1] // 2
         return PairBias(tokens.position, lambda distance: block_input[:, distance + zero].movedim(0, -3))
 
@@ -109,18 +111,18 @@ class MPNet(PostNorm):
         own = block.attention
         return tokens.with_x(own.LayerNorm(own.dropout(own.attn.o(context.flatten(1))) + tokens.x))
 
-    def answer(self, tower: Any, out: Any, **named: Any) -> Any:
-        out = super().answer(tower, out, **named)
+    def format_output(self, tower: Any, out: Any, **named: Any) -> Any:
+        out = super().format_output(tower, out, **named)
         return (
             (*out, None)[:2] if isinstance(out, tuple) else out
         )  # its tuple holds the place of a pooler that is not there
 
-    def recomputes(self, tower: nn.Module) -> bool:
+    def gradient_checkpointing(self, tower: nn.Module) -> bool:
         return False
 
 
 @hosts.register("transformers.models.distilbert.modeling_distilbert.DistilBertModel")
-class DistilBert(Sentences):
+class DistilBert(TextTower):
     """DistilBERT: BERT's blocks under other names."""
 
     layers = "transformer.layer"
@@ -130,7 +132,7 @@ class DistilBert(Sentences):
     known: ClassVar = {TransformerBlock: (DistilBertSelfAttention,)}
 
     def qkv(self, block: Any, tokens: PackedTokens, block_input: None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.projected(block.attention, tokens.x, tokens.x)
+        return self.project_qkv(block.attention, tokens.x, tokens.x)
 
     def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return tokens.with_x(block.sa_layer_norm(block.attention.out_lin(context.flatten(1)) + tokens.x))

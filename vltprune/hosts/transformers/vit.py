@@ -11,11 +11,11 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
 
 from ...core.tokens import PackedTokens
 from ...registry import hosts
-from .base import Images, PreNorm
+from .base import ImageTower, PreNorm
 
 
 @hosts.register("transformers.models.vit.modeling_vit.ViTModel")
-class Vit(PreNorm, Images):
+class Vit(PreNorm, ImageTower):
     """ViT, with a pooler or without, at its own size or with interpolated positions."""
 
     layers = "layers"
