@@ -142,7 +142,7 @@ def refused(part):
     [
         ("pooler", "its pooler, a FirstHalf.*MeanPooler, MaxPooler, ClsPooler, ClsLastHiddenStatePooler"),
         ("padding", "no pad_token_id"),
-        ("encoder", r"a transformers\.models\.t5\..*T5EncoderModel: no host.*BertModel"),
+        ("encoder", r"a transformers\.models\.t5\..*T5EncoderModel: no host runs it.*BERT"),
     ],
 )
 def test_refused_by_name(part, says):

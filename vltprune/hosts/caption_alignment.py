@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..core.tokens import PackedTokens
 from ..layers import AlignmentGuide
 from ..models.decoder import DecoderCache, MedDecoder
-from ..pruning.trace import DecodeStats, active_collectors, report_decode_stats
+from ..pruning.decode_stats import DecodeStats
+from ..pruning.trace import active_collectors, report_decode_stats
 
 # inputs of the blocks of the decoder that runs in this thread, so far; None where nobody asks
 _inputs: ContextVar[list[Tensor] | None] = ContextVar("decoder_block_inputs", default=None)
