@@ -1,4 +1,4 @@
-"""Multi-head attention over packed tokens, and the statistics of it that scorers ask for."""
+"""Multi-head attention over packed tokens, and the attention statistics that scorers declare."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ _SMALL = {"cpu": 2**12, "cuda": 2**22}
 
 
 class Stat(enum.Flag):
-    """What attention may be asked to report, per token of the keys; in single precision where the model is in half.
+    """The attention statistics that a part may declare in `needs`, one entry per key token.
 
-    SUMMARY   [total, heads]     attention paid by the summary token (CLS; in a causal tower the EOT)
-    RECEIVED  [total]            attention received from unprotected tokens: maximum over heads, summed over queries
-    CONTEXT   [total, heads]     norm of each head's output at the token
-    KEY       [total, head_dim]  head-mean key
+    They are in single precision where the model is in half.
+
+    Attributes:
+        NONE: no statistic.
+        SUMMARY: [total, heads], attention that the summary token pays to each token.
+        RECEIVED: [total], attention from unprotected tokens: the maximum over heads, summed over queries.
+        CONTEXT: [total, heads], the norm of each head's output at the token.
+        KEY: [total, head_dim], the mean of the keys over heads.
     """
 
     NONE = 0
@@ -36,7 +40,12 @@ class Stat(enum.Flag):
 
 @dataclass(frozen=True)
 class AttentionStats:
-    """The statistics that were asked for; asking for another raises LookupError."""
+    """The attention statistics of one block, by `Stat`. Reading one that was not requested raises LookupError.
+
+    Attributes:
+        asked: the requested statistics.
+        values: their tensors, with the shapes that `Stat` lists.
+    """
 
     asked: Stat = Stat.NONE
     values: Mapping[Stat, Tensor] = field(default_factory=dict)
@@ -51,28 +60,29 @@ class AttentionStats:
 
 @dataclass(frozen=True)
 class PairBias:
-    """What is added to the logit of a query and a key for how far apart they stood before anything was pruned.
+    """A relative position bias: added to the attention logits by the distance of original positions.
 
-    position  [total] int64: the tokens' original positions, never negative
-    distance_bias  distances [..., n, m] int64, the key's position minus the query's -> bias [..., heads or 1, n, m]; minus
-              infinity hides a key, but not at distance 0
+    Attributes:
+        position: [total] int64, the original positions, never negative.
+        distance_bias: maps distances [..., n, m] int64, the key's position minus the query's, to biases
+            [..., heads or 1, n, m]. Minus infinity hides a key; at distance 0 the bias must be finite.
     """
 
     position: Tensor
     distance_bias: Callable[[Tensor], Tensor]
 
     def split(self, layout: Layout) -> list[PairBias]:
-        """One for each instance."""
+        """The bias of each instance alone."""
         return [replace(self, position=position) for position in self.position.split(layout.lengths)]
 
     def between(self, queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:
-        """Positions [..., n] and [..., m] -> [..., heads or 1, n, m], in the dtype of `like`."""
+        """The bias between positions [..., n] and [..., m]: [..., heads or 1, n, m], in the dtype of `like`."""
         return self.distance_bias(keys[..., None, :] - queries[..., None]).to(like.dtype)
 
 
 @dataclass(frozen=True)
 class _Logits:
-    """What becomes of the dot products: their scale, whom a token sees, what is added to them, dropout of the weights."""
+    """How attention weights are made from dot products: scale, causal mask, biases, dropout."""
 
     scale: float
     causal: bool
@@ -94,13 +104,25 @@ def attend(
     pairs: PairBias | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Multi-head attention inside each instance; no padding, no statistics.
+    """Multi-head attention within each instance, without padding and without statistics.
 
-    q [total, heads, head_dim]; k, v [key total, heads, head_dim]; key_layout defaults to `layout` (self-attention) and
-    otherwise deals the keys to the same instances. causal: a token sees itself and what stands before it. key_bias
-    [key total] is added to every logit of its key: soft masks, proportional attention. pairs: what is added for the
-    distance of query and key, in self-attention only. dropout: probability on the attention weights. Returns
-    [total, heads, head_dim]. Raises ValueError for pairs with a key_layout.
+    Args:
+        q: queries, [total, heads, head_dim].
+        k: keys, [key total, heads, head_dim].
+        v: values, [key total, heads, head_dim].
+        layout: the instances of the queries.
+        scale: the factor of the dot products.
+        key_layout: the same instances with their keys, for cross-attention. None for self-attention.
+        causal: whether a token attends to itself and earlier tokens only.
+        key_bias: [key total], added to all logits of each key, for soft masks and proportional attention.
+        pairs: the relative position bias, in self-attention only.
+        dropout: the dropout probability of the attention weights.
+
+    Returns:
+        The context of each query, [total, heads, head_dim].
+
+    Raises:
+        ValueError: for `pairs` with a `key_layout`.
     """
     if pairs is not None and key_layout is not None:
         raise ValueError("pairs are of one sequence and key_layout makes two: leave either of them out")
@@ -133,11 +155,28 @@ def attend_with_stats(
     pairs: PairBias | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, AttentionStats]:
-    """Self-attention that also reports the statistics in `needs`, exactly, and computes no other.
+    """Self-attention that also computes the statistics in `needs`, exactly, and no others.
 
-    Shapes as in `attend`. `tokens` tells the layout, the unprotected tokens and the summary token. Only RECEIVED needs
-    the whole map: then the probabilities are made once, a block of query rows at a time, and serve the output too.
-    Raises ValueError when SUMMARY is asked for and the tokens have no summary token.
+    Only RECEIVED needs the whole attention map. Its probabilities are then computed once, a block of query rows at a time,
+    and give the output too.
+
+    Args:
+        q: queries, [total, heads, head_dim].
+        k: keys, [total, heads, head_dim].
+        v: values, [total, heads, head_dim].
+        tokens: the tokens, for their layout, the unprotected ones and the summary token.
+        scale: the factor of the dot products.
+        needs: the statistics to compute.
+        causal: as in `attend`.
+        key_bias: as in `attend`.
+        pairs: as in `attend`.
+        dropout: as in `attend`.
+
+    Returns:
+        The context of each query, [total, heads, head_dim], and the statistics.
+
+    Raises:
+        ValueError: for SUMMARY where the tokens have no summary token.
     """
     if Stat.SUMMARY in needs and tokens.summary is None:
         raise ValueError("Stat.SUMMARY needs a summary token, and these tokens have none")

@@ -1,4 +1,4 @@
-"""Input checks of public functions: they raise early, name the argument, and say what to write instead."""
+"""Input checks of public functions: errors name the argument and say what to write instead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from torch import Tensor
 
 
 def check_images(images: Tensor, channels: int | None, size: tuple[int, int] | None, name: str = "images") -> None:
-    """ValueError unless images is [batch >= 1, channels, *size] and finite; `channels` or `size` None: any."""
+    """Checks a batch of images.
+
+    Args:
+        images: [batch, channels, height, width].
+        channels: the channels that a model takes. None for any.
+        size: height and width in pixels that a model takes. None for any.
+        name: the argument's name, for the error.
+
+    Raises:
+        ValueError: for another shape, for an empty batch, and for NaN or infinity.
+    """
     wanted = f"[batch, {channels or 'channels'}, {', '.join(map(str, size or ('height', 'width')))}]"
     if (
         images.dim() != 4
@@ -25,7 +35,17 @@ def check_images(images: Tensor, channels: int | None, size: tuple[int, int] | N
 
 
 def check_ids(ids: Tensor, vocabulary: int, longest: int | None, name: str = "input_ids") -> None:
-    """ValueError unless ids is [batch >= 1, length >= 1], in 0 .. vocabulary - 1, and no longer than `longest`; None: any."""
+    """Checks a batch of token ids.
+
+    Args:
+        ids: [batch, length].
+        vocabulary: the number of ids that a model knows.
+        longest: the number of positions that a model has. None for any length.
+        name: the argument's name, for the error.
+
+    Raises:
+        ValueError: for another shape, for an empty batch, for ids that are out of range, and for texts that are too long.
+    """
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(f"{name} must be token ids [batch, length] and not empty, got {list(ids.shape)}")
     if longest is not None and ids.shape[1] > longest:
@@ -37,5 +57,5 @@ def check_ids(ids: Tensor, vocabulary: int, longest: int | None, name: str = "in
 
 
 def is_traced() -> bool:
-    """Whether torch.jit.trace, or an export that is built on it, records what runs: host integers become constants then."""
+    """Whether torch.jit.trace is recording, where Python integers become constants."""
     return torch.jit.is_tracing()

@@ -1,8 +1,8 @@
-"""Numerical precision: in what type scores are computed, and when two of them count as equal.
+"""Numerical precision: the dtype that scores are computed in, and when two scores count as equal.
 
-Scores and their sums are in single precision whatever the model's type is. Rounding never decides what stays: scores that
-differ by rounding alone are made equal here, once, and equal scores go by place. An instance by itself and in a batch,
-whose sums are made in another order, then keeps the same tokens.
+Scores and their sums are in single precision whatever the model's dtype is. Rounding never decides which tokens stay:
+scores that differ by rounding alone are made equal here, and ties go by position. An instance alone and in a batch, where
+sums are computed in another order, then keeps the same tokens.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def single(values: Tensor) -> Tensor:
-    """values, in single precision where they are in half; others as they are."""
+    """Values in half precision converted to float32; others unchanged."""
     return values.float() if values.dtype in _HALF else values
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The widest floating-point type that the device computes in: float64, or float32 where it refuses that, as MPS does."""
+    """The widest floating-point dtype of a device: float64, or float32 where it has none, as MPS."""
     try:
         torch.empty((), dtype=torch.float64, device=device)
     except Exception:  # each backend has an error of its own for it
@@ -36,25 +36,32 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def float_tensor(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    """Numbers, nested or not, as a tensor on the device, of the widest floating-point type that it computes in."""
+    """Numbers, nested or not, as a tensor of the device's widest floating-point dtype."""
     return torch.tensor(values, dtype=widest_float(device), device=device)
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Within what share of themselves two numbers are equal that were computed in this type from whole numbers."""
+    """The relative tolerance of numbers that were computed in this dtype from whole numbers."""
     return 1e-8 if dtype == torch.float64 else 2e-6
 
 
 def surely_none(true: Tensor) -> bool:
-    """Whether no element is true, asked only where that is cheap and holds: on CPUs, and not while a trace is recorded."""
+    """Whether no element is true. False, without a look, on accelerators and under torch.jit.trace."""
     return true.device.type == "cpu" and not is_traced() and not bool(true.any())
 
 
 def equalize(rows: Tensor, within: float = ROUNDING) -> Tensor:
-    """Scores in which those of one row that are equal within rounding are equal: rows [batch, n] -> [batch, n].
+    """Makes scores of a row that are equal within rounding exactly equal.
 
-    In the order of their size, neighbors closer than `within` of the larger one are one group, and take its largest score.
-    Gradients are those of the scores as they came. Minus infinity marks padding.
+    In sorted order, neighbors that differ by less than `within` of the larger one form a group. All of a group get its
+    largest score. Gradients are those of the original scores.
+
+    Args:
+        rows: [batch, n], minus infinity on padding.
+        within: the relative tolerance.
+
+    Returns:
+        The scores, [batch, n].
     """
     ordered, order = rows.detach().sort(dim=1, descending=True, stable=True)
     above, below = ordered[:, :-1], ordered[:, 1:]
@@ -62,8 +69,9 @@ def equalize(rows: Tensor, within: float = ROUNDING) -> Tensor:
     if surely_none(~apart & (above > below)):  # as nearly always
         return rows
 
-    place = torch.arange(1, rows.shape[1], device=rows.device)
-    leader = F.pad(torch.where(apart, place, 0), (1, 0)).cummax(1).values  # [batch, n]: where each one's group begins
+    index = torch.arange(1, rows.shape[1], device=rows.device)
+    # [batch, n]: the index at which each one's group begins
+    leader = F.pad(torch.where(apart, index, 0), (1, 0)).cummax(1).values
     equalized = torch.empty_like(ordered).scatter_(1, order, ordered.gather(1, leader))
     if not rows.requires_grad:
         return equalized

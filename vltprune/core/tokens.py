@@ -16,9 +16,11 @@ from .checks import is_traced
 
 @dataclass(frozen=True)
 class Layout:
-    """How many tokens each instance of the batch has.
+    """The number of tokens of each instance in a batch, and the indices that follow from it.
 
-    The lengths are host integers; the tensors below are made on `device` when first asked for.
+    Attributes:
+        lengths: tokens of each instance, as Python integers.
+        device: where the index tensors are. Each of them is computed when it is first read.
     """
 
     lengths: tuple[int, ...]
@@ -26,18 +28,22 @@ class Layout:
 
     @property
     def batch(self) -> int:
+        """The number of instances."""
         return len(self.lengths)
 
     @cached_property
     def total(self) -> int:
+        """The number of tokens of all instances."""
         return sum(self.lengths)
 
     @cached_property
     def longest(self) -> int:
+        """The number of tokens of the longest instance."""
         return max(self.lengths, default=0)
 
     @cached_property
     def is_uniform(self) -> bool:
+        """Whether all instances have the same number of tokens."""
         return len(set(self.lengths)) <= 1
 
     @cached_property
@@ -52,27 +58,31 @@ class Layout:
 
     @cached_property
     def instance(self) -> Tensor:
-        """[total] int64: which instance a token belongs to."""
+        """[total] int64: the instance of each token."""
         which = torch.arange(self.batch, device=self.device)
         return torch.repeat_interleave(which, self.sizes, output_size=self.total)
 
     @cached_property
     def slot(self) -> Tensor:
-        """[total] int64: a token's place inside its instance."""
+        """[total] int64: the index of each token within its instance."""
         return torch.arange(self.total, device=self.device) - self.offsets[:-1].long()[self.instance]
 
     @cached_property
     def padded_index(self) -> Tensor:
-        """[total] int64: a token's row in the padded batch, flattened: instance * longest + slot."""
+        """[total] int64: the index of each token in the flattened padded batch, instance * longest + slot."""
         return self.instance * self.longest + self.slot
 
     @cached_property
     def valid(self) -> Tensor:
-        """[batch, longest] bool: which places of the padded batch hold a token."""
+        """[batch, longest] bool: true where the padded batch holds a token."""
         return torch.arange(self.longest, device=self.device) < self.sizes[:, None]
 
     def grouped(self, groups: int) -> Layout:
-        """The same tokens, with consecutive instances taken together into `groups` equally many."""
+        """The layout of the same tokens with consecutive instances joined.
+
+        Args:
+            groups: the number of instances afterwards, a divisor of `batch`.
+        """
         if groups == self.batch:
             return self
         each = self.batch // groups
@@ -82,16 +92,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Tokens of all instances, end to end, and what has to be known of each.
+    """The tokens of all instances of a batch, end to end without padding, with one entry per token in each column.
 
-    x          [total, dim]
-    layout     which tokens belong to which instance
-    position   [total] int64: place in the original sequence; a merged token sits at its last source's
-    protected  [total] bool: CLS, registers, EOT: never scored, never dropped
-    summary    [total] bool or None: the protected token that speaks for its instance (CLS; in a causal tower EOT)
-    size       [total] or None: how many original tokens this one stands for (None: one each)
-    keep_prob  [total] or None: probability in (0, 1] that it stays, in soft training (None: 1)
-    counted_prob  [total] or None: the same values, with the gradients of the cost (None with `keep_prob`)
+    Attributes:
+        x: [total, dim], the token contents.
+        layout: which tokens belong to which instance.
+        position: [total] int64, the position in the original sequence. A merged token has its last source's.
+        protected: [total] bool, tokens that are never scored and never dropped: CLS, registers, EOT.
+        summary: [total] bool, the protected token that represents its instance: CLS, or EOT in a causal tower. None where
+            there is none.
+        size: [total], how many original tokens each one stands for. None for one each.
+        keep_prob: [total], the probability in (0, 1] that each stays, in soft training. None for 1.
+        counted_prob: [total], the same values with the gradients of the cost. None where `keep_prob` is.
     """
 
     x: Tensor
@@ -111,17 +123,23 @@ class PackedTokens:
         protected: Tensor | None = None,
         summary: Tensor | None = None,
     ) -> PackedTokens:
-        """From a padded batch.
+        """Packs a padded batch.
 
-        x [batch, n, dim]; valid [batch, n] bool, false on padding (None: no padding); protected and summary bool,
-        broadcastable to [batch, n]. Raises ValueError on an empty batch, on an instance without any token, and, for lengths
-        that `valid` says, under torch.jit.trace.
+        Args:
+            x: [batch, n, dim].
+            valid: [batch, n] bool, false on padding. None for no padding.
+            protected: bool, broadcastable to [batch, n]. None for no protected token.
+            summary: bool, broadcastable to [batch, n]. None for no summary token.
+
+        Raises:
+            ValueError: for an empty batch, for an instance without any token, and for `valid` under torch.jit.trace, which
+                would record the lengths of this batch as constants.
         """
         batch, n, dim = x.shape
         if batch == 0 or n == 0:
             raise ValueError(f"cannot pack an empty batch: x is {list(x.shape)}")
 
-        def spread(mask: Tensor | None) -> Tensor:
+        def expand(mask: Tensor | None) -> Tensor:
             mask = mask if mask is not None else torch.zeros((), dtype=torch.bool, device=x.device)
             return mask.to(x.device).expand(batch, n)
 
@@ -131,8 +149,8 @@ class PackedTokens:
                 "what they are: trace the image tower alone (model.visual, say), leave the mask out where all instances are "
                 "equally long, or run the model without tracing it"
             )
-        columns = [torch.arange(n, device=x.device).expand(batch, n), spread(protected)]
-        columns += [spread(summary)] if summary is not None else []
+        columns = [torch.arange(n, device=x.device).expand(batch, n), expand(protected)]
+        columns += [expand(summary)] if summary is not None else []
         lengths = (n,) * batch if valid is None else tuple(valid.sum(1).tolist())
         if valid is None or min(lengths) == n:
             flat = [column.reshape(-1) for column in columns]
@@ -143,12 +161,12 @@ class PackedTokens:
 
     @property
     def free(self) -> Tensor:
-        """[total] bool: the tokens a pruner may judge."""
+        """[total] bool: the unprotected tokens, which a pruner may drop."""
         return ~self.protected
 
     @property
     def bias(self) -> Tensor | None:
-        """[total]: what is added to the attention logits of a key that is there in part; None where all are entirely."""
+        """[total]: log(keep_prob), which is added to the attention logits of each key. None where `keep_prob` is."""
         if self.keep_prob is None:
             return None
         # where nothing is left of any key, all count alike: minus infinity for each would give NaN
@@ -156,14 +174,14 @@ class PackedTokens:
 
     @property
     def weight(self) -> Tensor:
-        """[total]: how much a token counts in a mean: as many as it stands for, as far as it is there. Never in half."""
+        """[total]: size * keep_prob, the weight of each token in a mean. In single precision at least."""
         weight = torch.ones_like(precision.single(self.x[:, 0]))
         weight = weight if self.size is None else self.size.to(weight.dtype)
         return weight if self.keep_prob is None else weight * self.keep_prob
 
     @property
     def expected(self) -> Tensor:
-        """[batch]: tokens of each instance, those that are there in part counted in part."""
+        """[batch]: the expected number of tokens of each instance, the sum of counted_prob."""
         dtype = precision.widest_float(self.x.device)
         if self.counted_prob is None:
             return self.layout.sizes.to(dtype)
@@ -171,20 +189,27 @@ class PackedTokens:
         return empty.index_add(0, self.layout.instance, self.counted_prob.to(dtype))
 
     def with_keep_prob(self, keep_prob: Tensor, counted_prob: Tensor | None = None) -> PackedTokens:
-        """The same tokens, each kept with a probability: keep_prob [total]; counted_prob: the same values, other gradients."""
+        """The same tokens with their keep probabilities multiplied by these.
+
+        Args:
+            keep_prob: [total], with the gradients of the loss.
+            counted_prob: [total], the same values with the gradients of the cost. None for those of `keep_prob`.
+        """
         counted_prob = keep_prob if counted_prob is None else counted_prob
         if self.keep_prob is None or self.counted_prob is None:
             return replace(self, keep_prob=keep_prob, counted_prob=counted_prob)
         return replace(self, keep_prob=self.keep_prob * keep_prob, counted_prob=self.counted_prob * counted_prob)
 
     def with_x(self, x: Tensor) -> PackedTokens:
-        """The same tokens with other contents: x [total, any]."""
+        """The same tokens with other contents, x [total, any]."""
         return replace(self, x=x)
 
     def unpack(self) -> tuple[Tensor, Tensor | None]:
-        """Padded x [batch, longest, dim] with zeros where there is no token, and valid [batch, longest] bool.
+        """Pads the tokens of each instance to the longest one.
 
-        A uniform layout gives a view and None.
+        Returns:
+            x [batch, longest, dim], zero where there is no token, and valid [batch, longest] bool. A uniform layout gives a
+            view and None.
         """
         layout = self.layout
         if layout.is_uniform:
@@ -194,7 +219,7 @@ class PackedTokens:
         return padded.view(layout.batch, layout.longest, -1), layout.valid
 
     def select(self, keep: Tensor) -> PackedTokens:
-        """The tokens where keep [total] bool is true, in their order."""
+        """The tokens where keep [total] bool holds, in their order."""
         layout = self.layout
         per_instance = torch.zeros(layout.batch, dtype=torch.int64, device=keep.device)
         lengths = per_instance.index_add(0, layout.instance, keep.long()).tolist()
@@ -202,14 +227,14 @@ class PackedTokens:
         return self.take(index, Layout(tuple(lengths), layout.device))
 
     def select_instances(self, instances: Sequence[int]) -> PackedTokens:
-        """The tokens of these instances, in this order; one may be asked for several times."""
+        """The tokens of these instances, in this order. An instance may occur several times."""
         lengths, starts = self.layout.lengths, (0, *accumulate(self.layout.lengths))
         rows = [row for i in instances for row in range(starts[i], starts[i] + lengths[i])]
         layout = Layout(tuple(lengths[i] for i in instances), self.layout.device)
         return self.take(torch.tensor(rows, device=self.x.device), layout)
 
     def take(self, index: Tensor, layout: Layout) -> PackedTokens:
-        """The tokens at index [new total], which `layout` deals out to the instances."""
+        """The tokens at index [new total] int64, which belong to instances as `layout` says."""
 
         def pick(column: Tensor | None) -> Tensor | None:
             return None if column is None else column.index_select(0, index)
@@ -233,5 +258,5 @@ class PackedTokens:
         return self.x.index_select(0, layout.offsets[:-1].long() + slots)
 
     def at_position(self, position: Tensor) -> Tensor:
-        """The token at an original position: position [batch] int64 -> [batch, dim]. It must not have been pruned."""
+        """The token of each instance at its original position [batch] int64: [batch, dim]. It must not have been pruned."""
         return self.first_where(self.position == position[self.layout.instance])
