@@ -1,4 +1,4 @@
-"""The four parts a pruner is made of. They know tokens, segments and attention; they never hear of a host."""
+"""The four kinds of part of a pruner: guides, scorers, keepers, reducers. They import core/ and no host."""
 
 from .adaptive import Distortion, Threshold
 from .block_spec import BlockSpec

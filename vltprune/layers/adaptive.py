@@ -1,4 +1,4 @@
-"""Counts that each instance has of its own: by its scores, or by what would be lost with its tokens."""
+"""Adaptive keepers: the number of kept tokens depends on the scores, or on what removing tokens would lose."""
 
 from __future__ import annotations
 
@@ -25,20 +25,25 @@ _TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, larger_keeps_more=False)
 
 @keepers.register("threshold")
 class Threshold(KeepRatioPredictor):
-    """DTP: keep what scores above the weakest anchor's weighted mean score (MADTP, arXiv 2403.02991, section 3.3).
+    """MADTP's dynamic token pruning (arXiv 2403.02991, section 3.3): keeps tokens that score above a threshold.
 
-    theta = min over anchors k of sum over tokens j of softmax(A / temperature)[j, k] score[j]; of an instance's n tokens, m
-    score above it. Where none does, as where all are alike, or only one would go, m is n, as in the reference. Kept are the
-    best ceil(n (m / n)^power).
+    theta = min_k sum_j softmax(A / temperature)[j, k] score[j] over anchors k and tokens j, with the affinity A. Of an
+    instance's n tokens, m score above theta. Where none does, or all but one do, m is n, as in the reference code. The best
+    ceil(n (m / n)^power) are kept: power 1 is MADTP.
 
-    At power 1 that is DTP. Paper and reference turn the temperature for a budget, but theta lies between one token's score and
-    the mean of all at any temperature: of a guide that was trained to score, that is a narrow range of costs. A power reaches
-    every cost, but where m is n. Who keeps more than others at 1 does so at any power, by the less the milder the cost
-    (docs/ablations.md).
+    The paper and the reference code set the cost by the temperature. But theta lies between one token's score and the mean of
+    all at any temperature, which with a trained guide is a narrow range of costs. The power reaches every cost, except
+    where m is n. An instance that keeps more than others at power 1 does so at any power.
 
-    Arguments: temperature > 0, larger prunes more as a rule; power > 0, larger prunes more; knob: which of them a budget sets;
-    decay > 0: behind i blocks that prune, the power is power * decay^i, so that below 1 the first blocks prune most, as with
-    `ratio`.
+    Args:
+        spec: the block.
+        temperature: above 0. Larger values prune more as a rule.
+        power: above 0. Larger values prune more.
+        knob: "power" or "temperature", the argument that calibration searches.
+        decay: above 0. After i earlier pruned blocks the power is power * decay^i. Below 1 the first blocks prune most.
+
+    Raises:
+        ValueError: for arguments outside their range.
     """
 
     guided = True
@@ -89,7 +94,7 @@ class Threshold(KeepRatioPredictor):
         return keep_count(there, part**self._exponent)
 
     def _above(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
-        """[batch]: how many tokens of each instance score above its threshold."""
+        """[batch]: the number of tokens of each instance that score above its threshold."""
         layout = tokens.layout
         above = scores - near[layout.instance] > (beyond + _TIE * near.abs())[layout.instance]
         return segments.count(above & tokens.free, layout)
@@ -99,10 +104,10 @@ class Threshold(KeepRatioPredictor):
         return self.power * self._decay_factor
 
     def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> tuple[Tensor, Tensor]:
-        """A number near the threshold, and by how much the threshold is beyond it: [batch] each.
+        """The threshold as a sum of two numbers, [batch] each: one near it, and the exact difference from that one.
 
-        A cold softmax puts the threshold onto one token's own score, or very little off. The sum of what the scores are apart
-        from a number near them is exact there, where the sum of the scores would be rounded.
+        At a low temperature the threshold is one token's own score, or very close to it. Summing the differences of the scores
+        from a number near them is exact there, while the sum of the scores would be rounded.
         """
         assert guidance is not None
         attention = guidance.attention(self.temperature)
@@ -112,13 +117,18 @@ class Threshold(KeepRatioPredictor):
 
 @keepers.register("learned")
 class Learned(KeepRatioPredictor):
-    """A threshold that is learned, one a depth: kept are the tokens that score so many standard deviations above the mean.
+    """A learned threshold per depth, on scores standardized over their instance.
 
-    The threshold learns in soft training, from the loss and from the expected cost (LTP, Kim et al., arXiv 2107.00910,
-    section 4.2, learns one a layer so; here scores are measured by their instance's mean and spread, which fits every
-    scorer and length). One token stays at least.
+    Soft training learns it from the loss and the expected cost, as LTP does (Kim et al., arXiv 2107.00910, section 4.2).
+    Standardized scores fit every scorer and length. At least one token stays.
 
-    Arguments: threshold, where it starts; shift, what a budget turns: it is added to all thresholds.
+    Args:
+        spec: the block.
+        threshold: the initial threshold, in standard deviations above the mean.
+        shift: the knob of calibration, added to all thresholds.
+
+    Raises:
+        ValueError: for arguments that are not finite.
     """
 
     knob = Knob("shift", -8.0, 8.0, larger_keeps_more=False)
@@ -143,10 +153,17 @@ class Learned(KeepRatioPredictor):
 
 @keepers.register("top_p")
 class TopP(KeepRatioPredictor):
-    """The fewest tokens whose scores add up to a share p of their instance's: few where a few matter, many where many do.
+    """Keeps the fewest tokens whose scores sum to a fraction p of their instance's total.
 
-    The rule of nucleus sampling (Holtzman et al., arXiv 1904.09751), with scores in the place of chances. Equal scores make
-    it a static share. Scores below 0 count as 0; one token stays at least, and p = 1 keeps all.
+    It is the rule of nucleus sampling (Holtzman et al., arXiv 1904.09751), with scores as probabilities. Scores below 0
+    count as 0. At least one token stays.
+
+    Args:
+        spec: the block.
+        p: the fraction in [0, 1]. 1 keeps all.
+
+    Raises:
+        ValueError: for p outside its range.
     """
 
     knob = Knob("p", 0.0, 1.0)
@@ -170,18 +187,20 @@ class TopP(KeepRatioPredictor):
 
 @keepers.register("distortion")
 class Distortion(KeepRatioPredictor):
-    """The fewest tokens that leave an error behind: few where tokens resemble each other, many where they differ.
+    """Keeps the fewest tokens whose removal distorts an instance by at most `error`.
 
-    What a token takes with it is its score's share p of its instance, times its squared distance from the mean of the
-    instance so weighted, which is what fusing would put in its place: p_j || z_j - sum over i of p_i z_i ||^2, with z the token
-    at zero mean and unit length (a layer norm over sqrt(dim)). All tokens together take a variance, 0 where all are alike and
-    below 1. The best by score stay, as many as it needs for the rest to take at most `error`. One token stays at least.
+    The distortion of removing token j is p_j || z_j - sum_i p_i z_i ||^2. Here p is the score divided by the instance's total,
+    and z the token at zero mean and unit length; the sum is the token that fusing would put in its place. Over all tokens
+    it is a variance: 0 where all are alike, and below 1. So few tokens stay where they resemble each other, and many where they
+    differ. The tokens of largest score stay, at least one. Scores below 0 count as 0.
 
-    Thresholds on scores, as DTP's, see how scores are spread, and not what is lost with the tokens, which differs between
-    instances (docs/ablations.md).
+    Args:
+        spec: the block.
+        error: the allowed distortion, in [0, 1]. Larger values prune more.
+        decay: above 0. After i earlier pruned blocks the error is error * decay^i. Below 1 the first blocks prune most.
 
-    Arguments: error in 0 .. 1, larger prunes more; decay > 0: behind i blocks that prune, the error is error * decay^i, so
-    that below 1 the first blocks prune most, as with `ratio`. Scores below 0 count as 0.
+    Raises:
+        ValueError: for arguments outside their range.
     """
 
     knob = Knob("error", 1e-6, 1.0, log=True, larger_keeps_more=False)
@@ -194,16 +213,17 @@ class Distortion(KeepRatioPredictor):
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
-        place = segments.rank(scores.masked_fill(tokens.protected, float("-inf")), layout)
+        rank = segments.rank(scores.masked_fill(tokens.protected, float("-inf")), layout)
         lost = _lost(scores, tokens)
-        ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, place), lost)
-        behind = ranked.flip(1).cumsum(1).flip(1)  # what each token and those below it take with them
+        ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, rank), lost)
+        # the distortion of removing each token and all below it
+        behind = ranked.flip(1).cumsum(1).flip(1)
         return (behind > max(self.error * self._decay_factor * (1 + _EQUAL), _ALIKE)).sum(1).clamp(min=1).minimum(there)
 
 
 @torch.no_grad()
 def _lost(scores: Tensor, tokens: PackedTokens) -> Tensor:
-    """[total]: what each token takes with it, in single precision; zero for protected ones."""
+    """[total]: the distortion of removing each token, in single precision; zero for protected ones."""
     layout, z = tokens.layout, unit(tokens)
     weight = scores.float().clamp(min=0) + 1e-12  # equal where no score is above 0
     weight = weight.masked_fill(tokens.protected, 0.0)
@@ -213,7 +233,7 @@ def _lost(scores: Tensor, tokens: PackedTokens) -> Tensor:
 
 
 def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
-    """[batch]: halfway between the last score that is kept, of so many, and the first that is not."""
+    """[batch]: the midpoint of the last kept score and the first removed one, for these counts."""
     ranked = segments.pad(scores.masked_fill(tokens.protected, float("-inf")), tokens.layout, float("-inf"))
     ranked = ranked.sort(1, descending=True).values
     last = torch.stack([counts - 1, counts.clamp(max=ranked.shape[1] - 1)], 1).clamp(min=0)
@@ -221,9 +241,9 @@ def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
 
 
 def mean_and_deviation(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the scores of each token's instance, protected ones left out: [total] each.
+    """Mean and standard deviation of the unprotected scores of each token's instance: [total] each.
 
-    The deviation is at least a thousandth of the scores' size, so that equal scores are equally far from any threshold.
+    The deviation is at least a thousandth of the scores' magnitude, so that equal scores are equally far from any threshold.
     """
     layout, free = tokens.layout, tokens.free
     there = segments.count(free, layout).clamp(min=1)

@@ -1,4 +1,4 @@
-"""BlockSpec: the block that a part is built for, as far as it is known before any token."""
+"""BlockSpec: the block that a part is built for: its tower, depth and sizes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One depth of one tower.
+    """One block of one tower.
 
-    tower: its name ("image", "text"); depth of depths; dim: token width; heads; has_summary: whether one protected token
-    (CLS, EOT) speaks for its instance; causal: whether a token sees only what stands before it; before: how many of the tower's
-    blocks that prune lie before this depth.
+    Attributes:
+        tower: the tower's name, such as "image" or "text".
+        depth: the index of the block.
+        depths: the number of blocks of the tower.
+        dim: the width of a token.
+        heads: the number of attention heads.
+        has_summary: whether a protected token (CLS, EOT) represents its instance.
+        causal: whether a token attends to itself and earlier tokens only.
+        before: how many earlier blocks of the tower are pruned.
     """
 
     tower: str

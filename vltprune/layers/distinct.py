@@ -1,4 +1,4 @@
-"""What is not told twice: scores that tokens share with those that resemble them."""
+"""Distinctness scorers: tokens that resemble each other divide their score among them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ _ROUNDING = 1e-4  # relative: rounding of products, divided by the width, leaves
 
 @scorers.register("distinct")
 class Distinct(TokenScorer):
-    """1 / how many unprotected tokens of the instance a token resembles, itself among them: 1 for one that is like no other.
+    """Distinctness: 1 / the number of unprotected tokens of the instance that a token resembles, itself included.
 
-    Tokens z, at zero mean and unit length (a layer norm over sqrt(dim)), resemble each other by exp(-||z_i - z_j||^2 / width),
-    stretched so that all below a thousandth is 0 and all above 999 thousandths is 1: a token like no other scores 1 exactly,
-    and each of n copies 1 / n, whatever rounding makes of their distances.
-    Over an instance the scores add up to how many different tokens it has: the diversity of order 0 of Leinster and Cobbold
-    (Ecology 93, 2012), all tokens as frequent. A plain ground, whose patches attention likes no less than others, goes first.
-    Words hardly resemble each other: for texts use `distinct_attention`.
+    The similarity of tokens z, at zero mean and unit length, is exp(-||z_i - z_j||^2 / width), rescaled so that 0.001 is 0 and
+    0.999 is 1. A unique token then scores 1 exactly, and each of n copies 1 / n, whatever the rounding of their distances.
+    Over an instance the scores sum to the number of different tokens: the diversity of order 0 of Leinster and Cobbold (Ecology
+    93, 2012). Patches of a plain background score low. Words hardly resemble each other: for texts use `distinct_attention`.
 
-    width: the squared distance at which tokens differ. ValueError unless above 0. The scores have no gradients, so that they
-    cannot be taught; of those they are multiplied with the gradients stay. They cost n^2 dim MACs.
+    The scores have no gradients. They cost n^2 * dim MACs for n tokens.
+
+    Args:
+        spec: the block.
+        width: the squared distance at which tokens differ.
+
+    Raises:
+        ValueError: for a width that is not above 0.
     """
 
     pairwise = True
@@ -46,8 +50,8 @@ class Distinct(TokenScorer):
         return uniqueness(tokens, self.width)
 
 
-class _Shared(Distinct):
-    """Another scorer's scores, each times what `distinct` says, normalized over the instance."""
+class _Weighted(Distinct):
+    """Another scorer's scores times those of `distinct`, normalized over the instance."""
 
     scorer: ClassVar[type[TokenScorer]]
 
@@ -60,16 +64,26 @@ class _Shared(Distinct):
 
 
 @scorers.register("distinct_attention")
-class DistinctAttention(_Shared):
-    """`self_attention` times `distinct`: what tokens receive that resemble each other, they share. width: as there."""
+class DistinctAttention(_Weighted):
+    """`self_attention` times `distinct`: tokens that resemble each other divide the attention that they receive.
+
+    Args:
+        spec: the block.
+        width: the squared distance at which tokens differ, as in `distinct`.
+    """
 
     scorer = SelfAttention
     needs = SelfAttention.needs
 
 
 @scorers.register("distinct_madtp")
-class DistinctMadtp(_Shared):
-    """`madtp`, MADTP's mean of three scores, times `distinct`. width: as there."""
+class DistinctMadtp(_Weighted):
+    """`madtp`, MADTP's mean of three scores, times `distinct`.
+
+    Args:
+        spec: the block.
+        width: the squared distance at which tokens differ, as in `distinct`.
+    """
 
     scorer = Madtp
     needs = Madtp.needs
@@ -78,7 +92,7 @@ class DistinctMadtp(_Shared):
 
 @torch.no_grad()
 def uniqueness(tokens: PackedTokens, width: float) -> Tensor:
-    """What `Distinct` scores: [total], in (0, 1], in single precision."""
+    """The scores of `Distinct`: [total], in (0, 1], in single precision."""
     layout = tokens.layout
     with torch.autocast(tokens.x.device.type, enabled=False):
         z = unit(tokens)
@@ -92,7 +106,7 @@ def uniqueness(tokens: PackedTokens, width: float) -> Tensor:
 
 
 def _resembling(z: Tensor, free: Tensor, width: float) -> Tensor:
-    """z [..., n, dim], free [..., n] -> how many free tokens each resembles, [..., n], itself at least."""
+    """How many free tokens each token resembles, itself included: z [..., n, dim], free [..., n] -> [..., n]."""
     size = z.square().sum(-1)
     apart = size[..., :, None] + size[..., None, :] - 2 * z @ z.mT
     alike = (((-apart.clamp(min=0) / width).exp() - _LITTLE) / (1 - 2 * _LITTLE)).clamp(0, 1) * free[..., None, :]

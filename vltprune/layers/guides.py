@@ -1,4 +1,4 @@
-"""What both towers agree on: an AlignmentGuide says how close a token is to anchors that image and text share."""
+"""Alignment guides: the affinity of tokens to anchors that the image and text towers share."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from .printing import PrintedPart
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the tokens of one block relate to the anchors.
+    """The affinity of one block's tokens to the anchors.
 
-    affinity  [total, anchors]: raw logits, larger is closer; never in half precision
-    tokens    that they are of, x [total, dim of the tower]
-    attend    "softmax" or "sparsemax": how logits become weights over the tokens of an instance
-    map       their way into the anchors' space, [total, dim] -> [total, anchor dim]; None where they are in it
+    Attributes:
+        affinity: [total, anchors], unscaled logits, larger is closer. In single precision at least.
+        tokens: the tokens, x [total, dim of the tower].
+        attend: "softmax" or "sparsemax", which turns logits into weights over the tokens of an instance.
+        map: maps contents [total, dim of the tower] into the anchors' space [total, anchor dim]. None for the identity.
     """
 
     affinity: Tensor
@@ -35,20 +36,27 @@ class Guidance:
     map: Callable[[Tensor], Tensor] | None = None
 
     def attention(self, temperature: float) -> Tensor:
-        """Weights over the unprotected tokens of each instance, one distribution per anchor: [total, anchors]."""
+        """Attention weights of each anchor over the unprotected tokens of each instance.
+
+        Args:
+            temperature: the divisor of the logits, above 0.
+
+        Returns:
+            The weights, [total, anchors].
+        """
         normalize = segments.sparsemax if self.attend == "sparsemax" else segments.softmax
         return normalize(self.affinity / temperature, self.tokens.layout, self.tokens.free)
 
     @cached_property
     def mapped(self) -> PackedTokens:
-        """The tokens in the anchors' space, x [total, anchor dim]; computed when first asked for."""
+        """The tokens in the anchors' space, x [total, anchor dim]; computed when it is first read."""
         return self.tokens if self.map is None else self.tokens.with_x(self.map(self.tokens.x))
 
     @cached_property
     def pooled(self) -> Tensor:
-        """What each anchor gathered, [batch, anchors, anchor dim]; computed when first asked for.
+        """The tokens pooled by each anchor's attention, [batch, anchors, anchor dim]; computed when it is first read.
 
-        MADTP (arXiv 2403.02991), section 3.2: attention of the anchors over the tokens, scaled by sqrt(anchor dim).
+        MADTP (arXiv 2403.02991), section 3.2, with the temperature sqrt(anchor dim).
         """
         x = precision.single(self.mapped.x)
         with torch.autocast(x.device.type, enabled=False):
@@ -56,45 +64,61 @@ class Guidance:
 
 
 class AlignmentGuide(PrintedPart, ABC):
-    """Relates the tokens of every tower to the same anchors. One instance serves all towers of a model.
+    """Base class of guides: they relate the tokens of all towers of a model to the same anchors.
 
-    Implementations take `specs`, one BlockSpec per tower name, and their own arguments.
+    Implementations take `specs`, one BlockSpec per tower name, and arguments of their own.
     """
 
     @abstractmethod
     def forward(self, tokens: PackedTokens, tower: str) -> Guidance:
-        """tokens: a block's input, x [total, dim of the tower] -> Guidance."""
+        """Relates the tokens of one block to the anchors.
+
+        Args:
+            tokens: the block's input, x [total, dim of the tower].
+            tower: the tower's name.
+        """
 
     def bind(self, tower: str) -> Callable[[PackedTokens], Guidance]:
-        """`forward` for one tower and one call of it: what does not depend on the tokens may be computed here, once."""
+        """`forward` for one call of a tower. What does not depend on the tokens may be computed here, once for all blocks."""
         return partial(self, tower=tower)
 
     @property
     @abstractmethod
     def is_untrained(self) -> bool:
-        """Whether the anchors are still the noise they were born as."""
+        """Whether the anchors are still their random initialization."""
 
     @abstractmethod
     def fit(self, mapped: Tensor, seed: int = 0) -> None:
-        """Place the anchors among calibration tokens: mapped [tokens, anchor dim]."""
+        """Sets the anchors from calibration tokens.
+
+        Args:
+            mapped: tokens in the anchors' space, [tokens, anchor dim].
+            seed: of the random initialization.
+        """
 
     def map(self, x: Tensor, tower: str) -> Tensor:
-        """Tokens of a tower [total, dim] in the anchors' space [total, anchor dim]; by default unchanged."""
+        """Maps contents of a tower [total, dim] into the anchors' space [total, anchor dim]; by default the identity."""
         return x
 
 
 @guides.register("codebook")
 class Codebook(AlignmentGuide):
-    """MAG: learnable tokens that both modalities share (MADTP, arXiv 2403.02991, section 3.2).
+    """MADTP's multi-modality alignment guidance: learnable tokens that both modalities share (arXiv 2403.02991, section 3.2).
 
-    affinity = q T^T for tokens q and anchors T, unscaled. In front stands a linear map of each tower, as the paper draws it:
-    what shared anchors say of a token is learned by the maps, and hardly without them (docs/ablations.md). Between equal widths
-    they begin as the identity, which is the reference, for BLIP; `project=False` leaves them out. A map costs little, for it
-    is put into the anchors, once a call: (q W^T + b) T^T = q (T W)^T + T b. A map that somebody exchanged or wrapped (LoRA,
-    quantization, hooks) is called instead. `attend` is "softmax" (the reference) or "sparsemax" (the paper).
+    affinity = q T^T for tokens q and anchors T, unscaled. A linear map of each tower precedes it, as in the paper. Between
+    equal widths the maps are initialized as the identity, which is the reference code for BLIP. A map costs little, because
+    it is folded into the anchors once a call: (q W^T + b) T^T = q (T W)^T + T b. A map that was replaced or wrapped (LoRA,
+    quantization, hooks) is called instead.
 
-    Arguments: anchors, how many shared tokens; dim, their width (None: the widest tower's); project; attend.
-    Raises ValueError for widths that differ without `project` and for arguments outside their range.
+    Args:
+        specs: one BlockSpec per tower name.
+        anchors: the number of shared tokens.
+        dim: their width. None for that of the widest tower.
+        project: whether each tower has a linear map. What the anchors say is learned by the maps, and hardly without them.
+        attend: "softmax" (the reference code) or "sparsemax" (the paper).
+
+    Raises:
+        ValueError: for widths that differ without `project`, and for arguments outside their range.
     """
 
     def __init__(
@@ -131,22 +155,22 @@ class Codebook(AlignmentGuide):
     def bind(self, tower: str) -> Callable[[PackedTokens], Guidance]:
         layer = self.maps[tower] if self.maps else None
         if layer is not None and not _is_plain(layer):
-            return partial(self._of_mapped, tower=tower)
+            return partial(self._guidance_of_mapped, tower=tower)
         with torch.autocast(self.anchors.device.type, enabled=False):
             anchors, offset = precision.single(self.anchors), None
             if isinstance(layer, nn.Linear):
                 offset = None if layer.bias is None else anchors @ precision.single(layer.bias)
                 anchors = anchors @ precision.single(layer.weight)
-        return partial(self._of_tokens, tower=tower, anchors=anchors, offset=offset)
+        return partial(self._guidance_of_tokens, tower=tower, anchors=anchors, offset=offset)
 
-    def _of_tokens(self, tokens: PackedTokens, tower: str, anchors: Tensor, offset: Tensor | None) -> Guidance:
-        """Guidance by anchors that have the tower's map in them: anchors [anchors, dim of the tower], offset [anchors]."""
+    def _guidance_of_tokens(self, tokens: PackedTokens, tower: str, anchors: Tensor, offset: Tensor | None) -> Guidance:
+        """Guidance by anchors that the tower's map is folded into: anchors [anchors, dim of the tower], offset [anchors]."""
         with torch.autocast(tokens.x.device.type, enabled=False):
             affinity = F.linear(precision.single(tokens.x), anchors, offset)
         return Guidance(affinity, tokens, self.attend, partial(self.map, tower=tower) if self.maps else None)
 
-    def _of_mapped(self, tokens: PackedTokens, tower: str) -> Guidance:
-        """Guidance by tokens that went through the tower's map as it stands."""
+    def _guidance_of_mapped(self, tokens: PackedTokens, tower: str) -> Guidance:
+        """Guidance by calling the tower's map on the tokens."""
         mapped = self.map(tokens.x, tower)
         with torch.autocast(tokens.x.device.type, enabled=False):
             affinity = F.linear(precision.single(mapped), precision.single(self.anchors))
@@ -158,14 +182,22 @@ class Codebook(AlignmentGuide):
 
     @torch.no_grad()
     def fit(self, mapped: Tensor, seed: int = 0) -> None:
-        """Anchors at the k-means centers of calibration tokens, mapped [tokens, anchor dim] (Lloyd, seeded, 20 rounds)."""
+        """Sets the anchors to k-means centers of calibration tokens, by 20 of Lloyd's iterations.
+
+        Args:
+            mapped: tokens in the anchors' space, [tokens, anchor dim].
+            seed: of the random initialization.
+
+        Raises:
+            ValueError: for fewer tokens than anchors.
+        """
         if len(mapped) < len(self.anchors):
             raise ValueError(f"{len(self.anchors)} anchors need at least as many calibration tokens, got {len(mapped)}")
         self.anchors.copy_(_kmeans(mapped.float(), len(self.anchors), seed))
 
 
 def _map(dim: int, width: int) -> nn.Module:
-    """A tower's way to the anchors; where nothing need change, it begins with changing nothing, and draws no numbers."""
+    """A linear map of a tower, [dim] -> [width]. Between equal widths it is the identity, and draws no random numbers."""
     if dim != width:
         return nn.Linear(dim, width)
     layer = nn.utils.skip_init(nn.Linear, dim, width)
@@ -176,27 +208,28 @@ def _map(dim: int, width: int) -> nn.Module:
 
 
 def _noise(anchors: int, width: int) -> Tensor:
-    """[anchors, width]: normal noise in steps of 1/64 up to 4, which every floating-point type from bfloat16 on holds exactly.
+    """Normal noise in steps of 1/64 up to 4, [anchors, width], which bfloat16 and wider dtypes represent exactly.
 
-    A model that is cast then has the anchors it was born with, and knows it.
+    So `is_untrained` also holds for a model that was cast.
     """
     return torch.randn(anchors, width).mul(64).round().clamp(-256, 256).div(64)
 
 
 def _fingerprint(anchors: Tensor) -> Tensor:
-    """int64 scalar: of the values, in whatever floating-point type; it stays as it is when a model is cast."""
+    """A checksum of the values, int64 scalar, which is the same in every floating-point dtype."""
     return anchors.detach().float().contiguous().view(torch.int32).sum(dtype=torch.int64)
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a linear map is its weight and bias, and nothing else: then it may be put into the anchors."""
+    """Whether a layer is a linear map without hooks or adapters, so that it can be folded into the anchors."""
     if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, Tensor):
-        return False  # an adapter around it, a parametrization, or a weight that is quantized or sharded
+        # an adapter around it, a parametrization, or a weight that is quantized or sharded
+        return False
     return not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _kmeans(points: Tensor, k: int, seed: int, rounds: int = 20) -> Tensor:
-    """Centres [k, dim] of points [n, dim]; a center that loses all its points is put on the worst served one."""
+    """k-means centers [k, dim] of points [n, dim]. A center without points moves to the point farthest from its own center."""
     generator = torch.Generator("cpu").manual_seed(seed)
     centers = points[torch.randperm(len(points), generator=generator, device="cpu")[:k].to(points.device)].clone()
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""How many tokens stay: KeepRatioPredictors turn the scores of an instance into a count."""
+"""Keepers (keep-ratio predictors): each turns the scores of an instance into the number of tokens that stay."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ from .scorers import hash_integers
 
 @dataclass(frozen=True)
 class Knob:
-    """The argument that sets a keeper's cost: what a budget turns.
+    """The argument of a keeper that sets its cost, which calibration searches.
 
-    name: the keeper's argument and attribute; low .. high: its range; log: whether it is searched on a log scale;
-    larger_keeps_more: whether larger values keep more.
+    Attributes:
+        name: the keeper's argument and attribute.
+        low: the smallest value.
+        high: the largest value.
+        log: whether it is searched on a log scale.
+        larger_keeps_more: whether larger values keep more tokens.
     """
 
     name: str
@@ -34,23 +38,27 @@ class Knob:
     larger_keeps_more: bool = True
 
     def value_at(self, fraction: float) -> float:
-        """The value at a fraction of the range, 0 .. 1."""
+        """The value at a fraction in [0, 1] of the range."""
         if self.log:
             return math.exp(math.log(self.low) * (1 - fraction) + math.log(self.high) * fraction)
         return self.low * (1 - fraction) + self.high * fraction
 
     def fraction(self, value: float) -> float:
-        """The inverse of `value_at`; values outside the range are at its ends."""
+        """The fraction in [0, 1] of the range that a value is at. Values outside the range are at its ends."""
         low, high, value = (map(math.log, (self.low, self.high, value))) if self.log else (self.low, self.high, value)
         return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
 class KeepRatioPredictor(PrintedPart, ABC):
-    """Says how many unprotected tokens each instance keeps at one spec, of scores whose ties are settled (`Pruner`).
+    """Base class of keepers: they predict how many unprotected tokens of each instance stay in a block.
 
-    `guided`: whether it reads the guidance; `fixed`: whether its counts follow from how many tokens there are, and from nothing
-    that they hold; `knob`: what a budget may turn, None if nothing; an instance may have another
-    than its class. Implementations take `spec` and their own arguments, and hold the knob as an attribute of its name.
+    Implementations take `spec` and arguments of their own, and have the knob's value as an attribute of its name.
+
+    Attributes:
+        guided: whether it reads the guidance of an alignment guide.
+        fixed: whether its counts depend on the number of tokens alone, and not on their contents.
+        knob: the argument that sets its cost, None for none. An instance may have another one than its class.
+        spec: the block that it is built for.
     """
 
     guided: ClassVar[bool] = False
@@ -63,12 +71,30 @@ class KeepRatioPredictor(PrintedPart, ABC):
 
     @abstractmethod
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        """scores [total] -> counts [batch] int64 of unprotected tokens kept; more than there are means all of them."""
+        """Counts the tokens that stay.
+
+        Args:
+            scores: [total]; those that are equal within rounding are exactly equal.
+            tokens: the block's input, x [total, dim].
+            guidance: how the tokens relate to the guide's anchors. None without a guide.
+
+        Returns:
+            The number of unprotected tokens that stay in each instance, [batch] int64. Larger numbers than there are mean all.
+        """
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        """[total]: how far a token's score is above what it is measured by, in standard deviations of its instance's scores.
+        """The distance of each score above the threshold, in standard deviations of its instance's scores.
 
-        For keepers that have a threshold, which soft training needs; ValueError for others.
+        Args:
+            scores: [total].
+            tokens: the block's input, x [total, dim].
+            guidance: as in `forward`.
+
+        Returns:
+            The margins, [total], which soft training turns into keep probabilities.
+
+        Raises:
+            ValueError: for a keeper without a threshold.
         """
         raise ValueError(
             f"{type(self).__name__} has no threshold to learn softly: use keep='threshold' or keep='learned'"
@@ -77,10 +103,16 @@ class KeepRatioPredictor(PrintedPart, ABC):
 
 @keepers.register("ratio")
 class Ratio(KeepRatioPredictor):
-    """The same share of every instance's tokens: ceil(ratio * n), ratio in [0, 1].
+    """Keeps the same ratio of every instance's tokens: ceil(ratio * n).
 
-    decay > 0: behind i blocks that prune, the share is ratio to the power decay^i. At 1 all blocks keep the same share; below 1
-    the first blocks prune most, so that more tokens can stay to the end at the same cost.
+    Args:
+        spec: the block.
+        ratio: the kept ratio, in [0, 1].
+        decay: above 0. After i earlier pruned blocks the ratio is ratio^(decay^i). Below 1 the first blocks prune most, so that
+            more tokens stay to the end at the same cost.
+
+    Raises:
+        ValueError: for arguments outside their range.
     """
 
     fixed = True
@@ -98,7 +130,15 @@ class Ratio(KeepRatioPredictor):
 
 @keepers.register("count")
 class Count(KeepRatioPredictor):
-    """The same number of tokens of every instance, or all it has if those are fewer."""
+    """Keeps the same number of tokens of every instance, or all of them where there are fewer.
+
+    Args:
+        spec: the block.
+        count: the number of unprotected tokens, at least 0.
+
+    Raises:
+        ValueError: for a negative count.
+    """
 
     fixed = True
 
@@ -114,10 +154,19 @@ class Count(KeepRatioPredictor):
 
 @keepers.register("random_ratio")
 class RandomRatio(KeepRatioPredictor):
-    """A share drawn for each instance, uniform in mean - half_width .. mean + half_width, cut to [0, 1].
+    """Keeps a random ratio of each instance's tokens, the baseline of per-instance counts.
 
-    The baseline for per-instance counts. An instance's draw comes from `seed`, the depth, and from which of its tokens
-    lie farthest along four random directions: it differs between instances and ignores batch mates.
+    The ratio is uniform in mean - half_width .. mean + half_width, clamped to [0, 1]. It is a hash of the seed, the depth, and
+    the tokens of the instance that lie farthest along four random directions. So it does not depend on batch mates.
+
+    Args:
+        spec: the block.
+        mean: the mean ratio, in [0, 1].
+        half_width: half the width of the interval, in [0, 1].
+        seed: another seed gives other ratios.
+
+    Raises:
+        ValueError: for arguments outside their range.
     """
 
     knob = Knob("mean", 0.0, 1.0)
@@ -133,7 +182,7 @@ class RandomRatio(KeepRatioPredictor):
         return keep_count(segments.count(tokens.free, tokens.layout), ratio.clamp(0, 1))
 
     def _draw(self, tokens: PackedTokens) -> Tensor:
-        """One number in (0, 1) an instance: [batch]."""
+        """A random number in (0, 1) for each instance: [batch]."""
         x, layout = precision.single(tokens.x), tokens.layout
         entry = torch.arange(4 * x.shape[1], device=x.device).view(4, -1)
         signs = ((hash_integers(entry, self.seed) >> 8) % 2 * 2 - 1).to(x.dtype)
@@ -152,7 +201,7 @@ class RandomRatio(KeepRatioPredictor):
 
 
 def decay_factor(spec: BlockSpec, decay: float, name: str) -> float:
-    """decay^i, with i blocks that prune before the spec: what a share is raised to there, or an error multiplied by.
+    """decay^i after i earlier pruned blocks: the exponent of a ratio, or the factor of an error.
 
     ValueError for a decay that is not above 0 and finite.
     """
@@ -164,7 +213,7 @@ def decay_factor(spec: BlockSpec, decay: float, name: str) -> float:
 
 
 def keep_count(there: Tensor, ratio: Tensor | float) -> Tensor:
-    """ceil(ratio * there) as int64, with a hair off so that 0.7 * 10 is 7: there [batch] int64, ratio [batch] or one."""
+    """ceil(ratio * there) as int64, within rounding, so that 0.7 * 10 is 7: there [batch] int64, ratio [batch] or one."""
     dtype = precision.widest_float(there.device)
     part = there.to(dtype) * ratio
     return (part - part * precision.rounding(dtype) - 1e-9).ceil().long().clamp(min=0)

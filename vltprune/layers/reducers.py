@@ -1,4 +1,4 @@
-"""What becomes of the tokens that do not stay: a TokenReducer makes a plan, and the plan applies to anything per token."""
+"""Token reducers: each makes a plan of which tokens stay and what becomes of the others."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _EPS = 1e-8
 
 @dataclass(frozen=True)
 class Merge:
-    """One weighted sum for each instance that loses tokens.
+    """The weighted sums of removed tokens, one for each instance that loses some.
 
-    layout    of the tokens that are summed
-    instances which of its instances they are, on the host
-    rows      [merges] int64: where their sums stand in the result
-    sources   [total] bool: the tokens that are summed
-    weight    [total]: the share of each source, zero elsewhere
-    averages  whether the shares of an instance sum to one
+    Attributes:
+        layout: the layout before the reduction.
+        instances: the instances that lose tokens, as Python integers.
+        rows: [merges] int64, the rows of the result that hold the sums.
+        sources: [total] bool, the tokens that are summed.
+        weight: [total], the weight of each source, zero elsewhere.
+        averages: whether the weights of an instance sum to one.
     """
 
     layout: Layout
@@ -41,33 +42,38 @@ class Merge:
     averages: bool
 
     def sums(self, values: Tensor, weight: Tensor) -> Tensor:
-        """values [total, ...] -> [merges, ...]."""
+        """Weighted sums per merging instance: values [total, ...] and weight [total] -> [merges, ...]."""
         if values.device.type == "cpu":
             return torch.stack([torch.tensordot(weight[span], values[span], 1) for span in self.spans])
         weighted = values * weight.view(-1, *[1] * (values.dim() - 1))
-        sums = segments.sum(weighted, self.layout)  # not a call for each instance, which costs more than padding
-        return sums.to(values.dtype).index_select(0, self._which)  # autocast sums in single precision
+        # not a call for each instance, which costs more than padding
+        sums = segments.sum(weighted, self.layout)
+        # autocast sums in single precision
+        return sums.to(values.dtype).index_select(0, self._which)
 
     @cached_property
     def _which(self) -> Tensor:
-        """[merges] int64: `instances`, on the device."""
+        """[merges] int64: `instances` as a tensor on the device."""
         return torch.tensor(self.instances, device=self.rows.device)
 
     @property
     def spans(self) -> tuple[slice, ...]:
-        """The packed rows of each instance."""
+        """The packed rows of each merging instance."""
         starts = (0, *accumulate(self.layout.lengths))
         return tuple(slice(starts[i], starts[i + 1]) for i in self.instances)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """A plan: which rows stay, and what they gather. It applies alike to contents, positions and sizes.
+    """A plan for all values per token: which rows stay, and which of them are replaced by sums.
 
-    before  the layout it starts from
-    layout  of the result
-    index   [new total] int64: the row each result row comes from; a merged token stands where its last source stood
-    merge   None, or the sums that replace the contents of some rows
+    It may be subclassed: `values`, `tokens` and `target` are what a pruned tower calls.
+
+    Attributes:
+        before: the layout before the reduction.
+        layout: the layout after it.
+        index: [new total] int64, the row that each result row comes from. A merged token has its last source's row.
+        merge: the sums that replace some rows. None where tokens are only dropped.
     """
 
     before: Layout
@@ -77,18 +83,21 @@ class Reduction:
 
     @property
     def is_affine(self) -> bool:
-        """Whether the plan may come before any affine map as well as after it."""
+        """Whether the plan commutes with every affine map, so that it may be applied before one."""
         return self.merge is None or self.merge.averages
 
     def values(self, values: Tensor) -> Tensor:
-        """Per-token values [total, ...] -> [new total, ...]."""
+        """Applies the plan to values per token: [total, ...] -> [new total, ...]."""
         kept = values.index_select(0, self.index)
         if self.merge is None:
             return kept
         return kept.index_copy(0, self.merge.rows, self.merge.sums(values, self.merge.weight.to(values.dtype)))
 
     def tokens(self, tokens: PackedTokens) -> PackedTokens:
-        """The tokens after the plan. Merged ones sit at their last source's position and count all their sources."""
+        """Applies the plan to tokens and to all their columns.
+
+        A merged token has the position of its last source, and the summed size of all its sources.
+        """
         out = replace(tokens.take(self.index, self.layout), x=self.values(tokens.x))
         if self.merge is None:
             return out
@@ -97,13 +106,13 @@ class Reduction:
         out = replace(out, size=size.index_select(0, self.index).index_copy(0, self.merge.rows, gathered))
         if out.keep_prob is None or out.counted_prob is None:
             return out
-        keep_prob, counted_prob = (
-            share.index_fill(0, self.merge.rows, 1.0) for share in (out.keep_prob, out.counted_prob)
-        )
-        return replace(out, keep_prob=keep_prob, counted_prob=counted_prob)  # a merged token is all there
+        # a merged token stays with certainty
+        keep_prob = out.keep_prob.index_fill(0, self.merge.rows, 1.0)
+        counted_prob = out.counted_prob.index_fill(0, self.merge.rows, 1.0)
+        return replace(out, keep_prob=keep_prob, counted_prob=counted_prob)
 
     def target(self) -> Tensor:
-        """[total] int64: the result row that holds each token, -1 for dropped ones. Provenance, for pictures."""
+        """Provenance, [total] int64: the result row that holds each token, -1 for dropped ones."""
         target = self.index.new_full((self.before.total,), -1)
         target[self.index] = torch.arange(len(self.index), device=self.index.device)
         if self.merge is not None:
@@ -113,9 +122,13 @@ class Reduction:
 
 
 class TokenReducer(PrintedPart, ABC):
-    """Plans what to do with `counts` [batch] unprotected tokens to keep. `needs` declares the statistics it reads.
+    """Base class of reducers: they plan which tokens stay and what becomes of the others.
 
-    Implementations take `spec` and their own arguments.
+    Implementations take `spec` and arguments of their own.
+
+    Attributes:
+        needs: the attention statistics that it reads.
+        spec: the block that it is built for.
     """
 
     needs: ClassVar[Stat] = Stat.NONE
@@ -126,12 +139,22 @@ class TokenReducer(PrintedPart, ABC):
 
     @abstractmethod
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:
-        """scores [total], counts [batch] int64 -> a Reduction of these tokens, or None where all of them stay."""
+        """Plans the reduction of a block's tokens.
+
+        Args:
+            tokens: the block's input, x [total, dim].
+            scores: [total], larger is kept.
+            counts: [batch] int64, how many unprotected tokens of each instance stay.
+            stats: the attention statistics that `needs` declares.
+
+        Returns:
+            The plan, or None where all tokens stay.
+        """
 
 
 @reducers.register("drop")
 class Drop(TokenReducer):
-    """Keep the `counts` best, in their order; the rest is gone."""
+    """Keeps the `counts` tokens of largest score in their order, and removes the others."""
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Reduction | None:
         keep = top_tokens(tokens, scores, counts)
@@ -144,11 +167,15 @@ class Drop(TokenReducer):
 
 @reducers.register("fuse")
 class Fuse(TokenReducer):
-    """Keep the `counts` best, in their order, and one token more: the sum of the rest, weighted by their scores.
+    """Keeps the `counts` tokens of largest score in their order, and fuses the others into one token.
 
-    MADTP (arXiv 2403.02991), section 3.3: sum of score_j / (sum of the rest's scores + 1e-8) x_j. EViT (arXiv 2202.07800),
-    equation 3, does not divide: `normalize=False`. The merged token takes the place of its last source, so that in a
-    causal tower nothing sees the future. Where the rest's scores do not sum to something positive, it is their mean.
+    The fused token is sum_j score_j x_j / (sum_j score_j + 1e-8) over the removed tokens j (MADTP, arXiv 2403.02991, section
+    3.3). It has the position of its last source, so that a causal tower sees no future. Where the scores do not sum to a
+    positive number, it is the mean of the removed tokens.
+
+    Args:
+        spec: the block.
+        normalize: whether to divide by the sum of scores. False is EViT (arXiv 2202.07800), equation 3.
     """
 
     def __init__(self, spec: BlockSpec, normalize: bool = True):
@@ -173,25 +200,25 @@ class Fuse(TokenReducer):
         return Reduction(layout, reduced, index, merge)
 
     def _weight(self, scores: Tensor, rest: Tensor, layout: Layout) -> Tensor:
-        """[total]: each token's share of its instance's merged token."""
+        """[total]: the weight of each token in its instance's fused token."""
         scores = scores.masked_fill(~rest, 0.0)
         if not self.normalize:
             return scores
         total, size = segments.sum(scores, layout), segments.sum(scores.abs(), layout)
-        share = scores / (total + _EPS)[layout.instance]
+        weight = scores / (total + _EPS)[layout.instance]
         even = rest.to(scores.dtype) / segments.count(rest, layout).clamp(min=1)[layout.instance]
         usable = (total > 1e-3 * size) & (total > 1e3 * _EPS)
-        return torch.where(usable[layout.instance], share, even)
+        return torch.where(usable[layout.instance], weight, even)
 
 
 def top_tokens(tokens: PackedTokens, scores: Tensor, counts: Tensor) -> Tensor:
-    """[total] bool: the protected tokens, and the `counts` [batch] unprotected ones of largest score; ties by place."""
-    standing = segments.rank(scores.detach().masked_fill(tokens.protected, float("-inf")), tokens.layout)
-    return tokens.protected | (standing < counts[tokens.layout.instance])
+    """The protected tokens and the `counts` [batch] unprotected ones of largest score, ties by position: [total] bool."""
+    rank = segments.rank(scores.detach().masked_fill(tokens.protected, float("-inf")), tokens.layout)
+    return tokens.protected | (rank < counts[tokens.layout.instance])
 
 
 def true_rows(mask: Tensor, total: int) -> Tensor:
-    """Where mask [n] bool is true: [total] int64. Like `nonzero` when `total` is known, and then without a host sync."""
+    """The indices where mask [n] bool is true, [total] int64: `nonzero` for a known `total`, without synchronization."""
     row = torch.where(mask, mask.cumsum(0) - 1, total)
     rows = torch.arange(len(mask), device=mask.device)
     return rows.new_empty(total + 1).scatter_(0, row, rows)[:total]

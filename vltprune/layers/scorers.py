@@ -1,4 +1,4 @@
-"""How much a token matters: TokenScorers turn attention statistics and guidance into one number a token."""
+"""Token scorers: each turns attention statistics and guidance into one importance score per token."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ _EPS = 1e-8
 
 
 class TokenScorer(PrintedPart, ABC):
-    """Scores the tokens of one spec; larger is kept longer. Scores are in single precision, whatever the model is in.
+    """Base class of scorers: they score the tokens that enter a block, and larger scores are kept.
 
-    `needs` declares the statistics it reads and `guided` whether it reads the guidance: a pairing that cannot work fails
-    when the model is built. `pairwise`: whether it compares each two tokens of an instance, which its MACs then count.
-    Implementations take `spec` and their own arguments.
+    Implementations take `spec` and arguments of their own. Scores are in single precision, whatever the model's dtype is.
+
+    Attributes:
+        needs: the attention statistics that it reads. A block that cannot compute them is refused when the model is built.
+        guided: whether it reads the guidance of an alignment guide.
+        pairwise: whether it compares each pair of tokens of an instance, which is counted in its MACs.
+        spec: the block that it is built for.
     """
 
     needs: ClassVar[Stat] = Stat.NONE
@@ -38,12 +42,21 @@ class TokenScorer(PrintedPart, ABC):
 
     @abstractmethod
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        """tokens: the block's input. Returns scores [total]; what it says of protected tokens is not read."""
+        """Scores the tokens of a block.
+
+        Args:
+            tokens: the block's input, x [total, dim].
+            stats: the attention statistics of the block that `needs` declares.
+            guidance: how the tokens relate to the guide's anchors. None without a guide.
+
+        Returns:
+            The scores, [total]. Those of protected tokens are ignored.
+        """
 
 
 @scorers.register("self_attention")
 class SelfAttention(TokenScorer):
-    """Attention a token receives from the other unprotected tokens, strongest head, normalized over the instance.
+    """Attention that a token receives from unprotected tokens, by its strongest head, normalized over the instance.
 
     MADTP (arXiv 2403.02991), section 3.3, S_self: sum over queries of the maximum over heads.
     """
@@ -56,7 +69,7 @@ class SelfAttention(TokenScorer):
 
 @scorers.register("cls_attention")
 class ClsAttention(TokenScorer):
-    """Attention the summary token pays, heads weighted by how much each of them says at the token.
+    """Attention that the summary token pays to a token, with heads weighted by the norms of their outputs at the token.
 
     MADTP (arXiv 2403.02991), section 3.3, S_cls: sum over heads h of P[h, cls, j] ||o[h, j]|| / sum over heads ||o[., j]||.
     """
@@ -65,13 +78,13 @@ class ClsAttention(TokenScorer):
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         context = stats[Stat.CONTEXT]
-        share = context / (context.sum(-1, keepdim=True) + _EPS)
-        return (stats[Stat.SUMMARY] * share).sum(-1)
+        weight = context / (context.sum(-1, keepdim=True) + _EPS)
+        return (stats[Stat.SUMMARY] * weight).sum(-1)
 
 
 @scorers.register("mean_cls_attention")
 class MeanClsAttention(TokenScorer):
-    """Attention the summary token pays, mean over heads: EViT (arXiv 2202.07800), section 3.2."""
+    """Attention that the summary token pays to a token, mean over heads: EViT (arXiv 2202.07800), section 3.2."""
 
     needs = Stat.SUMMARY
 
@@ -81,7 +94,7 @@ class MeanClsAttention(TokenScorer):
 
 @scorers.register("alignment")
 class Alignment(TokenScorer):
-    """Closeness to the nearest shared anchor, normalized over the instance.
+    """Affinity to the closest shared anchor, normalized over the instance.
 
     MADTP (arXiv 2403.02991), section 3.3, S_tok: maximum over anchors k of A[j, k].
     """
@@ -95,7 +108,7 @@ class Alignment(TokenScorer):
 
 @scorers.register("madtp")
 class Madtp(TokenScorer):
-    """Token importance score: the mean of `self_attention`, `cls_attention` and `alignment`.
+    """MADTP's token importance score: the mean of `self_attention`, `cls_attention` and `alignment`.
 
     MADTP (arXiv 2403.02991), section 3.3, TIS = (S_self + S_cls + S_tok) / 3.
     """
@@ -114,9 +127,13 @@ class Madtp(TokenScorer):
 
 @scorers.register("random")
 class Random(TokenScorer):
-    """Noise in (0, 1), the baseline every method has to beat.
+    """Random scores in (0, 1), the baseline of every method.
 
-    Drawn from `seed`, the depth and the token's original position, and so the same whoever shares the batch.
+    They are a hash of the seed, the depth and the token's original position, so that they do not depend on batch mates.
+
+    Args:
+        spec: the block.
+        seed: another seed gives other scores.
     """
 
     def __init__(self, spec: BlockSpec, seed: int = 0):
@@ -129,11 +146,17 @@ class Random(TokenScorer):
 
 
 def normalize(scores: Tensor, tokens: PackedTokens) -> Tensor:
-    """Scores [total] divided by their sum over the unprotected tokens of each instance.
+    """Scores divided by their sum over the unprotected tokens of each instance, MADTP's norm1(z) = z / (sum z + 1e-8).
 
-    MADTP's norm1(z) = z / (sum z + 1e-8), in single precision where z is in half. Dot products may sum to zero or less, where
-    that division would blow up or turn the order round: there z is first lifted to start at zero, and the tokens of an
-    instance stay in their order.
+    Dot products may sum to zero or less, where the division would reverse their order or overflow. There the smallest score of
+    the instance is subtracted first.
+
+    Args:
+        scores: [total]; half precision is converted to single.
+        tokens: the tokens that they are of.
+
+    Returns:
+        The normalized scores, [total].
     """
     layout, free, scores = tokens.layout, tokens.free, precision.single(scores)
     z = scores.masked_fill(~free, 0.0)
@@ -152,7 +175,7 @@ def normalize(scores: Tensor, tokens: PackedTokens) -> Tensor:
 
 
 def unit(tokens: PackedTokens) -> Tensor:
-    """[total, dim]: tokens at zero mean and unit length, a layer norm over sqrt(dim), in single precision; 0 if constant."""
+    """Tokens at zero mean and unit length, layer_norm(x) / sqrt(dim), in single precision: [total, dim]."""
     dim = tokens.x.shape[-1]
     return F.layer_norm(tokens.x.float(), (dim,)) / dim**0.5
 
@@ -161,7 +184,7 @@ Integers = TypeVar("Integers", Tensor, int)
 
 
 def hash_integers(a: Integers, b: Integers | int) -> Integers:
-    """A well-mixed 31-bit hash of two integers, or of two int64 tensors element by element (xorshift-multiply rounds)."""
+    """A 31-bit hash of two integers, or of two int64 tensors element by element, by xorshift-multiply rounds."""
     h = (a * 0x9E3779B1 + b * 0x85EBCA77 + 0x165667B1) & 0x7FFFFFFF
     for multiplier in (0x2C1B3C6D, 0x297A2D39):
         h = ((h ^ (h >> 15)) * multiplier) & 0x7FFFFFFF
