@@ -34,9 +34,8 @@ from vltprune.evaluation.evaluator import Evaluator, summarize
 from vltprune.evaluation.results_log import ResultsLog
 from vltprune.evaluation.tasks import Nlvr
 from vltprune.io.preprocessing import transforms
-from vltprune.training import CompressConfig, compress
-from vltprune.training.compression import Compressed
-from vltprune.training.data.calibration import calls_of
+from vltprune.training import CompressConfig, CompressResult, compress
+from vltprune.training.data.calibration import calibration_batches
 
 RESULTS = Path(__file__).parent / "results" / "ablate_nlvr_tiny.json"
 
@@ -131,13 +130,13 @@ def accuracy(row: dict[str, Any]) -> float:
     return row["accuracy"]
 
 
-def _served(done: Compressed, reduction: float) -> dict[str, Any] | None:
+def _served(done: CompressResult, reduction: float) -> dict[str, Any] | None:
     """A row of the trained model at another cost, that it is calibrated to; None where that is out of its reach."""
     val = Nlvr.load_records("synthetic:val:1200", "")
     task, prepare = Nlvr.from_model(done.model), transforms(done.model)
     device = next(done.model.parameters()).device
     try:
-        vp.calibrate(done.model, calls_of(task, val[:256], prepare, device), reduction)
+        vp.calibrate(done.model, calibration_batches(task, val[:256], prepare, device), reduction)
     except vp.BudgetError as error:
         return print(error)
     log = ResultsLog(done.folder / "served" / f"{reduction:g}", {"reduction": reduction})

@@ -54,7 +54,7 @@ from vltprune.io import checkpoint
 from vltprune.io.preprocessing import transforms
 from vltprune.models import zoo
 from vltprune.training import CompressConfig, compress
-from vltprune.training.data.calibration import calls_of
+from vltprune.training.data.calibration import calibration_batches
 
 RESULTS = Path(__file__).parent / "results" / "compress_nlvr_tiny.json"
 PAIRS, PATCH = 32_000, 8
@@ -161,7 +161,7 @@ def folder_of(options: argparse.Namespace) -> Path:
 def publish(options: argparse.Namespace) -> None:
     """The model of a finished run as the package carries it, and what it scores as stored."""
     model, val = vp.load(folder_of(options) / "model"), Nlvr.load_records("synthetic:val:4800", "")
-    calls = calls_of(Nlvr.from_model(model), val[:512], transforms(model))
+    calls = calibration_batches(Nlvr.from_model(model), val[:512], transforms(model))
     vp.calibrate(model, calls, options.reduction, tolerance=0.003)
     folder = zoo.WEIGHTS / f"blip_nlvr_tiny_madtp.p{round(100 * options.reduction)}"
     vp.save(model, folder, dtype=torch.float16)

@@ -46,7 +46,7 @@ from vltprune.evaluation.evaluator import Evaluator, summarize
 from vltprune.evaluation.results_log import ResultsLog
 from vltprune.evaluation.tasks import Retrieval
 from vltprune.io.preprocessing import transforms
-from vltprune.training.data.calibration import calls_of
+from vltprune.training.data.calibration import calibration_batches
 
 RESULTS = Path(__file__).parent / "results" / "flickr8k_retrieval.json"
 REDUCTIONS = (0.3, 0.5, 0.7, 0.8)
@@ -128,9 +128,9 @@ def free(options: argparse.Namespace) -> None:
         task, prepare = Retrieval.from_model(model.to(options.device)), transforms(model)
         if parts["guide"] is not None:
             drawn = np.random.default_rng(options.seed).permutation(len(records))[:256]
-            some = calls_of(task, [records[int(i)] for i in drawn], prepare, options.device)
+            some = calibration_batches(task, [records[int(i)] for i in drawn], prepare, options.device)
             fit_guide(model, some, options.seed)
-        knob_calls = calls_of(task, val[:256], prepare, options.device)
+        knob_calls = calibration_batches(task, val[:256], prepare, options.device)
         for reduction in REDUCTIONS:
             try:
                 vp.calibrate(model, knob_calls, reduction)

@@ -20,6 +20,7 @@ SHORT = [
     "lr=1e-4",
     "checkpoint_every=1",
     "val_limit=4",
+    "workers=0",
     "parts={'keep': 'ratio'}",
 ]
 
@@ -68,6 +69,7 @@ def test_what_is_given_wins_over_the_file(tmp_path, fails):
         "data": "synthetic:train:2",
         "val": "synthetic:val:2",
         "steps": 1,
+        "workers": 0,
     }
     (tmp_path / "run.json").write_text(json.dumps({**fields, "batch_size": 2, "reduction": 0.7}))
     base = ["compress", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "run")]

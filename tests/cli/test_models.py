@@ -141,14 +141,14 @@ def test_eval_and_predict_take_every_kind(kind, pair, tmp_path, monkeypatch, cap
 def test_compress_takes_every_kind(how, tmp_path, monkeypatch):
     pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'vltprune[train]'")
     from vltprune.training import CompressConfig
-    from vltprune.training.compression import dense_model
+    from vltprune.training.models import load_dense_model
 
     dense = vp.create_model("blip_nlvr_tiny")
     folder = str(vp.save(dense, tmp_path / "dense"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: {"o/d": folder}[name])
     config = {"task": "nlvr", "model": "blip_nlvr_tiny", "data": "synthetic:train:4", "val": "synthetic:val:4"}
     config |= {key: value.replace("FOLDER", folder) for key, value in how.items()}
-    found = dense_model(CompressConfig(**config)).state_dict()
+    found = load_dense_model(CompressConfig(**config)).state_dict()
     assert all(torch.equal(value, found[key]) for key, value in dense.state_dict().items())
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vltprune.data import Loader, Record
 from vltprune.data.images import EncodedImage, ImageError, load_image
-from vltprune.training.data.calibration import calls_of
+from vltprune.training.data.calibration import calibration_batches
 from vltprune.training.data.loader import RecordLoader
 from vltprune.training.data.opener import RecordOpener
 
@@ -272,5 +272,5 @@ def test_calls_leave_them_out(records):
         def predict(self, model, records, images, texts):
             return [record.index for record in records]
 
-    (call,) = calls_of(Looks(), records, thin)
+    (call,) = calibration_batches(Looks(), records, thin)
     assert call(None) == [10, 13]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vltprune.training import RECIPES, CompressConfig
+from vltprune.training import RECIPES, CompressConfig, Recipe
+from vltprune.utils.frozen import thawed
 
 LEAST = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json"}
 
 
 def test_scores_are_taught_where_there_are_any():
     config = CompressConfig(**LEAST)
-    assert config.scores_taught == config.saliency == 0.5
-    assert config.replace(reduction=0.0).scores_taught == 0.0
+    assert config.saliency_weight == config.saliency == 0.5
+    assert config.replace(reduction=0.0).saliency_weight == 0.0
 
 
 def test_what_is_left_out_is_the_papers():
@@ -28,10 +32,10 @@ def test_what_is_left_out_is_the_papers():
 
 def test_files_say_the_same_again(tmp_path):
     config = CompressConfig(**LEAST, parts={"reducer": "drop", "at": {"image": [0, 2]}}, serve=(0.3, 0.7), steps=10)
-    config.write(tmp_path / "run.json")
-    assert CompressConfig.read(tmp_path / "run.json") == config
+    config.to_file(tmp_path / "run.json")
+    assert CompressConfig.from_file(tmp_path / "run.json") == config
     (tmp_path / "run.yaml").write_text("task: nlvr\nmodel: blip_nlvr_base\ndata: a.json\nval: b.json\nserve: [0.3]\n")
-    there = CompressConfig.read(tmp_path / "run.yaml", reduction=0.8)
+    there = CompressConfig.from_file(tmp_path / "run.yaml", reduction=0.8)
     assert (there.data, there.serve, there.reduction) == ("a.json", (0.3,), 0.8)
     assert config.replace(reduction=0.6).reduction == 0.6
 
@@ -84,24 +88,70 @@ def test_a_target_for_each_tower(tmp_path):
     config = CompressConfig(**LEAST, reduction=asked)
     assert config.reduction == {"image": 0.5, "text": 0.3}
     assert json.loads(json.dumps(config.to_dict()))["reduction"] == {"image": 0.5, "text": 0.3}
-    assert config.scores_taught == 0.5 and config.pruning.at is None
+    assert config.saliency_weight == 0.5 and config.pruning.at is None
     assert {config} == {config.replace(reduction={"text": 0.3, "image": 0.5})}
-    config.write(tmp_path / "run.json")
-    assert CompressConfig.read(tmp_path / "run.json") == config
+    config.to_file(tmp_path / "run.json")
+    assert CompressConfig.from_file(tmp_path / "run.json") == config
     least = "".join(f"{name}: {value}\n" for name, value in LEAST.items())
     (tmp_path / "run.yaml").write_text(least + "reduction: {image: 0.5, text: 3e-1}\n")
-    assert CompressConfig.read(tmp_path / "run.yaml") == config
+    assert CompressConfig.from_file(tmp_path / "run.yaml") == config
 
 
 def test_files_that_hold_no_config(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     with pytest.raises(ValueError, match=r"list\.yaml must hold the fields of a compression config, it holds list"):
-        CompressConfig.read(tmp_path / "list.yaml")
+        CompressConfig.from_file(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match=r"broken\.yaml is not YAML"):
-        CompressConfig.read(tmp_path / "broken.yaml")
+        CompressConfig.from_file(tmp_path / "broken.yaml")
     with pytest.raises(FileNotFoundError):
-        CompressConfig.read(tmp_path / "nowhere.yaml")
+        CompressConfig.from_file(tmp_path / "nowhere.yaml")
     (tmp_path / "short.yaml").write_text("task: nlvr\n")
     with pytest.raises(TypeError, match="a compression config needs model, data, val"):
-        CompressConfig.read(tmp_path / "short.yaml")
+        CompressConfig.from_file(tmp_path / "short.yaml")
+
+
+def documented() -> dict[str, list[str]]:
+    """The rows of the table of fields in docs/compress.md, by field: default, unit, range, what."""
+    page = Path(__file__).parents[2].joinpath("docs", "compress.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    start = rows.index(["field", "default", "unit", "range", "what"])
+    return {name.strip("`"): cells for name, *cells in rows[start + 2 :]}
+
+
+def test_every_field_is_documented_with_its_default():
+    rows = documented()
+    assert list(rows) == [field.name for field in dataclasses.fields(CompressConfig)]
+    recipe = {field.name for field in dataclasses.fields(Recipe)}
+    for field in dataclasses.fields(CompressConfig):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if default is dataclasses.MISSING:
+            written = "required"
+        elif default is None:
+            written = "recipe" if field.name in recipe else "none"
+        else:
+            written = f"`{thawed(default)!r}`" if not isinstance(default, tuple) else f"`{default!r}`"
+        assert rows[field.name][0] == written, field.name
+        assert f"        {field.name}: " in (CompressConfig.__doc__ or ""), field.name
+
+
+OUT_OF_RANGE = {
+    "≥ 1": (0, -1),
+    "≥ 0": (-1,),
+    "> 0": (0, -1),
+    "0 ≤ x ≤ 1": (-0.1, 1.1),
+    "0 ≤ x < 1": (-0.1, 1),
+    "0 < x < 1": (0, 1),
+}
+
+
+@pytest.mark.parametrize("name", documented())
+def test_what_is_out_of_a_documented_range_is_refused(name):
+    allowed = documented()[name][2]
+    words = re.findall(r"`(\w+)`", allowed)
+    for wrong in ["other"] if words else OUT_OF_RANGE[allowed] if allowed else []:
+        value = (wrong,) if name == "serve" else wrong
+        with pytest.raises((ValueError, LookupError), match=rf"{name}|{wrong}"):
+            CompressConfig(**{**LEAST, name: value})
+    for right in words:
+        assert getattr(CompressConfig(**{**LEAST, name: right}), name) == right

@@ -20,9 +20,9 @@ from torch.multiprocessing import start_processes
 
 import vltprune as vp
 from vltprune.cli import main as cli
-from vltprune.data.shards import write
-from vltprune.training import CompressConfig, Run, compress, compression
-from vltprune.training.compression import dense_model
+from vltprune.data.shards import write_shards
+from vltprune.training import CompressConfig, Trainer, compress, compression
+from vltprune.training.models import load_dense_model
 
 _SETTINGS = {
     "steps": 3,
@@ -36,7 +36,7 @@ _SETTINGS = {
 
 def by_command(settings: CompressConfig, output: Path) -> None:
     """Compress by the command, in two processes that torchrun might have started: they meet where its variables say."""
-    settings.write(output.with_suffix(".json"))
+    settings.to_file(output.with_suffix(".json"))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which torchrun keeps for them
     start_processes(_command, (store.port, output), nprocs=2, start_method="forkserver")
 
@@ -58,20 +58,20 @@ def forked(settings: CompressConfig, output: Path, shards: bool = False) -> None
 
 def _compress(rank: int, settings: CompressConfig, output: Path, shards: bool) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    compression._finish = _saved  # in this process, which ends here
+    compression.finish = _saved  # in this process, which ends here
     if shards:
         shard_from_here_on()
     compress(settings, output)
 
 
-def _saved(run: Run, model: torch.nn.Module, val: Any) -> None:
+def _saved(run: Trainer, model: torch.nn.Module, val: Any) -> None:
     """What was learned, without what comes behind the last step: two processes by the command have that."""
     vp.save(model, run.folder / "model")
 
 
 @pytest.fixture
 def unexamined(monkeypatch):
-    monkeypatch.setattr(compression, "_finish", _saved)
+    monkeypatch.setattr(compression, "finish", _saved)
 
 
 def losses(folder: Path) -> list[list[float]]:
@@ -88,7 +88,7 @@ def test_two_processes_learn_as_one(task, packed, in_two, unexamined, tmp_path):
     # Taught scores move anchors far and fast, rounding errors with them: the sharded test has them, in its first step.
     settings = config(task, tmp_path / "data", saliency=0.0, **_SETTINGS)
     if packed:
-        write(settings.data, tmp_path / "data", tmp_path / "shards", per_shard=3)
+        write_shards(settings.data, tmp_path / "data", tmp_path / "shards", per_shard=3)
         settings = settings.replace(data=f"{tmp_path}/shards/{task}-{{000000..000002}}.tar")
     in_two(settings, tmp_path / "run2")
     if task == "retrieval":
@@ -98,7 +98,7 @@ def test_two_processes_learn_as_one(task, packed, in_two, unexamined, tmp_path):
         torch.tensor(losses(tmp_path / "run2")), torch.tensor(losses(tmp_path / "run1")), atol=1e-4, rtol=1e-4
     )
     one, two = (weights(vp.load(tmp_path / f"run{n}" / "model")) for n in (1, 2))
-    way = one - weights(vp.prune(dense_model(settings), settings.pruning))
+    way = one - weights(vp.prune(load_dense_model(settings), settings.pruning))
     assert way.abs().max() > 1e-3
     # Adam moves a weight whose gradient is rounding error as far as any other, this way or that: no weight by itself tells.
     # A handful of such weights is 1 % of the way; one record that the two saw differently is all of it.
@@ -115,7 +115,7 @@ def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(whole[0], alone[0], atol=1e-4, rtol=1e-4)  # saliency's directions, too
     whole, parts = (weights(vp.load(tmp_path / name / "model")) for name in ("whole", "sharded"))
-    way = whole - weights(vp.prune(dense_model(settings), settings.pruning))
+    way = whole - weights(vp.prune(load_dense_model(settings), settings.pruning))
     assert way.abs().max() > 1e-3
     assert float((parts - whole).norm() / way.norm()) < 0.05
 

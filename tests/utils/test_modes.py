@@ -13,7 +13,7 @@ import vltprune as vp
 from vltprune.demo.measure import evaluate_models, generate_batches, time_models
 from vltprune.evaluation.evaluator import Evaluator
 from vltprune.models.blip import BlipNlvr
-from vltprune.training.losses.decoding import Searched
+from vltprune.training.losses.decoding import DecodeWork
 from vltprune.utils.modes import evaluating, on_meta
 
 CLIP = {
@@ -59,7 +59,7 @@ def pruned(dense, **parts):
 
 
 def search(model, batch):
-    return Searched.by(model, [lambda model: model(*batch)])
+    return DecodeWork.measure(model, [lambda model: model(*batch)])
 
 
 MEASURES = {

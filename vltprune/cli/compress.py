@@ -1,4 +1,4 @@
-"""vltprune compress: train a pruned model to a budget; goes on where it was stopped."""
+"""vltprune compress: trains a pruned model to a budget, and goes on where it was stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..utils.table import table
 from . import common, options
 
 _NEEDED = ("task", "model", "data", "val")
-_FIELDS = ("task", "model", "pretrained", "data", "images", "val", "val_images", "preset", "reduction")
+_FIELDS = ("task", "model", "pretrained", "data", "images", "val", "val_images", "preset", "reduction", "precision")
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
@@ -34,6 +34,8 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser.add_argument("--preset", type=options.preset, metavar="NAME", help="how to prune (madtp)")
     reduction = "share of the dense MACs to save (0.5), or one of each tower's own: image=0.5,text=0.3"
     parser.add_argument("--reduction", type=options.target, metavar="SHARE", help=reduction)
+    precision = "mixed precision (no); Accelerate chooses the device: see `accelerate launch --help`"
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), help=precision)
     parser.add_argument(
         "--output", type=options.output, default="compress", metavar="DIR", help="folder of the run (%(default)s)"
     )
@@ -59,32 +61,34 @@ def run(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
     if has_random_weights(config.model, config.pretrained):
         common.say_random(config.model, "it learns from nothing")
-    done = compress(config, args.output)
-    if done is not None:
-        _print(done.rows)
-        for one in done.skipped[:5]:
-            common.say(f"vltprune: skipped: {one}")
-        if done.skipped:
-            print(f"others were trained on in place of {len(done.skipped)} records; skipped.json lists them")
-        print(f"wrote {os.path.join(done.folder, 'model')}, and how it came about: {done.page} (open it in a browser)")
+    result = compress(config, args.output)
+    if result is not None:
+        _print(result.rows)
+        for note in result.skipped[:5]:
+            common.say(f"vltprune: skipped: {note}")
+        if result.skipped:
+            print(f"others were trained on in place of {len(result.skipped)} records; skipped.json lists them")
+        print(f"wrote {os.path.join(result.folder, 'model')}, and its report, {result.page} (open it in a browser)")
 
 
 def config_of(args: argparse.Namespace) -> Any:
-    """The config that the options, and the file of --config, ask for. Errors name the option of a wrong field."""
-    from ..training.config import CompressConfig, fields_of
+    """The config of the options and of the file of --config. Errors name the option of a wrong field."""
+    from ..training.config import CompressConfig, load_fields
 
     given = {name: getattr(args, name) for name in _FIELDS if getattr(args, name) is not None}
-    there = fields_of(args.config) if args.config else {}
-    told = common.keywords(args.set)
-    fields = {**there, **given, **told}
+    from_file = load_fields(args.config) if args.config else {}
+    assigned = common.keywords(args.set)
+    fields = {**from_file, **given, **assigned}
     missing = [name for name in _NEEDED if fields.get(name) is None]
     if missing:
-        raise TypeError(f"a compression config needs {', '.join(missing)}: give {_how(missing[0])}, or a --config file")
+        raise TypeError(
+            f"a compression config needs {', '.join(missing)}: give {_example_of(missing[0])}, or a --config file"
+        )
     try:
         config = CompressConfig.from_dict(fields)
     except (LookupError, TypeError, ValueError) as error:
         name = str(error).partition("=")[0]
-        where = "--set" if name in told else _option(name) if name in given else f"--config {args.config}"
+        where = "--set" if name in assigned else _option(name) if name in given else f"--config {args.config}"
         raise type(error)(f"{where}: {error}" if name in fields else str(error)) from None
     for name in ("data", "val"):
         common.check_annotations(_option(name), getattr(config, name))
@@ -98,7 +102,7 @@ def _option(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def _how(field: str) -> str:
+def _example_of(field: str) -> str:
     """An option that is missing, as it may be written."""
     written = {"task": "|".join(tasks.tasks.names()), "model": "blip_nlvr_base", "data": "FILE", "val": "FILE"}
     return f"{_option(field)} {written[field]}"

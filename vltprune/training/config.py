@@ -1,4 +1,4 @@
-"""CompressConfig: the settings of one compression, as frozen data, in files and beside the weights."""
+"""CompressConfig: the settings of one compression, as frozen data."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..pruning.config import PruneConfig
 from ..pruning.presets import preset
 from ..registry import bind, tasks
 from ..utils.frozen import FrozenDict, thawed
-from .fields import fields_in_form
+from .fields import parse_fields
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What MADTP trains a task with (arXiv 2403.02991, experiments; batch sizes of all its GPUs together)."""
+    """Settings that MADTP trains a task with (arXiv 2403.02991, experiments)."""
 
     lr: float
     weight_decay: float
     epochs: float
-    batch_size: int
+    batch_size: int  # of all its GPUs together
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -40,44 +40,67 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-_FROM_ONE = ("val_limit", "steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "max_bad")
+_AT_LEAST_ONE = ("val_limit", "steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "max_bad")
 
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """From a dense model to a pruned one. Every field can stand in a YAML or JSON file.
+    """Settings of a compression, from a dense model to a pruned one. Every field can stand in a YAML or JSON file.
 
-    task, model     a registered task; the dense model, by name or folder
-    data, images    annotations to train on, and the folder that their pictures' paths begin in (None: the file's own); or
-                    shards, such as train-{000..009}.tar (see `vltprune.data.shards`), which need `steps`
-    val, val_images annotations that everything is chosen on; never the test split. val_limit: only the first so many
-    model_args, pretrained, vocabulary, answers   as `create_model` and `vltprune eval` take them
-    k_test          for retrieval by BLIP: how many nearest its matching head judges again in evaluation (0: it is not asked)
-    start           a folder, or packaged name, of weights to begin from instead of `model`'s: of a model that was pruned alike
-                    to a milder cost. `model` still teaches, and is what the results are compared with
-    preset, parts   how to prune: a preset's name, and parts that replace its own, such as {"reducer": "drop"}
-    freeze          shell patterns of the dense model's parameters that stay as they are
-    reduction       share to save of the dense MACs on the tokens that are there, padding left out; 0 trains the dense model,
-                    for want of one to begin with. Or a mapping from tower to a share of its own dense MACs, such as
-                    {"image": 0.5, "text": 0.3}: each of these towers has a knob and a controller of its own, and a tower that
-                    is left out stays as `parts` say. Needs budget="controller", and no `serve`
-    serve           other shares, that every second step trains for, by turns; the model is calibrated to them and examined
-                    there as well
-    budget          "controller": measured MACs turn the keeper's knob; "learned": for the first half of the steps tokens are
-                    kept softly, and a loss on the expected MACs moves scores and thresholds; then as "controller"
-    ramp            the target rises from 0 to `reduction` over this share of the steps (0: it is there at once, as suits a
-                    `start` that is pruned)
-    epochs, steps   how long (steps wins; None: the recipe's epochs); batch_size: records a step, of all processes
-    accumulate      a step's records go through the model in so many pieces
-    lr, weight_decay   of AdamW (None: the recipe's); lr falls by a cosine to 0, after `warmup`, a share of the steps
-    align           weight of L_align
-    distill, distill_summaries   weights of distillation: of the dense model's logits, of its towers' summary tokens (0: none)
-    saliency        weight of teaching the scores what the dense model's answers depend on (0: they are not taught, as in MADTP)
-    max_grad_norm   largest norm of the gradients
-    augment         random crops and flips of the pictures
-    precision       "no", "bf16" or "fp16"
-    workers         processes that open pictures ahead of their use (0: the run's own does)
-    checkpoint_every, log_every   in steps; max_bad: so many losses in a row that are no number end the run
+    docs/compress.md has the same as a table, with the units and ranges that are checked here.
+
+    Args:
+        task: a registered task (nlvr, caption, vqa, retrieval).
+        model: the dense model, a name or a folder.
+        data: annotations to train on, shards such as train-{000..009}.tar (see `vltprune.data.shards`), which need `steps`,
+            or synthetic:train:PAIRSxSENTENCES.
+        val: annotations that the knob is chosen on, and results are of; never the test split.
+        images: folder that the paths in `data` begin in (None: the file's own).
+        val_images: folder that the paths in `val` begin in (None: `images`, else the file's own).
+        val_limit: how many records of `val` are used, the first ones (None: all).
+        model_args: further arguments of `create_model`.
+        pretrained: weights of `model`, as `create_model` takes them.
+        vocabulary: WordPiece vocabulary, a file or a packaged name.
+        answers: for vqa: file of the answers to choose from (None: they are generated).
+        k_test: for retrieval by BLIP: how many nearest its matching head judges again in evaluation (0: it does not).
+        start: weights to begin from instead of `model`'s, a folder or a packaged name: of a model that was pruned with the
+            same parts, to a milder cost. `model` still teaches, and is what results are compared with.
+        preset: how to prune, a preset's name.
+        parts: parts that replace the preset's own, such as {"reducer": "drop"}.
+        freeze: shell patterns of the dense model's parameters that are not trained.
+        reduction: share of the dense MACs to save, padding left out; 0 trains the dense model. Or a mapping from tower to a
+            share of its own dense MACs, such as {"image": 0.5, "text": 0.3}: each of these towers has a knob and a controller,
+            and a tower that is left out stays as its parts say. A mapping needs budget="controller", and no `serve`.
+        serve: further shares of the dense MACs. Every second step trains for one of them; the model is calibrated to them
+            and evaluated there as well.
+        budget: "controller": measured MACs adjust the keeper's knob. "learned": for the first half of the steps tokens are
+            kept softly, and a loss on the expected MACs moves scores and thresholds; then as "controller".
+        ramp: share of the steps over which the target rises from 0 to `reduction` (0: it is there at once, as suits a
+            `start` that is pruned).
+        epochs: length of the run (None: the recipe's, see `RECIPES`).
+        steps: length of the run, in place of `epochs`.
+        batch_size: records a step, of all processes (None: the recipe's).
+        accumulate: pieces that a step's records go through the model in.
+        lr: highest learning rate of AdamW; it falls by a cosine to 0 (None: the recipe's).
+        weight_decay: of AdamW (None: the recipe's).
+        warmup: share of the steps over which the learning rate rises.
+        align: weight of L_align.
+        distill: weight of distillation of the dense model's logits (0: none).
+        distill_summaries: weight of distillation of its towers' summary tokens (0: none).
+        saliency: weight of teaching the scores which tokens the dense model's answers depend on (0: none, as in MADTP).
+        max_grad_norm: norm that gradients are clipped to.
+        augment: whether pictures are cropped and flipped at random.
+        precision: "no", "bf16" or "fp16" (mixed precision).
+        seed: of the order of records, of random crops, and of what else is drawn at random.
+        workers: processes that open pictures ahead of their use (0: the run's own process does).
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between rows of history.jsonl.
+        max_bad: so many losses in a row that are not finite end the run.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range, or two contradict each other.
+        LookupError: there is no such task, preset or part.
     """
 
     task: str
@@ -121,7 +144,7 @@ class CompressConfig:
     max_bad: int = 10
 
     def __post_init__(self) -> None:
-        for name, value in fields_in_form(self).items():
+        for name, value in parse_fields(self).items():
             object.__setattr__(self, name, value)
         tasks[self.task]
         if self.task not in RECIPES:
@@ -153,7 +176,7 @@ class CompressConfig:
         for name in ("ramp", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0 .. 1: a share of the steps")
-        for name in _FROM_ONE:
+        for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
@@ -187,47 +210,61 @@ class CompressConfig:
             )
         if self.budget == "learned":
             raise ValueError(
-                f"budget='learned' has one price for the cost of all towers: write budget='controller' with {asked}, or "
-                "one number, such as reduction=0.5"
+                f"budget='learned' has one Lagrange multiplier for the cost of all towers: write budget='controller' with "
+                f"{asked}, or one number, such as reduction=0.5"
             )
 
     @property
     def pruning(self) -> PruneConfig:
-        """The parts to prune with, nowhere where nothing is to be saved. Raises what PruneConfig does."""
+        """The PruneConfig of preset and parts; one that prunes nowhere for reduction=0."""
         config = preset(self.preset).replace(**self.parts)
         return config if self.reduction else preset("random").replace(at=())
 
     @property
-    def scores_taught(self) -> float:
-        """`saliency`, where something is pruned, and so scored."""
+    def saliency_weight(self) -> float:
+        """`saliency`, or 0 where nothing is pruned, and so scored."""
         return self.saliency if self.reduction else 0.0
 
     def replace(self, **changes: Any) -> CompressConfig:
-        """The same with other fields. TypeError for one that there is not."""
+        """A copy with some fields changed.
+
+        Raises:
+            TypeError: there is no such field.
+        """
         return CompressConfig.from_dict({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that json can write."""
+        """The fields as plain data that json can write."""
         return thawed(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressConfig:
-        """TypeError for fields that there are not, with the nearest, and for missing ones; ValueError for wrong values."""
+        """Builds a config from fields.
+
+        Raises:
+            TypeError: there is no such field, the text has the nearest; or one is missing.
+            ValueError: a value is wrong.
+        """
         bind("a compression config", cls, data)
         return cls(**data)
 
     @classmethod
-    def read(cls, file: str | Path, **changes: Any) -> CompressConfig:
-        """From a YAML or JSON file, with some fields changed. OSError for no such file; what `fields_of`, `from_dict` raise."""
-        return cls.from_dict({**fields_of(file), **changes})
+    def from_file(cls, file: str | Path, **changes: Any) -> CompressConfig:
+        """Builds a config from a YAML or JSON file, with some fields changed. Raises as `load_fields` and `from_dict`."""
+        return cls.from_dict({**load_fields(file), **changes})
 
-    def write(self, file: str | Path) -> None:
-        """As JSON, which is YAML too."""
+    def to_file(self, file: str | Path) -> None:
+        """Writes the config as JSON, which is YAML too."""
         write_json(Path(file), self.to_dict())
 
 
-def fields_of(file: str | Path) -> dict[str, Any]:
-    """What a YAML or JSON file says, unchecked. OSError for no such file; ValueError for one that holds no fields."""
+def load_fields(file: str | Path) -> dict[str, Any]:
+    """The fields that a YAML or JSON file holds, unchecked.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it holds no fields.
+    """
     path = Path(file)
     if not path.is_file():
         there = "it is a folder" if path.is_dir() else "there is no such file"

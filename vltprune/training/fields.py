@@ -1,4 +1,4 @@
-"""Types of the config's fields: they parse values of files and of command lines alike."""
+"""Types of the config's fields: values of files and of command lines are parsed alike."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ from typing import Any
 from ..pruning.config import Part
 from ..utils.frozen import frozen, thawed
 
-_WHOLE = {"val_limit": 1000, "k_test": 128, "steps": 2000, "batch_size": 32, "accumulate": 2, "seed": 0, "workers": 2}
-_WHOLE |= {"checkpoint_every": 500, "log_every": 50, "max_bad": 10}
+_INTEGERS = {
+    "val_limit": 1000,
+    "k_test": 128,
+    "steps": 2000,
+    "batch_size": 32,
+    "accumulate": 2,
+    "seed": 0,
+    "workers": 2,
+}
+_INTEGERS |= {"checkpoint_every": 500, "log_every": 50, "max_bad": 10}
 _NUMBERS = {"ramp": 0.5, "epochs": 2, "lr": 1e-4, "weight_decay": 0.05, "warmup": 0.1, "align": 0.1}
 _NUMBERS |= {"distill": 1.0, "distill_summaries": 1.0, "saliency": 0.5, "max_grad_norm": 1.0}
-_TEXT = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json", "images": "images/"}
-_TEXT |= {"val_images": "images/", "vocabulary": "vocab.txt", "answers": "answer_list.json", "start": "run/model"}
-_TEXT |= {"preset": "madtp", "budget": "controller", "precision": "bf16"}
-_OPTIONAL = (
+_TEXTS = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json", "images": "images/"}
+_TEXTS |= {"val_images": "images/", "vocabulary": "vocab.txt", "answers": "answer_list.json", "start": "run/model"}
+_TEXTS |= {"preset": "madtp", "budget": "controller", "precision": "bf16"}
+_MAY_BE_NONE = (
     "images",
     "val_images",
     "val_limit",
@@ -32,30 +40,34 @@ _OPTIONAL = (
 )
 
 
-def fields_in_form(config: Any) -> dict[str, Any]:
-    """The fields of a config as plain values of their type. TypeError that names the field, and what to write, for others."""
-    fields = {name: value for name, value in vars(config).items() if value is not None or name not in _OPTIONAL}
-    return {name: _in_form(name, value) for name, value in fields.items()}
+def parse_fields(config: Any) -> dict[str, Any]:
+    """The fields of a config as plain values of their types.
+
+    Raises:
+        TypeError: a value has another type; the text names the field, and what to write.
+    """
+    fields = {name: value for name, value in vars(config).items() if value is not None or name not in _MAY_BE_NONE}
+    return {name: _parse(name, value) for name, value in fields.items()}
 
 
-def _in_form(name: str, value: Any) -> Any:
+def _parse(name: str, value: Any) -> Any:
     plain = _scalar(value)
-    if name in _WHOLE:
-        return _whole(name, plain)
+    if name in _INTEGERS:
+        return _integer(name, plain)
     if name == "reduction":
-        return _target(plain)
+        return _reduction(plain)
     if name in _NUMBERS:
-        return _real(name, plain, _NUMBERS[name])
-    if name in _TEXT:
-        return _text(name, plain, _TEXT[name])
+        return _number(name, plain, _NUMBERS[name])
+    if name in _TEXTS:
+        return _text(name, plain, _TEXTS[name])
     if name == "augment" and not isinstance(plain, bool):
         raise TypeError(f"augment={value!r} must be True or False")
     if name == "pretrained" and plain is not None and not isinstance(plain, bool):
         return _text(name, plain, "weights.safetensors")
     if name == "serve":
-        return tuple(_real(name, share, 0.5) for share in _several(value))
+        return tuple(_number(name, share, 0.5) for share in _items(value))
     if name == "freeze":
-        return tuple(_text(name, pattern, "text.*") for pattern in _several(value))
+        return tuple(_text(name, pattern, "text.*") for pattern in _items(value))
     if name in ("model_args", "parts"):
         return _mapping(name, value)
     return plain
@@ -66,27 +78,27 @@ def _scalar(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _whole(name: str, value: Any) -> int:
+def _integer(name: str, value: Any) -> int:
     if not _is_finite(value) or int(value) != value:
-        raise TypeError(f"{name}={value!r} must be a whole number, such as {name}={_WHOLE[name]}")
+        raise TypeError(f"{name}={value!r} must be a whole number, such as {name}={_INTEGERS[name]}")
     return int(value)
 
 
-def _real(name: str, value: Any, example: float) -> float:
+def _number(name: str, value: Any, example: float) -> float:
     if not _is_finite(value):
         raise TypeError(f"{name}={value!r} must be a number, such as {name}={example:g}")
     return value if isinstance(value, int) else float(value)
 
 
-def _target(value: Any) -> Any:
-    """A share of the dense MACs, or one for each tower."""
+def _reduction(value: Any) -> Any:
+    """Share of the dense MACs, or one for each tower."""
     shares = value.values() if isinstance(value, Mapping) else (value,)
     if not shares or not all(map(_is_finite, map(_scalar, shares))):
         raise TypeError(
             f"reduction={thawed(value)!r} must be a number, such as reduction=0.5, or one for each tower, such as "
             "reduction={'image': 0.5, 'text': 0.3}"
         )
-    return frozen(value, "reduction") if isinstance(value, Mapping) else _real("reduction", value, 0.5)
+    return frozen(value, "reduction") if isinstance(value, Mapping) else _number("reduction", value, 0.5)
 
 
 def _is_finite(value: Any) -> bool:
@@ -99,7 +111,7 @@ def _text(name: str, value: Any, example: str) -> str:
     return os.fspath(value)
 
 
-def _several(value: Any) -> Iterable[Any]:
+def _items(value: Any) -> Iterable[Any]:
     """A collection, or one value that stands for itself."""
     return value if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else (value,)
 

@@ -1,4 +1,4 @@
-"""Run folder: claimed for one config, and for the content of the data behind its names."""
+"""Run folder: belongs to one config, and to the content of the files that the config names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from ..models import zoo
 from .config import CompressConfig
 
 
-def check_folder(folder: Path, config: CompressConfig) -> None:
-    """Make the folder. OSError where it cannot be; ValueError, with the difference, where it is another config's."""
-    with _written(folder):
+def check_config(folder: Path, config: CompressConfig) -> None:
+    """Makes the folder, and checks that it is no other config's.
+
+    Raises:
+        OSError: the folder cannot be made.
+        ValueError: it is another config's; the text names the difference.
+    """
+    with _named_in_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.json"
     if not file.is_file():
@@ -31,17 +36,19 @@ def check_folder(folder: Path, config: CompressConfig) -> None:
         )
 
 
-def claim(folder: Path, config: CompressConfig) -> None:
-    """The folder is this config's, from now on; not before the config was found to fit its model, or the folder would refuse
-    the one that is right."""
+def claim_config(folder: Path, config: CompressConfig) -> None:
+    """Writes the config to the folder, which is no other's from now on.
+
+    Not before the config was found to fit its model: the folder would refuse the one that is right.
+    """
     file = folder / "config.json"
-    with _written(folder):
+    with _named_in_errors(folder):
         if not file.is_file():
             write_json(file, config.to_dict())
 
 
 @contextlib.contextmanager
-def _written(folder: Path) -> Iterator[None]:
+def _named_in_errors(folder: Path) -> Iterator[None]:
     """An OSError in the `with` block names the folder."""
     try:
         yield
@@ -49,8 +56,15 @@ def _written(folder: Path) -> Iterator[None]:
         raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another output") from error
 
 
-def contents_of(config: CompressConfig, model: str, records: Any, val: Any) -> dict[str, str | None]:
-    """What stands behind the names of a config, as digests. Pictures and shards are told by size and both ends."""
+def hash_contents(config: CompressConfig, model: str, records: Any, val: Any) -> dict[str, str | None]:
+    """Digests of what a config's names stand for. Of pictures and shards, size and both ends are hashed.
+
+    Args:
+        config: the run's.
+        model: digest of the dense model.
+        records: what is trained on.
+        val: records of the validation split.
+    """
     start = None if config.start is None else zoo.packaged(config.start) or config.start
     names = map(Path, records.names) if isinstance(records, shards.Shards) else _picture_files(records)
     return {
@@ -67,13 +81,17 @@ def contents_of(config: CompressConfig, model: str, records: Any, val: Any) -> d
 
 
 def _picture_files(records: Any) -> list[Path]:
-    """Of records that were read from a file; drawn ones have none."""
+    """Files of records that were read from an annotation file; synthetic ones have none."""
     listed = records if isinstance(records, Records) else ()
     return [image for record in listed for image in record.images if isinstance(image, Path)]
 
 
 def claim_contents(folder: Path, contents: dict[str, str | None]) -> None:
-    """ValueError, with what differs, where the folder's run began from other bytes behind the same names."""
+    """Writes the digests to the folder, or compares them with those that are there.
+
+    Raises:
+        ValueError: the folder's run began from other content under the same names.
+    """
     file = folder / "contents.json"
     if not file.is_file():
         write_json(file, contents)

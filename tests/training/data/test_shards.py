@@ -223,6 +223,23 @@ def test_shards_that_end_too_early(tmp_path):
     assert len(some.skipped) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # from Python 3.12 on
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_that_end_too_early_on_the_way_are_noted(workers, tmp_path):
+    for place in range(6):
+        shard(tmp_path / f"{place}.tar", *captions(*range(40 * place, 40 * place + 40)))
+    for place in range(6):  # whichever comes last
+        file = tmp_path / f"{place}.tar"
+        file.write_bytes(file.read_bytes()[: 121 * 512 + 200])  # in a picture
+    some = loader(tmp_path / "*.tar", 4, buffer=1, workers=workers)
+    list(some.batches(0, 8))
+    early = len(some.skipped)
+    assert early < 6
+    list(some.batches(0, 55))
+    ends = [note for note in some.skipped if "not a whole tar file" in str(note)]
+    assert len(ends) == 6
+
+
 def test_where_nothing_can_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no shard .*1\.tar"):
         shard(tmp_path / "0.tar", *captions(0))
@@ -267,7 +284,7 @@ def test_a_run_from_shards_goes_on_as_if_it_had_not_been_stopped(tmp_path, monke
     learned = {"parts": {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}, "budget": "learned"}
     changes = {"augment": True, "steps": 5, "checkpoint_every": 3, **learned}  # there are two steps in all records
     settings = config("nlvr", tmp_path / "data", data=f"{tmp_path}/shards/*.tar", **changes)
-    monkeypatch.setattr(compression, "_finish", lambda run, model, val: model)  # what comes behind the last step
+    monkeypatch.setattr(compression, "finish", lambda run, model, val: model)  # what comes behind the last step
     right = compress(settings, tmp_path / "whole").state_dict()
 
     save = Checkpoints.save

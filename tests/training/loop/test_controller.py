@@ -13,7 +13,7 @@ import vltprune as vp
 from vltprune.cost.savings import Calibration
 from vltprune.training import Controller, target
 from vltprune.training.loop import controller as controller_module
-from vltprune.training.loop.controller import TowerControllers, Turns
+from vltprune.training.loop.controller import CostRotation, TowerControllers
 
 
 @given(steps=st.integers(1, 1000), reduction=st.floats(0.01, 0.99), ramp=st.floats(0, 1))
@@ -64,7 +64,7 @@ def test_it_begins_near_its_target_and_remembers_where_it_is():
     model = vp.prune(text.model, "madtp", keep="ratio(ratio=1.0)")
     controller = Controller(model)
     inputs = text.draw(8)
-    controller.start([inputs], 0.4)
+    controller.initialize([inputs], 0.4)
     assert vp.measure(model, [inputs]).reduction == pytest.approx(controller.saved)
     assert controller.saved == pytest.approx(0.4, abs=0.1)
 
@@ -91,7 +91,7 @@ def test_it_begins_at_the_nearest_of_25_values_in_few_measurements(monkeypatch, 
         return Calibration(knob.name, value, 1 - saved(knob.fraction(value)), 1.0)
 
     monkeypatch.setattr(controller_module, "measure", measure)
-    controller.start([], wanted)
+    controller.initialize([], wanted)
     nearest = min((place / 24 for place in range(25)), key=lambda place: abs(saved(place) - wanted))
     assert knob.fraction(controller.value) == pytest.approx(nearest)
     assert controller.saved == pytest.approx(saved(nearest))
@@ -109,18 +109,18 @@ def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch,
         return Calibration(knob.name, value, 1 - saved, 1.0)
 
     monkeypatch.setattr(controller_module, "measure", measure)
-    controller.start([], wanted)
+    controller.initialize([], wanted)
     assert knob.fraction(controller.value) == pytest.approx(place, abs=1 / 64 + 0.003)
     assert controller.control.value == controller.value
 
 
 def test_each_tower_is_steered_by_its_own_saving():
     model = vp.prune(small("blip").model, "madtp", keep={"image": "ratio(ratio=0.9)", "text": "threshold"})
-    turns = Turns(model, ({"text": 0.3, "image": 0.5},))
+    turns = CostRotation(model, ({"text": 0.3, "image": 0.5},))
     (both,) = turns.controllers
     assert isinstance(both, TowerControllers)
     inputs = small("blip").draw(8)
-    turns.start([inputs], {"text": 0.2, "image": 0.4})
+    turns.initialize([inputs], {"text": 0.2, "image": 0.4})
     cost = vp.count_macs(model, *inputs)
     assert cost.reductions["image"] == pytest.approx(both.towers["image"].saved) == pytest.approx(0.4, abs=0.1)
     assert cost.reductions["text"] == pytest.approx(both.towers["text"].saved) == pytest.approx(0.2, abs=0.1)
@@ -136,14 +136,14 @@ def test_each_tower_is_steered_by_its_own_saving():
     assert turns.state_dict() == state
     assert (image.control.value, text.control.value) == (before["image"], before["text"])
     image.control.set(0.123)
-    turns.take(0)
+    turns.apply(0)
     assert image.control.value == before["image"]
 
 
 def test_a_tower_without_a_target_keeps_its_knob():
     model = vp.prune(small("blip").model, "madtp", keep="ratio(ratio=0.9)")
-    turns = Turns(model, ({"text": 0.5},))
-    turns.start([small("blip").draw(8)], {"text": 0.5})
+    turns = CostRotation(model, ({"text": 0.5},))
+    turns.initialize([small("blip").draw(8)], {"text": 0.5})
     turns.controllers[0].step({"text": 0.0}, {"text": 0.5})
     assert {keeper.ratio for keeper in Controller(model, tower="image").control.keepers} == {0.9}
     assert turns.controllers[0].value["text"] < 0.9
@@ -151,18 +151,18 @@ def test_a_tower_without_a_target_keeps_its_knob():
 
 def test_costs_take_turns_and_each_is_measured_as_often():
     model = vp.prune(small("blip").model, "madtp", keep="ratio(ratio=1.0)")
-    turns = Turns(model, (0.8, 0.3, 0.5))
-    assert [turns.place(step) for step in range(8)] == [0, 1, 0, 2, 0, 1, 0, 2]
+    turns = CostRotation(model, (0.8, 0.3, 0.5))
+    assert [turns.index(step) for step in range(8)] == [0, 1, 0, 2, 0, 1, 0, 2]
     steps = range(240)
     for place, many in enumerate((120, 60, 60)):
-        assert sum(turns.place(step) == place for step in steps) == many
-        assert sum(turns.is_measured(step, 5) for step in steps if turns.place(step) == place) == many // 5
+        assert sum(turns.index(step) == place for step in steps) == many
+        assert sum(turns.is_measured(step, 5) for step in steps if turns.index(step) == place) == many // 5
 
     turns.controllers[1].step(0.0, 0.5)
     low, high = turns.controllers[1].value, turns.controllers[0].value
     assert low < high == 1.0
     for place, value in ((0, high), (1, low), (2, high)):
-        turns.take(place)
+        turns.apply(place)
         assert turns.controllers[0].control.value == value
     state = turns.state_dict()
     turns.controllers[2].step(0.0, 0.5)
@@ -170,6 +170,6 @@ def test_costs_take_turns_and_each_is_measured_as_often():
     assert turns.state_dict() == state
     assert turns.controllers[0].control.value == high
 
-    alone = Turns(model, (0.8,))
-    assert [alone.place(step) for step in range(3)] == [0, 0, 0]
+    alone = CostRotation(model, (0.8,))
+    assert [alone.index(step) for step in range(3)] == [0, 0, 0]
     assert [alone.is_measured(step, 2) for step in range(4)] == [True, False, True, False]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from runs import config
 
-from vltprune.training import Run, Stopped, compress
+from vltprune.training import Stopped, Trainer, compress
 from vltprune.training import compression as compression_module
-from vltprune.training.loop.interrupts import Stop
+from vltprune.training.loop.interrupts import InterruptHandler
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 pytestmark = pytest.mark.usefixtures("unexamined")
@@ -24,20 +24,20 @@ def whole(tmp_path_factory):
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}  # whose knob needs no first search
     settings = config("nlvr", folder / "data", checkpoint_every=100, budget="learned", parts=parts, saliency=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compression_module, "_finish", lambda run, model, val: model)
+        patch.setattr(compression_module, "finish", lambda run, model, val: model)
         return settings, compress(settings, folder / "run").state_dict()
 
 
 def interrupted(monkeypatch, settings, folder, method, act):
     """Run with `act(run)` before each call of a method of the run; what it was stopped with, and its checkpoints."""
     with monkeypatch.context() as patch:
-        original = getattr(Run, method)
+        original = getattr(Trainer, method)
 
         def acting(self, *given, **named):
             act(self)
             return original(self, *given, **named)
 
-        patch.setattr(Run, method, acting)
+        patch.setattr(Trainer, method, acting)
         with pytest.raises(Stopped) as caught:
             compress(settings, folder)
     return str(caught.value), sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
@@ -49,7 +49,7 @@ def goes_on(whole, folder):
     assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
-@pytest.mark.parametrize(("number", "method"), [(signal.SIGINT, "_clip"), (signal.SIGTERM, "_gradients")])
+@pytest.mark.parametrize(("number", "method"), [(signal.SIGINT, "_clip_gradients"), (signal.SIGTERM, "_backward")])
 def test_a_signal_in_a_step_ends_the_run_behind_it(whole, number, method, tmp_path, monkeypatch, capfd):
     before = [signal.getsignal(one) for one in SIGNALS]
 
@@ -74,7 +74,7 @@ def test_a_second_ctrl_c_leaves_at_once(whole, tmp_path, monkeypatch):
             assert run.done == 1
             signal.raise_signal(signal.SIGINT)
 
-    told, there = interrupted(monkeypatch, whole[0], tmp_path / "run", "_clip", act)
+    told, there = interrupted(monkeypatch, whole[0], tmp_path / "run", "_clip_gradients", act)
     assert told == "stopped in the middle of step 2 of 4; the same command begins anew: there is no checkpoint yet"
     assert not there
 
@@ -95,7 +95,7 @@ def test_half_a_step_is_not_kept(whole, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     settings = whole[0].replace(checkpoint_every=2)
-    told, there = interrupted(monkeypatch, settings, tmp_path / "run", "_clip", act)
+    told, there = interrupted(monkeypatch, settings, tmp_path / "run", "_clip_gradients", act)
     assert told.startswith("stopped in the middle of step 4 of 4; the same command goes on from step 2, of the last")
     assert there == ["step_00000002"]
 
@@ -113,7 +113,7 @@ def test_what_was_trained_is_there_when_examining_is_stopped(whole, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compression_module, "_finish", stop)
+        patch.setattr(compression_module, "finish", stop)
         with pytest.raises(Stopped, match="behind the last step, 4, while the models were examined; the same command"):
             compress(whole[0], tmp_path / "run")
     goes_on(whole, tmp_path / "run")
@@ -136,18 +136,18 @@ def test_what_is_done_is_said_as_it_begins(whole, tmp_path, monkeypatch, capfd):
 
 
 def test_several_processes_hear_no_second_one():
-    stop = Stop(processes=2)
-    with stop.watched():
+    stop = InterruptHandler(processes=2)
+    with stop.installed():
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
-    assert stop.asked
+    assert stop.requested
 
 
 def test_other_threads_leave_signals_alone():
     heard = []
 
     def watch():
-        with Stop().watched():
+        with InterruptHandler().installed():
             heard.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=watch)

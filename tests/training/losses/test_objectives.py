@@ -13,19 +13,19 @@ from vltprune.data import Loader
 from vltprune.evaluation import tasks
 from vltprune.evaluation.tasks.nlvr import Nlvr
 from vltprune.io.preprocessing import transforms
-from vltprune.training.compression import dense_model
-from vltprune.training.losses.objectives import MomentumObjective, objective_of
+from vltprune.training.losses.objectives import MomentumObjective, build_objective
+from vltprune.training.models import load_dense_model
 
 
 def setting(name, folder, limit=4):
     """A dense model in training, its task, its objective, and a batch."""
     settings = config(name, folder)
-    model = dense_model(settings).train()
+    model = load_dense_model(settings).train()
     kind = tasks.tasks[name]
     task = kind.from_model(model, tasks.Options(settings.vocabulary))
     records = kind.load_records(settings.data, str(Path(settings.data).parent))
     batch, images = next(iter(Loader(records, transforms(model), limit)))
-    return model, task, objective_of(task, model), batch, images
+    return model, task, build_objective(task, model), batch, images
 
 
 def test_statements_and_their_further_sentences(tmp_path):
@@ -42,8 +42,8 @@ def test_statements_and_their_further_sentences(tmp_path):
     tiny = vp.create_model("blip_nlvr_tiny", pretrained=True)
     task = Nlvr.from_model(tiny)
     records, images = next(iter(Loader(drawn, transforms(tiny), 3)))
-    found = objective_of(task, tiny)(tiny, records, images, 0)
-    alone = [objective_of(task, tiny)(tiny, [record], images[i : i + 1], 0) for i, record in enumerate(records)]
+    found = build_objective(task, tiny)(tiny, records, images, 0)
+    alone = [build_objective(task, tiny)(tiny, [record], images[i : i + 1], 0) for i, record in enumerate(records)]
     assert found.count == 15
     torch.testing.assert_close(found.total, sum(one.total for one in alone))
 
@@ -52,7 +52,7 @@ def test_statements_and_their_further_sentences(tmp_path):
 def test_captions_as_the_model_costs_them(tmp_path):
     model, task, objective, records, images = setting("caption", tmp_path)
     loss = objective(model, records, images, 3)
-    said = [objective.choose(record, record.captions, 3) for record in records]
+    said = [objective.choose_text(record, record.captions, 3) for record in records]
     ids, mask = task.tokenizer.encode(
         [f"a above {text}" for text in said]
     )  # the prompt of these models, and the caption
@@ -75,9 +75,9 @@ def test_pairs_of_one_image_are_all_right(tmp_path):
     assert isinstance(objective, MomentumObjective)
     clip = vp.create_model("clip_vit_s_32_alt").train()
     task = tasks.Retrieval.from_model(clip)
-    objective, pictures = objective_of(task, clip), torch.rand(4, 1, 3, 224, 224)
+    objective, pictures = build_objective(task, clip), torch.rand(4, 1, 3, 224, 224)
     loss = objective(clip, records, pictures, 0)
-    texts = task.encode([objective.choose(record, record.captions, 0) for record in records])[0]
+    texts = task.encode([objective.choose_text(record, record.captions, 0) for record in records])[0]
     image, text = clip.encode_image(pictures[:, 0], normalize=True), clip.encode_text(texts, normalize=True)
     logits = clip.logit_scale.exp() * image @ text.T
     both = sum(torch.nn.functional.cross_entropy(one, torch.arange(4)) for one in (logits, logits.T)) / 2
@@ -92,12 +92,12 @@ def test_pairs_of_one_image_are_all_right(tmp_path):
 def test_what_is_chosen_depends_on_seed_step_and_record(tmp_path):
     _, _, objective, records, _ = setting("retrieval", tmp_path)
     several = [str(i) for i in range(50)]
-    first = [objective.choose(record, several, 5) for record in records]
-    assert first == [objective.choose(record, several, 5) for record in records]
-    assert first != [objective.choose(record, several, 6) for record in records]
+    first = [objective.choose_text(record, several, 5) for record in records]
+    assert first == [objective.choose_text(record, several, 5) for record in records]
+    assert first != [objective.choose_text(record, several, 6) for record in records]
     assert len(set(first)) > 1
 
 
 def test_tasks_that_cannot_be_trained():
     with pytest.raises(TypeError, match="a str cannot be trained: nlvr, caption, vqa, retrieval can"):
-        objective_of("nlvr", vp.create_model("blip_nlvr_tiny"))
+        build_objective("nlvr", vp.create_model("blip_nlvr_tiny"))

@@ -14,13 +14,13 @@ from runs import config
 
 from vltprune.core.tokens import PackedTokens
 from vltprune.training import compress, compression
-from vltprune.training.losses.saliency import directions, saliency
+from vltprune.training.losses.saliency import curvature_probe, saliency_loss
 
 
-def test_directions_have_the_curvature_of_the_divergence():
+def test_the_probe_has_the_curvature_of_the_divergence():
     logits = torch.tensor([[0.3, -1.0, 2.0], [0.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
     many = logits.detach().repeat(5000, 1).requires_grad_()  # each row has a draw of its own
-    draws = [torch.autograd.grad(directions(many, seed), many)[0].unflatten(0, (-1, 2)) for seed in range(4)]
+    draws = [torch.autograd.grad(curvature_probe(many, seed), many)[0].unflatten(0, (-1, 2)) for seed in range(4)]
     assert not any(torch.equal(one, other) for one, other in combinations(draws, 2))
     found = torch.cat([torch.einsum("nrc,nrd->nrcd", one, one) for one in draws]).mean(0)
     chance = logits.detach().softmax(-1)
@@ -28,16 +28,16 @@ def test_directions_have_the_curvature_of_the_divergence():
     torch.testing.assert_close(found, curvature, atol=0.01, rtol=0)
 
 
-def test_directions_do_not_see_what_a_softmax_does_not():
+def test_the_probe_does_not_see_what_a_softmax_does_not():
     logits = torch.randn(4, 5, dtype=torch.float64)
-    one, other = (directions(logits + shift, seed=1) for shift in (0.0, 7.0))
+    one, other = (curvature_probe(logits + shift, seed=1) for shift in (0.0, 7.0))
     torch.testing.assert_close(one, other)
 
 
-def test_directions_of_rows_are_the_same_wherever_the_rows_are():
+def test_probes_of_rows_are_the_same_wherever_the_rows_are():
     logits = torch.randn(7, 5, dtype=torch.float64)
-    apart = directions(logits[:3], 1) + directions(logits[3:], 1, before=3)
-    torch.testing.assert_close(apart, directions(logits, 1))
+    apart = curvature_probe(logits[:3], 1) + curvature_probe(logits[3:], 1, before=3)
+    torch.testing.assert_close(apart, curvature_probe(logits, 1))
 
 
 class _Compared:
@@ -55,11 +55,11 @@ class _Compared:
         answer = (self.matter * (self.tokens.x @ self.direction)).sum()
         own, theirs = (_trace(tokens, scores.requires_grad_()), _trace(self.tokens, torch.zeros(18)))
         outputs = torch.stack([answer, torch.zeros(())])[None]
-        return saliency(own, theirs, outputs, seed=0).item()
+        return saliency_loss(own, theirs, outputs, seed=0).item()
 
 
 def _trace(tokens: PackedTokens, scores: torch.Tensor) -> dict[str, Any]:
-    return {"image": SimpleNamespace(steps=[SimpleNamespace(scored=None), SimpleNamespace(scored=(tokens, scores))])}
+    return {"image": SimpleNamespace(layers=[SimpleNamespace(scored=None), SimpleNamespace(scored=(tokens, scores))])}
 
 
 def test_scores_are_compared_with_what_answers_depend_on():
@@ -81,18 +81,19 @@ def test_tokens_that_are_gone_or_merged_are_not_asked_about():
 
 
 def test_a_model_that_is_pruned_nowhere_has_no_scores_to_teach():
-    nowhere = {"image": SimpleNamespace(steps=[SimpleNamespace(scored=None)])}
-    assert saliency(nowhere, nowhere, torch.randn(2, 2), seed=0).item() == 0.0
+    nowhere = {"image": SimpleNamespace(layers=[SimpleNamespace(scored=None)])}
+    assert saliency_loss(nowhere, nowhere, torch.randn(2, 2), seed=0).item() == 0.0
 
 
 def test_scores_that_cannot_learn_are_not_taught():
     seen = _Compared()
     own = _trace(seen.tokens, torch.rand(18))
-    assert saliency(own, own, torch.randn(2, 2), seed=0).item() == 0.0  # outputs without gradients: none are asked for
+    without_gradients = torch.randn(2, 2)
+    assert saliency_loss(own, own, without_gradients, seed=0).item() == 0.0
 
 
 def test_anchors_learn_what_matters(tmp_path, monkeypatch):
-    monkeypatch.setattr(compression, "_finish", lambda run, model, val: model)  # what comes behind the last step
+    monkeypatch.setattr(compression, "finish", lambda run, model, val: model)  # what comes behind the last step
     parts = {"guide": "codebook(anchors=4)", "scorer": "alignment", "keep": "ratio(ratio=0.7)"}
     settings = config("nlvr", tmp_path / "data", parts=parts, freeze=["*"], saliency=1.0, steps=20, lr=2e-3)
     compress(settings, tmp_path / "run")

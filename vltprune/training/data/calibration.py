@@ -1,4 +1,4 @@
-"""Model calls for measuring cost: records given to a model as evaluation does."""
+"""Calibration batches: records given to a model as evaluation does, for measuring cost."""
 
 from __future__ import annotations
 
@@ -11,32 +11,42 @@ import torch
 from torch import Tensor
 
 
-def calls_of(
+def calibration_batches(
     task: Any,
     records: Sequence[Any],
     prepare: Callable[[Any], Tensor],
     device: torch.device | str = "cpu",
-    size: int = 16,
+    batch_size: int = 16,
 ) -> list[Callable[..., Any]]:
-    """Calls that put the records, one text each, to a model as the task does: batches for `calibrate`.
+    """Batches of records, one text each, as `calibrate` and `fit_guide` take them.
 
-    Records whose pictures or texts cannot be read are left out; whoever examines or draws them tells of them.
+    Records whose pictures or texts cannot be read are left out; evaluation and training report them.
+
+    Args:
+        task: the task, made for the model.
+        records: what to measure on.
+        prepare: a picture to [3, height, width], as `vltprune.transforms` gives it.
+        device: where the model is.
+        batch_size: records a batch.
+
+    Returns:
+        Functions of the model, each of which runs it on one batch.
     """
-    calls: list[Callable[..., Any]] = []
-    for start in range(0, len(records), size):
-        some = [_with_one_text(record) for record in records[start : start + size]]
-        opened = [(record, _opened(task, record, prepare)) for record in some]
-        there = [(record, images) for record, images in opened if images is not None]
-        if not there:
+    batches: list[Callable[..., Any]] = []
+    for start in range(0, len(records), batch_size):
+        some = [_with_one_text(record) for record in records[start : start + batch_size]]
+        loaded = [(record, _load(task, record, prepare)) for record in some]
+        usable = [(record, images) for record, images in loaded if images is not None]
+        if not usable:
             continue
-        some, images = list(map(list, zip(*there, strict=True)))
-        images = torch.stack(images)
+        some, images = list(map(list, zip(*usable, strict=True)))
+        images = torch.stack(images).to(device)
         texts = tuple(text.to(device) for text in task.tokenize(some)[0])
-        calls.append(partial(task.predict, records=some, images=images.to(device), texts=texts))
-    return calls
+        batches.append(partial(task.predict, records=some, images=images, texts=texts))
+    return batches
 
 
-def _opened(task: Any, record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
+def _load(task: Any, record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
     """The images of a record, None where they cannot be opened, or its texts have no token ids."""
     try:
         task.tokenize([record])

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...data import Skipped
 from ...data.records import R
-from .opener import Batch, Candidate, Opened, RecordOpener, collate
+from .opener import Batch, Candidate, Opened, RecordOpener
 from .sampler import RecordKey, StepSampler
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -59,7 +61,7 @@ class TrainLoader(ABC, Generic[R]):
 
     @abstractmethod
     def _dataset(self, steps: range) -> dict[str, Any]:
-        """The DataLoader's arguments that give these steps' batches; an OSError in place of a batch ends the run."""
+        """Dataset, and sampler, of whole batches; an OSError in place of a batch ends the run."""
 
     def batches(self, start: int, stop: int) -> Generator[tuple[list[R], Tensor]]:
         """Yields records and images [batch, images a record, 3, height, width] of the steps start .. stop.
@@ -70,9 +72,11 @@ class TrainLoader(ABC, Generic[R]):
         workers = self.workers if sys.platform == "linux" else 0
         loader = DataLoader(
             **self._dataset(range(start, stop)),
+            batch_size=None,
+            collate_fn=_unchanged,
             num_workers=workers,
             pin_memory=self.pin_memory,
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=_ignore_signals,
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator(),  # else it would draw from the run's random numbers
         )
@@ -105,44 +109,38 @@ class RecordLoader(TrainLoader[R]):
         return StepSampler(len(self.records), self.batch_size, self.opener.seed, self.rank, self.world, steps)
 
     def _dataset(self, steps: range) -> dict[str, Any]:
-        dataset = RecordDataset(self.records, self.opener)
-        return {"dataset": dataset, "batch_sampler": self._sampler(steps), "collate_fn": _collate}
+        return {"dataset": RecordDataset(self.records, self.opener), "sampler": self._sampler(steps)}
 
 
-class RecordDataset(Dataset["Opened[R] | OSError"], Generic[R]):
-    """Dataset of opened records, by their keys (step, index)."""
+class RecordDataset(Dataset["Batch[R] | OSError"], Generic[R]):
+    """Dataset of batches of opened records, by the keys (step, index) that a `StepSampler` gives."""
 
     def __init__(self, records: Sequence[R], opener: RecordOpener[R]):
         self.records, self.opener = records, opener
 
-    def __getitem__(self, key: RecordKey) -> Opened[R] | OSError:
-        step, index = key
-        rng = self.opener.rng(step, index)
+    def __getitem__(self, keys: Sequence[RecordKey]) -> Batch[R] | OSError:
         try:
-            return self.opener.open_first(self._candidates(index, rng), rng)
+            return Batch.collate(self._open(*key) for key in keys)
         except OSError as error:
-            return error  # raised in a worker, it would come with the worker's traceback as its message
+            return error  # raised in a worker, it would have the worker's traceback as its message
+
+    def _open(self, step: int, index: int) -> Opened[R]:
+        rng = self.opener.rng(step, index)
+        return self.opener.open_first(self._candidates(index, rng), rng)
 
     def _candidates(self, index: int, rng: np.random.Generator) -> Iterator[Candidate[R]]:
         """The record, then others drawn at random."""
         while True:
             record = self.records[index]
-            yield partial(_same, record), partial(Skipped, record.index)
+            yield partial(_unchanged, record), partial(Skipped, record.index)
             index = int(rng.integers(len(self.records)))
 
 
-def _same(record: R) -> R:
-    return record
+def _unchanged(value: T) -> T:
+    return value
 
 
-def _collate(opened: Sequence[Opened[R] | OSError]) -> Batch[R] | OSError:
-    """A batch, or the first error."""
-    whole = [one for one in opened if not isinstance(one, OSError)]
-    errors = [one for one in opened if isinstance(one, OSError)]
-    return errors[0] if errors else collate(whole)
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and SIGTERM, which may be sent to the workers as well, end a run behind its step, which needs them."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM, which may be sent to workers as well, end a run behind its step, which needs them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
@@ -24,12 +24,7 @@ _LEAST_AREA, _LARGEST_RATIO = 0.5, 4 / 3
 Candidate = tuple[Callable[[], R], Callable[[str], Any]]
 
 
-class Opened(NamedTuple, Generic[R]):
-    """A record, its images [images a record, 3, height, width], and notes of what was skipped for it."""
-
-    record: R
-    images: Tensor
-    skipped: list[Any]
+Opened = tuple[R, Tensor, list[Any]]  # a record, its images [images a record, 3, height, width], notes of skipped ones
 
 
 class Batch(NamedTuple, Generic[R]):
@@ -38,6 +33,12 @@ class Batch(NamedTuple, Generic[R]):
     records: list[R]
     images: Tensor
     skipped: list[Any]
+
+    @classmethod
+    def collate(cls, opened: Iterable[Opened[R]], notes: Iterable[Any] = ()) -> Batch[R]:
+        """A batch of opened records, and further notes."""
+        records, images, skipped = zip(*opened, strict=True)
+        return cls(list(records), torch.stack(images), [*notes, *chain.from_iterable(skipped)])
 
 
 @dataclass
@@ -72,19 +73,13 @@ class RecordOpener(Generic[R]):
                 record = load()
                 if self.check is not None:
                     self.check(record)
-                return Opened(record, record.load_tensor(partial(self._prepare, rng)), skipped)
+                return record, record.load_tensor(partial(self._prepare, rng)), skipped
             except (OSError, ValueError) as error:
                 skipped.append(note(str(error)))
         raise OSError(f"{TRIES} records in a row cannot be opened; the last: {skipped[-1]}")
 
     def _prepare(self, rng: np.random.Generator, picture: Image.Image) -> Tensor:
         return self.prepare(random_crop(picture, rng) if self.augment else picture)
-
-
-def collate(opened: Iterable[Opened[R]]) -> Batch[R]:
-    """One batch of several opened records."""
-    records, images, skipped = zip(*opened, strict=True)
-    return Batch(list(records), torch.stack(images), [note for notes in skipped for note in notes])
 
 
 def random_crop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:

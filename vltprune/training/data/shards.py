@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from typing import Any, Generic
@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...data.records import R
 from ...data.shards import Sample, Shards, SkippedSample, iterate_samples
 from .loader import TrainLoader
-from .opener import TRIES, Batch, Candidate, RecordOpener, collate
+from .opener import TRIES, Batch, Candidate, Opened
 from .sampler import positions
 
 NumberedSample = tuple[int, Sample]  # a sample, and how many the run has read before it
@@ -43,47 +43,55 @@ class ShardLoader(TrainLoader[R]):
 
     def first(self, n: int) -> list[R]:
         found: list[R] = []
-        notes: list[SkippedSample] = []
-        with closing(epoch_of(self.records, self.opener.seed, 0, self.buffer, notes.append)) as epoch:
-            for number, sample in enumerate(epoch):
+        with closing(self.epoch(0, self._note_one)) as samples:
+            for number, sample in enumerate(samples):
                 try:
                     record = self.records.record(number, sample)
                     record.load_images()
                     found.append(record)
                 except OSError as error:
-                    notes.append(SkippedSample(sample.shard, sample.key, str(error)))
+                    self._note_one(SkippedSample(sample.shard, sample.key, str(error)))
                 if len(found) == n:
                     break
-        self._note(notes)
         if not found:
-            raise _nothing(self.records, notes)
+            raise self.no_samples(self.skipped)
         return found
 
     def steps(self, epochs: float) -> int:
         raise ValueError("samples in shards are not counted beforehand: say how many steps, not how many epochs")
 
+    def epoch(self, number: int, note: Callable[[SkippedSample], object]) -> Generator[Sample]:
+        """The samples of an epoch, shuffled; `note` is called with what is cut off."""
+        from webdataset import filters  # of the extra `train`
+
+        seed, names = self.opener.seed, self.records.names
+        order = np.random.default_rng((seed, number)).permutation(len(names))
+        read = (sample for place in order for sample in iterate_samples(names[place], note))
+        return filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(f"{seed} {number}"))(read)
+
+    def no_samples(self, notes: Sequence[Any]) -> OSError:
+        """The error for shards that hold nothing."""
+        last = f"; the last: {notes[-1]}" if notes else ""
+        names = self.records.names
+        return OSError(f"nothing can be read from the {len(names)} shards, {names[0]} ...{last}")
+
+    def _note_one(self, note: SkippedSample) -> None:
+        self._note([note])
+
     def _dataset(self, steps: range) -> dict[str, Any]:
-        place = positions(self.batch_size, self.rank, self.world)
-        dataset = ShardDataset(self.records, self.opener, self.batch_size, place, steps, self.buffer)
-        return {"dataset": dataset, "batch_size": None, "collate_fn": _as_it_is}
+        return {"dataset": ShardDataset(self, steps)}
 
 
-@dataclass
 class ShardDataset(IterableDataset["Batch[R] | OSError"], Generic[R]):
-    """Iterable dataset of whole batches, those of `steps`; the DataLoader takes its workers' batches by turns.
+    """Iterable dataset of the batches of some steps. Of several workers each decodes every so many-th step.
 
-    Args:
-        positions: where in a step this process's samples stand.
-        steps: the steps to go through. Of several workers each decodes every so manieth.
+    A DataLoader takes its workers' batches by turns, so that they come in the order of the steps.
     """
 
-    shards: Shards[R]
-    opener: RecordOpener[R]
-    batch_size: int
-    positions: range
-    steps: range
-    buffer: int
-    notes: list[SkippedSample] = field(default_factory=list)
+    def __init__(self, loader: ShardLoader[R], steps: range):
+        self.loader, self.steps = loader, steps
+        self.positions = positions(loader.batch_size, loader.rank, loader.world)
+        self.notes: list[SkippedSample] = []
 
     def __iter__(self) -> Iterator[Batch[R] | OSError]:
         info = get_worker_info()
@@ -92,57 +100,33 @@ class ShardDataset(IterableDataset["Batch[R] | OSError"], Generic[R]):
             with closing(self._windows()) as windows:
                 for turn, (step, window) in enumerate(zip(self.steps, windows, strict=True)):
                     if turn % workers == worker:
-                        yield self._batch(step, window)
+                        yield Batch.collate([self._open(step, window[place:]) for place in self.positions], self.notes)
+                        self.notes.clear()
         except OSError as error:
-            yield error  # raised in a worker, it would come with the worker's traceback as its message
+            yield error  # raised in a worker, it would have the worker's traceback as its message
 
-    def _batch(self, step: int, window: list[NumberedSample]) -> Batch[R]:
-        opened = []
-        for position in self.positions:
-            candidates = map(self._candidate, window[position:])
-            opened.append(self.opener.open_first(candidates, self.opener.rng(step, window[position][0])))
-        notes, self.notes = self.notes, []
-        batch = collate(opened)
-        return batch._replace(skipped=[*notes, *batch.skipped])
+    def _open(self, step: int, window: list[NumberedSample]) -> Opened[R]:
+        return self.loader.opener.open_first(map(self._candidate, window), self.loader.opener.rng(step, window[0][0]))
 
     def _candidate(self, numbered: NumberedSample) -> Candidate[R]:
         sample = numbered[1]
-        return partial(self.shards.record, *numbered), partial(SkippedSample, sample.shard, sample.key)
+        return partial(self.loader.records.record, *numbered), partial(SkippedSample, sample.shard, sample.key)
 
     def _windows(self) -> Generator[list[NumberedSample]]:
         """The samples of each step, and those behind them that may have to stand in."""
+        size = self.loader.batch_size
         with closing(self._stream()) as stream:
-            numbered = islice(enumerate(stream), self.steps.start * self.batch_size, None)
+            numbered = islice(enumerate(stream), self.steps.start * size, None)
             window: list[NumberedSample] = []
             for _ in self.steps:
-                window += islice(numbered, self.batch_size + TRIES - 1 - len(window))
+                window += islice(numbered, size + TRIES - 1 - len(window))
                 yield window
-                window = window[self.batch_size :]
+                window = window[size:]
 
     def _stream(self) -> Generator[Sample]:
-        for epoch in count():
+        for number in count():
             sample = None
-            for sample in epoch_of(self.shards, self.opener.seed, epoch, self.buffer, self.notes.append):
+            for sample in self.loader.epoch(number, self.notes.append):
                 yield sample
             if sample is None:
-                raise _nothing(self.shards, self.notes)
-
-
-def epoch_of(
-    shards: Shards[Any], seed: int, epoch: int, buffer: int, lost: Callable[[SkippedSample], object]
-) -> Generator[Sample]:
-    """The samples of an epoch, shuffled; `lost` is told of what is cut off."""
-    from webdataset import filters  # of the extra `train`
-
-    order = np.random.default_rng((seed, epoch)).permutation(len(shards.names))
-    read = (sample for place in order for sample in iterate_samples(shards.names[place], lost))
-    return filters.shuffle(buffer, initial=buffer, rng=random.Random(f"{seed} {epoch}"))(read)
-
-
-def _nothing(shards: Shards[Any], notes: list[SkippedSample]) -> OSError:
-    last = f"; the last: {notes[-1]}" if notes else ""
-    return OSError(f"nothing can be read from the {len(shards.names)} shards, {shards.names[0]} ...{last}")
-
-
-def _as_it_is(batch: Batch[R] | OSError) -> Batch[R] | OSError:
-    return batch
+                raise self.loader.no_samples(self.notes)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, so that the last one can always be read."""
+"""Checkpoints of a run, written so that the last one is always whole."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ _STATE = "state.json"
 
 
 class Checkpoints:
-    """Folders step_00000500, ... in `folder`; the last two are kept. Written beside, then renamed: none is ever half there."""
+    """Folders step_00000500, ... of which the last two are kept. Each is written under another name, and then renamed.
+
+    Args:
+        folder: where they stand.
+        accelerator: Accelerate's; it saves model, optimizer and random numbers of every process.
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator):
         self.folder, self.accelerator = folder, accelerator
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Model, optimizer and random numbers of every process, by accelerate; and `state`, plain data that json can write.
+        """Writes a checkpoint.
 
-        OSError where there is no room or no right to write; what was written before is there still.
+        Args:
+            step: number of whole steps.
+            state: further plain data that json can write.
+
+        Raises:
+            OSError: there is no room or no right to write; the checkpoints before are there still.
         """
         final = self.folder / f"step_{step:08d}"
         part = final.with_suffix(".part")
@@ -48,16 +58,21 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     def restore(self) -> dict[str, Any] | None:
-        """Everything as it was at the last checkpoint, and its `state` with "step"; None where there is none."""
-        there = self._all()
-        if not there:
+        """Restores everything as it was at the last checkpoint.
+
+        Returns:
+            Its `state`, with "step"; None where there is no checkpoint.
+        """
+        checkpoints = self._all()
+        if not checkpoints:
             return None
-        self.accelerator.load_state(str(there[-1]))
-        return json.loads((there[-1] / _STATE).read_text())
+        self.accelerator.load_state(str(checkpoints[-1]))
+        return json.loads((checkpoints[-1] / _STATE).read_text())
 
     def last_step(self) -> int:
-        there = self._all()
-        return int(there[-1].name.removeprefix("step_")) if there else 0
+        """Step of the last checkpoint, 0 where there is none."""
+        checkpoints = self._all()
+        return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step_*") if path.suffix != ".part")

@@ -1,4 +1,4 @@
-"""Parameter groups: which parameters are trained, and their learning rates."""
+"""Optimizer: which parameters are trained, their learning rates, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -7,19 +7,32 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import nn
 
-_KEEPERS, _GUIDE = 50.0, 20.0  # how much faster thresholds, and the guide, learn than weights that were trained before
+# how much faster thresholds, and the guide, learn than weights that were trained before
+_KEEPER_LR, _GUIDE_LR = 50.0, 20.0
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """A linear rise over a share of the steps, then a cosine to 0."""
+def lr_factor(step: int, steps: int, warmup: float) -> float:
+    """Learning rate of a step as a share of the highest: linear over the first `warmup` of the steps, then a cosine to 0."""
     rise = min((step + 1) / (warmup * steps), 1.0) if warmup > 0 else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def set_lr(optimizer: Any, lr: float) -> None:
+    """Sets the learning rate of each parameter group to its multiple of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_multiple"] * lr
+
+
 def freeze(host: nn.Module, patterns: Sequence[str]) -> None:
-    """Parameters of the dense model that are not trained. ValueError for a pattern that is nobody's."""
+    """Excludes parameters of the dense model from training.
+
+    Raises:
+        ValueError: a pattern fits no parameter.
+    """
     for pattern in patterns:
         found = [parameter for name, parameter in host.named_parameters() if fnmatch.fnmatch(name, pattern)]
         if not found:
@@ -29,16 +42,33 @@ def freeze(host: nn.Module, patterns: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups, `times` the rate: matrices decay; vectors, the guide's anchors and thresholds do not."""
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups, each with its multiple of the learning rate, `lr_multiple`.
+
+    Matrices decay. Vectors, the guide and thresholds do not.
+    """
     groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": weight_decay, "times": 1.0},
-        {"params": [], "weight_decay": 0.0, "times": 1.0},
-        {"params": [], "weight_decay": 0.0, "times": _KEEPERS},
-        {"params": [], "weight_decay": 0.0, "times": _GUIDE},
+        {"params": [], "weight_decay": weight_decay, "lr_multiple": 1.0},
+        {"params": [], "weight_decay": 0.0, "lr_multiple": 1.0},
+        {"params": [], "weight_decay": 0.0, "lr_multiple": _KEEPER_LR},
+        {"params": [], "weight_decay": 0.0, "lr_multiple": _GUIDE_LR},
     ]
-    for name, parameter in student.named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            place = 2 if ".keeper." in name else 3 if ".guide." in name else 1 if parameter.ndim < 2 else 0
-            groups[place]["params"].append(parameter)
+            group = 2 if ".keeper." in name else 3 if ".guide." in name else 1 if parameter.ndim < 2 else 0
+            groups[group]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+def clip_gradients(optimizer: Any, accelerator: Accelerator, max_norm: float) -> bool:
+    """Clips the gradients of the weights, and says whether all gradients are finite.
+
+    What thresholds and guide get from the budget is not clipped, nor may it shrink what the weights learn.
+    """
+    groups = optimizer.param_groups
+    weights = [p for group in groups for p in group["params"] if group["lr_multiple"] == 1.0]
+    norm: Any = accelerator.clip_grad_norm_(weights, max_norm)
+    others = [p.grad for group in groups for p in group["params"] if group["lr_multiple"] != 1.0 and p.grad is not None]
+    if accelerator.scaler is not None:  # gradients that are not finite are how it finds its scale
+        return True
+    return math.isfinite(norm) and all(bool(torch.isfinite(gradient).all()) for gradient in others)

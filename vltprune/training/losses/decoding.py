@@ -1,4 +1,4 @@
-"""Cost of decoding: in evaluation answers are searched for; in training they are given, which is cheaper."""
+"""Work of decoding: evaluation generates answers, while training is given them, which is cheaper."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ...utils.modes import evaluating
 
 
 @dataclass(frozen=True)
-class Searched:
-    """The work of a decoder that answered so many instances: sums, as in `DecodeStats`."""
+class DecodeWork:
+    """The work of a decoder that generated answers for so many instances: sums, as in `DecodeStats`."""
 
     instances: int
     tokens: int
@@ -26,12 +26,20 @@ class Searched:
 
     @classmethod
     @torch.no_grad()
-    def by(cls, model: nn.Module, calls: Iterable[Callable[[nn.Module], Any]]) -> Searched | None:
-        """What a pruned model does in these calls, as `calls_of` makes them; None for one without a decoder."""
+    def measure(cls, model: nn.Module, batches: Iterable[Callable[[nn.Module], Any]]) -> DecodeWork | None:
+        """Measures what a pruned model generates.
+
+        Args:
+            model: the pruned model.
+            batches: as `calibration_batches` makes them.
+
+        Returns:
+            None for a model without a decoder.
+        """
         pieces, instances = [], 0
-        for call in calls:
+        for batch in batches:
             with evaluating(model), collect(threads=False) as traces:
-                call(model)
+                batch(model)
             decoding = [trace for trace in traces if trace.decode_stats]
             if not decoding:
                 return None
@@ -42,12 +50,12 @@ class Searched:
         }
         return cls(instances, **sums) if instances else None  # none of the records may have opened
 
-    def instead(self, trace: PruneTrace) -> PruneTrace:
-        """The trace of a tower as if its decoder, where it has one, had searched for each instance."""
+    def replace_in(self, trace: PruneTrace) -> PruneTrace:
+        """The trace of a tower as if its decoder, where it has one, had generated an answer for each instance."""
         if not trace.decode_stats:
             return trace
-        share = trace.input_tokens.layout.batch / self.instances
+        ratio = trace.input_tokens.layout.batch / self.instances
         tokens, words, pairs, memories = (
-            round(share * count) for count in (self.tokens, self.words, self.pairs, self.memories)
+            round(ratio * count) for count in (self.tokens, self.words, self.pairs, self.memories)
         )
         return replace(trace, decode_stats=[DecodeStats(tokens, words, pairs, memories)])

@@ -1,4 +1,4 @@
-"""Training losses of the tasks: records and images in, the loss of their labels out."""
+"""Objectives: the training loss of each task."""
 
 from __future__ import annotations
 
@@ -20,12 +20,19 @@ from ...models.decoder import next_token_losses
 from ...models.momentum import MomentumDistillation, gather_ranks
 from ...models.wordpiece import clean_caption
 
-_SMOOTHING, _WORDS = 0.1, 30  # of the words' labels; what captions are cut at: both as BLIP trains
+_LABEL_SMOOTHING = 0.1  # of next words, as BLIP trains
+_CAPTION_WORDS = 30  # captions are cut there, as BLIP's are
 
 
 @dataclass(frozen=True)
 class Loss:
-    """total: a sum over `count` units (sentences, words, pairs); outputs [rows, classes]: logits that a teacher can teach."""
+    """Loss of a batch.
+
+    Args:
+        total: [] sum over units.
+        count: [] number of units: sentences, words, pairs.
+        outputs: [rows, classes] logits to distill; None where there are none to compare.
+    """
 
     total: Tensor
     count: Tensor
@@ -33,12 +40,18 @@ class Loss:
 
 
 class Objective(nn.Module, ABC):
-    """One task's loss. Its forward runs each tower of the model first, and once: the traces that alignment compares.
+    """Training loss of one task.
 
-    What it draws (a caption of several) depends on seed, step and record alone. `images`: how many a text speaks of.
+    `forward` runs each tower of the model first, and once: alignment compares these traces. What is drawn at random, such
+    as a caption of several, depends on seed, step and record alone.
+
+    Args:
+        task: the task, made for the model.
+        model: the model, pruned or dense.
+        seed: the run's seed.
     """
 
-    images: ClassVar[int] = 1
+    images_per_text: ClassVar[int] = 1
 
     def __init__(self, task: Any, model: Any, seed: int = 0):
         super().__init__()
@@ -46,41 +59,55 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, model: Any, records: Sequence[Any], images: Tensor, step: int) -> Loss:
-        """images [batch, images a record, 3, height, width]."""
+        """Loss of the records' labels.
+
+        Args:
+            model: the model that is trained, or the teacher.
+            records: of the batch.
+            images: [batch, images a record, 3, height, width].
+            step: of the run.
+        """
 
     @abstractmethod
     def check(self, record: Any) -> None:
-        """ValueError for a record that nothing can be learned from: its texts have no token ids, or it has none."""
+        """Checks that something can be learned from a record.
 
-    def teach(self, model: Any, records: Sequence[Any], images: Tensor, step: int) -> Tensor | None:
-        """What a teacher says of the same: logits as `Loss.outputs`."""
+        Raises:
+            ValueError: its texts have no token ids, or it has none.
+        """
+
+    def teacher_logits(self, model: Any, records: Sequence[Any], images: Tensor, step: int) -> Tensor | None:
+        """Logits of a teacher for the same batch, as `Loss.outputs`."""
         return self(model, records, images, step).outputs
 
-    def choose(self, record: Record, several: Sequence[str], step: int) -> str:
-        """One text of several."""
-        if len(several) == 1:
-            return several[0]
-        return several[int(np.random.default_rng((self.seed, step, record.index)).integers(len(several)))]
+    def choose_text(self, record: Record, texts: Sequence[str], step: int) -> str:
+        """One of several texts, drawn by seed, step and record."""
+        if len(texts) == 1:
+            return texts[0]
+        rng = np.random.default_rng((self.seed, step, record.index))
+        return texts[int(rng.integers(len(texts)))]
 
-    def encode(self, words: Any, texts: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
-        ids, mask = words.encode(texts)
-        return ids.to(like.device), mask.to(like.device)
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, [texts, length] each."""
+    ids, mask = tokenizer.encode(texts)
+    return ids.to(device), mask.to(device)
 
 
 class NlvrObjective(Objective):
-    """Cross-entropy of true and false; a record's further sentences count like its first."""
+    """Cross-entropy of true and false (NLVR2); a record's further sentences count like its first."""
 
-    images = 2
+    images_per_text = 2
 
     def check(self, record: Statement) -> None:
         self.task.tokenizer.encode([record.sentence, *(sentence for sentence, _ in record.more)])
 
     def forward(self, model: Any, records: Sequence[Statement], images: Tensor, step: int) -> Loss:
-        said = [one for record in records for one in ((record.sentence, record.label), *record.more)]
-        ids, mask = self.encode(self.task.tokenizer, [sentence for sentence, _ in said], images)
-        labels = torch.tensor([label for _, label in said], device=images.device)
+        labeled = [one for record in records for one in ((record.sentence, record.label), *record.more)]
+        ids, mask = _tokenize(self.task.tokenizer, [sentence for sentence, _ in labeled], images.device)
+        labels = torch.tensor([label for _, label in labeled], device=images.device)
         logits = model(images, ids, mask)
-        return Loss(F.cross_entropy(logits, labels, reduction="sum"), _number(len(said), images), logits)
+        return Loss(F.cross_entropy(logits, labels, reduction="sum"), _count(len(labeled), images), logits)
 
 
 class CaptionObjective(Objective):
@@ -91,7 +118,7 @@ class CaptionObjective(Objective):
         self.longest = dense(model).decoder.body.position.num_embeddings
 
     def check(self, record: Captioned) -> None:
-        ids, _ = self.task.tokenizer.encode([clean_caption(text, _WORDS) for text in record.captions])
+        ids, _ = self.task.tokenizer.encode([clean_caption(text, _CAPTION_WORDS) for text in record.captions])
         length = ids.shape[1] + self.task.prompt - 1  # the prompt's first token is the caption's own
         if length > self.longest:
             raise ValueError(
@@ -99,15 +126,15 @@ class CaptionObjective(Objective):
             )
 
     def forward(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Loss:
-        texts = [clean_caption(self.choose(record, record.captions, step), _WORDS) for record in records]
-        ids, mask = self.encode(self.task.tokenizer, texts, images)
+        texts = [clean_caption(self.choose_text(record, record.captions, step), _CAPTION_WORDS) for record in records]
+        ids, mask = _tokenize(self.task.tokenizer, texts, images.device)
         prompt = torch.tensor(dense(model).prompt[1:], device=images.device).expand(len(ids), -1)
         ids, mask = (
             torch.cat([one[:, :1], new, one[:, 1:]], 1) for one, new in ((ids, prompt), (mask, torch.ones_like(prompt)))
         )
         logits = model(images[:, 0], ids, mask)
-        costs, counts = next_token_losses(logits, ids, mask, self.task.prompt, _SMOOTHING)
-        return Loss(costs.sum(), counts.sum(), _asked(logits, mask, self.task.prompt))
+        costs, counts = next_token_losses(logits, ids, mask, self.task.prompt, _LABEL_SMOOTHING)
+        return Loss(costs.sum(), counts.sum(), _next_word_logits(logits, mask, self.task.prompt))
 
 
 class VqaObjective(Objective):
@@ -120,15 +147,15 @@ class VqaObjective(Objective):
         self.task.answer_tokenizer.encode([*_answers(record)])
 
     def forward(self, model: Any, records: Sequence[Question], images: Tensor, step: int) -> Loss:
-        ids, mask = self.encode(self.task.tokenizer, [record.question for record in records], images)
+        ids, mask = _tokenize(self.task.tokenizer, [record.question for record in records], images.device)
         rows = [(i, answer, w) for i, record in enumerate(records) for answer, w in _answers(record).items()]
         question, answers, shares = zip(*rows, strict=True)
-        answer_ids, answer_mask = self.encode(self.task.answer_tokenizer, answers, images)
+        answer_ids, answer_mask = _tokenize(self.task.answer_tokenizer, answers, images.device)
         about = torch.tensor(question, device=images.device)
         logits = model(images[:, 0], ids, mask, answer_ids, answer_mask, about)
-        costs, _ = next_token_losses(logits, answer_ids, answer_mask, label_smoothing=_SMOOTHING)
+        costs, _ = next_token_losses(logits, answer_ids, answer_mask, label_smoothing=_LABEL_SMOOTHING)
         total = (costs * torch.tensor(shares, device=images.device)).sum()
-        return Loss(total, _number(len(records), images), _asked(logits, answer_mask, 1))
+        return Loss(total, _count(len(records), images), _next_word_logits(logits, answer_mask, 1))
 
 
 class ContrastObjective(Objective):
@@ -142,14 +169,14 @@ class ContrastObjective(Objective):
 
     def forward(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Loss:
         image, text = self._features(model, records, images, step)
-        numbers = _image_numbers(records, images)
-        truth = (numbers[:, None] == gather_ranks(numbers)).to(image.dtype)
+        image_ids = _image_ids(records, images)
+        truth = (image_ids[:, None] == gather_ranks(image_ids)).to(image.dtype)
         truth = truth / truth.sum(1, keepdim=True)
-        rows = self._rows(model, image, text)
-        total = F.cross_entropy(rows, truth.repeat(2, 1), reduction="sum") / 2
-        return Loss(total, _number(len(records), images), rows)
+        logits = self._logits(model, image, text)
+        total = F.cross_entropy(logits, truth.repeat(2, 1), reduction="sum") / 2
+        return Loss(total, _count(len(records), images), logits)
 
-    def _rows(self, model: Any, image: Tensor, text: Tensor) -> Tensor:
+    def _logits(self, model: Any, image: Tensor, text: Tensor) -> Tensor:
         """Logits of each image's texts, then of each text's images: [2 pairs, pairs of all processes]."""
         return torch.cat([image @ gather_ranks(text).T, text @ gather_ranks(image).T]) * self._scale(model)
 
@@ -157,18 +184,18 @@ class ContrastObjective(Objective):
         return model.logit_scale.exp()
 
     def _features(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        texts = self.task.encode([self.choose(record, record.captions, step) for record in records])
+        texts = self.task.encode([self.choose_text(record, record.captions, step) for record in records])
         image = self.task.image_features(model, images[:, 0])
         return image, self.task.text_features(model, *(part.to(images.device) for part in texts))
 
 
 class MomentumObjective(ContrastObjective):
-    """BLIP's: contrast against a slow copy and its queues, and matching with hard negatives.
+    """BLIP's (arXiv 2201.12086, section 3.2): contrast with queues of an EMA model's features, and matching.
 
-    Targets are softened by the slow copy's own similarities, the more the further the first `warm` steps have gone.
+    Targets are softened by the EMA model's similarities; `alpha` rises linearly over the first `warmup_steps`.
     """
 
-    warm: int = 1000
+    warmup_steps: int = 1000
     alpha: float = 0.4
 
     def __init__(self, task: Any, model: Any, seed: int = 0):
@@ -176,16 +203,16 @@ class MomentumObjective(ContrastObjective):
         self.momentum = MomentumDistillation(model)
 
     def forward(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Loss:
-        texts = self.task.encode([self.choose(record, record.captions, step) for record in records])
+        texts = self.task.encode([self.choose_text(record, record.captions, step) for record in records])
         ids, mask = (_pad_to_longest_rank(part.to(images.device)) for part in texts)
-        alpha = self.alpha * min(step / self.warm, 1.0)
-        numbers = _image_numbers(records, images)
-        contrast, matching = self.momentum(model, images[:, 0], ids, mask, numbers, alpha)
-        return Loss((contrast + matching) * len(records), _number(len(records), images))
+        alpha = self.alpha * min(step / self.warmup_steps, 1.0)
+        image_ids = _image_ids(records, images)
+        contrast, matching = self.momentum(model, images[:, 0], ids, mask, image_ids, alpha)
+        return Loss((contrast + matching) * len(records), _count(len(records), images))
 
-    def teach(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Tensor:
-        """The contrast's logits: what tokens matter to. They are not distilled, for this loss has none to compare."""
-        return self._rows(model, *self._features(model, records, images, step))
+    def teacher_logits(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Tensor:
+        """The contrast's logits, for saliency. They are not distilled: this loss has none to compare."""
+        return self._logits(model, *self._features(model, records, images, step))
 
     def _scale(self, model: Any) -> Tensor:
         return 1 / dense(model).temperature
@@ -199,8 +226,12 @@ OBJECTIVES: Mapping[type, type[Objective]] = {
 }
 
 
-def objective_of(task: Any, model: nn.Module, seed: int = 0) -> Objective:
-    """The objective of a task that is set to a model. TypeError for a task that cannot be trained."""
+def build_objective(task: Any, model: nn.Module, seed: int = 0) -> Objective:
+    """The objective of a task that is made for a model.
+
+    Raises:
+        TypeError: the task cannot be trained.
+    """
     kind = OBJECTIVES.get(type(task))
     if kind is None:
         can = ", ".join(one.__name__.lower() for one in OBJECTIVES)
@@ -211,15 +242,15 @@ def objective_of(task: Any, model: nn.Module, seed: int = 0) -> Objective:
 
 
 def _answers(record: Question) -> Mapping[str, float]:
-    """What is to be said, and how much each counts."""
+    """Answers to learn, and how much each counts."""
     return {", ".join(record.answers): record.weight} if record.is_answer_set else record.answer_weights
 
 
-def _number(n: int, like: Tensor) -> Tensor:
+def _count(n: int, like: Tensor) -> Tensor:
     return torch.tensor(n, device=like.device)
 
 
-def _image_numbers(records: Sequence[Captioned], like: Tensor) -> Tensor:
+def _image_ids(records: Sequence[Captioned], like: Tensor) -> Tensor:
     """[batch] int64, equal for records of one image (training files of COCO and Flickr30k have an entry a caption)."""
     names = (record.image_name.encode("utf-8", "surrogatepass") for record in records)
     digests = (hashlib.blake2s(name, digest_size=7).digest() for name in names)
@@ -232,7 +263,7 @@ def _pad_to_longest_rank(ids: Tensor) -> Tensor:
     return F.pad(ids, (0, int(longest) - ids.shape[1]))
 
 
-def _asked(logits: Tensor, mask: Tensor, given: int) -> Tensor:
-    """The logits [words, vocab_size] of the words that are asked for."""
-    place = torch.arange(mask.shape[1], device=mask.device)
-    return logits[:, :-1][(mask.bool() & (place >= given))[:, 1:]]
+def _next_word_logits(logits: Tensor, mask: Tensor, given: int) -> Tensor:
+    """The logits [words, vocab_size] of the words behind the first `given`."""
+    position = torch.arange(mask.shape[1], device=mask.device)
+    return logits[:, :-1][(mask.bool() & (position >= given))[:, 1:]]

@@ -1,8 +1,9 @@
-"""The training module: the pruned model, its teacher and all losses of a step, as one module."""
+"""Training module: the pruned model, its teacher and all losses of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,15 +18,15 @@ from ...models.momentum import gather_ranks
 from ...pruning import losses
 from ...pruning.model import get_pruning
 from ...pruning.trace import PruneTrace, collect
-from .decoding import Searched
+from .decoding import DecodeWork
 from .objectives import Loss, Objective
-from .saliency import saliency
+from .saliency import saliency_loss
 
-_HEAT = 2.0  # the temperature that logits are taught at
-_BUDGET = 30.0  # weight of the squared share that the expected cost is off
+_TEMPERATURE = 2.0  # that logits are distilled at
+_VIOLATION_WEIGHT = 30.0  # of the squared constraint violation
 
 
-class Extra(Protocol):
+class ExtraLoss(Protocol):
     """A further loss, for what a data set knows beyond its labels."""
 
     def __call__(self, records: Sequence[Record], traces: dict[str, PruneTrace]) -> Tensor:
@@ -33,12 +34,32 @@ class Extra(Protocol):
         ...
 
 
-class Student(nn.Module):
-    """A pruned model, its objective, and a dense teacher that is not trained.
+@dataclass(frozen=True)
+class DistillWeights:
+    """Weights of what the teacher teaches.
 
-    align: weight of L_align. taught: of what the teacher teaches: T^2 KL of its logits, and the squared error of each tower's
-    summaries, relative to their size (MADTP++ has both, the error absolute, with a weight for each tower). saliency: weight
-    of what it teaches the scores; the teacher then is one of `saliency.watched`.
+    Args:
+        logits: of T^2 KL of its logits (Hinton et al., arXiv 1503.02531), T = 2.
+        summaries: of the squared error of each tower's summary, relative to its size. MADTP++ has both, the error absolute,
+            with a weight for each tower.
+        saliency: of the scores' distance from what its answers depend on; the teacher is a `saliency_teacher` then.
+    """
+
+    logits: float = 0.0
+    summaries: float = 0.0
+    saliency: float = 0.0
+
+
+class TrainModule(nn.Module):
+    """Pruned model, objective and a dense teacher, as one module whose forward gives the loss of a batch.
+
+    Args:
+        model: the pruned model.
+        objective: of its task.
+        align: weight of L_align.
+        teacher: a dense model that is not trained.
+        distill: weights of what it teaches.
+        extra: a further loss.
     """
 
     def __init__(
@@ -47,13 +68,12 @@ class Student(nn.Module):
         objective: Objective,
         align: float = 0.1,
         teacher: nn.Module | None = None,
-        taught: tuple[float, float] = (0.0, 0.0),
-        saliency: float = 0.0,
-        extra: Extra | None = None,
+        distill: DistillWeights = DistillWeights(),
+        extra: ExtraLoss | None = None,
     ):
         super().__init__()
-        self.model, self.objective, self.align, self.taught = model, objective, align, taught
-        self.saliency, self.extra = saliency, extra
+        self.model, self.objective, self.align, self.distill = model, objective, align, distill
+        self.extra = extra
         self.__dict__["teacher"] = teacher  # no child: it is neither trained nor kept in checkpoints
         self.cost_meter = SampleCostMeter(model)
 
@@ -62,84 +82,98 @@ class Student(nn.Module):
         records: Sequence[Any],
         images: Tensor,
         step: int,
-        measured: bool = False,
-        saving: float | None = None,
-        price: float = 0.0,
-        searched: Searched | None = None,
+        measure_cost: bool = False,
+        target_reduction: float | None = None,
+        multiplier: float = 0.0,
+        decode_work: DecodeWork | None = None,
     ) -> dict[str, Any]:
-        """The loss of a batch, [] with gradients, and what it consists of, without.
+        """The loss of a batch and its parts.
 
-        saving: the share of the dense MACs that the expected ones should be below (None: no loss on them), and price, what
-        a share too much costs besides. Returns scalars, those that there are of loss, task, align, distill, budget, extra,
-        and `over`, the share too much; measured: also macs, dense_macs, of an instance, and per tower kept, [1 + depths],
-        and towers, [2], its MACs and dense MACs, as of `SampleCostMeter`.
+        Args:
+            records: of the batch.
+            images: [batch, images a record, 3, height, width].
+            step: of the run; what is drawn at random depends on it.
+            measure_cost: whether MACs are measured.
+            target_reduction: share of the dense MACs that the expected ones should save (None: no loss on them).
+            multiplier: Lagrange multiplier of the constraint violation.
+            decode_work: of a decoder in evaluation; the cost counts it in place of the training pass.
+
+        Returns:
+            `loss`, [] with gradients; without, scalars of those parts that there are (task, align, distill, saliency,
+            budget, extra), and `violation`, the share of the dense MACs that is too much. With `measure_cost` also macs and
+            dense_macs of an instance, and per tower kept, [1 + depths] tokens, and towers, [2] its MACs and dense MACs.
         """
         with collect(threads=False) as traces:
             loss = self.objective(self.model, records, images, step)
-        own, has_teacher = self._own(traces), self.__dict__["teacher"] is not None
-        taught = self._taught(loss, own, records, images, step) if has_teacher else {}
-        figures: dict[str, Any] = {}
+        student = self._first_traces(traces)
+        metrics: dict[str, Any] = {}
+        has_teacher = self.__dict__["teacher"] is not None
+        distilled = self._distillation(loss, student, records, images, step) if has_teacher else {}
         parts = {"task": loss.total / _mean_over_processes(loss.count)}
-        if self.align and all(_is_guided(trace) for trace in own.values()):
-            parts["align"] = self.align * self._alignment(own)
-        parts |= taught
-        counted = own if searched is None else {tower: searched.instead(trace) for tower, trace in own.items()}
-        if saving is not None:
-            over = self._share(counted, len(records)) - (1 - saving)
-            parts["budget"] = price * over + _BUDGET * over**2
-            figures["over"] = over.detach()
+        if self.align and all(_is_guided(trace) for trace in student.values()):
+            parts["align"] = self.align * self._alignment(student)
+        parts |= distilled
+        costed = (
+            student if decode_work is None else {name: decode_work.replace_in(trace) for name, trace in student.items()}
+        )
+        if target_reduction is not None:
+            violation = self._expected_share(costed, len(records)) - (1 - target_reduction)
+            parts["budget"] = multiplier * violation + _VIOLATION_WEIGHT * violation**2
+            metrics["violation"] = violation.detach()
         if self.extra is not None:
-            parts["extra"] = self.extra(records, own)
-        figures |= {name: part.detach() for name, part in parts.items()}
-        figures["loss"] = torch.stack(list(parts.values())).sum()
-        return figures | (self._cost(counted, len(records)) if measured else {})
+            parts["extra"] = self.extra(records, student)
+        metrics |= {name: part.detach() for name, part in parts.items()}
+        metrics["loss"] = torch.stack(list(parts.values())).sum()
+        return metrics | (self._cost(costed, len(records)) if measure_cost else {})
 
-    def _own(self, traces: Sequence[PruneTrace]) -> dict[str, PruneTrace]:
+    def _first_traces(self, traces: Sequence[PruneTrace]) -> dict[str, PruneTrace]:
         """The first trace of each tower of the model itself."""
-        towers, own = get_pruning(self.model).towers, {}
+        towers, student = get_pruning(self.model).towers, {}
         for trace in traces:
             if towers.get(trace.tower) is trace.encoder:
-                own.setdefault(trace.tower, trace)
-        return own
+                student.setdefault(trace.tower, trace)
+        return student
 
-    def _alignment(self, own: dict[str, PruneTrace]) -> Tensor:
-        image = own["image"]
-        if "text" not in own:  # captions, that a decoder read
+    def _alignment(self, student: dict[str, PruneTrace]) -> Tensor:
+        image = student["image"]
+        if "text" not in student:  # captions, that a decoder read
             return losses.alignment(image.aligned, image.caption_aligned)
-        return losses.alignment(image.aligned, own["text"].aligned, self.objective.images)
+        return losses.alignment(image.aligned, student["text"].aligned, self.objective.images_per_text)
 
-    def _taught(
-        self, loss: Loss, own: dict[str, PruneTrace], records: Sequence[Any], images: Tensor, step: int
+    def _distillation(
+        self, loss: Loss, student: dict[str, PruneTrace], records: Sequence[Any], images: Tensor, step: int
     ) -> dict[str, Tensor]:
-        """What the teacher teaches: distill, and saliency where the scores are taught."""
-        with torch.set_grad_enabled(self.saliency > 0), collect(threads=False) as traces:
-            outputs = self.objective.teach(self.__dict__["teacher"], records, images, step)
-        theirs = {trace.tower: trace for trace in reversed(traces)}
+        """What the teacher teaches: distill, and saliency."""
+        weights = self.distill
+        with torch.set_grad_enabled(weights.saliency > 0), collect(threads=False) as traces:
+            outputs = self.objective.teacher_logits(self.__dict__["teacher"], records, images, step)
+        teacher = {trace.tower: trace for trace in reversed(traces)}
         parts = {}
-        if self.saliency and outputs is not None:
-            parts["saliency"] = self.saliency * saliency(own, theirs, outputs / _HEAT, step, _rows_before(outputs))
-        if any(self.taught):
-            outputs = None if outputs is None else outputs.detach()
-            parts["distill"] = self._distil(loss, own, theirs, outputs)
+        if weights.saliency and outputs is not None:
+            softened = outputs / _TEMPERATURE
+            parts["saliency"] = weights.saliency * saliency_loss(
+                student, teacher, softened, step, _rows_before(outputs)
+            )
+        if weights.logits or weights.summaries:
+            parts["distill"] = self._distill(loss, student, teacher, None if outputs is None else outputs.detach())
         return parts
 
-    def _distil(
-        self, loss: Loss, own: dict[str, PruneTrace], theirs: dict[str, PruneTrace], outputs: Tensor | None
+    def _distill(
+        self, loss: Loss, student: dict[str, PruneTrace], teacher: dict[str, PruneTrace], outputs: Tensor | None
     ) -> Tensor:
-        of_logits, of_summaries = self.taught
-        total = loss.total.new_zeros(())
-        for tower, trace in own.items() if of_summaries else ():
-            right = theirs[tower].embedding.detach()
-            total = total + of_summaries * F.mse_loss(trace.embedding, right) / right.square().mean()
-        if of_logits and outputs is not None and loss.outputs is not None:
-            ours, target = ((part / _HEAT).log_softmax(-1) for part in (loss.outputs, outputs))
+        weights, total = self.distill, loss.total.new_zeros(())
+        for tower, trace in student.items() if weights.summaries else ():
+            summary = teacher[tower].embedding.detach()
+            total = total + weights.summaries * F.mse_loss(trace.embedding, summary) / summary.square().mean()
+        if weights.logits and outputs is not None and loss.outputs is not None:
+            ours, target = ((logits / _TEMPERATURE).log_softmax(-1) for logits in (loss.outputs, outputs))
             divergence = F.kl_div(ours, target, reduction="batchmean", log_target=True)
-            total = total + of_logits * _HEAT**2 * divergence
+            total = total + weights.logits * _TEMPERATURE**2 * divergence
         return total
 
-    def _share(self, own: dict[str, PruneTrace], batch: int) -> Tensor:
+    def _expected_share(self, student: dict[str, PruneTrace], batch: int) -> Tensor:
         """The expected MACs of an instance, an image and one text, as a share of the dense ones; with gradients."""
-        cost = self.cost_meter.meter(list(own.values()))
+        cost = self.cost_meter.meter(list(student.values()))
         units = {tower: batch if tower == "image" else macs.shape[1] for tower, macs in cost.dense.items()}
         ours, dense = (
             torch.stack([macs.sum() / units[tower] for tower, macs in one.items()]).sum()
@@ -150,19 +184,19 @@ class Student(nn.Module):
         return ours / dense
 
     @torch.no_grad()
-    def _cost(self, own: dict[str, PruneTrace], batch: int) -> dict[str, Any]:
-        texts = own["text"].input_tokens.layout.batch // batch if "text" in own else 1
-        spent = self.cost_meter(list(own.values()), [texts] * batch)
+    def _cost(self, student: dict[str, PruneTrace], batch: int) -> dict[str, Any]:
+        texts = student["text"].input_tokens.layout.batch // batch if "text" in student else 1
+        costs = self.cost_meter(list(student.values()), [texts] * batch)
         device = next(self.model.parameters()).device
 
         def mean(rows: Sequence[Any]) -> Tensor:
             return precision.float_tensor(rows, device).mean(0)
 
         return {
-            "macs": mean([one.macs for one in spent]),
-            "dense_macs": mean([one.dense_macs for one in spent]),
-            "kept": {tower: mean([one.kept[tower] for one in spent]) for tower in own},
-            "towers": {tower: mean([one.towers[tower] for one in spent]) for tower in own},
+            "macs": mean([one.macs for one in costs]),
+            "dense_macs": mean([one.dense_macs for one in costs]),
+            "kept": {tower: mean([one.kept[tower] for one in costs]) for tower in student},
+            "towers": {tower: mean([one.towers[tower] for one in costs]) for tower in student},
         }
 
 

@@ -26,8 +26,8 @@ _COST = (
     "itself costs included. MACs are those of the tokens that are there: what the dense model spends on padding, and a pruned "
     "one skips, is a column of its own, where there is any, and counts neither as spent nor as saved. Of several towers "
     "each has what it saves of its own MACs, and its part of all that is saved. Dense is the model as it "
-    "was before training; the pruned ones share their weights, and differ in the knob. Scores are in percent. Records a second "
-    "are those of the model's calls, on this machine, one model after another: they are no benchmark."
+    "was before training; the pruned ones share their weights, and differ in the knob. Scores are in percent. Speed "
+    "is not in the table: benchmarks/speed.py measures it, on your machine."
 )
 _MATCHING = (
     "The {most} texts nearest to each image by the features above, and the {most} images nearest to each text, judged again by "
@@ -122,7 +122,7 @@ def _done(story: Story) -> list[tuple[str, str]]:
     config, parts = story.config, story.config.pruning
     align = config.align if parts.guide is not None else 0.0
     taught = f"distillation of logits x {config.distill:g}, of summaries x {config.distill_summaries:g}"
-    losses = f"the task's, L_align x {align:g}, {taught}, of scores x {config.scores_taught:g}"
+    losses = f"the task's, L_align x {align:g}, {taught}, of scores x {config.saliency_weight:g}"
     return [
         ("task", config.task),
         ("dense model", f"{config.model}, weights: {_weights(config)}"),

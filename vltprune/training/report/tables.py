@@ -10,8 +10,8 @@ from .examples import Rows
 
 
 def results(names: Sequence[str], rows: Rows) -> list[list[str]]:
-    """names, rows: what the rows are called, and they, the dense model's first. "of dense" is of the main score, "speed" of
-    records a second, GMACs of an instance on the tokens that are there. "saved" is a share of these, of all and of each
+    """names, rows: what the rows are called, and they, the dense model's first. "of dense" is of the main score, GMACs
+    of an instance on the tokens that are there. "saved" is a share of these, of all and of each
     tower's own; "of it", the tower's part of all that is saved; "padding G", what the dense model spends on padding besides,
     where there is any, in all and in one of a tower's images or texts."""
     dense, main = rows[0], main_score(rows[0]["scores"])
@@ -23,10 +23,9 @@ def results(names: Sequence[str], rows: Rows) -> list[list[str]]:
     saved = ["saved", *(name for tower in towers for name in (f"{tower} saved", "of it"))]
     skipped = [*padding, *(f"{tower} padding G" for tower in padded)]
     head = ["validation", *(f"{one} %" for one in scores), *relative, "GMACs", *saved, *skipped]
-    table = [[*head, "knob", "records/s", "speed"]]
+    table = [[*head, "knob"]]
     for name, row in zip(names, rows, strict=True):
         relative = [_ratio(row["scores"][main], dense["scores"][main], ".1%")] if main else []
-        speed = _ratio(row["records_per_second"], dense["records_per_second"], ".2f") + " x"
         costs = [
             f"{row['macs'] / 1e9:.4g}",
             f"{row['macs_saved']:.1%}",
@@ -34,8 +33,6 @@ def results(names: Sequence[str], rows: Rows) -> list[list[str]]:
             *(f"{row['padding'] / 1e9:.4g}" for _ in padding),
             *(f"{row['tower_padding'][tower] / 1e9:.4g}" for tower in padded),
             _knob(row["knob"]),
-            f"{row['records_per_second']:.1f}",
-            speed,
         ]
         table.append([name, *_percent(row, scores), *relative, *costs])
     return table
