@@ -180,7 +180,12 @@ def test_a_towers_cost_out_of_reach_gives_the_nearest(tmp_path):
         ("nlvr", {"vision": 0.5}, {}, r"names the tower 'vision'; this model has image, text"),
         ("caption", {"image": 0.5, "text": 0.3}, {}, r"names the tower 'text'; this model has image"),
         ("retrieval", {"text": 0.3}, {"at": {"image": None}}, r"the text tower is pruned nowhere"),
-        ("retrieval", {"text": 0.3}, {"keep": {"image": "ratio", "text": "count(count=4)"}}, r"no knob that a budget can set in the text tower"),
+        (
+            "retrieval",
+            {"text": 0.3},
+            {"keep": {"image": "ratio", "text": "count(count=4)"}},
+            r"no knob that a budget can set in the text tower",
+        ),
     ],
 )
 def test_towers_that_cannot_have_a_target_are_refused_before_training(task, reduction, parts, complaint, tmp_path):

@@ -200,7 +200,9 @@ def test_a_finished_run_makes_its_page_anew(runs, finished, monkeypatch):
     page, done, _ = runs("nlvr")
     settings, folder = finished
     rows = json.loads((folder / "results.json").read_text())
-    monkeypatch.setattr(final_evaluation.Evaluator, "_answer", lambda *given: pytest.fail("no record is answered again"))
+    monkeypatch.setattr(
+        final_evaluation.Evaluator, "_answer", lambda *given: pytest.fail("no record is answered again")
+    )
     again = compress(settings, folder)
     assert again.page.read_text() == page
     assert again.page != done.page
