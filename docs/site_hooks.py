@@ -1,4 +1,4 @@
-"""MkDocs hooks: README.md and CHANGELOG.md become pages of the site, with their links as seen from docs/."""
+"""MkDocs hooks: README, CONTRIBUTING and CHANGELOG become pages of the site, with their links as seen from docs/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 
 def on_files(files: Files, config: Any) -> Files:

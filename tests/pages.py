@@ -11,7 +11,7 @@ import vltprune as vp
 import vltprune.registry
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md",)] + sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 REGISTRIES = [thing for thing in vars(vltprune.registry).values() if isinstance(thing, vp.Registry)]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pages
 import pytest
 from pages import FENCED, PAGES, ROOT
 
 import vltprune as vp
+from vltprune.cli.main import build_parser
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -52,3 +55,27 @@ def test_messages_of_troubleshooting_exist():
     pieces = [piece.strip() for message in messages for piece in message.split("...")]
     assert [piece for piece in pieces if piece not in source] == []
     assert len(messages) > 15
+
+
+SHELL = re.compile(r"^```(?:sh|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_parse(page, tmp_path, monkeypatch):
+    """Each command has the arguments that it is given, and each target of make exists. Folders end with a slash."""
+    monkeypatch.chdir(tmp_path)
+    lines = "\n".join(SHELL.findall(page.read_text())).replace("\\\n", " ").splitlines()
+    for words in filter(None, (shlex.split(line, comments=True) for line in lines)):
+        for word in words:
+            if re.fullmatch(r"\w+/", word):
+                Path(word).mkdir(exist_ok=True)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        elif "vltprune" in words and words[0] != "pip":
+            build_parser().parse_args(words[words.index("vltprune") + 1 :])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_scripts_exist(page):
+    for script in re.findall(r"python (benchmarks/\w+\.py)", page.read_text()):
+        assert (ROOT / script).exists(), script
