@@ -69,6 +69,8 @@ def test_commands_parse(page, tmp_path, monkeypatch):
         for word in words:
             if re.fullmatch(r"\w+/", word):
                 Path(word).mkdir(exist_ok=True)
+            if word.endswith(".yaml"):
+                Path(word).touch()
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         elif "vltprune" in words and words[0] != "pip":
