@@ -38,8 +38,8 @@ WRONG = [
         for value, says in (("0", WHOLE), ("x", WHOLE), ("99999", "too many"))
     ),
     (["demo", "--output", ""], "--output", "it is empty"),
-    (["predict", "nowhere.png", "RIGHT", "a circle"], "nowhere.png", "there is no picture"),
-    ([*PREDICT, "--output", "kept.pdf"], "--output kept.pdf", "write a picture file, such as kept.png, or a folder"),
+    (["predict", "nowhere.png", "RIGHT", "a circle"], "nowhere.png", "there is no "),
+    ([*PREDICT, "--output", "kept.pdf"], "--output kept.pdf", "write an image file, such as kept.png, or a folder"),
     ([*PREDICT, "--output", "FILE/below"], "--output", "a file is in its way"),
     ([*PREDICT, "--pretrained", "nowhere.pth"], "nowhere.pth", "give a folder with model.safetensors"),
     (["list", "--library", "keras"], "--library", "choose from"),

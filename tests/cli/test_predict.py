@@ -1,4 +1,4 @@
-"""`predict` from end to end, and the pictures it reads."""
+"""`predict` from end to end, and the images it reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ import vltprune as vp
 from vltprune.cli import main as cli
 from vltprune.data import SyntheticPairs
 from vltprune.data.images import load_image
+from vltprune.data.word_tokenizer import NLVR_WORDS
 from vltprune.demo.measure import generate_batches
+from vltprune.models import zoo
+
+SHIPPED = zoo.WEIGHTS
 
 
 def test_predict(pair, tmp_path, capsys):
@@ -78,6 +82,50 @@ def test_predict_needs_pictures(pair, photos, tmp_path, fails):
     assert "(it is a folder)" in fails("predict", pair[0], str(tmp_path), "a circle", *output)
     broken = str(photos / "broken.jpg")
     assert f"cannot read {broken}" in fails("predict", broken, pair[1], "a circle", *output)
+
+
+def test_the_sample_needs_nothing(tmp_path, monkeypatch, capsys, fails):
+    """It says what it is, and its images answer alike when they are given by path."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["predict", "--sample"]) == 0
+    out = capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "sample").iterdir()) == ["left.png", "prediction.png", "right.png"]
+    sentence = re.search(r'sentence: "(.*)", which is (?:true|false)', out)[1]
+    answer = re.search(r"probability of true: .*%", out)[0]
+    assert cli.main(["predict", "sample/left.png", "sample/right.png", sentence]) == 0
+    assert answer in capsys.readouterr().out
+
+    assert "sample holds results already (prediction.png, left.png, right.png)" in fails("predict", "--sample")
+    assert cli.main(["predict", "--sample", "--overwrite"]) == 0
+
+
+def test_the_shipped_model_is_right_about_the_sample(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "WEIGHTS", SHIPPED)
+    assert cli.main(["predict", "--sample", "--output", str(tmp_path)]) == 0
+    told, said = re.search(r"which is (\w+)\. The model says:\n(\w+)", capsys.readouterr().out).groups()
+    assert told == said
+
+
+def test_what_is_asked_must_be_whole(pair, fails):
+    for argv in ([], [pair[0]], pair):
+        assert "needs two images and a sentence, LEFT RIGHT SENTENCE, or --sample" in fails("predict", *argv)
+    assert "--sample brings its own images and sentence" in fails("predict", "--sample", *pair, "a circle")
+
+
+def test_unknown_words_are_told_with_those_that_are_known(pair, fails):
+    complaint = fails("predict", *pair, "both images contain a pink dog")
+    assert "'pink'" in complaint and "'dog'" in complaint
+    assert f"The words that the model knows: {' '.join(NLVR_WORDS)}" in complaint
+
+
+def test_predictions_never_replace_a_file_unless_asked(pair, tmp_path, monkeypatch, fails):
+    monkeypatch.chdir(tmp_path)
+    argv = ["predict", *pair, "a circle"]
+    assert cli.main(argv) == cli.main(argv) == 0
+    assert {path.name for path in tmp_path.glob("prediction*")} == {"prediction.png", "prediction-2.png"}
+    for output in ("prediction.png", "."):
+        assert "holds results already (prediction.png): add --overwrite" in fails(*argv, "--output", output)
+    assert cli.main([*argv, "--output", "prediction.png", "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
