@@ -50,8 +50,8 @@ from vltprune.data.drawing import SIDE
 from vltprune.evaluation.evaluator import Evaluator, summarize
 from vltprune.evaluation.results_log import ResultsLog
 from vltprune.evaluation.tasks import Nlvr
-from vltprune.io import checkpoint
 from vltprune.io.preprocessing import transforms
+from vltprune.io.saved_pruning import load_pruning
 from vltprune.models import zoo
 from vltprune.training import CompressConfig, compress
 from vltprune.training.data.calibration import calibration_batches
@@ -118,7 +118,7 @@ def config_of(options: argparse.Namespace) -> CompressConfig:
         config = config.replace(parts={**config.parts, "keep": options.keep})
     if options.start is None:
         return config
-    there = checkpoint.saved_pruning(zoo.WEIGHTS / options.start)
+    there = load_pruning(zoo.WEIGHTS / options.start)
     if there is None:
         raise ValueError(
             f"--begin-from {options.start}: that model is dense, give pruned weights, as blip_nlvr_tiny_madtp.p80"

@@ -6,7 +6,7 @@ from .cost.calibration import BudgetError, calibrate, measure
 from .cost.guide_fit import fit_guide
 from .cost.macs import CostMeter, count_macs
 from .cost.prune import prune
-from .io.checkpoint import CheckpointError, Recipe, save
+from .io.checkpoint import CheckpointError, Recipe, UnknownHostWarning, save
 from .io.hub import from_pretrained, load, push_to_hub
 from .io.preprocessing import Preprocessing, transforms
 from .layers import AlignmentGuide, BlockSpec, Guidance, KeepRatioPredictor, Knob, Reduction, TokenReducer, TokenScorer
@@ -54,6 +54,7 @@ __all__ = [
     "Stat",
     "TokenReducer",
     "TokenScorer",
+    "UnknownHostWarning",
     "UntrainedGuideWarning",
     "attend",
     "attend_with_stats",

@@ -7,9 +7,9 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from ..io.checkpoint import saved_of
 from ..io.model_files import IN_ARGUMENTS
 from ..io.recipe import check_whole
+from ..io.saved_pruning import config_to_save
 from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import is_pruned
 from ..pruning.trace import collect
@@ -37,7 +37,7 @@ class PrunedTimm(PrunedEncoder):
         arguments = dict(getattr(host, "_model_args", {}))
         if is_pruned(self):
             check_whole(self)
-            arguments[IN_ARGUMENTS] = saved_of(self, {}).to_dict()
+            arguments[IN_ARGUMENTS] = config_to_save(self, {}).to_dict()
         return arguments
 
     def no_weight_decay(self) -> set[str]:

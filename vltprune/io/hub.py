@@ -13,8 +13,9 @@ from ..models.factory import create_model
 from ..pruning.model import PrunedModel, find_pruning
 from ..pruning.prune import prune_towers
 from ..utils.wrappers import unwrapped
-from .checkpoint import CONFIG, WEIGHTS, CheckpointError, Saved, fill, pruning_of, save
-from .model_files import IN_ARGUMENTS, PRUNING_FILE
+from .checkpoint import load_weights, save
+from .model_files import CONFIG, IN_ARGUMENTS, PRUNING_FILE, WEIGHTS, CheckpointError, SavedConfig
+from .saved_pruning import parse_pruning
 
 _HUB = "hf-hub:"
 _FILES = ["*.json", "*.safetensors"]  # ours, or those of transformers, which may split weights over several
@@ -42,7 +43,7 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
         return _load_pretrained(folder, overrides)
     if host is None and (description := _of_timm(folder)) is not None:
         return _load_of_timm(folder, description, overrides)
-    saved = Saved.read(folder)
+    saved = SavedConfig.load(folder)
     if host is None:
         if saved.backbone is None:
             raise CheckpointError(f"{folder} does not say how to build its model: give load(..., host=the dense model)")
@@ -52,11 +53,11 @@ def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) ->
             )
         host = create_model(saved.backbone, pretrained=False, **saved.model_args)
     if saved.pruning is not None:
-        config = pruning_of(saved, folder)
+        config = parse_pruning(saved, folder)
         host = prune_towers(host, config.replace(**overrides) if overrides else config)
     elif overrides:
         raise TypeError(f"{', '.join(overrides)} given, but {folder} holds a dense model")
-    fill(host, folder)
+    load_weights(host, folder)
     return cast(PrunedModel, host.eval())
 
 
@@ -75,8 +76,8 @@ def _load_pretrained(folder: Path, overrides: dict[str, Any]) -> PrunedModel:
         from ..hosts.transformers import saving
     except ImportError as error:
         raise CheckpointError(f"{folder} holds a model of transformers, which cannot be imported: {error}") from error
-    saved = Saved.read(folder, PRUNING_FILE)
-    config = pruning_of(saved, folder)
+    saved = SavedConfig.load(folder, PRUNING_FILE)
+    config = parse_pruning(saved, folder)
     dense, extra = saving.dense_model(folder, saved.model_args)
     model = prune_towers(dense, config.replace(**overrides) if overrides else config)
     saving.fill_pruning(model, extra, folder)
@@ -101,12 +102,12 @@ def _load_of_timm(folder: Path, description: dict[str, Any], overrides: dict[str
             f"{folder} holds a {name} of timm and does not say how it is pruned: read a dense one by "
             f"timm.create_model('local-dir:{folder}', pretrained=True). Save a pruned one by vltprune.save(model, folder)"
         )
-    config = pruning_of(Saved.from_dict(record, folder / CONFIG), folder)
+    config = parse_pruning(SavedConfig.from_dict(record, folder / CONFIG), folder)
     facts = {key: _as_written(value) for key, value in (description.get("pretrained_cfg") or {}).items()}
     dense = create_model(name, pretrained=False, pretrained_cfg_overlay=facts, **arguments)
     model = prune_towers(dense, config.replace(**overrides) if overrides else config)
     weights = folder / WEIGHTS
-    fill(model, weights if weights.is_file() else folder / "pytorch_model.bin")
+    load_weights(model, weights if weights.is_file() else folder / "pytorch_model.bin")
     return model.eval()
 
 

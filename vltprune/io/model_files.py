@@ -1,4 +1,4 @@
-"""The two files of a saved model, config.json and model.safetensors: what they say, and that they belong together."""
+"""The two files of a saved model: SavedConfig, the contents of config.json, and the check that the weights belong to it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,18 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Saved:
-    """The contents of config.json, or of vltprune.json beside the files of another library."""
+class SavedConfig:
+    """The contents of config.json, or of vltprune.json in a folder that another library wrote.
+
+    Attributes:
+        backbone: the dense model's name in `create_model`; None for a model that it did not build.
+        model_args: arguments of `create_model` besides.
+        pruning: the PruneConfig as plain data; None for a dense model.
+        contents: which tensors the file of weights has.
+        format: version of this file.
+        digest: of all other fields; the file of weights repeats it.
+        modules: per part of another package, such as "scorer mine", the module that registers it.
+    """
 
     backbone: str | None
     model_args: dict[str, Any]
@@ -37,11 +47,11 @@ class Saved:
     contents: Literal["all", "pruning"] = "all"
     format: int = _FORMAT
     digest: str | None = None
-    modules: dict[str, str] | None = None  # of parts that are not this library's: where they are registered
+    modules: dict[str, str] | None = None
 
     @classmethod
-    def read(cls, folder: Path, name: str = CONFIG) -> Saved:
-        """CheckpointError where the folder has no such file, and where it is of another format."""
+    def load(cls, folder: Path, name: str = CONFIG) -> SavedConfig:
+        """The config in a folder. CheckpointError where there is no such file, or it is of another format."""
         file = folder / name
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
@@ -52,8 +62,8 @@ class Saved:
         return cls.from_dict(data, file)
 
     @classmethod
-    def from_dict(cls, data: Any, file: Path) -> Saved:
-        """From what a file holds. CheckpointError where it is of another format."""
+    def from_dict(cls, data: Any, file: Path) -> SavedConfig:
+        """The config in a file's parsed JSON. CheckpointError where it is of another format."""
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
             raise CheckpointError(f"{file} has format {found!r}, this version reads {_FORMAT}")
@@ -64,13 +74,13 @@ class Saved:
         """Plain data that json can write."""
         return asdict(self)
 
-    def signed(self) -> Saved:
-        """The same with its digest, by which a file of weights says that it belongs to it."""
+    def signed(self) -> SavedConfig:
+        """This config with its digest, which the file of weights repeats, so that both are known to belong together."""
         plain = json.dumps(replace(self, digest=None).to_dict(), sort_keys=True)
         return replace(self, digest=hashlib.sha256(plain.encode()).hexdigest()[:16])
 
     def check(self) -> None:
-        """TypeError, by name, for what JSON cannot hold."""
+        """Raise TypeError, by name, for what JSON cannot hold."""
         for name, value in self.model_args.items():
             if not _is_plain(value):
                 raise TypeError(
@@ -98,10 +108,11 @@ def _instead(folder: Path) -> str:
     )
 
 
-def weights_of(folder: Path) -> Path:
-    """The weights that belong to the folder's config: those of before, where a save was killed between its two files.
+def find_weights(folder: Path) -> Path:
+    """The file of weights that belongs to a folder's config: the backup where a save was killed between its two files.
 
-    CheckpointError where they are of another save.
+    Raises:
+        CheckpointError: for weights of another save.
     """
     file, backup = folder / WEIGHTS, folder / BACKUP
     wanted = _digest(folder)
@@ -120,7 +131,7 @@ def weights_of(folder: Path) -> Path:
 def finish_interrupted(folder: Path) -> None:
     """Put back the weights that a killed save moved away, where the config is still theirs."""
     with contextlib.suppress(CheckpointError):
-        if weights_of(folder) == folder / BACKUP:
+        if find_weights(folder) == folder / BACKUP:
             os.replace(folder / BACKUP, folder / WEIGHTS)
 
 

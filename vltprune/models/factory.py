@@ -14,6 +14,8 @@ from torch import nn
 
 from ..io import checkpoint
 from ..io.recipe import Recipe
+from ..io.saved_pruning import load_pruning
+from ..io.tensor_files import saved_temperature
 from ..pruning.config import PruneConfig
 from ..pruning.model import PrunedModel
 from ..pruning.presets import preset as preset_of
@@ -108,7 +110,7 @@ def create_model(
     if config is not None:
         model = prune_towers(model, config)
     if path is not None:
-        checkpoint.fill(model, path)
+        checkpoint.load_weights(model, path)
     return model.eval()
 
 
@@ -142,7 +144,7 @@ def _prune_config(
     """
     asked = preset if name.preset is None else name.preset
     if isinstance(asked, str):
-        saved = checkpoint.saved_pruning(path) if path is not None else None
+        saved = load_pruning(path) if path is not None else None
         if saved is not None and given:
             check_same_parts(asked, preset_of(asked), saved, path, parts)
         config = saved or _as_stored(preset_of(asked), path)
@@ -179,7 +181,7 @@ def check_same_parts(
 def _as_stored(config: PruneConfig, path: Path | None) -> PruneConfig:
     """The config, with the threshold's temperature that a file of the MADTP reference was trained at."""
     keep = config.part("keep")
-    temperature = checkpoint.saved_temperature(path) if path is not None and keep.name == "threshold" else None
+    temperature = saved_temperature(path) if path is not None and keep.name == "threshold" else None
     return config if temperature is None else config.replace(keep=keep.replace(temperature=temperature))
 
 

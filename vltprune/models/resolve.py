@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..io import checkpoint, hub
+from ..io.saved_pruning import load_pruning
 from ..pruning.config import PruneConfig
 from ..pruning.model import is_pruned
 from ..pruning.presets import preset as preset_of
@@ -116,4 +117,4 @@ def _saved_pruning(pretrained: Any) -> Any:
     """The pruning that the folder `pretrained` was saved with, None for none and for anything else."""
     if not isinstance(pretrained, (str, os.PathLike)) or not Path(pretrained, checkpoint.CONFIG).is_file():
         return None
-    return checkpoint.saved_pruning(Path(pretrained))
+    return load_pruning(Path(pretrained))

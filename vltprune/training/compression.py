@@ -61,7 +61,7 @@ def compress(config: CompressConfig, output: str | Path, extra: ExtraLoss | None
         check_targets(model, config.reduction)
     claim_config(folder, config)
     if config.start is not None:
-        checkpoint.fill(model, Path(zoo.packaged(config.start) or config.start))
+        checkpoint.load_weights(model, Path(zoo.packaged(config.start) or config.start))
     teacher = None if dense_copy is None else build_teacher(dense_copy, model, config)
     kind: Any = tasks[config.task]
     task = kind.from_model(model, Options(config.vocabulary, config.answers))

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ...io.checkpoint import saved_of
 from ...io.model_files import CONFIG, PRUNING_FILE, CheckpointError
 from ...io.recipe import check_whole
+from ...io.saved_pruning import config_to_save
 from ...pruning.model import get_pruning
 from ...utils.files import write_text
 
@@ -51,7 +51,7 @@ def save_pretrained(
     check_whole(model)
     host: Any = get_pruning(model).host
     file = Path(save_directory) / PRUNING_FILE
-    text = json.dumps(saved_of(model, _constructor_arguments(host)).to_dict(), indent=2) + "\n"
+    text = json.dumps(config_to_save(model, _constructor_arguments(host)).to_dict(), indent=2) + "\n"
     if is_main_process:
         file.unlink(missing_ok=True)  # it would not belong to the weights, should writing these fail
     if isinstance(model, transformers.PreTrainedModel):
