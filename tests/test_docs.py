@@ -81,3 +81,16 @@ def test_commands_parse(page, tmp_path, monkeypatch):
 def test_scripts_exist(page):
     for script in re.findall(r"python (benchmarks/\w+\.py)", page.read_text()):
         assert (ROOT / script).exists(), script
+
+
+def test_architecture_names_every_folder():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    folders = [path.parent.name for path in (ROOT / "vltprune").glob("*/__init__.py")]
+    assert [name for name in folders if f"\n  {name}/ " not in page] == []
+
+
+def test_choose_and_concepts_name_every_preset_and_part():
+    choose, concepts = ((ROOT / "docs" / f"{page}.md").read_text() for page in ("choose", "concepts"))
+    assert [name for name in vp.presets.names() if f"`{name}`" not in choose] == []
+    parts = [name for registry in (vp.guides, vp.scorers, vp.keepers, vp.reducers) for name in registry.names()]
+    assert [name for name in parts if f"`{name}`" not in concepts] == []
