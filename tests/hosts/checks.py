@@ -27,7 +27,7 @@ class Case:
 
     inputs     a batch of three
     protected  per tower, per instance: the original positions that may never go
-    summary    whether every tower has a token that speaks for its instance
+    summary    whether every tower has a summary token
     dense      what the pruned model should return when it keeps all tokens; None: what `model` returns
     alone      the inputs of one instance by itself; None: its slice of `inputs`
     prunes     whether there is anything to prune

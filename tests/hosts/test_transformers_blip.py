@@ -120,7 +120,7 @@ def test_one_image_for_all_sentences():
 
 def test_wrong_memory_is_refused():
     pruned = make("blip text: memory").pruned()
-    with pytest.raises(ValueError, match="3 sentences cannot look at 2 images"):
+    with pytest.raises(ValueError, match="3 sentences cannot attend to 2 images"):
         pruned(words(), encoder_hidden_states=torch.randn(2, 9, 48))
     with pytest.raises(TypeError, match="does not take is_decoder"):
         pruned(words(), is_decoder=True)

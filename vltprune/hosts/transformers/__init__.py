@@ -1,8 +1,9 @@
-"""Hugging Face transformers, taken apart. Importing this registers its towers and models."""
+"""Hosts of Hugging Face transformers. Importing this registers its towers and models."""
 
 import transformers
 
-_OLDEST = (5, 24)  # before, the same models kept their parts elsewhere
+# before, the same models had their parts under other names
+_OLDEST = (5, 24)
 if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST:
     raise ImportError(
         f"models of transformers {transformers.__version__} cannot be pruned, those of {'.'.join(map(str, _OLDEST))} and later "

@@ -1,4 +1,4 @@
-"""What the towers of transformers have in common: how they are called, what they answer, how their attention projects."""
+"""Base classes of transformers' hosts: calls and outputs, attention projections, image and text towers, pre-norm blocks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .saving import save_pretrained, with_pruning_saved
 
 # all of them compute the same numbers
 _KERNELS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
-# what a trainer or a tokenizer gives a tower beside its inputs, and an encoder's answer does not depend on
+# arguments of trainers and tokenizers that an encoder's output does not depend on
 _WITHOUT_EFFECT = ("num_items_in_batch", "labels", "return_loss", "use_cache", "token_type_ids")
-# what a call or a configuration may ask for beside the inputs, and pruning cannot give
+# what a call or a configuration may ask for and pruning cannot give
 _EXTRAS = ("output_attentions", "output_hidden_states", "is_causal")
 
 
@@ -41,31 +41,48 @@ _EXTRAS = ("output_attentions", "output_hidden_states", "is_causal")
     "activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing"
 )
 class PrunedTransformer(PrunedEncoder, PushToHubMixin):
-    """A pruned tower of transformers, with what its pipelines, its trainer, and models around the tower read of one."""
+    """A pruned tower of transformers, with the attributes that its pipelines, trainer and composite models expect."""
 
     @property
     def base_model(self) -> nn.Module:
-        """The tower itself, as of any model without a head."""
+        """The tower itself, as for any model without a head."""
         return self
 
     def save_pretrained(self, save_directory: str | Path, **named: Any) -> None:
-        """As transformers' method, and the pruning beside its files, which `vltprune.load` reads."""
+        """Save as transformers' method, and the pruning in a file more, which `vltprune.load` reads.
+
+        Args:
+            save_directory: The folder to write.
+            **named: Arguments of transformers' method.
+
+        Raises:
+            ValueError: For `push_to_hub=True`, for parts that were exchanged by hand, and for adapters of peft.
+        """
         save_pretrained(self, save_directory, **named)
 
 
 class TransformersHost(Host):
-    """A tower of transformers: called by the names that its forward gives its arguments, answering in its own classes.
+    """Host of a tower of transformers, which is called by keywords and returns transformers' output classes.
 
-    A `last_hidden_state` from which tokens were pruned holds those that are left, in their order, and zeros behind them.
-    `embed` names its arguments as the tower does, and takes those that pruning supports.
+    A `last_hidden_state` of pruned tokens holds the kept ones, in their order, and zeros behind them. `embed` names its
+    arguments as the tower does, and takes those that pruning supports.
+
+    Attributes:
+        layers: Dotted name of the blocks in a tower.
+        attention: Dotted name of the attention in a block.
+        head_size: The attention's attribute for the width of a head.
+        projections: The attention's query, key and value projections.
+        dropout: The attention's attribute for the dropout of its weights.
+        known: Types of blocks, each with the types of attention it may have.
+        has_summary: Whether one token summarizes its instance.
     """
 
     pruned_class = PrunedTransformer
-    layers: ClassVar[str]  # where a tower keeps its blocks
-    attention: ClassVar[str]  # where a block keeps its attention
-    head_size: ClassVar[str] = "head_dim"  # what the attention calls the width of a head
+    layers: ClassVar[str]
+    attention: ClassVar[str]
+    head_size: ClassVar[str] = "head_dim"
     projections: ClassVar[tuple[str, str, str]] = ("q_proj", "k_proj", "v_proj")
-    dropout: ClassVar[str] = "dropout"  # what the attention calls the dropout of its weights
+    dropout: ClassVar[str] = "dropout"
     known: ClassVar[Mapping[type, Sequence[type]]]
     has_summary: ClassVar[bool] = True
 
@@ -84,19 +101,22 @@ class TransformersHost(Host):
         for extra in _EXTRAS:
             given.setdefault(extra, getattr(tower.config, extra, False))
 
-        takes = list(inspect.signature(self.embed).parameters)[1:]  # behind the tower
+        # all but the tower
+        takes = list(inspect.signature(self.embed).parameters)[1:]
         asked = [name for name, value in given.items() if value is not None and value is not False]
-        strange = [name for name in asked if name not in (*takes, *_WITHOUT_EFFECT, "return_dict")]
-        if strange:
+        unknown = [name for name in asked if name not in (*takes, *_WITHOUT_EFFECT, "return_dict")]
+        if unknown:
             raise TypeError(
-                f"a pruned {type(tower).__name__} does not take {strange[0]}: leave it out (hidden states and attentions of "
+                f"a pruned {type(tower).__name__} does not take {unknown[0]}: leave it out (hidden states and attentions of "
                 f"tokens that are gone cannot be given). Supported: {', '.join(takes)}, return_dict"
             )
         return super().bind_arguments(tower, **{name: value for name, value in given.items() if name in takes})
 
     def format_output(self, tower: Any, out: Any, **named: Any) -> Any:
-        wanted = named.get("return_dict")
-        return out if (tower.config.return_dict if wanted is None else wanted) else out.to_tuple()
+        return_dict = named.get("return_dict")
+        if return_dict is None:
+            return_dict = tower.config.return_dict
+        return out if return_dict else out.to_tuple()
 
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         return attrgetter(self.layers)(tower)
@@ -110,6 +130,7 @@ class TransformersHost(Host):
         return attrgetter(self.attention)(block)
 
     def heads(self, attn: Any) -> int:
+        """The number of attention heads."""
         return attn.config.num_attention_heads
 
     def project_qkv(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,14 +152,19 @@ class TransformersHost(Host):
 
 
 class SavedWithTowers(WithTowers):
-    """A model of transformers that holds its towers as children, and says how they are pruned when it saves itself."""
+    """A composite of transformers whose towers are children; its `save_pretrained` also writes how they are pruned."""
 
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         return with_pruning_saved(super().assemble(model, towers))
 
 
 class PreNorm(TransformersHost):
-    """Blocks that are x + attention(norm(x)), then x + mlp(norm(x)): ViT and its kin, and CLIP's text."""
+    """Host of pre-norm blocks, x + attention(norm(x)), then x + mlp(norm(x)): ViT, DINO, CLIP, ModernBERT.
+
+    Attributes:
+        norms: Names of a block's two norms.
+        output: The attention's output projection.
+    """
 
     norms: ClassVar[tuple[str, str]]
     output: ClassVar[str] = "o_proj"
@@ -157,7 +183,7 @@ class PreNorm(TransformersHost):
         return tokens.with_x(tokens.x + self.branch(block, 1, branch, tokens))
 
     def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
-        """What becomes of a branch before it is added: index 0 after attention, 1 after the MLP; x [total, dim]."""
+        """Scale or drop a branch before its residual: x [total, dim], index 0 after attention, 1 after the MLP."""
         return x
 
     def projects_affinely(self, block: nn.Module) -> bool:
@@ -165,10 +191,10 @@ class PreNorm(TransformersHost):
 
 
 class ImageTower(TransformersHost):
-    """Towers of patches, with tokens before them that are protected, the first of which speaks for the image."""
+    """Host of an image tower. Prefix tokens are protected, and the first of them is the image's summary."""
 
     def prefix(self, tower: Any) -> int:
-        """How many tokens stand before the patches."""
+        """The number of tokens before the patches."""
         return int(self.has_summary)
 
     def embed(
@@ -179,7 +205,7 @@ class ImageTower(TransformersHost):
         return self.pack(tower, x), (None,) * len(self.blocks(tower))
 
     def check_pixels(self, tower: Any, pixel_values: Tensor, any_size: bool | None) -> Tensor:
-        """The images, checked, in the tower's dtype."""
+        """Check images [batch, channels, H, W], and cast them to the tower's dtype. ValueError for another shape."""
         size = tower.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         channels = getattr(tower.config, "num_channels", 3)
@@ -187,19 +213,19 @@ class ImageTower(TransformersHost):
         return pixel_values.to(tower.dtype)
 
     def pack(self, tower: Any, x: Tensor, valid: Tensor | None = None) -> PackedTokens:
-        """Embedded images [batch, n, dim]; valid [batch, n] bool: false on padding."""
-        place = torch.arange(x.shape[1], device=x.device)
-        summary = place == 0 if self.has_summary else None
-        return PackedTokens.pack(x, valid, protected=place < self.prefix(tower), summary=summary)
+        """Pack embedded images x [batch, n, dim]; valid [batch, n] bool is false on padding."""
+        position = torch.arange(x.shape[1], device=x.device)
+        summary = position == 0 if self.has_summary else None
+        return PackedTokens.pack(x, valid, protected=position < self.prefix(tower), summary=summary)
 
 
 class TextTower(TransformersHost):
-    """Towers of token ids. One token of each sentence is protected and speaks for it: the first, if nothing else is said."""
+    """Host of a text tower. One token of each sentence is protected and its summary: the first, unless overridden."""
 
     tower = "text"
 
     def summary_position(self, tower: Any, input_ids: Tensor) -> Tensor | int:
-        """[batch, 1] or one for all: where the token stands that speaks for its sentence."""
+        """The position of each sentence's summary token: [batch, 1], or one for all."""
         return 0
 
     def embed(
@@ -214,9 +240,17 @@ class TextTower(TransformersHost):
     def embed_ids(
         self, tower: Any, input_ids: Tensor, attention_mask: Tensor | None, **embedding: Any
     ) -> tuple[PackedTokens, tuple[None, ...]]:
-        """Checked ids through the tower's embeddings, which get **embedding too, and without their padding."""
+        """Check ids, embed them and pack them without padding.
+
+        Args:
+            tower: The tower.
+            input_ids: Token ids [batch, length].
+            attention_mask: [batch, length], nonzero where a token is real; None for everywhere.
+            **embedding: Further arguments of the tower's embeddings.
+        """
         embed = tower.embeddings
-        first = getattr(embed, "padding_idx", -1) + 1  # RoBERTa counts positions from behind its padding token
+        # RoBERTa counts positions from behind its padding token
+        first = getattr(embed, "padding_idx", -1) + 1
         longest = tower.config.max_position_embeddings - first
         check_ids(input_ids, tower.config.vocab_size, longest)
         x = embed(input_ids, **embedding)
@@ -225,12 +259,18 @@ class TextTower(TransformersHost):
     def padded_length(self, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
-    def pack(self, x: Tensor, attention_mask: Tensor | None, place: Tensor | int) -> PackedTokens:
-        """Embedded sentences x [batch, length, dim] without their padding; place: where the summary stands.
+    def pack(self, x: Tensor, attention_mask: Tensor | None, summary_position: Tensor | int) -> PackedTokens:
+        """Pack embedded sentences without their padding.
 
-        Raises ValueError for a mask that is not [batch, length], and for one that hides a summary.
+        Args:
+            x: [batch, length, dim].
+            attention_mask: [batch, length], nonzero where a token is real; None for everywhere.
+            summary_position: As `summary_position` returns it.
+
+        Raises:
+            ValueError: For a mask of another shape, and for one that hides a summary token.
         """
-        summary = (torch.arange(x.shape[1], device=x.device) == place).expand(x.shape[:2])
+        summary = (torch.arange(x.shape[1], device=x.device) == summary_position).expand(x.shape[:2])
         if attention_mask is None:
             return PackedTokens.pack(x, protected=summary, summary=summary)
         if attention_mask.shape != x.shape[:2]:
@@ -241,7 +281,7 @@ class TextTower(TransformersHost):
         hidden = (summary & ~valid).nonzero().tolist()
         if hidden:
             raise ValueError(
-                f"attention_mask hides token {hidden[0][1]} of sentence {hidden[0][0]}, which speaks for it: pad BERT and its "
+                f"attention_mask hides token {hidden[0][1]} of sentence {hidden[0][0]}, which summarizes it: pad BERT and its "
                 "kin on the right, let CLIP see the end of its text, and call SigLIP without a mask (it pools its last token)"
             )
         return PackedTokens.pack(x, valid, protected=summary, summary=summary)

@@ -1,8 +1,8 @@
-"""BLIP of transformers, taken apart: image tower, text tower that cross-attends, and the models that hold them.
+"""Hosts of BLIP of transformers: the image tower, the text tower that cross-attends to it, and composites of its models.
 
-What pruning leaves of an image travels from tower to tower as transformers has it, padded, and its own models then say that
-all of it is real (version 5.24 even drops the mask before BLIP's cross-attention). So a row of zeros is padding here, and
-nothing attends to it: a token that came through a norm is never all zeros.
+The kept tokens of an image go from tower to tower padded, as transformers' models pass them, with a mask that calls all of
+them real (version 5.24 even drops the mask before BLIP's cross-attention). So a row of zeros is padding here, and nothing
+attends to it: a token behind a norm is never all zeros.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from ..soft import refuse_soft_tokens
 from .base import ImageTower, PreNorm, SavedWithTowers
 from .text import PostNorm
 
-_READER, _INSTEAD = "what looks at an image or a question in transformers' BLIP", "use this library's Blip models"
-Memory = tuple[PackedTokens]  # the tokens that sentences cross-attend to: one instance a sentence, or one for all
+_READER = "what attends to an image or a question in transformers' BLIP"
+_INSTEAD = "use this library's Blip models"
+# the tokens that sentences cross-attend to: one instance a sentence, or one for all
+Memory = tuple[PackedTokens]
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipVisionModel")
 class BlipVision(PreNorm, ImageTower):
-    """BLIP's image tower. As in transformers, the pooled class token goes through the last norm twice."""
+    """Host of BLIP's image tower. As in transformers, the pooled class token goes through the final norm twice."""
 
     layers = "encoder.layers"
     attention = "self_attn"
@@ -57,7 +59,7 @@ class BlipVision(PreNorm, ImageTower):
 
 @hosts.register("transformers.models.blip.modeling_blip_text.BlipTextModel")
 class BlipText(PostNorm):
-    """BLIP's text tower as an encoder, with or without images to look at, of which encoder_attention_mask may hide parts."""
+    """Host of BLIP's text tower as an encoder, with or without images; encoder_attention_mask may hide parts of them."""
 
     known: ClassVar = {BlipTextLayer: (BlipTextSelfAttention,)}
 
@@ -70,19 +72,20 @@ class BlipText(PostNorm):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
     ) -> tuple[PackedTokens, tuple[Memory | None, ...]]:
-        tokens, nothing = self.embed_ids(tower, input_ids, attention_mask, position_ids=position_ids)
+        tokens, no_memory = self.embed_ids(tower, input_ids, attention_mask, position_ids=position_ids)
         if encoder_hidden_states is None:
-            return tokens, nothing
+            return tokens, no_memory
         if not tower.config.is_decoder:
             raise ValueError("encoder_hidden_states need cross-attention: build the text tower with is_decoder=True")
         if len(encoder_hidden_states) not in (1, len(input_ids)):
             raise ValueError(
-                f"{len(input_ids)} sentences cannot look at {len(encoder_hidden_states)} images: give one each, or one for all"
+                f"{len(input_ids)} sentences cannot attend to {len(encoder_hidden_states)} images: give one each, or "
+                "one for all"
             )
         real = _occupied(encoder_hidden_states)
         if encoder_attention_mask is not None:
             real = real & encoder_attention_mask.to(real.device).bool()
-        return tokens, ((PackedTokens.pack(encoder_hidden_states, real),),) * len(nothing)
+        return tokens, ((PackedTokens.pack(encoder_hidden_states, real),),) * len(no_memory)
 
     def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Memory | None) -> PackedTokens:
         if block_input is not None:
@@ -93,13 +96,14 @@ class BlipText(PostNorm):
     def _cross_attend(self, attn: Any, tokens: PackedTokens, memory: PackedTokens) -> Tensor:
         """Cross-attention of each sentence to its image: [total, heads, head_dim]."""
         q, k, v = self.project_qkv(attn, tokens.x, memory.x)
-        together = tokens.layout.grouped(memory.layout.batch)  # sentences that look at one image share its keys
+        # sentences that attend to one image share its keys
+        grouped = tokens.layout.grouped(memory.layout.batch)
         dropout = attn.dropout.p if attn.training else 0.0
-        return attend(q, k, v, together, q.shape[-1] ** -0.5, key_layout=memory.layout, dropout=dropout)
+        return attend(q, k, v, grouped, q.shape[-1] ** -0.5, key_layout=memory.layout, dropout=dropout)
 
 
 class BlipQuestion(BlipText):
-    """BLIP's text tower where a decoder looks at all that it leaves."""
+    """Host of BLIP's text tower where a decoder attends to all of its output."""
 
     def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         refuse_soft_tokens(tokens, _READER, _INSTEAD)
@@ -108,7 +112,7 @@ class BlipQuestion(BlipText):
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForImageTextRetrieval")
 class BlipRetrieval(SavedWithTowers):
-    """Both towers, one guide, and the matching head."""
+    """Composite of both towers, with the matching head."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
 
@@ -117,7 +121,7 @@ class BlipRetrieval(SavedWithTowers):
 
 
 class _WithTextDecoder(SavedWithTowers, WithDecoder):
-    """A decoder looks at what the towers left. It stays dense, and does not see the zeros behind."""
+    """Composite with a decoder that attends to the kept tokens. It stays dense; the zeros behind them are hidden from it."""
 
     decoder = "text_decoder"
 
@@ -142,7 +146,7 @@ class _WithTextDecoder(SavedWithTowers, WithDecoder):
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")
 class BlipAnswers(_WithTextDecoder):
-    """Image and question, one guide; the decoder of the answer looks at the question."""
+    """Composite of image and question; the decoder of answers attends to the question."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
 
@@ -153,18 +157,18 @@ class BlipAnswers(_WithTextDecoder):
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForConditionalGeneration")
 class BlipCaptions(_WithTextDecoder):
-    """The image alone; the decoder of the caption looks at it."""
+    """Composite of the image tower alone; the decoder of captions attends to it."""
 
     names: ClassVar = {"image": "vision_model"}
 
 
 def _occupied(x: Tensor) -> Tensor:
-    """[batch, n] bool: which places of padded tokens [batch, n, dim] hold one."""
+    """Which rows of padded tokens [batch, n, dim] are tokens: [batch, n] bool."""
     return (x != 0).any(-1)
 
 
 def _hide_padding(attn: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Before a decoder's cross-attention: the bias that hides what is no token from all of its queries."""
+    """Hook before a decoder's cross-attention: add the bias that hides padding from all queries."""
     memory = named["encoder_hidden_states"]
     bias = torch.zeros(memory.shape[:2], dtype=memory.dtype, device=memory.device)
     bias = bias.masked_fill(~_occupied(memory), torch.finfo(memory.dtype).min)
@@ -172,11 +176,11 @@ def _hide_padding(attn: nn.Module, args: tuple[Any, ...], named: dict[str, Any])
 
 
 def _record_tokens(attn: nn.Module, args: tuple[Any, ...], out: tuple[Tensor, Tensor]) -> None:
-    """After the first layer's self-attention made probabilities [rows, heads, new tokens, seen]: the others do as it did."""
+    """Hook after the first layer's self-attention, probabilities [rows, heads, new tokens, seen]: the others are alike."""
     rows, _, new, seen = out[1].shape
     report_decode_stats(DecodeStats(rows * new, pairs=rows * new * seen))
 
 
 def _record_words(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
-    """After logits [rows, words, vocab_size], in `generate` those of each row's last token alone."""
+    """Hook after logits [rows, words, vocab_size]; in `generate` those of each row's last token alone."""
     report_decode_stats(DecodeStats(words=logits.shape[0] * logits.shape[1]))

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP and SigLIP 2 of transformers, taken apart: their towers, and the models that hold two of them."""
+"""Hosts of the towers of CLIP, SigLIP and SigLIP 2 of transformers, and composites of their models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .base import ImageTower, PreNorm, SavedWithTowers, TextTower
 
 
 class _Blocks(PreNorm):
-    """The blocks that all these towers have."""
+    """The pre-norm blocks that all these towers have."""
 
     layers = "encoder.layers"
     attention = "self_attn"
@@ -34,7 +34,7 @@ class _Blocks(PreNorm):
 
 @hosts.register("transformers.models.clip.modeling_clip.CLIPVisionModel")
 class ClipVision(_Blocks, ImageTower):
-    """CLIP's image tower. As in transformers, the last hidden state is not normed, and the pooled class token is."""
+    """Host of CLIP's image tower. As in transformers, the last hidden state is not normed, and the pooled class token is."""
 
     def embed(
         self, tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False
@@ -49,7 +49,7 @@ class ClipVision(_Blocks, ImageTower):
 
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipVisionModel")
 class SiglipVision(_Blocks, ImageTower):
-    """SigLIP's image tower: no class token, and a head that pools what is left by attention."""
+    """Host of SigLIP's image tower, which has no class token and pools the kept tokens by attention."""
 
     has_summary = False
 
@@ -62,7 +62,7 @@ class SiglipVision(_Blocks, ImageTower):
 
 @hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel")
 class Siglip2Vision(SiglipVision):
-    """SigLIP 2's image tower for images of any shape, given as patches: those that only pad never enter."""
+    """Host of SigLIP 2's image tower for images of any shape, given as patches; padding never enters."""
 
     def embed(
         self, tower: Any, pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Tensor
@@ -82,7 +82,7 @@ class Siglip2Vision(SiglipVision):
 
 
 class _Text(_Blocks, TextTower):
-    """All tokens that the mask shows enter, those behind the pooled one too: the last hidden state has them."""
+    """Host of a text tower. All tokens that the mask shows enter, those behind the pooled one too."""
 
     def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
         tokens = tokens.with_x(tower.final_layer_norm(tokens.x))
@@ -91,12 +91,13 @@ class _Text(_Blocks, TextTower):
         return BaseModelOutputWithPooling(last_hidden_state=tokens.unpack()[0], pooler_output=pooled)
 
     def pooled(self, tower: Any, pooled: Tensor) -> Tensor:
+        """The pooled output, from the summary tokens [batch, dim]."""
         return pooled
 
 
 @hosts.register("transformers.models.clip.modeling_clip.CLIPTextModel")
 class ClipText(_Text):
-    """CLIP's text tower: causal, pooled where the text ends."""
+    """Host of CLIP's text tower, which is causal and pools the end of the text."""
 
     def causal(self, tower: Any) -> bool:
         return True
@@ -110,7 +111,7 @@ class ClipText(_Text):
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipTextModel")
 @hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2TextModel")
 class SiglipText(_Text):
-    """SigLIP's text tower, which pools its last token: padding, mostly, that was trained to be seen."""
+    """Host of SigLIP's text tower, which pools its last token: mostly padding, which was trained to be attended to."""
 
     def summary_position(self, tower: Any, input_ids: Tensor) -> int:
         return input_ids.shape[1] - 1
@@ -123,7 +124,7 @@ class SiglipText(_Text):
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipModel")
 @hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2Model")
 class TwoTowers(SavedWithTowers):
-    """CLIP and SigLIP: two towers, one guide."""
+    """Composite of CLIP's and SigLIP's models."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_model"}
 
@@ -135,16 +136,17 @@ class TwoTowers(SavedWithTowers):
 def _pool(head: Any, tokens: PackedTokens) -> Tensor:
     """The head over the tokens of each instance, [batch, dim]."""
     if tokens.keep_prob is not None:
-        return _pool_in_part(head, tokens)
+        return _pool_soft(head, tokens)
     if tokens.layout.is_uniform:
         return head(tokens.unpack()[0])
     return torch.cat([head(x.unsqueeze(0)) for x in tokens.x.split(tokens.layout.lengths)])
 
 
-def _pool_in_part(head: Any, tokens: PackedTokens) -> Tensor:
-    """The head, step by step, on tokens that are there in part: [batch, dim]. It has no argument for such a bias."""
+def _pool_soft(head: Any, tokens: PackedTokens) -> Tensor:
+    """The head, step by step, on tokens that are kept in part: [batch, dim]. It has no argument for their bias."""
     x, bias = tokens.unpack()[0], padded_bias(tokens)
     assert bias is not None
-    biases = bias[:, None].repeat_interleave(head.attention.num_heads, 0)  # [batch * heads, 1, longest]
+    # [batch * heads, 1, longest]
+    biases = bias[:, None].repeat_interleave(head.attention.num_heads, 0)
     pooled = head.attention(head.probe.repeat(len(x), 1, 1), x, x, attn_mask=biases)[0]
     return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]

@@ -1,4 +1,4 @@
-"""DINOv2, with registers or without, and DINOv3 of transformers, taken apart."""
+"""Hosts of DINOv2, with registers or without, and DINOv3 of transformers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from .base import ImageTower, PreNorm
 @hosts.register("transformers.models.dinov2.modeling_dinov2.Dinov2Model")
 @hosts.register("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel")
 class Dinov2(PreNorm, ImageTower):
-    """DINOv2: LayerScale, stochastic depth, MLP or SwiGLU, registers behind the class token; images of any size."""
+    """Host of DINOv2: LayerScale, stochastic depth, MLP or SwiGLU, registers behind the class token; images of any size."""
 
     layers = "encoder.layer"
     attention = "attention"
     dropout = "attention_dropout"
     norms = ("norm1", "norm2")
-    norm: ClassVar[str] = "layernorm"  # the last one
+    # the final norm
+    norm: ClassVar[str] = "layernorm"
     known: ClassVar = {
         Dinov2Layer: (Dinov2Attention,),
         Dinov2WithRegistersLayer: (Dinov2WithRegistersAttention,),
@@ -54,7 +55,7 @@ class Dinov2(PreNorm, ImageTower):
 
 @hosts.register("transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel")
 class Dinov3(Dinov2):
-    """DINOv3: positions are rotations, looked up by where a patch stood in the image."""
+    """Host of DINOv3, whose rotary tables are indexed by original positions."""
 
     layers = "model.layer"
     dropout = "dropout"
@@ -62,9 +63,10 @@ class Dinov3(Dinov2):
 
     def embed(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         tokens, _ = super().embed(tower, pixel_values)
-        tables = torch.stack(tower.rope_embeddings(pixel_values.to(tower.dtype)))  # cos, sin: [2, patches, head_dim]
-        still = tables.new_tensor((1.0, 0.0)).view(2, 1, 1).expand(2, self.prefix(tower), tables.shape[-1])
-        return tokens, (torch.cat((still, tables), 1),) * len(self.blocks(tower))
+        # cosine and sine, [2, patches, head_dim]; prefix tokens are not rotated
+        tables = torch.stack(tower.rope_embeddings(pixel_values.to(tower.dtype)))
+        unrotated = tables.new_tensor((1.0, 0.0)).view(2, 1, 1).expand(2, self.prefix(tower), tables.shape[-1])
+        return tokens, (torch.cat((unrotated, tables), 1),) * len(self.blocks(tower))
 
     def qkv(self, block: Any, tokens: PackedTokens, block_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(block, tokens, block_input)

@@ -1,4 +1,4 @@
-"""Models of transformers with one tower, and behind it a head that reads a token which pruning never takes."""
+"""Composites of transformers with one tower and a head that uses a protected token: classifiers and projections."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .saving import with_pruning_saved
 @hosts.register("transformers.models.clip.modeling_clip.CLIPTextModelWithProjection")
 @hosts.register("transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection")
 class Headed(Composite):
-    """One tower under the name that transformers has for the base of such a model; the rest of its children are the head."""
+    """Composite of the model's base tower (`base_model_prefix`); its other children are the head."""
 
     def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
         pooling = getattr(model.config, "classifier_pooling", "cls")
         if pooling != "cls":
             raise ValueError(
                 f"cannot prune this {type(model).__name__}: its classifier_pooling is {pooling!r}, over tokens of which some "
-                "would be gone. Supported: 'cls'"
+                "would be pruned. Supported: 'cls'"
             )
         tower = getattr(model, model.base_model_prefix)
         host = find_host(tower)

@@ -1,4 +1,4 @@
-"""ModernBERT of transformers, taken apart."""
+"""Host of ModernBERT of transformers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from .base import PreNorm, TextTower
 
 
 class BlockInput(NamedTuple):
-    """What blocks of one kind get besides their tokens.
+    """Rotary tables and attention window of the blocks of one kind, global or local.
 
-    tables  [2, sentences, length, head_dim]: cosine and sine by place, sentences 1 where all have the same
-    within  hides what is out of the window, as `PairBias.distance_bias`; None where nothing is
+    Attributes:
+        tables: Cosine and sine by position, [2, sentences, length, head_dim]; sentences is 1 where all have the same.
+        within: Hides tokens outside the window, as `PairBias.distance_bias`; None for no window.
     """
 
     tables: Tensor
@@ -34,9 +35,9 @@ class BlockInput(NamedTuple):
 
 @hosts.register("transformers.models.modernbert.modeling_modernbert.ModernBertModel")
 class ModernBert(PreNorm, TextTower):
-    """ModernBERT: positions are rotations, looked up by where a word stood, and local blocks see a window of the sentence.
+    """Host of ModernBERT, whose rotary tables are indexed by original positions, and whose local blocks attend to a window.
 
-    The window is of original places: a word sees no farther where those between were pruned.
+    The window is of original positions: a token attends no farther where those between were pruned.
     """
 
     layers = "layers"
@@ -56,7 +57,7 @@ class ModernBert(PreNorm, TextTower):
         check_ids(input_ids, tower.config.vocab_size, longest=None)
         if isinstance(attention_mask, dict):
             raise TypeError(
-                "a pruned ModernBertModel takes one attention_mask [batch, length], not one a kind of block"
+                "a pruned ModernBertModel takes one attention_mask [batch, length], not one for each kind of block"
             )
         x = tower.embeddings(input_ids)
         tokens = self.pack(x, attention_mask, self.summary_position(tower, input_ids))
@@ -67,9 +68,10 @@ class ModernBert(PreNorm, TextTower):
         return tokens, tuple(kinds[block.attention_type] for block in self.blocks(tower))
 
     def block_input(self, tower: Any, kind: str, x: Tensor, position_ids: Tensor) -> BlockInput:
+        """The input of all blocks of a kind, "full_attention" or "sliding_attention", for embeddings x [batch, length, dim]."""
         tables, window = torch.stack(tower.rotary_emb(x, position_ids, kind)), tower.config.sliding_window
-        sees_all = kind == "full_attention" or window >= x.shape[1] - 1
-        return BlockInput(tables, None if sees_all else _window(window))
+        is_global = kind == "full_attention" or window >= x.shape[1] - 1
+        return BlockInput(tables, None if is_global else _window(window))
 
     def qkv(self, block: Any, tokens: PackedTokens, block_input: BlockInput) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
@@ -93,7 +95,7 @@ class ModernBert(PreNorm, TextTower):
 
 
 def _window(reach: int) -> Callable[[Tensor], Tensor]:
-    """Nothing for distances up to `reach`, minus infinity beyond."""
+    """A distance bias: nothing up to `reach`, minus infinity beyond."""
 
     def bias(distance: Tensor) -> Tensor:
         hidden = torch.zeros(distance.shape, device=distance.device)

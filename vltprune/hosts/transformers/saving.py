@@ -1,7 +1,7 @@
-"""Pruned models of transformers by its own `save_pretrained`, and back: its files, and the pruning in a file beside them.
+"""Saving pruned models by transformers' own `save_pretrained`, with the pruning in a file more, and loading them.
 
-transformers reads the dense model in such a folder, for its weights stand there under their own names. `vltprune.load` reads
-the pruned one.
+In such a folder transformers finds the dense model, whose weights have their own names there; `vltprune.load` builds the
+pruned one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def with_pruning_saved(model: M) -> M:
-    """The same pruned model, whose `save_pretrained`, which `Trainer` and `push_to_hub` call too, writes the pruning."""
+    """Have a pruned model's `save_pretrained`, which `Trainer` and `push_to_hub` call too, also write the pruning."""
     object.__setattr__(model, "save_pretrained", partial(save_pretrained, model))
     return model
 
@@ -38,10 +38,17 @@ def with_pruning_saved(model: M) -> M:
 def save_pretrained(
     model: nn.Module, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **named: Any
 ) -> None:
-    """As transformers' method, and the pruning as vltprune.json beside its files. `vltprune.load` reads both.
+    """Save as transformers' method, and the pruning as vltprune.json, for `vltprune.load`.
 
-    Raises ValueError for push_to_hub=True, which would leave that file out, for parts that were exchanged by hand, and for
-    adapters of peft.
+    Args:
+        model: The pruned model or tower.
+        save_directory: The folder to write.
+        is_main_process: Whether this process writes.
+        push_to_hub: Not supported: it would leave out vltprune.json.
+        **named: Arguments of transformers' method.
+
+    Raises:
+        ValueError: For `push_to_hub=True`, for parts that were exchanged by hand, and for adapters of peft.
     """
     if push_to_hub:
         raise ValueError(
@@ -53,7 +60,8 @@ def save_pretrained(
     file = Path(save_directory) / PRUNING_FILE
     text = json.dumps(config_to_save(model, _constructor_arguments(host)).to_dict(), indent=2) + "\n"
     if is_main_process:
-        file.unlink(missing_ok=True)  # it would not belong to the weights, should writing these fail
+        # it would not belong to the weights, should writing these fail
+        file.unlink(missing_ok=True)
     if isinstance(model, transformers.PreTrainedModel):
         writes: Any = partial(type(model).save_pretrained, model)
     else:
@@ -66,7 +74,7 @@ def save_pretrained(
 
 
 def _constructor_arguments(host: Any) -> dict[str, Any]:
-    """What a tower was built with that its configuration does not say: whether it has a pooler, and a mask token."""
+    """Arguments of a tower's constructor that its configuration lacks: whether it has a pooler, and a mask token."""
     takes = inspect.signature(type(host).__init__).parameters
     found = {}
     if "add_pooling_layer" in takes:
@@ -77,10 +85,17 @@ def _constructor_arguments(host: Any) -> dict[str, Any]:
 
 
 def dense_model(folder: Path, arguments: dict[str, Any]) -> tuple[nn.Module, set[str]]:
-    """The dense model of a folder, and the names of the tensors there that it does not have.
+    """Load the dense model of a folder. Its class is one of transformers' own; code in the folder is not run.
 
-    The class is one of transformers' own; code in the folder is not run. Raises CheckpointError for a class that transformers
-    does not have, and for tensors that are missing or of another shape.
+    Args:
+        folder: A folder that `save_pretrained` wrote.
+        arguments: Further arguments of the constructor.
+
+    Returns:
+        The model, and the names of the tensors in the folder that it does not have.
+
+    Raises:
+        CheckpointError: For a class that transformers does not have, and for tensors that are missing or of another shape.
     """
     cls = _architecture(folder)
     try:
@@ -117,7 +132,7 @@ def _architecture(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _without_reports() -> Iterator[None]:
-    """Without transformers' report that the tensors of the pruning are none of the dense model's."""
+    """Suppress transformers' report that the dense model lacks the tensors of the pruning."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -127,31 +142,37 @@ def _without_reports() -> Iterator[None]:
 
 
 def fill_pruning(model: nn.Module, there: set[str], folder: Path) -> None:
-    """Copy the tensors that pruning added to a model from the weights of a folder, which has these (`there`) of them.
+    """Load the tensors that pruning added to a model.
 
-    CheckpointError for tensors that are missing, left over or of another shape.
+    Args:
+        model: The pruned model.
+        there: Names of those tensors in the folder.
+        folder: The folder.
+
+    Raises:
+        CheckpointError: For tensors that are missing, left over or of another shape.
     """
     dense = get_pruning(model).host.state_dict().keys()
     own = {key: value for key, value in model.state_dict().items() if key not in dense}
-    strange = sorted(there ^ own.keys())
-    if strange:
+    mismatched = sorted(there ^ own.keys())
+    if mismatched:
         raise CheckpointError(
             f"{folder} does not fit this model, nothing was loaded. In the folder or in the model alone, of the tensors that "
-            f"pruning adds: {', '.join(strange[:12])}"
+            f"pruning adds: {', '.join(mismatched[:12])}"
         )
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    places = json.loads(index.read_text())["weight_map"] if index.is_file() else dict.fromkeys(own, SAFE_WEIGHTS_NAME)
-    read = {}
-    for file in sorted({places[key] for key in own}):
+    files = json.loads(index.read_text())["weight_map"] if index.is_file() else dict.fromkeys(own, SAFE_WEIGHTS_NAME)
+    loaded = {}
+    for file in sorted({files[key] for key in own}):
         with safe_open(folder / file, "pt") as tensors:
-            read |= {key: tensors.get_tensor(key) for key in own if places[key] == file}
+            loaded |= {key: tensors.get_tensor(key) for key in own if files[key] == file}
     wrong = [
-        f"{key} (folder {list(read[key].shape)}, model {list(own[key].shape)})"
+        f"{key} (folder {list(loaded[key].shape)}, model {list(own[key].shape)})"
         for key in own
-        if read[key].shape != own[key].shape
+        if loaded[key].shape != own[key].shape
     ]
     if wrong:
         raise CheckpointError(f"{folder} does not fit this model: of another shape: {', '.join(wrong[:12])}")
     with torch.no_grad():
         for key, value in own.items():
-            value.copy_(read[key])
+            value.copy_(loaded[key])

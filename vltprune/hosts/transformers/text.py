@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, XLM-RoBERTa, MPNet and DistilBERT of transformers, taken apart."""
+"""Hosts of BERT, RoBERTa, XLM-RoBERTa, MPNet and DistilBERT of transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from .base import TextTower
 
 
 class PostNorm(TextTower):
-    """Blocks that are norm(x + attention(x)), then norm(x + mlp(x)), as BERT lays them out."""
+    """Host of post-norm blocks, norm(x + attention(x)), then norm(x + mlp(x)), with BERT's submodules.
+
+    Attributes:
+        output_class: The output class of transformers that the tower returns.
+    """
 
     layers = "encoder.layer"
     attention = "attention.self"
@@ -52,7 +56,7 @@ class PostNorm(TextTower):
 @hosts.register("transformers.models.roberta.modeling_roberta.RobertaModel")
 @hosts.register("transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel")
 class Bert(PostNorm):
-    """BERT, RoBERTa and XLM-RoBERTa as encoders."""
+    """Host of BERT, RoBERTa and XLM-RoBERTa as encoders."""
 
     known: ClassVar = {
         BertLayer: (BertSelfAttention,),
@@ -80,7 +84,7 @@ class Bert(PostNorm):
 
 @hosts.register("transformers.models.mpnet.modeling_mpnet.MPNetModel")
 class MPNet(PostNorm):
-    """MPNet: BERT's blocks, and a bias for how far apart two words stood, a head's own, which all blocks share."""
+    """Host of MPNet: BERT's blocks, and a bias of each head for the distance of two tokens, which all blocks share."""
 
     attention = "attention.attn"
     projections = ("q", "k", "v")
@@ -97,9 +101,10 @@ class MPNet(PostNorm):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[PackedTokens, tuple[Tensor, ...]]:
-        """Beside each block stand its biases for the distances 1 - length .. length - 1, [heads, 2 * length - 1]."""
+        """The input of each block is its bias for the distances 1 - length .. length - 1, [heads, 2 * length - 1]."""
         tokens, _ = self.embed_ids(tower, input_ids, attention_mask, position_ids=position_ids)
-        encoder, length = tower.encoder, input_ids.shape[1]  # distances are of places, whatever position_ids say
+        # distances are of places in the sentence, whatever position_ids are
+        encoder, length = tower.encoder, input_ids.shape[1]
         buckets = encoder.relative_position_bucket(torch.arange(1 - length, length, device=input_ids.device))
         return tokens, (encoder.relative_attention_bias(buckets).t(),) * len(self.blocks(tower))
 
@@ -123,7 +128,7 @@ class MPNet(PostNorm):
 
 @hosts.register("transformers.models.distilbert.modeling_distilbert.DistilBertModel")
 class DistilBert(TextTower):
-    """DistilBERT: BERT's blocks under other names."""
+    """Host of DistilBERT: BERT's blocks under other names."""
 
     layers = "transformer.layer"
     attention = "attention"

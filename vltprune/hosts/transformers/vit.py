@@ -1,4 +1,4 @@
-"""ViT and DeiT of transformers, taken apart."""
+"""Hosts of ViT and DeiT of transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import ImageTower, PreNorm
 
 @hosts.register("transformers.models.vit.modeling_vit.ViTModel")
 class Vit(PreNorm, ImageTower):
-    """ViT, with a pooler or without, at its own size or with interpolated positions."""
+    """Host of ViT, with a pooler or without, at its own image size or with interpolated positions."""
 
     layers = "layers"
     attention = "attention"
@@ -35,7 +35,7 @@ class Vit(PreNorm, ImageTower):
 
 @hosts.register("transformers.models.deit.modeling_deit.DeiTModel")
 class Deit(Vit):
-    """DeiT: a ViT with a distillation token behind the class token."""
+    """Host of DeiT, a ViT with a distillation token behind the class token."""
 
     def prefix(self, tower: Any) -> int:
         return 2
