@@ -118,7 +118,7 @@ def test_what_cannot_be_read_is_skipped_and_told(statements, tmp_path, capsys, f
 def test_nothing_readable(statements, tmp_path, fails):
     for picture in statements.parent.glob("*.png"):
         picture.unlink()
-    assert "none of the 3 records could be answered: there is no picture" in fails(*nlvr(tmp_path, data=statements))
+    assert "none of the 3 records could be answered: there is no image" in fails(*nlvr(tmp_path, data=statements))
 
 
 def test_dense_models_are_counted_too(tmp_path, capsys):

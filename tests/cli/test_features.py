@@ -56,7 +56,7 @@ def test_turns_a_photograph_beside_a_broken_tag_and_goes_past_damage(photos, tmp
     assert cli.main(argv) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert "turned.jpg" in summary["images"] and "d.png" in summary["unreadable"]
-    assert f"skipped: cannot read {photos / 'd.png'} as a picture: " in capsys.readouterr().err
+    assert f"skipped: cannot read {photos / 'd.png'} as an image: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

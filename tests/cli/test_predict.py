@@ -78,7 +78,7 @@ def test_predict_refusals(sentence, options, complaint, pair, tmp_path, fails):
 
 def test_predict_needs_pictures(pair, photos, tmp_path, fails):
     output = ["--output", str(tmp_path / "new")]
-    assert "there is no picture nowhere.png" in fails("predict", pair[0], "nowhere.png", "a circle", *output)
+    assert "there is no image nowhere.png" in fails("predict", pair[0], "nowhere.png", "a circle", *output)
     assert "(it is a folder)" in fails("predict", pair[0], str(tmp_path), "a circle", *output)
     broken = str(photos / "broken.jpg")
     assert f"cannot read {broken}" in fails("predict", broken, pair[1], "a circle", *output)

@@ -71,7 +71,7 @@ def test_damage_of_any_kind_is_a_picture_error_or_a_picture(kind, seed):
     except ImageError as error:
         complaint = str(error)
     if complaint:
-        assert complaint.startswith("cannot read it.bin as a picture: ") and "0x" not in complaint
+        assert complaint.startswith("cannot read it.bin as an image: ") and "0x" not in complaint
     else:
         assert picture.mode == "RGB" and 0 not in picture.size
 
@@ -107,7 +107,7 @@ def test_whatever_a_decoder_raises(raised, where, tmp_path, monkeypatch):
     monkeypatch.setattr(owner, where, fail)
     if where == "load":
         monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
-    with pytest.raises(ImageError, match=r"cannot read .*a\.png as a picture: \w+"):
+    with pytest.raises(ImageError, match=r"cannot read .*a\.png as an image: \w+"):
         load_image(tmp_path / "a.png")
 
 
@@ -208,7 +208,7 @@ def test_of_several_frames_the_first_is_read():
 
 def test_pictures_of_no_or_too_many_pixels(monkeypatch):
     for size in ((0, 5), (5, 0)):
-        with pytest.raises(ImageError, match="as a picture"):
+        with pytest.raises(ImageError, match="as an image"):
             load_image(EncodedImage("a", b"P6 %d %d 255\n" % size))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # 768 are more, and not twice as many
     with pytest.raises(ImageError, match="decompression bomb"):
@@ -222,7 +222,7 @@ def test_names_that_no_disk_takes(tmp_path):
     for name in ("a\0b.png", "half \ud83d.png", "long" * 100, "missing.png"):
         with pytest.raises(ImageError, match="picture"):
             load_image(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="there is no picture"):
+    with pytest.raises(FileNotFoundError, match="there is no image"):
         load_image(tmp_path / "missing.png")
 
 
@@ -251,7 +251,7 @@ def test_loaders_report_them_with_file_and_index(records, tmp_path, workers):
     loader = Loader(records, thin, batch_size=2, workers=workers)
     assert [[record.index for record in some] for some, _ in loader] == [[10], [13]]
     damaged, refused = map(str, loader.skipped)
-    assert damaged.startswith(f"entry 11: cannot read {tmp_path / 'b.png'} as a picture: ")
+    assert damaged.startswith(f"entry 11: cannot read {tmp_path / 'b.png'} as an image: ")
     assert refused.startswith(f"entry 12: cannot prepare {tmp_path / 'c.png'}, 32 x 2 pixels, for the model: ")
     with pytest.raises(OSError, match="entry 11: cannot read"):
         list(Loader(records, thin, strict=True, workers=workers))

@@ -36,7 +36,7 @@ def test_batches_and_what_they_skip(records, tmp_path, workers):
         assert all(images.shape == (1, 2, 3, 96, 96) for _, images in batches)
     assert [skipped.index for skipped in loader.skipped] == [1, 3]
     assert f"cannot read {tmp_path / 'broken.png'}" in loader.skipped[0].reason
-    assert f"there is no picture {tmp_path / 'gone.png'}" in loader.skipped[1].reason
+    assert f"there is no image {tmp_path / 'gone.png'}" in loader.skipped[1].reason
 
 
 def test_batches_that_lost_all(records):

@@ -1,4 +1,4 @@
-"""Data sets for training, benchmarks, examples and tests. The library itself never enters here."""
+"""Data sets for evaluation, training, benchmarks and the demo: annotation files, shards and synthetic NLVR."""
 
 from vltprune.data.annotations import answer_list, captions, nlvr2, vqa
 from vltprune.data.loader import Loader

@@ -1,6 +1,6 @@
-"""Published annotation files to records: NLVR2, VQAv2 and Visual Genome, DAQUAR, COCO, Flickr30k and Flickr8k.
+"""Annotation files: NLVR2, VQAv2 and Visual Genome, DAQUAR, COCO, Flickr30k and Flickr8k to records.
 
-The forms are those in which BLIP's authors publish them (lists of objects in JSON), and two smaller ones:
+The formats are those in which BLIP's authors publish them (lists of objects in JSON), and two smaller ones:
 
   nlvr2     {"images": [left, right], "sentence": ..., "label": "True" or "False"}
   vqa       {"image", "question", "question_id", "dataset": "vqa" or "vg", "answer": [ten answers], of "vg" one}
@@ -23,95 +23,140 @@ from pathlib import Path
 from typing import Any
 
 from ..models.wordpiece import well_formed
-from .records import Captioned, ImageSource, Question, R, Records, Skipped, Statement
+from .images import ImageSource
+from .records import Captioned, Question, R, Records, Skipped, Statement
 
 Folder = str | Path
+KEY = "__key__"  # webdataset's name for a sample's key, the identifier of an entry that has none
+# What parsing an entry of another format raises.
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 _LABELS = {"True": 1, "False": 0, True: 1, False: 0}  # 1 and 0 are equal to True and False
-KEY = "__key__"  # of a sample in a shard, as webdataset names it: the identifier of an entry that has none
-_VISUAL_GENOME = 0.2  # what BLIP lets its questions count
-UNREADABLE = (
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    RecursionError,
-)  # what an entry of another form raises
-_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{},]', re.DOTALL)  # what tells where the elements of a JSON list end
+_VISUAL_GENOME = 0.2  # BLIP's weight of its questions in training
+_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{},]', re.DOTALL)  # what delimits the elements of a JSON list
 
 
 def nlvr2(file: str | Path, images: Folder, *, strict: bool = False) -> Records[Statement]:
-    """NLVR2 (`nlvr_train.json`, `nlvr_dev.json`, `nlvr_test.json`). images: the folder that the entries' paths begin in.
+    """Load NLVR2 (`nlvr_train.json`, `nlvr_dev.json`, `nlvr_test.json`).
 
-    OSError for no such file; ValueError for one that is no list of entries, or where none of them can be read.
+    Args:
+        file: The annotation file.
+        images: The folder that the entries' image paths begin in.
+        strict: Whether an entry that cannot be parsed is an error; otherwise it is skipped.
+
+    Returns:
+        The records, and the entries that were skipped.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it holds no list of entries, if no entry can be parsed, or, with `strict`, if one cannot.
     """
 
-    def read(index: int, entry: Mapping[str, Any]) -> Statement:
+    def parse(index: int, entry: Mapping[str, Any]) -> Statement:
         left, right = entry["images"]
         if not isinstance(entry["images"], list):
             raise ValueError(f"'images' must be a list of two paths, it is {_shown(entry['images'])}")
         return parse_statement(index, entry, (Path(images, left), Path(images, right)))
 
-    return _records(file, read, strict)
+    return _records(file, parse, strict)
 
 
 def parse_statement(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> Statement:
-    """One entry of NLVR2 about two images. Raises one of `UNREADABLE` for another form."""
-    entry = _given(entry)
+    """Parse one entry of NLVR2.
+
+    Args:
+        index: The record's index.
+        entry: The entry, as an annotation file has it.
+        images: Its two images, left and right.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError, RecursionError: If the entry has another format.
+    """
+    entry = _without_nulls(entry)
     if entry["label"] not in _LABELS:
         raise ValueError(f"label {_shown(entry['label'])} is neither True nor False")
-    return Statement(index, _so_many(2, images), _text(entry, "sentence"), _LABELS[entry["label"]])
+    return Statement(index, _exactly(2, images), _text(entry, "sentence"), _LABELS[entry["label"]])
 
 
 def vqa(file: str | Path, images: Folder | Mapping[str, Folder], *, strict: bool = False) -> Records[Question]:
-    """VQAv2 (`vqa_train.json`, `vqa_val.json`, `vqa_test.json`), Visual Genome (`vg_qa.json`), DAQUAR.
+    """Load VQAv2 (`vqa_train.json`, `vqa_val.json`, `vqa_test.json`), Visual Genome (`vg_qa.json`) or DAQUAR.
 
-    images: the folder that the entries' paths begin in, or one for each "dataset", as {"vqa": ..., "vg": ...}. Raises as
-    `nlvr2`.
+    Args:
+        file: The annotation file.
+        images: The folder that the entries' image paths begin in, or one for each "dataset": {"vqa": ..., "vg": ...}.
+        strict: Whether an entry that cannot be parsed is an error; otherwise it is skipped.
+
+    Returns:
+        The records, and the entries that were skipped.
+
+    Raises:
+        OSError, ValueError: As of `nlvr2`.
     """
 
-    def read(index: int, entry: Mapping[str, Any]) -> Question:
+    def parse(index: int, entry: Mapping[str, Any]) -> Question:
         source = entry.get("dataset", "vqa")
         folder = images[source] if isinstance(images, Mapping) else images
         return parse_question(index, entry, (Path(folder, _name(entry, "image")),))
 
-    return _records(file, read, strict)
+    return _records(file, parse, strict)
 
 
 def parse_question(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> Question:
-    """One question about an image. Raises one of `UNREADABLE` for another form."""
-    entry = _given(entry)
+    """Parse one question about one image. Arguments and exceptions are those of `parse_statement`."""
+    entry = _without_nulls(entry)
     source = entry.get("dataset", "vqa")
-    weight = _VISUAL_GENOME if source == "vg" else 1.0
-    answers, together = _answers(entry, source)
     original_id = _identifier(entry, "question_id")
-    id = str(entry.get(KEY, index) if original_id is None else original_id)
-    return Question(index, _so_many(1, images), id, _text(entry, "question"), answers, together, weight, original_id)
+    answers, is_answer_set = _answers(entry, source)
+    return Question(
+        index=index,
+        images=_exactly(1, images),
+        id=str(entry.get(KEY, index) if original_id is None else original_id),
+        question=_text(entry, "question"),
+        answers=answers,
+        is_answer_set=is_answer_set,
+        weight=_VISUAL_GENOME if source == "vg" else 1.0,
+        original_id=original_id,
+    )
 
 
 def captions(file: str | Path, images: Folder, *, strict: bool = False) -> Records[Captioned]:
-    """COCO (`coco_karpathy_train.json`, `..._val.json`, `..._test.json`), Flickr30k likewise, Flickr8k.
+    """Load COCO (`coco_karpathy_train.json`, `..._val.json`, `..._test.json`), Flickr30k likewise, or Flickr8k.
 
-    The training files have an entry a caption, the others an entry an image. images: the folder that the entries' paths
-    begin in. Raises as `nlvr2`.
+    Training files have an entry a caption, the others an entry an image.
+
+    Args:
+        file: The annotation file.
+        images: The folder that the entries' image paths begin in.
+        strict: Whether an entry that cannot be parsed is an error; otherwise it is skipped.
+
+    Returns:
+        The records, and the entries that were skipped.
+
+    Raises:
+        OSError, ValueError: As of `nlvr2`.
     """
 
-    def read(index: int, entry: Mapping[str, Any]) -> Captioned:
+    def parse(index: int, entry: Mapping[str, Any]) -> Captioned:
         return parse_captioned(index, entry, (Path(images, _name(entry, "image")),))
 
-    return _records(file, read, strict)
+    return _records(file, parse, strict)
 
 
 def parse_captioned(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> Captioned:
-    """One image with its captions. Raises one of `UNREADABLE` for another form."""
-    entry = _given(entry)
-    written = _texts(entry, "captions" if "captions" in entry else "caption")
+    """Parse one image with its captions. Arguments and exceptions are those of `parse_statement`."""
+    entry = _without_nulls(entry)
+    texts = _texts(entry, "captions" if "captions" in entry else "caption")
     original_id = _identifier(entry, "image_id")
     id = str(entry.get("image", entry.get(KEY, index)) if original_id is None else original_id)
-    return Captioned(index, _so_many(1, images), id, written, original_id)
+    return Captioned(index, _exactly(1, images), id, texts, original_id)
 
 
 def answer_list(file: str | Path) -> tuple[str, ...]:
-    """The candidate answers of `answer_list.json`, a list of texts. OSError, ValueError as above."""
+    """Load the candidate answers of `answer_list.json`, a list of texts.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it holds no list of texts.
+    """
     answers = entries(Path(file))
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{file} is no list of answers: give BLIP's answer_list.json")
@@ -119,13 +164,15 @@ def answer_list(file: str | Path) -> tuple[str, ...]:
 
 
 def entries(file: Path) -> list[Any]:
-    """What an annotation file lists; a RecursionError in the place of an entry that is nested too deeply.
+    """The entries of an annotation file; a RecursionError in the place of one that is nested too deeply.
 
-    OSError for no such file; ValueError for one that holds no list.
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it holds no list.
     """
     try:
-        text = decoded(file.read_bytes())
-        found = _listed(text)
+        text = decode_text(file.read_bytes())
+        found = _elements(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no annotation file {file}") from None
     except ValueError as error:
@@ -135,34 +182,40 @@ def entries(file: Path) -> list[Any]:
     return found
 
 
-def decoded(data: bytes) -> str:
-    """The text of a file in UTF-8, or in UTF-16 or 32, with or without a byte order mark.
+def decode_text(data: bytes) -> str:
+    """Decode a file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
-    Bytes that are no UTF-8 become lone surrogates, as in the names of files.
+    Bytes that are no UTF-8 become lone surrogates, as in file names.
     """
     encoding = json.detect_encoding(data)
     return data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass")
 
 
-def parsed(text: str) -> Any:
-    """What JSON says. ValueError for what is not JSON, RecursionError for what is nested too deeply."""
+def parse_json(text: str) -> Any:
+    """Parse JSON; an integer that is too long for Python stays a text.
+
+    Raises:
+        ValueError: If the text is not JSON.
+        RecursionError: If it is nested too deeply.
+    """
     return json.loads(text, parse_int=_integer)
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with an entry, of an error of `UNREADABLE`."""
+    """What is wrong with an entry, from the exception of `UNREADABLE` that parsing it raised."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return f"there is no {error}" if isinstance(error, KeyError) else str(error)
 
 
-def _records(file: str | Path, read: Callable[[int, Mapping[str, Any]], R], strict: bool) -> Records[R]:
-    path, records, skipped = Path(file), [], []
+def _records(file: str | Path, parse: Callable[[int, Mapping[str, Any]], R], strict: bool) -> Records[R]:
+    path = Path(file)
+    records, skipped = [], []
     for index, entry in enumerate(entries(path)):
         try:
             if isinstance(entry, RecursionError):
                 raise entry
-            records.append(read(index, _given(entry)))
+            records.append(parse(index, _without_nulls(entry)))
         except UNREADABLE as error:
             if strict:
                 raise ValueError(f"{path}, entry {index}: {reason(error)}") from error
@@ -174,7 +227,7 @@ def _records(file: str | Path, read: Callable[[int, Mapping[str, Any]], R], stri
 
 
 def _answers(entry: Mapping[str, Any], source: str) -> tuple[tuple[str, ...], bool]:
-    """As people gave them, and whether they belong together; none where the key is missing, as in the test file."""
+    """The answers, and whether they form one answer; none where the key is missing, as in the test file."""
     if "answer" not in entry:
         return (), False
     if isinstance(entry["answer"], str) and source != "vg":
@@ -182,9 +235,9 @@ def _answers(entry: Mapping[str, Any], source: str) -> tuple[tuple[str, ...], bo
     return _texts(entry, "answer"), False
 
 
-def _so_many(n: int, images: Sequence[ImageSource]) -> tuple[ImageSource, ...]:
+def _exactly(n: int, images: Sequence[ImageSource]) -> tuple[ImageSource, ...]:
     if len(images) != n:
-        raise ValueError(f"it has {len(images)} pictures, and needs {n}")
+        raise ValueError(f"it has {len(images)} images, and needs {n}")
     return tuple(images)
 
 
@@ -215,8 +268,8 @@ def _identifier(entry: Mapping[str, Any], key: str) -> str | int | float | None:
     raise ValueError(f"{key!r} must be a text or a number, it is {_shown(value)}")
 
 
-def _given(entry: Any) -> Any:
-    """An entry without its nulls; what is no entry, as it is."""
+def _without_nulls(entry: Any) -> Any:
+    """An entry without its null values; anything else as it is."""
     return {key: value for key, value in entry.items() if value is not None} if isinstance(entry, Mapping) else entry
 
 
@@ -228,10 +281,10 @@ def _integer(digits: str) -> int | str:
         return digits
 
 
-def _listed(text: str) -> Any:
-    """What JSON says; of a list, elements that are nested too deeply are a RecursionError each."""
+def _elements(text: str) -> Any:
+    """What JSON holds; of a list, elements that are nested too deeply are a RecursionError each."""
     try:
-        return parsed(text)
+        return parse_json(text)
     except RecursionError as error:
         if not text.lstrip().startswith("["):
             raise ValueError("it is nested too deeply") from error
@@ -246,7 +299,7 @@ def _listed(text: str) -> Any:
 
 def _element(text: str) -> Any:
     try:
-        return parsed(text)
+        return parse_json(text)
     except RecursionError as error:
         return error
 

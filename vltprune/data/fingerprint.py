@@ -1,4 +1,4 @@
-"""Fingerprints: digests of what results come from, so that a stopped run is gone on with by content, not by name."""
+"""Fingerprints: digests of models, files and images, by which a stopped run is resumed only on the same inputs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from . import Record
 from .images import EncodedImage
 
 _BLOCK = 1 << 22  # bytes read at a time
-_END = 1 << 12  # bytes of a file's beginning and end, which for pictures hold the header and the last of the data
+_END = 1 << 12  # bytes of a file's beginning and end, which of an image hold the header and the last data
 
 
 def hash_model(model: nn.Module) -> str:
-    """Of a model, dense or pruned: its class, the arguments it was built by, how it prunes, and every tensor of its state."""
+    """The digest of a model, dense or pruned: its class, arguments, pruning, and every tensor of its state."""
     pruning: Any = getattr(model, "pruning", None)
-    told = {
+    described = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "recipe": repr(getattr(model if pruning is None else pruning.host, "recipe", None)),
         "pruning": None if pruning is None else pruning.config.to_dict(),
     }
-    digest = _digest(json.dumps(told, sort_keys=True, default=repr).encode())
+    digest = _digest(json.dumps(described, sort_keys=True, default=repr).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
         _add(digest, value)
@@ -36,7 +36,7 @@ def hash_model(model: nn.Module) -> str:
 
 
 def hash_file(path: str | Path | None) -> str | None:
-    """Of a file's bytes, or of all files of a folder; None where there is none."""
+    """The digest of a file's bytes, or of all files of a folder; None where the path does not exist."""
     if path is None or not Path(path).exists():
         return None
     files = [Path(path)] if Path(path).is_file() else sorted(one for one in Path(path).rglob("*") if one.is_file())
@@ -50,7 +50,7 @@ def hash_file(path: str | Path | None) -> str | None:
 
 
 def hash_images(record: Record) -> str | None:
-    """Of the files of a record's pictures, read whole; None for pixels that are drawn, which their record's name fixes."""
+    """The digest of a record's image files, read whole; None for generated pixels, which the data set's name determines."""
     if any(isinstance(image, np.ndarray) for image in record.images):
         return None
     digest = _digest()
@@ -60,7 +60,7 @@ def hash_images(record: Record) -> str | None:
 
 
 def hash_file_ends(paths: Iterable[Path]) -> str:
-    """Of files by name, size, and their first and last bytes: for more of them than one would read twice."""
+    """The digest of files by name, size, and first and last bytes, for more of them than one would read twice."""
     digest = _digest()
     for path in paths:
         digest.update(f"{path} ".encode("utf-8", "surrogatepass"))
@@ -91,12 +91,12 @@ def _digest(data: bytes = b"") -> Any:
 
 
 def _add(digest: Any, value: Any) -> None:
-    """A value of a state: type, shape and bytes of a tensor; any other by what torch writes of it."""
+    """Add a value of a state dict: type, shape and bytes of a tensor; anything else as torch saves it."""
     if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided:
         plain = value.detach().cpu().contiguous()
         digest.update(f"{plain.dtype} {list(plain.shape)}".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
         return
-    written = io.BytesIO()
-    torch.save(value, written)
-    digest.update(written.getvalue())
+    saved = io.BytesIO()
+    torch.save(value, saved)
+    digest.update(saved.getvalue())

@@ -1,4 +1,4 @@
-"""Loader: records to batches of preprocessed images; images that cannot be opened are set aside."""
+"""Loader: batches of records and their image tensors, in order; records whose images cannot be decoded are skipped."""
 
 from __future__ import annotations
 
@@ -17,16 +17,27 @@ from .records import R, Skipped
 
 @dataclass
 class Loader(Generic[R]):
-    """Batches of records and their images [batch, images a record, 3, height, width]; iterate as often as you like.
+    """Iterates over batches of records and their images [batch, images a record, 3, height, width], again and again.
 
-    prepare: a picture to [3, height, width], as `vltprune.transforms(model)` gives it. A record whose picture is missing
-    or broken goes to `skipped`, once; with strict=True it is an OSError instead. A batch that lost all is left out.
-    start, stop: which records, all of them unless these say otherwise. workers: threads that open pictures ahead of their
-    use, none for 0; what comes out, and when what is set aside, does not depend on them.
+    A batch is smaller by the records that were skipped; a batch that lost all its records is left out. What comes out, and
+    when a record is listed in `skipped`, does not depend on `workers`.
+
+    Attributes:
+        records: The records of the data set.
+        transform: An RGB image to [3, height, width], as `vltprune.transforms(model)` gives it.
+        batch_size: Records a batch.
+        strict: Whether a missing or broken image is an OSError; otherwise its record is skipped.
+        start: The first record.
+        stop: The record to stop before; None for the end.
+        workers: Threads that decode images ahead of their use; 0 for none.
+        skipped: The records that were skipped, each once.
     """
 
+    # Threads, not the processes of torch.utils.data.DataLoader: decoders release the GIL, and records and transforms need
+    # not be pickled.
+
     records: Sequence[R]
-    prepare: Callable[[Image.Image], Tensor]
+    transform: Callable[[Image.Image], Tensor]
     batch_size: int = 16
     strict: bool = False
     start: int = 0
@@ -35,45 +46,45 @@ class Loader(Generic[R]):
     skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """How many records there are to read."""
-        return len(self._numbers)
+        """The number of records to load."""
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[tuple[list[R], Tensor]]:
-        numbers = self._numbers
-        batches = [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
-        for opened in self._ahead(batches) if self.workers else (list(map(self._open, batch)) for batch in batches):
-            kept = [(record, images) for record, images in opened if isinstance(images, Tensor)]
-            self._set_aside([images for _, images in opened if isinstance(images, Skipped)])
+        indices = self._indices
+        batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        for loaded in self._prefetch(batches) if self.workers else (list(map(self._load, batch)) for batch in batches):
+            kept = [(record, images) for record, images in loaded if isinstance(images, Tensor)]
+            self._list_skipped([images for _, images in loaded if isinstance(images, Skipped)])
             if kept:
                 records, images = zip(*kept, strict=True)
                 yield list(records), torch.stack(images)
 
     @property
-    def _numbers(self) -> range:
+    def _indices(self) -> range:
         return range(len(self.records))[self.start : self.stop]
 
-    def _ahead(self, batches: Sequence[range]) -> Iterator[list[tuple[R, Tensor | Skipped]]]:
+    def _prefetch(self, batches: Sequence[range]) -> Iterator[list[tuple[R, Tensor | Skipped]]]:
         """The batches in their order, each begun while those before it are in use."""
-        begun, ahead = deque(), 1 + self.workers // self.batch_size
+        pending, ahead = deque(), 1 + self.workers // self.batch_size
         pool = ThreadPoolExecutor(self.workers)
         try:
             for batch in batches:
-                begun.append([pool.submit(self._open, number) for number in batch])
-                if len(begun) > ahead:
-                    yield [future.result() for future in begun.popleft()]
-            while begun:
-                yield [future.result() for future in begun.popleft()]
-        finally:  # also where the batches are not wanted any more
+                pending.append([pool.submit(self._load, index) for index in batch])
+                if len(pending) > ahead:
+                    yield [future.result() for future in pending.popleft()]
+            while pending:
+                yield [future.result() for future in pending.popleft()]
+        finally:  # also where the remaining batches are no longer wanted
             pool.shutdown(cancel_futures=True)
 
-    def _open(self, number: int) -> tuple[R, Tensor | Skipped]:
-        record = self.records[number]
+    def _load(self, index: int) -> tuple[R, Tensor | Skipped]:
+        record = self.records[index]
         try:
-            return record, record.load_tensor(self.prepare)
+            return record, record.load_tensor(self.transform)
         except OSError as error:
             if self.strict:
                 raise OSError(f"entry {record.index}: {error}") from error
             return record, Skipped(record.index, str(error))
 
-    def _set_aside(self, skipped: Sequence[Skipped]) -> None:
+    def _list_skipped(self, skipped: Sequence[Skipped]) -> None:
         self.skipped += [one for one in skipped if one not in self.skipped]

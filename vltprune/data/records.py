@@ -1,4 +1,4 @@
-"""Records: one small frozen class a task. No image is opened before it is needed."""
+"""Records: one frozen class a task, whose images are decoded on demand."""
 
 from __future__ import annotations
 
@@ -8,40 +8,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .images import EncodedImage, load_image, load_tensor
-
-ImageSource = Path | EncodedImage | np.ndarray
+from .images import ImageSource, load_image, load_tensor
 
 
 @dataclass(frozen=True)
 class Record:
-    """index: its place in the annotations, or among what was drawn from shards.
+    """One sample of a data set.
 
-    images: each the path of a picture, its file as bytes, or its pixels, uint8 [height, width, 3].
+    Attributes:
+        index: Its index in the annotation file, or among the samples drawn from shards.
+        images: Each the path of an image, its file as bytes, or its pixels, uint8 [height, width, 3].
     """
 
     index: int
     images: tuple[ImageSource, ...]
 
     def load_images(self) -> tuple[Image.Image, ...]:
-        """The images, opened, as RGB. ImageError that names one which is missing or broken."""
+        """Decode the images to RGB.
+
+        Raises:
+            ImageError: If an image is missing or broken.
+        """
         return tuple(map(load_image, self.images))
 
-    def load_tensor(self, prepare: Callable[[Image.Image], Tensor]) -> Tensor:
-        """The images as a model takes them, [images, 3, height, width]. prepare, errors: as of `images.load_tensor`."""
-        return torch.stack([load_tensor(image, prepare) for image in self.images])
+    def load_tensor(self, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+        """Decode the images and transform them to a model's input.
+
+        Args:
+            transform: As of `images.load_tensor`.
+
+        Returns:
+            The input, [images, 3, height, width].
+
+        Raises:
+            ImageError: If an image is missing or broken, or if `transform` refuses it.
+        """
+        return torch.stack([load_tensor(image, transform) for image in self.images])
 
 
 @dataclass(frozen=True)
 class Statement(Record):
-    """Natural language visual reasoning: a sentence about two images, 1 true of them or 0 false.
+    """Natural language visual reasoning: a sentence that is true or false of two images.
 
-    more: further sentences of the same images and their labels; training may learn from them too.
+    Attributes:
+        sentence: The sentence.
+        label: 1 for true, 0 for false.
+        more: Further sentences about the same images, with their labels; training may use them.
     """
 
     sentence: str
@@ -51,11 +67,15 @@ class Statement(Record):
 
 @dataclass(frozen=True)
 class Question(Record):
-    """Visual question answering. answers: all that people gave, repeated as they were; empty where they are held back.
+    """Visual question answering: a question about an image.
 
-    is_answer_set: the answers belong together (what is on the desk? a lamp and a cup), and are not one each of several people.
-    weight: how much the question counts in training (BLIP gives those of Visual Genome 0.2).
-    id, original_id: the question's identifier as a text, and as the annotations have it, None where they have none.
+    Attributes:
+        id: The question's identifier as text.
+        question: The question.
+        answers: One answer a person, repeated as given; empty where a data set withholds them.
+        is_answer_set: Whether the answers form one answer (what is on the desk? a lamp and a cup), not one a person.
+        weight: The question's weight in training; BLIP gives questions of Visual Genome 0.2.
+        original_id: The identifier as the annotations have it, None where they have none.
     """
 
     id: str
@@ -67,15 +87,18 @@ class Question(Record):
 
     @property
     def answer_weights(self) -> dict[str, float]:
-        """How much each distinct answer counts in training: the part of the people who gave it, times `weight`."""
+        """The training weight of each distinct answer: the share of people who gave it, times `weight`."""
         return {answer: self.weight * n / len(self.answers) for answer, n in Counter(self.answers).items()}
 
 
 @dataclass(frozen=True)
 class Captioned(Record):
-    """An image and what people wrote of it: for captioning, and for retrieval in both directions.
+    """An image and its captions, for captioning and for retrieval in both directions.
 
-    id, original_id: the image's identifier as a text, and as the annotations have it, None where they have none.
+    Attributes:
+        id: The image's identifier as text.
+        captions: What people wrote.
+        original_id: The identifier as the annotations have it, None where they have none.
     """
 
     id: str
@@ -84,7 +107,7 @@ class Captioned(Record):
 
     @property
     def image_name(self) -> str:
-        """Which image it is: equal for records of one image, such as those of files with an entry a caption."""
+        """The image's name, equal for records of one image, as in files with an entry a caption."""
         path = self.images[0] if self.images else None
         return str(path) if isinstance(path, Path) else self.id
 
@@ -94,7 +117,12 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(frozen=True)
 class Skipped:
-    """An entry of an annotation file that could not be used, and why."""
+    """An entry of an annotation file that could not be used.
+
+    Attributes:
+        index: Its index in the file.
+        reason: What is wrong with it.
+    """
 
     index: int
     reason: str
@@ -105,7 +133,13 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Records(Sequence[R], Generic[R]):
-    """The readable records of one file, in its order; those `skipped` could not be read."""
+    """The records of one annotation file, in its order.
+
+    Attributes:
+        file: The annotation file.
+        records: The records that could be parsed.
+        skipped: The entries that could not, with the reasons.
+    """
 
     file: Path
     records: tuple[R, ...]

@@ -1,10 +1,10 @@
-"""Records in tar files, as webdataset packs and streams them: for data that does not fit a disk. Needs the extra `train`.
+"""Shards: records in tar files, as webdataset packs and streams them, for data that does not fit a disk.
 
-A sample is what stands behind one key, the files' name up to its first dot:
+Needs the extra `train`. A sample is all files of one key, their names up to the first dot:
 
-  key.json   an entry of the form that annotation files have, see `vltprune.data.annotations`; paths in it are not followed
+  key.json   an entry of the format that annotation files have, see `vltprune.data.annotations`; its paths are not followed
   key.txt    one caption, where no entry has it
-  key.jpg    the picture: jpg, jpeg, png or webp; several are key.0.jpg, key.1.jpg, ..., in their order
+  key.jpg    the image: jpg, jpeg, png or webp; several are key.0.jpg, key.1.jpg, ..., in their order
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
 
-from vltprune.data.annotations import KEY, UNREADABLE, decoded, entries, parsed, reason
-from vltprune.data.images import EncodedImage, load_image
-from vltprune.data.records import ImageSource, R
+from vltprune.data.annotations import KEY, UNREADABLE, decode_text, entries, parse_json, reason
+from vltprune.data.images import EncodedImage, ImageSource, load_image
+from vltprune.data.records import R
 
 _SHARDS = re.compile(r"(pipe:|\w+://).*|.*\.(tar|tgz|tar\.\w+)")
-_PICTURE = re.compile(r"(?:(\d+)\.)?(jpg|jpeg|png|webp)")
+_IMAGE = re.compile(r"(?:(\d+)\.)?(jpg|jpeg|png|webp)")
 _PIECE = 1 << 20  # bytes
 
 
 def is_shard_address(data: str) -> bool:
-    """Whether an input is an address of shards: train-{000..009}.tar, train-*.tar, https://..., pipe:..., several by "::"."""
+    """Whether an input names shards: train-{000..009}.tar, train-*.tar, https://..., pipe:..., or several joined by "::"."""
     return _SHARDS.fullmatch(data) is not None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The files of one key of a shard, by what their names say behind it: "json", "0.jpg"."""
+    """The files of one key of a shard.
+
+    Attributes:
+        shard: The shard's address.
+        key: The sample's key.
+        files: Their contents, by their names behind the key: "json", "0.jpg".
+    """
 
     shard: str
     key: str
@@ -43,7 +49,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample that could not be used, and why; no key: what is behind the place where a shard ends too early."""
+    """A sample that could not be used.
+
+    Attributes:
+        shard: The shard's address.
+        key: The sample's key; empty for everything behind the place where a shard ends too early.
+        reason: What is wrong with it.
+    """
 
     shard: str
     key: str
@@ -55,52 +67,79 @@ class SkippedSample:
 
 @dataclass(frozen=True)
 class Shards(Generic[R]):
-    """Where the shards of a data set are, and how an entry of it is read (`entry` of a task)."""
+    """The shards of a data set.
+
+    Attributes:
+        names: The address of each shard.
+        parse_entry: A task's function from index, entry and images to a record.
+    """
 
     names: tuple[str, ...]
     parse_entry: Callable[[int, Mapping[str, Any], Sequence[ImageSource]], R]
 
     @classmethod
-    def from_address(cls, data: str, entry: Callable[[int, Mapping[str, Any], Sequence[ImageSource]], R]) -> Shards[R]:
-        """Those of an address as `is_shard_address` takes it. FileNotFoundError that names what is not on this disk."""
+    def from_address(
+        cls, data: str, parse_entry: Callable[[int, Mapping[str, Any], Sequence[ImageSource]], R]
+    ) -> Shards[R]:
+        """Find the shards of an address.
+
+        Args:
+            data: An address as `is_shard_address` takes it.
+            parse_entry: As of the class.
+
+        Raises:
+            FileNotFoundError: If a shard on this disk does not exist.
+        """
         from webdataset.shardlists import expand_urls  # of the extra `train`
 
         names = tuple(shard for part in expand_urls(data) for shard in _found(part))
-        return cls(names, entry)
+        return cls(names, parse_entry)
 
     def record(self, index: int, sample: Sample) -> R:
-        """What a sample holds; its key is the id of an entry that has none. OSError that says why there is no record."""
+        """Parse a sample; its key is the identifier of an entry that has none.
+
+        Raises:
+            OSError: If the sample holds no record of the task.
+        """
         try:
-            return self.parse_entry(index, {KEY: sample.key, **_entry(sample)}, _pictures(sample))
+            return self.parse_entry(index, {KEY: sample.key, **_entry(sample)}, _images(sample))
         except UNREADABLE as error:
             raise OSError(reason(error)) from error
 
 
-def iterate_samples(shard: str, lost: Callable[[SkippedSample], object]) -> Generator[Sample]:
-    """The samples of a shard, in its order; `lost` is told of what is cut off.
+def iterate_samples(shard: str, on_skip: Callable[[SkippedSample], object]) -> Generator[Sample]:
+    """Stream the samples of a shard, in its order.
 
-    OSError that names a shard which cannot be opened, or whose command or server fails.
+    Args:
+        shard: The shard's address.
+        on_skip: Called with what is cut off where a shard ends too early.
+
+    Yields:
+        The samples.
+
+    Raises:
+        OSError: If the shard cannot be opened, or if its command or server fails.
     """
     from webdataset.gopen import gopen, set_options  # of the extra `train`
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    def told(error: Exception) -> bool:
+    def handle(error: Exception) -> bool:
         if isinstance(error, OSError):
             raise error
-        lost(SkippedSample(shard, "", f"not a whole tar file: {_said(error)}"))
+        on_skip(SkippedSample(shard, "", f"not a whole tar file: {_first_line(error)}"))
         return True
 
     stream: Any = None
     try:
         stream = gopen(shard)
-        files = tar_file_expander([{"url": shard, "stream": stream}], handler=told)
-        for found in group_by_keys(files, handler=told):
+        files = tar_file_expander([{"url": shard, "stream": stream}], handler=handle)
+        for found in group_by_keys(files, handler=handle):
             yield Sample(shard, found["__key__"], {name: data for name, data in found.items() if name[:2] != "__"})
         while stream.read(_PIECE):  # a command that is not read to its end fails
             pass
         stream.close()
     except (OSError, ValueError) as error:
-        raise OSError(f"cannot read the shard {shard}: {_said(error)}") from error
+        raise OSError(f"cannot read the shard {shard}: {_first_line(error)}") from error
     finally:
         if stream is not None:
             set_options(stream, ignore_errors=True)
@@ -108,15 +147,28 @@ def iterate_samples(shard: str, lost: Callable[[SkippedSample], object]) -> Gene
 
 
 def write_shards(file: str | Path, images: str | Path, folder: str | Path, per_shard: int = 1000) -> list[Path]:
-    """An annotation file and its pictures as shards in a folder, in the file's order; returns them, FILE-000000.tar, ...
+    """Write an annotation file and its images as shards, in the file's order.
 
-    images: the folder that the entries' paths begin in. Entries are written as they are, and read only by who reads the
-    shards; pictures of other formats than shards have become png. ValueError for an entry without pictures, and as
-    `annotations.entries`; OSError that names a picture which is not there, and where nothing can be written.
+    Entries are written as they are, and are parsed only when the shards are read. Images in formats that shards do not
+    have become png.
+
+    Args:
+        file: The annotation file.
+        images: The folder that the entries' image paths begin in.
+        folder: Where the shards go; it is created.
+        per_shard: Entries a shard.
+
+    Returns:
+        The shards, FILE-000000.tar, FILE-000001.tar, ...
+
+    Raises:
+        ValueError: If the file holds no list of entries, or if an entry has no images.
+        OSError: If the file or an image cannot be read, or if a shard cannot be written.
     """
     from webdataset.writer import TarWriter  # of the extra `train`
 
-    listed, written = entries(Path(file)), []
+    listed = entries(Path(file))
+    written: list[Path] = []
     Path(folder).mkdir(parents=True, exist_ok=True)
     for start in range(0, len(listed), per_shard):
         written.append(Path(folder, f"{Path(file).stem}-{len(written):06d}.tar"))
@@ -137,20 +189,20 @@ def _found(name: str) -> list[str]:
 
 
 def _entry(sample: Sample) -> Mapping[str, Any]:
-    """What is said of a sample's pictures. Raises one of `UNREADABLE`."""
-    said = {kind: decoded(sample.files[kind]) for kind in ("json", "txt") if kind in sample.files}
-    if not said:
+    """The entry of a sample. Raises one of `UNREADABLE`."""
+    texts = {kind: decode_text(sample.files[kind]) for kind in ("json", "txt") if kind in sample.files}
+    if not texts:
         raise ValueError("it has neither json nor txt")
-    entry = parsed(said["json"]) if "json" in said else {}
+    entry = parse_json(texts["json"]) if "json" in texts else {}
     if not isinstance(entry, dict):
         raise ValueError(f"its json must hold an entry, it holds a {type(entry).__name__}")
-    if "txt" in said and not any(entry.get(key) not in (None, "", []) for key in ("caption", "captions")):
-        return {**entry, "caption": said["txt"].strip(), "captions": None}
+    if "txt" in texts and not any(entry.get(key) not in (None, "", []) for key in ("caption", "captions")):
+        return {**entry, "caption": texts["txt"].strip(), "captions": None}
     return entry
 
 
-def _pictures(sample: Sample) -> list[ImageSource]:
-    matches = filter(None, map(_PICTURE.fullmatch, sample.files))
+def _images(sample: Sample) -> list[ImageSource]:
+    matches = filter(None, map(_IMAGE.fullmatch, sample.files))
     names = [match[0] for match in sorted(matches, key=lambda match: int(match[1] or 0))]
     return [EncodedImage(f"{sample.shard}, {sample.key}.{name}", sample.files[name]) for name in names]
 
@@ -162,22 +214,22 @@ def _packed(index: int, entry: Any, folder: Path) -> dict[str, bytes]:
         files = [_file(folder / name) for name in names]
     except UNREADABLE as error:
         raise ValueError(f"entry {index}: {reason(error)}") from error
-    numbered = {f"{place}.{kind}" if len(files) > 1 else kind: data for place, (kind, data) in enumerate(files)}
+    numbered = {f"{number}.{kind}" if len(files) > 1 else kind: data for number, (kind, data) in enumerate(files)}
     return {**numbered, "json": json.dumps(entry).encode("utf-8")}
 
 
 def _file(path: Path) -> tuple[str, bytes]:
-    """A picture's kind, and its file as bytes."""
+    """An image's format, and its file as bytes."""
     kind = path.suffix[1:].lower()
-    if _PICTURE.fullmatch(kind):
+    if _IMAGE.fullmatch(kind):
         return kind, path.read_bytes()
     as_png = io.BytesIO()
     load_image(path).save(as_png, "png")
     return "png", as_png.getvalue()
 
 
-def _said(error: Exception) -> str:
-    """The first line of an error, without what webdataset hangs on."""
+def _first_line(error: Exception) -> str:
+    """The first line of an error, without what webdataset appends."""
     text = str(getattr(error, "strerror", None) or (error.args[0] if error.args else error))
     if status := re.search(r": (exit -?\d+) \(read\)", text):
         return f"what fetches it ended with {status[1]}"

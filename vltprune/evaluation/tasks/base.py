@@ -11,7 +11,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ...data.records import ImageSource, Record
+from ...data.images import ImageSource
+from ...data.records import Record
 from ...data.word_tokenizer import WordTokenizer
 from ...models.wordpiece import BERT, CLS, DEC, ENC, BlipTokenizer
 from ...pruning.model import dense_model
