@@ -104,6 +104,12 @@ def test_demo_draws_what_was_kept(shown):
         assert image.width > 900 and image.height > 300
 
 
+def test_demo_runs_in_half_precision(tiny_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "WEIGHTS", tiny_weights)
+    monkeypatch.setattr(demo, "_CALIBRATION_PAIRS", 2)
+    assert cli.main(["demo", "--pairs", "2", "--dtype", "bfloat16", "--output", str(tmp_path / "out")]) == 0
+
+
 def test_demo_without_weights_says_so(tmp_path, monkeypatch, fails):
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path / "none")
     assert "no weights come with" in fails("demo", "--output", str(tmp_path / "out"))

@@ -21,6 +21,7 @@ def commands(pair, photos, tmp_path):
         "features": ["features", "vit_tiny_patch16_224", str(photos), "--reduction", "0.3", *output],
         "prune": ["prune", "blip_nlvr_tiny", "--data", "synthetic:val:4", "--reduction", "image=0.3", *output],
         "predict": ["predict", *pair, "a circle", "--model", "blip_nlvr_tiny_evit", *output],
+        "demo": ["demo", *output],
         "eval": ["eval", "--task", "nlvr", "--data", "synthetic:test:2", "--model", "blip_nlvr_tiny_evit", *output],
     }
 
@@ -36,7 +37,7 @@ def test_every_command_runs_in_half_precision(command, dtype, commands, monkeypa
     assert "nan" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "demo"])
 def test_a_device_or_dtype_that_there_is_not_is_refused(command, commands, fails):
     assert "is no device of this machine: it has cpu" in fails(*commands[command], "--device", "cuda:99")
     assert "there is no dtype 'bf16'; did you mean bfloat16" in fails(*commands[command], "--dtype", "bf16")

@@ -219,7 +219,7 @@ def test_every_option_is_in_the_table():
     }  # as in demo
     free |= {
         (command, option)
-        for command in ("predict", "info", "macs", "features", "prune", "eval")
+        for command in ("demo", "predict", "info", "macs", "features", "prune", "eval")
         for option in ("device", "dtype")
     }  # in test_device
     tried = {(argv[0], option.strip("-").replace("-", "_")) for argv, name, _ in WRONG for option in (*argv, name)}

@@ -1,4 +1,4 @@
-"""Pictures of every format, mode and kind of damage: read as RGB, or refused by the one error that names the file."""
+"""Images of every format, mode and kind of damage: read as RGB, or refused by the one error that names the file."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LEFT_HALF_RED = np.zeros((16, 48, 3), np.uint8)
 LEFT_HALF_RED[:, :24, 0] = 255
 
 
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -58,7 +58,7 @@ def test_every_common_format_is_read():
 
 @pytest.mark.parametrize("kind", FORMATS)
 @given(seed=st.integers(0, 2**32))
-def test_damage_of_any_kind_is_a_picture_error_or_a_picture(kind, seed):
+def test_damage_of_any_kind_is_an_image_error_or_an_image(kind, seed):
     rng, data = random.Random(seed), bytearray(FORMATS[kind])
     if rng.random() < 0.4:
         del data[rng.randrange(len(data)) :]
@@ -67,13 +67,13 @@ def test_damage_of_any_kind_is_a_picture_error_or_a_picture(kind, seed):
             data[rng.randrange(min(len(data), rng.choice((32, 256, len(data)))))] = rng.randrange(256)
     complaint = ""
     try:
-        picture = load_image(EncodedImage("it.bin", bytes(data)))
+        image = load_image(EncodedImage("it.bin", bytes(data)))
     except ImageError as error:
         complaint = str(error)
     if complaint:
         assert complaint.startswith("cannot read it.bin as an image: ") and "0x" not in complaint
     else:
-        assert picture.mode == "RGB" and 0 not in picture.size
+        assert image.mode == "RGB" and 0 not in image.size
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,13 @@ ILL_TYPED = {
 @pytest.mark.parametrize("broken", ILL_TYPED)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("filters", ["error", "ignore"])
-def test_a_sound_picture_with_an_ill_typed_tag_is_turned_and_read(broken, kind, filters):
+def test_a_sound_image_with_an_ill_typed_tag_is_turned_and_read(broken, kind, filters):
     data = encoded(Image.fromarray(LEFT_HALF_RED), kind, exif=exif(6, ILL_TYPED[broken]))
     with warnings.catch_warnings():
         warnings.simplefilter(filters)
-        picture = load_image(EncodedImage("a", data))
-    assert picture.size == (16, 48)
-    assert picture.getpixel((8, 4))[0] > 200 and picture.getpixel((8, 44))[0] < 60
+        image = load_image(EncodedImage("a", data))
+    assert image.size == (16, 48)
+    assert image.getpixel((8, 4))[0] > 200 and image.getpixel((8, 44))[0] < 60
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_sound_picture_with_an_ill_typed_tag_is_turned_and_read(broken, kind, 
     ],
 )
 @pytest.mark.parametrize("filters", ["error", "ignore"])
-def test_where_the_orientation_is_broken_the_picture_is_read_as_it_lies(damaged, filters):
+def test_where_the_orientation_is_broken_the_image_is_read_as_it_lies(damaged, filters):
     whole = encoded(Image.fromarray(PIXELS), "JPEG")
     data = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(damaged) + 2) + damaged + whole[2:]
     with warnings.catch_warnings():
@@ -169,15 +169,15 @@ def test_where_the_orientation_is_broken_the_picture_is_read_as_it_lies(damaged,
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_all_eight_orientations(orientation):
     data = encoded(Image.fromarray(LEFT_HALF_RED), "PNG", exif=exif(orientation))
-    picture = np.asarray(load_image(EncodedImage("a", data)))[..., 0] > 0
+    image = np.asarray(load_image(EncodedImage("a", data)))[..., 0] > 0
     wide = orientation < 5
-    assert picture.shape == ((16, 48) if wide else (48, 16))
-    first = picture[:, :24] if wide else picture[:24]
+    assert image.shape == ((16, 48) if wide else (48, 16))
+    first = image[:, :24] if wide else image[:24]
     assert first.all() if orientation in (1, 4, 5, 6) else not first.any()
 
 
 @pytest.mark.parametrize(
-    ("picture", "wanted"),
+    ("image", "wanted"),
     [
         (Image.fromarray(np.array([[np.nan, np.inf, 1.0, -np.inf, -2.0]], np.float32)), [0, 0, 255, 0, 0]),
         (Image.fromarray(np.array([[0, 65535, 32896]], np.uint16)), [0, 255, 128]),
@@ -186,8 +186,8 @@ def test_all_eight_orientations(orientation):
     ],
     ids=["F", "I;16", "I", "F of nothing"],
 )
-def test_wide_pixels(picture, wanted):
-    read = load_image(EncodedImage("a", encoded(picture, "TIFF")))
+def test_wide_pixels(image, wanted):
+    read = load_image(EncodedImage("a", encoded(image, "TIFF")))
     assert np.asarray(read)[0].tolist() == [[level] * 3 for level in wanted]
 
 
@@ -206,7 +206,7 @@ def test_of_several_frames_the_first_is_read():
         assert load_image(EncodedImage("a", data)).getpixel((2, 2)) == (255, 0, 0)
 
 
-def test_pictures_of_no_or_too_many_pixels(monkeypatch):
+def test_images_of_no_or_too_many_pixels(monkeypatch):
     for size in ((0, 5), (5, 0)):
         with pytest.raises(ImageError, match="as an image"):
             load_image(EncodedImage("a", b"P6 %d %d 255\n" % size))
@@ -220,7 +220,7 @@ def test_pictures_of_no_or_too_many_pixels(monkeypatch):
 
 def test_names_that_no_disk_takes(tmp_path):
     for name in ("a\0b.png", "half \ud83d.png", "long" * 100, "missing.png"):
-        with pytest.raises(ImageError, match="picture"):
+        with pytest.raises(ImageError, match="image"):
             load_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="there is no image"):
         load_image(tmp_path / "missing.png")
@@ -231,15 +231,15 @@ def test_arrays_that_are_no_pixels():
         load_image(np.zeros((2, 2, 2, 2)))
 
 
-def thin(picture: Image.Image) -> torch.Tensor:
+def thin(image: Image.Image) -> torch.Tensor:
     """A transform that refuses what is thinner than four pixels."""
-    picture.resize((picture.width // 4, picture.height // 4))
+    image.resize((image.width // 4, image.height // 4))
     return torch.zeros(3, 2, 2)
 
 
 @pytest.fixture
 def records(tmp_path):
-    """Four pictures: sound, damaged, too thin for the model, sound."""
+    """Four images: sound, damaged, too thin for the model, sound."""
     for name, side in (("a", 24), ("c", 2), ("d", 24)):
         Image.fromarray(PIXELS[:side]).save(tmp_path / f"{name}.png")
     (tmp_path / "b.png").write_bytes(FORMATS["DDS"][:140])

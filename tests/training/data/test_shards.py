@@ -219,7 +219,7 @@ def test_shards_that_end_too_early(tmp_path):
     notes = "\n".join(map(str, some.skipped))
     assert f"{tmp_path}/a.tar: not a whole tar file: unexpected end of data" in notes
     assert f"{tmp_path}/c.tar: not a whole tar file: empty file" in notes
-    assert f"{tmp_path}/a.tar, 5: it has 0 pictures, and needs 1" in notes
+    assert f"{tmp_path}/a.tar, 5: it has 0 images, and needs 1" in notes
     assert len(some.skipped) == 3
 
 
@@ -247,9 +247,7 @@ def test_where_nothing_can_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no shard .*\*\.tgz"):
         loader(tmp_path / "*.tgz")
     shard(tmp_path / "a.tar", ("a.txt", b"red"))
-    with pytest.raises(
-        OSError, match=r"20 records in a row cannot be opened; the last: .*a\.tar, a: it has 0 pictures"
-    ):
+    with pytest.raises(OSError, match=r"20 records in a row cannot be opened; the last: .*a\.tar, a: it has 0 images"):
         list(loader(tmp_path / "a.tar").batches(0, 1))
     with pytest.raises(OSError, match=r"nothing can be read from the 1 shards, .*; the last: .*a\.tar, a: it has 0"):
         loader(tmp_path / "a.tar").first(3)
