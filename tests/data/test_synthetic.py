@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vltprune.data import SyntheticPairs, normalize
-from vltprune.data.drawing import COLORS, MOST, SHAPES, SIZES, Thing, draw_scenes
-from vltprune.data.sentences import FAMILIES, say
+from vltprune.data.drawing import COLORS, MOST, SHAPES, SIZES, SceneObject, draw_scenes
+from vltprune.data.sentences import FAMILIES, draw_sentence
 from vltprune.data.synthetic import SPLITS
 
 SIZE = 10**6
@@ -29,14 +29,14 @@ PLACED = {
 }
 
 
-def named(phrase: str, scene: tuple[Thing, ...]) -> list[Thing]:
+def named(phrase: str, scene: tuple[SceneObject, ...]) -> list[SceneObject]:
     """The things of a scene that a phrase such as "red circles" names, read word by word."""
     words = [re.sub(r"(?<!s)s$", "", word.replace("crosses", "cross")) for word in phrase.split()]
     looks = [(SHAPES[thing.shape], COLORS[thing.color], SIZES[thing.size], "object") for thing in scene]
     return [thing for thing, look in zip(scene, looks, strict=True) if all(word in look for word in words)]
 
 
-def is_true(sentence: str, left: tuple[Thing, ...], right: tuple[Thing, ...]) -> bool:
+def is_true(sentence: str, left: tuple[SceneObject, ...], right: tuple[SceneObject, ...]) -> bool:
     """The truth of a sentence, worked out from its words alone."""
     scenes = {"left": left, "right": right}
 
@@ -138,7 +138,7 @@ def spoken() -> dict[str, list[tuple[str, int, tuple]]]:
         for index in range(pairs):
             rng = np.random.default_rng((SPLITS.index(split), 7, index))
             scenes = draw_scenes(rng)
-            answers = (say(scenes, family, rng) for family in FAMILIES)
+            answers = (draw_sentence(scenes, family, rng) for family in FAMILIES)
             said[split] += [(text, int(truth), scenes) for text, truth in filter(None, answers)]
     return said
 

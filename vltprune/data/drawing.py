@@ -1,6 +1,6 @@
-"""Images of synthetic scenes: colored shapes on cluttered ground. Needs only numpy and Pillow.
+"""Images of synthetic scenes: colored shapes on a cluttered background. Needs only numpy and Pillow.
 
-A scene is three to six things that do not touch. Each has a shape, a color and a size. The ground under them is
+A scene is three to six shapes that do not touch. Each has a shape, a color and a size. The background is
 low-frequency color noise with stripes, checkers or nothing, grain, and low-contrast scribbles, so that most patches
 of an image carry no answer to any sentence about it.
 """
@@ -28,8 +28,18 @@ _GAP = 2.0
 _SUPERSAMPLING = 4
 
 
-class Thing(NamedTuple):
-    """One drawn object: indices into SHAPES, COLORS and SIZES; center and diameter in pixels; tilt in radians."""
+class SceneObject(NamedTuple):
+    """One object of a scene.
+
+    Attributes:
+        shape: Index into SHAPES.
+        color: Index into COLORS.
+        size: Index into SIZES.
+        x: Center, in pixels from the left.
+        y: Center, in pixels from the top.
+        diameter: In pixels.
+        tilt: In radians.
+    """
 
     shape: int
     color: int
@@ -40,13 +50,13 @@ class Thing(NamedTuple):
     tilt: float
 
 
-Scene = tuple[Thing, ...]
+Scene = tuple[SceneObject, ...]
 
 
 def draw_scenes(rng: np.random.Generator) -> tuple[Scene, Scene]:
-    """The left and the right scene of a pair, alike in what they are likely to hold.
+    """Draw the left and the right scene of a pair.
 
-    The pair shares how likely each shape and each color is, so that things repeat and both images often hold the same.
+    The two scenes share the probabilities of shapes and colors, so that objects repeat and often occur in both images.
     """
     shape_weights = rng.dirichlet(np.full(len(SHAPES), 1.5))
     color_weights = rng.dirichlet(np.full(len(COLORS), 1.5))
@@ -60,50 +70,52 @@ def _draw_scene(rng: np.random.Generator, shape_weights: np.ndarray, color_weigh
     colors = rng.choice(len(COLORS), count, p=color_weights)
     sizes = rng.integers(len(SIZES), size=count)
     diameters = np.array([rng.uniform(*_DIAMETERS[SIZES[size]]) for size in sizes])
-    centers = _place(rng, diameters)
+    centers = _draw_centers(rng, diameters)
     tilts = rng.uniform(-0.25, 0.25, count)
 
     columns = (shapes, colors, sizes, *centers.T, diameters, tilts)
-    return tuple(Thing(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
+    return tuple(SceneObject(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
 
 
-def _place(rng: np.random.Generator, diameters: np.ndarray) -> np.ndarray:
-    """Centres [things, 2] that keep things apart; positions are redrawn, never sizes, so that sizes stay fair coins."""
+def _draw_centers(rng: np.random.Generator, diameters: np.ndarray) -> np.ndarray:
+    """Centers [objects, 2] that keep objects apart; positions are redrawn, never sizes, so that sizes stay fair coins."""
     order = np.argsort(-diameters)
     while True:
         centers = np.zeros((len(diameters), 2))
-        for step, thing in enumerate(order):
+        for step, item in enumerate(order):
             placed = order[:step]
-            margin = diameters[thing] / 2 + 1
+            margin = diameters[item] / 2 + 1
             tries = rng.uniform(margin, SIDE - margin, (24, 2))
             distance = np.linalg.norm(tries[:, None] - centers[placed][None], axis=-1)
-            free = (distance >= (diameters[placed] + diameters[thing]) / 2 + _GAP).all(-1)
+            free = (distance >= (diameters[placed] + diameters[item]) / 2 + _GAP).all(-1)
             if not free.any():
                 break
-            centers[thing] = tries[free.argmax()]
+            centers[item] = tries[free.argmax()]
         else:
             return centers
 
 
 def paint(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The picture of a scene, uint8 [SIDE, SIDE, 3], and whose each pixel is, uint8 [SIDE, SIDE].
+    """Paint a scene.
 
-    A pixel's owner is 0 for the ground and i + 1 for thing i.
+    Returns:
+        The image, uint8 [SIDE, SIDE, 3], and the object at each pixel, uint8 [SIDE, SIDE]: 0 for the background and i + 1
+        for object i.
     """
-    picture = _scribble(_ground(rng), rng)
+    image = _scribble(_background(rng), rng)
     object_map = np.zeros((SIDE, SIDE), np.uint8)
-    for index, thing in enumerate(scene):
-        rows, columns, cover = _cover(thing)
-        ink = _RGB[thing.color] * rng.uniform(0.85, 1.05) + rng.normal(0, 6, (*cover.shape, 1))
-        window = picture[rows, columns]
-        picture[rows, columns] = window + cover[..., None] * (ink - window)
+    for index, item in enumerate(scene):
+        rows, columns, cover = _cover(item)
+        ink = _RGB[item.color] * rng.uniform(0.85, 1.05) + rng.normal(0, 6, (*cover.shape, 1))
+        window = image[rows, columns]
+        image[rows, columns] = window + cover[..., None] * (ink - window)
         object_map[rows, columns][cover > 0.5] = index + 1
 
-    picture += rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32) * rng.uniform(2, 8)
-    return picture.clip(0, 255).astype(np.uint8), object_map
+    image += rng.standard_normal((SIDE, SIDE, 1), dtype=np.float32) * rng.uniform(2, 8)
+    return image.clip(0, 255).astype(np.uint8), object_map
 
 
-def _ground(rng: np.random.Generator) -> np.ndarray:
+def _background(rng: np.random.Generator) -> np.ndarray:
     coarse = int(rng.integers(3, 9))
     smooth = _interpolation(coarse)
     blobs = np.einsum("ya,abc,xb->yxc", smooth, rng.normal(0, 22, (coarse, coarse, 3)), smooth, optimize=True)
@@ -113,8 +125,8 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
 
 def _interpolation(coarse: int) -> np.ndarray:
     """The matrix [SIDE, coarse] of linear interpolation from a coarse row to a full one."""
-    at = np.linspace(0, coarse - 1, SIDE)[:, None]
-    return np.clip(1 - np.abs(at - np.arange(coarse)), 0, None)
+    position = np.linspace(0, coarse - 1, SIDE)[:, None]
+    return np.clip(1 - np.abs(position - np.arange(coarse)), 0, None)
 
 
 def _texture(rng: np.random.Generator) -> np.ndarray:
@@ -130,8 +142,8 @@ def _texture(rng: np.random.Generator) -> np.ndarray:
     return along if kind == 1 else np.sign(along * across)
 
 
-def _scribble(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The ground with six to fourteen low-contrast lines, as float32 [SIDE, SIDE, 3]."""
+def _scribble(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The background with six to fourteen low-contrast lines, as float32 [SIDE, SIDE, 3]."""
     sheet = Image.new("L", (SIDE, SIDE), 128)
     pen = ImageDraw.Draw(sheet)
     for _ in range(rng.integers(6, 15)):
@@ -139,38 +151,38 @@ def _scribble(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         points = start + np.cumsum(rng.normal(0, 9, (4, 2)), axis=0)
         shade = int(128 + rng.choice((-1, 1)) * rng.uniform(12, 30))
         pen.line([tuple(point) for point in points], fill=shade, width=int(rng.integers(1, 3)))
-    return ground + (np.asarray(sheet, np.float32) - 128)[..., None]
+    return background + (np.asarray(sheet, np.float32) - 128)[..., None]
 
 
-def _cover(thing: Thing) -> tuple[slice, slice, np.ndarray]:
-    """The window of a thing, as row and column slices, and how much of each of its pixels the thing covers, 0 to 1."""
-    reach = int(thing.diameter / 2) + 2
-    left, top = max(int(thing.x) - reach, 0), max(int(thing.y) - reach, 0)
-    right, bottom = min(int(thing.x) + reach + 1, SIDE), min(int(thing.y) + reach + 1, SIDE)
+def _cover(item: SceneObject) -> tuple[slice, slice, np.ndarray]:
+    """The window of an object, as row and column slices, and how much of each of its pixels the object covers, 0 to 1."""
+    reach = int(item.diameter / 2) + 2
+    left, top = max(int(item.x) - reach, 0), max(int(item.y) - reach, 0)
+    right, bottom = min(int(item.x) + reach + 1, SIDE), min(int(item.y) + reach + 1, SIDE)
     sheet = Image.new("L", ((right - left) * _SUPERSAMPLING, (bottom - top) * _SUPERSAMPLING), 0)
-    outline = (_outline(thing) + (thing.x - left, thing.y - top)) * _SUPERSAMPLING
+    outline = (_outline(item) + (item.x - left, item.y - top)) * _SUPERSAMPLING
     ImageDraw.Draw(sheet).polygon([tuple(corner) for corner in outline], fill=255)
     cover = np.asarray(sheet.reduce(_SUPERSAMPLING), np.float32) / 255
     return slice(top, bottom), slice(left, right), cover
 
 
-def _outline(thing: Thing) -> np.ndarray:
-    """Corners [n, 2] around the origin, inside a circle of the thing's diameter."""
-    corners = _UNIT_OUTLINES[SHAPES[thing.shape]]
-    cos, sin = math.cos(thing.tilt), math.sin(thing.tilt)
-    return corners @ np.array([[cos, sin], [-sin, cos]]) * (thing.diameter / 2)
+def _outline(item: SceneObject) -> np.ndarray:
+    """Corners [n, 2] around the origin, inside a circle of the object's diameter."""
+    corners = _UNIT_OUTLINES[SHAPES[item.shape]]
+    cos, sin = math.cos(item.tilt), math.sin(item.tilt)
+    return corners @ np.array([[cos, sin], [-sin, cos]]) * (item.diameter / 2)
 
 
-def _polygon(corners: int, radii: tuple[float, ...] = (1.0,), turn: float = 0.0) -> np.ndarray:
-    angle = 2 * math.pi * np.arange(corners) / corners + turn
+def _polygon(corners: int, radii: tuple[float, ...] = (1.0,), angle: float = 0.0) -> np.ndarray:
+    angles = 2 * math.pi * np.arange(corners) / corners + angle
     radius = np.resize(radii, corners)
-    return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=-1)
+    return np.stack([radius * np.sin(angles), -radius * np.cos(angles)], axis=-1)
 
 
 _ARM = 0.32
 _UNIT_OUTLINES = {
     "circle": _polygon(32, (0.95,)),
-    "square": _polygon(4, turn=math.pi / 4) * 1.1,
+    "square": _polygon(4, angle=math.pi / 4) * 1.1,
     "triangle": _polygon(3) + (0.0, 0.12),
     "star": _polygon(10, (1.0, 0.42)),
     "cross": np.array(

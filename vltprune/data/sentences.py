@@ -1,11 +1,11 @@
 """Sentences about synthetic scenes: six families, each a list of templates.
 
-A skeleton is a sentence with its color, shape, size and side left open. For a pair of scenes it lists every way to
-fill it in, with the truth of each. A sentence is drawn only from a skeleton that the pair can make both true and
-false, and a fair coin says which: given the images, the label is a coin. Scenes treat all colors alike, and so all
-shapes, sizes and sides; hence the true and the false sentences of a skeleton are distributed alike, and given the
-words the label is a coin too. To keep this so, all fillings of a skeleton must be renamings of one another: numbers
-and relations, which are not, belong to the skeleton.
+A template is a sentence with its color, shape, size and side left open. For a pair of scenes it lists every filling, with
+the truth of each. A sentence is drawn only from a template that has both true and false fillings, and a fair coin says
+which: given the images, the label is a coin. Scenes treat all colors alike, and so all shapes, sizes and sides. Hence the
+true and the false sentences of a template are distributed alike, and given the words the label is a coin too. To keep this
+so, all fillings of a template must be renamings of one another: numbers and relations, which are not, belong to the
+template.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vltprune.data.drawing import COLORS, SHAPES, SIZES, Scene, Thing
+from vltprune.data.drawing import COLORS, SHAPES, SIZES, Scene, SceneObject
 
 SIDES = ("left", "right")
 NUMBERS = ("zero", "one", "two", "three")
-CLEAR = 6.0  # pixels between two centers before a relation between them is said
+CLEAR = 6.0  # pixels between two centers from which their relation is stated
 
 
 class Filling(NamedTuple):
-    """A finished sentence, whether it is true of the pair, and how readily it is drawn among those equally true."""
+    """A filled-in sentence.
+
+    Attributes:
+        text: The sentence.
+        truth: Whether it is true of the pair.
+        weight: Its sampling weight among sentences of the same truth.
+    """
 
     text: str
     truth: bool
@@ -35,14 +41,14 @@ class Filling(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a phrase such as "small red circle" asks of a thing: an index per attribute named, None for the rest."""
+    """The attributes that a phrase such as "small red circle" names: an index for each, None for those left open."""
 
     shape: int | None = None
     color: int | None = None
     size: int | None = None
 
-    def fits(self, thing: Thing) -> bool:
-        """Whether the thing has every attribute named."""
+    def fits(self, thing: SceneObject) -> bool:
+        """Whether an object has every named attribute."""
         return self in _phrases(thing)
 
     def __str__(self) -> str:
@@ -52,7 +58,7 @@ class Description(NamedTuple):
 
     @property
     def plural(self) -> str:
-        """The phrase for several such things."""
+        """The phrase in the plural."""
         text = str(self)
         return text + ("es" if text.endswith("s") else "s")
 
@@ -67,24 +73,24 @@ DESCRIPTIONS = {
 
 
 @lru_cache(maxsize=256)
-def _phrases(thing: Thing) -> tuple[Description, ...]:
-    """Every description that fits the thing."""
+def _phrases(thing: SceneObject) -> tuple[Description, ...]:
+    """Every description that fits an object."""
     return tuple(Description(*asked) for asked in product(*((None, has) for has in thing[:3])))
 
 
 @lru_cache(maxsize=16)
 def _counts(scene: Scene) -> Counter[Description]:
-    """How many things of the scene each description fits."""
+    """How many objects of the scene each description fits."""
     return Counter(phrase for thing in scene for phrase in _phrases(thing))
 
 
 Scenes = tuple[Scene, Scene]
-Skeleton = Callable[[Scenes], Iterator[Filling]]
+Template = Callable[[Scenes], Iterator[Filling]]
 
 
 @dataclass(frozen=True)
-class Tally:
-    """A sentence that hangs on how many things fit one description, here (this side) and there (the other)."""
+class CountTemplate:
+    """A sentence whose truth depends on how many objects fit a description, here (this side) and there (the other)."""
 
     template: str
     kind: str
@@ -98,12 +104,12 @@ class Tally:
                 here, there = counts[side][description], counts[1 - side][description]
                 # Otherwise most fillings would speak of things that neither image shows.
                 weight = 1 + 3 * (here > 0) + 2 * (there > 0) + 2 * _nearly(description, counts[side])
-                yield Filling(_tallied(self.template, name, description), self.holds(here, there), weight)
+                yield Filling(_count_sentence(self.template, name, description), self.holds(here, there), weight)
 
 
 @cache
-def _tallied(template: str, side: str, description: Description) -> str:
-    """A tally's sentence about a side."""
+def _count_sentence(template: str, side: str, description: Description) -> str:
+    """A count template's sentence about a side."""
     other = SIDES[1 - SIDES.index(side)]
     return template.format(side=side, other=other, one=description, many=description.plural)
 
@@ -122,24 +128,24 @@ def _nearly(description: Description, counts: Counter[Description]) -> bool:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A sentence that says of the things fitting a subject, on one side, that they fit a predicate (or do not)."""
+class AttributeTemplate:
+    """A sentence about the objects on one side that fit a subject: that they fit a predicate, or do not."""
 
     template: str
     subject: str
     predicate: str
-    said_of: Callable[[int], bool]
+    applies: Callable[[int], bool]
     holds: Callable[[int, int], bool]
 
     def __call__(self, scenes: Scenes) -> Iterator[Filling]:
-        """Every filling for the pair whose subject is there in the number that the sentence takes for granted."""
+        """Every filling for the pair whose subject occurs in the number that the sentence presupposes."""
         for side, name in enumerate(SIDES):
             for subject in DESCRIPTIONS[self.subject]:
                 things = [thing for thing in scenes[side] if subject.fits(thing)]
-                if self.said_of(len(things)):
+                if self.applies(len(things)):
                     yield from self._about(things, subject, name, scenes[side])
 
-    def _about(self, things: Sequence[Thing], subject: Description, side: str, scene: Scene) -> Iterator[Filling]:
+    def _about(self, things: Sequence[SceneObject], subject: Description, side: str, scene: Scene) -> Iterator[Filling]:
         counts = _counts(scene)
         for predicate in DESCRIPTIONS[self.predicate]:
             words = dict(side=side, one=subject, value=_value(predicate))
@@ -153,8 +159,8 @@ def _value(description: Description) -> str:
 
 
 @dataclass(frozen=True)
-class Relation:
-    """A sentence that says of two things in one image how they lie; unsaid where their centers nearly align."""
+class SpatialTemplate:
+    """A sentence about the relative position of two objects in one image; not used where their centers nearly align."""
 
     phrase: str
     axis: str
@@ -162,7 +168,7 @@ class Relation:
     kind: str
 
     def __call__(self, scenes: Scenes) -> Iterator[Filling]:
-        """Every filling that names two things of one image, unlike in what is named, and is clearly true or false."""
+        """Every filling that names two objects of one image by different attributes, and is clearly true or false."""
         for side, name in enumerate(SIDES):
             named = self._named(scenes[side])
             for first in named:
@@ -184,11 +190,11 @@ class Relation:
                 yield self.sign * (getattr(a, self.axis) - getattr(b, self.axis))
 
 
-def _kinds(template: str, holds: Callable[[int, int], bool], *kinds: str) -> list[Skeleton]:
-    return [Tally(template, kind, holds) for kind in kinds]
+def _kinds(template: str, holds: Callable[[int, int], bool], *kinds: str) -> list[Template]:
+    return [CountTemplate(template, kind, holds) for kind in kinds]
 
 
-def _existence() -> list[Skeleton]:
+def _existence() -> list[Template]:
     kinds = ("colored shape", "colored shape", "shape", "color", "sized shape")
     return [
         *_kinds("the {side} image contains a {one}", lambda here, there: here > 0, *kinds),
@@ -219,9 +225,9 @@ def _none_fit(fitting: int, count: int) -> bool:
     return fitting == 0
 
 
-def _attribute() -> list[Skeleton]:
-    the = partial(Claim, said_of=_single, holds=_all_fit)
-    every = partial(Claim, said_of=_several, holds=_all_fit)
+def _attribute() -> list[Template]:
+    the = partial(AttributeTemplate, applies=_single, holds=_all_fit)
+    every = partial(AttributeTemplate, applies=_several, holds=_all_fit)
     return [
         the("the {one} in the {side} image is {value}", "shape", "color"),
         the("the {one} in the {side} image is {value}", "shape", "size"),
@@ -232,7 +238,7 @@ def _attribute() -> list[Skeleton]:
     ]
 
 
-def _count() -> list[Skeleton]:
+def _count() -> list[Template]:
     kinds = ("shape", "color")
     made = _kinds("there is exactly one {one} in the {side} image", lambda here, there: here == 1, *kinds)
     for n in (2, 3):
@@ -243,7 +249,7 @@ def _count() -> list[Skeleton]:
     return made
 
 
-def _comparison() -> list[Skeleton]:
+def _comparison() -> list[Template]:
     kinds = ("shape", "color")
     ending = " {many} in the {side} image than in the {other} image"
     return [
@@ -253,24 +259,24 @@ def _comparison() -> list[Skeleton]:
     ]
 
 
-def _spatial() -> list[Skeleton]:
+def _spatial() -> list[Template]:
     relations = (("above", "y", -1), ("below", "y", 1), ("left of", "x", -1), ("right of", "x", 1))
     kinds = ("colored shape", "shape", "color")
-    return [Relation(phrase, axis, sign, kind) for phrase, axis, sign in relations for kind in kinds]
+    return [SpatialTemplate(phrase, axis, sign, kind) for phrase, axis, sign in relations for kind in kinds]
 
 
-def _negation() -> list[Skeleton]:
+def _negation() -> list[Template]:
     kinds = ("colored shape", "shape", "color")
     return [
         *_kinds("no image contains a {one}", lambda here, there: here + there == 0, *kinds),
         *_kinds("the {side} image does not contain a {one}", lambda here, there: here == 0, *kinds),
         *_kinds("there is no {one} in the {side} image", lambda here, there: here == 0, *kinds),
-        Claim("the {one} in the {side} image is not {value}", "shape", "color", _single, _none_fit),
-        Claim("no {one} in the {side} image is {value}", "shape", "color", _some, _none_fit),
+        AttributeTemplate("the {one} in the {side} image is not {value}", "shape", "color", _single, _none_fit),
+        AttributeTemplate("no {one} in the {side} image is {value}", "shape", "color", _some, _none_fit),
     ]
 
 
-SKELETONS: dict[str, list[Skeleton]] = {
+TEMPLATES: dict[str, list[Template]] = {
     "existence": _existence(),
     "attribute": _attribute(),
     "count": _count(),
@@ -278,14 +284,23 @@ SKELETONS: dict[str, list[Skeleton]] = {
     "spatial": _spatial(),
     "negation": _negation(),
 }
-FAMILIES = tuple(SKELETONS)
+FAMILIES = tuple(TEMPLATES)
 
 
-def say(scenes: Scenes, family: str, rng: np.random.Generator) -> tuple[str, bool] | None:
-    """A sentence of the family about the pair, and whether it is true; None where no skeleton can go both ways."""
-    skeletons = SKELETONS[family]
-    for index in rng.permutation(len(skeletons)):
-        fillings = sorted(skeletons[index](scenes))
+def draw_sentence(scenes: Scenes, family: str, rng: np.random.Generator) -> tuple[str, bool] | None:
+    """Draw a sentence of a family about a pair of scenes.
+
+    Args:
+        scenes: The left and the right scene.
+        family: One of FAMILIES.
+        rng: The source of randomness.
+
+    Returns:
+        The sentence and whether it is true; None where no template of the family has both true and false fillings.
+    """
+    templates = TEMPLATES[family]
+    for index in rng.permutation(len(templates)):
+        fillings = sorted(templates[index](scenes))
         by_truth = [[filling for filling in fillings if filling.truth == truth] for truth in (False, True)]
         if all(by_truth):
             truth = bool(rng.integers(2))

@@ -2,12 +2,12 @@
 
 An item is two 96 px images and K sentences, each true or false of the pair. How it is distributed:
 
-- Each image holds 3 to 6 things that do not touch, on clutter. A thing is a circle, square, triangle, star or cross;
+- Each image holds 3 to 6 shapes that do not touch, on clutter. A shape is a circle, square, triangle, star or cross;
   red, green, blue, yellow, purple or white; small (14 to 17 px) or large (23 to 27 px). How likely each shape and each
   color is, the two images share: one draw from a Dirichlet(1.5) per pair.
 - The sentence families (existence, attribute, count, comparison, spatial, negation) take turns: sentence j of item i
-  belongs to family (i K + j) mod 6, unless that family has nothing to say that could be either true or false of the
-  pair; then the next one speaks.
+  belongs to family (i K + j) mod 6, unless that family has no sentence that could be either true or false of the pair;
+  then the next family is used.
 - A sentence is true with probability one half, given the images alone and given the words alone (see `sentences`).
 
 Item i of a split depends on the split, the seed, i and K, and on nothing else; its images not even on K.
@@ -23,17 +23,22 @@ import numpy as np
 
 from vltprune.data.drawing import SIDE, Scene, draw_scenes, paint
 from vltprune.data.records import Statement
-from vltprune.data.sentences import FAMILIES, say
+from vltprune.data.sentences import FAMILIES, draw_sentence
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class SyntheticPair:
-    """Two images, what is said of them, and what is in them.
+    """Two synthetic images with sentences about them, and what the images show.
 
-    `images` uint8 [2, 96, 96, 3], left then right. `sentences`, `labels` (1 true, 0 false) and `families` have one
-    entry per sentence. `object_map` uint8 [2, 96, 96] says whose each pixel is: 0 the ground's, i + 1 `scenes[side][i]`'s.
+    Attributes:
+        images: uint8 [2, 96, 96, 3], left before right.
+        sentences: The sentences about the pair.
+        labels: int64 [sentences], 1 for true and 0 for false.
+        families: The family of each sentence, one of `sentences.FAMILIES`.
+        object_map: uint8 [2, 96, 96], the object at each pixel: 0 for the background, i + 1 for `scenes[side][i]`.
+        scenes: The objects of the left and the right image.
     """
 
     images: np.ndarray
@@ -44,7 +49,11 @@ class SyntheticPair:
     scenes: tuple[Scene, Scene]
 
     def attribute_maps(self) -> np.ndarray:
-        """Shape, color and size at each pixel, uint8 [3, 2, 96, 96]: 0 on the ground, else 1 + the index."""
+        """Shape, color and size at each pixel.
+
+        Returns:
+            uint8 [3, 2, 96, 96], 0 on the background, else 1 + the index into SHAPES, COLORS or SIZES.
+        """
         tables = np.zeros((2, 3, max(map(len, self.scenes)) + 1), np.uint8)
         for side, scene in enumerate(self.scenes):
             for index, thing in enumerate(scene, start=1):
@@ -53,13 +62,20 @@ class SyntheticPair:
 
 
 class SyntheticPairs:
-    """The pairs of a split, drawn when asked for (some milliseconds each).
-
-    `split` is "train", "val" or "test"; `size` how many pairs; `seed` another draw of them all; `sentences` how many
-    sentences each pair carries.
-    """
+    """The image pairs of a split of synthetic NLVR, generated on access (some milliseconds each)."""
 
     def __init__(self, split: str, size: int, seed: int = 0, sentences: int = 1) -> None:
+        """Describe the split; nothing is generated yet.
+
+        Args:
+            split: "train", "val" or "test".
+            size: The number of pairs.
+            seed: The seed of the whole split.
+            sentences: Sentences a pair.
+
+        Raises:
+            ValueError: If there is no such split, or if a number is below 1.
+        """
         if split not in SPLITS:
             raise ValueError(f"SyntheticPairs has no split {split!r}; it has {', '.join(SPLITS)}")
         if size < 1 or sentences < 1:
@@ -75,34 +91,50 @@ class SyntheticPairs:
         key = (SPLITS.index(self.split), self.seed, index)
         scenes = draw_scenes(np.random.default_rng((*key, 0)))
         painted = [paint(scene, np.random.default_rng((*key, 1, side))) for side, scene in enumerate(scenes)]
-        said = self._say(scenes, index, np.random.default_rng((*key, 2)))
+        statements = self._statements(scenes, index, np.random.default_rng((*key, 2)))
 
         images, object_map = (np.stack(arrays) for arrays in zip(*painted, strict=True))
-        texts, labels, families = zip(*said, strict=True)
+        texts, labels, families = zip(*statements, strict=True)
         return SyntheticPair(images, texts, np.array(labels, np.int64), families, object_map, scenes)
 
-    def _say(self, scenes: tuple[Scene, Scene], index: int, rng: np.random.Generator) -> list[tuple[str, int, str]]:
-        said = []
-        for turn in range(index * self.sentences, (index + 1) * self.sentences):
-            # Existence can always go both ways: thirty colored shapes are never all there, nor all missing.
-            for step in range(len(FAMILIES)):
-                family = FAMILIES[(turn + step) % len(FAMILIES)]
-                answer = say(scenes, family, rng)
-                if answer is not None:
-                    said.append((answer[0], int(answer[1]), family))
+    def _statements(
+        self, scenes: tuple[Scene, Scene], index: int, rng: np.random.Generator
+    ) -> list[tuple[str, int, str]]:
+        """The sentence, label and family of each statement about a pair."""
+        statements = []
+        for number in range(index * self.sentences, (index + 1) * self.sentences):
+            # Existence can always be true or false: thirty colored shapes are never all there, nor all missing.
+            for offset in range(len(FAMILIES)):
+                family = FAMILIES[(number + offset) % len(FAMILIES)]
+                drawn = draw_sentence(scenes, family, rng)
+                if drawn is not None:
+                    statements.append((drawn[0], int(drawn[1]), family))
                     break
-        return said
+        return statements
 
 
 def normalize(images: np.ndarray) -> np.ndarray:
-    """uint8 images [..., 96, 96, 3] as the models take them: float32 [..., 3, 96, 96] between -1 and 1."""
+    """Turn synthetic images into a model's input.
+
+    Args:
+        images: uint8 [..., 96, 96, 3].
+
+    Returns:
+        float32 [..., 3, 96, 96] between -1 and 1.
+
+    Raises:
+        ValueError: If the images have another shape.
+    """
     if images.shape[-3:] != (SIDE, SIDE, 3):
         raise ValueError(f"expected images [..., {SIDE}, {SIDE}, 3], got {list(images.shape)}")
     return np.moveaxis(images, -1, -3).astype(np.float32) / 127.5 - 1
 
 
 class SyntheticNLVR(Sequence[Statement]):
-    """The pairs of a split as the records that NLVR2 has too, drawn when asked for: each with a sentence, and `more`."""
+    """Synthetic NLVR as a data set: the pairs of a split as the records that NLVR2 has, generated on access.
+
+    Arguments are those of `SyntheticPairs`. The first sentence of a pair is its record's; the others are in `more`.
+    """
 
     def __init__(self, split: str, size: int, seed: int = 0, sentences: int = 1) -> None:
         self.pairs = SyntheticPairs(split, size, seed, sentences)

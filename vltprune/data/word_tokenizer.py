@@ -1,4 +1,4 @@
-"""Tokenizer of the synthetic sentences: one id a word, for a closed vocabulary."""
+"""Tokenizer of synthetic NLVR: one token id a word, for a closed vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 PAD, CLS, SEP, UNK = range(4)
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
-# Ids are places in this line and weights are trained on them: append, never sort or insert.
+# Ids are positions in this line, and weights are trained on them: append, never sort or insert.
 NLVR_WORDS = tuple(
     (  # noqa: SIM905 - a line of words is easier to read and to append to than a list of them
         "a above are at below blue both circle circles contain contains cross crosses does every exactly "
@@ -21,10 +21,13 @@ NLVR_WORDS = tuple(
 
 
 class WordTokenizer:
-    """One id per word of a closed vocabulary.
+    """Tokenizer with one id a word of a closed vocabulary.
 
-    Ids 0 to 3 are `[PAD]`, `[CLS]`, `[SEP]` and `[UNK]`; `words` follow in order. `max_positions` bounds a sentence's
-    length, its `[CLS]` and `[SEP]` counted.
+    Ids 0 to 3 are `[PAD]`, `[CLS]`, `[SEP]` and `[UNK]`; the words follow in order.
+
+    Attributes:
+        words: The special tokens and the words, by their ids.
+        max_positions: The longest sentence in tokens, `[CLS]` and `[SEP]` included.
     """
 
     def __init__(self, words: Sequence[str] = NLVR_WORDS, max_positions: int = 32) -> None:
@@ -38,10 +41,14 @@ class WordTokenizer:
         return len(self.words)
 
     def encode(self, sentences: str | Iterable[str]) -> tuple[Tensor, Tensor]:
-        """`input_ids` and `attention_mask`, both int64 [sentences, length], padded to the longest sentence.
+        """Encode sentences. Case and a full stop at the end are ignored.
 
-        Case and a full stop at the end are ignored. ValueError for no sentences, an empty one, one longer than
-        `max_positions`, or words outside the vocabulary (with the nearest ones inside it).
+        Returns:
+            `input_ids` and `attention_mask`, both int64 [sentences, length], padded to the longest sentence.
+
+        Raises:
+            ValueError: If there are no sentences, if one is empty or longer than `max_positions`, or if it has words
+                outside the vocabulary; the message gives the nearest words.
         """
         rows = [self._row(text) for text in ([sentences] if isinstance(sentences, str) else sentences)]
         if not rows:
@@ -51,7 +58,7 @@ class WordTokenizer:
         return input_ids, (input_ids != PAD).long()
 
     def decode(self, input_ids: Tensor) -> list[str]:
-        """The sentences of input_ids [sentences, length], without special tokens, a decoder's own past the words too."""
+        """Decode input_ids [sentences, length] to sentences, without special tokens and a decoder's further ones."""
         words = range(len(SPECIAL), len(self))
         return [" ".join(self.words[index] for index in row if index in words) for row in input_ids.tolist()]
 
