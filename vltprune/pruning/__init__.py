@@ -1,1 +1,1 @@
-"""Configs and presets, the decision of one pruned layer, the loop over layers, and `prune(model, config)`."""
+"""Configs and presets, the decision of one pruned layer, the loop over layers, and the type of pruned models."""

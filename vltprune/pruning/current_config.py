@@ -1,4 +1,4 @@
-"""The config of a pruned model as its parts are now, with arguments that were set since it was pruned."""
+"""current_config: the config of a pruned model with the arguments that were set since it was pruned."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ _PARTS = {"scorer": "scorer", "keep": "keeper", "reducer": "reducer"}  # kind ->
 
 
 def current_config(config: PruneConfig, towers: Mapping[str, PrunedEncoder]) -> PruneConfig:
-    """The config that builds the pruners of these towers as they stand.
+    """The config that builds the pruners of these towers as they are now.
 
-    Raises ValueError where none does: for parts of another type, other depths, and arguments that differ between depths.
+    Args:
+        config: the config that they were built with.
+        towers: the pruned towers by name.
+
+    Raises:
+        ValueError: where no config builds them: parts of another type, other depths, arguments that differ between depths.
     """
     changed = {(kind, tower): _changed(config, kind, tower, towers[tower]) for kind in _PARTS for tower in towers}
     pruned = [tower for tower in towers if towers[tower].pruners]

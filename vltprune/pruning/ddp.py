@@ -1,4 +1,4 @@
-"""Distributed training: gives every weight that pruning adds a gradient, be it zero."""
+"""Distributed training: every weight that pruning adds gets a gradient, zero where nothing uses it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from ..core.tokens import PackedTokens
 
 
 def reach_weights(tokens: PackedTokens, *parts: nn.Module | None) -> PackedTokens:
-    """The same tokens, from which a gradient reaches each trainable weight of the parts: zero, unless others give it more.
+    """Connects the trainable weights of parts to tokens with a zero gradient.
 
-    DistributedDataParallel waits for all weights in each step, and some may get none: those of a map, where nothing is
-    merged. Outside torch.distributed, and without gradients, the tokens as they are.
+    DistributedDataParallel waits for the gradients of all weights in each step, and some weights may get none, such as those of
+    a guide's map where nothing is fused. Outside torch.distributed, and without gradients, the tokens are returned unchanged.
+
+    Args:
+        tokens: the tower's output.
+        *parts: modules whose weights are connected; None is ignored.
     """
     if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
         return tokens

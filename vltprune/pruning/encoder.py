@@ -28,7 +28,14 @@ from .trace import LayerTrace, PruneTrace, active_collectors
 
 @dataclass(frozen=True)
 class Pruning:
-    """What `prune` made of a model: its config, the dense model, the guide that its towers share, the pruned towers."""
+    """The record of how a model is pruned.
+
+    Attributes:
+        config: the config that it was pruned with, and values that calibration set since.
+        host: the dense model.
+        guide: the alignment guide that the towers share. None without one.
+        towers: the pruned towers by name.
+    """
 
     config: PruneConfig
     host: nn.Module
@@ -37,11 +44,19 @@ class Pruning:
 
 
 class PrunedEncoder(Tower):
-    """A tower that prunes its tokens. `host` is the dense tower itself, untouched, with which it shares its weights.
+    """A tower that prunes its tokens: it takes what the dense tower takes and returns what that returns.
 
-    Calling it takes what the host takes and returns what the host returns. Its state dict has the host's own names, and
-    `pruners.*` and `guide.*` beside them. A tower of a composite model leaves the guide to that model, whose towers share it,
-    and so the host where that is the composite model itself: no tensor is registered twice.
+    `host` is the dense tower itself, unchanged, with which it shares its weights. The state dict has the dense tower's own
+    names, and `pruners.*` and `guide.*`. In a composite model the guide is registered by that model, because its towers
+    share it, and so is the host where it is the composite model itself: no tensor is registered twice.
+
+    Args:
+        host: the dense tower.
+        adapter: the Host that runs it.
+        config: what to prune where.
+        guide: the alignment guide of the model. None without one.
+        tower: the tower's name.
+        composite: the dense composite model that it is a tower of. None for a model by itself.
     """
 
     def __init__(
@@ -63,7 +78,7 @@ class PrunedEncoder(Tower):
         self.pruners.train(host.training)
 
     def build_pruners(self, config: PruneConfig) -> nn.ModuleDict:
-        """New pruners of a config for this tower, by depth; the tower stays as it is."""
+        """Builds the pruners of a config for this tower, by depth. The tower is unchanged."""
         blocks = self.adapter.blocks(self.host)
         depths = config.depths(self.tower, len(blocks))
         specs = [replace(self.adapter.spec(self.host, d, self.tower), before=i) for i, d in enumerate(depths)]
@@ -71,7 +86,7 @@ class PrunedEncoder(Tower):
         return nn.ModuleDict(pruners)
 
     def _hold(self, name: str, module: nn.Module | None, is_child: bool) -> None:
-        """As a child, or as an attribute that the module tree does not have: the composite model has it."""
+        """Sets a module as a child, or as an attribute outside the module tree, where the composite model registers it."""
         if is_child:
             setattr(self, name, module)
         else:
@@ -79,13 +94,10 @@ class PrunedEncoder(Tower):
 
     @property
     def pruning(self) -> Pruning:
-        """How a tower that is a model by itself is pruned. AttributeError for a tower of a composite model.
-
-        The tower is added to the record each time it is asked for. A record that held the tower would be a reference cycle:
-        the weights of a deleted model would stay in memory until Python's garbage collector runs.
-        """
+        """How the tower is pruned, where it is a model by itself. AttributeError for a tower of a composite model."""
         if "_pruning" not in self.__dict__:
             raise AttributeError(f"the {self.tower} tower is no model by itself: its composite model has `pruning`")
+        # a record that held its tower would be a reference cycle, and keep the weights of a deleted model in memory
         return replace(self.__dict__["_pruning"], towers={self.tower: self})
 
     @pruning.setter
@@ -113,7 +125,7 @@ class PrunedEncoder(Tower):
         return f"tower={self.tower!r}, at=({', '.join(self.pruners)})"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """AttributeError for a module that is the dense tower's to have, such as a new head: here nothing would run it."""
+        """AttributeError for a module of the dense tower, such as a new head: set here, nothing would run it."""
         modules = self.__dict__.get("_modules", {})
         if (
             isinstance(value, nn.Module)
@@ -129,7 +141,15 @@ class PrunedEncoder(Tower):
         return self.adapter.format_output(self.host, self.adapter.head(self.host, tokens, block_inputs), **named)
 
     def encode(self, *inputs: Any, **named: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
-        """Tokens that leave the last block, before the host's final norm and pooling; and what stood beside the blocks."""
+        """Runs the tower up to its last block.
+
+        Args:
+            *inputs: what the dense tower takes.
+            **named: the same by keyword.
+
+        Returns:
+            The tokens that left the last block, before the host's final norm and pooling, and the inputs of the blocks.
+        """
         self._warn_of_noise()
         inputs = self.adapter.bind_arguments(self.host, *inputs, **named)
         tokens, block_inputs = self.adapter.embed(self.host, *inputs)
@@ -171,7 +191,8 @@ class PrunedEncoder(Tower):
         if pruner is None:
             context = attend(q, k, v, tokens.layout, scale, **options)
             if guide is not None and not self.pruners and torch.is_grad_enabled():
-                relate = partial(guide, tokens)  # so that the other tower has something to be aligned with, if it asks
+                # for the alignment loss with the other tower, which reads it or not
+                relate = partial(guide, tokens)
         else:
             context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **options)
             guidance = guide(tokens) if guide is not None else None
@@ -195,8 +216,10 @@ class PrunedEncoder(Tower):
         return tokens, LayerTrace(tokens.position, tokens.protected, lengths, plan, early, relate, expected, scored)
 
     def _least(self, pruner: Pruner) -> int:
-        """How many unprotected tokens must stay: one, where nothing else is there to answer with. Asked at each call, for the
-        pooling of a tower may be exchanged."""
+        """How many unprotected tokens must stay: one, where the tower's output is computed from them alone.
+
+        It is asked at each call, because the pooling of a tower may be replaced.
+        """
         return int(not pruner.scorer.spec.has_summary or self.adapter.pools_unprotected(self.host))
 
     def _warn_of_noise(self) -> None:

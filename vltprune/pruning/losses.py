@@ -1,4 +1,4 @@
-"""Losses that training adds to the task's own."""
+"""Losses of pruned training besides the task's own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ _EPS = 1e-10
 
 
 def alignment(image: Tensor, text: Tensor, images: int = 1) -> Tensor:
-    """L_align of MADTP (arXiv 2403.02991), section 3.2: what the shared anchors gathered from both towers should agree.
+    """MADTP's alignment loss (arXiv 2403.02991, section 3.2): 1 - cosine of the anchors' pooled tokens of two towers.
 
-    image [groups * images, anchors, dim], text [groups * k, anchors, dim]: `PruneTrace.aligned` of the two towers; a group
-    is what k consecutive sentences speak of, and its `images` consecutive images are averaged first (NLVR2: 2). Returns
-    the mean over sentences and anchors of 1 - cosine, a scalar. Raises ValueError for batches that do not fit.
+    Args:
+        image: [groups * images, anchors, dim], `PruneTrace.aligned` of the image tower. A group is one or more consecutive
+            images that k consecutive sentences describe.
+        text: [groups * k, anchors, dim], `PruneTrace.aligned` of the text tower.
+        images: the number of images of a group, which are averaged first. NLVR2 has 2.
+
+    Returns:
+        The mean over sentences and anchors, a scalar.
+
+    Raises:
+        ValueError: for batches that do not fit together.
     """
     groups = len(image) // images
     if len(image) % images or groups == 0 or len(text) % groups:

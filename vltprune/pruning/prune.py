@@ -1,4 +1,4 @@
-"""prune_towers(model, preset): a pruned model that shares the dense one's weights, without a cost to set."""
+"""prune_towers: builds a pruned model that shares the dense model's weights and leaves that unchanged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..hosts.base import Composite
 from ..hosts.find import find_composite, find_host
 from ..layers import AlignmentGuide, BlockSpec
 from ..registry import guides
@@ -47,20 +48,26 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> P
         encoder = host.pruned_class or PrunedEncoder
         assert issubclass(encoder, PrunedEncoder)
         pruned[name] = encoder(tower, host, config, guide, name, owner)
-    if composite is None:
-        result: nn.Module = pruned[next(iter(pruned))]
-    else:
-        result = composite.assemble(model, pruned)
-        if guide is not None:
-            result.add_module("guide", guide)  # here alone: towers that share it do not register it
-        object.__setattr__(result, "host", model)  # not a child: its towers are in `result` already
+    result = pruned[next(iter(pruned))] if composite is None else _assemble(model, composite, pruned, guide)
     object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
     assert isinstance(result, PrunedModel)
     return result
 
 
+def _assemble(
+    model: nn.Module, composite: Composite, pruned: Mapping[str, PrunedEncoder], guide: AlignmentGuide | None
+) -> nn.Module:
+    """The composite model of pruned towers. It registers the guide that the towers share, which do not."""
+    result = composite.assemble(model, pruned)
+    if guide is not None:
+        result.add_module("guide", guide)
+    # not a child: its towers are in `result` already
+    object.__setattr__(result, "host", model)
+    return result
+
+
 def build_guide(config: PruneConfig, specs: Mapping[str, BlockSpec], model: nn.Module) -> AlignmentGuide | None:
-    """The guide of a config for towers with these specs (any depth of each), in the model's type; None where it has none."""
+    """Builds the guide of a config for towers with these specs (any depth of each); None where the config has none."""
     if config.guide is None:
         return None
     part = config.part("guide")

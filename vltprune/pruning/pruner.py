@@ -1,4 +1,4 @@
-"""Pruner: the decision of one pruned layer. It scores tokens, says how many stay, and plans what becomes of the rest."""
+"""Pruner: the decision of one pruned layer, made by a scorer, a keeper and a reducer."""
 
 from __future__ import annotations
 
@@ -46,9 +46,15 @@ class PruneDecision:
 
 
 class Pruner(nn.Module):
-    """The pruning of one layer: scores tokens, counts how many stay, and plans what becomes of the rest.
+    """The pruning of one layer: scores tokens, counts how many stay, and plans what becomes of the others.
+
+    Args:
+        scorer: how much each token matters.
+        keeper: how many tokens stay.
+        reducer: what becomes of the others.
 
     Attributes:
+        needs: the attention statistics that its parts read.
         soft_temperature: above 0, training decides softly. A token then stays with a probability, the sigmoid of its keeper's
             margin over this temperature. Its logarithm is a bias on the token's attention logits, so that the loss has
             gradients to scores and thresholds. The cost has them to thresholds alone: scores should say what matters, not
@@ -66,7 +72,11 @@ class Pruner(nn.Module):
 
     @classmethod
     def build(cls, config: PruneConfig, spec: BlockSpec) -> Pruner:
-        """The parts of a config, for one spec. ValueError for parts that need what the spec does not have."""
+        """Builds the parts of a config for one block.
+
+        Raises:
+            ValueError: for parts that need what the block does not have.
+        """
         kinds = {"scorer": scorers, "keep": keepers, "reducer": reducers}
         parts = []
         for kind, registry in kinds.items():
@@ -84,10 +94,17 @@ class Pruner(nn.Module):
     def forward(
         self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, least: int = 0
     ) -> PruneDecision:
-        """tokens: the block's input -> the plan for its output.
+        """Decides which tokens of a block stay.
 
-        least: how many unprotected tokens of each instance stay in any case, the best by score. ValueError for soft training
-        of a keeper without a margin, and under torch.jit.trace for counts that depend on what tokens hold.
+        Args:
+            tokens: the block's input, x [total, dim].
+            stats: the attention statistics that `needs` declares.
+            guidance: how the tokens relate to the guide's anchors. None without a guide.
+            least: how many unprotected tokens of each instance stay in any case, those of largest score.
+
+        Raises:
+            ValueError: for soft training of a keeper without a margin, and under torch.jit.trace for counts that depend on the
+                contents of tokens.
         """
         soft = self.training and self.soft_temperature > 0
         if is_traced() and (soft or not self.keeper.fixed):
@@ -98,17 +115,17 @@ class Pruner(nn.Module):
                 "model without tracing it"
             )
         with torch.autocast(tokens.x.device.type, enabled=False):  # which would take sums of scores in half
-            return self._judge(tokens, stats, guidance, soft, least)
+            return self._decide(tokens, stats, guidance, soft, least)
 
-    def _judge(
+    def _decide(
         self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, soft: bool, least: int
     ) -> PruneDecision:
         scores = segments.equalize(self.scorer(tokens, stats, guidance).float(), tokens.layout)
         keep_prob = counted_prob = None
         if soft:
-            whole = top_tokens(tokens, scores, tokens.layout.sizes.new_full((tokens.layout.batch,), least))
+            certain = top_tokens(tokens, scores, tokens.layout.sizes.new_full((tokens.layout.batch,), least))
             keep_prob, counted_prob = (
-                self._keep_prob(one, tokens, guidance, whole) for one in (scores, scores.detach())
+                self._keep_prob(one, tokens, guidance, certain) for one in (scores, scores.detach())
             )
             counts = segments.count((keep_prob > self.min_keep_prob) & tokens.free, tokens.layout)
         else:
@@ -116,17 +133,23 @@ class Pruner(nn.Module):
         counts = counts.clamp(min=least)
         return PruneDecision(self.reducer(tokens, scores, counts, stats), scores, keep_prob, counted_prob)
 
-    def _keep_prob(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, whole: Tensor) -> Tensor:
-        """[total]: how much of each token stays; all of those that are `whole` [total] bool, which stay in any case."""
+    def _keep_prob(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, certain: Tensor) -> Tensor:
+        """[total]: the probability that each token stays; 1 where `certain` [total] bool holds."""
         margin = self.keeper.margin(scores, tokens, guidance)
-        return (margin / self.soft_temperature).sigmoid().to(scores.dtype).masked_fill(whole, 1.0)
+        return (margin / self.soft_temperature).sigmoid().to(scores.dtype).masked_fill(certain, 1.0)
 
 
 def build_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any) -> M:
-    """What `build` makes of the arguments, in the floating-point type and on the device of the host's weights.
+    """Builds a module in the floating-point dtype and on the device of a host's weights.
 
-    It is made on the CPU, whatever the default device, so that what is drawn at random is the same on each. Hosts without
-    such weights, as some quantized ones, leave it in single precision.
+    It is initialized on the CPU, so that random numbers are the same on every device. For hosts without floating-point weights,
+    such as quantized ones, it is in single precision.
+
+    Args:
+        host: the module whose dtype and device it gets.
+        build: what builds the module.
+        *args: arguments of `build`.
+        **named: arguments of `build` by keyword.
     """
     with torch.device("cpu"):
         part = build(*args, **named)

@@ -1,4 +1,4 @@
-"""Names of a pruned tower's tensors in state dicts: the dense tower's own names, with the pruners and the guide beside them.
+"""State dicts of pruned towers: they have the dense tower's own names, and `pruners.*` and `guide.*`.
 
 A `PrunedEncoder` holds the dense tower as its child `host`. Without these hooks every tensor of the tower would be called
 `host.*`, and whatever reads the dense model's files would not find one of them.
@@ -16,7 +16,7 @@ _OWN = (HOST, "pruners", "guide")
 
 
 def use_dense_names(encoder: nn.Module) -> None:
-    """Have a pruned tower save its tensors under the dense tower's names, and load them under these or with "host." before."""
+    """Registers hooks by which a pruned tower saves the dense tower's names, and loads them with or without "host."."""
     encoder.register_state_dict_post_hook(_remove_host)
     encoder.register_load_state_dict_pre_hook(_add_host)
     encoder.register_load_state_dict_post_hook(_report_dense_names)

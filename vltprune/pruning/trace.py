@@ -22,11 +22,18 @@ from .tower import Tower
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """One depth of a trace. position, protected [total] and lengths are those of the tokens that left the block.
+    """What one block of a tower did in one call.
 
-    expected [batch]: how many they are where some are there in part, in soft training; else None. scored: the tokens that
-    entered a block that prunes, and their scores [total], for losses on them; None without gradients. tokens: those that left
-    the block, in `collect(tokens=True)`; else None.
+    Attributes:
+        position: [total] int64, the original positions of the tokens that left the block.
+        protected: [total] bool, which of them are protected.
+        lengths: how many of them each instance has.
+        reduction: the plan that was applied. None where all tokens stayed.
+        reduced_early: whether it was applied before the output projection.
+        guide: computes the guidance. None without a guide.
+        expected: [batch], the expected number of tokens in soft training. None otherwise.
+        scored: the tokens that entered a pruned block, and their scores [total], for losses. None without gradients.
+        tokens: the tokens that left the block, in `collect(tokens=True)`. None otherwise.
     """
 
     position: Tensor
@@ -41,22 +48,26 @@ class LayerTrace:
 
     @cached_property
     def guidance(self) -> Guidance | None:
-        """How the tokens that entered relate to the anchors; None without a guide. With gradients enabled, also in a tower that
-        is pruned nowhere: it is computed there when first asked for."""
+        """The affinity of the tokens that entered the block to the anchors. None without a guide.
+
+        With gradients enabled it also exists in a tower that is pruned nowhere, and is computed when it is first read.
+        """
         return None if self.guide is None else self.guide()
 
 
 @dataclass(frozen=True)
 class PruneTrace:
-    """What one call of one tower did.
+    """What one call of one tower did, block by block.
 
-    tower    its name; encoder, the PrunedEncoder that ran
-    input_tokens  tokens per instance that entered the first block, protected ones included
-    layers   one LayerTrace a depth
-    block_inputs   what the blocks got besides their tokens (memory, rotary tables), one entry a depth
-    inputs   what the tower was called with, as its host's `embed` takes it
-    decode_stats  what a decoder then did that looks at what the tower returned, in order
-    output_tokens  the tokens that left the last block, before the host's final norm; None while the tower still runs
+    Attributes:
+        tower: the tower's name.
+        encoder: the pruned tower that ran.
+        input_tokens: the tokens that entered the first block, protected ones included.
+        inputs: what the tower was called with, as its host's `embed` takes it.
+        block_inputs: what the blocks got besides their tokens (memory, rotary tables), one entry per block.
+        layers: one LayerTrace per block.
+        decode_stats: what decoders that attend to the tower's output did afterwards, in order.
+        output_tokens: the tokens that left the last block, before the host's final norm. None while the tower runs.
     """
 
     tower: str
@@ -70,15 +81,15 @@ class PruneTrace:
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:
-        """Per depth, per instance: tokens leaving the block, protected ones included."""
+        """Tokens that left each block, per instance, protected ones included: lengths[depth][instance]."""
         return tuple(step.lengths for step in self.layers)
 
     @property
     def aligned(self) -> Tensor:
-        """What the guide's anchors gathered over all pruned depths, [batch, anchors, anchor dim].
+        """The tokens pooled by the guide's anchors, summed over the pruned blocks: [batch, anchors, anchor dim].
 
-        The sum over blocks that `losses.alignment` compares between towers; with gradients
-        enabled, all blocks of a tower that is pruned nowhere. LookupError without a guide.
+        `losses.alignment` compares it between towers. With gradients enabled, a tower that is pruned nowhere sums over all
+        blocks. LookupError without a guide.
         """
         pooled = [step.guidance.pooled for step in self.layers if step.guidance is not None]
         if not pooled:
@@ -87,17 +98,17 @@ class PruneTrace:
 
     @property
     def embedding(self) -> Tensor:
-        """What speaks for each instance behind the last block, [batch, dim]: its summary token, or the mean of what is left."""
+        """The embedding of each instance after the last block, [batch, dim]: its summary token, or the mean of its tokens."""
         assert self.output_tokens is not None
-        left = self.output_tokens
-        if left.summary is not None:
-            return left.first_where(left.summary)
-        total = segments.sum(precision.single(left.x) * left.weight[:, None], left.layout)
-        return (total / segments.sum(left.weight, left.layout)[:, None]).to(left.x.dtype)
+        tokens = self.output_tokens
+        if tokens.summary is not None:
+            return tokens.first_where(tokens.summary)
+        total = segments.sum(precision.single(tokens.x) * tokens.weight[:, None], tokens.layout)
+        return (total / segments.sum(tokens.weight, tokens.layout)[:, None]).to(tokens.x.dtype)
 
     @property
     def caption_aligned(self) -> Tensor:
-        """What the guide's anchors gathered from captions that a decoder then read, [captions, anchors, anchor dim].
+        """The words of decoded captions pooled by the guide's anchors, [captions, anchors, anchor dim].
 
         `losses.alignment(trace.aligned, trace.caption_aligned)` aligns an image with its captions.
         LookupError where no decoder read captions under the guide, with gradients, while this was collected.
@@ -111,7 +122,14 @@ class PruneTrace:
         return torch.cat(gathered)
 
     def provenance(self, depth: int) -> Tensor:
-        """Provenance, [entered total] int64: the row, among tokens leaving block `depth`, that holds each; -1 if dropped."""
+        """The row that holds each input token after a block.
+
+        Args:
+            depth: the index of the block.
+
+        Returns:
+            [input total] int64, rows of the tokens that left the block, -1 for dropped tokens.
+        """
         owner = torch.arange(self.input_tokens.layout.total, device=self.input_tokens.x.device)
         for step in self.layers[: depth + 1]:
             if step.reduction is not None:
@@ -121,7 +139,7 @@ class PruneTrace:
 
 
 class Collector(list[PruneTrace]):
-    """The traces of one who collects. tokens: whether each step keeps what left its block."""
+    """The traces of one `collect` block. tokens: whether each LayerTrace keeps the tokens that left its block."""
 
     def __init__(self, tokens: bool = False):
         super().__init__()
@@ -129,12 +147,12 @@ class Collector(list[PruneTrace]):
         self._thread = threading.local()
 
     def add(self, trace: PruneTrace) -> None:
-        """A tower has run."""
+        """Adds the trace of a tower that has run."""
         self.append(trace)
         self._thread.last = trace
 
     def add_decode_stats(self, decoded: DecodeStats) -> None:
-        """A decoder has run: it looks at what the tower left that ran last in the same thread."""
+        """Adds what a decoder did to the trace of the tower that ran last in the same thread, which it attends to."""
         last = getattr(self._thread, "last", None)
         if last is not None:
             last.decode_stats.append(decoded)
@@ -147,14 +165,18 @@ _shared: list[Collector] = []  # those that other threads report to, in the whol
 
 @contextlib.contextmanager
 def collect(tokens: bool = False, threads: bool = True) -> Iterator[list[PruneTrace]]:
-    """Within the `with` block, a list of the traces of every pruned tower that runs, in order; also in foreign code.
+    """Collects the traces of all pruned towers that run within the `with` block, in order.
 
-    tokens: whether each `LayerTrace.tokens` is what left its block, for those who want features of single blocks (forward
-    hooks on blocks do not fire, for a block is run in parts). Without it none of them is kept in memory.
+    A thread that collects reports to its own lists alone. What `backward` runs again under gradient checkpointing is no call.
 
-    A thread that collects reports to its own lists alone. threads: whether those that collect nothing themselves, such as
-    the workers of a pool, report to this list too, whoever started them; their traces come in the order in which they end.
-    What `backward` runs once more, under gradient checkpointing, is no call.
+    Args:
+        tokens: whether each `LayerTrace.tokens` holds the tokens that left its block, as features of single blocks. (Forward
+            hooks on blocks do not fire, because a block is run in parts.) Otherwise they are not kept in memory.
+        threads: whether threads that collect nothing themselves, such as the workers of a pool, report to this list too, in
+            the order in which their calls end.
+
+    Yields:
+        The list of traces, one per call of a tower.
     """
     collector = Collector(tokens)
     token = _own.set((*_own.get(), collector))
@@ -171,7 +193,7 @@ def collect(tokens: bool = False, threads: bool = True) -> Iterator[list[PruneTr
 
 
 def active_collectors() -> tuple[Collector, ...]:
-    """Those who collect what this thread does now."""
+    """The collectors that calls of this thread report to."""
     if torch._C._current_graph_task_id() != -1:  # in `backward`, as torch.utils.checkpoint asks
         return ()
     own = _own.get()
@@ -182,6 +204,6 @@ def active_collectors() -> tuple[Collector, ...]:
 
 
 def report_decode_stats(decoded: DecodeStats) -> None:
-    """A decoder says what it did: it goes to the trace of the tower that ran last, which is the one it looks at."""
+    """Reports what a decoder did to the trace of the tower that ran last in this thread."""
     for collector in active_collectors():
         collector.add_decode_stats(decoded)
