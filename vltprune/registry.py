@@ -1,4 +1,4 @@
-"""Registry: names to makers, one instance a kind of part."""
+"""Registry: makers by name, one registry for each kind of part, preset, backbone, host and task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ M = TypeVar("M", bound=Callable[..., Any])
 
 
 class Registry:
-    """Makers of one kind, by name. `kind` is the word that error messages use."""
+    """Makers of one kind, by name. A maker is a class or function that builds a part.
+
+    Args:
+        kind: the word for it in error messages.
+    """
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -25,7 +29,15 @@ class Registry:
         self._lock = threading.Lock()
 
     def register(self, name: str) -> Callable[[M], M]:
-        """Decorator. ValueError if the name is taken or is no identifier, TypeError for a maker that cannot be called."""
+        """Registers a maker, as a decorator: @vltprune.scorers.register("name").
+
+        Args:
+            name: an identifier, or several with dots between.
+
+        Raises:
+            ValueError: for a name that is taken, or that is no identifier.
+            TypeError: for a maker that cannot be called.
+        """
         self._check_name(name)
 
         def add(maker: M) -> M:
@@ -48,14 +60,14 @@ class Registry:
         return name in self._all()
 
     def names(self, pattern: str = "*") -> list[str]:
-        """Registered names that match a shell pattern, sorted."""
+        """The registered names that match a shell pattern, sorted."""
         return sorted(fnmatch.filter(self._all(), pattern))
 
     @contextlib.contextmanager
     def temporarily(self, **makers: Callable[..., Any]) -> Iterator[Registry]:
-        """Within the `with` block, these names too (or instead), in every thread.
+        """Registers makers within the `with` block, in every thread, in place of others of these names.
 
-        What is registered within the block stays registered. Blocks may overlap: the one that was entered last wins.
+        What `register` adds within the block stays registered. Blocks may overlap: the one that was entered last wins.
         """
         for name, maker in makers.items():
             self._check_name(name)
@@ -98,7 +110,7 @@ def _described(maker: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The tail of an error message: the names closest to a wrong one, or all of a short list."""
+    """The end of an error message: the names closest to a wrong one, or all of a short list."""
     known = sorted(set(known))
     close = difflib.get_close_matches(name, known, 3, 0.5)
     if close:
@@ -107,7 +119,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def parameters(maker: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
-    """The parameters of a maker's signature. They are read once, for each depth of each tower asks."""
+    """The parameters of a maker's signature. They are cached, because every depth of every tower needs them."""
     try:
         return _parameters(maker)
     except TypeError:  # one that has no hash, or that nobody can call
@@ -126,9 +138,17 @@ def name_arguments(
     arguments: Mapping[str, object],
     given: tuple[str, ...] = (),
 ) -> dict[str, object]:
-    """All arguments by name: the `values` by position, named as the maker's signature has them, and the named `arguments`.
+    """Names arguments by position as a maker's signature has them, and adds those that have names.
 
-    `given` are the arguments that we pass ourselves. TypeError, naming `what`, for too many, and for one given twice.
+    Args:
+        what: the maker's name in errors.
+        maker: a class or function.
+        values: the arguments by position.
+        arguments: the arguments by name.
+        given: names of further arguments, which the library passes.
+
+    Raises:
+        TypeError: for too many arguments by position, and for one that is given twice.
     """
     if not values:
         return dict(arguments)
@@ -143,9 +163,16 @@ def name_arguments(
 
 
 def bind(what: str, maker: Callable[..., Any], arguments: Mapping[str, object], given: tuple[str, ...] = ()) -> None:
-    """TypeError unless `maker` can be called with these keyword arguments besides the `given` ones we pass ourselves.
+    """Checks that a maker can be called with keyword arguments.
 
-    The message names `what`, the argument, and what there is to write instead.
+    Args:
+        what: the maker's name in errors.
+        maker: a class or function.
+        arguments: the keyword arguments.
+        given: names of further arguments, which the library passes.
+
+    Raises:
+        TypeError: for arguments that it does not take, with the nearest that it does, and for missing ones.
     """
     takes = parameters(maker)
     named = [p for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given]

@@ -75,23 +75,23 @@ class Threshold(KeepRatioPredictor):
         return self._counts(scores, *self._threshold(scores, guidance, tokens.layout), tokens)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        there = segments.count(tokens.free, tokens.layout)
+        available = segments.count(tokens.free, tokens.layout)
         near, beyond = self._threshold(scores, guidance, tokens.layout)
         counts, threshold = self._counts(scores, near, beyond, tokens), near + beyond
         if self._exponent != 1:
             # what is kept is no longer what is above: the threshold as if it lay where the counts cut
-            cut = torch.where(counts < there, _cut(scores, tokens, counts), threshold)
+            cut = torch.where(counts < available, _cut(scores, tokens, counts), threshold)
             threshold = threshold + (cut - threshold).detach()
         margin = (scores - threshold[tokens.layout.instance]) / mean_and_deviation(scores, tokens)[1]
-        return margin.masked_fill((counts == there)[tokens.layout.instance], _ENTIRELY)
+        return margin.masked_fill((counts == available)[tokens.layout.instance], _ENTIRELY)
 
     def _counts(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
-        there, counts = segments.count(tokens.free, tokens.layout), self._above(scores, near, beyond, tokens)
-        counts = torch.where((counts < 1) | (there - counts <= 1), there, counts)
+        available, counts = segments.count(tokens.free, tokens.layout), self._above(scores, near, beyond, tokens)
+        counts = torch.where((counts < 1) | (available - counts <= 1), available, counts)
         if self._exponent == 1:
             return counts
-        part = counts.to(precision.widest_float(counts.device)) / there.clamp(min=1)
-        return keep_count(there, part**self._exponent)
+        part = counts.to(precision.widest_float(counts.device)) / available.clamp(min=1)
+        return keep_count(available, part**self._exponent)
 
     def _above(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
         """[batch]: the number of tokens of each instance that score above its threshold."""
@@ -175,14 +175,14 @@ class TopP(KeepRatioPredictor):
         self.p = p
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
+        layout, available = tokens.layout, segments.count(tokens.free, tokens.layout)
         weight = (
             scores.detach().to(precision.widest_float(scores.device)).clamp(min=0).masked_fill(tokens.protected, 0.0)
         )
         ranked = segments.pad(weight, layout, 0.0).sort(1, descending=True).values
         reached = ranked.cumsum(1) - ranked  # by the tokens before each
         wanted = self.p * ranked.sum(1, keepdim=True) * (1 - _EQUAL)
-        return (reached < wanted).sum(1).clamp(min=1).minimum(there) if self.p < 1 else there
+        return (reached < wanted).sum(1).clamp(min=1).minimum(available) if self.p < 1 else available
 
 
 @keepers.register("distortion")
@@ -212,13 +212,14 @@ class Distortion(KeepRatioPredictor):
         self.error, self._decay_factor = error, decay_factor(spec, decay, "distortion")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        layout, there = tokens.layout, segments.count(tokens.free, tokens.layout)
+        layout, available = tokens.layout, segments.count(tokens.free, tokens.layout)
         rank = segments.rank(scores.masked_fill(tokens.protected, float("-inf")), layout)
         lost = _lost(scores, tokens)
         ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, rank), lost)
         # the distortion of removing each token and all below it
         behind = ranked.flip(1).cumsum(1).flip(1)
-        return (behind > max(self.error * self._decay_factor * (1 + _EQUAL), _ALIKE)).sum(1).clamp(min=1).minimum(there)
+        allowed = max(self.error * self._decay_factor * (1 + _EQUAL), _ALIKE)
+        return (behind > allowed).sum(1).clamp(min=1).minimum(available)
 
 
 @torch.no_grad()
@@ -246,10 +247,10 @@ def mean_and_deviation(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Te
     The deviation is at least a thousandth of the scores' magnitude, so that equal scores are equally far from any threshold.
     """
     layout, free = tokens.layout, tokens.free
-    there = segments.count(free, layout).clamp(min=1)
+    available = segments.count(free, layout).clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
-        return (segments.sum(values.masked_fill(~free, 0.0), layout) / there)[layout.instance]
+        return (segments.sum(values.masked_fill(~free, 0.0), layout) / available)[layout.instance]
 
     middle = mean(scores)
     least = 1e-3 * mean(scores.detach().abs()) + 1e-12

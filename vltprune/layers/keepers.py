@@ -212,8 +212,8 @@ def decay_factor(spec: BlockSpec, decay: float, name: str) -> float:
     return decay**spec.before
 
 
-def keep_count(there: Tensor, ratio: Tensor | float) -> Tensor:
-    """ceil(ratio * there) as int64, within rounding, so that 0.7 * 10 is 7: there [batch] int64, ratio [batch] or one."""
-    dtype = precision.widest_float(there.device)
-    part = there.to(dtype) * ratio
+def keep_count(available: Tensor, ratio: Tensor | float) -> Tensor:
+    """ceil(ratio * available) within rounding, so that 0.7 * 10 is 7: available [batch] int64 -> [batch] int64."""
+    dtype = precision.widest_float(available.device)
+    part = available.to(dtype) * ratio
     return (part - part * precision.rounding(dtype) - 1e-9).ceil().long().clamp(min=0)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: beside their place first, then moved there in one step."""
+"""Atomic file writes: to a temporary file in the same folder, which is then renamed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ Write = Callable[[Path], object]
 
 @contextlib.contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
-    """Within the `with` block, an empty file beside `target` to write to; it takes the target's place at the end.
+    """Replaces a file atomically: the `with` block writes a temporary file, which is renamed to `target` at its end.
 
-    If the block fails, whatever stood at `target` is there as before. The file's mode is what the umask leaves.
+    If the block fails, an earlier file at `target` is unchanged. The file's mode is what the umask leaves.
+
+    Args:
+        target: the file to write.
+
+    Yields:
+        The path of an empty temporary file in the target's folder.
     """
     with _partial_file(Path(target)) as part:
         mode = part.stat().st_mode
@@ -27,17 +33,20 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
 
 def write_text(target: str | Path, text: str) -> None:
-    """`text` in UTF-8 as the whole file, or the file as it was; what UTF-8 does not have is written with a backslash."""
+    """Writes a text file atomically in UTF-8. What UTF-8 cannot encode is written with a backslash."""
     with replacing(target) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def replace_together(writes: Mapping[Path, Write], backups: Mapping[Path, Path]) -> None:
-    """Several files of one folder, of which the last is written last; if anything fails, all are as before.
+    """Replaces several files of a folder together. If anything fails, all are unchanged.
 
-    writes: per target, what writes its contents to a path. backups: where the old file of a target stands while the others
-    are moved, for all targets but the last. A process that is killed in between leaves the last target and the backups as
-    they were: whoever reads takes the backup where the file does not belong to the last target.
+    A process that is killed in between leaves the last target and the backups as they were. A reader then takes the backup
+    where a file does not belong to the last target.
+
+    Args:
+        writes: for each target a function that writes its contents to a path. The last target is replaced last.
+        backups: for all targets but the last, where the old file is kept while the others are replaced.
     """
     with contextlib.ExitStack() as stack:
         parts = {target: stack.enter_context(_partial_file(target)) for target in writes}
@@ -67,10 +76,9 @@ def replace_together(writes: Mapping[Path, Write], backups: Mapping[Path, Path])
 
 @contextlib.contextmanager
 def _partial_file(target: Path) -> Iterator[Path]:
-    """A new, empty file in the target's folder, which is gone afterwards unless it was moved."""
-    part = target.with_name(
-        f".{uuid.uuid4().hex}.{target.name}"
-    )  # with its suffix, which tells some writers the format
+    """A new, empty file in the target's folder, which is deleted afterwards unless it was renamed."""
+    # with the target's suffix, from which some writers take the format
+    part = target.with_name(f".{uuid.uuid4().hex}.{target.name}")
     try:
         with part.open("xb"):  # not by tempfile, which gives files to their owner alone
             pass
@@ -83,7 +91,7 @@ def _partial_file(target: Path) -> Iterator[Path]:
 
 
 def _finish(file: Path, mode: int) -> None:
-    """What was written is on the disk, and not only in the system's memory, and has the mode that the empty file had."""
+    """Flushes a file to the disk and gives it the mode that the empty file had."""
     if file.stat().st_mode != mode:  # safetensors makes a file of its own, for its owner alone
         file.chmod(stat.S_IMODE(mode))
     with file.open("rb+") as opened:
@@ -91,7 +99,7 @@ def _finish(file: Path, mode: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The same for the names in a folder, where the system can; the files are whole in any case."""
+    """Flushes the names in a folder to the disk, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Plain values that cannot change: what configs hold, compare, hash and write as JSON."""
+"""Immutable plain values, which configs hold, compare, hash and write as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that cannot be changed and has a hash, so that a frozen dataclass may hold it. Copies and pickles."""
+    """An immutable dict with a hash, for frozen dataclasses. It can be copied and pickled."""
 
     _refused: Any = _refuse  # `dict` overloads what follows
     __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refused
@@ -27,10 +27,17 @@ class FrozenDict(dict[str, Any]):
 
 
 def frozen(value: Any, what: str) -> Any:
-    """The value in plain, unchangeable form: tuples for lists, arrays and tensors, FrozenDict for mappings.
+    """Converts a value to immutable plain data.
 
-    Scalars of numpy and torch become Python's numbers. `what` names the value in errors. Raises TypeError for a value
-    that JSON has no form for, and ValueError for one that is not finite: JSON has none for that either. Paths become text.
+    Lists, arrays and tensors become tuples, mappings FrozenDicts, scalars of numpy and torch Python's numbers, paths text.
+
+    Args:
+        value: any value that JSON has a form for.
+        what: the value's name, for errors.
+
+    Raises:
+        TypeError: for a value that JSON has no form for.
+        ValueError: for a number that is not finite.
     """
     if value is None or isinstance(value, (bool, str)):
         return str(value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Modes that last for a `with` block: a model in evaluation, and modules that are built without numbers."""
+"""Context managers: models in evaluation mode, and modules built on the meta device."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _FILLS = {
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Within the `with` block the models, dense or pruned, are in evaluation mode.
+    """Puts models, dense or pruned, into evaluation mode within the `with` block.
 
-    Afterwards each module is in the mode that it was in before, frozen blocks of a model in training as well, and so are
-    the modules of the dense model that a pruned one shares. It is so after an error, too.
+    Afterwards, also after an error, each module is in its own former mode. That includes frozen blocks of a model in
+    training, and the modules of the dense model behind a pruned one.
     """
     before = [(module, module.training) for module in _modules(models)]
     try:
@@ -61,9 +61,9 @@ def _gather(module: nn.Module, found: dict[nn.Module, None]) -> None:
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Within the `with` block modules are built on the meta device, and nothing is computed to fill their weights.
+    """Builds modules on the meta device within the `with` block, and skips the initialization of their weights.
 
-    What torch does there to draw them takes most of the time that it takes to build a model.
+    Initialization takes most of the time of building a model, on the meta device too.
     """
     with torch.device("meta"), _Unfilled():
         yield

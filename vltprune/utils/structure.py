@@ -1,7 +1,7 @@
-"""What a model is made of besides its weights: its modules, their plain attributes, and the shapes of its tensors.
+"""Structure: the modules of a model, their plain attributes, and the shapes of its tensors.
 
-A saved model is built again from a name and arguments, and then filled. Whatever was exchanged after building is lost then,
-unless the structure is compared.
+A saved model is built again from a name and arguments, and its weights are loaded. Modules that were replaced after building
+would be lost, so the structure is compared when a model is saved.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ _MOST = 8
 
 @dataclass(frozen=True)
 class Structure:
-    """modules: per path the type's name and the plain attributes; tensors: per key of the state dict its shape and kind."""
+    """The modules and tensors of a model, without the values of its weights.
+
+    Attributes:
+        modules: for each path of a module, the type's name and the plain attributes.
+        tensors: for each key of the state dict, the shape, the kind, and the key that it is tied to.
+    """
 
     modules: Mapping[str, tuple[str, Mapping[str, Any]]]
     tensors: Mapping[str, tuple[Any, ...]]
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Structure:
+        """The structure of a model, wrapped or not."""
         model = unwrapped(model)
         first: dict[int, str] = {}
         tensors = {}
@@ -41,9 +47,9 @@ class Structure:
         return cls(modules_of(model), tensors)
 
     def differences(self, other: Structure) -> list[str]:
-        """How another structure differs from this one, in words; empty where it does not.
+        """The differences of another structure from this one, in words.
 
-        An attribute that only the other one has is none: users note things on modules.
+        An attribute that only the other one has is no difference, because users set attributes on modules.
         """
         found = []
         for path in {**self.modules, **other.modules}:
@@ -54,27 +60,27 @@ class Structure:
             for name, value in here[1].items():
                 now = there[1].get(name, _ABSENT)
                 if not _same(value, now):
-                    found += _told(f"{path + '.' if path else ''}{name}", value, now)
+                    found += _changes(f"{path + '.' if path else ''}{name}", value, now)
         for key in {**self.tensors, **other.tensors}:
             here, there = self.tensors.get(key), other.tensors.get(key)
-            if here != there and not any(key.startswith(f"{path}.") for path in _lost(self, other)):
+            if here != there and not any(key.startswith(f"{path}.") for path in _only_in_one(self, other)):
                 found.append(f"{key} is {_tensor(there)} and was {_tensor(here)}")
         return found
 
 
 def modules_of(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Per path of a module the type's name and the plain attributes."""
+    """For each path of a module, the type's name and the plain attributes."""
     return {plain_name(path): _described(module) for path, module in model.named_modules()}
 
 
 def listed(differences: list[str]) -> str:
-    """The first of them, for a message."""
+    """The first differences, for a message."""
     more = len(differences) - _MOST
     return "; ".join(differences[:_MOST]) + (f"; and {more} more" if more > 0 else "")
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of one module: numbers, strings, and functions by name, also in lists and dicts."""
+    """The plain attributes of a module: numbers, strings, and functions by name, also in lists and dicts."""
     found = {}
     for name, value in vars(module).items():
         if name.startswith("_") or name in _RUNNING:
@@ -91,7 +97,7 @@ def _described(module: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """The value as plain data; _ABSENT for what is no configuration, such as tensors and modules."""
+    """A value as plain data; _ABSENT for tensors, modules and other values that are no configuration."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (torch.dtype, torch.memory_format)):
@@ -110,7 +116,7 @@ def plain(value: Any) -> Any:
 
 
 def _kind(value: object) -> tuple[Any, ...]:
-    """Shape and kind: floating-point tensors are of one kind, for `save` and `load` change between them."""
+    """Shape and kind. All floating-point tensors are of one kind, because `save` and `load` convert between dtypes."""
     if not isinstance(value, Tensor):
         return (type(value).__name__,)
     kind = "float" if value.is_floating_point() else str(value.dtype)
@@ -126,25 +132,27 @@ def _same(a: object, b: object) -> bool:
     )
 
 
-def _lost(here: Structure, there: Structure) -> list[str]:
-    """Modules of one of them alone: their tensors need not be told of."""
+def _only_in_one(here: Structure, there: Structure) -> list[str]:
+    """Modules that only one of them has. Their tensors are not listed again."""
     return [path for path in here.modules.keys() ^ there.modules.keys() if path]
 
 
 def _type(described: tuple[str, Any] | None, other: tuple[str, Any] | None) -> str:
-    """The type's name, whole where two types bear the same."""
+    """The type's name, with its module where two types have the same name."""
     if described is None:
         return "nothing"
     name = described[0].rpartition(".")[2]
     return described[0] if other is not None and other[0].rpartition(".")[2] == name else name
 
 
-def _told(name: str, before: object, now: object) -> list[str]:
-    """In words; of a dict, only what differs."""
+def _changes(name: str, before: object, now: object) -> list[str]:
+    """The change of an attribute in words; of a dict, only the entries that differ."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [key for key in {**before, **now} if not _same(before.get(key, _ABSENT), now.get(key, _ABSENT))]
         return [
-            line for key in keys for line in _told(f"{name}[{key!r}]", before.get(key, _ABSENT), now.get(key, _ABSENT))
+            line
+            for key in keys
+            for line in _changes(f"{name}[{key!r}]", before.get(key, _ABSENT), now.get(key, _ABSENT))
         ]
     return [f"{name} is {_shown(now)} and was {_shown(before)}"]
 

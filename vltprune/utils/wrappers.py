@@ -1,4 +1,4 @@
-"""Wrappers that run a model and are not it: compilers, data parallelism, averages of weights."""
+"""Model wrappers: torch.compile, data parallelism, sharding, averages of weights."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _COMPILED = "_orig_mod"  # what torch.compile calls the model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model behind its wrappers, however many; a model without any as it is."""
+    """The model inside its wrappers (torch.compile, DistributedDataParallel, ...); a model without any is returned as it is."""
     while (inner := _inner(model)) is not None:
         model = inner
     return model
 
 
 def plain_name(key: str) -> str:
-    """The name of a tensor or module without the parts that compiled submodules add to it."""
+    """The name of a tensor or module without what compiled submodules add to it."""
     return key.replace(f"{_COMPILED}.", "").removesuffix(f".{_COMPILED}")
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP, 1 or 2, gathers the weights of a module when it is called, and holds a part of them otherwise."""
+    """Whether FSDP, 1 or 2, shards the weights of a module, and gathers them when it is called."""
     return type(module).__module__.startswith(_FSDP)
 
 
