@@ -407,7 +407,7 @@ def test_a_run_is_gone_on_with_only_from_the_same_content(unexamined, tmp_path):
         compress(settings, tmp_path / "run")
     file.write_text(whole)
     picture.write_bytes(picture.read_bytes() + b"0")
-    with pytest.raises(ValueError, match="a run whose pictures of data and pictures of val had another"):
+    with pytest.raises(ValueError, match="a run whose images of data and images of val had another"):
         compress(settings, tmp_path / "run")
     folder = vp.save(load_dense_model(settings), tmp_path / "model")
     settings = settings.replace(model=str(folder), model_args={})

@@ -89,10 +89,10 @@ class CompressConfig:
         distill_summaries: weight of distillation of its towers' summary tokens (0: none).
         saliency: weight of teaching the scores which tokens the dense model's answers depend on (0: none, as in MADTP).
         max_grad_norm: norm that gradients are clipped to.
-        augment: whether pictures are cropped and flipped at random.
+        augment: whether images are cropped and flipped at random.
         precision: "no", "bf16" or "fp16" (mixed precision).
         seed: of the order of records, of random crops, and of what else is drawn at random.
-        workers: processes that open pictures ahead of their use (0: the run's own process does).
+        workers: processes that open images ahead of their use (0: the run's own process does).
         checkpoint_every: steps between checkpoints.
         log_every: steps between rows of history.jsonl.
         max_bad: so many losses in a row that are not finite end the run.

@@ -97,7 +97,7 @@ def _evaluate_costs(trainer: Trainer, model: nn.Module, val: Sequence[Any]) -> l
     """Calibrates to every cost on the first validation records, and evaluates there; the config's own cost comes last."""
     config, evaluations = trainer.config, []
     first = val[:_CALIBRATION_RECORDS]
-    with announced(f"opening the pictures of {len(first)} validation records"):
+    with announced(f"opening the images of {len(first)} validation records"):
         batches = calibration_batches(trainer.task, first, transforms(model), trainer.accelerator.device)
     cost_meter = trainer.cost_meter if model is trainer.model else SampleCostMeter(model)
     others = [reduction for reduction in sorted({*config.serve}) if reduction != config.reduction]
@@ -187,7 +187,7 @@ def _examples(
     """The report's examples; or none, and why."""
     try:
         return examples(trainer.config.task, trainer.task, model, val, answers), ""
-    except Exception as error:  # whatever it is, all that is lost are pictures of a run that is at its end
+    except Exception as error:  # whatever it is, all that is lost are images of a run that is at its end
         why = f"{type(error).__name__}: {error}"
         warnings.warn(f"the report has no pictures: {why}", stacklevel=2)
         return [], why

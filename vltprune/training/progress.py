@@ -12,7 +12,13 @@ from ..utils.progress import bar, say
 
 @contextlib.contextmanager
 def announced(what: str, show: bool = True, total: int | None = None) -> Iterator[tqdm]:
-    """Prints what begins, and gives a progress bar for it; nothing is shown unless `show`."""
+    """Prints what begins, and gives a progress bar for it.
+
+    Args:
+        what: the work that begins.
+        show: whether anything is shown.
+        total: number of the bar's steps, where it is known.
+    """
     if show:
         say(f"vltprune: {what} ...")
     with bar(what, total, disable=not show) as shown:

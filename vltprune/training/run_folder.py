@@ -57,7 +57,7 @@ def _named_in_errors(folder: Path) -> Iterator[None]:
 
 
 def hash_contents(config: CompressConfig, model: str, records: Any, val: Any) -> dict[str, str | None]:
-    """Digests of what a config's names stand for. Of pictures and shards, size and both ends are hashed.
+    """Digests of what a config's names stand for. Of images and shards, size and both ends are hashed.
 
     Args:
         config: the run's.
@@ -66,7 +66,7 @@ def hash_contents(config: CompressConfig, model: str, records: Any, val: Any) ->
         val: records of the validation split.
     """
     start = None if config.start is None else zoo.packaged(config.start) or config.start
-    names = map(Path, records.names) if isinstance(records, shards.Shards) else _picture_files(records)
+    names = map(Path, records.names) if isinstance(records, shards.Shards) else _image_files(records)
     return {
         "version": __version__,
         "model": model,
@@ -75,12 +75,12 @@ def hash_contents(config: CompressConfig, model: str, records: Any, val: Any) ->
         "val": fingerprint.hash_file(config.val),
         "vocabulary": fingerprint.hash_file(config.vocabulary),
         "answers": fingerprint.hash_file(config.answers),
-        "pictures of data": fingerprint.hash_file_ends(names),
-        "pictures of val": fingerprint.hash_file_ends(_picture_files(val)),
+        "images of data": fingerprint.hash_file_ends(names),
+        "images of val": fingerprint.hash_file_ends(_image_files(val)),
     }
 
 
-def _picture_files(records: Any) -> list[Path]:
+def _image_files(records: Any) -> list[Path]:
     """Files of records that were read from an annotation file; synthetic ones have none."""
     listed = records if isinstance(records, Records) else ()
     return [image for record in listed for image in record.images if isinstance(image, Path)]

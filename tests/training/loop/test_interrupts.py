@@ -129,7 +129,7 @@ def test_what_is_done_is_said_as_it_begins(whole, tmp_path, monkeypatch, capfd):
     settings = config("nlvr", tmp_path / "data", parts={"guide": "codebook(anchors=4)", "keep": "ratio"})
     interrupted(monkeypatch, settings, tmp_path / "run", "_step", act)
     lines = [line for line in said[0].splitlines() if line.startswith("vltprune: ")]
-    words = ("loading blip_nlvr_tiny", "reading", "reading", "opening the pictures", "placing the guide's anchors")
+    words = ("loading blip_nlvr_tiny", "reading", "reading", "opening the images", "placing the guide's anchors")
     words += ("measuring MACs", "measuring what decoding costs", "training 4 steps")
     assert len(lines) == len(words)
     assert all(word in line for word, line in zip(words, lines, strict=True))

@@ -20,12 +20,12 @@ def calibration_batches(
 ) -> list[Callable[..., Any]]:
     """Batches of records, one text each, as `calibrate` and `fit_guide` take them.
 
-    Records whose pictures or texts cannot be read are left out; evaluation and training report them.
+    Records whose images or texts cannot be read are left out; evaluation and training report them.
 
     Args:
         task: the task, made for the model.
         records: what to measure on.
-        prepare: a picture to [3, height, width], as `vltprune.transforms` gives it.
+        prepare: an image to [3, height, width], as `vltprune.transforms` gives it.
         device: where the model is.
         batch_size: records a batch.
 

@@ -46,10 +46,10 @@ class RecordOpener(Generic[R]):
     """Opens records for training. Random numbers depend on the seed, the step and the record's index alone.
 
     Args:
-        prepare: a picture to what the model takes, [3, height, width].
+        prepare: an image to what the model takes, [3, height, width].
         seed: the run's seed.
-        augment: whether pictures are cropped and flipped at random.
-        check: raises ValueError for a record that cannot be used for another reason than its pictures.
+        augment: whether images are cropped and flipped at random.
+        check: raises ValueError for a record that cannot be used for another reason than its images.
     """
 
     prepare: Callable[[Image.Image], Tensor]
@@ -78,17 +78,17 @@ class RecordOpener(Generic[R]):
                 skipped.append(note(str(error)))
         raise OSError(f"{TRIES} records in a row cannot be opened; the last: {skipped[-1]}")
 
-    def _prepare(self, rng: np.random.Generator, picture: Image.Image) -> Tensor:
-        return self.prepare(random_crop(picture, rng) if self.augment else picture)
+    def _prepare(self, rng: np.random.Generator, image: Image.Image) -> Tensor:
+        return self.prepare(random_crop(image, rng) if self.augment else image)
 
 
-def random_crop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A random crop of at least half the picture's area, flipped horizontally half of the time."""
-    area = rng.uniform(_LEAST_AREA, 1.0) * picture.width * picture.height
+def random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A random crop of at least half the image's area, flipped horizontally half of the time."""
+    area = rng.uniform(_LEAST_AREA, 1.0) * image.width * image.height
     log_ratio = np.log(_LARGEST_RATIO)
-    ratio = np.exp(rng.uniform(-log_ratio, log_ratio)) * picture.width / picture.height
-    width = min(max(round(np.sqrt(area * ratio)), 1), picture.width)
-    height = min(max(round(np.sqrt(area / ratio)), 1), picture.height)
-    left, top = rng.integers(picture.width - width + 1), rng.integers(picture.height - height + 1)
-    picture = picture.crop((int(left), int(top), int(left) + width, int(top) + height))
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else picture
+    ratio = np.exp(rng.uniform(-log_ratio, log_ratio)) * image.width / image.height
+    width = min(max(round(np.sqrt(area * ratio)), 1), image.width)
+    height = min(max(round(np.sqrt(area / ratio)), 1), image.height)
+    left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+    image = image.crop((int(left), int(top), int(left) + width, int(top) + height))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image

@@ -58,6 +58,11 @@ class StepSampler(Sampler[list[RecordKey]]):
 def positions(batch_size: int, rank: int, world: int) -> range:
     """Where in a step the records of one process stand.
 
+    Args:
+        batch_size: records a step, of all processes.
+        rank: the process.
+        world: number of processes.
+
     Raises:
         ValueError: the processes cannot get equally many.
     """

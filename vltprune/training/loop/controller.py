@@ -24,6 +24,12 @@ def target(step: int, steps: int, reduction: float, ramp: float) -> float:
     """Share of the dense MACs to save at a step: rises from 0 to `reduction` over the first `ramp` of all steps.
 
     1 - (1 - t)^3 of it (Zhu and Gupta, arXiv 1710.01878, equation 1): fast at first.
+
+    Args:
+        step: of the run.
+        steps: of the whole run.
+        reduction: share of the dense MACs to save in the end.
+        ramp: share of the steps (0: `reduction` from the first step on).
     """
     t = min(step / (ramp * steps), 1.0) if ramp > 0 else 1.0
     return reduction * (1 - (1 - t) ** 3)

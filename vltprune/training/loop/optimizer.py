@@ -16,7 +16,13 @@ _KEEPER_LR, _GUIDE_LR = 50.0, 20.0
 
 
 def lr_factor(step: int, steps: int, warmup: float) -> float:
-    """Learning rate of a step as a share of the highest: linear over the first `warmup` of the steps, then a cosine to 0."""
+    """Learning rate of a step as a share of the highest: a linear rise, times a cosine that falls to 0.
+
+    Args:
+        step: of the run.
+        steps: of the whole run.
+        warmup: share of the steps over which it rises.
+    """
     rise = min((step + 1) / (warmup * steps), 1.0) if warmup > 0 else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -64,6 +70,11 @@ def clip_gradients(optimizer: Any, accelerator: Accelerator, max_norm: float) ->
     """Clips the gradients of the weights, and says whether all gradients are finite.
 
     What thresholds and guide get from the budget is not clipped, nor may it shrink what the weights learn.
+
+    Args:
+        optimizer: with the groups of `parameter_groups`.
+        accelerator: Accelerate's.
+        max_norm: norm that gradients are clipped to.
     """
     groups = optimizer.param_groups
     weights = [p for group in groups for p in group["params"] if group["lr_multiple"] == 1.0]

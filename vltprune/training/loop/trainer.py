@@ -185,7 +185,7 @@ class Trainer:
 
     def _initialize(self) -> None:
         first, show = self.loader.first(_FIRST_RECORDS), self.accelerator.is_main_process
-        with announced(f"opening the pictures of {len(first)} records to start from", show):
+        with announced(f"opening the images of {len(first)} records to start from", show):
             batches = calibration_batches(self.task, first, self.loader.opener.prepare, self.accelerator.device)
         self.decode_work = initialize(self.model, batches, self.budget, self.cost_meter.meter, show)
 

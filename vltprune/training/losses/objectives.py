@@ -81,7 +81,7 @@ class Objective(nn.Module, ABC):
         return self(model, records, images, step).outputs
 
     def choose_text(self, record: Record, texts: Sequence[str], step: int) -> str:
-        """One of several texts, drawn by seed, step and record."""
+        """One of several texts of a record, drawn by seed, step and the record's index."""
         if len(texts) == 1:
             return texts[0]
         rng = np.random.default_rng((self.seed, step, record.index))
