@@ -5,9 +5,10 @@ from __future__ import annotations
 import runpy
 
 import pytest
+from torch import nn
 
 import vltprune as vp
-from vltprune.cli import demo, listing
+from vltprune.cli import listing
 from vltprune.cli import main as cli
 
 
@@ -65,16 +66,24 @@ def test_traceback_on_demand():
         cli.main(["info", "nothing_of_the_kind", "--traceback"])
 
 
-@pytest.mark.parametrize("command", ["demo", "predict", "features"])
+@pytest.mark.parametrize("command", ["demo", "predict", "features", "prune", "eval", "compress"])
 def test_output_is_checked_before_the_work(command, tmp_path, monkeypatch, pair, photos, fails):
     def work(*args, **kwargs):
-        raise AssertionError("the work began before the output was checked")
+        raise AssertionError("a model was built before the output was checked")
 
-    monkeypatch.setattr(demo, "create_model", work)
-    monkeypatch.setattr("vltprune.data.images.load_image", work)
-    monkeypatch.setattr("vltprune.cli.predict.load_image", work)
+    if command == "compress":
+        pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'vltprune[train]'")
+    monkeypatch.setattr(nn.Module, "__init__", work)
     (tmp_path / "file").write_text("in the way")
-    arguments = {"demo": [], "predict": [*pair, "a circle"], "features": ["vit_tiny_patch16_224_evit", str(photos)]}
+    task = ["--task", "nlvr", "--model", "blip_nlvr_tiny", "--data", "synthetic:val:2"]
+    arguments = {
+        "demo": [],
+        "predict": [*pair, "a circle"],
+        "features": ["vit_tiny_patch16_224_evit", str(photos)],
+        "prune": ["vit_tiny_patch16_224", "--reduction", "0.5", "--data", str(photos)],
+        "eval": task,
+        "compress": [*task, "--val", "synthetic:val:2"],
+    }
     complaint = fails(command, *arguments[command], "--output", str(tmp_path / "file" / "below"))
     assert "cannot write to the folder" in complaint
     assert "choose another --output" in complaint

@@ -12,7 +12,7 @@ import torch
 import vltprune as vp
 from vltprune import data
 from vltprune.cli import main as cli
-from vltprune.demo import measure as evaluate
+from vltprune.demo import measure
 from vltprune.evaluation import metrics, tasks
 from vltprune.evaluation.evaluator import summarize
 from vltprune.models.generation import BeamSearch, GenerationConfig, GreedySearch, NucleusSampling
@@ -180,11 +180,11 @@ def test_pruned_features_are_numbers(tmp_path, capsys):
     assert "a.png are NaN or infinite" in capsys.readouterr().err
 
 
-def test_outcomes_count_it_as_wrong():
-    outcome = evaluate.Outcome(np.array([NAN, 0.2, 0.9]), np.array([0, 0, 1]), ("count",) * 3)
-    assert outcome.right.tolist() == [False, True, True]
+def test_results_count_it_as_wrong():
+    result = measure.ModelResult(np.array([NAN, 0.2, 0.9]), np.array([0, 0, 1]), ("count",) * 3)
+    assert result.correct.tolist() == [False, True, True]
     with pytest.raises(FloatingPointError, match="no answer"):
-        evaluate.evaluate({"it": vp.prune(broken("blip_nlvr_tiny"), "evit")}, evaluate.draw("test", 2))
+        measure.evaluate_models({"it": vp.prune(broken("blip_nlvr_tiny"), "evit")}, measure.generate_batches("test", 2))
 
 
 def test_hard_negatives_are_drawn_all_the_same():

@@ -83,6 +83,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    _check_options(args)
     common.check_annotations("--data", args.data)
     images = common.image_folders(args)
     folder = common.output_folder(args.output or common.default_output(f"eval/{args.task}", args.model))
@@ -152,6 +153,16 @@ def _second_stage(
     log = ResultsLog(folder / f"matching_{images}x{texts}_k{matching.most}", settings)
     rows = _evaluated("matching", Evaluator(matching, model, settings["device"]), loader, log)
     return summarize_matching(matching, rows)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """ValueError for options of another task."""
+    if args.k_test and args.task != "retrieval":
+        raise ValueError(
+            f"--k-test {args.k_test}: only retrieval has a second stage: leave it out of --task {args.task}"
+        )
+    if args.answers and args.task != "vqa":
+        raise ValueError(f"--answers goes with --task vqa: leave it out of --task {args.task}")
 
 
 def _check_second_stage(task: Any, most: int | None) -> None:

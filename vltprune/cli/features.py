@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.tokens import PackedTokens
 from ..cost import describe
+from ..cost.calibration import check_targets
 from ..cost.macs import CostMeter
 from ..data import Loader, Record
 from ..data.images import list_images
@@ -159,6 +160,8 @@ def image_tower(model: Any) -> Any:
 
 def prepare(model: nn.Module, loader: Loader[Record], args: argparse.Namespace) -> dict[str, Any]:
     """Fit an untrained guide, and calibrate to --reduction, both on the first images; what was done, for summary.json."""
+    if args.reduction is not None:
+        check_targets(model, args.reduction)
     untrained = common.has_untrained_guide(model)
     if not untrained and args.reduction is None:
         return {}

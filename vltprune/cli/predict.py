@@ -149,7 +149,7 @@ def _write_sample(question: Question, folder: Path) -> None:
     """Write a sample's images, and print what it is."""
     for name, image in zip((_LEFT, _RIGHT), question.images, strict=True):
         with replacing(folder / name) as part:
-            Image.fromarray(image).save(part)
+            load_image(image).save(part)
     print(
         f"sample: two images of shapes, drawn here, {folder / _LEFT} and {folder / _RIGHT}; the model has not seen them"
     )

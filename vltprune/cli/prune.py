@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..cost.calibration import check_targets
 from ..cost.describe import format_change
 from ..cost.savings import Calibration
 from ..data import Loader, Record, shards
@@ -77,14 +78,14 @@ def run(args: argparse.Namespace) -> None:
     )
     common.use_threads(args.threads)
     model = _load(args, images_only=files is not None)
+    reduction = args.reduction
+    if files is not None and len(model.pruning.towers) > 1 and not isinstance(reduction, Mapping):
+        reduction = {"image": reduction}
+    check_targets(model, reduction)
     batches = _record_batches(args, model) if files is None else _image_batches(args, model, files)
     number = f"{sum(count for count, _ in batches)} {'records' if files is None else 'images'}"
     inputs = [batch for _, batch in batches]
 
-    towers = model.pruning.towers
-    reduction = args.reduction
-    if files is not None and len(towers) > 1 and not isinstance(reduction, Mapping):
-        reduction = {"image": reduction}
     if common.has_untrained_guide(model):
         common.fit_guide(model, inputs, number)
     found = common.calibrate(model, inputs, reduction, f"calibrating on {number}")
