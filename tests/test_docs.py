@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
@@ -94,3 +95,10 @@ def test_choose_and_concepts_name_every_preset_and_part():
     assert [name for name in vp.presets.names() if f"`{name}`" not in choose] == []
     parts = [name for registry in (vp.guides, vp.scorers, vp.keepers, vp.reducers) for name in registry.names()]
     assert [name for name in parts if f"`{name}`" not in concepts] == []
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip", "open_clip_hf", "blip", "transformers"])
+def test_supported_names_every_type_that_a_host_runs(library):
+    importlib.import_module(f"vltprune.hosts.{library}")
+    page = (ROOT / "docs" / "supported.md").read_text()
+    assert [name for name in vp.hosts.names() if f"`{name.rpartition('.')[2]}`" not in page] == []
