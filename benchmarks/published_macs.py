@@ -131,8 +131,8 @@ def retrieval() -> Iterator[Published | Instance]:
     match = count(lambda model: model(images, ids)) - image
     queues = torch.tensor([4 * 256 * QUEUE, 0]) / 1e9  # image and text, model and copy
     counts = (
-        f"a step of training: an image and a text of {LONGEST} tokens, both by the model and by its momentum copy; "
-        "three pairs matched; the queues"
+        f"a step of training: an image and a text of {LONGEST} tokens, by the model and its momentum copy; "
+        "three pairs matched; queues"
     )
     yield Published("BLIP retrieval, 384 px", 153.2, counts, *(2 * (image + text) + 3 * match + queues).tolist())
     yield Instance(f"BLIP retrieval: features of an image and of a text of {LONGEST} tokens", float((image + text)[0]))
@@ -145,9 +145,7 @@ def clip() -> Iterator[Published | Instance]:
     ids[:, -1] = 49407  # the end, behind which nothing would be counted
     found = count(lambda model: model(_images(1, 336), ids))
     queues = torch.tensor([4 * 768 * QUEUE, 0]) / 1e9
-    counts = (
-        "a step of training: an image and a text of 77 tokens, both by the model and by its momentum copy; the queues"
-    )
+    counts = "a step of training: an image and a text of 77 tokens, by the model and its momentum copy; queues"
     yield Published("CLIP ViT-L/14, 336 px", 395.7, counts, *(2 * found + queues).tolist())
     yield Instance("CLIP ViT-L/14: features of an image and of a text of 77 tokens", float(found[0]))
 

@@ -1,4 +1,4 @@
-"""MACs and kept tokens of each record, from the traces of a call."""
+"""SampleCostMeter: MACs and kept tokens of each record, from the traces of a call."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from .macs import CostMeter
 
 @dataclass(frozen=True)
 class SampleCost:
-    """What one record cost: its images, and one of its texts (their mean, where it has several).
+    """MACs of one record: its images, and one of its texts (their mean, where it has several).
 
-    macs, dense_macs   multiply-accumulates, and those of the dense model, on the tokens that are there
-    towers             per tower: both of them, of one of its images or texts
-    instances          per tower: how many of its images or texts `macs` are of
-    kept               per tower: tokens that entered, then tokens leaving each block, mean over the record's instances
-    padding            what the dense model spends on padding besides
-    tower_padding      per tower: the same of one of its images or texts
+    Attributes:
+        macs: MACs of the model.
+        dense_macs: MACs of the dense model on the tokens that are there, without padding.
+        towers: per tower, MACs and dense MACs of one image or text.
+        instances: per tower, how many of the record's images or texts `macs` are of.
+        kept: per tower, tokens that entered, then tokens leaving each block: means over the record's images or texts.
+        padding: MACs that the dense model spends on padding besides.
+        tower_padding: per tower, the same of one image or text.
     """
 
     macs: float
@@ -38,7 +40,16 @@ class SampleCost:
 
 
 class SampleCostMeter:
-    """Reads the costs of one model. `model` is what to run for its traces: the model, or a dense one's keep-all twin."""
+    """Counts the MACs of each record of a batch.
+
+    Args:
+        model: a dense or pruned model.
+
+    Attributes:
+        model: what to run for its traces: the model itself, or a dense one pruned so that it keeps all tokens.
+        is_dense: whether the given model is dense.
+        meter: the CostMeter of `model`.
+    """
 
     def __init__(self, model: nn.Module):
         self.is_dense = find_pruning(model) is None
@@ -46,8 +57,15 @@ class SampleCostMeter:
         self.meter = CostMeter(self.model)
 
     def __call__(self, traces: Sequence[PruneTrace], texts: Sequence[int]) -> list[SampleCost]:
-        """traces: those of the calls that answered a batch, one a tower; texts: how many each record has. ValueError
-        for several."""
+        """The costs of a batch, one a record.
+
+        Args:
+            traces: of the calls that answered the batch, one a tower.
+            texts: how many texts each record has.
+
+        Raises:
+            ValueError: for several traces of one tower.
+        """
         names = [trace.tower for trace in traces]
         if len(set(names)) != len(names):
             raise ValueError(
@@ -96,7 +114,7 @@ class SampleCostMeter:
 
 
 def keep_all(model: nn.Module) -> nn.Module:
-    """A dense model in a form whose cost can be counted: it prunes nothing."""
+    """A dense model pruned so that it keeps all tokens, as CostMeter needs it."""
     return prune_towers(unwrapped(model), "random", keep="ratio(ratio=1.0)")
 
 

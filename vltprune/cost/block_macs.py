@@ -1,0 +1,196 @@
+"""MACs of single blocks: what a block and its pruner compute, as arithmetic of how many tokens enter and leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..core import precision
+from ..core.attention import Stat
+from ..core.tokens import Layout, PackedTokens
+from ..hosts.base import Host
+from ..hosts.linear_maps import uncounted_macs
+from ..pruning.pruner import Pruner
+from ..pruning.trace import LayerTrace
+from ..utils.structure import modules_of
+
+
+@dataclass(frozen=True)
+class BlockMacs:
+    """MACs of a block's matrix products.
+
+    Attributes:
+        width: heads x head_dim: attention takes 2 * width per pair of tokens.
+        qkv: per token, of query, key and value.
+        project: per token, of the projection behind attention.
+        feed_forward: per token, of the rest of the block.
+        memory: per memory token, of its keys and values, where the block cross-attends to a memory.
+        pair: per pair of token and memory token.
+    """
+
+    width: int
+    qkv: float
+    project: float
+    feed_forward: float
+    memory: float = 0.0
+    pair: float = 0.0
+
+    @classmethod
+    def from_block(cls, adapter: Host, block: nn.Module, like: PackedTokens, block_input: Any) -> BlockMacs:
+        """Measure a block on one token and two, with memories of one token and two."""
+        one = blank_tokens(like, 1)
+        with torch.no_grad():
+            query = adapter.qkv(block, one, block_input)[0]
+        qkv = measure_macs(adapter.qkv, block, one, block_input)
+        project = measure_macs(adapter.project, block, one, torch.zeros_like(query))
+        rest = _feed_forward_macs(partial(adapter.feed_forward, block), like, block_input)
+        return cls(query.numel(), qkv, project, *rest)
+
+    def rest(self, tokens: Tensor, memory: Memory | None) -> Tensor:
+        """MACs [batch] behind attention of so many tokens [batch]."""
+        if memory is None:
+            return self.feed_forward * tokens
+        return self.feed_forward * tokens + (self.memory * memory.fraction + self.pair * tokens) * memory.tokens
+
+
+def measure_blocks(
+    adapter: Host, blocks: Iterable[nn.Module], like: PackedTokens, block_inputs: Sequence[Any]
+) -> Iterator[BlockMacs]:
+    """The MACs of each block. Blocks that differ in their weights alone, as most of a tower do, are measured once."""
+    known: list[tuple[Any, BlockMacs]] = []
+    for block, own in zip(blocks, block_inputs, strict=True):
+        sizes = {name: tensor.shape for name, tensor in chain(block.named_parameters(), block.named_buffers())}
+        kind = modules_of(block), sizes, [view.x.shape[-1] for view in own] if is_memory(own) else None
+        found = next((macs for other, macs in known if other == kind), None)
+        if found is None:
+            found = BlockMacs.from_block(adapter, block, like, own)
+            known.append((kind, found))
+        yield found
+
+
+class BlockMeter:
+    """MACs of one block with its pruner, from the tokens that enter and leave it.
+
+    Args:
+        macs: of the block.
+        pruner: that stands in the block; None where it is not pruned.
+        guide: MACs per token of the guide that the pruner asks.
+        channels: of a token.
+    """
+
+    def __init__(self, macs: BlockMacs, pruner: Pruner | None, guide: float, channels: int):
+        self.macs, self.pruner, self.guide, self.channels = macs, pruner, guide, channels
+
+    def dense(self, tokens: Tensor, memory: Memory | None) -> Tensor:
+        """MACs [batch] of the dense block for so many tokens [batch]."""
+        macs = self.macs
+        return (macs.qkv + macs.project) * tokens + 2 * macs.width * tokens**2 + macs.rest(tokens, memory)
+
+    def pruned(self, before: Tensor, after: Tensor, memory: Memory | None, layer: LayerTrace) -> Tensor:
+        """MACs [batch] of the pruned block, which so many tokens [batch] enter and leave."""
+        macs = self.macs
+        projected = after if layer.reduced_early else before
+        block = macs.qkv * before + 2 * macs.width * before**2 + macs.project * projected + macs.rest(after, memory)
+        return block + self._scoring(layer) * before + self._comparing * before**2
+
+    def _scoring(self, layer: LayerTrace) -> float:
+        """Per token: the summary's row of the attention map, the guide, the weighted sums of a merge."""
+        if self.pruner is None:
+            return 0.0
+        merges = layer.reduction is not None and layer.reduction.merge is not None
+        summed = self.channels + (self.macs.width if layer.reduced_early else 0)
+        summary = self.macs.width if Stat.SUMMARY in self.pruner.needs else 0
+        return self.guide + summary + (summed if merges else 0)
+
+    @property
+    def _comparing(self) -> int:
+        """Per pair of tokens."""
+        return self.channels if self.pruner is not None and self.pruner.scorer.pairwise else 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What each instance of a tower cross-attends to, such as the images of a text.
+
+    Attributes:
+        tokens: [batch], of an average image of its group.
+        fraction: of the MACs of a group's keys and values that one instance pays; the group's instances have them in common.
+    """
+
+    tokens: Tensor
+    fraction: float
+
+    @classmethod
+    def from_block_input(cls, block_input: Any, batch: int, dense: Layout | None = None) -> Memory | None:
+        """The memory in the input of a block; None where it has none.
+
+        Args:
+            block_input: of the block.
+            batch: instances of the tower.
+            dense: the layout, image after image of each group, to count instead.
+        """
+        if not is_memory(block_input):
+            return None
+        groups = block_input[0].layout.batch
+        sizes = torch.stack([view.expected for view in block_input], 1)
+        if dense is not None:
+            sizes = token_counts(dense).view(groups, len(block_input))
+        return cls(sizes.mean(1).repeat_interleave(batch // groups), groups / batch)
+
+
+def token_counts(layout: Layout) -> Tensor:
+    """Tokens of each instance, [batch], as floating-point numbers to compute with."""
+    return precision.float_tensor(layout.lengths, layout.device)
+
+
+def measure_macs(run: Callable[..., Any], *inputs: Any) -> float:
+    """MACs of run(*inputs), by torch's counter, under the math backend: fused attention kernels count as nothing.
+
+    The inputs are made before, for the counter looks at each operation, and takes its time.
+    """
+    counter = FlopCounterMode(display=False)
+    # the counter fails on views made without gradients
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter, uncounted_macs(counter) as uncounted:
+        run(*inputs)
+    return counter.get_total_flops() / 2 + sum(uncounted)
+
+
+def blank_tokens(like: PackedTokens, n: int) -> PackedTokens:
+    """One instance of n zero tokens, the first of them the summary."""
+    first = torch.arange(n, device=like.x.device) == 0
+    x = like.x.new_zeros(1, n, like.x.shape[-1])
+    return PackedTokens.pack(x, protected=first, summary=first if like.summary is not None else None)
+
+
+def is_memory(block_input: Any) -> bool:
+    """Whether a block gets packed tokens to cross-attend to."""
+    return isinstance(block_input, tuple) and all(isinstance(view, PackedTokens) for view in block_input)
+
+
+def blank_memory(block_input: Any, n: int) -> Any:
+    """The memory that a block gets, as n zero tokens of one instance; another input as it is."""
+    return tuple(blank_tokens(view, n) for view in block_input) if is_memory(block_input) else block_input
+
+
+def _feed_forward_macs(
+    run: Callable[[PackedTokens, Any], Any], like: PackedTokens, block_input: Any
+) -> tuple[float, float, float]:
+    """MACs of run(tokens, block_input) per token, and, where it looks at a memory, per memory token and per pair of both."""
+
+    def macs(tokens: int, memory: int) -> float:
+        return measure_macs(run, blank_tokens(like, tokens), blank_memory(block_input, memory))
+
+    one = macs(1, 1)
+    if not is_memory(block_input):
+        return one, 0.0, 0.0
+    more_tokens, more_memory = macs(2, 1), macs(1, 2)
+    pair = macs(2, 2) - more_tokens - more_memory + one
+    return more_tokens - one - pair, more_memory - one - pair, pair
