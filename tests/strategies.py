@@ -45,7 +45,9 @@ class Case:
         return dataclasses.replace(
             self,
             tokens=self.tokens.take(index, layout),
-            stats=AttentionStats(self.stats.asked, {stat: value[index] for stat, value in self.stats.values.items()}),
+            stats=AttentionStats(
+                self.stats.requested, {stat: value[index] for stat, value in self.stats.values.items()}
+            ),
             guidance=dataclasses.replace(self.guidance, affinity=self.guidance.affinity[index], tokens=tokens),
             scores=self.scores[index],
         )

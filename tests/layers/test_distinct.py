@@ -49,7 +49,7 @@ def test_copies_share_one_score(lengths):
 
 @given(case=cases(has_summary=True))
 def test_another_scorers_scores_are_shared(case):
-    stats = AttentionStats(case.stats.asked, {stat: value + 0.1 for stat, value in case.stats.values.items()})
+    stats = AttentionStats(case.stats.requested, {stat: value + 0.1 for stat, value in case.stats.values.items()})
     for name, of in (("distinct_attention", "self_attention"), ("distinct_madtp", "madtp")):
         args = (case.tokens, stats, case.guidance)
         scores = scorers[name](case.spec)(*args)

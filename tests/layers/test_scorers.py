@@ -37,7 +37,7 @@ def formula(name, received, summary, context, affinity):
 def test_formulas(name, case):
     """Where the sums are well away from zero, which is where the method's own formula means something."""
     lifted = dataclasses.replace(case.guidance, affinity=case.guidance.affinity.abs() + 0.1)
-    stats = AttentionStats(case.stats.asked, {stat: value + 0.1 for stat, value in case.stats.values.items()})
+    stats = AttentionStats(case.stats.requested, {stat: value + 0.1 for stat, value in case.stats.values.items()})
     scores = scorers[name](case.spec)(case.tokens, stats, lifted)
     for i in range(case.batch):
         rows = (case.tokens.layout.instance == i) & case.tokens.free

@@ -79,6 +79,11 @@ def test_the_towers_of_a_composite_and_wrappers_are_none():
     assert not vp.is_pruned("madtp")
 
 
+def test_a_dictionary_is_no_preset():
+    with pytest.raises(TypeError, match=r"preset=\{'scorer': 'random'\}: give the name of a preset or a PruneConfig"):
+        vp.prune(towers(), {"scorer": "random"})
+
+
 def test_the_type_is_not_built():
     with pytest.raises(TypeError, match=r"vltprune.prune\(model, preset\) makes"):
         vp.PrunedModel()

@@ -43,17 +43,17 @@ class AttentionStats:
     """The attention statistics of one block, by `Stat`. Reading one that was not requested raises LookupError.
 
     Attributes:
-        asked: the requested statistics.
+        requested: the statistics that were computed.
         values: their tensors, with the shapes that `Stat` lists.
     """
 
-    asked: Stat = Stat.NONE
+    requested: Stat = Stat.NONE
     values: Mapping[Stat, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, stat: Stat) -> Tensor:
         if stat not in self.values:
             raise LookupError(
-                f"Stat.{stat.name} was not computed: add it to the part's `needs` (asked for: {self.asked})"
+                f"Stat.{stat.name} was not computed: add it to the part's `needs` (requested: {self.requested})"
             )
         return self.values[stat]
 

@@ -7,7 +7,14 @@ from .config import PruneConfig
 
 
 def preset(name: str) -> PruneConfig:
-    """The PruneConfig of a registered preset. LookupError, with the nearest names, for another."""
+    """The PruneConfig of a registered preset.
+
+    Args:
+        name: the registered name, as `vltprune.presets.names()` lists them.
+
+    Raises:
+        LookupError: for another name, with the nearest ones.
+    """
     return presets[name]()
 
 

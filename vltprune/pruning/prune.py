@@ -29,6 +29,10 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> P
     if is_pruned(model):
         raise TypeError("this model is pruned already: prune its dense host, prune(model.host, ...)")
     config = presets.preset(preset) if isinstance(preset, str) else preset
+    if not isinstance(config, PruneConfig):
+        raise TypeError(
+            f"preset={preset!r}: give the name of a preset or a PruneConfig, such as PruneConfig.from_dict of a dictionary"
+        )
     config = config.replace(**parts) if parts else config
     composite = find_composite(model)
     if composite is None:

@@ -12,7 +12,12 @@ _COMPILED = "_orig_mod"  # what torch.compile calls the model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside its wrappers (torch.compile, DistributedDataParallel, ...); a model without any is returned as it is."""
+    """The model inside its wrappers.
+
+    Args:
+        model: a model, or one inside any number of wrappers: torch.compile, DataParallel, DistributedDataParallel, FSDP,
+            averages of weights.
+    """
     while (inner := _inner(model)) is not None:
         model = inner
     return model
