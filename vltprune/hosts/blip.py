@@ -33,7 +33,7 @@ Memory = tuple[PackedTokens, ...]
 class BlipVisionHost(Vit):
     """Host of BLIP's image tower. It returns normed tokens packed, for cross-attention."""
 
-    def head(self, tower: BlipVision, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> PackedTokens:
+    def head(self, tower: BlipVision, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> PackedTokens:
         return tokens.with_x(tower.norm(tokens.x))
 
 
@@ -95,7 +95,7 @@ class MedHost(Host):
             tokens = tokens.with_x(block.cross.norm(tokens.x + branch))
         return tokens.with_x(block.feed_forward(tokens.x))
 
-    def head(self, tower: MedEncoder, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Tensor:
+    def head(self, tower: MedEncoder, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> Tensor:
         """Hidden states of the kept tokens, padded with zeros: [batch, longest, width], the first token first."""
         return tokens.unpack()[0]
 
@@ -104,7 +104,7 @@ class MedHost(Host):
 class QuestionHost(MedHost):
     """Host of the encoder of a question. It returns its tokens packed, for a decoder to attend to."""
 
-    def head(self, tower: MedEncoder, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> PackedTokens:
+    def head(self, tower: MedEncoder, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> PackedTokens:
         return tokens
 
 

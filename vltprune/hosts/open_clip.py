@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,15 @@ from .wrapper import Wrapper
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
 _ATTENTIONS = (nn.MultiheadAttention, Attention)
+_Block: TypeAlias = ResidualAttentionBlock | CustomResidualAttentionBlock
+_TextTower: TypeAlias = TextTransformer | CLIP
+_Tower: TypeAlias = VisionTransformer | _TextTower
 
 
 class _ClipHost(Host):
     """What image and text towers have in common: residual attention blocks, with either of open_clip's attention modules."""
 
-    def check(self, tower: Any) -> None:
+    def check(self, tower: _Tower) -> None:
         check_blocks(tower, self.blocks(tower), _KNOWN)
         if any(getattr(block.attn, "scaled_cosine", False) for block in tower.transformer.resblocks):
             raise TypeError(f"cannot prune this {type(tower).__name__}: scaled cosine attention is not supported")
@@ -47,7 +50,7 @@ class _ClipHost(Host):
     def blocks(self, tower: Any) -> Sequence[nn.Module]:
         return tower.transformer.resblocks
 
-    def scale(self, block: Any) -> float:
+    def scale(self, block: _Block) -> float:
         return block.attn.head_dim**-0.5
 
     def qkv(self, block: Any, tokens: PackedTokens, block_input: None) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +73,7 @@ class _ClipHost(Host):
             branch = block.ln_attn(attn.out_drop(attn.out_proj(attn.ln_inner(context.flatten(1)))))
         return tokens.with_x(tokens.x + block.ls_1(branch))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: None) -> PackedTokens:
+    def feed_forward(self, block: _Block, tokens: PackedTokens, block_input: None) -> PackedTokens:
         return tokens.with_x(tokens.x + by_tiles(lambda x: block.ls_2(block.mlp(block.ln_2(x))), tokens.x))
 
     def projects_affinely(self, block: Any) -> bool:
@@ -80,7 +83,7 @@ class _ClipHost(Host):
             return isinstance(getattr(attn.out_proj, "weight", None), Tensor)
         return all(map(is_affine, (attn.ln_inner, attn.out_proj, block.ln_attn)))
 
-    def gradient_checkpointing(self, tower: Any) -> bool:
+    def gradient_checkpointing(self, tower: _Tower) -> bool:
         return tower.transformer.grad_checkpointing
 
     def attention_dropout(self, block: Any) -> float:
@@ -110,7 +113,9 @@ class ClipVision(_ClipHost):
     def pools_unprotected(self, tower: VisionTransformer) -> bool:
         return tower.attn_pool is None and tower.pool_type == "avg"
 
-    def head(self, tower: VisionTransformer, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(
+        self, tower: VisionTransformer, tokens: PackedTokens, block_inputs: tuple[object, ...]
+    ) -> Tensor | tuple[Tensor, Tensor]:
         pooled, rest = _pool(tower, tokens)
         if tower.proj is not None:
             pooled = pooled @ tower.proj
@@ -126,10 +131,10 @@ class _ClipText(_ClipHost):
 
     tower = "text"
 
-    def causal(self, tower: Any) -> bool:
+    def causal(self, tower: _TextTower) -> bool:
         return tower.attn_mask is not None
 
-    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
+    def spec(self, tower: _TextTower, depth: int, name: str) -> BlockSpec:
         blocks, width = self.blocks(tower), tower.transformer.width
         block: Any = blocks[depth]
         return BlockSpec(
@@ -165,7 +170,9 @@ class _ClipText(_ClipHost):
     def padded_length(self, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(
+        self, tower: Any, tokens: PackedTokens, block_inputs: tuple[object, ...]
+    ) -> Tensor | tuple[Tensor, Tensor]:
         tokens = tokens.with_x(tower.ln_final(tokens.x))
         assert tokens.summary is not None
         pooled = tokens.first_where(tokens.summary)
@@ -174,7 +181,7 @@ class _ClipText(_ClipHost):
             pooled = pooled @ projection if isinstance(projection, Tensor) else projection(pooled)
         return (pooled, tokens.unpack()[0]) if getattr(tower, "output_tokens", False) else pooled
 
-    def pooled_position(self, tower: Any, text: Tensor) -> Tensor:
+    def pooled_position(self, tower: _TextTower, text: Tensor) -> Tensor:
         """The position of the pooled token, [batch] int64."""
         kind, eos = self.pooling(tower)
         if kind == "argmax":
@@ -218,7 +225,7 @@ class TimmTower(Wrapper):
     name: ClassVar = "trunk"
     pruned_class = PrunedTimmModel
 
-    def head(self, tower: TimmModel, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(self, tower: TimmModel, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> Tensor:
         return tower.head(self.inner.head(tower.trunk, tokens, block_inputs))
 
 

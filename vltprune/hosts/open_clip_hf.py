@@ -64,7 +64,7 @@ class HfText(Wrapper):
             tokens = replace(tokens, protected=tokens.protected | (tokens.position == 0))
         return tokens, block_inputs
 
-    def head(self, tower: HFTextEncoder, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(self, tower: HFTextEncoder, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> Any:
         out = self.inner.head(self.inner_tower(tower), tokens, block_inputs)
         hidden = out.last_hidden_state
         features = tower.proj(_pooled(tower.pooler, out, tokens.with_x(segments.unpad(hidden, tokens.layout))))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn.functional as F
 from open_clip.model import CLIP
+from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor
 
 from ..pruning.encoder import PrunedEncoder
@@ -21,12 +22,13 @@ _NO_INTERMEDIATES = (
 class _PrunedClipTower(PrunedEncoder):
     """A pruned tower of open_clip's own."""
 
+    host: VisionTransformer | TextTransformer
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that get no weight decay."""
-        host: Any = self.host
-        return host_names(host.no_weight_decay())
+        return host_names(self.host.no_weight_decay())
 
-    def forward_intermediates(self, *inputs: Any, **named: Any) -> Any:
+    def forward_intermediates(self, *inputs: Any, **named: Any) -> NoReturn:
         """Not supported: open_clip returns a grid of tokens, or one for each word, and some of them are pruned.
 
         Raises:
@@ -54,7 +56,7 @@ class PrunedClipOwnText(PrunedEncoder):
 class PrunedTimmModel(PrunedEncoder):
     """A pruned TimmModel of open_clip."""
 
-    def forward_intermediates(self, *inputs: Any, **named: Any) -> Any:
+    def forward_intermediates(self, *inputs: Any, **named: Any) -> NoReturn:
         """Not supported, as for open_clip's own towers.
 
         Raises:
@@ -73,7 +75,7 @@ class PrunedClip(CLIP):
         host: Any = self.text.host
         host.lock_text_tower(unlocked_layers, freeze_layer_norm)
 
-    def forward_intermediates(self, *inputs: Any, **named: Any) -> Any:
+    def forward_intermediates(self, *inputs: Any, **named: Any) -> NoReturn:
         """Not supported, as for its towers.
 
         Raises:

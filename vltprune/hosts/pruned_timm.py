@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models._features import feature_take_indices
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..io.model_files import IN_ARGUMENTS
@@ -26,6 +28,8 @@ from .attributes import forward_attributes, host_names
 class PrunedTimm(PrunedEncoder):
     """A pruned VisionTransformer or Eva of timm."""
 
+    host: VisionTransformer | Eva
+
     @property
     def _model_args(self) -> dict[str, Any]:
         """The arguments that timm's `save_for_hf` and `push_to_hf_hub` write of a model: the dense tower's, and the pruning.
@@ -33,8 +37,7 @@ class PrunedTimm(PrunedEncoder):
         `vltprune.load` builds the pruned model from them. `timm.create_model` fails at the name of the pruning instead of
         building a dense model from them.
         """
-        host: Any = self.host
-        arguments = dict(getattr(host, "_model_args", {}))
+        arguments = dict(getattr(self.host, "_model_args", {}))
         if is_pruned(self):
             check_whole(self)
             arguments[IN_ARGUMENTS] = config_to_save(self, {}).to_dict()
@@ -42,19 +45,16 @@ class PrunedTimm(PrunedEncoder):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that get no weight decay."""
-        host: Any = self.host
-        return host_names(host.no_weight_decay())
+        return host_names(self.host.no_weight_decay())
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names for layer-wise learning rate decay, as timm's; guide and pruners are in no group."""
-        host: Any = self.host
-        return {group: _prefixed(patterns) for group, patterns in host.group_matcher(coarse).items()}
+        return {group: _prefixed(patterns) for group, patterns in self.host.group_matcher(coarse).items()}
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The kept tokens after the final norm [batch, longest, dim], in their order, prefix tokens first, and zeros behind."""
         tokens, _ = self.encode(images)
-        host: Any = self.host
-        return tokens.with_x(host.norm(tokens.x)).unpack()[0]
+        return tokens.with_x(self.host.norm(tokens.x)).unpack()[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The head on what `forward_features` returned, for towers that pool the class token.
@@ -62,13 +62,12 @@ class PrunedTimm(PrunedEncoder):
         Raises:
             TypeError: For other pooling: `x` does not say how many tokens were kept, and what was merged into them.
         """
-        host: Any = self.host
-        if host.global_pool != "token" or host.attn_pool is not None:
+        if self.host.global_pool != "token" or self.host.attn_pool is not None:
             raise TypeError(
-                f"a pruned tower with global_pool={host.global_pool!r} pools within its call: write model(images), with "
+                f"a pruned tower with global_pool={self.host.global_pool!r} pools within its call: write model(images), with "
                 "model.reset_classifier(0) before it for features"
             )
-        return host.forward_head(x, pre_logits=pre_logits)
+        return self.host.forward_head(x, pre_logits=pre_logits)
 
     def forward_intermediates(
         self,
@@ -96,26 +95,25 @@ class PrunedTimm(PrunedEncoder):
         Raises:
             ValueError: If `output_fmt` is not "NLC": kept tokens fill no grid.
         """
-        host: Any = self.host
         if output_fmt != "NLC":
             raise ValueError(
                 f"output_fmt={output_fmt!r}: what is left of a pruned image fills no grid; write output_fmt='NLC', and see "
                 "LayerTrace.position of vltprune.collect(tokens=True) for where tokens stood"
             )
-        taken, _ = feature_take_indices(len(host.blocks), indices)
+        taken, _ = feature_take_indices(len(self.host.blocks), indices)
         with collect(tokens=True, threads=False) as traces:
             last, _ = self.encode(x)
         outputs = [step.tokens for depth, step in enumerate(traces[-1].layers) if depth in taken]
-        padded = [t.with_x(host.norm(t.x) if norm else t.x).unpack()[0] for t in outputs if t is not None]
-        prefix = host.num_prefix_tokens
+        padded = [t.with_x(self.host.norm(t.x) if norm else t.x).unpack()[0] for t in outputs if t is not None]
+        prefix = self.host.num_prefix_tokens
         parts: list[Any] = [each[:, prefix:] for each in padded]
         if return_prefix_tokens and prefix:
             parts = [(part, each[:, :prefix]) for part, each in zip(parts, padded, strict=True)]
-        return parts if intermediates_only else (last.with_x(host.norm(last.x)).unpack()[0], parts)
+        return parts if intermediates_only else (last.with_x(self.host.norm(last.x)).unpack()[0], parts)
 
 
 def _prefixed(patterns: Any) -> Any:
-    """A pattern of timm's, or a list of them in pairs with what they stand for, for names that begin with "host."."""
+    """A pattern of timm's, or a list of them in pairs with what they stand for, for names that begin with "self.host."."""
     if isinstance(patterns, str):
         return rf"^host\.(?:{patterns.replace('^', '')})"
     return [(_prefixed(pattern), value) for pattern, value in patterns]

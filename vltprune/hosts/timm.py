@@ -62,7 +62,7 @@ class _TimmHost(Host):
         pre_norm = type(block) in (Block, EvaBlock)
         return pre_norm and attn.gate is None and is_affine(attn.norm) and is_affine(attn.proj)
 
-    def head(self, tower: _Tower, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Tensor:
+    def head(self, tower: _Tower, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> Tensor:
         tokens = tokens.with_x(tower.norm(tokens.x))
         if tower.global_pool == "" and tower.attn_pool is None:
             return tokens.with_x(tower.head(tower.head_drop(tower.fc_norm(tokens.x)))).unpack()[0]

@@ -93,7 +93,11 @@ def _parse(model: str) -> ModelName:
 
 
 def _load_saved(
-    model: str, pretrained: Any, preset: str | None, default: PruneConfig | str | None, arguments: Mapping[str, Any]
+    model: str,
+    pretrained: bool | str | Path | None,
+    preset: str | None,
+    default: PruneConfig | str | None,
+    arguments: Mapping[str, Any],
 ) -> nn.Module:
     """The model of a folder or a repository."""
     others = [name for name in arguments if name not in PARTS]
@@ -113,7 +117,7 @@ def _load_saved(
     return loaded
 
 
-def _saved_pruning(pretrained: Any) -> Any:
+def _saved_pruning(pretrained: bool | str | Path | None) -> PruneConfig | None:
     """The pruning that the folder `pretrained` was saved with, None for none and for anything else."""
     if not isinstance(pretrained, (str, os.PathLike)) or not Path(pretrained, checkpoint.CONFIG).is_file():
         return None

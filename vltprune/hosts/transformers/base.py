@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ...core.checks import check_ids, check_images
@@ -86,7 +87,7 @@ class TransformersHost(Host):
     known: ClassVar[Mapping[type, Sequence[type]]]
     has_summary: ClassVar[bool] = True
 
-    def check(self, tower: Any) -> None:
+    def check(self, tower: PreTrainedModel) -> None:
         check_blocks(tower, self.blocks(tower), self.known, self.attention)
         kernel = tower.config._attn_implementation
         if kernel not in _KERNELS:
@@ -95,7 +96,7 @@ class TransformersHost(Host):
                 f"anything. Supported: {', '.join(_KERNELS)}"
             )
 
-    def bind_arguments(self, tower: Any, *inputs: Any, **named: Any) -> tuple[Any, ...]:
+    def bind_arguments(self, tower: PreTrainedModel, *inputs: Any, **named: Any) -> tuple[Any, ...]:
         given = inspect.signature(tower.forward).bind(*inputs, **named).arguments
         given |= given.pop("kwargs", {})
         for extra in _EXTRAS:
@@ -112,7 +113,7 @@ class TransformersHost(Host):
             )
         return super().bind_arguments(tower, **{name: value for name, value in given.items() if name in takes})
 
-    def format_output(self, tower: Any, out: Any, **named: Any) -> Any:
+    def format_output(self, tower: PreTrainedModel, out: Any, **named: Any) -> Any:
         return_dict = named.get("return_dict")
         if return_dict is None:
             return_dict = tower.config.return_dict
@@ -121,7 +122,7 @@ class TransformersHost(Host):
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         return attrgetter(self.layers)(tower)
 
-    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
+    def spec(self, tower: PreTrainedModel, depth: int, name: str) -> BlockSpec:
         heads, depths = tower.config.num_attention_heads, len(self.blocks(tower))
         return BlockSpec(name, depth, depths, tower.config.hidden_size, heads, self.has_summary, self.causal(tower))
 
@@ -147,7 +148,7 @@ class TransformersHost(Host):
         probability = dropout.p if isinstance(dropout, nn.Dropout) else dropout
         return probability if block.training else 0.0
 
-    def gradient_checkpointing(self, tower: Any) -> bool:
+    def gradient_checkpointing(self, tower: PreTrainedModel) -> bool:
         return any(block.gradient_checkpointing for block in self.blocks(tower))
 
 
@@ -193,7 +194,7 @@ class PreNorm(TransformersHost):
 class ImageTower(TransformersHost):
     """Host of an image tower. Prefix tokens are protected, and the first of them is the image's summary."""
 
-    def prefix(self, tower: Any) -> int:
+    def prefix(self, tower: PreTrainedModel) -> int:
         """The number of tokens before the patches."""
         return int(self.has_summary)
 
@@ -204,7 +205,7 @@ class ImageTower(TransformersHost):
         x = tower.embeddings(images, interpolate_pos_encoding=interpolate_pos_encoding)
         return self.pack(tower, x), (None,) * len(self.blocks(tower))
 
-    def check_pixels(self, tower: Any, pixel_values: Tensor, any_size: bool | None) -> Tensor:
+    def check_pixels(self, tower: PreTrainedModel, pixel_values: Tensor, any_size: bool | None) -> Tensor:
         """Check images [batch, channels, H, W], and cast them to the tower's dtype. ValueError for another shape."""
         size = tower.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
@@ -212,7 +213,7 @@ class ImageTower(TransformersHost):
         check_images(pixel_values, channels, None if any_size else size, "pixel_values")
         return pixel_values.to(tower.dtype)
 
-    def pack(self, tower: Any, x: Tensor, valid: Tensor | None = None) -> PackedTokens:
+    def pack(self, tower: PreTrainedModel, x: Tensor, valid: Tensor | None = None) -> PackedTokens:
         """Pack embedded images x [batch, n, dim]; valid [batch, n] bool is false on padding."""
         position = torch.arange(x.shape[1], device=x.device)
         summary = position == 0 if self.has_summary else None
@@ -224,13 +225,13 @@ class TextTower(TransformersHost):
 
     tower = "text"
 
-    def summary_position(self, tower: Any, input_ids: Tensor) -> Tensor | int:
+    def summary_position(self, tower: PreTrainedModel, input_ids: Tensor) -> Tensor | int:
         """The position of each sentence's summary token: [batch, 1], or one for all."""
         return 0
 
     def embed(
         self,
-        tower: Any,
+        tower: PreTrainedModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,

@@ -13,8 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer
-from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextSelfAttention
+from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer, BlipVisionModel
+from transformers.models.blip.modeling_blip_text import (
+    BlipTextLayer,
+    BlipTextLMHeadModel,
+    BlipTextModel,
+    BlipTextSelfAttention,
+)
 
 from ...core.attention import attend
 from ...core.tokens import PackedTokens
@@ -44,14 +49,16 @@ class BlipVision(PreNorm, ImageTower):
     output = "projection"
     known: ClassVar = {BlipEncoderLayer: (BlipAttention,)}
 
-    def project_qkv(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, attn: BlipAttention, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(1)
         return q, k, v
 
-    def scale(self, block: Any) -> float:
+    def scale(self, block: BlipEncoderLayer) -> float:
         return block.self_attn.scale
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(
+        self, tower: BlipVisionModel, tokens: PackedTokens, block_inputs: tuple[object, ...]
+    ) -> BaseModelOutputWithPooling:
         refuse_soft_tokens(tokens, _READER, _INSTEAD)
         x = tokens.with_x(tower.post_layernorm(tokens.x)).unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
@@ -65,7 +72,7 @@ class BlipText(PostNorm):
 
     def embed(
         self,
-        tower: Any,
+        tower: BlipTextModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -87,7 +94,7 @@ class BlipText(PostNorm):
             real = real & encoder_attention_mask.to(real.device).bool()
         return tokens, ((PackedTokens.pack(encoder_hidden_states, real),),) * len(no_memory)
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Memory | None) -> PackedTokens:
+    def feed_forward(self, block: BlipTextLayer, tokens: PackedTokens, block_input: Memory | None) -> PackedTokens:
         if block_input is not None:
             context = self._cross_attend(block.crossattention.self, tokens, block_input[0])
             tokens = tokens.with_x(block.crossattention.output(context.flatten(1), tokens.x))
@@ -105,7 +112,9 @@ class BlipText(PostNorm):
 class BlipQuestion(BlipText):
     """Host of BLIP's text tower where a decoder attends to all of its output."""
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(
+        self, tower: BlipTextModel, tokens: PackedTokens, block_inputs: tuple[object, ...]
+    ) -> BaseModelOutputWithPooling:
         refuse_soft_tokens(tokens, _READER, _INSTEAD)
         return super().head(tower, tokens, block_inputs)
 
@@ -116,8 +125,8 @@ class BlipRetrieval(SavedWithTowers):
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
 
-    def head_macs(self, model: Any) -> float:
-        return linear_macs(model.itm_head)
+    def head_macs(self, model: nn.Module) -> float:
+        return linear_macs(model.get_submodule("itm_head"))
 
 
 class _WithTextDecoder(SavedWithTowers, WithDecoder):
@@ -128,16 +137,16 @@ class _WithTextDecoder(SavedWithTowers, WithDecoder):
     def cross_attentions(self, decoder: Any) -> Sequence[Any]:
         return [layer.crossattention.self for layer in decoder.bert.encoder.layer]
 
-    def cross_width(self, cross: Any) -> int:
+    def cross_width(self, cross: BlipTextSelfAttention) -> int:
         return cross.all_head_size
 
-    def lm_head_macs(self, decoder: Any) -> float:
+    def lm_head_macs(self, decoder: BlipTextLMHeadModel) -> float:
         return linear_macs(decoder.cls)
 
-    def body(self, decoder: Any) -> Any:
+    def body(self, decoder: BlipTextLMHeadModel) -> Any:
         return decoder.bert
 
-    def add_hooks(self, decoder: Any) -> None:
+    def add_hooks(self, decoder: BlipTextLMHeadModel) -> None:
         for cross in self.cross_attentions(decoder):
             cross.register_forward_pre_hook(_hide_padding, with_kwargs=True)
         self.body(decoder).encoder.layer[0].attention.self.register_forward_hook(_record_tokens)
@@ -150,7 +159,7 @@ class BlipAnswers(_WithTextDecoder):
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
 
-    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+    def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
         found = super().towers(model)
         return {**found, "text": (found["text"][0], BlipQuestion())}
 

@@ -7,9 +7,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
-from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
-from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Siglip2EncoderLayer
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer, CLIPTextModel, CLIPVisionModel
+from transformers.models.siglip.modeling_siglip import (
+    SiglipAttention,
+    SiglipEncoderLayer,
+    SiglipTextModel,
+    SiglipVisionModel,
+)
+from transformers.models.siglip2.modeling_siglip2 import (
+    Siglip2Attention,
+    Siglip2EncoderLayer,
+    Siglip2TextModel,
+    Siglip2VisionModel,
+)
 
 from ...core.tokens import PackedTokens
 from ...registry import hosts
@@ -37,12 +47,14 @@ class ClipVision(_Blocks, ImageTower):
     """Host of CLIP's image tower. As in transformers, the last hidden state is not normed, and the pooled class token is."""
 
     def embed(
-        self, tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False
+        self, tower: CLIPVisionModel, pixel_values: Tensor, interpolate_pos_encoding: bool | None = False
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
         tokens, block_inputs = super().embed(tower, pixel_values, interpolate_pos_encoding)
         return tokens.with_x(tower.pre_layrnorm(tokens.x)), block_inputs
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(
+        self, tower: CLIPVisionModel, tokens: PackedTokens, block_inputs: tuple[object, ...]
+    ) -> BaseModelOutputWithPooling:
         x = tokens.unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=tower.post_layernorm(x[:, 0]))
 
@@ -53,7 +65,9 @@ class SiglipVision(_Blocks, ImageTower):
 
     has_summary = False
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(
+        self, tower: SiglipVisionModel | Siglip2VisionModel, tokens: PackedTokens, block_inputs: tuple[object, ...]
+    ) -> BaseModelOutputWithPooling:
         tokens = tokens.with_x(tower.post_layernorm(tokens.x))
         x = tokens.unpack()[0]
         pooled = _pool(tower.head, tokens) if tower.use_head else None
@@ -84,7 +98,7 @@ class Siglip2Vision(SiglipVision):
 class _Text(_Blocks, TextTower):
     """Host of a text tower. All tokens that the mask shows enter, those behind the pooled one too."""
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> BaseModelOutputWithPooling:
         tokens = tokens.with_x(tower.final_layer_norm(tokens.x))
         assert tokens.summary is not None
         pooled = self.pooled(tower, tokens.first_where(tokens.summary))
@@ -99,7 +113,7 @@ class _Text(_Blocks, TextTower):
 class ClipText(_Text):
     """Host of CLIP's text tower, which is causal and pools the end of the text."""
 
-    def causal(self, tower: Any) -> bool:
+    def causal(self, tower: CLIPTextModel) -> bool:
         return True
 
     def summary_position(self, tower: Any, input_ids: Tensor) -> Tensor:
@@ -113,10 +127,10 @@ class ClipText(_Text):
 class SiglipText(_Text):
     """Host of SigLIP's text tower, which pools its last token: mostly padding, which was trained to be attended to."""
 
-    def summary_position(self, tower: Any, input_ids: Tensor) -> int:
+    def summary_position(self, tower: SiglipTextModel | Siglip2TextModel, input_ids: Tensor) -> int:
         return input_ids.shape[1] - 1
 
-    def pooled(self, tower: Any, pooled: Tensor) -> Tensor:
+    def pooled(self, tower: SiglipTextModel | Siglip2TextModel, pooled: Tensor) -> Tensor:
         return tower.head(pooled)
 
 
@@ -128,7 +142,7 @@ class TwoTowers(SavedWithTowers):
 
     names: ClassVar = {"image": "vision_model", "text": "text_model"}
 
-    def head_macs(self, model: Any) -> float:
+    def head_macs(self, model: nn.Module) -> float:
         projections = [getattr(model, name, nn.Identity()) for name in ("visual_projection", "text_projection")]
         return sum(map(linear_macs, projections))
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Layer
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention, Dinov2Layer, Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import (
     Dinov2WithRegistersAttention,
     Dinov2WithRegistersLayer,
+    Dinov2WithRegistersModel,
 )
-from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTAttention, DINOv3ViTLayer, rotate_half
+from transformers.models.dinov3_vit.modeling_dinov3_vit import (
+    DINOv3ViTAttention,
+    DINOv3ViTLayer,
+    DINOv3ViTModel,
+    rotate_half,
+)
 
 from ...core.tokens import PackedTokens
 from ...registry import hosts
 from ..ops import drop_path
 from .base import ImageTower, PreNorm
+
+_Tower: TypeAlias = Dinov2Model | Dinov2WithRegistersModel | DINOv3ViTModel
+_Layer: TypeAlias = Dinov2Layer | Dinov2WithRegistersLayer | DINOv3ViTLayer
 
 
 @hosts.register("transformers.models.dinov2.modeling_dinov2.Dinov2Model")
@@ -37,18 +46,18 @@ class Dinov2(PreNorm, ImageTower):
         DINOv3ViTLayer: (DINOv3ViTAttention,),
     }
 
-    def prefix(self, tower: Any) -> int:
+    def prefix(self, tower: _Tower) -> int:
         return 1 + getattr(tower.config, "num_register_tokens", 0)
 
-    def embed(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+    def embed(self, tower: _Tower, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         x = tower.embeddings(self.check_pixels(tower, pixel_values, any_size=True))
         return self.pack(tower, x), (None,) * len(self.blocks(tower))
 
-    def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
+    def branch(self, block: _Layer, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
         scaled = (block.layer_scale1, block.layer_scale2)[index](x)
         return drop_path(block.drop_path, scaled, tokens.layout)
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(self, tower: _Tower, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> BaseModelOutputWithPooling:
         x = tokens.with_x(getattr(tower, self.norm)(tokens.x)).unpack()[0]
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x[:, 0])
 
@@ -61,14 +70,14 @@ class Dinov3(Dinov2):
     dropout = "dropout"
     norm = "norm"
 
-    def embed(self, tower: Any, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
+    def embed(self, tower: DINOv3ViTModel, pixel_values: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         tokens, _ = super().embed(tower, pixel_values)
         # cosine and sine, [2, patches, head_dim]; prefix tokens are not rotated
         tables = torch.stack(tower.rope_embeddings(pixel_values.to(tower.dtype)))
         unrotated = tables.new_tensor((1.0, 0.0)).view(2, 1, 1).expand(2, self.prefix(tower), tables.shape[-1])
         return tokens, (torch.cat((unrotated, tables), 1),) * len(self.blocks(tower))
 
-    def qkv(self, block: Any, tokens: PackedTokens, block_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: DINOv3ViTLayer, tokens: PackedTokens, block_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(block, tokens, block_input)
         cos, sin = block_input.index_select(1, tokens.position)[:, :, None]
         return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...registry import hosts
 from ..base import Composite, Host
@@ -29,7 +29,7 @@ from .saving import with_pruning_saved
 class Headed(Composite):
     """Composite of the model's base tower (`base_model_prefix`); its other children are the head."""
 
-    def towers(self, model: Any) -> dict[str, tuple[nn.Module, Host]]:
+    def towers(self, model: PreTrainedModel) -> dict[str, tuple[nn.Module, Host]]:
         pooling = getattr(model.config, "classifier_pooling", "cls")
         if pooling != "cls":
             raise ValueError(
@@ -40,10 +40,10 @@ class Headed(Composite):
         host = find_host(tower)
         return {host.tower: (tower, host)}
 
-    def assemble(self, model: Any, towers: Mapping[str, nn.Module]) -> nn.Module:
+    def assemble(self, model: PreTrainedModel, towers: Mapping[str, nn.Module]) -> nn.Module:
         [tower] = towers.values()
         return with_pruning_saved(with_submodule(model, model.base_model_prefix, tower))
 
-    def head_macs(self, model: Any) -> float:
+    def head_macs(self, model: PreTrainedModel) -> float:
         heads = [child for name, child in model.named_children() if name != model.base_model_prefix]
         return sum(map(linear_macs, heads))

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.modernbert.modeling_modernbert import (
     ModernBertAttention,
     ModernBertEncoderLayer,
+    ModernBertModel,
     apply_rotary_pos_emb,
 )
 
@@ -67,13 +68,15 @@ class ModernBert(PreNorm, TextTower):
         kinds = {kind: self.block_input(tower, kind, x, position_ids) for kind in set(tower.config.layer_types)}
         return tokens, tuple(kinds[block.attention_type] for block in self.blocks(tower))
 
-    def block_input(self, tower: Any, kind: str, x: Tensor, position_ids: Tensor) -> BlockInput:
+    def block_input(self, tower: ModernBertModel, kind: str, x: Tensor, position_ids: Tensor) -> BlockInput:
         """The input of all blocks of a kind, "full_attention" or "sliding_attention", for embeddings x [batch, length, dim]."""
         tables, window = torch.stack(tower.rotary_emb(x, position_ids, kind)), tower.config.sliding_window
         is_global = kind == "full_attention" or window >= x.shape[1] - 1
         return BlockInput(tables, None if is_global else _window(window))
 
-    def qkv(self, block: Any, tokens: PackedTokens, block_input: BlockInput) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(
+        self, block: ModernBertEncoderLayer, tokens: PackedTokens, block_input: BlockInput
+    ) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         q, k, v = attn.Wqkv(block.attn_norm(tokens.x)).unflatten(-1, (3, -1, attn.head_dim)).unbind(1)
         _, sentences, length, _ = block_input.tables.shape
@@ -81,16 +84,18 @@ class ModernBert(PreNorm, TextTower):
         cos, sin = block_input.tables.flatten(1, 2).index_select(1, row)
         return *apply_rotary_pos_emb(q, k, cos, sin), v
 
-    def scale(self, block: Any) -> float:
+    def scale(self, block: ModernBertEncoderLayer) -> float:
         return block.attn.head_dim**-0.5
 
-    def pair_bias(self, block: Any, tokens: PackedTokens, block_input: BlockInput) -> PairBias | None:
+    def pair_bias(
+        self, block: ModernBertEncoderLayer, tokens: PackedTokens, block_input: BlockInput
+    ) -> PairBias | None:
         return None if block_input.within is None else PairBias(tokens.position, block_input.within)
 
-    def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
+    def branch(self, block: ModernBertEncoderLayer, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
         return block.attn.out_drop(x) if index == 0 else x
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(self, tower: ModernBertModel, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> BaseModelOutput:
         return BaseModelOutput(last_hidden_state=tokens.with_x(tower.final_norm(tokens.x)).unpack()[0])
 
 

@@ -11,11 +11,19 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     BaseModelOutputWithPoolingAndCrossAttentions,
 )
-from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
-from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
-from transformers.models.mpnet.modeling_mpnet import MPNetLayer, MPNetSelfAttention
-from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaSelfAttention
-from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaLayer, XLMRobertaSelfAttention
+from transformers.models.bert.modeling_bert import BertLayer, BertModel, BertSelfAttention
+from transformers.models.distilbert.modeling_distilbert import (
+    DistilBertModel,
+    DistilBertSelfAttention,
+    TransformerBlock,
+)
+from transformers.models.mpnet.modeling_mpnet import MPNetLayer, MPNetModel, MPNetSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaModel, RobertaSelfAttention
+from transformers.models.xlm_roberta.modeling_xlm_roberta import (
+    XLMRobertaLayer,
+    XLMRobertaModel,
+    XLMRobertaSelfAttention,
+)
 
 from ...core.attention import PairBias
 from ...core.tokens import PackedTokens
@@ -46,7 +54,7 @@ class PostNorm(TextTower):
     def feed_forward(self, block: Any, tokens: PackedTokens, block_input: Any) -> PackedTokens:
         return tokens.with_x(by_tiles(lambda x: block.output(block.intermediate(x), x), tokens.x))
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> Any:
         x = tokens.unpack()[0]
         pooled = None if tower.pooler is None else tower.pooler(x)
         return self.output_class(last_hidden_state=x, pooler_output=pooled)
@@ -64,14 +72,14 @@ class Bert(PostNorm):
         XLMRobertaLayer: (XLMRobertaSelfAttention,),
     }
 
-    def check(self, tower: Any) -> None:
+    def check(self, tower: BertModel | RobertaModel | XLMRobertaModel) -> None:
         super().check(tower)
         if tower.config.is_decoder:
             raise TypeError(f"cannot prune a {type(tower).__name__} that decodes: build it with is_decoder=False")
 
     def embed(
         self,
-        tower: Any,
+        tower: BertModel | RobertaModel | XLMRobertaModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -91,12 +99,12 @@ class MPNet(PostNorm):
     output_class = BaseModelOutputWithPooling
     known: ClassVar = {MPNetLayer: (MPNetSelfAttention,)}
 
-    def heads(self, attn: Any) -> int:
+    def heads(self, attn: MPNetSelfAttention) -> int:
         return attn.num_attention_heads
 
     def embed(
         self,
-        tower: Any,
+        tower: MPNetModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -108,15 +116,15 @@ class MPNet(PostNorm):
         buckets = encoder.relative_position_bucket(torch.arange(1 - length, length, device=input_ids.device))
         return tokens, (encoder.relative_attention_bias(buckets).t(),) * len(self.blocks(tower))
 
-    def pair_bias(self, block: Any, tokens: PackedTokens, block_input: Tensor) -> PairBias:
+    def pair_bias(self, block: MPNetLayer, tokens: PackedTokens, block_input: Tensor) -> PairBias:
         zero = block_input.shape[1] // 2
         return PairBias(tokens.position, lambda distance: block_input[:, distance + zero].movedim(0, -3))
 
-    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: MPNetLayer, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         own = block.attention
         return tokens.with_x(own.LayerNorm(own.dropout(own.attn.o(context.flatten(1))) + tokens.x))
 
-    def format_output(self, tower: Any, out: Any, **named: Any) -> Any:
+    def format_output(self, tower: MPNetModel, out: Any, **named: Any) -> Any:
         out = super().format_output(tower, out, **named)
         return (
             (*out, None)[:2] if isinstance(out, tuple) else out
@@ -136,14 +144,14 @@ class DistilBert(TextTower):
     projections = ("q_lin", "k_lin", "v_lin")
     known: ClassVar = {TransformerBlock: (DistilBertSelfAttention,)}
 
-    def qkv(self, block: Any, tokens: PackedTokens, block_input: None) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: TransformerBlock, tokens: PackedTokens, block_input: None) -> tuple[Tensor, Tensor, Tensor]:
         return self.project_qkv(block.attention, tokens.x, tokens.x)
 
-    def project(self, block: Any, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+    def project(self, block: TransformerBlock, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return tokens.with_x(block.sa_layer_norm(block.attention.out_lin(context.flatten(1)) + tokens.x))
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: None) -> PackedTokens:
+    def feed_forward(self, block: TransformerBlock, tokens: PackedTokens, block_input: None) -> PackedTokens:
         return tokens.with_x(by_tiles(lambda x: block.output_layer_norm(block.ffn.ff_chunk(x) + x), tokens.x))
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(self, tower: DistilBertModel, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> Any:
         return BaseModelOutput(last_hidden_state=tokens.unpack()[0])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer
-from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
+from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer, DeiTModel
+from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTModel
 
 from ...core.tokens import PackedTokens
 from ...registry import hosts
@@ -24,10 +24,12 @@ class Vit(PreNorm, ImageTower):
     norms = ("layernorm_before", "layernorm_after")
     known: ClassVar = {ViTLayer: (ViTAttention,), DeiTLayer: (DeiTAttention,)}
 
-    def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
+    def branch(self, block: ViTLayer | DeiTLayer, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
         return block.dropout(x)
 
-    def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
+    def head(
+        self, tower: ViTModel | DeiTModel, tokens: PackedTokens, block_inputs: tuple[object, ...]
+    ) -> BaseModelOutputWithPooling:
         x = tokens.with_x(tower.layernorm(tokens.x)).unpack()[0]
         pooled = None if tower.pooler is None else tower.pooler(x)
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled)
@@ -37,5 +39,5 @@ class Vit(PreNorm, ImageTower):
 class Deit(Vit):
     """Host of DeiT, a ViT with a distillation token behind the class token."""
 
-    def prefix(self, tower: Any) -> int:
+    def prefix(self, tower: DeiTModel) -> int:
         return 2
