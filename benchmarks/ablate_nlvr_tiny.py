@@ -1,4 +1,4 @@
-"""Ablations of the method on drawn image pairs: the same short training with one thing changed, a run a variant and seed.
+"""What each part of the method is worth on synthetic pairs: short trainings with one thing changed.
 
     OMP_NUM_THREADS=1 python benchmarks/ablate_nlvr_tiny.py --work WORK --variant madtp --seed 0
 

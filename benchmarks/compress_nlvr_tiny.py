@@ -1,4 +1,4 @@
-"""Compresses `blip_nlvr_tiny` to shares of its MACs, and writes the weights that the package carries.
+"""Trains the pruned weights of `blip_nlvr_tiny` that the package ships, at several costs.
 
     python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.8
     python benchmarks/compress_nlvr_tiny.py --work WORK --reduction 0.8 --publish
@@ -7,12 +7,12 @@
 Each run starts from the packaged dense model and trains 2,000 steps of 64 pairs with 8 sentences each to one cost, by the
 recipe of the ablations (`variants.py`) at three times their rate, the image tower pruned at a few of its first blocks.
 `--reduction 0` trains the dense model on for as long, so that what training gains is not taken for what pruning gains.
-`--told` adds a target that drawn images afford and photographs do not: scores should choose patches that show a thing. The
+`--told` adds a target that synthetic images afford and photographs do not: scores should choose patches that show a thing. The
 knob is set on the first 256 validation pairs; accuracy is of all 4,800, a sentence each. `--publish` calibrates more closely,
 reads the test split, and stores the model in half precision among the package's weights.
 
 For a GPU: ten minutes on an H200, beside fifteen other runs. Accuracy at 30, 50 and 70 % fewer MACs 96.5, 96.6 and 96.5 %, at
-80 % 91.9 %; dense 95.8 %, trained on 97.0 %. The package carries this script's weights at 70 %. Those at 80 % came in four
+80 % 91.9 %; dense 95.8 %, trained on 97.0 %. The package ships this script's weights at 70 %. Those at 80 % came in four
 runs: 3,000 steps of 16 pairs by an earlier script, the image tower pruned at blocks 0 and 1, the text tower at 2 and 3, with
 the target of `--told` and one more, of what words should find (93.6 %); then, each from the last, at the same depths and
 untaught, of

@@ -1,4 +1,4 @@
-"""Questions about real photographs: DAQUAR, by a BLIP-style model of two small trained encoders, dense and pruned.
+"""What pruning with training loses in visual question answering: DAQUAR, by a small model in BLIP's architecture.
 
     python benchmarks/daquar_vqa.py --real REAL --data DAQUAR --work WORK dense
     python benchmarks/daquar_vqa.py --real REAL --data DAQUAR --work WORK trained --reduction 0.5

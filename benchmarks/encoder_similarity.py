@@ -1,4 +1,4 @@
-"""How much of an embedding survives pruning, on an encoder you already have and without training.
+"""What pruning without training loses: similarity of pruned to dense embeddings, on an encoder that you have.
 
     OMP_NUM_THREADS=1 python benchmarks/encoder_similarity.py text all-MiniLM-L6-v2/ dev.json       # 10 minutes
     OMP_NUM_THREADS=1 python benchmarks/encoder_similarity.py image weights.safetensors images/     # 8 minutes
@@ -6,21 +6,20 @@
 `text` reads a folder of transformers' (BERT, RoBERTa, DistilBERT, MPNet, ModernBERT) and captions as `vltprune.data.captions`
 does, several to an image; an embedding is the mean of the last hidden states, where a merged token weighs as many as it stands
 for. `image` reads a file of timm's weights, for `--model`, and a folder of photographs; an embedding is what the model returns.
-Every method is calibrated to the asked share of MACs on inputs that are not measured. Sentences go in batches of one length, so
+Every method is calibrated to the asked reduction on inputs that are not measured. Sentences go in batches of one length, so
 that no MAC saved is one of padding.
 
 Printed, one line for a method: MACs saved on the measured inputs; cosine of pruned to dense embedding, mean and 5th
 percentile; how many of an input's ten nearest neighbors among dense embeddings are among its ten nearest after pruning;
 of captions, R@1: how often the nearest other caption tells of the same image; time relative to dense, runs alternating.
-Expected of self_attention with fuse, at 30, 50 and 70 % fewer MACs: sentences of all-MiniLM-L6-v2, cosine 0.89, 0.73, 0.55;
-photographs, by a ViT-S/14 in DINOv2's architecture, 0.95, 0.89, 0.78. benchmarks/results/encoder_similarity.json has all
-that was measured.
+Expected of the preset `attention` at 30, 50 and 70 % fewer MACs: R@1 of sentences by all-MiniLM-L6-v2 76, 56 and 47 % (dense
+85), neighbors of photographs by a ViT-S/14 in DINOv2's architecture at 112 px 59, 34 and 16 %.
+benchmarks/results/encoder_similarity.json has all that was measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+import variants
 from torch import Tensor, nn
 
 import vltprune as vp
@@ -91,16 +91,16 @@ def main() -> None:
     subject = {"text": sentences, "image": photographs}[options.kind](options)
     dense = torch.cat([embedded(subject, subject.dense, batch) for batch in subject.batches])
     print(f"{len(dense)} inputs" + ("" if subject.owners is None else f", dense R@1 {hits(dense, subject.owners):.1%}"))
-    rows = []
+    name = "sentences" if options.kind == "text" else f"photographs, {options.size} px"
     for reduction in options.reductions:
-        for name in options.methods:
+        for method in options.methods:
             for reducer in options.reducers:
-                config = vp.PruneConfig(**METHODS[name], reducer=reducer)
-                rows.append({"method": name, "reducer": reducer, "asked": reduction})
-                rows[-1] |= measured(subject, config, reduction, dense)
-                print(_line(rows[-1]), flush=True)
-    if options.output:
-        Path(options.output).write_text(json.dumps({"options": vars(options), "rows": rows}, indent=2) + "\n")
+                config = vp.PruneConfig(**METHODS[method], reducer=reducer)
+                row = {"name": name, "method": method, "reducer": reducer, "asked": reduction}
+                row |= measured(subject, config, reduction, dense)
+                print(_line(row), flush=True)
+                if options.output:
+                    variants.record(Path(options.output), ("name", "method", "reducer", "asked"), row)
 
 
 def sentences(options: argparse.Namespace) -> Subject:
@@ -244,7 +244,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--reducers", nargs="+", choices=("drop", "fuse"), default=("drop", "fuse"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", help="also write the rows to this JSON file")
+    parser.add_argument("--output", help="also write the rows to this JSON file, in place of older ones")
     options = parser.parse_args()
     count, batch = {"text": (500, 64), "image": (100, 8)}[options.kind]
     options.count, options.batch = options.count or count, options.batch or batch

@@ -1,4 +1,4 @@
-"""What the scripts on photographs share: their options, the dense model that their runs start from, their lines of results."""
+"""Shared code of the benchmarks on photographs: options, training of the dense model, lines of results."""
 
 from __future__ import annotations
 

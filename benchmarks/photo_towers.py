@@ -1,4 +1,4 @@
-"""Two small encoders that were trained on real photographs and sentences, as models that the other scripts here start from.
+"""Models of two small trained encoders, from which the benchmarks on photographs start.
 
     from photo_towers import dual_encoder, vqa_model        # beside this file; see there for what a folder `real` holds
 

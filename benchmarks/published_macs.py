@@ -1,4 +1,4 @@
-"""What do the published numbers of GFLOPs count? Each is put together from what this library counts.
+"""What published GFLOPs count: each number, rebuilt from the MACs that this library counts.
 
     OMP_NUM_THREADS=1 python benchmarks/published_macs.py       # 20 seconds on one core, 1.2 GB of memory
 

@@ -1,4 +1,4 @@
-"""Does the time fall as the FLOPs do? Wall-clock speed-up over the dense model, divided by the MAC speed-up.
+"""Speed of pruned models: wall-clock speed-up over the dense model, and how much of the saving in MACs it is.
 
     python benchmarks/speed.py                                  # about 6 minutes on two cores
     python benchmarks/speed.py --batch 1 --reductions 0.8

@@ -1,4 +1,4 @@
-"""Trains the dense `blip_nlvr_tiny` on synthetic pairs, from nothing, on one CPU core.
+"""Trains the dense weights of `blip_nlvr_tiny` that the package ships, on synthetic pairs, on one CPU core.
 
     OMP_NUM_THREADS=1 python benchmarks/train_nlvr_tiny.py --work WORK
 
@@ -167,7 +167,7 @@ class Turns:
 
 
 class Training:
-    """One run: the model, the heads that only training needs, the drawn pairs, and a log."""
+    """One run: the model, the heads that only training needs, the synthetic pairs, and a log."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder = folder

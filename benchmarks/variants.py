@@ -1,4 +1,4 @@
-"""What the ablations change, one thing at a time, and how the scripts keep what they measured."""
+"""Variants of the ablations, each with one thing changed, and files of results."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The two tables of docs/ablations.md: what each part of the method is worth, and how the keepers compare.
+"""Prints the two tables of docs/ablations.md: what each part of the method is worth, and how keepers compare.
 
     python benchmarks/worth.py
 
-It reads what `ablate_nlvr_tiny.py` and `flickr8k_retrieval.py ablate` measured, and runs nothing. Drawn pairs: accuracy at 80 %
-fewer MACs. Photographs: mean recall at 70 % fewer.
+It reads what `ablate_nlvr_tiny.py` and `flickr8k_retrieval.py ablate` measured, and runs nothing. Synthetic pairs: accuracy at
+80 % fewer MACs. Photographs: mean recall at 70 % fewer.
 
 A line of the first table says how many points the first of two variants is above the second: the differences are taken seed by
 seed, and their mean, standard deviation and (number of seeds) printed. A pair of variants may have been run in several ways;
