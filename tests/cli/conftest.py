@@ -1,4 +1,4 @@
-"""What the commands are given: weights, pictures, and a way to ask for a complaint."""
+"""Fixtures of the commands: weights, images, annotations, and a check of errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _weights(tiny_weights, monkeypatch):
 
 @pytest.fixture
 def pair(tmp_path):
-    """The paths of two pictures."""
+    """The paths of two images."""
     paths = [tmp_path / "left.png", tmp_path / "right.jpg"]
     for path, pixels in zip(paths, SyntheticPairs("test", 1)[0].images, strict=True):
         Image.fromarray(pixels).resize((130, 70)).save(path)
@@ -46,16 +46,16 @@ def pair(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder with three pictures of different sizes and modes, a broken one, a cut one, and a text."""
+    """A folder with three images of different sizes and modes, a broken one, a cut one, and a text."""
     folder = tmp_path / "photos"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
     Image.fromarray(noise).save(folder / "a.jpg")
     Image.fromarray(noise[..., 0]).resize((50, 200)).save(folder / "b.png")
     Image.fromarray(noise).convert("RGBA").save(folder / "c.webp")
-    (folder / "broken.jpg").write_bytes(b"no picture at all")
+    (folder / "broken.jpg").write_bytes(b"no image at all")
     (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:1500])
-    (folder / "notes.txt").write_text("not a picture, and not to be complained of")
+    (folder / "notes.txt").write_text("no image, and not to be complained of")
     return folder
 
 
@@ -80,18 +80,18 @@ def fails(capsys):
 
 @pytest.fixture
 def captioned(tmp_path):
-    """Five pictures with one to three captions each, Flickr8k's form."""
+    """Five images with one to three captions each, Flickr8k's form."""
     folder, noise = tmp_path / "flickr", np.random.default_rng(0)
     folder.mkdir()
     entries = []
     for i in range(5):
         Image.fromarray(noise.integers(0, 255, (60, 80, 3), np.uint8)).save(folder / f"{i}.jpg")
-        entries.append({"image": f"{i}.jpg", "captions": [f"caption {j} of picture {i}" for j in range(1 + i % 3)]})
+        entries.append({"image": f"{i}.jpg", "captions": [f"caption {j} of image {i}" for j in range(1 + i % 3)]})
     (folder / "dev.json").write_text(json.dumps(entries))
     return folder / "dev.json"
 
 
-WORDS = ("a", "caption", "of", "picture", "what", "is", "on", "the", "desk", *"0123456789")
+WORDS = ("a", "caption", "of", "image", "what", "is", "on", "the", "desk", *"0123456789")
 
 
 @pytest.fixture

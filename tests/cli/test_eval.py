@@ -27,7 +27,7 @@ def nlvr(output, *options, model="blip_nlvr_tiny_madtp.p80", data="synthetic:tes
 
 @pytest.fixture
 def statements(tmp_path):
-    """An annotation file of NLVR2's form: four entries, one malformed; of the pictures one is broken."""
+    """An annotation file of NLVR2's form: four entries, one malformed; of the images one is broken."""
     folder = tmp_path / "nlvr2"
     folder.mkdir()
     for i in range(3):
@@ -116,8 +116,8 @@ def test_what_cannot_be_read_is_skipped_and_told(statements, tmp_path, capsys, f
 
 
 def test_nothing_readable(statements, tmp_path, fails):
-    for picture in statements.parent.glob("*.png"):
-        picture.unlink()
+    for image in statements.parent.glob("*.png"):
+        image.unlink()
     assert "none of the 3 records could be answered: there is no image" in fails(*nlvr(tmp_path, data=statements))
 
 

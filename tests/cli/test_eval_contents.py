@@ -128,7 +128,7 @@ def change_annotations(folder, data, vocabulary):
     data.write_text(json.dumps(entries))
 
 
-def change_picture(folder, data, vocabulary):
+def change_image(folder, data, vocabulary):
     """Of the same name, size and time."""
     file = data.parent / "1.jpg"
     found, content = file.stat(), bytearray(file.read_bytes())
@@ -143,7 +143,7 @@ def change_vocabulary(folder, data, vocabulary):
     vocabulary.write_text("\n".join(words))
 
 
-def mend_picture(folder, data, vocabulary):
+def mend_image(folder, data, vocabulary):
     shutil.copy(data.parent / "1.jpg", data.parent / "0.jpg")
 
 
@@ -152,15 +152,15 @@ def mend_picture(folder, data, vocabulary):
     [
         (change_model, "content_of_model"),
         (change_annotations, "content_of_data"),
-        (change_picture, "entry 1: its pictures, "),
+        (change_image, "entry 1: its pictures, "),
         (change_vocabulary, "content_of_vocabulary"),
-        (mend_picture, "entry 0: its pictures, "),
+        (mend_image, "entry 0: its pictures, "),
     ],
 )
 @pytest.mark.parametrize("limit", [["--limit", "2"], []], ids=["stopped", "ended"])
 def test_a_run_is_gone_on_with_only_on_the_same_bytes(change, complaint, limit, model, captioned, tmp_path, fails):
     folder, words = model
-    (captioned.parent / "0.jpg").write_bytes(b"no picture")
+    (captioned.parent / "0.jpg").write_bytes(b"no image")
     argv = retrieval(captioned, tmp_path / "out", folder, *words)
     assert cli.main([*argv, *limit]) == 0
     shutil.copytree(tmp_path / "out", tmp_path / "before")
@@ -186,7 +186,7 @@ def test_the_same_bytes_elsewhere_in_time_are_the_same(model, captioned, tmp_pat
 
 def test_strict_does_not_go_past_what_was_skipped(model, captioned, tmp_path, fails):
     folder, words = model
-    (captioned.parent / "1.jpg").write_bytes(b"no picture")
+    (captioned.parent / "1.jpg").write_bytes(b"no image")
     argv = retrieval(captioned, tmp_path / "out", folder, *words)
     assert cli.main(argv) == 0
     assert "entry 1: cannot read" in fails(*argv, "--strict")
@@ -276,14 +276,14 @@ def test_damaged_journals_say_so(model, captioned, tmp_path, fails):
     assert "results.jsonl, line 2, is damaged" in fails(*argv)
 
 
-def test_pictures_of_a_row_are_told(model, captioned, tmp_path):
+def test_images_of_a_row_are_told(model, captioned, tmp_path):
     folder, words = model
     assert cli.main(retrieval(captioned, tmp_path / "out", folder, *words)) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     records = tasks.Retrieval.load_records(str(captioned), str(captioned.parent))
     assert [row["pictures"] for row in rows] == [fingerprint.hash_images(record) for record in records]
-    with Image.open(captioned.parent / "0.jpg") as picture:
-        assert picture.size == (80, 60)
+    with Image.open(captioned.parent / "0.jpg") as image:
+        assert image.size == (80, 60)
 
 
 def test_costs_do_not_depend_on_the_batch(model, captioned, tmp_path):
@@ -291,7 +291,7 @@ def test_costs_do_not_depend_on_the_batch(model, captioned, tmp_path):
     folder, words = model
     entries = json.loads(captioned.read_text())
     for i, entry in enumerate(entries):
-        entry["captions"] = ["a picture " * (1 + i)]
+        entry["captions"] = ["a image " * (1 + i)]
     captioned.write_text(json.dumps(entries))
     found = []
     for size in ("1", "2", "5"):

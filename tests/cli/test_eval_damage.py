@@ -9,7 +9,7 @@ from PIL import Image
 
 from vltprune.cli import main as cli
 
-HALF = "a caption \ud83d of picture 1"
+HALF = "a caption \ud83d of image 1"
 
 
 def summary_of(folder):
@@ -18,7 +18,7 @@ def summary_of(folder):
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Statements about two pictures in the words of the tiny model, some of them with words that it does not know."""
+    """Statements about two images in the words of the tiny model, some of them with words that it does not know."""
     for name in "ab":
         Image.new("RGB", (96, 96), "red").save(tmp_path / f"{name}.png")
 

@@ -27,7 +27,7 @@ COMPRESS = [
 PREDICT = ["predict", "LEFT", "RIGHT", "a circle"]
 RUNS = (["demo"], PREDICT, ["info", "blip_tiny"], ["macs", "blip_tiny"], FEATURES, PRUNE, EVAL)
 WHOLE = "is no whole number from 1 on"
-SHARE = "is no share: write a number between 0 and 1, such as 0.5"
+SHARE = "is no fraction: write a number between 0 and 1, such as 0.5"
 SEED = "is no seed: write a whole number from 0"
 PAIR = "write name=value, such as image_size=96"
 

@@ -76,7 +76,7 @@ def test_predict_refusals(sentence, options, complaint, pair, tmp_path, fails):
     assert complaint in fails("predict", *pair, sentence, "--output", str(tmp_path), *options)
 
 
-def test_predict_needs_pictures(pair, photos, tmp_path, fails):
+def test_predict_needs_images(pair, photos, tmp_path, fails):
     output = ["--output", str(tmp_path / "new")]
     assert "there is no image nowhere.png" in fails("predict", pair[0], "nowhere.png", "a circle", *output)
     assert "(it is a folder)" in fails("predict", pair[0], str(tmp_path), "a circle", *output)
@@ -143,15 +143,15 @@ def test_predictions_never_replace_a_file_unless_asked(pair, tmp_path, monkeypat
         ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
     ],
 )
-def test_pictures_of_every_mode_become_rgb(mode, pixel, wanted, tmp_path):
+def test_images_of_every_mode_become_rgb(mode, pixel, wanted, tmp_path):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (7, 5), pixel).save(path)
-    picture = load_image(path)
-    assert (picture.mode, picture.size) == ("RGB", (7, 5))
-    assert picture.getpixel((3, 3)) == wanted
+    image = load_image(path)
+    assert (image.mode, image.size) == ("RGB", (7, 5))
+    assert image.getpixel((3, 3)) == wanted
 
 
-def test_pictures_are_turned_as_their_camera_says(tmp_path):
+def test_images_are_turned_as_their_camera_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)

@@ -1,10 +1,10 @@
-"""Helpers of several commands: they read names and values, check the output, load a model, lay out a table."""
+"""Options and checks that several commands have: output folders, data, models and their devices."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..cost import calibration as budget
-from ..cost import guide_fit
+from ..cost import calibration, guide_fit
 from ..data import shards
 from ..evaluation.tasks.base import Images
 from ..evaluation.tasks.nlvr import SYNTHETIC
@@ -31,12 +30,12 @@ Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
 def keywords(pairs: Sequence[str]) -> dict[str, Any]:
-    """["image_size=96", "keep=ratio(ratio=0.5)"], each an `options.assignment`, -> a dict."""
+    """Parse assignments, such as "image_size=96" and "keep=ratio(ratio=0.5)", into a dict."""
     return {name: options.value(text) for name, _, text in (pair.partition("=") for pair in pairs)}
 
 
 def output_folder(path: str | Path) -> Path:
-    """The folder, made and proved writable before any work starts. OSError that names it otherwise."""
+    """Create the output folder, and check that it can be written. OSError that names it otherwise."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +48,7 @@ def output_folder(path: str | Path) -> Path:
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    """--output and --overwrite. default: the folder, as the help text writes it."""
+    """Add --output and --overwrite. default: the default folder as the help text writes it."""
     parser.add_argument(
         "--output", type=options.output, metavar="DIR", help=f"folder for the results (default: {default})"
     )
@@ -63,7 +62,17 @@ def default_output(command: str, model: str) -> Path:
 
 
 def new_folder(path: str | Path, names: Sequence[str], overwrite: bool) -> Path:
-    """The folder of a run that writes these names, as `output_folder`. FileExistsError where one is there already."""
+    """Create the output folder of a run that overwrites nothing unless asked.
+
+    Args:
+        path: The folder.
+        names: Files and folders that the run will write in it.
+        overwrite: Whether they may exist already.
+
+    Raises:
+        FileExistsError: Where one of them exists and must not be overwritten.
+        OSError: Where the folder cannot be written.
+    """
     folder = Path(path)
     there = [name for name in names if (folder / name).exists()]
     if there and not overwrite:
@@ -74,7 +83,7 @@ def new_folder(path: str | Path, names: Sequence[str], overwrite: bool) -> Path:
 
 
 def check_annotations(option: str, data: str) -> None:
-    """OSError, naming the option, for annotations that are neither a file nor synthetic nor shards."""
+    """Check that annotations are a file, synthetic or shards. OSError, naming the option, otherwise."""
     if data.startswith(SYNTHETIC) or shards.is_shard_address(data):
         return
     path = Path(data)
@@ -85,13 +94,13 @@ def check_annotations(option: str, data: str) -> None:
 
 
 def check_folder(option: str, folder: str) -> None:
-    """OSError, naming the option, for no folder."""
+    """Check that a folder exists. OSError, naming the option, otherwise."""
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"{option}: there is no folder {folder}")
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """--images, beside annotations."""
+    """Add --images, the folders that the paths of annotations begin in."""
     parser.add_argument(
         "--images",
         action="append",
@@ -102,7 +111,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def image_folders(args: argparse.Namespace) -> Images:
-    """Where pictures are: one folder, or one for each data set. ValueError for a mixture, OSError for no folder."""
+    """The image folder of --images, or one for each data set. ValueError for a mixture, OSError for no folder."""
     if args.images is None:
         return str(Path(args.data).parent)
     given = args.images
@@ -118,23 +127,25 @@ def image_folders(args: argparse.Namespace) -> Images:
 
 
 def use_threads(threads: int | None) -> None:
+    """Set the number of CPU threads; None leaves it to torch."""
     if threads is not None:
         torch.set_num_threads(threads)
 
 
 def add_pretrained(parser: argparse.ArgumentParser) -> None:
-    """The option of every command that takes a model by name."""
+    """Add --pretrained, for a model that is given by name."""
     parser.add_argument(
         "--pretrained",
         nargs="?",
         const=True,
         metavar="PATH",
-        help="weights: a file or folder; alone, those that belong to the name (random, unless the name has a tag)",
+        help="weights of a named model: a file or folder; without PATH, those that belong to the name (default: those of the "
+        "name's tag, or random ones)",
     )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that runs a model: --device, a name, and --dtype, a torch.dtype or None."""
+    """Add --device, a string, and --dtype, a torch.dtype or None for the model's own."""
     parser.add_argument(
         "--device",
         type=options.device,
@@ -144,7 +155,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         type=options.dtype,
-        help="dtype of the model and its inputs: float32, bfloat16, float16 (default: the model's own, float32 by name)",
+        help="dtype of the model and its inputs: float32, bfloat16, float16 (default: the model's own, float32 of a name)",
     )
 
 
@@ -169,41 +180,47 @@ def load_model(
     *,
     preset: str | None = None,
     default: PruneConfig | str | None = None,
-    judged: bool = False,
+    warn_if_dense: bool = False,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """The model of a command's model argument, on its device and in its dtype: see `resolve_model`.
+    """Load the model of a command's model argument onto its device, and say so where its weights are random.
 
-    Says so where random weights choose the tokens; of a model that is `judged` by its answers, wherever they are random.
+    Args:
+        model, pretrained, preset, default, arguments: As of `resolve_model`.
+        warn_if_dense: Whether random weights matter for a dense model too, as its answers are looked at.
+        device: Where the model runs.
+        dtype: The dtype of its weights; None leaves it as it is.
     """
-    opened = resolve_model(model, pretrained=pretrained, preset=preset, default=default, arguments=arguments)
-    if has_random_weights(model, pretrained) and (judged or is_pruned(opened)):
+    loaded = resolve_model(model, pretrained=pretrained, preset=preset, default=default, arguments=arguments)
+    if has_random_weights(model, pretrained) and (warn_if_dense or is_pruned(loaded)):
         say_random(model, "which tokens it keeps, and what it makes of them, means nothing")
-    return opened.to(device, dtype)
+    return loaded.to(device, dtype)
 
 
-def say_random(model: str, so: str) -> None:
-    """That a named model has random weights, and so what."""
-    trained = ModelName.parse(model).tags()
-    how = f"append a tag, such as .{trained[0]}" if trained else "give a file of weights with --pretrained PATH"
-    say(f"vltprune: {model} has RANDOM weights here: {so}. For trained ones, {how}")
+def say_random(model: str, consequence: str) -> None:
+    """Say that a named model has random weights, and how to have trained ones."""
+    tags = ModelName.parse(model).tags()
+    how = f"append a tag, such as .{tags[0]}" if tags else "give a file of weights with --pretrained PATH"
+    say(f"vltprune: {model} has RANDOM weights here: {consequence}. For trained ones, {how}")
 
 
 def has_untrained_guide(model: Any) -> bool:
-    """Whether a pruned model's guide is noise, which `fit_guide` mends."""
+    """Whether a pruned model has a guide whose anchors are still random."""
     guide = model.pruning.guide
     return guide is not None and guide.is_untrained
 
 
 def fit_guide(model: nn.Module, batches: Sequence[Any], what: str) -> None:
-    """Fit the guide of a pruned model, and say so; what: the batches in words."""
+    """Fit the guide of a pruned model on batches, and say so. what: the batches in words, such as "16 images"."""
     say(f"vltprune: the guide is untrained: placing its anchors by k-means on tokens of {what}")
     guide_fit.fit_guide(model, batches)
 
 
-def calibrate(model: nn.Module, batches: Sequence[Any], reduction: float, what: str) -> budget.Calibration:
-    """Calibrate a pruned model, and say so; what: the batches in words."""
-    say(f"vltprune: {what}")
-    return budget.calibrate(model, batches, reduction)
+def calibrate(
+    model: nn.Module, batches: Sequence[Any], reduction: float | Mapping[str, float], what: str
+) -> calibration.Calibration:
+    """Calibrate a pruned model on batches, and say so. what: the batches in words, such as "16 images"."""
+    say(f"vltprune: calibrating on {what}")
+    return calibration.calibrate(model, batches, reduction)

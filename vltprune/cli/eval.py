@@ -1,4 +1,4 @@
-"""vltprune eval: a model, dense or pruned, on a data set of its task: scores, cost, tokens kept, throughput."""
+"""vltprune eval: scores, cost, tokens kept and throughput of a model on a data set of its task."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     records = kind.load_records(args.data, images, args.strict)
     model = _load(args)
     asked = {name: getattr(args, name) for name in _SETTINGS}
-    settings = {**asked, "dtype": str(common.dtype_of(model)).removeprefix("torch."), **_contents(args, model)}
+    settings = {**asked, "dtype": str(common.dtype_of(model)).removeprefix("torch."), **_digests(args, model)}
     log = ResultsLog(folder, settings)
     task: tasks.Task[Any] = kind.from_model(model, tasks.Options(args.vocabulary, args.answers))
     _check_second_stage(task, args.k_test)
@@ -100,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
     loader = Loader(
         records, common.input_transform(model), args.batch_size, args.strict, stop=args.limit, workers=args.workers
     )
-    rows = _evaluated("answering", Evaluator(task, model, args.device), loader, log)[: len(loader)]
-    summary = _first_stage(task, rows, settings, records, folder)
+    rows = _evaluate("answering", Evaluator(task, model, args.device), loader, log)[: len(loader)]
+    summary = _summarize(task, rows, settings, records, folder)
     if isinstance(task, tasks.Retrieval) and task.has_head and args.k_test != 0:
         matching = task.matching(records, rows, args.k_test or MOST)
         summary["matching"] = _second_stage(matching, model, settings, loader, folder)
@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {folder / 'summary.json'}, and what each record was answered beside it")
 
 
-def _contents(args: argparse.Namespace, model: nn.Module) -> dict[str, str | None]:
-    """What stands behind the names of the settings, as digests; images are told by each row."""
+def _digests(args: argparse.Namespace, model: nn.Module) -> dict[str, str | None]:
+    """Digests of the files and weights that the settings name. Those of the images are in each row."""
     return {
         "version": __version__,
         "content_of_model": fingerprint.hash_model(model),
@@ -121,18 +121,18 @@ def _contents(args: argparse.Namespace, model: nn.Module) -> dict[str, str | Non
     }
 
 
-def _evaluated(what: str, evaluator: Evaluator, loader: Loader[Any], log: ResultsLog) -> list[dict[str, Any]]:
-    """The log's rows, with those that it lacked answered under a progress bar."""
+def _evaluate(what: str, evaluator: Evaluator, loader: Loader[Any], log: ResultsLog) -> list[dict[str, Any]]:
+    """Answer the records that the log lacks, under a progress bar, and return all its rows."""
     with bar(what, len(loader)) as shown:
         shown.update(min(len(log.rows), len(loader)))
         evaluator.run(loader, log, shown.update)
     return log.rows
 
 
-def _first_stage(
+def _summarize(
     task: tasks.Task[Any], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], records: Any, folder: Path
 ) -> dict[str, Any]:
-    """The summary of a task's rows, printed and written, beside the file of results where one is published."""
+    """Summarize a task's rows: print, write summary.json, and the file of answers where a server takes one."""
     if isinstance(task, tasks.SupportsSubmission):  # before the scorer, which may fail
         results = task.submission([row for row in rows if "skipped" not in row])
         write_json(folder / f"{settings['task']}_result.json", results)
@@ -146,12 +146,12 @@ def _first_stage(
 def _second_stage(
     matching: tasks.Matching, model: nn.Module, settings: Mapping[str, Any], like: Loader[Any], folder: Path
 ) -> dict[str, Any]:
-    """What came of BLIP's second stage. Its log is for these images and texts alone: a larger --limit has another."""
+    """Run BLIP's second stage, and summarize it. Its log is for these images and texts: another --limit has another."""
     loader = replace(like, records=matching.pairs(), batch_size=1, stop=None)
     images, texts = matching.similarity.shape
     settings = {**settings, "content_of_features": matching.fingerprint}
     log = ResultsLog(folder / f"matching_{images}x{texts}_k{matching.most}", settings)
-    rows = _evaluated("matching", Evaluator(matching, model, settings["device"]), loader, log)
+    rows = _evaluate("matching", Evaluator(matching, model, settings["device"]), loader, log)
     return summarize_matching(matching, rows)
 
 
@@ -177,7 +177,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
     return common.load_model(
         args.model,
         args.pretrained,
-        judged=True,
+        warn_if_dense=True,
         device=args.device,
         dtype=args.dtype,
         **common.keywords(args.model_args),
@@ -223,10 +223,10 @@ def _print_scores(scores: Mapping[str, float]) -> None:
     print(table([["", "%"], *rows]) if rows else "no scores here: score the result file elsewhere")
 
 
-def _print_macs(what: str, macs: float, dense: float, padding: float, share: str = "") -> None:
-    """share: of the whole saving, as the tail of a sentence."""
+def _print_macs(what: str, macs: float, dense: float, padding: float, of_saving: str = "") -> None:
+    """Print MACs, pruned against dense. of_saving: the part of the whole saving, as the tail of a sentence."""
     saved = f"{describe.format_change(macs, dense)} than dense ({dense / 1e9:.3f})" if macs != dense else "as dense"
-    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}{share}{describe.format_padding(padding)}")
+    print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}{of_saving}{describe.format_padding(padding)}")
 
 
 def _print_kept(summary: Mapping[str, Any]) -> None:

@@ -46,9 +46,9 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     common.add_output(parser, "features/MODEL")
     parser.add_argument(
         "--reduction",
-        type=options.share,
-        metavar="SHARE",
-        help="calibrate to this share of MACs saved, such as 0.5 (default: no calibration)",
+        type=options.fraction,
+        metavar="FRACTION",
+        help="calibrate to this fraction of MACs saved, such as 0.5 (default: no calibration)",
     )
     parser.add_argument(
         "--calibrate-on",
@@ -174,7 +174,7 @@ def prepare(model: nn.Module, loader: Loader[Record], args: argparse.Namespace) 
         common.fit_guide(model, batches, f"{number} images")
         done["guide_fitted_on"] = number
     if args.reduction is not None:
-        found = common.calibrate(model, batches, args.reduction, f"calibrating on {number} images")
+        found = common.calibrate(model, batches, args.reduction, f"{number} images")
         common.say(f"vltprune: calibrated on {number} images: {found}")
         done |= {"calibrated_on": number, "calibration": asdict(found)}
     return done

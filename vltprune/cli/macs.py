@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def example_for(host: nn.Module, tokens: int | None = None) -> tuple[Tensor, ...]:
-    """`example` where the model is, in its dtype."""
+    """One instance of noise, as `example`, on the device and in the dtype of a dense model."""
     device, dtype = next(host.parameters()).device, common.dtype_of(host)
     return tuple(one.to(device, dtype if one.is_floating_point() else None) for one in example(host, tokens))
 
@@ -97,7 +97,7 @@ def _clip_text(tower: Any, tokens: int | None, generator: torch.Generator) -> Te
 
 
 def print_cost(cost: Cost, host: nn.Module, dense: bool) -> None:
-    """Each tower, a decoder, the sum of all, whose the saving is, and what was counted."""
+    """Print the MACs of each tower, of a decoder and of all, which tower saves most, and what is counted."""
     for tower, macs in cost.towers.items():
         before, after, padding = (float(one.sum()) for one in (cost.dense[tower], macs, cost.padding[tower]))
         share = "" if dense else describe.format_tower_saving(tower, cost.saving_by_tower)

@@ -18,17 +18,17 @@ _ABOUT = "Prune tokens of vision-language transformers, per instance and per lay
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argparse, with our one-line errors."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"vltprune: error: {message} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every command's arguments. `args.run` is what to call with them; it is absent without a command."""
+    """The parser of all commands. It sets `args.run`, the function to call, unless no command is given."""
     everywhere, compute = _Parser(add_help=False), _Parser(add_help=False)
     everywhere.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    compute.add_argument("--threads", type=options.threads, help="CPU threads (torch's choice)")
+    compute.add_argument("--threads", type=options.threads, metavar="N", help="CPU threads (default: torch's choice)")
 
     parser = _Parser(prog="vltprune", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"vltprune {__version__}")
@@ -80,13 +80,13 @@ def _one_line(error: Exception) -> str:
 
 
 def _warner() -> Callable[..., None]:
-    """Shows warnings as lines for the user, each once, from however many places it comes."""
-    said: set[str] = set()
+    """A replacement of `warnings.showwarning` that prints each text once, as one line."""
+    printed: set[str] = set()
 
     def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         text = " ".join(str(message).split())
-        if text not in said:
-            said.add(text)
+        if text not in printed:
+            printed.add(text)
             common.say(f"vltprune: warning: {text}")
 
     return warn

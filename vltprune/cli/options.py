@@ -1,4 +1,4 @@
-"""argparse types: they refuse a wrong value before any work begins, and say what to write."""
+"""Argument types for argparse: each parses one value, or refuses it with what to write instead."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def natural(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """What torch takes for a seed."""
+    """A seed of torch's generators."""
     value = -1 if not text.isdecimal() else int(text)
     if not 0 <= value < 2**63:
         raise _Wrong(f"{text!r} is no seed: write a whole number from 0 to 2**63 - 1, such as 0")
@@ -52,38 +52,38 @@ def threads(text: str) -> int:
     return value
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """A number between 0 and 1, both excluded."""
     value = _number(text)
     if not 0 < value < 1:
-        raise _Wrong(f"{text!r} is no share: write a number between 0 and 1, such as 0.5")
+        raise _Wrong(f"{text!r} is no fraction: write a number between 0 and 1, such as 0.5")
     return value
 
 
-def share_or_zero(text: str) -> float:
+def fraction_or_zero(text: str) -> float:
     """A number from 0 to 1, 1 excluded."""
-    return 0.0 if _number(text) == 0 else share(text)
+    return 0.0 if _number(text) == 0 else fraction(text)
 
 
 def target(text: str) -> float | dict[str, float]:
-    """A share of MACs, from 0 on, or one for each tower: "0.5", "image=0.5,text=0.3"."""
+    """A fraction of the MACs to save, 0 included, or one for each tower: "0.5", "image=0.5,text=0.3"."""
     if "=" not in text:
-        return share_or_zero(text)
+        return fraction_or_zero(text)
     found: dict[str, float] = {}
     for one in text.split(","):
         tower, equals, value = (part.strip() for part in one.partition("="))
         if not equals or not tower.isidentifier() or tower in found:
             raise _Wrong(
-                f"cannot read {text!r}: write one share of the MACs, such as 0.5, or one for each tower, such as "
+                f"cannot read {text!r}: write one fraction of the MACs, such as 0.5, or one for each tower, such as "
                 "image=0.5,text=0.3"
             )
-        found[tower] = share(value)
+        found[tower] = fraction(value)
     return found
 
 
 def reduction(text: str) -> float | dict[str, float]:
-    """A share of MACs above 0, or one for each tower, as `target`."""
-    return target(text) if "=" in text else share(text)
+    """A fraction of the MACs to save, above 0, or one for each tower, as `target`."""
+    return target(text) if "=" in text else fraction(text)
 
 
 def file(text: str) -> str:
@@ -109,7 +109,7 @@ def folder(text: str) -> str:
 
 
 def output(text: str) -> str:
-    """Where results go; that it can be written, `common.output_folder` proves."""
+    """The path of an output; `common.output_folder` checks that it can be written."""
     if not text.strip():
         raise _Wrong("it is empty: write the path of a folder")
     return text
@@ -157,7 +157,7 @@ def assignment(text: str) -> str:
 
 
 def value(text: str) -> Any:
-    """A Python literal where the text is one ("12", "(3, 6)", "None"), else the text itself. No argparse type."""
+    """Parse a Python literal, such as "12", "(3, 6)" or "None"; other text is returned as it is."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

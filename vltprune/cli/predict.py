@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
     input_ids, mask = _token_ids(question.sentence)
     output = _output(args)
     common.use_threads(args.threads)
-    model = common.load_model(args.model, args.pretrained, judged=True, device=args.device, dtype=args.dtype)
-    _check(model, args.model)
+    model = common.load_model(args.model, args.pretrained, warn_if_dense=True, device=args.device, dtype=args.dtype)
+    _check_model(model, args.model)
     prepare = transforms(model)
     pair = torch.stack([load_tensor(image, prepare) for image in question.images])
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sample:
         _write_sample(question, output.parent)
     print(f"{str(chance > 0.5).lower()}  (probability of true: {chance:.1%})")
-    _report(model, traces)
+    _print_cost(model, traces)
     with replacing(output) as part:
         _draw([prepare.seen(image) for image in pair], traces, question.sentence, chance).save(part)
     print(f"wrote {output}")
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _question(args: argparse.Namespace) -> Question:
-    """What is asked. ValueError where it is not whole, OSError for images that cannot be read."""
+    """The question of the arguments. ValueError where a part is missing, OSError for images that cannot be read."""
     given = [one for one in (args.left, args.right, args.sentence) if one is not None]
     if args.sample:
         if given:
@@ -113,7 +113,7 @@ def _question(args: argparse.Namespace) -> Question:
 
 
 def _token_ids(sentence: str) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask [1, length]. ValueError, with the words that there are, for others."""
+    """Tokenize a sentence to input_ids and attention_mask [1, length]. ValueError, with all known words, for unknown ones."""
     tokenizer = WordTokenizer()
     try:
         return tokenizer.encode(sentence)
@@ -156,8 +156,8 @@ def _write_sample(question: Question, folder: Path) -> None:
     print(f'sentence: "{question.sentence}", which is {str(question.answer).lower()}. The model says:')
 
 
-def _check(model: Any, name: str) -> None:
-    """ValueError for a model that does not speak of pairs in our words."""
+def _check_model(model: Any, name: str) -> None:
+    """Check that a model reads two images and the words of the tiny models. ValueError otherwise."""
     host = model.pruning.host if hasattr(model, "pruning") else model
     if getattr(host, "images_per_sentence", 0) != 2:
         raise ValueError(f"predict asks about two images and a sentence, and {name} does not: use a blip_nlvr_tiny")
@@ -169,7 +169,7 @@ def _check(model: Any, name: str) -> None:
         )
 
 
-def _report(model: nn.Module, traces: Sequence[PruneTrace]) -> None:
+def _print_cost(model: nn.Module, traces: Sequence[PruneTrace]) -> None:
     if not traces:
         print("this model is dense: every token stays at every layer")
         return
@@ -187,7 +187,7 @@ def _draw(images: Sequence[Image.Image], traces: Sequence[PruneTrace], sentence:
     title = f'"{sentence}": {str(chance > 0.5).lower()}, probability of true {chance:.1%}'
     trace = next((trace for trace in traces if trace.tower == "image"), None)
     if trace is None:
-        films = [image.resize((256, 256), Image.Resampling.BICUBIC) for image in images]
+        strips = [image.resize((256, 256), Image.Resampling.BICUBIC) for image in images]
     else:
-        films = [kept_tokens.layer_strip(image, trace, side) for side, image in enumerate(images)]
-    return kept_tokens.stack_strips(films, [title], legend=trace is not None)
+        strips = [kept_tokens.layer_strip(image, trace, side) for side, image in enumerate(images)]
+    return kept_tokens.stack_strips(strips, [title], legend=trace is not None)

@@ -42,8 +42,8 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         "--reduction",
         type=options.reduction,
         required=True,
-        metavar="SHARE",
-        help="share of the dense MACs to save, such as 0.5, or one of each tower's own: image=0.5,text=0.3",
+        metavar="FRACTION",
+        help="fraction of the dense MACs to save, such as 0.5, or one of each tower's own: image=0.5,text=0.3",
     )
     parser.add_argument(
         "--data", required=True, metavar="PATH", help="a folder of images, or annotations, or synthetic:train (nlvr)"
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
     if common.has_untrained_guide(model):
         common.fit_guide(model, inputs, number)
-    found = common.calibrate(model, inputs, reduction, f"calibrating on {number}")
+    found = common.calibrate(model, inputs, reduction, number)
     save(model, folder)
     print(f"calibrated on {number}: {found}")
     _print_towers(found, model)
