@@ -202,7 +202,7 @@ def test_broken_samples_are_replaced_by_the_next_and_noted_once(tmp_path):
     notes = sorted(map(str, some.skipped))
     assert len(notes) == 5
     for note, key, why in zip(
-        notes, "vwxyz", ["a list", "neither json nor", "x.png as", "Expecting", "0 pic"], strict=True
+        notes, "vwxyz", ["a list", "neither json nor", "x.png as", "Expecting", "0 ima"], strict=True
     ):
         assert f"{tmp_path}/a.tar, {key}: " in note and why in note
     assert ids(loader(tmp_path / "*.tar", 4, seed=1).batches(6, 9)) == ids(batches)[6:]
