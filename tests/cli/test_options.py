@@ -124,6 +124,7 @@ WRONG = [
         for value in ("gpu", "meta", "")
     ),
     ([*EVAL, "--output", "FILE"], "--output", "a file is in its way"),
+    ([*COMPRESS, "--precision", "fp8"], "--precision", "choose from"),
     (["compress"], "--task caption|", "a compression config needs task, model, data, val"),
     (["compress", "--task", "nlvr", "--model", "x", "--data", "y"], "--val FILE", "a compression config needs val"),
     ([*COMPRESS, "--config", "nowhere.yaml"], "--config", "there is no file 'nowhere.yaml'"),
