@@ -25,6 +25,8 @@ def uses(dense: nn.Module, batches: list[torch.Tensor]) -> None:
     for model in (
         vp.prune(dense, "madtp"),
         vp.prune(dense, "madtp", reduction=0.5, data=batches),
+        vp.prune(dense, "madtp", keep=vp.keep.ratio(0.5), scorer="random", guide=None, at=(3, 6)),
+        vp.prune(dense, "madtp", keep={"image": "ratio(0.5)"}, at={"image": None}),
         vp.create_model("blip_nlvr_tiny", preset="madtp"),
         vp.load("folder"),
         vp.from_pretrained("org/name"),

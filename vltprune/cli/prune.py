@@ -122,7 +122,8 @@ def _load(args: argparse.Namespace, images_only: bool) -> Any:
     given = parts.given(args)
     config = preset(args.preset or parts.PRESET)
     if images_only:
-        config = config.replace(at={"image": config.at})
+        depths: Any = config.at
+        config = config.replace(at={"image": depths})
         if "at" in given:
             given["at"] = {"image": given["at"]}
     parts.check_preset(args)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from torch import nn
+from typing_extensions import Unpack
 
-from ..pruning.config import PruneConfig
+from ..pruning.config import Parts, PruneConfig
 from ..pruning.model import PrunedModel
 from ..pruning.prune import prune_towers
 from ..registry import nearest, presets
@@ -28,7 +29,7 @@ def prune(
     tolerance: float = 0.01,
     inputs: Inputs = None,
     progress: bool | None = None,
-    **parts: Any,
+    **parts: Unpack[Parts],
 ) -> PrunedModel:
     """A model like `model`, called in the same way and returning the same, whose towers prune their tokens.
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
+from typing_extensions import Unpack
 
 from ..models.factory import create_model
+from ..pruning.config import Parts
 from ..pruning.model import PrunedModel, find_pruning
 from ..pruning.prune import prune_towers
 from ..utils.wrappers import unwrapped
@@ -21,7 +23,7 @@ _HUB = "hf-hub:"
 _FILES = ["*.json", "*.safetensors"]  # ours, or those of transformers, which may split weights over several
 
 
-def load(folder: str | Path, host: nn.Module | None = None, **overrides: Any) -> PrunedModel:
+def load(folder: str | Path, host: nn.Module | None = None, **overrides: Unpack[Parts]) -> PrunedModel:
     """Load a model that `save` wrote, or `save_pretrained` of a pruned transformers model, or timm's `save_for_hf`.
 
     Args:
@@ -71,7 +73,7 @@ def is_pretrained(folder: Path) -> bool:
         return True
 
 
-def _load_pretrained(folder: Path, overrides: dict[str, Any]) -> PrunedModel:
+def _load_pretrained(folder: Path, overrides: Parts) -> PrunedModel:
     try:
         from ..hosts.transformers import saving
     except ImportError as error:
@@ -93,7 +95,7 @@ def _of_timm(folder: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) and "architecture" in data and "format" not in data else None
 
 
-def _load_of_timm(folder: Path, description: dict[str, Any], overrides: dict[str, Any]) -> PrunedModel:
+def _load_of_timm(folder: Path, description: dict[str, Any], overrides: Parts) -> PrunedModel:
     """CheckpointError where timm did not write how the model is pruned, and where the weights do not fit."""
     name, arguments = description["architecture"], dict(description.get("model_args") or {})
     record = arguments.pop(IN_ARGUMENTS, None)
@@ -117,7 +119,7 @@ def _as_written(value: Any) -> Any:
 
 
 def from_pretrained(
-    name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Any
+    name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Unpack[Parts]
 ) -> PrunedModel:
     """A model from a local folder, or from the hub: "hf-hub:org/name" (the prefix may be left out).
 

@@ -7,6 +7,7 @@ from inspect import Parameter
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..registry import parameters
 
@@ -20,7 +21,7 @@ class PrintedPart(nn.Module):
 
     arguments: Mapping[str, Any]
 
-    def __new__(cls, *values: Any, **named: Any):  # returns Self, which typing of Python 3.10 does not have
+    def __new__(cls, *values: Any, **named: Any) -> Self:
         part = super().__new__(cls)
         takes = [one for one in parameters(cls) if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
         given = dict(zip((one.name for one in takes), values, strict=False)) | named

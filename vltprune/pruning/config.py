@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
+
+from typing_extensions import Unpack
 
 from ..registry import bind, nearest
 from ..utils.frozen import FrozenDict, thawed
@@ -21,6 +23,19 @@ _ELSEWHERE = {
     "preset": "vltprune.prune and vltprune.create_model",
     "pretrained": "vltprune.create_model",
 }
+
+
+class Parts(TypedDict, total=False):
+    """The keyword arguments that replace parts of a config, as in `vltprune.prune(model, preset, keep="ratio(0.5)")`.
+
+    `PruneConfig` describes them.
+    """
+
+    scorer: Part | str
+    keep: Part | str | Mapping[str, Part | str]
+    reducer: Part | str
+    guide: Part | str | None
+    at: Depths | Mapping[str, Depths]
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class PruneConfig:
     """
 
     scorer: Part | str
-    keep: Part | str | Mapping[str, Any]
+    keep: Part | str | Mapping[str, Part | str]
     reducer: Part | str = "drop"
     guide: Part | str | None = None
     at: Depths | Mapping[str, Depths] = None
@@ -110,7 +125,7 @@ class PruneConfig:
             return ", ".join(f"{tower}: {one}" for tower, one in part.items())
         return str(part or "none")
 
-    def replace(self, **changes: Any) -> PruneConfig:
+    def replace(self, **changes: Unpack[Parts]) -> PruneConfig:
         """The same config with other parts: config.replace(keep="ratio(0.5)", guide=None)."""
         known = [f.name for f in dataclasses.fields(self)]
         for name in changes:

@@ -39,7 +39,8 @@ def current_config(config: PruneConfig, towers: Mapping[str, PrunedEncoder]) -> 
         if kind != "keep" and not alike:
             raise _refusal(f"its towers have different {kind}s: {', '.join(map(str, parts.values()))}")
         kept = {**part, **parts} if isinstance(part, Mapping) else parts
-        config = config.replace(**{kind: parts[pruned[0]] if alike and not isinstance(part, Mapping) else kept})
+        replaced: dict[str, Any] = {kind: parts[pruned[0]] if alike and not isinstance(part, Mapping) else kept}
+        config = config.replace(**replaced)
     left = [_changed(config, kind, tower, towers[tower]) for kind in _PARTS for tower in pruned]
     if any(left):
         raise _refusal(f"no config sets {next(filter(None, left))!r}")

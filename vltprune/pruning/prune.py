@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from ..hosts.base import Composite
 from ..hosts.find import find_composite, find_host
@@ -13,13 +13,13 @@ from ..layers import AlignmentGuide, BlockSpec
 from ..registry import guides
 from ..utils.wrappers import unwrapped
 from . import presets
-from .config import PruneConfig
+from .config import Parts, PruneConfig
 from .encoder import PrunedEncoder, Pruning
 from .model import PrunedModel, is_pruned
 from .pruner import build_like
 
 
-def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Any) -> PrunedModel:
+def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Parts]) -> PrunedModel:
     """`vltprune.prune` without a cost to set; its arguments, result and errors are described there."""
     if unwrapped(model) is not model:
         raise TypeError(
