@@ -13,7 +13,7 @@ import transformers
 from timm.models.vision_transformer import VisionTransformer
 
 import vltprune as vp
-from vltprune.hosts.timm import Vit
+from vltprune.hosts.timm import VisionTransformerHost
 from vltprune.models.blip import BlipNlvr
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -30,7 +30,7 @@ class Own(VisionTransformer):
 @pytest.fixture(autouse=True)
 def pruned_as_timms():
     """A host for the class, as its owner registers it."""
-    with vp.hosts.temporarily(**{f"{Own.__module__}.{Own.__qualname__}": Vit}):
+    with vp.hosts.temporarily(**{f"{Own.__module__}.{Own.__qualname__}": VisionTransformerHost}):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Generation, against a speaker whose every sentence can be listed."""
+"""Decoding strategies, against a decoder whose every sentence can be listed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class History:
         return History(self.generated[rows])
 
 
-class Speaker:
-    """Draws a table of logits for each row, place and last word; of `rows` groups, as many sentences each as are asked."""
+class TableDecoder:
+    """Draws a table of logits for each row, place and last word; of `rows` groups, any number of sentences each."""
 
     def __init__(self, rows=ROWS, longest=7):
         self.table = torch.randn(rows, longest, WORDS, WORDS) * 2
@@ -63,42 +63,42 @@ def without_padding(row):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_beams_enough_for_all_find_the_best(length_penalty):
-    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 5)
-    generated = BeamSearch(64, length_penalty)(speaker, speaker.start(), PROMPT, config)
+    decoder, config = TableDecoder(), GenerationConfig(EOS, PAD, 0, 5)
+    generated = BeamSearch(64, length_penalty)(decoder, decoder.start(), PROMPT, config)
     for row in range(ROWS):
 
         def worth(sentence, row=row):
-            return speaker.score(row, sentence, 2) / (len(sentence) - 2) ** length_penalty
+            return decoder.score(row, sentence, 2) / (len(sentence) - 2) ** length_penalty
 
         assert without_padding(generated[row].tolist()) == max(sentences(5), key=worth)
 
 
 def test_one_beam_is_greedy():
-    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 7)
-    greedy = GreedySearch()(speaker, speaker.start(), PROMPT, config)
-    beam = BeamSearch(1, 0.0)(speaker, speaker.start(), PROMPT, config)
+    decoder, config = TableDecoder(), GenerationConfig(EOS, PAD, 0, 7)
+    greedy = GreedySearch()(decoder, decoder.start(), PROMPT, config)
+    beam = BeamSearch(1, 0.0)(decoder, decoder.start(), PROMPT, config)
     assert torch.equal(greedy, beam)
     for row, sentence in enumerate(greedy.tolist()):
         for i in range(2, len(without_padding(sentence))):
-            assert sentence[i] == speaker.table[row, i - 1, sentence[i - 1]].argmax()
+            assert sentence[i] == decoder.table[row, i - 1, sentence[i - 1]].argmax()
 
 
 def test_a_tiny_nucleus_is_greedy():
-    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 7)
-    greedy = GreedySearch()(speaker, speaker.start(), PROMPT, config)
-    assert torch.equal(NucleusSampling(1e-6)(speaker, speaker.start(), PROMPT, config), greedy)
+    decoder, config = TableDecoder(), GenerationConfig(EOS, PAD, 0, 7)
+    greedy = GreedySearch()(decoder, decoder.start(), PROMPT, config)
+    assert torch.equal(NucleusSampling(1e-6)(decoder, decoder.start(), PROMPT, config), greedy)
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.8, 1.0])
 def test_a_nucleus_holds_just_enough_and_is_drawn_in_proportion(top_p):
-    speaker = Speaker(rows=1, longest=3)
+    decoder = TableDecoder(rows=1, longest=3)
     prompt = torch.tensor([[1, 2]]).expand(20000, -1)
-    speaker.table = speaker.table.expand(20000, -1, -1, -1)
+    decoder.table = decoder.table.expand(20000, -1, -1, -1)
     strategy = NucleusSampling(top_p, torch.Generator().manual_seed(1))
-    generated = strategy(speaker, speaker.start(), prompt, GenerationConfig(EOS, PAD, 0, 3))
+    generated = strategy(decoder, decoder.start(), prompt, GenerationConfig(EOS, PAD, 0, 3))
     drawn = torch.bincount(generated[:, 2], minlength=WORDS) / len(generated)
 
-    chance, order = speaker.table[0, 1, 2].softmax(-1).sort(descending=True)
+    chance, order = decoder.table[0, 1, 2].softmax(-1).sort(descending=True)
     size = int((chance.cumsum(0) < top_p).sum()) + 1
     want = torch.zeros(WORDS).index_put((order[:size],), chance[:size] / chance[:size].sum())
     torch.testing.assert_close(drawn, want, atol=0.015, rtol=0)
@@ -106,9 +106,9 @@ def test_a_nucleus_holds_just_enough_and_is_drawn_in_proportion(top_p):
 
 
 def test_a_generator_repeats_itself():
-    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 7)
+    decoder, config = TableDecoder(), GenerationConfig(EOS, PAD, 0, 7)
     a, b = (
-        NucleusSampling(0.9, torch.Generator().manual_seed(3))(speaker, speaker.start(), PROMPT, config)
+        NucleusSampling(0.9, torch.Generator().manual_seed(3))(decoder, decoder.start(), PROMPT, config)
         for _ in range(2)
     )
     assert torch.equal(a, b)
@@ -116,11 +116,11 @@ def test_a_generator_repeats_itself():
 
 @pytest.mark.parametrize("strategy", [GreedySearch(), BeamSearch(2), BeamSearch(3, 2.0)])
 def test_rows_do_not_matter_to_each_other(strategy):
-    speaker, config = Speaker(), GenerationConfig(EOS, PAD, 0, 7)
-    together = strategy(speaker, speaker.start(), PROMPT, config)
+    decoder, config = TableDecoder(), GenerationConfig(EOS, PAD, 0, 7)
+    together = strategy(decoder, decoder.start(), PROMPT, config)
     for row in range(ROWS):
-        one = Speaker(rows=1)
-        one.table = speaker.table[row : row + 1]
+        one = TableDecoder(rows=1)
+        one.table = decoder.table[row : row + 1]
         alone = strategy(one, one.start(), PROMPT[:1], config)
         assert without_padding(alone[0].tolist()) == without_padding(together[row].tolist())
 
@@ -129,8 +129,8 @@ def test_rows_do_not_matter_to_each_other(strategy):
 class TestEvery:
     def test_shape_of_sentences(self, strategy):
         for shortest, longest in ((0, 7), (4, 6), (6, 6), (0, 3)):
-            speaker = Speaker()
-            generated = strategy(speaker, speaker.start(), PROMPT, GenerationConfig(EOS, PAD, shortest, longest))
+            decoder = TableDecoder()
+            generated = strategy(decoder, decoder.start(), PROMPT, GenerationConfig(EOS, PAD, shortest, longest))
             assert torch.equal(generated[:, :2], PROMPT)
             assert generated.shape[1] <= longest
             for row in generated.tolist():
@@ -139,15 +139,15 @@ class TestEvery:
                 assert set(row[end + 1 :]) <= {PAD}
 
     def test_it_stops_when_all_have_ended(self, strategy):
-        speaker = Speaker()
-        speaker.table[..., EOS] = 50
-        strategy(speaker, speaker.start(), PROMPT, GenerationConfig(EOS, PAD, 0, 7))
-        assert speaker.calls <= 3
+        decoder = TableDecoder()
+        decoder.table[..., EOS] = 50
+        strategy(decoder, decoder.start(), PROMPT, GenerationConfig(EOS, PAD, 0, 7))
+        assert decoder.calls <= 3
 
     def test_no_room(self, strategy):
-        speaker = Speaker()
+        decoder = TableDecoder()
         with pytest.raises(ValueError, match="a prompt of 2 tokens leaves no room in max_length=2"):
-            strategy(speaker, speaker.start(), PROMPT, GenerationConfig(EOS, PAD, 0, 2))
+            strategy(decoder, decoder.start(), PROMPT, GenerationConfig(EOS, PAD, 0, 2))
 
 
 def test_repetition_penalty():

@@ -23,14 +23,14 @@ from .caption_alignment import CaptionAlignment
 from .composites import ImageAndText
 from .decoder import WithDecoder
 from .linear_maps import linear_macs
-from .timm import Vit
+from .timm import VisionTransformerHost
 
 # for each image of a sentence its tokens, one instance a group
 Memory = tuple[PackedTokens, ...]
 
 
 @hosts.register("vltprune.models.blip.BlipVision")
-class BlipVisionHost(Vit):
+class BlipVisionHost(VisionTransformerHost):
     """Host of BLIP's image tower. It returns normed tokens packed, for cross-attention."""
 
     def head(self, tower: BlipVision, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> PackedTokens:
@@ -118,7 +118,7 @@ class BlipComposite(ImageAndText):
         return linear_macs(model.get_submodule("head"))
 
 
-class _WithTextDecoder(WithDecoder):
+class _DecoderComposite(WithDecoder):
     """Composite with a `MedDecoder`."""
 
     decoder = "decoder"
@@ -140,12 +140,12 @@ class _WithTextDecoder(WithDecoder):
 
 
 @hosts.register("vltprune.models.vqa.BlipVqa")
-class VqaComposite(_WithTextDecoder, ImageAndText):
+class VqaComposite(_DecoderComposite, ImageAndText):
     """Composite of image and question. The decoder of answers attends to the kept tokens of the question."""
 
 
 @hosts.register("vltprune.models.caption.BlipCaption")
-class CaptionComposite(_WithTextDecoder):
+class CaptionComposite(_DecoderComposite):
     """Composite of the image tower alone. The decoder of captions attends to its kept tokens; a guide aligns it in training."""
 
     names: ClassVar = {"image": "visual"}

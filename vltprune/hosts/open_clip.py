@@ -30,7 +30,7 @@ from .ops import by_tiles, check_blocks, is_affine, weighted_mean
 from .pruned_open_clip import PrunedClip, PrunedClipOwnText, PrunedClipText, PrunedClipVision, PrunedTimmModel
 from .refusals import dotted
 from .soft import refuse_soft_tokens
-from .wrapper import Wrapper
+from .wrapper import WrapperHost
 
 _KNOWN = {ResidualAttentionBlock: (nn.MultiheadAttention,), CustomResidualAttentionBlock: (Attention,)}
 _ATTENTIONS = (nn.MultiheadAttention, Attention)
@@ -92,7 +92,7 @@ class _ClipHost(Host):
 
 
 @hosts.register("open_clip.transformer.VisionTransformer")
-class ClipVision(_ClipHost):
+class VisionTransformerHost(_ClipHost):
     """Host of open_clip's VisionTransformer. Its class token is protected."""
 
     pruned_class = PrunedClipVision
@@ -122,7 +122,7 @@ class ClipVision(_ClipHost):
         return (pooled, rest) if tower.output_tokens else pooled
 
 
-class _ClipText(_ClipHost):
+class _TextHost(_ClipHost):
     """What text towers have in common, causal or not. The pooled token is protected: it is the sentence's summary.
 
     In a causal tower tokens behind the pooled one cannot reach it, so the padding there never enters. A tower without a causal
@@ -196,7 +196,7 @@ class _ClipText(_ClipHost):
 
 
 @hosts.register("open_clip.transformer.TextTransformer")
-class ClipText(_ClipText):
+class TextTransformerHost(_TextHost):
     """Host of open_clip's TextTransformer."""
 
     pruned_class = PrunedClipText
@@ -209,7 +209,7 @@ class ClipText(_ClipText):
             )
 
 
-class ClipOwnText(_ClipText):
+class ClipTextHost(_TextHost):
     """Host of the text tower of open_clip's CLIP, which is the model itself."""
 
     pruned_class = PrunedClipOwnText
@@ -219,7 +219,7 @@ class ClipOwnText(_ClipText):
 
 
 @hosts.register("open_clip.timm_model.TimmModel")
-class TimmTower(Wrapper):
+class TimmModelHost(WrapperHost):
     """Host of open_clip's TimmModel: a trunk of timm, run by its own host, and a projection."""
 
     name: ClassVar = "trunk"
@@ -230,16 +230,16 @@ class TimmTower(Wrapper):
 
 
 @hosts.register("open_clip.model.CustomTextCLIP")
-class CustomTextClip(ImageAndText):
+class CustomTextClipComposite(ImageAndText):
     """Composite of open_clip's CustomTextCLIP."""
 
 
 @hosts.register("open_clip.model.CLIP")
-class Clip(Composite):
+class ClipComposite(Composite):
     """Composite of open_clip's CLIP, whose text tower is the model itself."""
 
     def towers(self, model: CLIP) -> dict[str, tuple[nn.Module, Host]]:
-        text = ClipOwnText()
+        text = ClipTextHost()
         text.check(model)
         return {"image": (model.visual, find_host(model.visual)), "text": (model, text)}
 

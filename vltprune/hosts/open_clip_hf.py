@@ -16,7 +16,7 @@ from ..registry import hosts
 from .attributes import forward_attributes
 from .ops import weighted_mean
 from .soft import refuse_soft_tokens
-from .wrapper import Wrapper
+from .wrapper import WrapperHost
 
 _FIRST = (ClsPooler, ClsLastHiddenStatePooler)
 _POOLERS = (MeanPooler, MaxPooler, *_FIRST)
@@ -30,7 +30,7 @@ class PrunedHfText(PrunedEncoder):
 
 
 @hosts.register("open_clip.hf_model.HFTextEncoder")
-class HfText(Wrapper):
+class HFTextEncoderHost(WrapperHost):
     """Host of HFTextEncoder: an encoder of transformers, open_clip's pooler, and a projection.
 
     Padding, known by its id, never enters. Poolers act on the kept tokens: a mean weighs a merged token by how many it stands

@@ -97,8 +97,8 @@ class PrunedTimm(PrunedEncoder):
         """
         if output_fmt != "NLC":
             raise ValueError(
-                f"output_fmt={output_fmt!r}: what is left of a pruned image fills no grid; write output_fmt='NLC', and see "
-                "LayerTrace.position of vltprune.collect(tokens=True) for where tokens stood"
+                f"output_fmt={output_fmt!r}: the kept tokens of an image fill no grid; write output_fmt='NLC', and see "
+                "LayerTrace.position of vltprune.collect(tokens=True) for their positions"
             )
         taken, _ = feature_take_indices(len(self.host.blocks), indices)
         with collect(tokens=True, threads=False) as traces:

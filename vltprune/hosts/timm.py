@@ -83,7 +83,7 @@ class _TimmHost(Host):
 
 
 @hosts.register("timm.models.vision_transformer.VisionTransformer")
-class Vit(_TimmHost):
+class VisionTransformerHost(_TimmHost):
     """Host of VisionTransformer with `Block` or `ResPostBlock`: ViT, DeiT III, DINOv2, SigLIP, CLIP, with any pooling."""
 
     known: ClassVar = {Block: (Attention,), ResPostBlock: (Attention,)}
@@ -117,7 +117,7 @@ class Vit(_TimmHost):
 
 
 @hosts.register("timm.models.eva.Eva")
-class EvaVit(_TimmHost):
+class EvaHost(_TimmHost):
     """Host of Eva: EVA-02, RoPE ViTs, Perception Encoder, DINOv3. Rotary tables are indexed by original positions."""
 
     known: ClassVar = {EvaBlock: (EvaAttention, AttentionRope), EvaBlockPostNorm: (EvaAttention, AttentionRope)}

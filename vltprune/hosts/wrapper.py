@@ -14,7 +14,7 @@ from .base import Host
 from .find import find_host
 
 
-class Wrapper(Host):
+class WrapperHost(Host):
     """Host of a tower that wraps another and changes only how it is called and what it returns.
 
     Args:
@@ -30,7 +30,7 @@ class Wrapper(Host):
         self.inner = inner
 
     @classmethod
-    def from_module(cls, module: nn.Module) -> Wrapper:
+    def from_module(cls, module: nn.Module) -> WrapperHost:
         return cls(find_host(module.get_submodule(cls.name)))
 
     def inner_tower(self, tower: nn.Module) -> nn.Module:

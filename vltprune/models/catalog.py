@@ -80,8 +80,8 @@ class ModelName:
             return [name.partition(".")[2] for name in _timm().list_pretrained(f"{self.backbone}.*")]
         if self.library == "open_clip":
             return [] if self.backbone == CONFIGURED else _clip().list_pretrained_tags_by_model(self.open_clip_name)
-        own = [tag for arch, _, tag in (name.partition(".") for name in zoo.packaged_names()) if arch == self.arch]
-        return list(dict.fromkeys([*filter(None, own), *sources.SOURCES.get(self.backbone, {})]))
+        packaged = [tag for arch, _, tag in (name.partition(".") for name in zoo.packaged_names()) if arch == self.arch]
+        return list(dict.fromkeys([*filter(None, packaged), *sources.SOURCES.get(self.backbone, {})]))
 
     @property
     def open_clip_name(self) -> str:

@@ -96,14 +96,16 @@ def create_model(
     parsed.check_tag()
     _check_arguments(parsed, preset, parts, arguments)
 
-    own = parsed.tag is not None if pretrained is None else pretrained is True
-    path = own_weights(parsed) if own else given_weights(parsed, pretrained)
-    config = _prune_config(parsed, preset, parts, path, given=not own)
-    model = _build(parsed, own and path is None, arguments)
+    wants_own = parsed.tag is not None if pretrained is None else pretrained is True
+    path = own_weights(parsed) if wants_own else given_weights(parsed, pretrained)
+    config = _prune_config(parsed, preset, parts, path, given=not wants_own)
+    # timm and open_clip load their weights as they build
+    is_library_pretrained = wants_own and path is None
+    model = _build(parsed, is_library_pretrained, arguments)
     recorded = _recorded(parsed, arguments)
     preprocessing: Any = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
-    if own and path is None and preprocessing is not None:
-        # that of the weights, which came with them
+    if is_library_pretrained and preprocessing is not None:
+        # it came with the weights
         recorded.setdefault("force_preprocess_cfg", dict(preprocessing))
     recipe = Recipe(_dense_name(parsed), recorded, Structure.from_model(model), partial(create_model, pretrained=False))
     object.__setattr__(model, "recipe", recipe)

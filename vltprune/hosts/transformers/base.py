@@ -152,14 +152,14 @@ class TransformersHost(Host):
         return any(block.gradient_checkpointing for block in self.blocks(tower))
 
 
-class SavedWithTowers(WithTowers):
+class TransformersComposite(WithTowers):
     """A composite of transformers whose towers are children; its `save_pretrained` also writes how they are pruned."""
 
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         return with_pruning_saved(super().assemble(model, towers))
 
 
-class PreNorm(TransformersHost):
+class PreNormHost(TransformersHost):
     """Host of pre-norm blocks, x + attention(norm(x)), then x + mlp(norm(x)): ViT, DINO, CLIP, ModernBERT.
 
     Attributes:
@@ -191,7 +191,7 @@ class PreNorm(TransformersHost):
         return is_affine(getattr(self.attn(block), self.output))
 
 
-class ImageTower(TransformersHost):
+class ImageHost(TransformersHost):
     """Host of an image tower. Prefix tokens are protected, and the first of them is the image's summary."""
 
     def prefix(self, tower: PreTrainedModel) -> int:
@@ -220,7 +220,7 @@ class ImageTower(TransformersHost):
         return PackedTokens.pack(x, valid, protected=position < self.prefix(tower), summary=summary)
 
 
-class TextTower(TransformersHost):
+class TextHost(TransformersHost):
     """Host of a text tower. One token of each sentence is protected and its summary: the first, unless overridden."""
 
     tower = "text"

@@ -30,8 +30,8 @@ from ..base import Host
 from ..decoder import WithDecoder
 from ..linear_maps import linear_macs
 from ..soft import refuse_soft_tokens
-from .base import ImageTower, PreNorm, SavedWithTowers
-from .text import PostNorm
+from .base import ImageHost, PreNormHost, TransformersComposite
+from .text import PostNormHost
 
 _READER = "what attends to an image or a question in transformers' BLIP"
 _INSTEAD = "use this library's Blip models"
@@ -40,7 +40,7 @@ Memory = tuple[PackedTokens]
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipVisionModel")
-class BlipVision(PreNorm, ImageTower):
+class BlipVisionHost(PreNormHost, ImageHost):
     """Host of BLIP's image tower. As in transformers, the pooled class token goes through the final norm twice."""
 
     layers = "encoder.layers"
@@ -65,7 +65,7 @@ class BlipVision(PreNorm, ImageTower):
 
 
 @hosts.register("transformers.models.blip.modeling_blip_text.BlipTextModel")
-class BlipText(PostNorm):
+class BlipTextHost(PostNormHost):
     """Host of BLIP's text tower as an encoder, with or without images; encoder_attention_mask may hide parts of them."""
 
     known: ClassVar = {BlipTextLayer: (BlipTextSelfAttention,)}
@@ -109,7 +109,7 @@ class BlipText(PostNorm):
         return attend(q, k, v, grouped, q.shape[-1] ** -0.5, key_layout=memory.layout, dropout=dropout)
 
 
-class BlipQuestion(BlipText):
+class BlipQuestionHost(BlipTextHost):
     """Host of BLIP's text tower where a decoder attends to all of its output."""
 
     def head(
@@ -120,7 +120,7 @@ class BlipQuestion(BlipText):
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForImageTextRetrieval")
-class BlipRetrieval(SavedWithTowers):
+class BlipRetrievalComposite(TransformersComposite):
     """Composite of both towers, with the matching head."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
@@ -129,7 +129,7 @@ class BlipRetrieval(SavedWithTowers):
         return linear_macs(model.get_submodule("itm_head"))
 
 
-class _WithTextDecoder(SavedWithTowers, WithDecoder):
+class _DecoderComposite(TransformersComposite, WithDecoder):
     """Composite with a decoder that attends to the kept tokens. It stays dense; the zeros behind them are hidden from it."""
 
     decoder = "text_decoder"
@@ -154,18 +154,18 @@ class _WithTextDecoder(SavedWithTowers, WithDecoder):
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForQuestionAnswering")
-class BlipAnswers(_WithTextDecoder):
+class BlipVqaComposite(_DecoderComposite):
     """Composite of image and question; the decoder of answers attends to the question."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_encoder"}
 
     def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
         found = super().towers(model)
-        return {**found, "text": (found["text"][0], BlipQuestion())}
+        return {**found, "text": (found["text"][0], BlipQuestionHost())}
 
 
 @hosts.register("transformers.models.blip.modeling_blip.BlipForConditionalGeneration")
-class BlipCaptions(_WithTextDecoder):
+class BlipCaptionComposite(_DecoderComposite):
     """Composite of the image tower alone; the decoder of captions attends to it."""
 
     names: ClassVar = {"image": "vision_model"}

@@ -25,10 +25,10 @@ from ...core.tokens import PackedTokens
 from ...registry import hosts
 from ..linear_maps import linear_macs
 from ..soft import padded_bias
-from .base import ImageTower, PreNorm, SavedWithTowers, TextTower
+from .base import ImageHost, PreNormHost, TextHost, TransformersComposite
 
 
-class _Blocks(PreNorm):
+class _BlocksHost(PreNormHost):
     """The pre-norm blocks that all these towers have."""
 
     layers = "encoder.layers"
@@ -43,7 +43,7 @@ class _Blocks(PreNorm):
 
 
 @hosts.register("transformers.models.clip.modeling_clip.CLIPVisionModel")
-class ClipVision(_Blocks, ImageTower):
+class ClipVisionHost(_BlocksHost, ImageHost):
     """Host of CLIP's image tower. As in transformers, the last hidden state is not normed, and the pooled class token is."""
 
     def embed(
@@ -60,7 +60,7 @@ class ClipVision(_Blocks, ImageTower):
 
 
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipVisionModel")
-class SiglipVision(_Blocks, ImageTower):
+class SiglipVisionHost(_BlocksHost, ImageHost):
     """Host of SigLIP's image tower, which has no class token and pools the kept tokens by attention."""
 
     has_summary = False
@@ -75,7 +75,7 @@ class SiglipVision(_Blocks, ImageTower):
 
 
 @hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel")
-class Siglip2Vision(SiglipVision):
+class Siglip2VisionHost(SiglipVisionHost):
     """Host of SigLIP 2's image tower for images of any shape, given as patches; padding never enters."""
 
     def embed(
@@ -95,7 +95,7 @@ class Siglip2Vision(SiglipVision):
         return inputs[0].shape[1]
 
 
-class _Text(_Blocks, TextTower):
+class _ClipLikeTextHost(_BlocksHost, TextHost):
     """Host of a text tower. All tokens that the mask shows enter, those behind the pooled one too."""
 
     def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> BaseModelOutputWithPooling:
@@ -110,7 +110,7 @@ class _Text(_Blocks, TextTower):
 
 
 @hosts.register("transformers.models.clip.modeling_clip.CLIPTextModel")
-class ClipText(_Text):
+class ClipTextHost(_ClipLikeTextHost):
     """Host of CLIP's text tower, which is causal and pools the end of the text."""
 
     def causal(self, tower: CLIPTextModel) -> bool:
@@ -124,7 +124,7 @@ class ClipText(_Text):
 
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipTextModel")
 @hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2TextModel")
-class SiglipText(_Text):
+class SiglipTextHost(_ClipLikeTextHost):
     """Host of SigLIP's text tower, which pools its last token: mostly padding, which was trained to be attended to."""
 
     def summary_position(self, tower: SiglipTextModel | Siglip2TextModel, input_ids: Tensor) -> int:
@@ -137,7 +137,7 @@ class SiglipText(_Text):
 @hosts.register("transformers.models.clip.modeling_clip.CLIPModel")
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipModel")
 @hosts.register("transformers.models.siglip2.modeling_siglip2.Siglip2Model")
-class TwoTowers(SavedWithTowers):
+class TwoTowersComposite(TransformersComposite):
     """Composite of CLIP's and SigLIP's models."""
 
     names: ClassVar = {"image": "vision_model", "text": "text_model"}

@@ -23,7 +23,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import (
 from ...core.tokens import PackedTokens
 from ...registry import hosts
 from ..ops import drop_path
-from .base import ImageTower, PreNorm
+from .base import ImageHost, PreNormHost
 
 _Tower: TypeAlias = Dinov2Model | Dinov2WithRegistersModel | DINOv3ViTModel
 _Layer: TypeAlias = Dinov2Layer | Dinov2WithRegistersLayer | DINOv3ViTLayer
@@ -31,7 +31,7 @@ _Layer: TypeAlias = Dinov2Layer | Dinov2WithRegistersLayer | DINOv3ViTLayer
 
 @hosts.register("transformers.models.dinov2.modeling_dinov2.Dinov2Model")
 @hosts.register("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersModel")
-class Dinov2(PreNorm, ImageTower):
+class Dinov2Host(PreNormHost, ImageHost):
     """Host of DINOv2: LayerScale, stochastic depth, MLP or SwiGLU, registers behind the class token; images of any size."""
 
     layers = "encoder.layer"
@@ -63,7 +63,7 @@ class Dinov2(PreNorm, ImageTower):
 
 
 @hosts.register("transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel")
-class Dinov3(Dinov2):
+class Dinov3Host(Dinov2Host):
     """Host of DINOv3, whose rotary tables are indexed by original positions."""
 
     layers = "model.layer"

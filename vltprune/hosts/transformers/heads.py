@@ -26,7 +26,7 @@ from .saving import with_pruning_saved
 @hosts.register("transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher")
 @hosts.register("transformers.models.clip.modeling_clip.CLIPTextModelWithProjection")
 @hosts.register("transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection")
-class Headed(Composite):
+class HeadComposite(Composite):
     """Composite of the model's base tower (`base_model_prefix`); its other children are the head."""
 
     def towers(self, model: PreTrainedModel) -> dict[str, tuple[nn.Module, Host]]:

@@ -19,7 +19,7 @@ from ...core.attention import PairBias
 from ...core.checks import check_ids
 from ...core.tokens import PackedTokens
 from ...registry import hosts
-from .base import PreNorm, TextTower
+from .base import PreNormHost, TextHost
 
 
 class BlockInput(NamedTuple):
@@ -35,7 +35,7 @@ class BlockInput(NamedTuple):
 
 
 @hosts.register("transformers.models.modernbert.modeling_modernbert.ModernBertModel")
-class ModernBert(PreNorm, TextTower):
+class ModernBertHost(PreNormHost, TextHost):
     """Host of ModernBERT, whose rotary tables are indexed by original positions, and whose local blocks attend to a window.
 
     The window is of original positions: a token attends no farther where those between were pruned.

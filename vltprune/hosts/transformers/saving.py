@@ -121,8 +121,8 @@ def _architecture(folder: Path) -> Any:
         raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from error
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    own = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-    if not own or cls.__module__.partition(".")[0] != "transformers":
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not is_model or cls.__module__.partition(".")[0] != "transformers":
         raise CheckpointError(
             f"{folder / CONFIG} names the architectures {names!r}: one model class of transformers {transformers.__version__} "
             "can be built from it, and nothing else"
@@ -153,26 +153,26 @@ def fill_pruning(model: nn.Module, there: set[str], folder: Path) -> None:
         CheckpointError: For tensors that are missing, left over or of another shape.
     """
     dense = get_pruning(model).host.state_dict().keys()
-    own = {key: value for key, value in model.state_dict().items() if key not in dense}
-    mismatched = sorted(there ^ own.keys())
+    added = {key: value for key, value in model.state_dict().items() if key not in dense}
+    mismatched = sorted(there ^ added.keys())
     if mismatched:
         raise CheckpointError(
             f"{folder} does not fit this model, nothing was loaded. In the folder or in the model alone, of the tensors that "
             f"pruning adds: {', '.join(mismatched[:12])}"
         )
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    files = json.loads(index.read_text())["weight_map"] if index.is_file() else dict.fromkeys(own, SAFE_WEIGHTS_NAME)
+    files = json.loads(index.read_text())["weight_map"] if index.is_file() else dict.fromkeys(added, SAFE_WEIGHTS_NAME)
     loaded = {}
-    for file in sorted({files[key] for key in own}):
+    for file in sorted({files[key] for key in added}):
         with safe_open(folder / file, "pt") as tensors:
-            loaded |= {key: tensors.get_tensor(key) for key in own if files[key] == file}
+            loaded |= {key: tensors.get_tensor(key) for key in added if files[key] == file}
     wrong = [
-        f"{key} (folder {list(loaded[key].shape)}, model {list(own[key].shape)})"
-        for key in own
-        if loaded[key].shape != own[key].shape
+        f"{key} (folder {list(loaded[key].shape)}, model {list(added[key].shape)})"
+        for key in added
+        if loaded[key].shape != added[key].shape
     ]
     if wrong:
         raise CheckpointError(f"{folder} does not fit this model: of another shape: {', '.join(wrong[:12])}")
     with torch.no_grad():
-        for key, value in own.items():
+        for key, value in added.items():
             value.copy_(loaded[key])

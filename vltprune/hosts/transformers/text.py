@@ -29,10 +29,10 @@ from ...core.attention import PairBias
 from ...core.tokens import PackedTokens
 from ...registry import hosts
 from ..ops import by_tiles
-from .base import TextTower
+from .base import TextHost
 
 
-class PostNorm(TextTower):
+class PostNormHost(TextHost):
     """Host of post-norm blocks, norm(x + attention(x)), then norm(x + mlp(x)), with BERT's submodules.
 
     Attributes:
@@ -63,7 +63,7 @@ class PostNorm(TextTower):
 @hosts.register("transformers.models.bert.modeling_bert.BertModel")
 @hosts.register("transformers.models.roberta.modeling_roberta.RobertaModel")
 @hosts.register("transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel")
-class Bert(PostNorm):
+class BertHost(PostNormHost):
     """Host of BERT, RoBERTa and XLM-RoBERTa as encoders."""
 
     known: ClassVar = {
@@ -91,7 +91,7 @@ class Bert(PostNorm):
 
 
 @hosts.register("transformers.models.mpnet.modeling_mpnet.MPNetModel")
-class MPNet(PostNorm):
+class MPNetHost(PostNormHost):
     """Host of MPNet: BERT's blocks, and a bias of each head for the distance of two tokens, which all blocks share."""
 
     attention = "attention.attn"
@@ -121,8 +121,9 @@ class MPNet(PostNorm):
         return PairBias(tokens.position, lambda distance: block_input[:, distance + zero].movedim(0, -3))
 
     def project(self, block: MPNetLayer, tokens: PackedTokens, context: Tensor) -> PackedTokens:
-        own = block.attention
-        return tokens.with_x(own.LayerNorm(own.dropout(own.attn.o(context.flatten(1))) + tokens.x))
+        attention = block.attention
+        branch = attention.dropout(attention.attn.o(context.flatten(1)))
+        return tokens.with_x(attention.LayerNorm(branch + tokens.x))
 
     def format_output(self, tower: MPNetModel, out: Any, **named: Any) -> Any:
         out = super().format_output(tower, out, **named)
@@ -135,7 +136,7 @@ class MPNet(PostNorm):
 
 
 @hosts.register("transformers.models.distilbert.modeling_distilbert.DistilBertModel")
-class DistilBert(TextTower):
+class DistilBertHost(TextHost):
     """Host of DistilBERT: BERT's blocks under other names."""
 
     layers = "transformer.layer"

@@ -11,11 +11,11 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer, ViTMode
 
 from ...core.tokens import PackedTokens
 from ...registry import hosts
-from .base import ImageTower, PreNorm
+from .base import ImageHost, PreNormHost
 
 
 @hosts.register("transformers.models.vit.modeling_vit.ViTModel")
-class Vit(PreNorm, ImageTower):
+class VitHost(PreNormHost, ImageHost):
     """Host of ViT, with a pooler or without, at its own image size or with interpolated positions."""
 
     layers = "layers"
@@ -36,7 +36,7 @@ class Vit(PreNorm, ImageTower):
 
 
 @hosts.register("transformers.models.deit.modeling_deit.DeiTModel")
-class Deit(Vit):
+class DeitHost(VitHost):
     """Host of DeiT, a ViT with a distillation token behind the class token."""
 
     def prefix(self, tower: DeiTModel) -> int:
