@@ -152,9 +152,9 @@ def mend_image(folder, data, vocabulary):
     [
         (change_model, "content_of_model"),
         (change_annotations, "content_of_data"),
-        (change_image, "entry 1: its pictures, "),
+        (change_image, "entry 1: its images, "),
         (change_vocabulary, "content_of_vocabulary"),
-        (mend_image, "entry 0: its pictures, "),
+        (mend_image, "entry 0: its images, "),
     ],
 )
 @pytest.mark.parametrize("limit", [["--limit", "2"], []], ids=["stopped", "ended"])
@@ -281,7 +281,7 @@ def test_images_of_a_row_are_told(model, captioned, tmp_path):
     assert cli.main(retrieval(captioned, tmp_path / "out", folder, *words)) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     records = tasks.Retrieval.load_records(str(captioned), str(captioned.parent))
-    assert [row["pictures"] for row in rows] == [fingerprint.hash_images(record) for record in records]
+    assert [row["image_hash"] for row in rows] == [fingerprint.hash_images(record) for record in records]
     with Image.open(captioned.parent / "0.jpg") as image:
         assert image.size == (80, 60)
 

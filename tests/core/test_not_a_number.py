@@ -36,7 +36,7 @@ def broken(name: str):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_metrics_refuse_it(bad):
-    with pytest.raises(ValueError, match=r"chances\[1\] is"):
+    with pytest.raises(ValueError, match=r"probabilities\[1\] is"):
         metrics.accuracy([0.3, bad], [0, 0])
     good, wrong = torch.eye(3), torch.eye(3)
     wrong[1, 2] = bad
@@ -126,7 +126,7 @@ def test_the_second_stage_judges_nothing_by_it():
     rows = [
         {"index": 7 + i, **row} for i, row in enumerate(first.predict(model, some, IMAGES, first.tokenize(some)[0]))
     ]
-    second = first.matching(some, rows, most=2)
+    second = first.matching(some, rows, k=2)
     model.head.bias[0] = NAN
     pairs = second.pairs()[:1]
     with pytest.raises(FloatingPointError, match="matching logits of entry 0"):

@@ -34,7 +34,7 @@ def rows_of(task, model, records, images):
 def second(model):
     """The second stage behind a first, with the two nearest judged."""
     first = tasks.Retrieval.from_model(model)
-    return first.matching(RECORDS, rows_of(first, model, RECORDS, lambda record: IMAGES[[record.index]]), most=2)
+    return first.matching(RECORDS, rows_of(first, model, RECORDS, lambda record: IMAGES[[record.index]]), k=2)
 
 
 def test_only_models_with_a_head_have_one():
@@ -55,7 +55,7 @@ def test_pairs_are_the_nearest_of_either_side(second):
 
 def test_popular_images_are_judged_in_several_calls(second, monkeypatch):
     whole = second.pairs()
-    monkeypatch.setattr(matching, "_TOGETHER", 1)
+    monkeypatch.setattr(matching, "_TEXTS_PER_CALL", 1)
     assert all(len(pair.texts) == 1 for pair in second.pairs())
     assert sum(len(pair.texts) for pair in whole) == len(second.pairs())
 

@@ -74,7 +74,7 @@ def test_reranking_judges_the_nearest():
         asked.append((images.tolist(), texts.tolist()))
         return truth[images, texts]
 
-    by_image, by_text = tasks.rerank(similarity, match, most=2)
+    by_image, by_text = tasks.rerank(similarity, match, k=2)
     assert asked[:2] == [([0, 0], [0, 1]), ([1, 1], [1, 2])]
     assert by_image.argmax(1).tolist() == [1, 1]  # text 2 matches image 0 best, but was not among its nearest
     assert by_text.argmax(0).tolist() == [1, 0, 0]  # two images: each text's are all judged

@@ -398,9 +398,10 @@ def test_every_name_of_timm_and_open_clip():
 @pytest.fixture(scope="module")
 def questions():
     """Inputs and labels, batch by batch, that no shipped model was trained on."""
-    from vltprune.demo.measure import draw
+    from vltprune.demo.measure import generate_batches
 
-    return [(batch.inputs, torch.from_numpy(batch.labels)) for batch in draw("test", 120, seed=7)]
+    model, batches = vp.create_model("blip_nlvr_tiny"), generate_batches("test", 120, seed=7)
+    return [(batch.inputs_for(model), torch.from_numpy(batch.labels)) for batch in batches]
 
 
 class TestShippedWeights:

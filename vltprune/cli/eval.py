@@ -17,7 +17,7 @@ from ..data import Loader, fingerprint
 from ..evaluation import tasks
 from ..evaluation.evaluator import Evaluator, summarize, summarize_matching
 from ..evaluation.results_log import ResultsLog, write_json
-from ..evaluation.tasks.matching import MOST
+from ..evaluation.tasks.matching import K_TEST
 from ..models.wordpiece import BERT
 from ..utils.progress import bar
 from ..utils.table import table
@@ -77,7 +77,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="for vqa: a list of answers to choose from (default: free words)",
     )
     most = (
-        f"for retrieval by BLIP: how many nearest its matching head judges again; 0 leaves that out (default: {MOST})"
+        f"for retrieval by BLIP: how many nearest its matching head judges again; 0 leaves that out (default: {K_TEST})"
     )
     parser.add_argument("--k-test", type=options.natural, metavar="K", help=most)
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     rows = _evaluate("answering", Evaluator(task, model, args.device), loader, log)[: len(loader)]
     summary = _summarize(task, rows, settings, records, folder)
     if isinstance(task, tasks.Retrieval) and task.has_head and args.k_test != 0:
-        matching = task.matching(records, rows, args.k_test or MOST)
+        matching = task.matching(records, rows, args.k_test or K_TEST)
         summary["matching"] = _second_stage(matching, model, settings, loader, folder)
         write_json(folder / "summary.json", summary)
         _print_matching(summary["matching"])
@@ -150,7 +150,7 @@ def _second_stage(
     loader = replace(like, records=matching.pairs(), batch_size=1, stop=None)
     images, texts = matching.similarity.shape
     settings = {**settings, "content_of_features": matching.fingerprint}
-    log = ResultsLog(folder / f"matching_{images}x{texts}_k{matching.most}", settings)
+    log = ResultsLog(folder / f"matching_{images}x{texts}_k{matching.k}", settings)
     rows = _evaluate("matching", Evaluator(matching, model, settings["device"]), loader, log)
     return summarize_matching(matching, rows)
 

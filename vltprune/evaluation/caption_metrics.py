@@ -1,4 +1,4 @@
-"""Caption metrics by pycocoevalcap, the package of COCO's own evaluation, and its Java."""
+"""Caption metrics: BLEU, ROUGE-L, CIDEr and SPICE by pycocoevalcap, the package of COCO's evaluation, and Java."""
 
 from __future__ import annotations
 
@@ -16,33 +16,40 @@ _JAVA = range(8, 15)  # SPICE 1.0 writes its results by Java's own JavaScript (N
 
 
 def caption_scores(
-    written: Mapping[str, str], references: Mapping[str, Sequence[str]], spice: bool | None = None
+    generated: Mapping[str, str], references: Mapping[str, Sequence[str]], spice: bool | None = None
 ) -> dict[str, float]:
-    """BLEU-1 to 4, ROUGE-L, CIDEr (its variant D) and SPICE of one caption an image against people's, by pycocoevalcap.
+    """BLEU-1 to 4, ROUGE-L, CIDEr-D and SPICE of one generated caption an image.
 
-    Both by the same ids. CIDEr weighs words by how few of these images' references have them: alone, an image gets 0.
-    spice: None, where `spice_lacks` nothing, with a warning if its program fails all the same; True, or ImportError for
-    what it lacks and RuntimeError if it fails; False, never. Nothing is downloaded.
-    ImportError, with what to install, where the package or Java is missing.
+    CIDEr weighs words by how few of these images' references have them: a single image gets 0. Nothing is downloaded.
+
+    Args:
+        generated: The generated caption of each image, by the image's id.
+        references: People's captions, by the same ids.
+        spice: True to require SPICE, False to leave it out, None to score it where `spice_lacks` is None and to warn if its
+            program fails.
+
+    Raises:
+        ImportError: If the package, Java, or with `spice=True` what SPICE needs is missing; the message says what to install.
+        RuntimeError: If SPICE's program fails with `spice=True`.
     """
     if missing := spice_lacks() if spice else caption_scorer_lacks():
         raise ImportError(missing)
     bleu_of, rouge_of, cider_of, tokenizer_of = _pycocoevalcap()
     tokenize = tokenizer_of().tokenize
-    ours = tokenize({key: _lines([text]) for key, text in written.items()})
-    theirs = tokenize({key: _lines(references[key]) for key in written})
+    predictions = tokenize({key: _lines([text]) for key, text in generated.items()})
+    targets = tokenize({key: _lines(references[key]) for key in generated})
 
-    bleu, _ = bleu_of(4).compute_score(theirs, ours, verbose=0)
+    bleu, _ = bleu_of(4).compute_score(targets, predictions, verbose=0)
     scores = {f"BLEU-{n}": float(score) for n, score in enumerate(bleu, start=1)}
-    scores["ROUGE-L"] = float(rouge_of().compute_score(theirs, ours)[0])
-    scores["CIDEr"] = float(cider_of().compute_score(theirs, ours)[0])
+    scores["ROUGE-L"] = float(rouge_of().compute_score(targets, predictions)[0])
+    scores["CIDEr"] = float(cider_of().compute_score(targets, predictions)[0])
     if spice is False or (spice is None and spice_lacks()):
         return scores
-    return scores | _spice(theirs, ours, must=spice is True)
+    return scores | _spice(targets, predictions, required=spice is True)
 
 
 def caption_scorer_lacks() -> str | None:
-    """What `caption_scores` needs and does not find, and how to get it; None where all is there."""
+    """What `caption_scores` needs and lacks on this machine, and how to get it; None for nothing."""
     try:
         import pycocoevalcap  # noqa: F401
     except ImportError:
@@ -53,7 +60,7 @@ def caption_scorer_lacks() -> str | None:
 
 
 def spice_lacks() -> str | None:
-    """What SPICE needs besides, and how to get it; None where all is there. Looks at files and at `java -version` alone."""
+    """What SPICE needs besides and lacks, and how to get it; None for nothing. Only files and `java -version` are examined."""
     if missing := caption_scorer_lacks():
         return missing
     folder = _spice_folder() / "lib"
@@ -68,18 +75,20 @@ def spice_lacks() -> str | None:
     return None
 
 
-def _spice(theirs: Any, ours: Any, must: bool) -> dict[str, float]:
-    """SPICE by itself; nothing, with a warning, where its program fails and it is no `must`."""
+def _spice(targets: Any, predictions: Any, required: bool) -> dict[str, float]:
+    """SPICE by itself; nothing, with a warning, where its program fails and it is not required."""
     from pycocoevalcap.spice.spice import Spice
 
     try:
-        return {"SPICE": float(Spice().compute_score(theirs, ours)[0])}
+        return {"SPICE": float(Spice().compute_score(targets, predictions)[0])}
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         how = f"exit status {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else error
-        told = f"SPICE's program failed ({how}), see its own words above; it takes up to 8 GB and writes to {_spice_folder()}"
-        if must:
-            raise RuntimeError(told) from error
-        warnings.warn(told, stacklevel=3)
+        message = (
+            f"SPICE's program failed ({how}), see its output above; it takes up to 8 GB and writes to {_spice_folder()}"
+        )
+        if required:
+            raise RuntimeError(message) from error
+        warnings.warn(message, stacklevel=3)
         return {}
 
 
@@ -108,6 +117,6 @@ def _spice_folder() -> Path:
 
 def _java_version() -> int | None:
     """8 for "1.8.0_312", 17 for "17.0.15"."""
-    told = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
-    found = re.search(r'version "(?:1\.)?(\d+)', told)
+    printed = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r'version "(?:1\.)?(\d+)', printed)
     return int(found[1]) if found else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -21,135 +21,158 @@ from .results_log import ResultsLog
 from .tasks import EvaluationStage, Matching, SupportsUnscored
 
 
-@dataclass
 class Evaluator:
-    """A task set to a model on a device; `run` answers what the log does not have yet, `summarize` sums it up.
+    """Evaluates a model on a task: `run` logs a row for each record, `summarize` turns the rows into scores and costs.
 
-    cost_meter: the model's, where there is one already. Answers are those of evaluation, whatever mode the model is in.
+    Attributes:
+        task: The task, set to the model.
+        model: The model, dense or pruned; it is evaluated in evaluation mode, whatever mode it is in.
+        device: The device that it runs on.
+        cost_meter: What measures the cost of each record.
     """
 
-    task: EvaluationStage[Any]
-    model: nn.Module
-    device: str = "cpu"
-    cost_meter: SampleCostMeter | None = None
+    def __init__(
+        self,
+        task: EvaluationStage[Any],
+        model: nn.Module,
+        device: str = "cpu",
+        cost_meter: SampleCostMeter | None = None,
+    ) -> None:
+        """Move the model to the device.
 
-    def __post_init__(self) -> None:
-        self.model.to(self.device)
-        self._cost_meter = self.cost_meter or SampleCostMeter(self.model)
+        Args:
+            task: As of the class.
+            model: As of the class.
+            device: As of the class.
+            cost_meter: The model's cost meter, where there is one already.
+        """
+        self.task = task
+        self.model = model.to(device)
+        self.device = device
+        self.cost_meter = cost_meter or SampleCostMeter(model)
         self._dense_costs: dict[Any, list[SampleCost]] = {}
 
     @torch.no_grad()
     def run(self, loader: Loader[Any], log: ResultsLog, tick: Callable[[int], object] | None = None) -> None:
-        """Answers the loader's records in order, a row each in the log, from the first that has none.
+        """Evaluate the loader's records in order, from the first that has no row in the log.
 
-        tick: called with the number of rows just written. A record whose pictures cannot be opened, or whose texts the model
-        cannot read, gets a row that says so; where the loader is strict, OSError and ValueError. ValueError for a log of an
-        earlier version, whose costs were told otherwise, and for one with a row whose pictures are not, by content, those
-        that it was answered by.
+        A record whose images cannot be decoded, or whose texts the model cannot read, gets a row with the reason.
+
+        Args:
+            loader: The records and their images.
+            log: The log; it gets one row a record.
+            tick: Called with the number of rows just written.
+
+        Raises:
+            OSError, ValueError: If the loader is strict, for a record that cannot be evaluated.
+            ValueError: If the log is of an earlier version, or if a row's images have changed since.
         """
         if any("macs" in row and "instances" not in row for row in log.rows):
             raise ValueError(
                 "these results were begun by an earlier version, which did not tell padding, or whose the saving is, apart: "
                 "remove their folder, or choose another output, and they are measured anew"
             )
-        _check_pictures(loader, log)
+        _check_images(loader, log)
         loader = replace(loader, start=len(log.rows), skipped=[])
-        with evaluating(self.model, self._cost_meter.model):
+        with evaluating(self.model, self.cost_meter.model):
             for records, images in loader:
-                places = self._legible(records, loader)
-                rows = self._answer([records[i] for i in places], images[places].to(self.device)) if places else []
+                valid = self._tokenizable(records, loader)
+                rows = self._predict([records[i] for i in valid], images[valid].to(self.device)) if valid else []
                 _write(rows, loader, log, tick)
             _write([], loader, log, tick)
 
-    def _legible(self, records: Sequence[Record], loader: Loader[Any]) -> list[int]:
-        """The places of the records whose texts have token ids; the others go to what the loader skipped."""
+    def _tokenizable(self, records: Sequence[Record], loader: Loader[Any]) -> list[int]:
+        """The batch indices of the records whose texts can be tokenized; the others are listed as skipped."""
         try:
             self.task.tokenize(records)
             return [*range(len(records))]
         except ValueError:
-            places = []
-        for place, record in enumerate(records):
+            valid = []
+        for i, record in enumerate(records):
             try:
                 self.task.tokenize([record])
-                places.append(place)
+                valid.append(i)
             except ValueError as error:
                 if loader.strict:
                     raise ValueError(f"entry {record.index}: {error}") from error
                 loader.skipped.append(Skipped(record.index, str(error)))
-        return places
+        return valid
 
-    def _answer(self, records: Sequence[Record], images: Tensor) -> list[dict[str, Any]]:
+    def _predict(self, records: Sequence[Record], images: Tensor) -> list[dict[str, Any]]:
         texts, counts = self.task.tokenize(records)
         texts = tuple(text.to(self.device) for text in texts)
-        self._wait()
+        self._synchronize()
         start = time.perf_counter()
         with collect(threads=False) as traces:
-            answers = self.task.predict(self.model, records, images, texts)
-        self._wait()
+            predictions = self.task.predict(self.model, records, images, texts)
+        self._synchronize()
         seconds = (time.perf_counter() - start) / len(records)
 
-        spent = (
-            self._spent_dense(records, images, texts, counts)
-            if self._cost_meter.is_dense
-            else self._cost_meter(traces, counts)
+        costs = (
+            self._dense_cost(records, images, texts, counts)
+            if self.cost_meter.is_dense
+            else self.cost_meter(traces, counts)
         )
         return [
             {
                 "index": record.index,
-                **answer,
+                **prediction,
                 **asdict(cost),
                 "seconds": seconds,
-                "pictures": fingerprint.hash_images(record),
+                "image_hash": fingerprint.hash_images(record),
             }
-            for record, answer, cost in zip(records, answers, spent, strict=True)
+            for record, prediction, cost in zip(records, predictions, costs, strict=True)
         ]
 
-    def _spent_dense(
+    def _dense_cost(
         self, records: Sequence[Record], images: Tensor, texts: tuple[Tensor, ...], counts: list[int]
     ) -> list[SampleCost]:
-        """A dense model's costs depend on its inputs' shapes and its texts' lengths, and its keep-all twin is run once for
-        each; with a decoder, they depend on what is said too, and the twin says it again every time."""
+        """The costs of a dense model, from the traces of its copy that is pruned and keeps all tokens.
+
+        They depend on the shapes of the inputs and the lengths of the texts, and are measured once for each. With a decoder
+        they depend on the generated text too, and are measured every time.
+        """
         lengths = (tuple(mask.sum(-1).tolist()) for mask in texts[1:])
         key = (images.shape, *(text.shape for text in texts), *lengths, *counts)
         if key in self._dense_costs:
             return self._dense_costs[key]
         with collect(threads=False) as traces:
-            self.task.predict(self._cost_meter.model, records, images, texts)
-        costs = [replace(cost, kept={}) for cost in self._cost_meter(traces, counts)]
+            self.task.predict(self.cost_meter.model, records, images, texts)
+        costs = [replace(cost, kept={}) for cost in self.cost_meter(traces, counts)]
         if not any(trace.decode_stats for trace in traces):
             self._dense_costs[key] = costs
         return costs
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
 
 
-def _check_pictures(loader: Loader[Any], log: ResultsLog) -> None:
-    """ValueError where a row's pictures are other files now; where the loader is strict, OSError for a row that was skipped."""
-    for place, row in enumerate(log.rows[: len(loader.records)]):
-        if row.get("pictures") is not None:
-            record = loader.records[place]
-            if fingerprint.hash_images(record) != row["pictures"]:
+def _check_images(loader: Loader[Any], log: ResultsLog) -> None:
+    """ValueError where a row's image files have changed; where the loader is strict, OSError for a row that was skipped."""
+    for i, row in enumerate(log.rows[: len(loader.records)]):
+        if row.get("image_hash") is not None:
+            record = loader.records[i]
+            if fingerprint.hash_images(record) != row["image_hash"]:
                 raise ValueError(
-                    f"entry {record.index}: its pictures, {', '.join(map(str, record.images))}, are not those that it was "
-                    "answered by: choose another --output, or remove that folder"
+                    f"entry {record.index}: its images, {', '.join(map(str, record.images))}, have changed since it was "
+                    "evaluated: choose another --output, or remove that folder"
                 )
-        if loader.strict and "skipped" in row and (loader.stop is None or place < loader.stop):
+        if loader.strict and "skipped" in row and (loader.stop is None or i < loader.stop):
             raise OSError(f"entry {row['index']}: {row['skipped']}")
 
 
 def _write(
     rows: list[dict[str, Any]], loader: Loader[Any], log: ResultsLog, tick: Callable[[int], object] | None
 ) -> None:
-    """Rows, and those of what was skipped meanwhile, in the records' order: how many there are says where to go on."""
+    """Log rows and skipped records in the records' order: their number says where a stopped run resumes."""
     rows = sorted(
         [*rows, *({"index": one.index, "skipped": one.reason} for one in loader.skipped)], key=lambda row: row["index"]
     )
     loader.skipped.clear()
-    for place, row in enumerate(rows, start=len(log.rows)):
-        if "pictures" not in row:
-            row["pictures"] = fingerprint.hash_images(loader.records[place])
+    for i, row in enumerate(rows, start=len(log.rows)):
+        if "image_hash" not in row:
+            row["image_hash"] = fingerprint.hash_images(loader.records[i])
     if rows:
         log.add(rows)
     if tick is not None:
@@ -161,19 +184,29 @@ def summarize(
     rows: Sequence[Mapping[str, Any]],
     weight: Callable[[Mapping[str, Any]], float] = lambda row: 1,
 ) -> dict[str, Any]:
-    """The rows of all records, summed up: scores, means an instance, throughput, what was skipped. ValueError for none.
+    """Summarize the rows of all records.
 
-    weight: how much a row counts in the means of costs.
+    Args:
+        task: The task that the rows are of.
+        rows: The rows of the log.
+        weight: The weight of a row in the means of costs.
 
-    unscored  what could not be scored on this machine, and why
-    macs      multiply-accumulates of an instance: the images of a record and one of its texts; of a dense model on the tokens
-              that are there, as `dense_macs`. macs_saved: the share of these that is saved; padding: what the dense
-              model spends on padding besides
-    towers    per tower: [MACs, dense MACs] of one of its images or texts; tower_padding: likewise
-    reductions   per tower: the share of its own dense MACs that is saved; shares: its part of all that is saved, where
-              anything is
-    kept      per tower: tokens that entered, then leaving each block, mean; empty for a dense model
-    records_per_second   of the model's calls alone, without reading pictures and texts
+    Returns:
+        A mapping of plain JSON values:
+
+        - scores: the metrics, shares of 1; unscored: what could not be scored on this machine, and why
+        - records: how many were evaluated; skipped: the rows of those that were not
+        - macs, dense_macs: multiply-accumulates of an instance (a record's images and one of its texts), and those of the
+          dense model, on tokens that are no padding; macs_saved: the share that is saved; padding: multiply-accumulates
+          that the dense model spends on padding besides
+        - towers: per tower, [MACs, dense MACs] of one of its images or texts; tower_padding: the same for padding
+        - reductions: per tower, the saved share of its own dense MACs; shares: its part of all that is saved
+        - kept: per tower, mean tokens that entered, then mean tokens that left each block; empty for a dense model
+        - records_per_second: of the model's calls alone, without decoding and tokenizing
+
+    Raises:
+        ValueError: If no record was evaluated.
+        FloatingPointError: If a score is NaN or infinite.
     """
     answered = [row for row in rows if "skipped" not in row]
     skipped = [dict(row) for row in rows if "skipped" in row]
@@ -201,7 +234,9 @@ def summarize(
         "padding": mean("padding"),
         "towers": towers,
         "reductions": {tower: 1 - pruned / whole for tower, (pruned, whole) in towers.items()},
-        "shares": describe.saving_by_tower({tower: _spent(answered, weights, tower) for tower in towers}, dense - macs),
+        "shares": describe.saving_by_tower(
+            {tower: _instance_macs(answered, weights, tower) for tower in towers}, dense - macs
+        ),
         "tower_padding": {tower: mean("tower_padding", tower) for tower in answered[0]["tower_padding"]},
         "kept": {tower: mean("kept", tower) for tower in answered[0]["kept"]},
         "records_per_second": len(answered) / sum(row["seconds"] for row in answered),
@@ -210,29 +245,38 @@ def summarize(
 
 
 def _finite(scores: dict[str, float], records: int) -> dict[str, float]:
-    """The same scores. FloatingPointError for one that is NaN or infinite."""
+    """The scores. FloatingPointError for one that is NaN or infinite."""
     if wrong := [name for name, score in scores.items() if not math.isfinite(score)]:
         raise FloatingPointError(f"{wrong[0]} of {records} records is {scores[wrong[0]]}, which is no score")
     return scores
 
 
-def _spent(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], tower: str) -> tuple[float, float]:
-    """MACs, and dense MACs, of all images or texts of a tower that an instance has, mean."""
+def _instance_macs(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], tower: str) -> tuple[float, float]:
+    """Mean MACs and dense MACs of all images or texts that an instance has of a tower."""
     each = [[row["instances"][tower] * macs for macs in row["towers"][tower]] for row in rows]
     macs, dense = np.average(each, axis=0, weights=weights).tolist()
     return macs, dense
 
 
 def summarize_matching(matching: Matching, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The rows of a second stage, summed up. ValueError for none.
+    """Summarize the rows of retrieval's second stage.
 
-    macs, dense_macs: of a pair whose image is encoded already, the mean of all; kept: the tokens of its text.
+    Args:
+        matching: The second stage.
+        rows: The rows of its log.
+
+    Returns:
+        A mapping of plain JSON values: k_test, scores, pairs, pairs_per_second, skipped, and the means over pairs of macs,
+        dense_macs and padding (without the image, which is encoded already) and kept (the tokens of the text).
+
+    Raises:
+        ValueError: If no pair was scored.
     """
     found = summarize(matching, rows, lambda row: row["pairs"])
     pairs, seconds = (sum(row[key] for row in rows if "pairs" in row) for key in ("pairs", "seconds"))
     image = found["towers"]["image"]
     return {
-        "k_test": matching.most,
+        "k_test": matching.k,
         "scores": found["scores"],
         "pairs": pairs,
         "pairs_per_second": pairs / seconds,

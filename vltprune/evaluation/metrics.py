@@ -1,4 +1,4 @@
-"""Metrics of the tasks: numbers and texts in, shares of 1 out (CIDEr alone may exceed it)."""
+"""Metrics: accuracy, recall, VQA accuracy and captioning scores, as fractions of 1 (CIDEr may exceed it)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from .caption_metrics import caption_scores as caption_scores  # captions have a
 RANKS = (1, 5, 10)
 
 
-def accuracy(chances: Sequence[float], labels: Sequence[int]) -> float:
-    """The share of statements judged right: chances [n] that each is true, labels [n] 1 or 0.
+def accuracy(probabilities: Sequence[float], labels: Sequence[int]) -> float:
+    """The share of statements that were judged right.
 
-    ValueError for none, and for chances that are NaN or infinite: these are no answers.
+    Args:
+        probabilities: [statements], the probability given to "true".
+        labels: [statements], 1 for true and 0 for false.
+
+    Raises:
+        ValueError: If there are no statements, or if a probability is NaN or infinite.
     """
-    if not chances:
+    if not probabilities:
         raise ValueError("accuracy of no statements: give at least one")
-    wrong = [f"chances[{i}] is {chance}" for i, chance in enumerate(chances) if not math.isfinite(chance)]
+    wrong = [f"probabilities[{i}] is {value}" for i, value in enumerate(probabilities) if not math.isfinite(value)]
     if wrong:
-        raise ValueError(f"accuracy needs the chance that each statement is true, and {wrong[0]}")
-    return sum((chance > 0.5) == (label == 1) for chance, label in zip(chances, labels, strict=True)) / len(chances)
+        raise ValueError(f"accuracy needs the probability that each statement is true, and {wrong[0]}")
+    correct = [(value > 0.5) == (label == 1) for value, label in zip(probabilities, labels, strict=True)]
+    return sum(correct) / len(correct)
 
 
 def recalls(
@@ -34,12 +40,22 @@ def recalls(
     ranks: Sequence[int] = RANKS,
     by_text: Tensor | None = None,
 ) -> dict[str, float]:
-    """Retrieval in both directions: how often one of the right ones is among the first k, and the mean of all.
+    """Recall at k of image-text retrieval in both directions, and the mean of all.
 
-    similarity [images, texts]; text_to_image [texts], the row of each text's image. "i2t_r1": an image's nearest texts hold one
-    of its own; "t2i_r1": a text's nearest images hold its own. by_text [images, texts]: what ranks images for a text, where it
-    is not `similarity`. Equals rank first: whoever cannot tell finds nothing.
-    ValueError for similarities that are not finite, or images without a text.
+    "i2t_r1" is the share of images whose nearest text is one of their own, "t2i_r1" the share of texts whose nearest image is
+    theirs. Of equal similarities the wrong ones rank first, so that a constant similarity finds nothing.
+
+    Args:
+        similarity: [images, texts].
+        text_to_image: [texts], the index of each text's image.
+        ranks: The values of k.
+        by_text: [images, texts], what ranks images for a text, where it is not `similarity`.
+
+    Returns:
+        "i2t_rK" and "t2i_rK" for each k, and "mean_recall".
+
+    Raises:
+        ValueError: If similarities are not finite, or if an image has no text.
     """
     own_image = torch.as_tensor(text_to_image, device=similarity.device)
     by_text = similarity if by_text is None else by_text
@@ -66,30 +82,42 @@ def recalls(
     return {**found, "mean_recall": sum(found.values()) / len(found)}
 
 
-def vqa_accuracy(said: str, answers: Sequence[str]) -> float:
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQA accuracy (Antol et al., ICCV 2015): min(n / 3, 1) for an answer that n people gave.
 
-    Each person's answer is left out once, and the mean taken. Both sides are normalized, as the official evaluation's
-    description says; answers as published are so already. ValueError where people's answers are held back.
+    It is the mean over subsets that leave one person's answer out. Both sides are normalized as the official evaluation does.
+
+    Args:
+        prediction: The model's answer.
+        answers: One answer a person.
+
+    Raises:
+        ValueError: If there are fewer than two answers.
     """
     if len(answers) < 2:
         raise ValueError(f"VQA accuracy compares with several people's answers, got {len(answers)}")
-    total, mine = len(answers), normalize_answer(said)
-    n = sum(normalize_answer(answer) == mine for answer in answers)
+    total, predicted = len(answers), normalize_answer(prediction)
+    n = sum(normalize_answer(answer) == predicted for answer in answers)
     return (n * min((n - 1) / 3, 1) + (total - n) * min(n / 3, 1)) / total
 
 
-def answer_sets(said: str, answers: Iterable[str]) -> dict[str, float]:
-    """Answers that belong together, as DAQUAR's: "exact", all of them and no other; "overlap", common / all of both.
+def answer_sets(prediction: str, answers: Iterable[str]) -> dict[str, float]:
+    """Compare two sets of answers, as in DAQUAR.
 
-    said: what a model answers, several with commas. "exact" is WUPS at threshold 1 (Malinowski and Fritz, NeurIPS 2014).
+    Args:
+        prediction: The model's answers, separated by commas.
+        answers: The right answers.
+
+    Returns:
+        "exact", 1 if the sets are equal (WUPS at threshold 1; Malinowski and Fritz, NeurIPS 2014), and "overlap", their
+        intersection over union.
     """
-    mine, theirs = ({part.strip().lower() for part in parts} for parts in (said.split(","), answers))
-    return {"exact": float(mine == theirs), "overlap": len(mine & theirs) / len(mine | theirs)}
+    predicted, right = ({part.strip().lower() for part in parts} for parts in (prediction.split(","), answers))
+    return {"exact": float(predicted == right), "overlap": len(predicted & right) / len(predicted | right)}
 
 
 def normalize_answer(text: str) -> str:
-    """An answer as VQA's evaluation compares it (visualqa.org, "Evaluation Code"), in the order described there:
+    """Normalize an answer as VQA's evaluation does (visualqa.org, "Evaluation Code"), in the order described there:
 
     lower case; no full stops but decimal points; number words as digits; no articles; contractions with their
     apostrophes; other punctuation, except apostrophes and colons, as spaces, a comma between digits as nothing.
@@ -113,7 +141,7 @@ def _without_apostrophes(word: str) -> Iterable[str]:
             yield first + "".join(mark + part for mark, part in zip(marks, rest, strict=True))
 
 
-# Left out are those whose bare form is another word, such as we'll, or that lower case has made one, such as I'm.
+# Without those whose bare form is another word, such as we'll, or becomes one in lower case, such as I'm.
 _CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
     how'd how'll how's isn't it'd it'd've it'll let's ma'am mightn't mightn't've might've mustn't must've needn't not've

@@ -1,4 +1,4 @@
-"""Results log: one JSON line a record, so that a command that was stopped goes on where it stopped."""
+"""Results log: one JSON line a record, by which a stopped command resumes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,22 @@ _SETTINGS, _ROWS = "settings.json", "results.jsonl"
 
 
 class ResultsLog:
-    """The rows of one run, in the order of its records. settings: what the run depends on, plain JSON values."""
+    """The rows of one run, in the order of its records, as a file of JSON lines.
+
+    Attributes:
+        rows: The rows so far.
+    """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
-        """Takes up a run of the same settings where it stopped; ValueError, with the difference, for one of others."""
+        """Open the log of a folder, with the rows of a stopped run of the same settings.
+
+        Args:
+            folder: The folder of the log; it is created with the first row.
+            settings: What the run depends on, plain JSON values.
+
+        Raises:
+            ValueError: If the folder holds a run of other settings, or a damaged row.
+        """
         self._file, self._settings_file, self._settings = Path(folder, _ROWS), Path(folder, _SETTINGS), settings
         self.rows: list[dict[str, Any]] = []
         if self._settings_file.is_file():
@@ -24,7 +36,7 @@ class ResultsLog:
             self.rows += self._whole()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows, written through at once. Nothing is written before the first of them."""
+        """Append rows, which are written at once. Nothing is written before the first of them."""
         added = [dict(row) for row in rows]
         if not self.rows:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -39,25 +51,27 @@ class ResultsLog:
         whole = text[: text.rfind(b"\n") + 1]
         if whole != text:
             self._file.write_bytes(whole)
-        return [self._row(place, line) for place, line in enumerate(whole.splitlines(), start=1)]
+        return [self._row(number, line) for number, line in enumerate(whole.splitlines(), start=1)]
 
-    def _row(self, place: int, line: bytes) -> dict[str, Any]:
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             return json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{self._file}, line {place}, is damaged: remove the folder, or choose another") from error
+            raise ValueError(
+                f"{self._file}, line {number}, is damaged: remove the folder, or choose another"
+            ) from error
 
 
 def write_json(file: Path, value: Any) -> None:
-    """The whole file or none of it, whenever the program is stopped, and whoever else writes it."""
+    """Write a JSON file, whole or not at all."""
     write_text(file, json.dumps(value, indent=2) + "\n")
 
 
-def _compare(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    other = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    if other:
-        key = other[0]
+def _compare(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    different = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
+    if different:
+        key = different[0]
         raise ValueError(
-            f"{folder} holds results of other settings ({key}: {there.get(key)!r} there, {here.get(key)!r} now): "
+            f"{folder} holds results of other settings ({key}: {saved.get(key)!r} there, {current.get(key)!r} now): "
             "choose another --output, or remove that folder"
         )

@@ -13,7 +13,7 @@ import yaml
 
 from ..data import shards
 from ..evaluation.results_log import write_json
-from ..evaluation.tasks.matching import MOST
+from ..evaluation.tasks.matching import K_TEST
 from ..models.wordpiece import BERT
 from ..pruning.config import PruneConfig
 from ..pruning.presets import preset
@@ -114,7 +114,7 @@ class CompressConfig:
     pretrained: str | bool | None = None
     vocabulary: str = BERT
     answers: str | None = None
-    k_test: int = MOST
+    k_test: int = K_TEST
     start: str | None = None
     preset: str = "madtp"
     parts: Mapping[str, Any] = field(default_factory=FrozenDict)

@@ -1,4 +1,4 @@
-"""The tasks that models are evaluated on, by name in the registry `tasks`."""
+"""Evaluation tasks, by name in the registry `tasks`: NLVR, retrieval, VQA and captioning."""
 
 from ...registry import tasks
 from .base import EvaluationStage, Options, SupportsSubmission, SupportsUnscored, Task

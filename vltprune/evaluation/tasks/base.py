@@ -1,4 +1,4 @@
-"""Task interface: how records are read, given to a model, and scored."""
+"""Task interface: loads records, runs a model on them, and scores the predictions."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from ...models.wordpiece import BERT, CLS, DEC, ENC, BlipTokenizer
 from ...pruning.model import dense_model
 
 R = TypeVar("R", bound=Record)
-Read = TypeVar("Read", bound=Record, contravariant=True)
-Images = str | Path | Mapping[str, str | Path]  # a folder of pictures, or one for each data set that a file draws from
-LONGEST = 35  # tokens; what BLIP cuts captions and questions at, but not the sentences of NLVR2
+Input = TypeVar("Input", bound=Record, contravariant=True)
+Images = str | Path | Mapping[str, str | Path]  # a folder of images, or one for each data set of a file
+LONGEST = 35  # tokens; BLIP truncates captions and questions to this, but not the sentences of NLVR2
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a task may be told besides its records. Each task takes what concerns it.
+    """Options of tasks; each task uses those that concern it.
 
-    vocabulary  BERT's, as `BlipTokenizer.load` takes it; the tiny models have their own words, and open_clip's theirs
-    answers     a file with the list of answers to choose from; None: answers in free words
+    Attributes:
+        vocabulary: BERT's vocabulary, as `BlipTokenizer.load` takes it. The tiny models and open_clip's have their own.
+        answers: A file with the list of answers to rank; None to generate answers.
     """
 
     vocabulary: str | Path = BERT
@@ -40,89 +41,128 @@ DEFAULTS = Options()
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model's way from sentences to `input_ids` and `attention_mask` [sentences, length], and from ids back."""
+    """A model's tokenizer.
+
+    Attributes:
+        encode: Sentences to `input_ids` and `attention_mask`, both [sentences, length].
+        decode: `input_ids` [sentences, length] to sentences.
+    """
 
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
     decode: Callable[[Tensor], list[str]]
 
 
-class EvaluationStage(Protocol[Read]):
-    """What is asked of a model, record by record. `predict` gives one row of plain JSON values a record; `score` needs
-    nothing but the rows of all records."""
+class EvaluationStage(Protocol[Input]):
+    """One pass over a data set: tokenizes the texts, runs the model, and scores the rows of all records."""
 
-    def tokenize(self, records: Sequence[Read]) -> tuple[tuple[Tensor, ...], list[int]]:
-        """The texts of a batch as the model takes them, and how many each record has."""
+    def tokenize(self, records: Sequence[Input]) -> tuple[tuple[Tensor, ...], list[int]]:
+        """Tokenize the texts of a batch.
+
+        Returns:
+            The text inputs of the model, and the number of texts of each record.
+
+        Raises:
+            ValueError: If the model cannot read a text.
+        """
         ...
 
     def predict(
-        self, model: Any, records: Sequence[Read], images: Tensor, texts: tuple[Tensor, ...]
+        self, model: Any, records: Sequence[Input], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
-        """images [batch, images a record, 3, height, width]; each tower of the model is called once at most."""
+        """Run the model on a batch; each of its towers is called once at most.
+
+        Args:
+            model: The model, dense or pruned.
+            records: The records of the batch.
+            images: [batch, images a record, 3, height, width].
+            texts: What `tokenize` returned.
+
+        Returns:
+            One row of plain JSON values a record.
+
+        Raises:
+            FloatingPointError: If the model's outputs are NaN or infinite.
+        """
         ...
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """The metrics, shares of 1."""
+        """The metrics of the rows of all records, as fractions of 1."""
         ...
 
 
 class Task(EvaluationStage[R], Protocol[R]):
-    """One task, set to one model. `vltprune.registry.tasks.register(name)` makes a class a `--task`.
+    """A task, set to one model. `vltprune.registry.tasks.register(name)` makes a class a `--task`.
 
-    One that is a `SupportsSubmission` too gets its file of results written.
+    The predictions of a task that is a `SupportsSubmission` are also written as its server takes them.
     """
 
     @staticmethod
     def load_records(data: str, images: Images, strict: bool) -> Sequence[R]:
-        """The records of an annotation file; their pictures' paths begin in the folder `images`."""
+        """Load the records of a data set.
+
+        Args:
+            data: An annotation file.
+            images: The folder that its image paths begin in.
+            strict: Whether an entry that cannot be parsed is a ValueError; otherwise it is skipped.
+        """
         ...
 
     @staticmethod
     def parse_entry(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> R:
-        """The record of one entry, of the form that annotation files have, with its pictures at hand (from shards).
-
-        Raises one of `annotations.UNREADABLE` for another form.
-        """
+        """Parse one entry of the format that annotation files have, as of `annotations.parse_statement`; for shards."""
         ...
 
     @classmethod
     def from_model(cls, model: nn.Module, options: Options) -> Task[R]:
-        """The task for a model, dense or pruned. ValueError for one that cannot do it, with one that can."""
+        """Set the task to a model, dense or pruned.
+
+        Raises:
+            ValueError: If the model cannot do the task; the message names one that can.
+        """
         ...
 
 
 @runtime_checkable
 class SupportsSubmission(Protocol):
-    """A task whose answers are scored elsewhere too: by a data set's server, or its own evaluation code."""
+    """A task whose predictions a data set's server or evaluation code takes."""
 
     def submission(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The answered rows in the form that is asked for there, to be written as JSON."""
+        """The predictions in the server's format, to be written as JSON."""
         ...
 
 
 @runtime_checkable
 class SupportsUnscored(Protocol):
-    """A task whose scores may not all be had on every machine."""
+    """A task some of whose metrics need what a machine may lack."""
 
     def unscored(self, scores: Mapping[str, float]) -> dict[str, str]:
-        """What is not among the `scores` of its rows, and the reason for each, with what to do about it."""
+        """The metrics that are missing from `scores`, each with the reason and what to install."""
         ...
 
 
 def tokenizer_for(
     host: Any,
-    reader: Any,
+    tower: Any,
     options: Options,
     clean: Callable[[str], str],
     first: str = CLS,
     max_length: int | None = None,
 ) -> Tokenizer:
-    """The words of a text tower: our closed vocabulary where it has its size, else BERT's, sentences cleaned as for BLIP.
+    """The tokenizer of a BLIP text tower: `WordTokenizer` for a vocabulary of its size, else BERT's.
 
-    host: the dense model that the tower `reader` stands in; first, max_length: as of `BlipTokenizer.encode`, but none is
-    longer than the tower takes. ValueError for a vocabulary that is not the tower's.
+    Args:
+        host: The dense model.
+        tower: Its text encoder or decoder.
+        options: Options with the path of BERT's vocabulary.
+        clean: Applied to each sentence.
+        first: The first token, as of `BlipTokenizer.encode`.
+        max_length: Longest sentence in tokens; the tower's own maximum holds as well.
+
+    Raises:
+        ValueError: If the vocabulary is not the tower's.
     """
-    known, longest, closed = reader.word.num_embeddings, reader.position.num_embeddings, WordTokenizer()
-    if known in (len(closed), len(closed) + 2):  # a decoder's two more begin a sentence
+    known, longest, closed = tower.word.num_embeddings, tower.position.num_embeddings, WordTokenizer()
+    if known in (len(closed), len(closed) + 2):  # a decoder has two more tokens, which begin a sentence
         return Tokenizer(closed.encode, closed.decode)
     blip = BlipTokenizer.load(options.vocabulary, max_positions=longest)
     if len(blip) != known:
@@ -130,16 +170,16 @@ def tokenizer_for(
             f"the vocabulary {options.vocabulary} has {len(blip)} ids, the model {known}: give the model's own"
         )
     _check_ids(host, blip)
-    cut = None if max_length is None else min(max_length, longest)
+    length = None if max_length is None else min(max_length, longest)
 
     def encode(sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return blip.encode([clean(text) for text in sentences], first=first, max_length=cut)
+        return blip.encode([clean(text) for text in sentences], first=first, max_length=length)
 
     return Tokenizer(encode, blip.decode)
 
 
 def _check_ids(host: Any, blip: BlipTokenizer) -> None:
-    """ValueError where a model was built to mark sentences by other ids than the vocabulary's."""
+    """ValueError where a model was built with other ids of special tokens than the vocabulary's."""
     meant = {"enc_id": blip.id(ENC), "bos_id": blip.id(DEC), "eos_id": blip.id("[SEP]")}
     wrong = {name: id for name, id in meant.items() if getattr(host, name, id) != id}
     if wrong:
@@ -149,20 +189,31 @@ def _check_ids(host: Any, blip: BlipTokenizer) -> None:
 
 
 def dense(model: Any) -> Any:
-    """The dense host of a pruned model; a dense one as it is."""
+    """The dense model of a pruned one; a dense one as it is. Any, since tasks look for attributes of many classes."""
     return dense_model(model)
 
 
 def one_folder(images: Images) -> str | Path:
-    """ValueError for several folders, from a task whose files draw from one data set."""
+    """The folder of images. ValueError for several, from a task whose files have images of one data set."""
     if isinstance(images, Mapping):
         raise ValueError(f"images of {', '.join(images)}: this task draws from one data set, give one folder")
     return images
 
 
 def finite(scores: Tensor, records: Iterable[Record], what: str) -> Tensor:
-    """What a model gave for records, scores [records, ...], as it is. FloatingPointError that names a record for NaN or
-    infinity: no answer can be read off them."""
+    """Check a model's outputs.
+
+    Args:
+        scores: [records, ...].
+        records: The records that they are of.
+        what: What to call them in the error.
+
+    Returns:
+        The scores.
+
+    Raises:
+        FloatingPointError: If one is NaN or infinite; the message names the record.
+    """
     bad = (~scores.flatten(1).isfinite().all(1)).nonzero()
     if len(bad):
         index = [record.index for record in records][int(bad[0])]
@@ -174,15 +225,15 @@ def finite(scores: Tensor, records: Iterable[Record], what: str) -> Tensor:
 
 
 def number(id: str) -> int | str:
-    """An identifier that was made here, not given: a number where it is one."""
+    """An identifier that the annotations lack: as a number where it is one."""
     return int(id) if id.isdecimal() and str(int(id)) == id else id
 
 
 def pack(values: Tensor) -> str:
-    """Numbers of any one type as text, a third longer than their bytes: for rows that are JSON."""
+    """Encode a tensor of any type as base64 text, for rows of JSON."""
     return base64.b64encode(values.cpu().numpy().tobytes()).decode("ascii")
 
 
 def unpack(text: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What `pack` packed, [n], given its type."""
+    """Decode what `pack` encoded: a tensor [n] of its type."""
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)

@@ -22,14 +22,13 @@ _COCO = re.compile(r"COCO_[a-z]+\d+_0*(\d+)\.jpg$")  # the files of COCO carry t
 @tasks.register("caption")
 @dataclass(frozen=True)
 class Caption:
-    """BLEU, ROUGE-L, CIDEr, SPICE of one caption an image, by models whose `generate` continues a `prompt` (BlipCaption).
+    """BLEU, ROUGE-L, CIDEr and SPICE of one generated caption an image, for models with a `prompt` (`BlipCaption`).
 
-    Where a scorer cannot run there is no score, and `unscored` tells why; `submission` is what COCO's evaluation code and
-    server take.
+    A metric whose program cannot run is missing, and `unscored` says why. `submission` is COCO's results format.
     """
 
     tokenizer: Tokenizer
-    prompt: int  # how many tokens of a caption are not the model's
+    prompt: int  # tokens of the prompt, which begin every caption
 
     @staticmethod
     def load_records(data: str, images: Images, strict: bool = False) -> Sequence[Captioned]:
@@ -39,7 +38,7 @@ class Caption:
 
     @classmethod
     def from_model(cls, model: nn.Module, options: Options = DEFAULTS) -> Caption:
-        """ValueError as of `Task`. Warns, before the work begins, where captions will be written and not scored."""
+        """Set the task to a model; warns where its captions cannot be scored on this machine."""
         host = dense(model)
         if not (hasattr(host, "prompt") and hasattr(host, "generate")):
             raise ValueError(f"caption asks for captions, and a {type(host).__name__} writes none: use a blip_caption")
@@ -53,19 +52,19 @@ class Caption:
     def predict(
         self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
-        written = self.tokenizer.decode(model.generate(images[:, 0])[:, self.prompt :])
+        generated = self.tokenizer.decode(model.generate(images[:, 0])[:, self.prompt :])
         return [
             {"id": record.id, "original_id": record.original_id, "caption": text, "captions": list(record.captions)}
-            for text, record in zip(written, records, strict=True)
+            for text, record in zip(generated, records, strict=True)
         ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if caption_metrics.caption_scorer_lacks():
             return {}
-        places = {str(row["index"]): row for row in rows}  # ids may repeat: training files have an entry a caption
+        by_index = {str(row["index"]): row for row in rows}  # ids may repeat: training files have an entry a caption
         return caption_metrics.caption_scores(
-            {place: row["caption"] for place, row in places.items()},
-            {place: row["captions"] for place, row in places.items()},
+            {index: row["caption"] for index, row in by_index.items()},
+            {index: row["captions"] for index, row in by_index.items()},
         )
 
     def unscored(self, scores: Mapping[str, float]) -> dict[str, str]:
@@ -74,12 +73,12 @@ class Caption:
         return {} if "SPICE" in scores else {"SPICE": caption_metrics.spice_lacks() or "its program failed"}
 
     def submission(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """COCO's form: `image_id`, as it was given, and `caption`, of each image."""
+        """COCO's results format: `image_id`, as the annotations have it, and `caption`, of each image."""
         return [{"image_id": _image_id(row), "caption": row["caption"]} for row in rows]
 
 
 def _image_id(row: Mapping[str, Any]) -> str | int | float:
-    """As the annotations have it; where they have none, COCO's number out of the image's path, or the path."""
+    """The identifier of the annotations; without one, COCO's number in the image's path, or the path."""
     original_id = row.get("original_id")
     if original_id is not None:
         return original_id

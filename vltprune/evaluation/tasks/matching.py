@@ -1,4 +1,4 @@
-"""Retrieval, second stage: image-text pairs that are near by their features, scored again by a matching head."""
+"""Second stage of retrieval: a matching head scores the pairs that are nearest by their features."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from ...data import Captioned, Record
 from .. import metrics
 from .base import finite, pack, unpack
 
-Match = Callable[[Tensor, Tensor], Tensor]  # rows of images and of texts, [pairs] each, to how well they match [pairs]
+Match = Callable[[Tensor, Tensor], Tensor]  # indices of images and of texts, [pairs] each, to scores [pairs]
 
-MOST = 128  # what BLIP judges again on Flickr30k; 256 on COCO
-_TOGETHER = 256  # texts that one call judges: popular images are near to thousands, and this bounds the memory
-_UNJUDGED = -1e4
+K_TEST = 128  # BLIP's on Flickr30k; 256 on COCO
+_TEXTS_PER_CALL = 256  # bounds the memory: some images are near to thousands of texts
+_UNSCORED = -1e4
 
 
 @dataclass(frozen=True)
 class Pairs(Record):
-    """An image, by its row among all, and texts [n] int64, by their columns, that one call judges against it."""
+    """An image and the texts that one call scores against it.
+
+    Attributes:
+        row: The image's index among all images.
+        texts: int64 [n], the texts' indices among all texts.
+    """
 
     row: int
     texts: Tensor
@@ -32,41 +37,44 @@ class Pairs(Record):
 
 @dataclass(frozen=True)
 class Matching:
-    """BLIP's second stage (Li et al., arXiv 2201.12086, section 5.1), put to a model like a task; its records are `pairs`.
+    """BLIP's second stage of retrieval (Li et al., arXiv 2201.12086, section 5.1); its records are `pairs`.
 
-    For each image the `most` texts nearest by features are judged by the matching head, and for each text the `most`
-    nearest images. The head's logit for "they match" is added to the cosine of the features, neither scaled, as in BLIP;
-    what was not judged comes last. A pair near in both directions is judged once. Image tokens are computed anew for
-    each call, so that none are stored; what grows with the data set are a few matrices [images, texts], 4 bytes an entry.
+    For each image the matching head scores the k texts nearest by features, and for each text the k nearest images. The
+    head's logit for "they match" is added to the cosine of the features, neither scaled, as in BLIP. Pairs without a score
+    rank last. A pair that is near in both directions is scored once. Image tokens are computed in each call and not
+    stored; memory grows by a few matrices [images, texts] of 4 bytes an entry.
 
-    encode      captions to `input_ids` and `attention_mask`
-    records     those that have features, in the order of the similarity's rows
-    similarity  [images, texts]; text_to_image [texts], the row of each text's image
+    Attributes:
+        encode: Captions to `input_ids` and `attention_mask`.
+        records: One record an image, in the order of the similarity's rows.
+        similarity: [images, texts].
+        text_to_image: [texts], the index of each text's image.
+        k: How many nearest texts and images are scored.
     """
 
     encode: Callable[[Sequence[str]], tuple[Tensor, ...]]
     records: Sequence[Captioned]
     similarity: Tensor
     text_to_image: Sequence[int]
-    most: int
+    k: int
 
     @property
     def fingerprint(self) -> str:
-        """Of the similarity, which says what is judged: for whoever goes on with a second stage."""
+        """The digest of the similarity, which determines the pairs; a stopped second stage resumes only on the same one."""
         return hashlib.blake2b(self.similarity.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
     def pairs(self) -> list[Pairs]:
-        """What is to be judged, image after image."""
+        """The pairs to score, image after image."""
         wanted = torch.zeros_like(self.similarity, dtype=torch.bool)
 
-        def note(images: Tensor, texts: Tensor) -> Tensor:
+        def mark(images: Tensor, texts: Tensor) -> Tensor:
             wanted[images, texts] = True
             return torch.zeros(len(images))
 
-        rerank(self.similarity, note, self.most)  # asks for the very pairs that `score` will ask for
+        rerank(self.similarity, mark, self.k)  # asks for the same pairs as `score`
         found: list[Pairs] = []
         for row, record in enumerate(self.records):
-            for texts in wanted[row].nonzero().squeeze(1).split(_TOGETHER):
+            for texts in wanted[row].nonzero().squeeze(1).split(_TEXTS_PER_CALL):
                 found.append(Pairs(len(found), record.images, row, texts))
         return found
 
@@ -77,7 +85,7 @@ class Matching:
     def predict(
         self, model: Any, records: Sequence[Pairs], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
-        """As of `Task`, for one image at a time or images with equally many texts."""
+        """As of `EvaluationStage`, for one image, or images with equally many texts."""
         each = [record for record in records for _ in record.texts]
         logits = finite(model(images[:, 0], *texts), each, "matching logits")[:, 1]
         logits = logits.split([len(record.texts) for record in records])
@@ -87,11 +95,11 @@ class Matching:
         ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Recalls over all images and texts; pairs that no row has come last, as if they had not been near."""
-        judged = torch.full_like(self.similarity, _UNJUDGED)
+        """Recalls over all images and texts; pairs without a row rank last."""
+        scores = torch.full_like(self.similarity, _UNSCORED)
         for row in rows:
-            judged[row["image"], unpack(row["texts"], torch.int32).long()] = unpack(row["match"])
-        by_image, by_text = rerank(self.similarity, lambda images, texts: judged[images, texts], self.most)
+            scores[row["image"], unpack(row["texts"], torch.int32).long()] = unpack(row["match"])
+        by_image, by_text = rerank(self.similarity, lambda images, texts: scores[images, texts], self.k)
         return metrics.recalls(by_image, self.text_to_image, by_text=by_text)
 
     @cached_property
@@ -99,30 +107,38 @@ class Matching:
         return [text for record in self.records for text in record.captions]
 
 
-def rerank(similarity: Tensor, match: Match, most: int = 256) -> tuple[Tensor, Tensor]:
-    """BLIP's second stage: the nearest of each image and of each text, judged again by a model that sees both.
+def rerank(similarity: Tensor, match: Match, k: int = 256) -> tuple[Tensor, Tensor]:
+    """Add a matching score to the nearest pairs of each image and of each text, as in BLIP's second stage.
 
-    similarity [images, texts]; match(rows of images, rows of texts) -> [pairs], added to the similarity; most: how many
-    nearest are judged (BLIP: 256 on COCO, 128 on Flickr30k). Returns what ranks texts for an image and what ranks images
-    for a text, both [images, texts], for `metrics.recalls(first, text_to_image, by_text=second)`; pairs not judged come last.
-    ValueError for similarities, and FloatingPointError for matches, that are NaN or infinite.
+    Args:
+        similarity: [images, texts].
+        match: Indices of images and of texts, [pairs] each, to scores [pairs], which are added to the similarity.
+        k: How many nearest texts and images are scored; BLIP: 256 on COCO, 128 on Flickr30k.
+
+    Returns:
+        What ranks texts for an image, and what ranks images for a text, both [images, texts], for
+        `metrics.recalls(first, text_to_image, by_text=second)`. Pairs without a score rank last.
+
+    Raises:
+        ValueError: If similarities are NaN or infinite.
+        FloatingPointError: If scores are NaN or infinite.
     """
     if not similarity.isfinite().all():
         raise ValueError("similarity holds NaN or infinity, and nothing can be ranked by it: check the features")
 
-    def turned(texts: Tensor, images: Tensor) -> Tensor:
+    def transposed(texts: Tensor, images: Tensor) -> Tensor:
         return match(images, texts)
 
-    return _judged(similarity, match, most), _judged(similarity.T, turned, most).T
+    return _rescored(similarity, match, k), _rescored(similarity.T, transposed, k).T
 
 
-def _judged(similarity: Tensor, match: Match, most: int) -> Tensor:
-    """The best of each row [rows, columns], judged; last of all the others."""
-    result = torch.full_like(similarity, _UNJUDGED)
+def _rescored(similarity: Tensor, match: Match, k: int) -> Tensor:
+    """The k best of each row [rows, columns] with their scores added; the others rank last."""
+    result = torch.full_like(similarity, _UNSCORED)
     for row, scores in enumerate(similarity):
-        best, columns = scores.topk(min(most, len(scores)))
-        judged = best + match(torch.full_like(columns, row), columns)
-        if not judged.isfinite().all():
+        best, columns = scores.topk(min(k, len(scores)))
+        rescored = best + match(torch.full_like(columns, row), columns)
+        if not rescored.isfinite().all():
             raise FloatingPointError(f"a match in row {row} is NaN or infinite, and nothing can be ranked by it")
-        result[row, columns] = judged
+        result[row, columns] = rescored
     return result

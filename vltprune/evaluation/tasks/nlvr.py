@@ -1,4 +1,4 @@
-"""NLVR2, and synthetic pairs like it: is a sentence true of two images?"""
+"""NLVR2 and synthetic NLVR: is a sentence true of two images?"""
 
 from __future__ import annotations
 
@@ -17,22 +17,30 @@ from .. import metrics
 from .base import DEFAULTS, Images, Options, Tokenizer, dense, finite, one_folder, tokenizer_for
 
 SYNTHETIC, _PAIRS = "synthetic:", 1800
-_WORDS = 40  # what BLIP cuts NLVR2's sentences at
+_WORDS = 40  # BLIP truncates NLVR2's sentences to this
 
 
 @tasks.register("nlvr")
 @dataclass(frozen=True)
 class Nlvr:
-    """Accuracy of true and false, by the models whose call gives those two logits (BlipNlvr)."""
+    """Accuracy of true and false, for models that return two logits for two images and a sentence (`BlipNlvr`)."""
 
     tokenizer: Tokenizer
 
     @staticmethod
     def load_records(data: str, images: Images, strict: bool = False) -> Sequence[Statement]:
-        """An annotation file of NLVR2, or drawn pairs, which need no `images`: "synthetic:SPLIT", the first 1,800, or
-        "synthetic:SPLIT:PAIRS", "synthetic:SPLIT:PAIRSxSENTENCES". ValueError for another form."""
+        """Load an annotation file of NLVR2, or synthetic NLVR, which needs no `images`.
+
+        Args:
+            data: A file, "synthetic:SPLIT" for 1,800 pairs, "synthetic:SPLIT:PAIRS" or "synthetic:SPLIT:PAIRSxSENTENCES".
+            images: The folder that the file's image paths begin in.
+            strict: Whether an entry that cannot be parsed is a ValueError; otherwise it is skipped.
+
+        Raises:
+            ValueError: If the address of synthetic NLVR has another form.
+        """
         if data.startswith(SYNTHETIC):
-            return _drawn(data)
+            return _synthetic(data)
         return nlvr2(data, one_folder(images), strict=strict)
 
     parse_entry = staticmethod(parse_statement)
@@ -60,9 +68,9 @@ class Nlvr:
         return {"accuracy": metrics.accuracy([row["probability"] for row in rows], [row["label"] for row in rows])}
 
 
-def _drawn(data: str) -> SyntheticNLVR:
-    found = re.fullmatch(rf"{SYNTHETIC}(\w+)(?::(\d+)(?:x(\d+))?)?", data)
-    if found is None:
+def _synthetic(data: str) -> SyntheticNLVR:
+    match = re.fullmatch(rf"{SYNTHETIC}(\w+)(?::(\d+)(?:x(\d+))?)?", data)
+    if match is None:
         raise ValueError(f"{data!r}: write synthetic:SPLIT, such as synthetic:test, or synthetic:train:16000x8")
-    split, pairs, sentences = found.groups()
+    split, pairs, sentences = match.groups()
     return SyntheticNLVR(split, int(pairs or _PAIRS), sentences=int(sentences or 1))

@@ -1,4 +1,4 @@
-"""Image-text retrieval: texts for an image and images for a text, among all of a data set."""
+"""Image-text retrieval in both directions, among all images and texts of a data set."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from .matching import Matching
 @tasks.register("retrieval")
 @dataclass(frozen=True)
 class Retrieval:
-    """Recall in both directions, by features of the two towers alone; each is run once a record.
+    """Recall in both directions by the features of the two towers, each run once a record.
 
-    Records of one image, as in files with an entry a caption, are one image with all their captions.
+    Records of one image, as in files with an entry a caption, count as one image with all their captions. For open_clip's
+    models, and for BLIP's that have `image_features` and `text_features` of one length.
 
-    For open_clip's models, and for BLIP's that have `image_features` and `text_features` of one length. has_head: the
-    model also judges pairs, and `matching` is a second stage for it.
+    Attributes:
+        encode: Captions to the text inputs of the model.
+        image_features: The model and images [batch, 3, height, width] to features [batch, width].
+        text_features: The model and its text inputs to features [texts, width].
+        has_head: Whether the model also scores pairs, so that `matching` is a second stage for it.
     """
 
     encode: Callable[[Sequence[str]], tuple[Tensor, ...]]
@@ -66,27 +70,33 @@ class Retrieval:
     ) -> list[dict[str, Any]]:
         counts = [len(record.captions) for record in records]
         each = [record for record in records for _ in record.captions]
-        seen = finite(self.image_features(model, images[:, 0]), records, "image features")
-        read = finite(self.text_features(model, *texts), each, "text features").split(counts)
+        image = finite(self.image_features(model, images[:, 0]), records, "image features")
+        text = finite(self.text_features(model, *texts), each, "text features").split(counts)
         return [
             {"image_name": record.image_name, "image": pack(one.float()), "texts": [*map(pack, some.float())]}
-            for record, one, some in zip(records, seen, read, strict=True)
+            for record, one, some in zip(records, image, text, strict=True)
         ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         return metrics.recalls(*_similarity(rows))
 
-    def matching(self, records: Sequence[Captioned], rows: Sequence[Mapping[str, Any]], most: int) -> Matching:
-        """The second stage, over all rows but those that were skipped: `most` of each image and of each text are judged."""
+    def matching(self, records: Sequence[Captioned], rows: Sequence[Mapping[str, Any]], k: int) -> Matching:
+        """The second stage, over all rows that were not skipped.
+
+        Args:
+            records: The records of the first stage.
+            rows: Its rows.
+            k: How many nearest texts of each image, and images of each text, are scored again.
+        """
         answered = [row for row in rows if "skipped" not in row]
         by_index = {record.index: record for record in records}
         groups = [[by_index[row["index"]] for row in group] for group in _by_image(answered)]
         merged = [replace(group[0], captions=tuple(text for r in group for text in r.captions)) for group in groups]
-        return Matching(self.encode, merged, *_similarity(answered), most)
+        return Matching(self.encode, merged, *_similarity(answered), k)
 
 
 def _tokenizer(recipe: Recipe) -> Callable[[list[str]], Tensor]:
-    """open_clip's own, of the architecture that a model was built by, and as long as its text tower reads."""
+    """open_clip's tokenizer of a model's architecture and context length."""
     if recipe.backbone == CONFIGURED:
         return importlib.import_module("vltprune.models.clip").build_tokenizer(recipe.model_args["text_cfg"])
     length = recipe.model_args.get("force_context_length")
@@ -95,16 +105,16 @@ def _tokenizer(recipe: Recipe) -> Callable[[list[str]], Tensor]:
 
 
 def _similarity(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, list[int]]:
-    """Cosines [images, texts], and the row of each text's image; images in the order that they first come in."""
+    """Cosines [images, texts], and the index of each text's image; images in the order of their first rows."""
     groups = _by_image(rows)
     images = torch.stack([unpack(group[0]["image"]) for group in groups])
     texts = [[text for row in group for text in row["texts"]] for group in groups]
-    read = torch.stack([unpack(text) for some in texts for text in some])
-    return images @ read.T, [i for i, some in enumerate(texts) for _ in some]
+    text_features = torch.stack([unpack(text) for some in texts for text in some])
+    return images @ text_features.T, [i for i, some in enumerate(texts) for _ in some]
 
 
 def _by_image(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The rows of each image, images in the order that they first come in."""
+    """The rows of each image, in the order of the images' first rows."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["image_name"], []).append(row)

@@ -19,16 +19,22 @@ from .base import DEFAULTS, LONGEST, Images, Options, Tokenizer, dense, number, 
 @tasks.register("vqa")
 @dataclass(frozen=True)
 class Vqa:
-    """Answers by `rank` among a list (BLIP's way), or by `generate` in free words, from the models that have both.
+    """Answers ranked from a list, as in BLIP, or generated, for models that have `rank` and `generate` (`BlipVqa`).
 
-    Scored by VQA accuracy where answers are several people's, by sets where they belong together; where they are held
-    back there is nothing to score, and `submission` is what VQA's server scores.
+    Scores are VQA accuracy where several people answered, and exact match and overlap where the answers form a set. Withheld
+    answers give no score; `submission` is what VQA's server scores.
+
+    Attributes:
+        tokenizer: The tokenizer of questions.
+        answer_tokenizer: The tokenizer of answers.
+        answers: The answers to rank; empty to generate answers.
+        answer_inputs: Their input_ids and attention_mask, both [answers, length].
     """
 
     tokenizer: Tokenizer
     answer_tokenizer: Tokenizer
     answers: tuple[str, ...] = ()
-    choice: tuple[Tensor, ...] = ()  # their input_ids and attention_mask [answers, length]
+    answer_inputs: tuple[Tensor, ...] = ()
 
     @staticmethod
     def load_records(data: str, images: Images, strict: bool = False) -> Sequence[Question]:
@@ -55,19 +61,19 @@ class Vqa:
         self, model: Any, records: Sequence[Question], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
         if self.answers:
-            best, _ = model.rank(images[:, 0], *texts, *(one.to(images.device) for one in self.choice))
-            said = [self.answers[place] for place in best[:, 0].tolist()]
+            best, _ = model.rank(images[:, 0], *texts, *(one.to(images.device) for one in self.answer_inputs))
+            predictions = [self.answers[index] for index in best[:, 0].tolist()]
         else:
-            said = self.tokenizer.decode(model.generate(images[:, 0], *texts))
+            predictions = self.tokenizer.decode(model.generate(images[:, 0], *texts))
         return [
             {
                 "id": record.id,
                 "original_id": record.original_id,
-                "answer": one,
+                "answer": prediction,
                 "answers": list(record.answers),
                 "is_answer_set": record.is_answer_set,
             }
-            for one, record in zip(said, records, strict=True)
+            for prediction, record in zip(predictions, records, strict=True)
         ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -78,11 +84,11 @@ class Vqa:
         return scores | {name: sum(one[name] for one in sets) / len(sets) for name in (sets[0] if sets else ())}
 
     def submission(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """VQA's form: `question_id`, as the annotations have it, and `answer`, of each question."""
+        """VQA's results format: `question_id`, as the annotations have it, and `answer`, of each question."""
         return [{"question_id": _question_id(row), "answer": row["answer"]} for row in rows]
 
 
 def _question_id(row: Mapping[str, Any]) -> str | int | float:
-    """As the annotations have it; the question's place in them where they have none."""
+    """The identifier of the annotations; without one, the question's index in them."""
     original_id = row.get("original_id")
     return number(row["id"]) if original_id is None else original_id
