@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
         return _answer(self, records, images)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator.Evaluator, "_answer", interrupted)
+        patch.setattr(evaluator.Evaluator, "_predict", interrupted)
         assert cli.main(nlvr(stopped, "--limit", "6", "--batch-size", "2")) == 130
     assert len(rows(stopped)) == 4
     assert cli.main(nlvr(stopped, "--limit", "6", "--batch-size", "2")) == 0
