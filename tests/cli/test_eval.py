@@ -73,11 +73,11 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     assert cli.main(nlvr(whole, "--limit", "6", "--batch-size", "2")) == 0
     answered = []
 
-    def interrupted(self, records, images, _answer=evaluator.Evaluator._answer):
+    def interrupted(self, records, images, _predict=evaluator.Evaluator._predict):
         if len(answered) == 2:
             raise KeyboardInterrupt
         answered.append(records)
-        return _answer(self, records, images)
+        return _predict(self, records, images)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluator.Evaluator, "_predict", interrupted)

@@ -201,7 +201,7 @@ def test_a_finished_run_makes_its_page_anew(runs, finished, monkeypatch):
     settings, folder = finished
     rows = json.loads((folder / "results.json").read_text())
     monkeypatch.setattr(
-        final_evaluation.Evaluator, "_answer", lambda *given: pytest.fail("no record is answered again")
+        final_evaluation.Evaluator, "_predict", lambda *given: pytest.fail("no record is answered again")
     )
     again = compress(settings, folder)
     assert again.page.read_text() == page
