@@ -19,7 +19,7 @@ def test_blip_squeezes_the_whole_picture_and_normalizes_as_clip():
     assert white.shape == (3, 32, 32)
     torch.testing.assert_close(white[:, 5, 7], torch.tensor([1.9303, 2.0749, 2.1459]), atol=1e-4, rtol=0)
     squeezed = PICTURE.resize((32, 32), Image.Resampling.BICUBIC)
-    assert (np.asarray(prepare.seen(prepare(PICTURE))) == np.asarray(squeezed)).all()
+    assert (np.asarray(prepare.to_image(prepare(PICTURE))) == np.asarray(squeezed)).all()
 
 
 @pytest.mark.parametrize("name", ["blip_nlvr_tiny", "blip_nlvr_tiny_madtp"])

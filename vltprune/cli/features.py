@@ -211,7 +211,7 @@ class Results:
             self.features.append(feature.cpu().contiguous().clone())
             self.kept.append([column[i] for column in lengths])
             if len(self.files) < self.draw:
-                strip = kept_tokens.layer_strip(self.preprocessing.seen(images[i]), trace, i, side=160)
+                strip = kept_tokens.layer_strip(self.preprocessing.to_image(images[i]), trace, i, side=160)
                 kept_tokens.stack_strips([strip], [file.name]).save(self.drawn / self.names[file])
             self.files.append(file)
         self.macs += cost.towers["image"].sum(0).tolist()

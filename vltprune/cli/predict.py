@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{str(chance > 0.5).lower()}  (probability of true: {chance:.1%})")
     _print_cost(model, traces)
     with replacing(output) as part:
-        _draw([prepare.seen(image) for image in pair], traces, question.sentence, chance).save(part)
+        _draw([prepare.to_image(image) for image in pair], traces, question.sentence, chance).save(part)
     print(f"wrote {output}")
     if args.sample:
         left, right = output.parent / _LEFT, output.parent / _RIGHT

@@ -63,7 +63,7 @@ def calibrate(
         batches: a DataLoader or a list of batches, held in memory and run about ten times, at most 30. A batch is a tensor, a
             tuple or list of positional inputs, or a mapping of named inputs; tensors are moved to the model's device and
             floating-point type. A function is called with the model, for another method than its call.
-        reduction: share of the dense MACs to save, in (0, 1), such as 0.5 or {"image": 0.5, "text": 0.3}. Dense MACs are
+        reduction: fraction of the dense MACs to save, in (0, 1), such as 0.5 or {"image": 0.5, "text": 0.3}. Dense MACs are
             those on the tokens that are there, without padding.
         tolerance: relative to the MACs that are to remain.
         inputs: which part of a batch the model takes, where it holds more, such as labels: a position (0), a key
@@ -113,8 +113,8 @@ def check_targets(model: nn.Module, reduction: float | Mapping[str, float]) -> N
     """
     towers = get_pruning(model).towers
     by_tower = dict(reduction) if isinstance(reduction, Mapping) else {}
-    for share in by_tower.values() if by_tower else (reduction,):
-        if isinstance(share, (bool, Mapping)) or not 0 < share < 1:
+    for target in by_tower.values() if by_tower else (reduction,):
+        if isinstance(target, (bool, Mapping)) or not 0 < target < 1:
             raise ValueError(
                 f"reduction={reduction} must lie between 0 and 1: the fraction of the dense MACs to save"
                 + (", for each tower; leave a tower out to leave it as it is" if by_tower else "")
@@ -170,7 +170,7 @@ class _Search:
         return found.value if self.tower is None else found.towers[self.tower].value
 
     def saved(self, found: Calibration) -> float:
-        """The share that was saved of the MACs that the target is of."""
+        """The fraction that was saved of the MACs that the target is of."""
         if self.tower is None:
             return found.reduction
         if self.tower not in found.towers:
@@ -178,9 +178,9 @@ class _Search:
         return found.towers[self.tower].reduction
 
     def find(self, reduction: float, tolerance: float) -> Calibration:
-        """The value that meets the target. What is saved need not rise or fall all the way: any crossing will do.
+        """The value that meets the target, by bisection. Savings need not be monotonic: any crossing will do.
 
-        A share of the dense MACs that were measured with each value: a decoder says other words with other tokens.
+        They are relative to the dense MACs measured with the same value: a decoder generates other words from other tokens.
         """
         tried = [self.measure(self.knob.value_at(0.0)), self.measure(self.knob.value_at(1.0))]
         starts_below = self.saved(tried[0]) > reduction

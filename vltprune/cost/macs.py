@@ -10,7 +10,8 @@ A dense model also computes on the padding of its texts, which a pruned one skip
 saves is a fraction of what the dense model spends on the tokens that are there.
 
 A decoder behind the towers, of captions or answers, is counted by what it did: all tokens that it was given or generated, and
-all beams, the memory and the sentences as padded as they were. It is not pruned, but pays less where less is left to look at.
+all beams, the memory and the sentences as padded as they were. It is not pruned, but costs less where fewer tokens remain to
+look at.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class _TowerMeter:
         before = token_counts(trace.input_tokens.layout)
         rows = [self._embedding_macs(trace)]
         for block, layer, block_input in zip(self.blocks, trace.layers, trace.block_inputs, strict=True):
-            after = _tokens_left(layer, before)
+            after = _tokens_after(layer, before)
             rows.append(block.pruned(before, after, Memory.from_block_input(block_input, len(before)), layer))
             before = after
         return torch.stack([*rows, self._head_macs(before)])
@@ -183,8 +184,8 @@ def _padded_lengths(trace: PruneTrace) -> Tensor:
     return lengths if padded is None else torch.full_like(lengths, padded)
 
 
-def _tokens_left(layer: LayerTrace, like: Tensor) -> Tensor:
-    """Tokens of each instance that left a block, [batch]; where some are there in part, as many as may be expected."""
+def _tokens_after(layer: LayerTrace, like: Tensor) -> Tensor:
+    """Tokens of each instance behind a block, [batch]; in soft training, the expected number."""
     if layer.expected is not None:
         return layer.expected
     return precision.float_tensor(layer.lengths, like.device)

@@ -36,7 +36,7 @@ def prune(
     Args:
         model: a tower (timm's VisionTransformer or Eva, open_clip's VisionTransformer, TextTransformer, TimmModel or
             HFTextEncoder, an encoder of transformers, our BlipVision or MedEncoder), or a composite of two (CLIP of open_clip;
-            CLIP, SigLIP or BLIP of transformers; our Blip models), whose towers then share one guide. docs/supported.md
+            CLIP, SigLIP or BLIP of transformers; our Blip models), whose towers then have one guide. docs/supported.md
             lists them all. It is unchanged, and shares its weights with the result.
         preset: the name of a preset, or a PruneConfig; required.
         reduction: fraction of the dense MACs to save, in (0, 1), or a mapping from tower to a fraction of its own. An untrained

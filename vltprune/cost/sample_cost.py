@@ -106,10 +106,10 @@ class SampleCostMeter:
     def _kept(self, trace: PruneTrace, texts: Sequence[int]) -> Tensor:
         """[records, 1 + depths]"""
         hard = [precision.float_tensor(step.lengths, torch.device("cpu")) for step in trace.layers]
-        left = [
+        behind = [
             one if s.expected is None else s.expected.detach().cpu() for s, one in zip(trace.layers, hard, strict=True)
         ]
-        lengths = torch.stack([precision.float_tensor(trace.input_tokens.layout.lengths, torch.device("cpu")), *left])
+        lengths = torch.stack([precision.float_tensor(trace.input_tokens.layout.lengths, torch.device("cpu")), *behind])
         return _means(lengths, _sizes(trace.tower, lengths.shape[-1], texts)).T
 
 

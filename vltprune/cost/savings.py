@@ -156,9 +156,9 @@ class Calibration:
         return note_on_towers(self.saving_by_tower, reductions, self.reduction)
 
     def __str__(self) -> str:
-        own = self.value is None
+        by_tower = self.value is None
         towers = [
-            f"{name} {format_change(tower.macs, tower.dense_macs)}{_setting(tower.knob, tower.value) if own else ''}"
+            f"{name} {format_change(tower.macs, tower.dense_macs)}{_setting(tower.knob, tower.value) if by_tower else ''}"
             for name, tower in self.towers.items()
         ]
         change = f"{format_change(self.macs, self.dense_macs)} MACs{_setting(self.knob, self.value)}"

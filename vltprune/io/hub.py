@@ -1,4 +1,4 @@
-"""Whole models from folders and from the hub: what create_model and checkpoint do together."""
+"""load, from_pretrained and push_to_hub: whole models from folders and from the Hugging Face hub, and onto it."""
 
 from __future__ import annotations
 
@@ -121,10 +121,19 @@ def _as_written(value: Any) -> Any:
 def from_pretrained(
     name: str | Path, *, revision: str | None = None, cache_dir: str | None = None, **overrides: Unpack[Parts]
 ) -> PrunedModel:
-    """A model from a local folder, or from the hub: "hf-hub:org/name" (the prefix may be left out).
+    """Load a model from a local folder or from the Hugging Face hub.
 
-    Downloads go through huggingface_hub and its cache; offline, what the cache holds is used. Raises CheckpointError as
-    `load`, and for a repository that is neither there nor cached.
+    Args:
+        name: a folder, or "hf-hub:org/name" (the prefix may be left out).
+        revision: branch, tag or commit of the repository.
+        cache_dir: of huggingface_hub; offline, what it holds is used.
+        **overrides: parts of the pruning, as `load` takes them.
+
+    Returns:
+        The model, in evaluation mode, as `load` returns it.
+
+    Raises:
+        CheckpointError: as `load`, and for a repository that is neither on the hub nor cached.
     """
     text = str(name).removeprefix(_HUB)
     if Path(text).is_dir():
@@ -144,15 +153,25 @@ def from_pretrained(
 
 
 def push_to_hub(model: nn.Module, repo_id: str, *, private: bool = False, token: str | None = None, **how: Any) -> str:
-    """Save a model and upload it as repo_id ("org/name"); `how` goes to `save`. Returns the address of the commit.
+    """Save a model and upload it to the Hugging Face hub.
 
-    A pruned model of transformers is written by its own `save_pretrained`, which gets `how`.
+    Args:
+        model: a dense or pruned model.
+        repo_id: "org/name"; is made where it does not exist.
+        private: whether a new repository is private.
+        token: of huggingface_hub; None is the one that is logged in.
+        **how: arguments of `save`, or of `save_pretrained`, which writes a pruned model of transformers.
+
+    Returns:
+        The address of the commit.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        own = getattr(unwrapped(model), "save_pretrained", None) if find_pruning(model) is not None else None
-        own(folder, **how) if callable(own) else save(model, folder, **how)
+        save_pretrained = (
+            getattr(unwrapped(model), "save_pretrained", None) if find_pruning(model) is not None else None
+        )
+        save_pretrained(folder, **how) if callable(save_pretrained) else save(model, folder, **how)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))

@@ -17,7 +17,7 @@ from ..registry import bind
 
 _FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PRUNING_FILE = "vltprune.json"  # how a model is pruned, beside the files of the library that it is of
+PRUNING_FILE = "vltprune.json"  # how a model is pruned, in a folder that another library wrote
 IN_ARGUMENTS = "vltprune"  # how a model is pruned, among the arguments that timm writes for a model
 BACKUP = f".old.{WEIGHTS}"  # the weights before, while both files are replaced
 DIGEST = "config"  # where the weights say which config they were saved with

@@ -1,4 +1,4 @@
-"""How a model wants its pictures: each library's own evaluation transform, behind one face."""
+"""Preprocessing: the evaluation transform of a model of timm, open_clip or this library."""
 
 from __future__ import annotations
 
@@ -22,41 +22,52 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """An RGB picture to a normalized image [3, height, width]. mean, std [3]: what it is normalized by."""
+    """A transform from an RGB image to normalized pixels [3, height, width].
+
+    Attributes:
+        transform: from the image to the pixels.
+        mean, std: [3], which pixels in 0 .. 1 are normalized by.
+    """
 
     transform: Transform
     mean: Tensor
     std: Tensor
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return self.transform(picture)
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.transform(image)
 
-    def seen(self, image: Tensor) -> Image.Image:
-        """What a model saw: image [3, height, width] back as a picture."""
-        pixels = (image.cpu() * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1) * 255
+    def to_image(self, normalized: Tensor) -> Image.Image:
+        """The inverse of the normalization: pixels [3, height, width] as an RGB image."""
+        pixels = (normalized.cpu() * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1) * 255
         return Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())
 
 
 @dataclass(frozen=True)
 class _Squeezed:
-    """The whole picture at a model's width and height, by bicubic interpolation, normalized."""
+    """Transform of BLIP: the whole image at a model's width and height, by bicubic interpolation, normalized."""
 
     size: tuple[int, int]
     mean: Sequence[float]
     std: Sequence[float]
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        pixels = np.asarray(picture.resize(self.size, Image.Resampling.BICUBIC), np.float32) / 255
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = np.asarray(image.resize(self.size, Image.Resampling.BICUBIC), np.float32) / 255
         normalized = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return torch.from_numpy(normalized).permute(2, 0, 1).contiguous()
 
 
 def transforms(model: nn.Module) -> Preprocessing:
-    """The evaluation transform that a model was trained for, dense or pruned, of timm, open_clip or this library.
+    """The evaluation transform that a model was trained for.
 
-    timm's and open_clip's models say themselves what they want. BLIP's takes the whole picture, squeezed to the model's
-    size by bicubic interpolation, normalized as CLIP's; a backbone of ours that was trained on other pixels is known by
-    the name that `create_model` built it by. TypeError for a model that takes no images.
+    timm's and open_clip's models hold their own. BLIP's takes the whole image, squeezed to the model's size by bicubic
+    interpolation, normalized as CLIP's; a backbone of this library that was trained on other pixels is known by the name that
+    `create_model` built it from.
+
+    Args:
+        model: a dense or pruned model of timm, open_clip or this library.
+
+    Raises:
+        TypeError: for a model that takes no images.
     """
     host = dense_model(model)
     composite = find_composite(host)
@@ -68,7 +79,9 @@ def transforms(model: nn.Module) -> Preprocessing:
         return _own(tower, host)
     if hasattr(tower, "patch_embed"):
         return _timm(tower)
-    raise TypeError(f"a {type(host).__name__} does not say how it wants its pictures: give a model that takes images")
+    raise TypeError(
+        f"a {type(host).__name__} does not say how its images are preprocessed: give a model that takes images"
+    )
 
 
 def image_size(tower: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How `create_model` built a dense model, and whether the model still is what that gives."""
+"""Recipe: the name and arguments that `create_model` built a dense model from, and checks that they still build it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ _MOST = 8  # names in a message
 
 @dataclass(frozen=True)
 class Recipe:
-    """How `create_model` built a dense model: what a checkpoint needs to build it again.
+    """The name and arguments that `create_model` built a dense model from, as a checkpoint needs them to build it again.
 
-    built: what the model then was made of; build(backbone, **model_args) builds another. Both are None where nobody compares.
+    Attributes:
+        backbone: the dense model's name; empty for a model that `create_model` did not build.
+        model_args: arguments of `create_model` besides.
+        built: the structure of the model when it was built; None where nobody compares.
+        build: build(backbone, **model_args) builds another such model; None where nobody compares.
     """
 
     backbone: str
@@ -34,7 +38,10 @@ def recipe_of(model: nn.Module) -> Recipe:
     """The recipe of a dense model as it is now; an empty one for a model that `create_model` did not build.
 
     What was exchanged after building, and is an argument of the model, becomes one: a new number of classes, another pooling
-    or image size of timm's models, another preprocessing of open_clip's. Raises ValueError, naming it, for anything else.
+    or image size of timm's models, another preprocessing of open_clip's.
+
+    Raises:
+        ValueError: for any other change, which it names.
     """
     recipe: Any = getattr(model, "recipe", None)
     if recipe is None:
@@ -69,8 +76,8 @@ def _arguments(recipe: Recipe, model: Any) -> Iterator[dict[str, Any]]:
             changed["pretrained_cfg_overlay"] = {**(args.get("pretrained_cfg_overlay") or {}), **overlay}
         norm = not isinstance(getattr(model, "fc_norm", None), nn.Identity)
         for more in ({}, {"patch_size": patch and patch[0]}):
-            for placed in ({}, {"fc_norm": norm}, {"use_fc_norm": norm}):  # of VisionTransformer, of Eva
-                yield {**args, **changed, **more, **placed}
+            for norms in ({}, {"fc_norm": norm}, {"use_fc_norm": norm}):  # of VisionTransformer, of Eva
+                yield {**args, **changed, **more, **norms}
     preprocess = getattr(getattr(model, "visual", None), "preprocess_cfg", None)
     if preprocess is not None:  # of open_clip
         for name in ("force_preprocess_cfg", "preprocess_cfg"):
@@ -103,7 +110,7 @@ def _built(recipe: Recipe, arguments: dict[str, Any]) -> nn.Module:
 
 
 def check_shared(model: nn.Module, record: Any) -> None:
-    """ValueError where a pruned model no longer shares a part with its dense host, which is what is saved."""
+    """Raise ValueError where a pruned model no longer shares a part with its dense model, which is what is saved."""
     host = record.host
     if model is host or not any(tower is not model for tower in record.towers.values()):
         return
@@ -123,7 +130,12 @@ def check_shared(model: nn.Module, record: Any) -> None:
 
 
 def check_whole(model: nn.Module, adapters: bool = True) -> None:
-    """ValueError, with what to write, for weights that FSDP shards and, if `adapters`, of peft: `load` builds neither."""
+    """Raise ValueError, with what to write, for weights that FSDP shards, and for adapters of peft: `load` builds neither.
+
+    Args:
+        model: that is to be saved.
+        adapters: whether to look for adapters.
+    """
     for name, module in model.named_modules():
         if is_sharded(module):
             raise ValueError(

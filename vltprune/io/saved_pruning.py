@@ -93,5 +93,5 @@ def _modules(config: PruneConfig) -> dict[str, str] | None:
         for kind, registry in kinds.items()
         for part in config.parts(kind)
     }
-    own = {part: module for part, module in found.items() if module.partition(".")[0] != "vltprune"}
-    return own or None
+    foreign = {part: module for part, module in found.items() if module.partition(".")[0] != "vltprune"}
+    return foreign or None

@@ -78,7 +78,7 @@ def _looked(
         task.predict(model, [record], images[None].to(device), tuple(text.to(device) for text in texts))
     towers = {trace.tower: trace for trace in traces}
 
-    seen = [prepare.seen(image) for image in images]
+    seen = [prepare.to_image(image) for image in images]
     film = kept_tokens.record_strip(seen, towers["image"]) if "image" in towers else None
     return film, _words(task, towers["text"], texts) if "text" in towers else []
 
