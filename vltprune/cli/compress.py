@@ -19,7 +19,9 @@ _FIELDS = ("task", "model", "pretrained", "data", "images", "val", "val_images",
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "compress", parents=parents, help="train a pruned model to a cost; goes on where it was stopped"
+        "compress",
+        parents=parents,
+        help="train a pruned model to a cost; the same command goes on where it was stopped",
     )
     parser.add_argument(
         "--config", type=options.file, metavar="FILE", help="a YAML or JSON file of fields; what is given here wins"
@@ -28,10 +30,17 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser.add_argument("--model", help=f"the dense model: {common.MODEL}")
     common.add_pretrained(parser)
     parser.add_argument("--data", metavar="FILE", help="annotations or shards to train on, or synthetic:train:16000x8")
-    parser.add_argument("--images", metavar="DIR", help="the folder that their paths begin in (their own)")
-    parser.add_argument("--val", metavar="FILE", help="annotations that everything is chosen on; never the test split")
-    parser.add_argument("--val-images", metavar="DIR", help="the folder that those paths begin in (--images)")
-    parser.add_argument("--preset", type=options.preset, metavar="NAME", help="how to prune (madtp)")
+    parser.add_argument("--images", metavar="DIR", help="folder that the paths in --data begin in (its own)")
+    parser.add_argument(
+        "--val", metavar="FILE", help="annotations that the knob is chosen on, and scores are of; never the test split"
+    )
+    parser.add_argument("--val-images", metavar="DIR", help="folder that the paths in --val begin in (--images)")
+    parser.add_argument(
+        "--preset",
+        type=options.preset,
+        metavar="NAME",
+        help="how to prune (madtp; after training madtp_decay answers better)",
+    )
     reduction = "share of the dense MACs to save (0.5), or one of each tower's own: image=0.5,text=0.3"
     parser.add_argument("--reduction", type=options.target, metavar="SHARE", help=reduction)
     precision = "mixed precision (no); Accelerate chooses the device: see `accelerate launch --help`"

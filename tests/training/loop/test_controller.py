@@ -116,59 +116,59 @@ def test_beyond_its_reach_it_begins_where_the_knob_begins_to_matter(monkeypatch,
 
 def test_each_tower_is_steered_by_its_own_saving():
     model = vp.prune(small("blip").model, "madtp", keep={"image": "ratio(ratio=0.9)", "text": "threshold"})
-    turns = CostRotation(model, ({"text": 0.3, "image": 0.5},))
-    (both,) = turns.controllers
+    rotation = CostRotation(model, ({"text": 0.3, "image": 0.5},))
+    (both,) = rotation.controllers
     assert isinstance(both, TowerControllers)
     inputs = small("blip").draw(8)
-    turns.initialize([inputs], {"text": 0.2, "image": 0.4})
+    rotation.initialize([inputs], {"text": 0.2, "image": 0.4})
     cost = vp.count_macs(model, *inputs)
     assert cost.reductions["image"] == pytest.approx(both.towers["image"].saved) == pytest.approx(0.4, abs=0.1)
     assert cost.reductions["text"] == pytest.approx(both.towers["text"].saved) == pytest.approx(0.2, abs=0.1)
 
-    state = turns.state_dict()
+    state = rotation.state_dict()
     image, text = both.towers["image"], both.towers["text"]
     before = both.value
     both.step({"image": 0.4, "text": 0.0}, {"image": 0.4, "text": 0.3})
     assert (image.value, image.control.value) == (before["image"], before["image"])
     assert text.value == text.control.value != before["text"]
     assert {keeper.ratio for keeper in image.control.keepers} == {before["image"]}
-    turns.load_state_dict(state)
-    assert turns.state_dict() == state
+    rotation.load_state_dict(state)
+    assert rotation.state_dict() == state
     assert (image.control.value, text.control.value) == (before["image"], before["text"])
     image.control.set(0.123)
-    turns.apply(0)
+    rotation.apply(0)
     assert image.control.value == before["image"]
 
 
 def test_a_tower_without_a_target_keeps_its_knob():
     model = vp.prune(small("blip").model, "madtp", keep="ratio(ratio=0.9)")
-    turns = CostRotation(model, ({"text": 0.5},))
-    turns.initialize([small("blip").draw(8)], {"text": 0.5})
-    turns.controllers[0].step({"text": 0.0}, {"text": 0.5})
+    rotation = CostRotation(model, ({"text": 0.5},))
+    rotation.initialize([small("blip").draw(8)], {"text": 0.5})
+    rotation.controllers[0].step({"text": 0.0}, {"text": 0.5})
     assert {keeper.ratio for keeper in Controller(model, tower="image").control.keepers} == {0.9}
-    assert turns.controllers[0].value["text"] < 0.9
+    assert rotation.controllers[0].value["text"] < 0.9
 
 
 def test_costs_take_turns_and_each_is_measured_as_often():
     model = vp.prune(small("blip").model, "madtp", keep="ratio(ratio=1.0)")
-    turns = CostRotation(model, (0.8, 0.3, 0.5))
-    assert [turns.index(step) for step in range(8)] == [0, 1, 0, 2, 0, 1, 0, 2]
+    rotation = CostRotation(model, (0.8, 0.3, 0.5))
+    assert [rotation.index(step) for step in range(8)] == [0, 1, 0, 2, 0, 1, 0, 2]
     steps = range(240)
     for place, many in enumerate((120, 60, 60)):
-        assert sum(turns.index(step) == place for step in steps) == many
-        assert sum(turns.is_measured(step, 5) for step in steps if turns.index(step) == place) == many // 5
+        assert sum(rotation.index(step) == place for step in steps) == many
+        assert sum(rotation.is_measured(step, 5) for step in steps if rotation.index(step) == place) == many // 5
 
-    turns.controllers[1].step(0.0, 0.5)
-    low, high = turns.controllers[1].value, turns.controllers[0].value
+    rotation.controllers[1].step(0.0, 0.5)
+    low, high = rotation.controllers[1].value, rotation.controllers[0].value
     assert low < high == 1.0
     for place, value in ((0, high), (1, low), (2, high)):
-        turns.apply(place)
-        assert turns.controllers[0].control.value == value
-    state = turns.state_dict()
-    turns.controllers[2].step(0.0, 0.5)
-    turns.load_state_dict(state)
-    assert turns.state_dict() == state
-    assert turns.controllers[0].control.value == high
+        rotation.apply(place)
+        assert rotation.controllers[0].control.value == value
+    state = rotation.state_dict()
+    rotation.controllers[2].step(0.0, 0.5)
+    rotation.load_state_dict(state)
+    assert rotation.state_dict() == state
+    assert rotation.controllers[0].control.value == high
 
     alone = CostRotation(model, (0.8,))
     assert [alone.index(step) for step in range(3)] == [0, 0, 0]
