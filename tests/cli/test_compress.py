@@ -44,7 +44,7 @@ def test_it_trains_says_what_came_of_it_and_goes_on(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "results.json").read_text())[1]["scores"] == before[1]["scores"]
 
 
-@pytest.mark.filterwarnings("ignore:the nearest cost is examined")  # of texts of few tokens, whose counts jump
+@pytest.mark.filterwarnings("ignore:the nearest cost is evaluated")  # of texts of few tokens, whose counts jump
 def test_a_target_for_each_tower(tmp_path, capsys, fails):
     short = [*SHORT, "--set", "steps=1", "saliency=0.0"]
     assert "names the tower 'vision'; this model has image, text" in fails(

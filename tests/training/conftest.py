@@ -16,7 +16,7 @@ def _fresh_accelerate():
 
 
 @pytest.fixture
-def unexamined(monkeypatch):
+def no_final_evaluation(monkeypatch):
     """What comes behind the last step is another matter: `compress` returns the trained model."""
     from vltprune.training import compression
 

@@ -70,7 +70,7 @@ def _saved(run: Trainer, model: torch.nn.Module, val: Any) -> None:
 
 
 @pytest.fixture
-def unexamined(monkeypatch):
+def no_final_evaluation(monkeypatch):
     monkeypatch.setattr(compression, "finish", _saved)
 
 
@@ -84,7 +84,7 @@ def losses(folder: Path) -> list[list[float]]:
     ("task", "packed", "in_two"),
     [("nlvr", True, by_command), ("caption", False, forked), ("vqa", False, forked), ("retrieval", False, forked)],
 )
-def test_two_processes_learn_as_one(task, packed, in_two, unexamined, tmp_path):
+def test_two_processes_learn_as_one(task, packed, in_two, no_final_evaluation, tmp_path):
     # Taught scores move anchors far and fast, rounding errors with them: the sharded test has them, in its first step.
     settings = config(task, tmp_path / "data", saliency=0.0, **_SETTINGS)
     if packed:
@@ -105,7 +105,9 @@ def test_two_processes_learn_as_one(task, packed, in_two, unexamined, tmp_path):
     assert float((two - one).norm() / way.norm()) < 0.05
 
 
-def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold_them_all(unexamined, tmp_path):
+def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold_them_all(
+    no_final_evaluation, tmp_path
+):
     """And go on where they were stopped."""
     settings = config("nlvr", tmp_path / "data", **{**_SETTINGS, "steps": 2, "checkpoint_every": 1})
     compress(settings, tmp_path / "alone")

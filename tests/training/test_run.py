@@ -25,7 +25,7 @@ from vltprune.training.models import load_dense_model
 timm_host = importlib.import_module("vltprune.hosts.timm")  # `hosts` is also the name of a registry
 
 TASKS = ["nlvr", "caption", "vqa", "retrieval"]
-SHORT = {  # a step without a teacher, of a budget whose knob needs no first search, and two records to examine
+SHORT = {  # a step without a teacher, of a budget whose knob needs no first search, and two records to evaluate
     "parts": {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"},
     "budget": "learned",
     "saliency": 0.0,
@@ -107,7 +107,7 @@ def test_a_dense_model_can_be_trained_first(tmp_path):
 def test_a_cost_out_of_reach_gives_the_nearest(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "ratio", "at": {"text": [1]}}
     settings = config("nlvr", tmp_path / "data", reduction=0.9, serve=[0.8], parts=parts, steps=1, **FEW)
-    with pytest.warns(UserWarning, match=r"the nearest cost is examined and saved: reduction=0\.9 is out of reach"):
+    with pytest.warns(UserWarning, match=r"the nearest cost is evaluated and saved: reduction=0\.9 is out of reach"):
         done = compress(settings, tmp_path / "run")
     assert [row["reduction"] for row in done.rows] == [0.0, 0.9]
     assert 0 < done.rows[-1]["macs_saved"] < 0.5
@@ -116,7 +116,7 @@ def test_a_cost_out_of_reach_gives_the_nearest(tmp_path):
     assert "90% fewer MACs are out of these parts' reach: the nearest, " in html.unescape(done.page.read_text())
 
 
-@pytest.mark.filterwarnings("ignore:the nearest cost is examined")  # of texts of few tokens, whose counts jump
+@pytest.mark.filterwarnings("ignore:the nearest cost is evaluated")  # of texts of few tokens, whose counts jump
 def test_each_tower_is_trained_and_set_to_its_own_target(tmp_path, request):
     asked = {"text": 0.3, "image": 0.4}
     settings = config("retrieval", tmp_path / "data", reduction=asked, ramp=0.0, k_test=0, saliency=0.0)
@@ -141,7 +141,7 @@ def test_each_tower_is_trained_and_set_to_its_own_target(tmp_path, request):
 
     whole = weights(tmp_path / "run")  # and the same again where it was stopped on the way
     shutil.rmtree(tmp_path / "run" / "checkpoints/step_00000004")
-    request.getfixturevalue("unexamined")
+    request.getfixturevalue("no_final_evaluation")
     again = compress(settings, tmp_path / "run").state_dict()
     assert again.keys() == whole.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -158,13 +158,13 @@ def test_a_tower_that_is_left_out_stays_as_its_parts_say(tmp_path):
     assert kept.part("keep", "image").args["ratio"] not in (0.7, 0.75)
 
 
-@pytest.mark.filterwarnings("ignore:the nearest cost is examined")
+@pytest.mark.filterwarnings("ignore:the nearest cost is evaluated")
 def test_a_towers_cost_out_of_reach_gives_the_nearest(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "ratio", "at": {"image": [1], "text": None}}
     asked = {"image": 0.95, "text": 0.3}
     changes = {"reduction": asked, "parts": parts, "steps": 1, "k_test": 0, "saliency": 0.0, "val_limit": 4}
     settings = config("retrieval", tmp_path / "data", **changes)
-    with pytest.warns(UserWarning, match=r"nearest cost is examined and saved: .* of the image tower is out of reach"):
+    with pytest.warns(UserWarning, match=r"nearest cost is evaluated and saved: .* of the image tower is out of reach"):
         done = compress(settings, tmp_path / "run")
     kept = vp.load(tmp_path / "run" / "model").pruning.config
     assert kept.part("keep", "image").args["ratio"] == 0.0
@@ -208,7 +208,7 @@ def test_pictures_that_cannot_be_opened_are_told_of(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # from Python 3.12 on
-def test_workers_change_nothing(unexamined, tmp_path):
+def test_workers_change_nothing(no_final_evaluation, tmp_path):
     settings = config("nlvr", tmp_path / "data", **{**SHORT, "steps": 3, "augment": True})
     (tmp_path / "data" / "0.png").write_bytes(b"no picture")
     alone, by_two = (compress(settings.replace(workers=n), tmp_path / f"run{n}").state_dict() for n in (0, 2))
@@ -250,7 +250,7 @@ def engine_of(settings, folder):
     return trainer_module.Trainer(settings, folder, model, task, records, teacher)
 
 
-def test_a_killed_run_ends_as_one_that_was_not(unexamined, tmp_path):
+def test_a_killed_run_ends_as_one_that_was_not(no_final_evaluation, tmp_path):
     taught = {"distill": 0.5, "saliency": 0.5, "distill_summaries": 0.5}
     changes = {"steps": 9, "checkpoint_every": 2, "augment": True, "serve": [0.2], **taught}
     settings = config("nlvr", tmp_path / "data", **changes)
@@ -299,7 +299,7 @@ def test_losses_that_are_no_number(tmp_path, monkeypatch):
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(unexamined, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(no_final_evaluation, tmp_path, monkeypatch):
     settings = config("nlvr", tmp_path / "data", **{**SHORT, "steps": 4})
     save, full = torch.save, []
 
@@ -336,7 +336,7 @@ def test_a_full_disk_under_sharded_weights_says_so_too(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_cannot_be_used(unexamined, tmp_path):
+def test_folders_that_cannot_be_used(no_final_evaluation, tmp_path):
     settings = config("nlvr", tmp_path / "data", **SHORT)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to the folder .*file"):
@@ -396,7 +396,7 @@ def test_texts_that_cannot_be_read_are_told_of(task, tmp_path):
     assert all(row["records"] >= 7 for row in done.rows)
 
 
-def test_a_run_is_gone_on_with_only_from_the_same_content(unexamined, tmp_path):
+def test_a_run_is_gone_on_with_only_from_the_same_content(no_final_evaluation, tmp_path):
     settings = config("nlvr", tmp_path / "data", **SHORT)
     assert compress(settings, tmp_path / "run") is not None
     assert compress(settings, tmp_path / "run") is not None

@@ -77,7 +77,7 @@ def compress(config: CompressConfig, output: str | Path, extra: ExtraLoss | None
     try:
         return finish(trainer, trained, val)
     except KeyboardInterrupt:
-        where = f"stopped behind the last step, {trainer.steps:,}, while the models were examined"
+        where = f"stopped behind the last step, {trainer.steps:,}, while the models were evaluated"
         raise Stopped(f"{where}; the same command goes on from there") from None
 
 

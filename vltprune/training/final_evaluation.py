@@ -130,7 +130,7 @@ def _calibrate(
         except calibration.BudgetError as error:
             if strict:
                 raise
-            warnings.warn(f"the nearest cost is examined and saved: {error}", stacklevel=2)
+            warnings.warn(f"the nearest cost is evaluated and saved: {error}", stacklevel=2)
             found = error.nearest
             BudgetControl(model, tower).commit(cast(float, found.value))  # each that was tried has one
     # the last was measured with all the others set
@@ -153,7 +153,7 @@ def _evaluate(
     content = {"content_of_model": fingerprint.hash_model(model)}
     log = ResultsLog(folder, {"reduction": thawed(reduction), "knob": knob, **content})
     cost = f"{describe.format_target(reduction, '%')} fewer MACs" if reduction else name
-    with announced(f"examining {len(loader)} validation records, {cost}", total=len(loader)) as bar:
+    with announced(f"evaluating {len(loader)} validation records, {cost}", total=len(loader)) as bar:
         Evaluator(trainer.task, model, str(trainer.accelerator.device), cost_meter).run(loader, log, bar.update)
     summary = {name: value for name, value in summarize(trainer.task, log.rows).items() if name != _NO_BENCHMARK}
     row = {"reduction": thawed(reduction), "knob": knob, **summary}

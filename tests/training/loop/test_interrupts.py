@@ -14,7 +14,7 @@ from vltprune.training import compression as compression_module
 from vltprune.training.loop.interrupts import InterruptHandler
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-pytestmark = pytest.mark.usefixtures("unexamined")
+pytestmark = pytest.mark.usefixtures("no_final_evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +108,13 @@ def test_before_the_first_step_there_is_nothing_to_keep(whole, tmp_path, monkeyp
     assert (told, there) == ("stopped before the first step was whole; the same command begins anew", [])
 
 
-def test_what_was_trained_is_there_when_examining_is_stopped(whole, tmp_path, monkeypatch):
+def test_what_was_trained_is_there_when_evaluation_is_stopped(whole, tmp_path, monkeypatch):
     def stop(*given):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(compression_module, "finish", stop)
-        with pytest.raises(Stopped, match="behind the last step, 4, while the models were examined; the same command"):
+        with pytest.raises(Stopped, match="behind the last step, 4, while the models were evaluated; the same command"):
             compress(whole[0], tmp_path / "run")
     goes_on(whole, tmp_path / "run")
 
