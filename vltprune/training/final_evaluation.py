@@ -31,7 +31,7 @@ from .loop.trainer import Trainer
 from .models import load_dense_model
 from .progress import announced
 from .report.examples import Example, Rows, examples
-from .report.page import Story, write
+from .report.page import ReportData, write
 
 _CALIBRATION_RECORDS = 256  # of the validation split
 _NO_BENCHMARK = "records_per_second"  # one model after another, of a few seconds each: no measure of speed
@@ -88,8 +88,8 @@ def finish(trainer: Trainer, model: nn.Module, val: Sequence[Any]) -> CompressRe
         write_json(folder / "skipped.json", skipped)
     result = CompressResult(model.eval(), folder, rows, skipped)
     history = History(folder / "history.jsonl").rows
-    story = Story(config, trainer.steps, min(len(val), _CALIBRATION_RECORDS), rows, answers, history)
-    write(result.page, story, *_examples(trainer, model, val, answers))
+    data = ReportData(config, trainer.steps, min(len(val), _CALIBRATION_RECORDS), rows, answers, history)
+    write(result.page, data, *_examples(trainer, model, val, answers))
     return result
 
 

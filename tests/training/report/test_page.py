@@ -20,7 +20,7 @@ from vltprune.evaluation.tasks import Options, Retrieval
 from vltprune.training import compress, final_evaluation
 from vltprune.training.report import curves
 from vltprune.training.report import page as report
-from vltprune.training.report.examples import Example, Said
+from vltprune.training.report.examples import Example, Prediction
 from vltprune.viz import charts
 from vltprune.viz.kept_tokens import TokenState
 
@@ -104,6 +104,14 @@ def test_the_numbers_are_those_of_the_results(made):
     assert len(re.findall(r'aria-label="(?:image|text) tokens that are left"', page)) == 2
 
 
+def test_every_column_is_explained(made):
+    page = html.unescape(made[1])
+    header = re.search("<th>validation</th>.*?</thead>", page)[0]
+    explained = page[page.index("What the columns mean") : page.index("What was done")]
+    for column in re.findall("<th>([^<]*)</th>", header):
+        assert re.search(f"<th>{re.escape(column)}</th><td>[^<]{{20,}}", explained), column
+
+
 def test_the_page_shows_how_training_went(made):
     page = made[1]
     for title in ("the task's loss", "alignment", "what the dense model teaches", "dense MACs saved", "knob: ratio"):
@@ -115,15 +123,15 @@ def test_the_first_records_are_shown(made):
     task, page, done, (_, shown, missing) = made
     assert not missing
     assert [example.index for example in shown] == list(range(6))
-    assert all(len(example.said) == len(done.rows) for example in shown)
+    assert all(len(example.predictions) == len(done.rows) for example in shown)
     entries = json.loads((done.folder.parent / "data" / f"{task}.json").read_text())
     if task == "nlvr":
-        assert [example.asked for example in shown] == [entry["sentence"] for entry in entries[:6]]
+        assert [example.prompt for example in shown] == [entry["sentence"] for entry in entries[:6]]
         assert [word for word, _ in shown[3].words] == entries[3]["sentence"].split()
-        assert shown[1].truth == "true"
+        assert shown[1].reference == "true"
     else:
         captions = {caption for entry in entries for caption in entry["caption"]}
-        assert {said.text.split(" (of")[0] for example in shown for said in example.said} <= captions
+        assert {prediction.text.split(" (of")[0] for example in shown for prediction in example.predictions} <= captions
         assert not shown[0].words  # the task cannot spell ids
     assert page.count("in truth: <b>") == 6
 
@@ -132,7 +140,7 @@ def test_the_first_records_are_shown(made):
 def test_nearest_texts_agree_with_recall(made):
     _, _, done, (_, shown, _) = made
     for place, row in enumerate(done.rows):  # 8 images, and 6 of them shown
-        right = sum(example.said[place].right for example in shown)
+        right = sum(example.predictions[place].correct for example in shown)
         assert right <= 8 * row["scores"]["i2t_r1"] <= right + 2
 
 
@@ -140,7 +148,7 @@ def test_nearest_texts_agree_with_recall(made):
 def test_blips_second_stage_is_told_of(made):
     """Every pair of so few is judged: the recalls of the sum of cosine and head, worked out here."""
     _, page, done, _ = made
-    assert "The 128 texts nearest to each image" in page
+    assert "scores again the 128 texts nearest to each image" in page
     entries = json.loads((done.folder.parent / "data" / "retrieval.json").read_text())
     model, prepare = done.model.eval(), vp.transforms(done.model)
     words = Retrieval.from_model(model, Options(str(done.folder.parent / "data" / "vocab.txt"))).encode
@@ -167,7 +175,7 @@ def test_the_second_stage_can_be_left_out(tmp_path):
 def test_captions(tmp_path):
     page, done, (_, shown, missing) = run("caption", tmp_path, parts=LEARNED, steps=2, val_limit=2)
     assert not missing
-    assert shown[0].said[0].right is None
+    assert shown[0].predictions[0].correct is None
     assert "text tokens" not in page
     if not done.rows[0]["scores"]:
         assert "nothing could be scored" in page
@@ -177,7 +185,7 @@ def test_captions(tmp_path):
 def test_answers(tmp_path):
     page, _, (_, shown, missing) = run("vqa", tmp_path, budget="learned", parts=LEARNED, val_limit=2)
     assert not missing
-    assert shown[0].truth == "red (7), blue (3)"
+    assert shown[0].reference == "red (7), blue (3)"
     assert "what color is the" in page
     assert "expected MACs off their target" in page
 
@@ -219,14 +227,14 @@ def test_pictures_that_cannot_be_drawn_lose_nothing_else(finished, monkeypatch):
     monkeypatch.setattr(final_evaluation, "examples", fails)
     with pytest.warns(UserWarning, match=r"the report has no pictures: ValueError: no <grid>"):
         done = compress(settings, folder)
-    assert "No pictures: ValueError: no &lt;grid&gt;." in done.page.read_text()
+    assert "No images: ValueError: no &lt;grid&gt;." in done.page.read_text()
     assert (folder / "results.json").is_file()
 
 
 @pytest.mark.parametrize("history", [[], [{"step": 1, "task": 0.5, "knob": 0.3, "target": 0.3}]])
 def test_short_histories(made, history):
     _, _, _, (story, shown, _) = made
-    page = report.page(report.Story(**{**vars(story), "history": history}), shown)
+    page = report.page(report.ReportData(**{**vars(story), "history": history}), shown)
     assert "nan" not in page.lower().replace("base64", "")[: page.find("What each layer kept")]
     assert ("the task's loss" in html.unescape(page)) == bool(history)
     assert ("There are no rows in history.jsonl" in page) != bool(history)
@@ -234,8 +242,8 @@ def test_short_histories(made, history):
 
 def test_texts_are_escaped(made):
     _, _, _, (story, *_) = made
-    example = Example(0, NASTY, NASTY, [Said(NASTY, True)] * len(story.rows), None, [(NASTY, TokenState.KEPT)])
-    page = report.page(report.Story(**{**vars(story), "config": story.config.replace(val=NASTY)}), [example])
+    example = Example(0, NASTY, NASTY, [Prediction(NASTY, True)] * len(story.rows), None, [(NASTY, TokenState.KEPT)])
+    page = report.page(report.ReportData(**{**vars(story), "config": story.config.replace(val=NASTY)}), [example])
     assert NASTY not in page
     assert "<script" not in page
     assert page.count(html.escape(NASTY)) >= 4 + len(story.rows)

@@ -23,7 +23,7 @@ _LOSSES = {
 
 
 def costs(rows: Rows, score: str) -> str:
-    """One score, in percent, against GMACs: a dot each for the dense model and for every cost, in the table's colors."""
+    """Chart of one score, in percent, against GMACs: a mark for each model, as in the table."""
     points = [(row["macs"] / 1e9, 100 * row["scores"][score]) for row in rows]
     path = charts.Line(sorted(points), "#b9bec7", mark=None)
     dots = [charts.Line([point], charts.series_color(i), mark=charts.series_mark(i)) for i, point in enumerate(points)]
@@ -33,34 +33,39 @@ def costs(rows: Rows, score: str) -> str:
     return _titled(title, charts.chart([path, *dots], across, up, title))
 
 
-def tokens(answered: Sequence[Rows], names: Sequence[str]) -> str:
-    """Tokens by layer, of each tower that was pruned: the mean and a band of the middle 80 % of records, a color a cost.
+def tokens(record_rows: Sequence[Rows], names: Sequence[str]) -> str:
+    """Charts of tokens by layer, of each tower that was pruned: the mean, and a band of the middle 80 % of records.
 
-    answered: the rows of each evaluation, the dense model's among them, which tell of no tokens. Nothing where none do.
+    Args:
+        record_rows: For each model, the rows of its evaluation; the dense model's have no tokens.
+        names: The models' names.
+
+    Returns:
+        HTML; empty where nothing was pruned.
     """
-    evaluations = [[row for row in rows if "skipped" not in row] for rows in answered]
+    evaluations = [[row for row in rows if "skipped" not in row] for rows in record_rows]
     towers = dict.fromkeys(tower for rows in evaluations for tower in rows[0]["kept"])
     return "".join(_tower(tower, evaluations, names) for tower in towers)
 
 
 def training(history: Rows, knob: str) -> str:
-    """Losses, MACs saved, the knob, and tokens at the last layer, over the steps."""
+    """Charts of losses, saved MACs, the knob, and tokens after the last layer, over the steps."""
     charted = [_curve(f"loss: {what}", history, {name: name}) for name, what in _LOSSES.items()]
-    steered = {f" of the {tower} tower": f" {tower}" for tower in _steered(history)} or {"": ""}
-    for whose, own in steered.items():
+    controlled = {f" of the {tower} tower": f" {tower}" for tower in _towers_with_target(history)} or {"": ""}
+    for whose, own in controlled.items():
         title = f"share of the dense MACs{whose} saved, and the target"
         charted.append(_curve(title, history, {f"saved{own}": "saved", f"target{own}": "target"}))
         charted.append(_curve(f"knob{whose}: {knob}", history, {f"knob{own}": "knob"}))
     for name in dict.fromkeys(name for row in history for name in row if name.startswith(_KEPT)):
         last = [{"step": row["step"], name: row[name][-1]} for row in history if name in row]
         charted.append(
-            _curve(f"{name.removeprefix(_KEPT)} tokens behind the last layer", last, {name: "tokens"}, zero=True)
+            _curve(f"{name.removeprefix(_KEPT)} tokens after the last layer", last, {name: "tokens"}, zero=True)
         )
     return f'<div class="pair">{"".join(charted)}</div>'
 
 
-def _steered(history: Rows) -> list[str]:
-    """The towers that had targets of their own."""
+def _towers_with_target(history: Rows) -> list[str]:
+    """The towers with a target each."""
     names = dict.fromkeys(name for row in history for name in row if name.startswith(_TARGET))
     return [name.removeprefix(_TARGET) for name in names]
 
@@ -90,15 +95,15 @@ def _tower(tower: str, evaluations: Sequence[Rows], names: Sequence[str]) -> str
     return html.card(_titled(title, drawn + charts.legend(names) + numbers))
 
 
-def _curve(title: str, history: Rows, figures: Mapping[str, str], zero: bool = False) -> str:
-    """Figures over the steps, by their names in the history; nothing where no row has the first of them."""
-    points = {name: [(row["step"], row[name]) for row in history if name in row] for name in figures}
-    if not points[next(iter(figures))]:
+def _curve(title: str, history: Rows, series: Mapping[str, str], zero: bool = False) -> str:
+    """Series over the steps, by their names in the history; empty where no row has the first of them."""
+    points = {name: [(row["step"], row[name]) for row in history if name in row] for name in series}
+    if not points[next(iter(series))]:
         return ""
     values = [value for some in points.values() for _, value in some]
-    share = "target" in figures.values()
+    share = "target" in series.values()
     linear = charts.Axis.from_values(values, ".0%" if share else "g", zero or share)
-    up = charts.Axis.log_from_values(values) if "knob" in figures.values() else linear
+    up = charts.Axis.log_from_values(values) if "knob" in series.values() else linear
     lines = [
         charts.Line(
             some,
@@ -118,6 +123,6 @@ def _titled(title: str, content: str) -> str:
 
 
 def main_score(scores: Mapping[str, Any]) -> str | None:
-    """The score that a chart shows: the one its task is known by, else the first; None where nothing was scored."""
+    """The score to chart: the main one of its task, else the first; None where nothing was scored."""
     known = [name for name in ("accuracy", "vqa_accuracy", "CIDEr", "mean_recall") if name in scores]
     return next(iter([*known, *scores]), None)

@@ -1,7 +1,4 @@
-"""Example records of a compression's report: what each layer kept of them, and what was answered.
-
-Of a compression's report, this alone runs a model.
-"""
+"""Examples of a compression's report: single records, every model's prediction, and what each layer kept."""
 
 from __future__ import annotations
 
@@ -27,50 +24,78 @@ Rows = Sequence[Mapping[str, Any]]  # of an evaluation, one a record
 
 
 @dataclass(frozen=True)
-class Said:
-    """What was answered, in words, and whether it is right; None where that is no question of yes or no."""
+class Prediction:
+    """A model's prediction for one record.
+
+    Attributes:
+        text: The prediction in words.
+        correct: Whether it is right; None where that cannot be decided.
+    """
 
     text: str
-    right: bool | None = None
+    correct: bool | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One record. asked: the sentence or question, or nothing; truth: what people say; said: answers, one a cost; film:
-    what the image tower kept, None for a model that prunes no images; words: of the text, and what became of each."""
+    """One record of the report.
+
+    Attributes:
+        index: The record's index.
+        prompt: The sentence or question; empty where there is none.
+        reference: The right answer, or what people wrote.
+        predictions: The prediction of each model.
+        strip: What each layer of the image tower kept; None for a model that prunes no images.
+        words: The words of the first text, and their states after the last layer; empty for a text that is not pruned.
+    """
 
     index: int
-    asked: str
-    truth: str
-    said: Sequence[Said]
-    film: Image.Image | None
+    prompt: str
+    reference: str
+    predictions: Sequence[Prediction]
+    strip: Image.Image | None
     words: Sequence[tuple[str, kept_tokens.TokenState]]
 
 
 def examples(
-    name: str, task: Any, model: nn.Module, records: Sequence[Any], answered: Sequence[Rows], count: int = 6
+    name: str, task: Any, model: nn.Module, records: Sequence[Any], record_rows: Sequence[Rows], count: int = 6
 ) -> list[Example]:
-    """The first `count` records that were answered at every cost: none is chosen by how.
+    """The first records that every model answered, however they were answered.
 
-    name, task: the task by its name, and set to the model; model: pruned, with its knob where it is to be shown; records:
-    those of the evaluations; answered: the evaluations' rows, one evaluation a cost. Raises what pictures and models raise.
+    Args:
+        name: The task's name.
+        task: The task, set to the model.
+        model: The pruned model, with the knob at which to show what it keeps.
+        records: The records of the evaluations.
+        record_rows: For each model, the rows of its evaluation, one a record.
+        count: How many records.
+
+    Returns:
+        The examples. Exceptions of image decoding and of the model are passed on.
     """
-    asked, told = _ASKED[name]
+    describe_record, describe_rows = _TASKS[name]
     by_index = {record.index: record for record in records}
-    rows = [{row["index"]: row for row in evaluation if "skipped" not in row} for evaluation in answered]
+    rows = [{row["index"]: row for row in evaluation if "skipped" not in row} for evaluation in record_rows]
     first = [index for index in by_index if all(index in evaluation for evaluation in rows)][:count]
-    said = [told(by_index, [*evaluation.values()], [evaluation[index] for index in first]) for evaluation in rows]
+    predictions = [
+        describe_rows(by_index, [*evaluation.values()], [evaluation[index] for index in first]) for evaluation in rows
+    ]
     return [
-        Example(index, *asked(by_index[index]), [one[place] for one in said], *_looked(task, model, by_index[index]))
-        for place, index in enumerate(first)
+        Example(
+            index,
+            *describe_record(by_index[index]),
+            [of_model[i] for of_model in predictions],
+            *_kept(task, model, by_index[index]),
+        )
+        for i, index in enumerate(first)
     ]
 
 
 @torch.no_grad()
-def _looked(
+def _kept(
     task: Any, model: nn.Module, record: Record
 ) -> tuple[Image.Image | None, list[tuple[str, kept_tokens.TokenState]]]:
-    """What became of one record's pictures and of its first text, as the model answers it."""
+    """What the model kept of one record's images and of its first text."""
     prepare, device = transforms(model), next(model.parameters()).device
     images = record.load_tensor(prepare)
     texts, _ = task.tokenize([record])
@@ -78,67 +103,70 @@ def _looked(
         task.predict(model, [record], images[None].to(device), tuple(text.to(device) for text in texts))
     towers = {trace.tower: trace for trace in traces}
 
-    seen = [prepare.to_image(image) for image in images]
-    film = kept_tokens.record_strip(seen, towers["image"]) if "image" in towers else None
-    return film, _words(task, towers["text"], texts) if "text" in towers else []
+    inputs = [prepare.to_image(image) for image in images]
+    strip = kept_tokens.record_strip(inputs, towers["image"]) if "image" in towers else None
+    return strip, _words(task, towers["text"], texts) if "text" in towers else []
 
 
 def _words(task: Any, trace: PruneTrace, texts: tuple[Tensor, ...]) -> list[tuple[str, kept_tokens.TokenState]]:
-    """The first text's pieces, and what had become of each behind the last layer; none where a task cannot spell ids."""
-    spell = getattr(getattr(task, "tokenizer", None), "decode", None)
-    if spell is None or len(texts) != 2:
+    """The first text's words and their states after the last layer; none where the task has no tokenizer to decode ids."""
+    decode = getattr(getattr(task, "tokenizer", None), "decode", None)
+    if decode is None or len(texts) != 2:
         return []
     ids = texts[0][0][texts[1][0].bool()]
     free = trace.input_tokens.free[trace.input_tokens.layout.instance == 0].cpu()
     if len(ids) != len(free):
         return []
-    fates = kept_tokens.instance_states(trace, 0)[-1].tolist()
-    pieces = spell(ids[free][:, None])
-    return [(piece, kept_tokens.TokenState(fate)) for piece, fate in zip(pieces, fates, strict=True) if piece]
+    states = kept_tokens.instance_states(trace, 0)[-1].tolist()
+    words = decode(ids[free][:, None])
+    return [(word, kept_tokens.TokenState(state)) for word, state in zip(words, states, strict=True) if word]
 
 
-def _judged(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Said]:
+def _judged(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Prediction]:
     return [
-        Said(f"{str(chance > 0.5).lower()} ({max(chance, 1 - chance):.0%})", (chance > 0.5) == bool(row["label"]))
+        Prediction(f"{str(value > 0.5).lower()} ({max(value, 1 - value):.0%})", (value > 0.5) == bool(row["label"]))
         for row in chosen
-        for chance in [row["probability"]]
+        for value in [row["probability"]]
     ]
 
 
-def _answered(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Said]:
-    """By VQA accuracy, right where anybody said the same; not judged where answers are one's, or belong together."""
+def _answered(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Prediction]:
+    """Right where anybody gave the same answer; undecided where one person answered, or the answers form a set."""
     people = [len(row["answers"]) > 1 and not row["is_answer_set"] for row in chosen]
     return [
-        Said(row["answer"], metrics.vqa_accuracy(row["answer"], row["answers"]) > 0 if several else None)
+        Prediction(row["answer"], metrics.vqa_accuracy(row["answer"], row["answers"]) > 0 if several else None)
         for row, several in zip(chosen, people, strict=True)
     ]
 
 
-def _written(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Said]:
-    return [Said(row["caption"]) for row in chosen]
+def _written(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Prediction]:
+    return [Prediction(row["caption"]) for row in chosen]
 
 
-def _found(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Said]:
-    """The text nearest to each image, of all that were read; right where it is one of its own, and no other is as near, as
-    `metrics.recalls` has it."""
+def _found(records: Mapping[int, Any], rows: Rows, chosen: Rows) -> list[Prediction]:
+    """The nearest text of each image; right where it is one of the image's own and no other is as near, as in
+    `metrics.recalls`."""
     texts = torch.stack([unpack(text) for row in rows for text in row["texts"]])
-    places = [(row["index"], place) for row in rows for place in range(len(row["texts"]))]
-    owners, said = np.array([row["image_name"] for row in rows for _ in row["texts"]]), []
+    sources = [(row["index"], number) for row in rows for number in range(len(row["texts"]))]
+    text_to_image = np.array([row["image_name"] for row in rows for _ in row["texts"]])
+    predictions = []
     for row in chosen:
-        near, own = texts @ unpack(row["image"]), torch.from_numpy(owners == row["image_name"])
-        right = bool(near[own].max() > near.masked_fill(own, -torch.inf).max())
-        index, place = places[int(near.masked_fill(own != right, -torch.inf).argmax())]
-        text = records[index].captions[place]
-        said.append(Said(text if right else f"{text} (of record {index})", right))
-    return said
+        near, own = texts @ unpack(row["image"]), torch.from_numpy(text_to_image == row["image_name"])
+        correct = bool(near[own].max() > near.masked_fill(own, -torch.inf).max())
+        index, number = sources[int(near.masked_fill(own != correct, -torch.inf).argmax())]
+        text = records[index].captions[number]
+        predictions.append(Prediction(text if correct else f"{text} (of record {index})", correct))
+    return predictions
 
 
 def _counted(answers: Sequence[str]) -> str:
     return ", ".join(f"{answer} ({n})" if n > 1 else answer for answer, n in Counter(answers).most_common())
 
 
-# what a record asks and what is true, and what rows say of it: functions of a record, and of records, rows, chosen rows
-_ASKED: Mapping[str, tuple[Callable[[Any], tuple[str, str]], Callable[[Mapping[int, Any], Rows, Rows], list[Said]]]] = {
+# By task: a function from a record to prompt and reference, and one from records, rows and chosen rows to predictions.
+_TASKS: Mapping[
+    str, tuple[Callable[[Any], tuple[str, str]], Callable[[Mapping[int, Any], Rows, Rows], list[Prediction]]]
+] = {
     "nlvr": (lambda record: (record.sentence, str(bool(record.label)).lower()), _judged),
     "vqa": (lambda record: (record.question, _counted(record.answers) or "held back"), _answered),
     "caption": (lambda record: ("", " / ".join(record.captions)), _written),

@@ -10,17 +10,19 @@ from .examples import Rows
 
 
 def results(names: Sequence[str], rows: Rows) -> list[list[str]]:
-    """names, rows: what the rows are called, and they, the dense model's first. "of dense" is of the main score, GMACs
-    of an instance on the tokens that are there. "saved" is a share of these, of all and of each
-    tower's own; "of it", the tower's part of all that is saved; "padding G", what the dense model spends on padding besides,
-    where there is any, in all and in one of a tower's images or texts."""
+    """The table of results, whose columns `meanings` explains: a header, then a row a model.
+
+    Args:
+        names: The names of the rows.
+        rows: Results as of `Compressed`, the dense model's first.
+    """
     dense, main = rows[0], main_score(rows[0]["scores"])
     scores = list(dense["scores"])
     relative = ["of dense"] if main else []
     towers = list(dense["towers"]) if len(dense["towers"]) > 1 else []
     padding = ["padding G"] if any(row["padding"] for row in rows) else []
     padded = [tower for tower in towers if any(row["tower_padding"][tower] for row in rows)]
-    saved = ["saved", *(name for tower in towers for name in (f"{tower} saved", "of it"))]
+    saved = ["saved", *(name for tower in towers for name in (f"{tower} saved", f"{tower} part"))]
     skipped = [*padding, *(f"{tower} padding G" for tower in padded)]
     head = ["validation", *(f"{one} %" for one in scores), *relative, "GMACs", *saved, *skipped]
     table = [[*head, "knob"]]
@@ -38,8 +40,41 @@ def results(names: Sequence[str], rows: Rows) -> list[list[str]]:
     return table
 
 
+_MEANINGS = {
+    "validation": "The model. Dense is the model before training. The others share their weights and differ in the knob.",
+    "of dense": "The main score, relative to the dense model's.",
+    "GMACs": "Billions of multiply-accumulates of an instance: a record's images and one of its texts. The pruning itself is "
+    "included, padding is not.",
+    "padding G": "Billions of multiply-accumulates that the dense model spends on the padding of an instance besides.",
+    "saved": "Share of the dense model's multiply-accumulates that was saved.",
+    "knob": "The setting of the keeper, which decides how many tokens stay; calibrated to the cost.",
+}
+_ENDINGS = {
+    " padding G": "Billions of multiply-accumulates that the dense model spends on padding in one input of the {tower} tower.",
+    " saved": "Share of the {tower} tower's own multiply-accumulates that was saved.",
+    " part": "The {tower} tower's part of all that was saved.",
+    " %": "The score {tower} on the validation split, in percent.",
+}
+
+
+def meanings(header: Sequence[str]) -> dict[str, str]:
+    """What each column of `results` means."""
+    explained = {}
+    for column in header:
+        if column == "padding G":
+            explained[column] = (
+                "Billions of multiply-accumulates that the dense model spends on padding of an instance besides."
+            )
+        elif column in _MEANINGS:
+            explained[column] = _MEANINGS[column]
+        else:
+            ending = next(ending for ending in _ENDINGS if column.endswith(ending))
+            explained[column] = _ENDINGS[ending].format(tower=column.removesuffix(ending))
+    return explained
+
+
 def matching(names: Sequence[str], rows: Rows) -> list[list[str]]:
-    """The second stage alone, of rows that have one; GMACs of a pair whose image is encoded already."""
+    """The table of retrieval's second stage, of rows that have one; GMACs are of a pair whose image is encoded already."""
     scores = list(rows[0]["matching"]["scores"])
     table = [["validation", *(f"{one} %" for one in scores), "pairs", "GMACs", "saved"]]
     for name, row in zip(names, rows, strict=True):
@@ -50,7 +85,7 @@ def matching(names: Sequence[str], rows: Rows) -> list[list[str]]:
 
 
 def _knob(found: Mapping[str, Any] | None) -> str:
-    """What the keepers were set to: one knob of all towers, or one of each; nothing of a dense model."""
+    """The keepers' settings: one knob of all towers, or one of each; empty for a dense model."""
     if found is None:
         return ""
     if found["value"] is not None:
@@ -60,7 +95,7 @@ def _knob(found: Mapping[str, Any] | None) -> str:
 
 
 def knobs(found: Mapping[str, Any]) -> str:
-    """The names of the knobs that were set: one, or one of each tower."""
+    """The names of the calibrated knobs: one of all towers, or one of each."""
     if found["knob"] is not None:
         return found["knob"]
     return ", ".join(f"{name} {one['knob']}" for name, one in found["towers"].items() if one["knob"] is not None)
