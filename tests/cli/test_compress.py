@@ -55,7 +55,7 @@ def test_a_target_for_each_tower(tmp_path, capsys, fails):
     assert "image 50%, text 70% asked" in out and "image ratio 0." in out and ", text ratio 0." in out
     _, row = json.loads((tmp_path / "run" / "results.json").read_text())
     assert row["reduction"] == {"image": 0.5, "text": 0.7}
-    assert f"{row['reductions']['text']:.1%}  {row['shares']['text']:>5.0%}" in out
+    assert f"{row['reductions']['text']:.1%}  {row['shares']['text']:>9.0%}" in out
     assert sum(row["shares"].values()) == pytest.approx(1)
     kept = vp.load(tmp_path / "run" / "model").pruning.config.keep
     assert {tower: part.name for tower, part in kept.items()} == {"image": "ratio", "text": "ratio"}

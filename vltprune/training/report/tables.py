@@ -61,11 +61,7 @@ def meanings(header: Sequence[str]) -> dict[str, str]:
     """What each column of `results` means."""
     explained = {}
     for column in header:
-        if column == "padding G":
-            explained[column] = (
-                "Billions of multiply-accumulates that the dense model spends on padding of an instance besides."
-            )
-        elif column in _MEANINGS:
+        if column in _MEANINGS:
             explained[column] = _MEANINGS[column]
         else:
             ending = next(ending for ending in _ENDINGS if column.endswith(ending))
