@@ -148,8 +148,8 @@ def test_a_record_pays_its_share_of_the_decoder():
     assert sum(one.dense_macs for one in spent) == pytest.approx(cost.dense_total)
 
 
-class Say:
-    """A task whose records say how long to speak."""
+class Speech:
+    """A task whose records say how much to generate."""
 
     def tokenize(self, records):
         return (), [1] * len(records)
@@ -159,9 +159,9 @@ class Say:
         return [{} for _ in records]
 
 
-def test_an_exam_counts_what_a_dense_model_said():
-    evaluator = Evaluator(Say(), silent(vp.create_model("blip_caption_tiny", **SIZES)))
+def test_an_evaluator_counts_what_a_dense_model_generates():
+    evaluator = Evaluator(Speech(), silent(vp.create_model("blip_caption_tiny", **SIZES)))
     short, long, again = (
-        evaluator._answer([SimpleNamespace(index=0, longest=n, images=())], pictures(1)[None])[0] for n in (8, 12, 8)
+        evaluator._predict([SimpleNamespace(index=0, longest=n, images=())], pictures(1)[None])[0] for n in (8, 12, 8)
     )
     assert short["macs"] == short["dense_macs"] == again["macs"] < long["macs"]
