@@ -24,7 +24,7 @@ def listed(capsys):
 def test_a_name_is_found_in_every_kind(listed):
     found = listed("madtp")
     assert {"madtp"} <= set(found["presets"]) and {"madtp", "distinct_madtp"} <= set(found["scorers"])
-    assert "blip_nlvr_tiny_madtp.p80" in found["models"] and "tasks" not in found
+    assert "blip_nlvr_tiny_madtp.p80" in found["weights"] and not {"models", "tasks"} & set(found)
     assert "clip_vit_b_32.openai" in listed("openai")["weights"]
     assert listed("nlvr")["tasks"] == ["nlvr"]
 

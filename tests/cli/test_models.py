@@ -157,8 +157,8 @@ def test_compress_takes_every_kind(how, tmp_path, monkeypatch):
     [
         (["info", "no/such/folder"], "there is no folder no/such/folder, and no model has that name"),
         (["macs", "./nowhere"], "a repository of the hub is written hf-hub:org/name"),
-        (["info", "blip_nlvr_tiny_madtp.p90"], "it has .p70, .p80"),
-        (["macs", "blip_nlvr_tiny_madtp.p90"], "it has .p70, .p80"),
+        (["info", "blip_nlvr_tiny_madtp.p90"], "blip_nlvr_tiny_madtp has .p70, .p80"),
+        (["macs", "blip_nlvr_tiny_madtp.p90"], "blip_nlvr_tiny_madtp has .p70, .p80"),
         (
             ["info", "clip_vit_b_32", "--pretrained", "openai"],
             "is a tag: it belongs to the name, 'clip_vit_b_32.openai'",
@@ -170,7 +170,7 @@ def test_compress_takes_every_kind(how, tmp_path, monkeypatch):
         (["macs", "FOLDER", "--image-size", "64"], "--image-size 64: the folder FOLDER says itself"),
         (
             ["eval", "--task", "nlvr", "--data", "synthetic:test", "--model", "blip_nlvr_tiny.p80"],
-            "no weights come with",
+            "there are no weights 'blip_nlvr_tiny.p80'",
         ),
         (
             ["eval", "--task", "nlvr", "--data", "synthetic:test", "--model", "FOLDER", "--model-args", "a=1"],
@@ -194,7 +194,7 @@ def test_every_command_refuses_a_tag_that_there_is_not(command, pair, photos, tm
         "predict": [*pair, "a circle", "--model", model, *output],
         "features": [model, str(photos), *output],
     }
-    assert f"there is no {model!r}: no weights come with" in fails(command, *argv.get(command, [model]))
+    assert f"there are no weights {model!r}" in fails(command, *argv.get(command, [model]))
 
 
 def test_commands_and_python_agree_about_weights(capsys):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 from .. import registry
 from ..evaluation import tasks
-from ..models import zoo
 from ..models.catalog import list_models, list_pretrained, open_clip_name, unprunable
 from . import common
 
@@ -82,10 +81,7 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
 
 def _names(kind: str, library: str) -> list[str]:
     """A library's models, or its names with weights."""
-    if kind == "tags":
-        return list_pretrained(library=library)
-    packaged = zoo.packaged_names() if library == "vltprune" else []
-    return sorted({*list_models(library=library), *packaged})
+    return (list_pretrained if kind == "tags" else list_models)(library=library)
 
 
 def _spellings(name: str, library: str) -> list[str]:
