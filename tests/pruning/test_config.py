@@ -352,8 +352,8 @@ class TestKeepersByTower:
         assert self.both.part("keep", "text") == Part("top_p", {"p": 0.8})
         assert self.both.part("scorer", "text") == self.both.part("scorer") == Part("random")
         assert self.both.parts("keep") == (Part("ratio", {"ratio": 0.5}), Part("top_p", {"p": 0.8}))
-        assert self.both.spelled("keep") == "image: ratio(ratio=0.5), text: top_p(p=0.8)"
-        assert (BASE.spelled("keep"), BASE.replace(guide=None).spelled("guide")) == ("ratio", "none")
+        assert self.both.describe("keep") == "image: ratio(ratio=0.5), text: top_p(p=0.8)"
+        assert (BASE.describe("keep"), BASE.replace(guide=None).describe("guide")) == ("ratio", "none")
 
     def test_each_tower_gets_its_own(self):
         model = prune(small("blip").model, self.both)
@@ -383,5 +383,5 @@ class TestKeepersByTower:
         prune(small("blip").model, BASE.replace(keep={"image": "ratio"}, at={"image": None}))
         with pytest.raises(ValueError, match=r"keep=.* names the tower 'picture'; this model has image, text"):
             prune(small("blip").model, BASE.replace(keep={"picture": "ratio"}))
-        with pytest.raises(ValueError, match=r"say whose is meant, part\('keep', 'image'\)"):
+        with pytest.raises(ValueError, match=r"name the tower, part\('keep', 'image'\)"):
             self.both.part("keep")

@@ -49,11 +49,11 @@ def test_fixed_counts_are_right_for_other_images(keep, reducer):
             assert_close(record(others), model(others))
 
 
-def test_scores_that_need_no_settling_do_not_leave_it_out_of_the_record():
+def test_scores_that_need_no_equalizing_do_not_leave_it_out_of_the_record():
     tokens = PackedTokens.pack(torch.randn(2, 4, 8))
     even, odd = torch.tensor([[4.0, 3, 2, 1], [1, 2, 3, 4]]), torch.tensor([[1 + 2e-7, 1, 2, 3], [-4.0, 2, 1, 0.5]])
     for function, of, others in (
-        (precision.settle, even, odd),
+        (precision.equalize, even, odd),
         (lambda scores: normalize(scores, tokens), even.flatten(), odd.flatten()),
     ):
         assert not torch.equal(function(others), others)

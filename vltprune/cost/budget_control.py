@@ -44,12 +44,12 @@ class BudgetControl:
         if not knobs or any(keeper.knob is None for keeper in self.keepers):
             others = ", ".join(map(repr, keepers_with_knob(guided=config.guide is not None)))
             raise ValueError(
-                f"keep={config.spelled('keep')!r} has no knob that a budget can set{whose}: use one of {others}"
+                f"keep={config.describe('keep')!r} has no knob that a budget can set{whose}: use one of {others}"
             )
         if len(knobs) > 1:
             targets = dict.fromkeys(self.towers, 0.5)
             raise ValueError(
-                f"keep={config.spelled('keep')!r}: the towers have different knobs, which one value cannot set: give a "
+                f"keep={config.describe('keep')!r}: the towers have different knobs, which one value cannot set: give a "
                 f"target for each, reduction={targets}"
             )
         self.knob = knobs.pop()

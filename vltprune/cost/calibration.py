@@ -211,7 +211,7 @@ class _Search:
 
     def _missed(self, reduction: float, tolerance: float, tried: Sequence[Calibration], best: Calibration) -> str:
         """Why the target was missed, the nearest to it, and what this model's config leaves to change."""
-        keep, knob = get_pruning(self.model).config.spelled("keep"), self.knob
+        keep, knob = get_pruning(self.model).config.describe("keep"), self.knob
         whose = "" if self.tower is None else f" of the {self.tower} tower"
         least, most = (f(self.saved(one) for one in tried) for f in (min, max))
         nearest = f"the nearest is {percent(self.saved(best))} at {knob.name}={self.value(best):g}"

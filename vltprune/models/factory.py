@@ -174,8 +174,8 @@ def check_same_parts(
         here, there = ({part.name for part in one.parts(kind)} for one in (config, saved))
         if kind not in replaced and here != there:
             raise ValueError(
-                f"{path} was saved with {kind}={saved.spelled(kind)!r}, and the preset {asked!r} has "
-                f"{kind}={config.spelled(kind)!r}: to prune as saved, give that folder as the model; to prune otherwise, say "
+                f"{path} was saved with {kind}={saved.describe(kind)!r}, and the preset {asked!r} has "
+                f"{kind}={config.describe(kind)!r}: to prune as saved, give that folder as the model; to prune otherwise, say "
                 f"{kind}=... too"
             )
 

@@ -96,30 +96,34 @@ class PruneConfig:
                     )
 
     def part(self, kind: str, tower: str | None = None) -> Part:
-        """The Part of "scorer", "keep", "reducer" or "guide" (which must not be None), as a tower has it.
+        """The Part of one kind.
 
-        ValueError where the towers have keepers of their own, and none is asked for or this one has none.
+        Args:
+            kind: "scorer", "keep", "reducer" or "guide", which must not be None.
+            tower: the tower's name, where `keep` is given by tower.
+
+        Raises:
+            ValueError: where `keep` is given by tower, and no tower is named or this one has no keeper.
         """
         part = getattr(self, kind)
         if isinstance(part, Mapping):
             if tower not in part:
-                asked = (
-                    f"say whose is meant, part({kind!r}, {next(iter(part))!r})"
-                    if tower is None
-                    else f"and the {tower} tower, which is pruned, has none: add it, or leave the tower out of at="
-                )
-                raise ValueError(f"{kind}= is given by tower, for {', '.join(part)}, {asked}")
+                if tower is None:
+                    advice = f"name the tower, part({kind!r}, {next(iter(part))!r})"
+                else:
+                    advice = f"and the {tower} tower, which is pruned, has none: add it, or leave the tower out of at="
+                raise ValueError(f"{kind}= is given by tower, for {', '.join(part)}: {advice}")
             part = part[tower]
         assert isinstance(part, Part)
         return part
 
     def parts(self, kind: str) -> tuple[Part, ...]:
-        """All Parts of a kind: one, none where there is no guide, or the keepers of the towers."""
+        """All Parts of a kind: one, several where `keep` is given by tower, or none where there is no guide."""
         part = getattr(self, kind)
         return tuple(part.values()) if isinstance(part, Mapping) else () if part is None else (part,)
 
-    def spelled(self, kind: str) -> str:
-        """A kind's part, or "none", or the keepers of the towers, for people to read."""
+    def describe(self, kind: str) -> str:
+        """The part of a kind as text: its short form, one for each tower, or "none"."""
         part = getattr(self, kind)
         if isinstance(part, Mapping):
             return ", ".join(f"{tower}: {one}" for tower, one in part.items())
@@ -138,7 +142,18 @@ class PruneConfig:
         return dataclasses.replace(self, **changes)
 
     def depths(self, tower: str, depths: int) -> tuple[int, ...]:
-        """The block indices to prune in a tower of `depths` blocks. ValueError for depths that it does not have."""
+        """The blocks of a tower to prune.
+
+        Args:
+            tower: the tower's name.
+            depths: its number of blocks.
+
+        Returns:
+            Their indices, ascending.
+
+        Raises:
+            ValueError: for depths that the tower does not have.
+        """
         at: Any = self.at
         if not isinstance(at, Mapping):
             return block_indices(at, tower, depths)
