@@ -17,6 +17,7 @@ from pages import FENCED, PAGES, ROOT
 
 import vltprune as vp
 from vltprune.cli.main import build_parser
+from vltprune.models.catalog import ModelName
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -102,3 +103,14 @@ def test_supported_names_every_type_that_a_host_runs(library):
     importlib.import_module(f"vltprune.hosts.{library}")
     page = (ROOT / "docs" / "supported.md").read_text()
     assert [name for name in vp.hosts.names() if f"`{name.rpartition('.')[2]}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_model_names_are_known(page):
+    text = page.read_text()
+    names = re.findall(r'create_model\(\s*"([\w.-]+)"', text)
+    names += re.findall(r"vltprune .*--model ([\w.-]+)", text) + re.findall(
+        r"vltprune (?:prune|features|info) ([a-z]\w+)", text
+    )
+    for name in names:
+        ModelName.parse(name).check_tag()
