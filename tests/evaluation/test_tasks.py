@@ -195,7 +195,7 @@ def test_only_questions_come_from_several_folders(tmp_path):
     (tmp_path / "vqa.json").write_text(json.dumps([entry]))
     (question,) = tasks.Vqa.load_records(str(tmp_path / "vqa.json"), {"vg": "there"})
     assert question.images == (Path("there/a.jpg"),)
-    with pytest.raises(ValueError, match="images of vqa, vg: this task draws from one data set"):
+    with pytest.raises(ValueError, match="images of vqa, vg: this task's images are of one data set"):
         tasks.Caption.load_records(str(tmp_path / "vqa.json"), {"vqa": "here", "vg": "there"})
 
 

@@ -196,7 +196,7 @@ def dense(model: Any) -> Any:
 def one_folder(images: Images) -> str | Path:
     """The folder of images. ValueError for several, from a task whose files have images of one data set."""
     if isinstance(images, Mapping):
-        raise ValueError(f"images of {', '.join(images)}: this task draws from one data set, give one folder")
+        raise ValueError(f"images of {', '.join(images)}: this task's images are of one data set, give one folder")
     return images
 
 

@@ -18,7 +18,7 @@ from .examples import Example, Rows
 
 _ABOUT = (
     "Token pruning removes image patches and words that matter little between the layers of a model, so that later layers have "
-    "less to compute. This page reports one run of <code>vltprune compress</code>: a dense model was pruned and trained on, "
+    "less to compute. This page reports one run of <code>vltprune compress</code>: a dense model was {done}, "
     "and then compared with itself before. Computation is counted in multiply-accumulates (MACs)."
 )
 _BUDGETS = {
@@ -107,7 +107,7 @@ def page(data: ReportData, shown: Sequence[Example], missing: str = "") -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{_lead(data)}</p>',
-        f"<p>{_ABOUT}</p>",
+        f"<p>{_ABOUT.format(done='pruned and trained on' if data.config.reduction else 'trained on')}</p>",
         f"<h2>Score and cost</h2><p>{_COST}</p>{html.card(_costs(data))}{html.bullets(_gaps(data))}{_matching(data)}",
         f"<h2>What the columns mean</h2>{html.card(html.definitions(_columns(data)))}",
         f"<h2>What was done</h2>{html.card(_facts(_done(data)))}",
@@ -129,7 +129,7 @@ def _lead(data: ReportData) -> str:
     if main is None:
         return f"{saved}; nothing could be scored."
     before, after = (f"{100 * one['scores'][main]:.2f} %" for one in (dense, row))
-    return f"{saved} an instance. {escape(main)} on {row['records']:,} validation records: {after}; dense: {before}."
+    return f"{saved} an instance. On {row['records']:,} validation records {escape(main)} is {after}; dense: {before}."
 
 
 def _done(data: ReportData) -> list[tuple[str, str]]:
@@ -205,7 +205,7 @@ def _knob(data: ReportData, records: int) -> list[str]:
     on = f"all {records:,}" if whole else f"the first {data.calibration_records:,} of the {records:,}"
     return [
         f"The knob ({knob}) was set on {on} validation records, one text each, for each cost separately. It was set by MACs "
-        f"alone; no score was used. The scores below are of {'the same records' if whole else 'these records and the rest'}.",
+        f"alone; no score was used. The scores above are of {'the same records' if whole else 'these records and the rest'}.",
         *_drift(data),
     ]
 
