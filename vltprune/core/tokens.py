@@ -131,6 +131,9 @@ class PackedTokens:
             protected: bool, broadcastable to [batch, n]. None for no protected token.
             summary: bool, broadcastable to [batch, n]. None for no summary token.
 
+        Returns:
+            The valid tokens, instance after instance.
+
         Raises:
             ValueError: for an empty batch, for an instance without any token, and for `valid` under torch.jit.trace, which
                 would record the lengths of this batch as constants.
@@ -194,6 +197,9 @@ class PackedTokens:
         Args:
             keep_prob: [total], with the gradients of the loss.
             counted_prob: [total], the same values with the gradients of the cost. None for those of `keep_prob`.
+
+        Returns:
+            The tokens with the products.
         """
         counted_prob = keep_prob if counted_prob is None else counted_prob
         if self.keep_prob is None or self.counted_prob is None:
@@ -201,7 +207,14 @@ class PackedTokens:
         return replace(self, keep_prob=self.keep_prob * keep_prob, counted_prob=self.counted_prob * counted_prob)
 
     def with_x(self, x: Tensor) -> PackedTokens:
-        """The same tokens with other contents, x [total, any]."""
+        """Replaces the contents of the tokens.
+
+        Args:
+            x: [total, any], the contents.
+
+        Returns:
+            The same tokens with these contents.
+        """
         return replace(self, x=x)
 
     def unpack(self) -> tuple[Tensor, Tensor | None]:
@@ -219,7 +232,14 @@ class PackedTokens:
         return padded.view(layout.batch, layout.longest, -1), layout.valid
 
     def select(self, keep: Tensor) -> PackedTokens:
-        """The tokens where keep [total] bool holds, in their order."""
+        """Selects tokens by a mask.
+
+        Args:
+            keep: [total] bool, true for the tokens to select.
+
+        Returns:
+            The selected tokens, in their order. An instance may have none.
+        """
         layout = self.layout
         per_instance = torch.zeros(layout.batch, dtype=torch.int64, device=keep.device)
         lengths = per_instance.index_add(0, layout.instance, keep.long()).tolist()
@@ -227,14 +247,29 @@ class PackedTokens:
         return self.take(index, Layout(tuple(lengths), layout.device))
 
     def select_instances(self, instances: Sequence[int]) -> PackedTokens:
-        """The tokens of these instances, in this order. An instance may occur several times."""
+        """Selects whole instances.
+
+        Args:
+            instances: indices of instances; one may occur several times.
+
+        Returns:
+            The tokens of these instances, in this order.
+        """
         lengths, starts = self.layout.lengths, (0, *accumulate(self.layout.lengths))
         rows = [row for i in instances for row in range(starts[i], starts[i] + lengths[i])]
         layout = Layout(tuple(lengths[i] for i in instances), self.layout.device)
         return self.take(torch.tensor(rows, device=self.x.device), layout)
 
     def take(self, index: Tensor, layout: Layout) -> PackedTokens:
-        """The tokens at index [new total] int64, which belong to instances as `layout` says."""
+        """Gathers tokens by index.
+
+        Args:
+            index: [new total] int64, the row of each token.
+            layout: which of them belong to which instance.
+
+        Returns:
+            The gathered tokens.
+        """
 
         def pick(column: Tensor | None) -> Tensor | None:
             return None if column is None else column.index_select(0, index)
@@ -251,12 +286,26 @@ class PackedTokens:
         )
 
     def first_where(self, mask: Tensor) -> Tensor:
-        """The first token of each instance where mask [total] bool holds: [batch, dim]. Every instance must have one."""
+        """The contents of the first token of each instance where a mask is true.
+
+        Args:
+            mask: [total] bool, true for at least one token of each instance.
+
+        Returns:
+            The contents, [batch, dim].
+        """
         layout = self.layout
         here = torch.where(mask, layout.slot, layout.longest)
         slots = here.new_full((layout.batch,), layout.longest).scatter_reduce(0, layout.instance, here, "amin")
         return self.x.index_select(0, layout.offsets[:-1].long() + slots)
 
     def at_position(self, position: Tensor) -> Tensor:
-        """The token of each instance at its original position [batch] int64: [batch, dim]. It must not have been pruned."""
+        """The contents of the token of each instance at a position of the original sequence.
+
+        Args:
+            position: [batch] int64. The token there must not have been pruned.
+
+        Returns:
+            The contents, [batch, dim].
+        """
         return self.first_where(self.position == position[self.layout.instance])

@@ -29,7 +29,12 @@ _FINEST = 2**-20
 
 
 class BudgetError(ValueError):
-    """A cost that the keeper's knob cannot reach. nearest: the Calibration that comes nearest to it."""
+    """The knob of a model's keepers cannot reach a cost.
+
+    Attributes:
+        message: the cost, the nearest reachable one, and what to change.
+        nearest: the Calibration that comes nearest to the cost.
+    """
 
     def __init__(self, message: str, nearest: Calibration):
         super().__init__(message, nearest)  # both, so that it can be pickled
@@ -137,12 +142,15 @@ def measure(
     *,
     inputs: Inputs = None,
 ) -> Calibration:
-    """Mean MACs per instance of a pruned model over batches; its keepers stay as they are, or are set to a value.
+    """Measure the mean MACs per instance of a pruned model over batches, at a value of its keepers' knob.
 
     Args:
         model, batches, meter, inputs: as `calibrate` takes them.
-        value: of the knob, which stays there, or goes back where measuring fails. None leaves the knob as it is.
-        tower: whose knob is meant. None is the one of all towers.
+        value: what the knob is set to. It stays there, unless measuring fails. None leaves the knob as it is.
+        tower: the tower whose knob is set. None for the knob of all towers.
+
+    Returns:
+        The Calibration at this value.
     """
     control = BudgetControl(model, tower)
     with control.unless_done():

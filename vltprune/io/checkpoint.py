@@ -32,7 +32,7 @@ class UnknownHostWarning(UserWarning):
 def save(
     model: nn.Module, folder: str | Path, only: Literal["pruning"] | None = None, dtype: torch.dtype | None = None
 ) -> Path:
-    """Write a model, dense or pruned, as config.json and model.safetensors, and return the folder.
+    """Write a model, dense or pruned, as config.json and model.safetensors in a folder.
 
     Both files are written or none: after any failure, an earlier save in the folder is there as it was. What was exchanged in
     the model after it was built is saved too, where it is an argument of the model.
@@ -43,6 +43,9 @@ def save(
         folder: is made where it does not exist.
         only: "pruning" leaves the dense weights out: a small file, for load(folder, host=dense).
         dtype: of the floating-point tensors on disk; None is that of each tensor.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: for a change of the model that is no argument of it, for only="pruning" of a dense model, for weights that

@@ -66,6 +66,9 @@ def transforms(model: nn.Module) -> Preprocessing:
     Args:
         model: a dense or pruned model of timm, open_clip or this library.
 
+    Returns:
+        The transform, from an RGB image to pixels [3, height, width].
+
     Raises:
         TypeError: for a model that takes no images.
     """

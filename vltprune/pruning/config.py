@@ -102,6 +102,9 @@ class PruneConfig:
             kind: "scorer", "keep", "reducer" or "guide", which must not be None.
             tower: the tower's name, where `keep` is given by tower.
 
+        Returns:
+            The Part.
+
         Raises:
             ValueError: where `keep` is given by tower, and no tower is named or this one has no keeper.
         """
@@ -118,19 +121,43 @@ class PruneConfig:
         return part
 
     def parts(self, kind: str) -> tuple[Part, ...]:
-        """All Parts of a kind: one, several where `keep` is given by tower, or none where there is no guide."""
+        """All Parts of one kind.
+
+        Args:
+            kind: "scorer", "keep", "reducer" or "guide".
+
+        Returns:
+            One Part; several where `keep` is given by tower; none for "guide" where the config has no guide.
+        """
         part = getattr(self, kind)
         return tuple(part.values()) if isinstance(part, Mapping) else () if part is None else (part,)
 
     def describe(self, kind: str) -> str:
-        """The part of a kind as text: its short form, one for each tower, or "none"."""
+        """The part of one kind as text.
+
+        Args:
+            kind: "scorer", "keep", "reducer" or "guide".
+
+        Returns:
+            Its short form, such as "ratio(0.5)"; one for each tower where `keep` is given by tower; "none" without a guide.
+        """
         part = getattr(self, kind)
         if isinstance(part, Mapping):
             return ", ".join(f"{tower}: {one}" for tower, one in part.items())
         return str(part or "none")
 
     def replace(self, **changes: Unpack[Parts]) -> PruneConfig:
-        """The same config with other parts: config.replace(keep="ratio(0.5)", guide=None)."""
+        """Makes a config with other parts or depths: config.replace(keep="ratio(0.5)", guide=None).
+
+        Args:
+            **changes: scorer=, keep=, reducer=, guide= and at=, as PruneConfig takes them.
+
+        Returns:
+            The new config; this one is unchanged.
+
+        Raises:
+            TypeError: for another name.
+        """
         known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name in _ELSEWHERE:
@@ -160,12 +187,26 @@ class PruneConfig:
         return block_indices(at[tower], tower, depths) if tower in at else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that json can write."""
+        """Converts the config to plain data that json can write.
+
+        Returns:
+            A dict with the keys "scorer", "keep", "reducer", "guide" and "at", as `from_dict` takes it.
+        """
         return {**{kind: _plain(getattr(self, kind)) for kind in KINDS}, "at": thawed(self.at)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruneConfig:
-        """The inverse of `to_dict`. Unknown keys raise TypeError, missing parts too."""
+        """Builds a config from what `to_dict` returned.
+
+        Args:
+            data: arguments of PruneConfig by name.
+
+        Returns:
+            The config.
+
+        Raises:
+            TypeError: for unknown keys and missing parts.
+        """
         bind("a pruning config", cls, data)
         return cls(**data)
 

@@ -36,11 +36,14 @@ class PrunedModel(nn.Module, metaclass=_Declared):
 
 
 def is_pruned(model: object) -> TypeGuard[PrunedModel]:
-    """Whether `prune` made a model, so that it has `.pruning` and `.host`.
+    """Whether an object is a pruned model, which has `.pruning` and `.host`.
 
     Args:
         model: any object. A wrapper, such as DistributedDataParallel, is no pruned model: ask about
             `vltprune.unwrapped(model)`.
+
+    Returns:
+        Whether the model is pruned, which narrows its type to PrunedModel.
     """
     return isinstance(model, PrunedModel)
 

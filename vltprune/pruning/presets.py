@@ -12,6 +12,9 @@ def preset(name: str) -> PruneConfig:
     Args:
         name: the registered name, as `vltprune.presets.names()` lists them.
 
+    Returns:
+        The config, with which `vltprune.prune` prunes any model.
+
     Raises:
         LookupError: for another name, with the nearest ones.
     """

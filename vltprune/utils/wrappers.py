@@ -17,6 +17,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Args:
         model: a model, or one inside any number of wrappers: torch.compile, DataParallel, DistributedDataParallel, FSDP,
             averages of weights.
+
+    Returns:
+        The innermost model; the model itself where nothing wraps it.
     """
     while (inner := _inner(model)) is not None:
         model = inner

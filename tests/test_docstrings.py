@@ -1,0 +1,94 @@
+"""Docstrings of the public interface: a one-line summary, and every argument and result described."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import re
+
+import pytest
+
+import vltprune as vp
+from vltprune.cost.savings import Calibration, Cost
+
+MAIN_CLASSES = (
+    vp.PruneConfig,
+    vp.PackedTokens,
+    vp.PruneTrace,
+    vp.CostMeter,
+    vp.Pruning,
+    Calibration,
+    Cost,
+)
+
+
+def _public_callables():
+    """Functions and classes of `vltprune.__all__`, and public methods of the main classes, by dotted name."""
+    callables = {}
+    for name in vp.__all__:
+        thing = getattr(vp, name)
+        if inspect.isfunction(thing) or inspect.isclass(thing):
+            callables[name] = thing
+    for cls in MAIN_CLASSES:
+        callables[cls.__name__] = cls
+        for name, method in vars(cls).items():
+            is_method = inspect.isfunction(method) or isinstance(method, classmethod | staticmethod)
+            if is_method and not name.startswith("_"):
+                callables[f"{cls.__name__}.{name}"] = getattr(cls, name)
+    return callables
+
+
+PUBLIC = _public_callables()
+
+
+def _parameters(thing):
+    """Names of the arguments that a caller gives; not those that a base class leaves to its subclasses (*args, **kwargs)."""
+    is_plain_error = inspect.isclass(thing) and issubclass(thing, Exception) and "__init__" not in vars(thing)
+    if is_plain_error or (inspect.isclass(thing) and issubclass(thing, enum.Enum)):
+        return []
+    parameters = inspect.signature(thing).parameters.values()
+    if inspect.isclass(thing):
+        parameters = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in parameters if p.name != "self"]
+
+
+def _sections(thing):
+    """A docstring's Google sections by title."""
+    parts = re.split(r"^(Args|Attributes|Returns|Yields|Raises|Example):$", _docstring(thing), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _names(section):
+    """Names that a section describes: "name: ..." or "name, name: ..."."""
+    lists = re.findall(r"^ *((?:\**\w+, )*\**\w+):", section, flags=re.M)
+    return {name.strip("* ") for names in lists for name in names.split(",")}
+
+
+def _docstring(thing):
+    """The docstring of a callable; of a class, its own with that of its constructor."""
+    if not inspect.isclass(thing):
+        return inspect.getdoc(thing) or ""
+    constructor = vars(thing).get("__init__")
+    texts = (vars(thing).get("__doc__"), constructor and constructor.__doc__)
+    return "\n\n".join(inspect.cleandoc(text) for text in texts if text)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_docstring_begins_with_a_sentence_of_one_line(name):
+    first, *rest = _docstring(PUBLIC[name]).splitlines()
+    assert re.search(r"[.?]$", first), first
+    assert not rest or not rest[0], rest[0]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_docstring_describes_each_argument(name):
+    sections = _sections(PUBLIC[name])
+    described = _names(sections.get("Args", "")) | _names(sections.get("Attributes", ""))
+    assert not [arg for arg in _parameters(PUBLIC[name]) if arg not in described]
+
+
+@pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if inspect.isroutine(thing)])
+def test_a_public_docstring_describes_the_result(name):
+    returned = inspect.signature(PUBLIC[name]).return_annotation
+    if returned not in ("None", inspect.Signature.empty):
+        assert {"Returns", "Yields"} & set(_sections(PUBLIC[name]))
