@@ -98,6 +98,8 @@ def test_a_part_of_ones_own_is_typed_in_the_same_way():
 def test_arguments_of_other_functions_are_not_taken_for_parts(name, owner):
     with pytest.raises(TypeError, match=f"{name}= is an argument of {owner}, and no part: parts are scorer, keep"):
         CONFIG.replace(**{name: 0.5})
+    with pytest.raises(TypeError, match=f"{name}= is an argument of {owner}, and no part: parts are scorer, keep"):
+        vp.PruneConfig.from_dict({**CONFIG.to_dict(), name: 0.5})
 
 
 USES = """

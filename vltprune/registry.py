@@ -12,7 +12,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-M = TypeVar("M", bound=Callable[..., Any])
+# what a maker takes and builds depends on the registry that it is in
+Maker = Callable[..., Any]
+
+M = TypeVar("M", bound=Callable[..., object])
 
 
 class Registry:
@@ -24,8 +27,8 @@ class Registry:
 
     def __init__(self, kind: str):
         self.kind = kind
-        self._makers: dict[str, Callable[..., Any]] = {}
-        self._temporary: tuple[dict[str, Callable[..., Any]], ...] = ()  # the last one wins
+        self._makers: dict[str, Maker] = {}
+        self._temporary: tuple[dict[str, Maker], ...] = ()  # the last one wins
         self._lock = threading.Lock()
 
     def register(self, name: str) -> Callable[[M], M]:
@@ -50,7 +53,7 @@ class Registry:
 
         return add
 
-    def __getitem__(self, name: str) -> Callable[..., Any]:
+    def __getitem__(self, name: str) -> Maker:
         makers = self._all()
         if name not in makers:
             raise LookupError(f"there is no {self.kind} {name!r}" + nearest(str(name), makers))
@@ -64,7 +67,7 @@ class Registry:
         return sorted(fnmatch.filter(self._all(), pattern))
 
     @contextlib.contextmanager
-    def temporarily(self, **makers: Callable[..., Any]) -> Iterator[Registry]:
+    def temporarily(self, **makers: Maker) -> Iterator[Registry]:
         """Registers makers within the `with` block, in every thread, in place of others of these names.
 
         What `register` adds within the block stays registered. Blocks may overlap: the one that was entered last wins.
@@ -80,7 +83,7 @@ class Registry:
             with self._lock:
                 self._temporary = tuple(others for others in self._temporary if others is not makers)
 
-    def _all(self) -> dict[str, Callable[..., Any]]:
+    def _all(self) -> dict[str, Maker]:
         return {name: maker for makers in (self._makers, *self._temporary) for name, maker in makers.copy().items()}
 
     def _check_name(self, name: object) -> None:
@@ -118,7 +121,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there is {', '.join(known)}" if 0 < len(known) <= 12 else ""
 
 
-def parameters(maker: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+def parameters(maker: Callable[..., object]) -> tuple[inspect.Parameter, ...]:
     """The parameters of a maker's signature. They are cached, because every depth of every tower needs them."""
     try:
         return _parameters(maker)
@@ -127,13 +130,13 @@ def parameters(maker: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
 
 
 @functools.lru_cache(maxsize=128)  # bounded: temporary makers come and go
-def _parameters(maker: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+def _parameters(maker: Callable[..., object]) -> tuple[inspect.Parameter, ...]:
     return tuple(inspect.signature(maker).parameters.values())
 
 
 def name_arguments(
     what: str,
-    maker: Callable[..., Any],
+    maker: Callable[..., object],
     values: Sequence[object],
     arguments: Mapping[str, object],
     given: tuple[str, ...] = (),
@@ -162,7 +165,7 @@ def name_arguments(
     return {**named, **arguments}
 
 
-def bind(what: str, maker: Callable[..., Any], arguments: Mapping[str, object], given: tuple[str, ...] = ()) -> None:
+def bind(what: str, maker: Callable[..., object], arguments: Mapping[str, object], given: tuple[str, ...] = ()) -> None:
     """Checks that a maker can be called with keyword arguments.
 
     Args:

@@ -158,7 +158,7 @@ def test_replace_and_unknown_keys():
     assert BASE.part("reducer") == Part("drop")
     with pytest.raises(TypeError, match=r"no part 'kepe'; did you mean keep\?"):
         BASE.replace(kepe="ratio")
-    with pytest.raises(TypeError, match=r"no argument 'kepe'; did you mean keep\?"):
+    with pytest.raises(TypeError, match=r"no part 'kepe'; did you mean keep\?"):
         PruneConfig.from_dict({**BASE.to_dict(), "kepe": 1})
     with pytest.raises(TypeError, match="needs keep"):
         PruneConfig.from_dict({"scorer": "random"})

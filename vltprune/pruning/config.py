@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -158,14 +158,7 @@ class PruneConfig:
         Raises:
             TypeError: for another name.
         """
-        known = [f.name for f in dataclasses.fields(self)]
-        for name in changes:
-            if name in _ELSEWHERE:
-                raise TypeError(
-                    f"{name}= is an argument of {_ELSEWHERE[name]}, and no part: parts are {', '.join(known)}"
-                )
-            if name not in known:
-                raise TypeError(f"PruneConfig has no part {name!r}{nearest(name, known)}")
+        _check_names(changes)
         return dataclasses.replace(self, **changes)
 
     def depths(self, tower: str, depths: int) -> tuple[int, ...]:
@@ -207,11 +200,22 @@ class PruneConfig:
         Raises:
             TypeError: for unknown keys and missing parts.
         """
+        _check_names(data)
         bind("a pruning config", cls, data)
         return cls(**data)
 
 
-def _plain(part: Part | Mapping[str, Part] | None) -> dict[str, Any] | None:
+def _check_names(names: Iterable[str]) -> None:
+    """TypeError for a name that is no part, with whose argument it is or with the nearest part."""
+    known = [f.name for f in dataclasses.fields(PruneConfig)]
+    for name in names:
+        if name in _ELSEWHERE:
+            raise TypeError(f"{name}= is an argument of {_ELSEWHERE[name]}, and no part: parts are {', '.join(known)}")
+        if name not in known:
+            raise TypeError(f"PruneConfig has no part {name!r}{nearest(name, known)}")
+
+
+def _plain(part: Part | Mapping[str, Part] | None) -> dict[str, object] | None:
     """A Part, several by tower, or None, as plain data."""
     if isinstance(part, Mapping):
         return {tower: one.to_dict() for tower, one in part.items()}

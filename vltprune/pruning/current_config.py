@@ -47,14 +47,14 @@ def current_config(config: PruneConfig, towers: Mapping[str, PrunedEncoder]) -> 
     return config
 
 
-def _changed(config: PruneConfig, kind: str, tower: str, encoder: PrunedEncoder) -> dict[str, Any]:
+def _changed(config: PruneConfig, kind: str, tower: str, encoder: PrunedEncoder) -> dict[str, object]:
     """Arguments of a tower's parts of one kind that are not what the config builds, by their values now."""
     with torch.random.fork_rng(devices=[]):
         built = encoder.build_pruners(config)
     here = {int(depth) for depth in encoder.pruners}
     if here != {int(depth) for depth in built}:
         raise _refusal(f"its {tower} tower is pruned at {sorted(here)}, and its config says {sorted(map(int, built))}")
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     for depth, pruner in encoder.pruners.items():
         part = unwrapped(getattr(pruner, _PARTS[kind]))
         right = getattr(built[depth], _PARTS[kind])

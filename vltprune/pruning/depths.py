@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Set
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from ..utils.frozen import FrozenDict
 
@@ -42,7 +41,7 @@ def _block_index(depth: int | float, depths: int) -> int:
     return depth % depths
 
 
-def _freeze(at: Any) -> FrozenDepths:
+def _freeze(at: object) -> FrozenDepths:
     """The depths as Python's numbers, each once."""
     if at is None:
         return None
@@ -56,7 +55,7 @@ def _freeze(at: Any) -> FrozenDepths:
     return tuple(dict.fromkeys(sorted(depths) if isinstance(given, Set) else depths))
 
 
-def _freeze_depth(depth: Any, among: list[object]) -> int | float:
+def _freeze_depth(depth: object, among: Sequence[object]) -> int | float:
     number = depth.tolist() if hasattr(depth, "tolist") else depth
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"at={among}: depths are numbers, {number!r} is not")

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.attention import attend, attend_with_stats
@@ -124,7 +124,7 @@ class PrunedEncoder(Tower):
     def extra_repr(self) -> str:
         return f"tower={self.tower!r}, at=({', '.join(self.pruners)})"
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         """AttributeError for a module of the dense tower, such as a new head: set here, nothing would run it."""
         modules = self.__dict__.get("_modules", {})
         if (

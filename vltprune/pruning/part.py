@@ -81,7 +81,7 @@ class Part:
             raise TypeError(f"a part is 'name', 'name(key=value)' or a Part, not {type(spec).__name__}: {spec!r}")
         return cls(name, args) if kind is None else registered_part(kind, name, values, args)
 
-    def replace(self, **args: Any) -> Part:
+    def replace(self, **args: object) -> Part:
         """The same part with other arguments."""
         return Part(self.name, {**self.args, **args})
 
@@ -94,7 +94,7 @@ class Part:
         return f"{self.name}({arguments})" if arguments else self.name
 
 
-def registered_part(kind: str, name: str, values: Sequence[object], args: Mapping[str, Any]) -> Part:
+def registered_part(kind: str, name: str, values: Sequence[object], args: Mapping[str, object]) -> Part:
     """The Part of a registered name, with arguments by position and by name, checked against the maker's signature.
 
     Raises LookupError for a name that is not registered, and TypeError for arguments that it does not take.
@@ -115,7 +115,7 @@ def registered_part(kind: str, name: str, values: Sequence[object], args: Mappin
     return part
 
 
-def _parse(text: str, positional: bool) -> tuple[str, tuple[object, ...], dict[str, Any]]:
+def _parse(text: str, positional: bool) -> tuple[str, tuple[object, ...], dict[str, object]]:
     """Name, arguments by position and arguments by name of a short form."""
     wrong = ValueError(f"cannot read the part {text!r}: write name or name(key=value, ...) with literal values")
     try:

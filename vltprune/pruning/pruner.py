@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..registry import keepers, reducers, scorers
 from .config import PruneConfig
 
 M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -139,7 +140,7 @@ class Pruner(nn.Module):
         return (margin / self.soft_temperature).sigmoid().to(scores.dtype).masked_fill(certain, 1.0)
 
 
-def build_like(host: nn.Module, build: Callable[..., M], *args: Any, **named: Any) -> M:
+def build_like(host: nn.Module, build: Callable[P, M], *args: P.args, **named: P.kwargs) -> M:
     """Builds a module in the floating-point dtype and on the device of a host's weights.
 
     It is initialized on the CPU, so that random numbers are the same on every device. For hosts without floating-point weights,

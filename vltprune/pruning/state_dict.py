@@ -6,8 +6,7 @@ A `PrunedEncoder` holds the dense tower as its child `host`. Without these hooks
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Iterable, MutableMapping
 
 from torch import nn
 
@@ -34,13 +33,13 @@ def fqn_modifiers(encoder: nn.Module) -> dict[str, str]:
     return {name: "_dense" for table in (host._modules, host._parameters, host._buffers) for name in table}
 
 
-def _remove_host(encoder: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
+def _remove_host(encoder: nn.Module, state: MutableMapping[str, object], prefix: str, metadata: object) -> None:
     inner = f"{prefix}{HOST}."
     for key in [key for key in state if key.startswith(inner)]:
         state[prefix + key.removeprefix(inner)] = state.pop(key)
 
 
-def _add_host(encoder: nn.Module, state: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
+def _add_host(encoder: nn.Module, state: MutableMapping[str, object], prefix: str, *rest: object) -> None:
     if HOST not in encoder._modules:
         return
     own = tuple(f"{prefix}{name}." for name in _OWN)
@@ -48,7 +47,7 @@ def _add_host(encoder: nn.Module, state: MutableMapping[str, Any], prefix: str, 
         state[f"{prefix}{HOST}.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
-def _report_dense_names(encoder: nn.Module, incompatible: Any) -> None:
+def _report_dense_names(encoder: nn.Module, incompatible: Iterable[list[str]]) -> None:
     """Keys that are missing or unexpected, in the names that a caller knows."""
     for keys in incompatible:
         keys[:] = [".".join(part for part in key.split(".") if part != HOST) for key in keys]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 
-def _refuse(*_: Any, **__: Any) -> NoReturn:
+def _refuse(*_: object, **__: object) -> NoReturn:
     raise TypeError("this mapping belongs to a config and cannot be changed: make another config with replace(...)")
 
 
@@ -22,11 +22,11 @@ class FrozenDict(dict[str, Any]):
     def __hash__(self) -> int:  # a dict has none
         return hash(frozenset(self.items()))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return FrozenDict, (dict(self),)
 
 
-def frozen(value: Any, what: str) -> Any:
+def frozen(value: object, what: str) -> Any:
     """Converts a value to immutable plain data.
 
     Lists, arrays and tensors become tuples, mappings FrozenDicts, scalars of numpy and torch Python's numbers, paths text.
@@ -58,7 +58,7 @@ def frozen(value: Any, what: str) -> Any:
     raise TypeError(f"{what} is {value!r}: give numbers, text, None, or lists and dicts of them")
 
 
-def thawed(value: Any) -> Any:
+def thawed(value: object) -> Any:
     """The inverse of `frozen`: lists and dicts, as JSON reads them."""
     if isinstance(value, Mapping):
         return {key: thawed(entry) for key, entry in value.items()}

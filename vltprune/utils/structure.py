@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,9 @@ _RUNNING = {"training", "forward", "grad_checkpointing", "gradient_checkpointing
 _ABSENT = object()
 _MOST = 8
 
+# shape, kind and the key that it is tied to; of an entry that is no tensor, its type and that key
+TensorDescription = tuple[tuple[int, ...], str, str] | tuple[str, str]
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -32,8 +34,8 @@ class Structure:
         tensors: for each key of the state dict, the shape, the kind, and the key that it is tied to.
     """
 
-    modules: Mapping[str, tuple[str, Mapping[str, Any]]]
-    tensors: Mapping[str, tuple[Any, ...]]
+    modules: Mapping[str, tuple[str, Mapping[str, object]]]
+    tensors: Mapping[str, TensorDescription]
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Structure:
@@ -43,7 +45,8 @@ class Structure:
         tensors = {}
         for key, value in model.state_dict(keep_vars=True).items():
             name = plain_name(key)
-            tensors[name] = (*_kind(value), first.setdefault(id(value), name))  # tied tensors bear the first one's name
+            # tied tensors bear the first one's name
+            tensors[name] = _described_tensor(value, first.setdefault(id(value), name))
         return cls(modules_of(model), tensors)
 
     def differences(self, other: Structure) -> list[str]:
@@ -68,7 +71,7 @@ class Structure:
         return found
 
 
-def modules_of(model: nn.Module) -> dict[str, tuple[str, dict[str, Any]]]:
+def modules_of(model: nn.Module) -> dict[str, tuple[str, dict[str, object]]]:
     """For each path of a module, the type's name and the plain attributes."""
     return {plain_name(path): _described(module) for path, module in model.named_modules()}
 
@@ -79,7 +82,7 @@ def listed(differences: list[str]) -> str:
     return "; ".join(differences[:_MOST]) + (f"; and {more} more" if more > 0 else "")
 
 
-def attributes(module: nn.Module) -> dict[str, Any]:
+def attributes(module: nn.Module) -> dict[str, object]:
     """The plain attributes of a module: numbers, strings, and functions by name, also in lists and dicts."""
     found = {}
     for name, value in vars(module).items():
@@ -91,12 +94,12 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _described(module: nn.Module) -> tuple[str, dict[str, Any]]:
+def _described(module: nn.Module) -> tuple[str, dict[str, object]]:
     inner = unwrapped(module)
     return f"{type(inner).__module__}.{type(inner).__qualname__}", attributes(inner)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A value as plain data; _ABSENT for tensors, modules and other values that are no configuration."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -115,13 +118,13 @@ def plain(value: Any) -> Any:
     return f"{value.__module__}.{name}" if name is not None else _ABSENT
 
 
-def _kind(value: object) -> tuple[Any, ...]:
-    """Shape and kind. All floating-point tensors are of one kind, because `save` and `load` convert between dtypes."""
+def _described_tensor(value: object, tied_to: str) -> TensorDescription:
+    """A tensor's description. All floating-point tensors are of one kind, because `save` and `load` convert between dtypes."""
     if not isinstance(value, Tensor):
-        return (type(value).__name__,)
+        return type(value).__name__, tied_to
     kind = "float" if value.is_floating_point() else str(value.dtype)
     plain = type(value.data) is Tensor
-    return (tuple(value.shape), kind if plain else f"{kind} in a {type(value.data).__name__}")
+    return tuple(value.shape), kind if plain else f"{kind} in a {type(value.data).__name__}", tied_to
 
 
 def _same(a: object, b: object) -> bool:
@@ -137,7 +140,7 @@ def _only_in_one(here: Structure, there: Structure) -> list[str]:
     return [path for path in here.modules.keys() ^ there.modules.keys() if path]
 
 
-def _type(described: tuple[str, Any] | None, other: tuple[str, Any] | None) -> str:
+def _type(described: tuple[str, object] | None, other: tuple[str, object] | None) -> str:
     """The type's name, with its module where two types have the same name."""
     if described is None:
         return "nothing"
@@ -157,7 +160,7 @@ def _changes(name: str, before: object, now: object) -> list[str]:
     return [f"{name} is {_shown(now)} and was {_shown(before)}"]
 
 
-def _tensor(described: Any) -> str:
+def _tensor(described: TensorDescription | None) -> str:
     if described is None:
         return "nothing"
     return " ".join([str(list(described[0])), *described[1:-1]]) if len(described) > 2 else str(described[0])
