@@ -69,7 +69,7 @@ def pruned(dense):
 @pytest.mark.parametrize(
     ("kind", "inputs"),
     [(tuple, 0), (list, 0), (dict, "data"), (tuple, lambda batch: batch[0]), (dict, lambda batch: (batch["data"],))],
-    ids=str,
+    ids=["tuple-0", "list-0", "dict-data", "tuple-function", "dict-function"],
 )
 def test_the_models_inputs_are_selected(case, kind, inputs):
     dense, data, plain = case
