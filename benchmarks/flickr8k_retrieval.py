@@ -11,7 +11,7 @@ five captions drawn a step. `free` prunes that model without training: anchors b
 calibrated. `trained` trains it pruned, to one cost, its dense self as teacher; `ablate` does so for a shorter time, at
 70 % or `--reduction`, with one thing changed (`variants.py`). With `--short`, which is for two cores, `dense` takes 300 steps,
 and the others 140 of 48 pairs, or `--steps`, judged on the first 500 records of dev: 25 minutes of two cores, and 10 to 30 of
-one core a run; `--precision bf16` saves a fifth of that on cores with AMX. `--size 224` takes photographs of 256 patches and
+one core a run; `--dtype bfloat16` saves a fifth of that on cores with AMX. `--size 224` takes photographs of 256 patches and
 not of 64; its `dense` is the other's, with its positions resampled, and is not trained.
 Thresholds, anchors and weights learn from train.json; the knob is set on the first 256 records of dev.json, and R@1, 5, 10
 both ways are of all its 1,000 photographs and 5,000 captions. Test captions are not read. Runs resume. Results go to
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="in little time; `table`: of such runs")
     parser.add_argument("--size", type=int, default=_SIZE, help="of images, in pixels, a multiple of 14")
     parser.add_argument("--steps", type=int, default=_SHORT["steps"], help="of `trained` and `ablate`, with --short")
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of `trained` and `ablate`")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of `trained` and `ablate`")
     parser.add_argument("--score", choices=_FREE, help="of `free`: this one alone")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of what is not trained"
@@ -97,8 +97,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps != _SHORT["steps"] and not (options.short and options.stage in _TRAINED):
         parser.error(f"--steps is of {', '.join(_TRAINED)}, with --short")
-    if options.precision != "no" and options.stage not in _TRAINED:
-        parser.error(f"--precision is of {', '.join(_TRAINED)}")
+    if options.dtype != "float32" and options.stage not in _TRAINED:
+        parser.error(f"--dtype is of {', '.join(_TRAINED)}")
     torch.set_num_threads(options.threads)
     if options.stage == "table":
         return print(table(options), *ablations(options), sep="\n\n")
@@ -172,9 +172,9 @@ def _cost(options: argparse.Namespace) -> str:
 def called(name: str, options: argparse.Namespace) -> str:
     """What a run is called in the results."""
     size = f", {options.size} px" if options.size != _SIZE else ""
-    precision = f", {options.precision}" if options.precision != "no" else ""
+    dtype = ", bf16" if options.dtype == "bfloat16" else ""
     length = f", {options.steps} steps" if options.steps != _SHORT["steps"] else _LITTLE
-    return name + size + precision + length * options.short
+    return name + size + dtype + length * options.short
 
 
 def run(options: argparse.Namespace, variant: str, name: str, reduction: float, length: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ def _dense(options: argparse.Namespace) -> Path:
 
 
 def _own(options: argparse.Namespace) -> dict[str, Any]:
-    return {"task": "retrieval", "precision": options.precision, **photo_runs.common(options)}
+    return {"task": "retrieval", "dtype": options.dtype, **photo_runs.common(options)}
 
 
 def ablations(options: argparse.Namespace) -> list[str]:

@@ -143,7 +143,7 @@ def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatc
     script = runpy.run_path(str(FOLDER / "flickr8k_retrieval.py"))
     called, table = script["called"], script["table"]
     monkeypatch.setitem(table.__globals__, "RESULTS", tmp_path / "some.json")
-    usual = {"size": 112, "short": False, "steps": 140, "precision": "no", "reduction": None}
+    usual = {"size": 112, "short": False, "steps": 140, "dtype": "float32", "reduction": None}
     runs = [
         argparse.Namespace(**usual | change)
         for change in (
@@ -151,7 +151,7 @@ def test_the_table_of_photographs_has_the_runs_of_one_size_and_length(monkeypatc
             {"short": True},
             {"size": 224},
             {"size": 224, "short": True},
-            {"short": True, "steps": 600, "precision": "bf16"},
+            {"short": True, "steps": 600, "dtype": "bfloat16"},
         )
     ]
     assert [called("dense", run) for run in runs] == [

@@ -71,12 +71,12 @@ def test_what_is_given_wins_over_the_file(tmp_path, fails):
         "steps": 1,
         "workers": 0,
     }
-    (tmp_path / "run.json").write_text(json.dumps({**fields, "batch_size": 2, "reduction": 0.7, "precision": "bf16"}))
+    (tmp_path / "run.json").write_text(json.dumps({**fields, "batch_size": 2, "reduction": 0.7, "dtype": "bfloat16"}))
     base = ["compress", "--config", str(tmp_path / "run.json"), "--output", str(tmp_path / "run")]
-    assert cli.main([*base, "--reduction", "0.4", "--preset", "random", "--precision", "no"]) == 0
+    assert cli.main([*base, "--reduction", "0.4", "--preset", "random", "--dtype", "float32"]) == 0
     there = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (there["reduction"], there["preset"], there["batch_size"]) == (0.4, "random", 2)
-    assert there["precision"] == "no"
-    assert "is the run of another config (preset" in fails(*[*base, "--reduction", "0.4", "--precision", "no"])
+    assert there["dtype"] == "float32"
+    assert "is the run of another config (preset" in fails(*[*base, "--reduction", "0.4", "--dtype", "float32"])
     assert "takes no argument 'step'; did you mean steps" in fails(*[*base, "--set", "step=3"])
     assert "a compression config needs task" in fails("compress", "--output", str(tmp_path / "other"))

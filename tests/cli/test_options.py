@@ -25,7 +25,7 @@ COMPRESS = [
     "synthetic:val:8",
 ]
 PREDICT = ["predict", "LEFT", "RIGHT", "a circle"]
-RUNS = (["demo"], PREDICT, ["info", "blip_tiny"], ["macs", "blip_tiny"], FEATURES, PRUNE, EVAL)
+RUNS = (["demo"], PREDICT, ["info", "blip_tiny"], ["macs", "blip_tiny"], FEATURES, PRUNE, EVAL, COMPRESS)
 WHOLE = "is no whole number from 1 on"
 SHARE = "is no fraction: write a number between 0 and 1, such as 0.5"
 SEED = "is no seed: write a whole number from 0"
@@ -124,13 +124,11 @@ WRONG = [
         for value in ("gpu", "meta", "")
     ),
     ([*EVAL, "--output", "FILE"], "--output", "a file is in its way"),
-    ([*COMPRESS, "--precision", "fp8"], "--precision", "choose from"),
     (["compress"], "--task caption|", "a compression config needs task, model, data, val"),
     (["compress", "--task", "nlvr", "--model", "x", "--data", "y"], "--val FILE", "a compression config needs val"),
     ([*COMPRESS, "--config", "nowhere.yaml"], "--config", "there is no file 'nowhere.yaml'"),
     ([*COMPRESS, "--config", "PHOTOS"], "--config", "is a folder"),
     ([*COMPRESS, "--task", "nvlr"], "--task", "choose from"),
-    ([*COMPRESS, "--precision", "half"], "--precision", "choose from"),
     ([*COMPRESS, "--preset", "nope"], "--preset", "there is attention, evit, madtp"),
     ([*COMPRESS, "--reduction", "1"], "--reduction", SHARE),
     ([*COMPRESS, "--reduction", "half"], "--reduction", SHARE),
@@ -173,7 +171,9 @@ WRONG = [
     ([*COMPRESS, "--set", "parts=drop"], "--set: parts='drop'", "must be a mapping"),
     ([*COMPRESS, "--set", "parts={'keep': 'ratoi'}"], "--set: parts={'keep': 'ratoi'}", "did you mean ratio"),
     ([*COMPRESS, "--set", "model_args=3"], "--set: model_args=3", "must be a mapping"),
-    ([*COMPRESS, "--set", "precision=8"], "--set: precision=8", "must be text, such as precision=bf16"),
+    ([*COMPRESS, "--set", "dtype=8"], "--set: dtype=8", "must be text, such as dtype=bfloat16"),
+    ([*COMPRESS, "--set", "dtype=bf16"], "--set: dtype='bf16'", "write dtype='float32', 'bfloat16' or 'float16'"),
+    ([*COMPRESS, "--device", "cpu", "--dtype", "float16"], "dtype='float16'", "write dtype='bfloat16'"),
     ([*COMPRESS, "--set", "budget=soft"], "--set: budget='soft'", "write budget='controller'"),
     ([*COMPRESS, "--set", "val_limit=0"], "--set: val_limit=0", "must be 1 or more"),
     ([*COMPRESS, "--set", "seed=-1"], "--set: seed=-1", "must be 0 or more"),

@@ -9,7 +9,7 @@ state = pytest.importorskip("accelerate.state", reason="training needs accelerat
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    """Accelerate keeps one precision a process: that of an earlier test, of any folder, is forgotten."""
+    """Accelerate keeps one precision a process: that of a trainer that an earlier test built is forgotten."""
     state.AcceleratorState._reset_state(reset_partial_state=True)
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -71,7 +71,7 @@ def test_files_say_the_same_again(tmp_path):
         ({"steps": 0}, "steps=0 must be 1 or more"),
         ({"lr": 0.0}, "lr=0.0 must be above 0"),
         ({"align": -1.0}, "align=-1.0 must be 0 or more"),
-        ({"precision": "fp32"}, "precision='fp32': write precision='no', 'bf16' or 'fp16'"),
+        ({"dtype": "fp32"}, "dtype='fp32': write dtype='float32', 'bfloat16' or 'float16'"),
         ({"budget": "soft"}, "budget='soft': write budget='controller' or budget='learned'"),
         ({"preset": "madpt"}, "did you mean madtp"),
         ({"parts": {"keep": "ratio(ration=0.5)"}}, "takes no argument 'ration'"),

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from ranks import on_two_ranks
 from runs import config
 from safetensors.torch import load_file
@@ -45,10 +44,18 @@ def _command(rank: int, port: int, output: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in {**place, **meeting}.items()})
-    os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    os.environ.update(OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    assert cli.main(["compress", "--config", str(output.with_suffix(".json")), "--output", str(output)]) == 0
-    assert PartialState().num_processes == 2
+    processes, train = [], Trainer.train
+
+    def counted(trainer: Trainer) -> None:
+        processes.append(trainer.accelerator.num_processes)
+        train(trainer)
+
+    Trainer.train = counted  # in this process, which ends here
+    run = ["--config", str(output.with_suffix(".json")), "--output", str(output), "--device", "cpu"]
+    assert cli.main(["compress", *run]) == 0
+    assert processes == [2]
 
 
 def forked(settings: CompressConfig, output: Path, shards: bool = False) -> None:

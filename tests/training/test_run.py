@@ -215,12 +215,16 @@ def test_workers_change_nothing(no_final_evaluation, tmp_path):
     assert all(torch.equal(value, by_two[name]) for name, value in alone.items())
 
 
-def test_half_precision(tmp_path):
+def test_runs_of_both_dtypes_in_one_process(tmp_path):
     parts = {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"}
     changes = {"budget": "learned", "parts": parts, "distill": 0.5, "val_limit": 2}
-    settings = config("nlvr", tmp_path / "data", precision="bf16", **changes)
-    assert compress(settings, tmp_path / "run") is not None
-    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    settings = config("nlvr", tmp_path / "data", steps=2, **changes)
+    for dtype in ("bfloat16", "float32", "bfloat16"):
+        assert compress(settings.replace(dtype=dtype), tmp_path / dtype) is not None
+    full, half = weights(tmp_path / "float32"), weights(tmp_path / "bfloat16")
+    assert {value.dtype for value in half.values()} == {value.dtype for value in full.values()}
+    assert all(value.isfinite().all() for value in half.values())
+    assert any(not torch.equal(value, half[name]) for name, value in full.items())
 
 
 def test_distillation_of_what_is_not_pruned_costs_nothing(tmp_path):

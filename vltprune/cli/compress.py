@@ -14,7 +14,7 @@ from ..utils.table import table
 from . import common, options
 
 _NEEDED = ("task", "model", "data", "val")
-_FIELDS = ("task", "model", "pretrained", "data", "images", "val", "val_images", "preset", "reduction", "precision")
+_FIELDS = ("task", "model", "pretrained", "data", "images", "val", "val_images", "preset", "reduction")
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
@@ -43,8 +43,16 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     )
     reduction = "share of the dense MACs to save (0.5), or one of each tower's own: image=0.5,text=0.3"
     parser.add_argument("--reduction", type=options.target, metavar="SHARE", help=reduction)
-    precision = "mixed precision (no); Accelerate chooses the device: see `accelerate launch --help`"
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), help=precision)
+    parser.add_argument(
+        "--device",
+        type=options.device,
+        help="where the model trains: cpu, cuda, cuda:1, mps (default: a GPU where there is one, as Accelerate chooses)",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=options.dtype,
+        help="dtype in which products are computed: float32, bfloat16, float16; weights stay float32 (default: float32)",
+    )
     parser.add_argument(
         "--output", type=options.output, default="compress", metavar="DIR", help="folder of the run (%(default)s)"
     )
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
     if has_random_weights(config.model, config.pretrained):
         common.say_random(config.model, "it learns from nothing")
-    result = compress(config, args.output)
+    result = compress(config, args.output, device=args.device)
     if result is not None:
         _print(result.rows)
         for note in result.skipped[:5]:
@@ -85,6 +93,8 @@ def config_of(args: argparse.Namespace) -> Any:
     from ..training.config import CompressConfig, load_fields
 
     given = {name: getattr(args, name) for name in _FIELDS if getattr(args, name) is not None}
+    if args.dtype is not None:
+        given["dtype"] = str(args.dtype).removeprefix("torch.")
     from_file = load_fields(args.config) if args.config else {}
     assigned = common.keywords(args.set)
     fields = {**from_file, **given, **assigned}

@@ -14,6 +14,7 @@ import torch
 from ..pruning.config import PruneConfig
 from ..pruning.part import Part
 from ..registry import nearest, presets
+from ..utils.devices import check_device
 
 _MOST_THREADS = 1024
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,13 +126,9 @@ def vocabulary(text: str) -> str:
 def device(text: str) -> str:
     """A device that torch can use here."""
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError, ValueError, ImportError):
-        usable = False
-    else:
-        usable = torch.device(text).type != "meta"  # which computes nothing
-    if not usable:
-        raise _Wrong(f"{text!r} is no device of this machine: it has {', '.join(_devices())}")
+        check_device(text)
+    except ValueError as error:
+        raise _Wrong(str(error)) from None
     return text
 
 
@@ -140,12 +137,6 @@ def dtype(text: str) -> torch.dtype:
     if text not in _DTYPES:
         raise _Wrong(f"there is no dtype {text!r}{nearest(text, _DTYPES)}")
     return _DTYPES[text]
-
-
-def _devices() -> list[str]:
-    """The devices that torch can use here, as --device takes them."""
-    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def assignment(text: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..cost.calibration import check_targets
 from ..data import fingerprint, shards
@@ -14,6 +15,7 @@ from ..evaluation.tasks import Options, tasks
 from ..io import checkpoint
 from ..models import zoo
 from ..pruning.prune import prune_towers
+from .accelerate_state import accelerate_state
 from .config import CompressConfig
 from .final_evaluation import CompressResult, finish
 from .loop.interrupts import Stopped
@@ -24,7 +26,13 @@ from .progress import announced
 from .run_folder import check_config, claim_config, claim_contents, hash_contents
 
 
-def compress(config: CompressConfig, output: str | Path, extra: ExtraLoss | None = None) -> CompressResult | None:
+def compress(
+    config: CompressConfig,
+    output: str | Path,
+    extra: ExtraLoss | None = None,
+    *,
+    device: str | torch.device | None = None,
+) -> CompressResult | None:
     """Trains a pruned model to its budget, in a folder; the same call goes on where it was stopped.
 
     The folder gets checkpoints/, history.jsonl, the trackers' files, and at the end model/ (`vltprune.load` reads it),
@@ -37,19 +45,27 @@ def compress(config: CompressConfig, output: str | Path, extra: ExtraLoss | None
         config: what to do.
         output: the run's folder.
         extra: a further loss.
+        device: where the model trains, such as "cpu", "cuda:1" or "mps"; None leaves it to Accelerate, which takes a GPU where
+            there is one. A stopped run may be resumed on another device.
 
     Returns:
         The model and its results; None in processes other than the first.
 
     Raises:
         ValueError: `reduction` names a tower that the model lacks or does not prune; the folder is another config's, or
-            was begun from other content under the same names. Also what the config's parts raise.
+            was begun from other content under the same names; this machine or process cannot run on `device`, or in the
+            config's dtype. Also what the config's parts raise.
         CheckpointError: `start` does not fit.
         OSError: nothing can be written.
         BadLossError: too many losses in a row are not finite.
         Stopped: a KeyboardInterrupt, for Ctrl-C and SIGTERM, that says where the same call goes on.
     """
-    folder, show = Path(output), _is_first_process()
+    with accelerate_state(config.dtype, device) as state:
+        return _compress(config, Path(output), extra, state.is_main_process)
+
+
+def _compress(config: CompressConfig, folder: Path, extra: ExtraLoss | None, show: bool) -> CompressResult | None:
+    """`compress` where Accelerate is set up. show: whether this process says what it does."""
     check_config(folder, config)
     with announced(f"loading {config.model}", show):
         dense = load_dense_model(config)
@@ -79,11 +95,6 @@ def compress(config: CompressConfig, output: str | Path, extra: ExtraLoss | None
     except KeyboardInterrupt:
         where = f"stopped behind the last step, {trainer.steps:,}, while the models were evaluated"
         raise Stopped(f"{where}; the same command goes on from there") from None
-
-
-def _is_first_process() -> bool:
-    """Whether this is the first process of several, before Accelerate has met them."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _load_records(config: CompressConfig, kind: Any, show: bool) -> tuple[Any, Sequence[Any]]:

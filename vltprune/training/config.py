@@ -90,7 +90,8 @@ class CompressConfig:
         saliency: weight of teaching the scores which tokens the dense model's answers depend on (0: none, as in MADTP).
         max_grad_norm: norm that gradients are clipped to.
         augment: whether images are cropped and flipped at random.
-        precision: "no", "bf16" or "fp16" (mixed precision).
+        dtype: type in which products are computed, "float32", "bfloat16" or "float16" (Accelerate's mixed precision). Weights
+            and the optimizer's state are float32. float16 trains on a GPU.
         seed: of the order of records, of random crops, and of what else is drawn at random.
         workers: processes that open images ahead of their use (0: the run's own process does).
         checkpoint_every: steps between checkpoints.
@@ -136,7 +137,7 @@ class CompressConfig:
     saliency: float = 0.5
     max_grad_norm: float = 1.0
     augment: bool = False
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
     workers: int = 2
     checkpoint_every: int = 500
@@ -189,8 +190,8 @@ class CompressConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.budget not in ("controller", "learned"):
             raise ValueError(f"budget={self.budget!r}: write budget='controller' or budget='learned'")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision={self.precision!r}: write precision='no', 'bf16' or 'fp16'")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={self.dtype!r}: write dtype='float32', 'bfloat16' or 'float16'")
 
     def _check_target(self) -> None:
         if not isinstance(self.reduction, Mapping):

@@ -25,7 +25,7 @@ _NUMBERS = {"ramp": 0.5, "epochs": 2, "lr": 1e-4, "weight_decay": 0.05, "warmup"
 _NUMBERS |= {"distill": 1.0, "distill_summaries": 1.0, "saliency": 0.5, "max_grad_norm": 1.0}
 _TEXTS = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json", "images": "images/"}
 _TEXTS |= {"val_images": "images/", "vocabulary": "vocab.txt", "answers": "answer_list.json", "start": "run/model"}
-_TEXTS |= {"preset": "madtp", "budget": "controller", "precision": "bf16"}
+_TEXTS |= {"preset": "madtp", "budget": "controller", "dtype": "bfloat16"}
 _MAY_BE_NONE = (
     "images",
     "val_images",

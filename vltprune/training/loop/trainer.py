@@ -16,6 +16,7 @@ from ...data.shards import Shards
 from ...io.preprocessing import transforms
 from ...pruning.model import get_pruning
 from ...utils.progress import say
+from ..accelerate_state import MIXED_PRECISION
 from ..config import CompressConfig
 from ..data.calibration import calibration_batches
 from ..data.loader import RecordLoader, TrainLoader
@@ -180,7 +181,7 @@ class Trainer:
         raise BadLossError(
             f"{self.skipped_in_a_row} losses in a row were no finite number, the last at step {step}; nothing was learned "
             f"from them. The last batch is in {file}, the last whole checkpoint is of step {self.checkpoints.last_step()}. "
-            "Lower the learning rate (lr), or use precision='no'"
+            "Lower the learning rate (lr), or use dtype='float32'"
         )
 
     def _initialize(self) -> None:
@@ -227,7 +228,7 @@ class Trainer:
         # a host may have weights that a step does not use
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         return Accelerator(
-            mixed_precision=self.config.precision,
+            mixed_precision=MIXED_PRECISION[self.config.dtype],
             log_with=available_trackers() or None,
             project_dir=str(self.folder),
             kwargs_handlers=[unused],

@@ -146,7 +146,7 @@ def _done(data: ReportData) -> list[tuple[str, str]]:
         *([("frozen", ", ".join(config.freeze))] if config.freeze else []),
         ("training", f"{data.steps:,} steps of {config.batch_size} records, seed {config.seed}, one run"),
         ("losses", losses + (", random crops and flips" if config.augment else "")),
-        ("AdamW", f"learning rate {config.lr:g}, weight decay {config.weight_decay:g}, precision {config.precision!r}"),
+        ("AdamW", f"learning rate {config.lr:g}, weight decay {config.weight_decay:g}, products in {config.dtype}"),
         ("data", f"{config.data}; validation {config.val}"),
     ]
 
