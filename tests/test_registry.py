@@ -151,13 +151,13 @@ def maker(spec, size, shape="round"):
 )
 def test_bind_refuses(arguments, text):
     with pytest.raises(TypeError, match=text):
-        bind("fruit", maker, arguments, given=("spec",))
+        bind("fruit", maker, arguments, reserved=("spec",))
 
 
 def test_bind_accepts():
-    bind("fruit", lambda spec, *rest, size, **more: None, {"size": 1, "color": "red"}, given=("spec",))
-    bind("fruit", maker, {"size": 1}, given=("spec",))
-    bind("fruit", maker, {"size": 1, "shape": "long"}, given=("spec",))
+    bind("fruit", lambda spec, *rest, size, **more: None, {"size": 1, "color": "red"}, reserved=("spec",))
+    bind("fruit", maker, {"size": 1}, reserved=("spec",))
+    bind("fruit", maker, {"size": 1, "shape": "long"}, reserved=("spec",))
 
 
 @dataclasses.dataclass
@@ -182,9 +182,9 @@ class Listed:
 
 @pytest.mark.parametrize("maker", [Sized(3), Listed([3])], ids=["no hash", "no hash of a field"])
 def test_bind_reads_makers_that_cannot_be_hashed(maker):
-    bind("fruit", maker, {"size": 1}, given=("spec",))
+    bind("fruit", maker, {"size": 1}, reserved=("spec",))
     with pytest.raises(TypeError, match="fruit takes no argument 'sise'"):
-        bind("fruit", maker, {"sise": 1}, given=("spec",))
+        bind("fruit", maker, {"sise": 1}, reserved=("spec",))
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def name_arguments(
     maker: Callable[..., object],
     values: Sequence[object],
     arguments: Mapping[str, object],
-    given: tuple[str, ...] = (),
+    reserved: tuple[str, ...] = (),
 ) -> dict[str, object]:
     """Names arguments by position as a maker's signature has them, and adds those that have names.
 
@@ -148,43 +148,45 @@ def name_arguments(
         maker: a class or function.
         values: the arguments by position.
         arguments: the arguments by name.
-        given: names of further arguments, which the library passes.
+        reserved: names of further arguments, which the library passes.
 
     Raises:
         TypeError: for too many arguments by position, and for one that is given twice.
     """
     if not values:
         return dict(arguments)
-    takes = [p.name for p in parameters(maker) if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given]
-    if len(values) > len(takes):
-        there = f"{', '.join(takes)}, in this order" if takes else "no arguments"
-        raise TypeError(f"{what} takes {there}, and {len(values)} were given: {', '.join(map(repr, values))}")
-    named = dict(zip(takes, values, strict=False))
+    accepted = [p.name for p in parameters(maker) if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in reserved]
+    if len(values) > len(accepted):
+        accepted_names = f"{', '.join(accepted)}, in this order" if accepted else "no arguments"
+        raise TypeError(f"{what} takes {accepted_names}, and {len(values)} were given: {', '.join(map(repr, values))}")
+    named = dict(zip(accepted, values, strict=False))
     for name in named.keys() & arguments.keys():
         raise TypeError(f"{what} has {name} twice: write either {named[name]!r} or {name}={arguments[name]!r}")
     return {**named, **arguments}
 
 
-def bind(what: str, maker: Callable[..., object], arguments: Mapping[str, object], given: tuple[str, ...] = ()) -> None:
+def bind(
+    what: str, maker: Callable[..., object], arguments: Mapping[str, object], reserved: tuple[str, ...] = ()
+) -> None:
     """Checks that a maker can be called with keyword arguments.
 
     Args:
         what: the maker's name in errors.
         maker: a class or function.
         arguments: the keyword arguments.
-        given: names of further arguments, which the library passes.
+        reserved: names of further arguments, which the library passes.
 
     Raises:
         TypeError: for arguments that it does not take, with the nearest that it does, and for missing ones.
     """
-    takes = parameters(maker)
-    named = [p for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in takes)
+    signature = parameters(maker)
+    named = [p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in reserved]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature)
     known = [p.name for p in named]
     for name in arguments:
-        if name in given or (name not in known and not takes_any):
-            there = nearest(name, known) if known else "; it takes none"
-            raise TypeError(f"{what} takes no argument {name!r}{there}")
+        if name in reserved or (name not in known and not takes_any):
+            hint = nearest(name, known) if known else "; it takes none"
+            raise TypeError(f"{what} takes no argument {name!r}{hint}")
     missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
     if missing:
         raise TypeError(f"{what} needs {', '.join(missing)}: write {missing[0]}=...")

@@ -407,7 +407,7 @@ def test_a_run_is_gone_on_with_only_from_the_same_content(no_final_evaluation, t
     file = Path(settings.data)
     whole, picture = file.read_text(), tmp_path / "data" / "3.png"
     file.write_text(whole.replace("True", "False", 1))
-    with pytest.raises(ValueError, match="run is a run whose data and val had another content than now"):
+    with pytest.raises(ValueError, match="has changed since it began: data and val had other content"):
         compress(settings, tmp_path / "run")
     file.write_text(whole)
     picture.write_bytes(picture.read_bytes() + b"0")
@@ -420,5 +420,5 @@ def test_a_run_is_gone_on_with_only_from_the_same_content(no_final_evaluation, t
     with torch.no_grad():
         other.visual.pos_embed.add_(1)
     vp.save(other, folder)
-    with pytest.raises(ValueError, match="a run whose model had another content"):
+    with pytest.raises(ValueError, match="has changed since it began: model had other content"):
         compress(settings, tmp_path / "from_folder")

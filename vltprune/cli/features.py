@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         default=parts.PRESET,
         device=args.device,
         dtype=args.dtype,
-        **parts.given(args),
+        **parts.replaced_parts(args),
     )
     loader = Loader(
         [Record(i, (file,)) for i, file in enumerate(files)], common.input_transform(opened), args.batch_size
@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> None:
     preprocessing, model = transforms(opened), image_tower(opened)
     prepared = prepare(model, loader, args)
 
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as drawn:
-        results = Results(Path(drawn), draw_names(files), args.draw, preprocessing)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as drawings:
+        results = Results(Path(drawings), draw_names(files), args.draw, preprocessing)
         _compute(model, loader, files, args.device, results)
         unreadable = {files[one.index].name: one.reason for one in loader.skipped}
         settings = {"model": args.model, "pruning": model.pruning.config.to_dict(), **prepared}
@@ -184,10 +184,10 @@ def prepare(model: nn.Module, loader: Loader[Record], args: argparse.Namespace) 
 class Results:
     """Results of a run: features, tokens kept and MACs of each image, and drawings of what was kept.
 
-    drawn: a folder for the drawings; names: of each file's drawing; draw: how many images are drawn.
+    drawings: a folder for the drawings; names: of each file's drawing; draw: how many images are drawn.
     """
 
-    drawn: Path
+    drawings: Path
     names: dict[Path, str]
     draw: int
     preprocessing: Preprocessing
@@ -212,7 +212,7 @@ class Results:
             self.kept.append([column[i] for column in lengths])
             if len(self.files) < self.draw:
                 strip = kept_tokens.layer_strip(self.preprocessing.to_image(images[i]), trace, i, side=160)
-                kept_tokens.stack_strips([strip], [file.name]).save(self.drawn / self.names[file])
+                kept_tokens.stack_strips([strip], [file.name]).save(self.drawings / self.names[file])
             self.files.append(file)
         self.macs += cost.towers["image"].sum(0).tolist()
         self.dense_macs += float(cost.dense["image"].sum())
@@ -227,7 +227,7 @@ class Results:
         for number, file in enumerate(self.files[: self.draw]):
             if number == 0:
                 (folder / _IMAGES).mkdir(exist_ok=True)
-            os.replace(self.drawn / self.names[file], folder / _IMAGES / self.names[file])
+            os.replace(self.drawings / self.names[file], folder / _IMAGES / self.names[file])
         if self.features[0].dim() == 1:
             tensors = {"features": torch.stack(self.features)}
         else:
@@ -264,5 +264,5 @@ def _print(results: Results, folder: Path, unreadable: dict[str, str]) -> None:
         common.say(f"vltprune: skipped: {reason}")
     if unreadable:
         print(f"skipped {len(unreadable)} of {number + len(unreadable)} files that could not be read")
-    made = [_FEATURES, _SUMMARY] + [f"{_IMAGES}/"] * (results.draw > 0)
-    print(f"wrote {', '.join(str(folder / name) for name in made)}")
+    outputs = [_FEATURES, _SUMMARY] + [f"{_IMAGES}/"] * (results.draw > 0)
+    print(f"wrote {', '.join(str(folder / name) for name in outputs)}")

@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
+def replaced_parts(args: argparse.Namespace) -> dict[str, Any]:
     """The parts that the options replace, as `prune` takes them."""
     parts = {name: getattr(args, name) for name in PARTS if getattr(args, name) is not None}
     if parts.get("guide") == "none":

@@ -119,19 +119,19 @@ def _load(args: argparse.Namespace, images_only: bool) -> Any:
 
     ValueError for a --preset of other parts than the model's own.
     """
-    given = parts.given(args)
+    replaced = parts.replaced_parts(args)
     config = preset(args.preset or parts.PRESET)
     if images_only:
         depths: Any = config.at
         config = config.replace(at={"image": depths})
-        if "at" in given:
-            given["at"] = {"image": given["at"]}
+        if "at" in replaced:
+            replaced["at"] = {"image": replaced["at"]}
     parts.check_preset(args)
     model: Any = common.load_model(
-        args.model, args.pretrained, default=config, device=args.device, dtype=args.dtype, **given
+        args.model, args.pretrained, default=config, device=args.device, dtype=args.dtype, **replaced
     )
     if args.preset:
-        check_same_parts(args.preset, config, model.pruning.config, args.model, given)
+        check_same_parts(args.preset, config, model.pruning.config, args.model, replaced)
     return model
 
 
@@ -162,10 +162,10 @@ def _record_batches(args: argparse.Namespace, model: nn.Module) -> list[tuple[in
     readable = [record for record in records if _is_readable(task, record)]
     loader = Loader(readable, common.input_transform(model), args.batch_size)
     batches = []
-    for some, images in loader:
-        texts = tuple(text.to(args.device) for text in task.tokenize(some)[0])
-        call = partial(task.predict, records=some, images=images.to(args.device), texts=texts)
-        batches.append((len(some), call))
+    for batch, images in loader:
+        texts = tuple(text.to(args.device) for text in task.tokenize(batch)[0])
+        call = partial(task.predict, records=batch, images=images.to(args.device), texts=texts)
+        batches.append((len(batch), call))
     if not batches:
         reason = f": {loader.skipped[0].reason}" if loader.skipped else ", for the model does not know their words"
         raise ValueError(f"--data {args.data}: none of the {len(records)} records could be read{reason}")
@@ -175,14 +175,14 @@ def _record_batches(args: argparse.Namespace, model: nn.Module) -> list[tuple[in
 def _task(args: argparse.Namespace, model: nn.Module) -> Any:
     """The task that a model is made for. ValueError for none."""
     kinds: Any = tasks.tasks
-    told = tasks.Options(args.vocabulary)
+    settings = tasks.Options(args.vocabulary)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scores that cannot be had; none are asked for
         if args.task:
-            return kinds[args.task].from_model(model, told)
+            return kinds[args.task].from_model(model, settings)
         for name in kinds.names():
             try:
-                return kinds[name].from_model(model, told)
+                return kinds[name].from_model(model, settings)
             except ValueError:
                 continue
     raise ValueError(

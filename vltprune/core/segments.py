@@ -65,9 +65,9 @@ def softmax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
 def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     """Sparsemax over the tokens of each instance (Martins and Astudillo, arXiv 1602.02068, algorithm 1), as `softmax`."""
     hidden = _hidden(values, layout, where)
-    there = hidden > _LOWEST
+    is_candidate = hidden > _LOWEST
     # as softmax does: large sums lose digits
-    hidden = torch.where(there, hidden - hidden.amax(1, keepdim=True), _LOWEST)
+    hidden = torch.where(is_candidate, hidden - hidden.amax(1, keepdim=True), _LOWEST)
     ordered = hidden.sort(1, descending=True).values
     index = torch.arange(1, layout.longest + 1, device=values.device).view(1, -1, *[1] * (values.dim() - 1))
     cumulative = ordered.masked_fill(ordered <= _LOWEST, 0.0).cumsum(1) - 1
@@ -99,7 +99,7 @@ def weighted_sum(weight: Tensor, values: Tensor, layout: Layout) -> Tensor:
     return torch.stack([w.t() @ v for w, v in parts])
 
 
-_LOWEST = -1e30  # stands for "not there"; finite, so that an instance without candidates gives no NaN
+_LOWEST = -1e30  # marks tokens that take no part; finite, so that an instance without candidates gives no NaN
 
 
 def _hidden(values: Tensor, layout: Layout, where: Tensor) -> Tensor:

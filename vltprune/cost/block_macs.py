@@ -54,7 +54,7 @@ class BlockMacs:
         rest = _feed_forward_macs(partial(adapter.feed_forward, block), like, block_input)
         return cls(query.numel(), qkv, project, *rest)
 
-    def rest(self, tokens: Tensor, memory: Memory | None) -> Tensor:
+    def after_attention(self, tokens: Tensor, memory: Memory | None) -> Tensor:
         """MACs [batch] behind attention of so many tokens [batch]."""
         if memory is None:
             return self.feed_forward * tokens
@@ -65,15 +65,19 @@ def measure_blocks(
     adapter: Host, blocks: Iterable[nn.Module], like: PackedTokens, block_inputs: Sequence[Any]
 ) -> Iterator[BlockMacs]:
     """The MACs of each block. Blocks that differ in their weights alone, as most of a tower do, are measured once."""
-    known: list[tuple[Any, BlockMacs]] = []
-    for block, own in zip(blocks, block_inputs, strict=True):
+    measured: list[tuple[Any, BlockMacs]] = []
+    for block, block_input in zip(blocks, block_inputs, strict=True):
         sizes = {name: tensor.shape for name, tensor in chain(block.named_parameters(), block.named_buffers())}
-        kind = modules_of(block), sizes, [view.x.shape[-1] for view in own] if is_memory(own) else None
-        found = next((macs for other, macs in known if other == kind), None)
-        if found is None:
-            found = BlockMacs.from_block(adapter, block, like, own)
-            known.append((kind, found))
-        yield found
+        structure = (
+            modules_of(block),
+            sizes,
+            [view.x.shape[-1] for view in block_input] if is_memory(block_input) else None,
+        )
+        macs = next((macs for other, macs in measured if other == structure), None)
+        if macs is None:
+            macs = BlockMacs.from_block(adapter, block, like, block_input)
+            measured.append((structure, macs))
+        yield macs
 
 
 class BlockMeter:
@@ -92,13 +96,18 @@ class BlockMeter:
     def dense(self, tokens: Tensor, memory: Memory | None) -> Tensor:
         """MACs [batch] of the dense block for so many tokens [batch]."""
         macs = self.macs
-        return (macs.qkv + macs.project) * tokens + 2 * macs.width * tokens**2 + macs.rest(tokens, memory)
+        return (macs.qkv + macs.project) * tokens + 2 * macs.width * tokens**2 + macs.after_attention(tokens, memory)
 
     def pruned(self, before: Tensor, after: Tensor, memory: Memory | None, layer: LayerTrace) -> Tensor:
         """MACs [batch] of the pruned block, which so many tokens [batch] enter and leave."""
         macs = self.macs
         projected = after if layer.reduced_early else before
-        block = macs.qkv * before + 2 * macs.width * before**2 + macs.project * projected + macs.rest(after, memory)
+        block = (
+            macs.qkv * before
+            + 2 * macs.width * before**2
+            + macs.project * projected
+            + macs.after_attention(after, memory)
+        )
         return block + self._scoring(layer) * before + self._comparing * before**2
 
     def _scoring(self, layer: LayerTrace) -> float:

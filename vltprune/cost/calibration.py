@@ -248,14 +248,16 @@ def _measured(model: nn.Module, meter: CostMeter, control: BudgetControl, batche
         instances += cost.instances
         for tower in cost.towers:
             spent = [float(one[tower].sum()) for one in (cost.towers, cost.dense, cost.padding)]
-            towers[tower] = [sum(both) for both in zip(towers.get(tower, [0.0] * 3), spent, strict=True)]
+            towers[tower] = [sum(pair) for pair in zip(towers.get(tower, [0.0] * 3), spent, strict=True)]
     encoders = get_pruning(model).towers
-    each = {}
+    tower_calibrations = {}
     for tower, sums in towers.items():
-        pruned, whole, padded = (one / instances for one in sums)
-        each[tower] = TowerCalibration(pruned, whole, padded, *_set_to(encoders[tower]))
+        pruned, full, padded = (one / instances for one in sums)
+        tower_calibrations[tower] = TowerCalibration(pruned, full, padded, *_set_to(encoders[tower]))
     value = control.value if len(set(control.values)) == 1 else None
-    return Calibration(control.knob.name, value, macs / instances, dense / instances, padding / instances, each)
+    return Calibration(
+        control.knob.name, value, macs / instances, dense / instances, padding / instances, tower_calibrations
+    )
 
 
 def _set_to(tower: PrunedEncoder) -> tuple[str | None, float | None]:

@@ -45,8 +45,8 @@ def fit_guide(
     guide = get_pruning(model).guide
     if guide is None:
         raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
-    generator, each = torch.Generator("cpu").manual_seed(seed), points // len(get_pruning(model).towers)
-    drawn: dict[str, Tensor] = {}
+    generator, points_per_tower = torch.Generator("cpu").manual_seed(seed), points // len(get_pruning(model).towers)
+    sampled: dict[str, Tensor] = {}
     total = len(batches) if isinstance(batches, Sized) else None
     with (
         bar("placing the guide's anchors", total, disable=None if progress is None else not progress) as shown,
@@ -61,30 +61,30 @@ def fit_guide(
                 fresh = [_free(step.guidance.mapped) for step in trace.layers if step.guidance is not None]
                 if not fresh:
                     continue  # this tower prunes nowhere
-                tokens = torch.cat([drawn[trace.tower], *fresh] if trace.tower in drawn else fresh)
+                tokens = torch.cat([sampled[trace.tower], *fresh] if trace.tower in sampled else fresh)
                 order = torch.randperm(len(tokens), generator=generator, device="cpu")
-                drawn[trace.tower] = tokens[order[:each].to(tokens.device)]
+                sampled[trace.tower] = tokens[order[:points_per_tower].to(tokens.device)]
             traces.clear()
-    if not drawn:
+    if not sampled:
         raise ValueError("fit_guide needs at least one batch of inputs")
-    guide.fit(torch.cat(list(drawn.values())), seed)
+    guide.fit(torch.cat(list(sampled.values())), seed)
 
 
 @contextlib.contextmanager
 def _keeping_all(model: nn.Module) -> Iterator[None]:
     """Within the `with` block every token stays; scores and guidance are computed still."""
-    kept = []
+    keepers = []
     for pruner in [
         m for tower in get_pruning(model).towers.values() for m in tower.pruners.modules() if isinstance(m, Pruner)
     ]:
-        kept.append((pruner, pruner.keeper))
+        keepers.append((pruner, pruner.keeper))
         pruner.keeper = Ratio(pruner.scorer.spec, ratio=1.0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedGuideWarning)  # of no matter where everything stays
             yield
     finally:
-        for pruner, keeper in kept:
+        for pruner, keeper in keepers:
             pruner.keeper = keeper
 
 

@@ -72,12 +72,12 @@ class SampleCostMeter:
                 f"a batch was answered by several calls of one tower ({', '.join(names)}): measure each alone"
             )
         cost = self.meter(traces)
-        dense = self._each(cost.dense, texts)
-        pruned = dense if self.is_dense else self._each(cost.towers, texts)
-        padding = self._each(cost.padding, texts)
+        dense = self._per_record(cost.dense, texts)
+        pruned = dense if self.is_dense else self._per_record(cost.towers, texts)
+        padding = self._per_record(cost.padding, texts)
         behind = cost.head + cost.dense_decoder / cost.instances
         behind_pruned = behind if self.is_dense else cost.head + cost.decoder / cost.instances
-        kept = {trace.tower: self._kept(trace, texts) for trace in traces}
+        kept = {trace.tower: self._tokens_per_record(trace, texts) for trace in traces}
         counts = {tower: macs.shape[-1] // len(texts) if tower == "image" else 1 for tower, macs in cost.dense.items()}
 
         def total(towers: Mapping[str, Tensor], record: int) -> float:
@@ -96,14 +96,14 @@ class SampleCostMeter:
             for i in range(len(texts))
         ]
 
-    def _each(self, towers: Mapping[str, Tensor], texts: Sequence[int]) -> dict[str, Tensor]:
+    def _per_record(self, towers: Mapping[str, Tensor], texts: Sequence[int]) -> dict[str, Tensor]:
         """Per tower [records]: MACs of one of its instances, the mean over a record's."""
         return {
             tower: _means(macs.detach().sum(0).cpu(), _sizes(tower, macs.shape[-1], texts))
             for tower, macs in towers.items()
         }
 
-    def _kept(self, trace: PruneTrace, texts: Sequence[int]) -> Tensor:
+    def _tokens_per_record(self, trace: PruneTrace, texts: Sequence[int]) -> Tensor:
         """[records, 1 + depths]"""
         hard = [precision.float_tensor(step.lengths, torch.device("cpu")) for step in trace.layers]
         behind = [

@@ -90,8 +90,8 @@ class Cost:
         scale, unit = unit_of(self.padded_total)
         whose = "1 instance" if self.instances == 1 else f"{self.instances} instances"
         rows = [[f"{unit}MACs, {whose}", "dense", "pruned", "saved", "padding"]]
-        for name, (whole, pruned, padded) in parts.items():
-            numbers = [f"{whole / scale:.3f}", f"{pruned / scale:.3f}", percent(1 - pruned / whole)]
+        for name, (full, pruned, padded) in parts.items():
+            numbers = [f"{full / scale:.3f}", f"{pruned / scale:.3f}", percent(1 - pruned / full)]
             rows.append([name, *numbers, f"{padded / scale:.3f}"])
         return table(rows)
 

@@ -47,9 +47,9 @@ class Description(NamedTuple):
     color: int | None = None
     size: int | None = None
 
-    def fits(self, thing: SceneObject) -> bool:
+    def fits(self, item: SceneObject) -> bool:
         """Whether an object has every named attribute."""
-        return self in _phrases(thing)
+        return self in _phrases(item)
 
     def __str__(self) -> str:
         size = "" if self.size is None else SIZES[self.size] + " "
@@ -73,15 +73,15 @@ DESCRIPTIONS = {
 
 
 @lru_cache(maxsize=256)
-def _phrases(thing: SceneObject) -> tuple[Description, ...]:
+def _phrases(item: SceneObject) -> tuple[Description, ...]:
     """Every description that fits an object."""
-    return tuple(Description(*asked) for asked in product(*((None, has) for has in thing[:3])))
+    return tuple(Description(*named) for named in product(*((None, has) for has in item[:3])))
 
 
 @lru_cache(maxsize=16)
 def _counts(scene: Scene) -> Counter[Description]:
     """How many objects of the scene each description fits."""
-    return Counter(phrase for thing in scene for phrase in _phrases(thing))
+    return Counter(phrase for item in scene for phrase in _phrases(item))
 
 
 Scenes = tuple[Scene, Scene]
@@ -90,7 +90,7 @@ Template = Callable[[Scenes], Iterator[Filling]]
 
 @dataclass(frozen=True)
 class CountTemplate:
-    """A sentence whose truth depends on how many objects fit a description, here (this side) and there (the other)."""
+    """A sentence whose truth depends on how many objects fit a description, on one side and on the other."""
 
     template: str
     kind: str
@@ -98,13 +98,13 @@ class CountTemplate:
 
     def __call__(self, scenes: Scenes) -> Iterator[Filling]:
         """Every filling for the pair."""
-        counts = [_counts(scene) for scene in scenes]  # once, for a scene takes its time to look up
+        counts = [_counts(scene) for scene in scenes]  # once: hashing a scene is slow
         for side, name in enumerate(SIDES):
             for description in DESCRIPTIONS[self.kind]:
-                here, there = counts[side][description], counts[1 - side][description]
-                # Otherwise most fillings would speak of things that neither image shows.
-                weight = 1 + 3 * (here > 0) + 2 * (there > 0) + 2 * _nearly(description, counts[side])
-                yield Filling(_count_sentence(self.template, name, description), self.holds(here, there), weight)
+                count, other = counts[side][description], counts[1 - side][description]
+                # Otherwise most fillings would name objects that neither image shows.
+                weight = 1 + 3 * (count > 0) + 2 * (other > 0) + 2 * _nearly(description, counts[side])
+                yield Filling(_count_sentence(self.template, name, description), self.holds(count, other), weight)
 
 
 @cache
@@ -116,13 +116,13 @@ def _count_sentence(template: str, side: str, description: Description) -> str:
 
 @cache
 def _parts(description: Description) -> frozenset[Description]:
-    """The same attributes, each asked for by itself."""
+    """Each of the named attributes alone."""
     shape, color, size = description
     return frozenset({Description(shape=shape), Description(color=color), Description(size=size)} - {Description()})
 
 
 def _nearly(description: Description, counts: Counter[Description]) -> bool:
-    """Whether two attributes are asked for and a scene, of these counts, has each, though maybe not on one thing."""
+    """Whether several attributes are named and the scene has each of them, be it on different objects."""
     named = _parts(description)
     return len(named) > 1 and all(counts[part] for part in named)
 
@@ -141,15 +141,15 @@ class AttributeTemplate:
         """Every filling for the pair whose subject occurs in the number that the sentence presupposes."""
         for side, name in enumerate(SIDES):
             for subject in DESCRIPTIONS[self.subject]:
-                things = [thing for thing in scenes[side] if subject.fits(thing)]
-                if self.applies(len(things)):
-                    yield from self._about(things, subject, name, scenes[side])
+                items = [item for item in scenes[side] if subject.fits(item)]
+                if self.applies(len(items)):
+                    yield from self._about(items, subject, name, scenes[side])
 
-    def _about(self, things: Sequence[SceneObject], subject: Description, side: str, scene: Scene) -> Iterator[Filling]:
+    def _about(self, items: Sequence[SceneObject], subject: Description, side: str, scene: Scene) -> Iterator[Filling]:
         counts = _counts(scene)
         for predicate in DESCRIPTIONS[self.predicate]:
             words = dict(side=side, one=subject, value=_value(predicate))
-            truth = self.holds(sum(map(predicate.fits, things)), len(things))
+            truth = self.holds(sum(map(predicate.fits, items)), len(items))
             weight = 1 + 2 * (counts[predicate] > 0)
             yield Filling(self.template.format(**words), truth, weight)
 
@@ -197,11 +197,11 @@ def _kinds(template: str, holds: Callable[[int, int], bool], *kinds: str) -> lis
 def _existence() -> list[Template]:
     kinds = ("colored shape", "colored shape", "shape", "color", "sized shape")
     return [
-        *_kinds("the {side} image contains a {one}", lambda here, there: here > 0, *kinds),
-        *_kinds("there is a {one} in the {side} image", lambda here, there: here > 0, *kinds),
-        *_kinds("both images contain a {one}", lambda here, there: min(here, there) > 0, *kinds),
-        *_kinds("neither image contains a {one}", lambda here, there: here + there == 0, *kinds),
-        *_kinds("only the {side} image contains a {one}", lambda here, there: here > 0 == there, *kinds),
+        *_kinds("the {side} image contains a {one}", lambda count, other: count > 0, *kinds),
+        *_kinds("there is a {one} in the {side} image", lambda count, other: count > 0, *kinds),
+        *_kinds("both images contain a {one}", lambda count, other: min(count, other) > 0, *kinds),
+        *_kinds("neither image contains a {one}", lambda count, other: count + other == 0, *kinds),
+        *_kinds("only the {side} image contains a {one}", lambda count, other: count > 0 == other, *kinds),
     ]
 
 
@@ -240,22 +240,22 @@ def _attribute() -> list[Template]:
 
 def _count() -> list[Template]:
     kinds = ("shape", "color")
-    made = _kinds("there is exactly one {one} in the {side} image", lambda here, there: here == 1, *kinds)
+    templates = _kinds("there is exactly one {one} in the {side} image", lambda count, other: count == 1, *kinds)
     for n in (2, 3):
         exactly = "there are exactly " + NUMBERS[n] + " {many} in the {side} image"
         at_least = "there are at least " + NUMBERS[n] + " {many} in the {side} image"
-        made += _kinds(exactly, lambda here, there, n=n: here == n, *kinds)
-        made += _kinds(at_least, lambda here, there, n=n: here >= n, *kinds)
-    return made
+        templates += _kinds(exactly, lambda count, other, n=n: count == n, *kinds)
+        templates += _kinds(at_least, lambda count, other, n=n: count >= n, *kinds)
+    return templates
 
 
 def _comparison() -> list[Template]:
     kinds = ("shape", "color")
     ending = " {many} in the {side} image than in the {other} image"
     return [
-        *_kinds("there are more" + ending, lambda here, there: here > there, *kinds),
-        *_kinds("there are fewer" + ending, lambda here, there: here < there, *kinds),
-        *_kinds("both images contain the same number of {many}", lambda here, there: here == there, *kinds),
+        *_kinds("there are more" + ending, lambda count, other: count > other, *kinds),
+        *_kinds("there are fewer" + ending, lambda count, other: count < other, *kinds),
+        *_kinds("both images contain the same number of {many}", lambda count, other: count == other, *kinds),
     ]
 
 
@@ -268,9 +268,9 @@ def _spatial() -> list[Template]:
 def _negation() -> list[Template]:
     kinds = ("colored shape", "shape", "color")
     return [
-        *_kinds("no image contains a {one}", lambda here, there: here + there == 0, *kinds),
-        *_kinds("the {side} image does not contain a {one}", lambda here, there: here == 0, *kinds),
-        *_kinds("there is no {one} in the {side} image", lambda here, there: here == 0, *kinds),
+        *_kinds("no image contains a {one}", lambda count, other: count + other == 0, *kinds),
+        *_kinds("the {side} image does not contain a {one}", lambda count, other: count == 0, *kinds),
+        *_kinds("there is no {one} in the {side} image", lambda count, other: count == 0, *kinds),
         AttributeTemplate("the {one} in the {side} image is not {value}", "shape", "color", _single, _none_fit),
         AttributeTemplate("no {one} in the {side} image is {value}", "shape", "color", _some, _none_fit),
     ]

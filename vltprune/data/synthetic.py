@@ -56,8 +56,8 @@ class SyntheticPair:
         """
         tables = np.zeros((2, 3, max(map(len, self.scenes)) + 1), np.uint8)
         for side, scene in enumerate(self.scenes):
-            for index, thing in enumerate(scene, start=1):
-                tables[side, :, index] = np.array(thing[:3]) + 1
+            for index, item in enumerate(scene, start=1):
+                tables[side, :, index] = np.array(item[:3]) + 1
         return np.stack([tables[side][:, self.object_map[side]] for side in range(2)], axis=1)
 
 
@@ -106,9 +106,9 @@ class SyntheticPairs:
             # Existence can always be true or false: thirty colored shapes are never all there, nor all missing.
             for offset in range(len(FAMILIES)):
                 family = FAMILIES[(number + offset) % len(FAMILIES)]
-                drawn = draw_sentence(scenes, family, rng)
-                if drawn is not None:
-                    statements.append((drawn[0], int(drawn[1]), family))
+                statement = draw_sentence(scenes, family, rng)
+                if statement is not None:
+                    statements.append((statement[0], int(statement[1]), family))
                     break
         return statements
 

@@ -56,8 +56,8 @@ def select_examples(
     first = {family: families.index(family) for family in dict.fromkeys(families)}
     rest = [i for i in range(len(families)) if i not in first.values()]
     chosen = [*first.values(), *rest][: max(_EXAMPLES, len(first))]
-    drawn = {name: models[name] for name in illustrated}
-    return [_example(drawn, batches, results, question) for question in chosen]
+    illustrated_models = {name: models[name] for name in illustrated}
+    return [_example(illustrated_models, batches, results, question) for question in chosen]
 
 
 def _example(

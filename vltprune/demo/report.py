@@ -150,8 +150,8 @@ def _chart(results: Mapping[str, ModelResult]) -> str:
         for i, result in enumerate(results.values())
     ]
     up = charts.Axis(0, most, {tokens: f"{tokens:.0f}" for tokens in (0, 50, 100, most) if tokens <= most})
-    drawn = charts.chart(lines, charts.layer_axis(layers), up, "image tokens after each layer")
-    return drawn + charts.legend(list(results))
+    svg = charts.chart(lines, charts.layer_axis(layers), up, "image tokens after each layer")
+    return svg + charts.legend(list(results))
 
 
 def _example(example: Example) -> str:

@@ -253,8 +253,8 @@ def _finite(scores: dict[str, float], records: int) -> dict[str, float]:
 
 def _instance_macs(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], tower: str) -> tuple[float, float]:
     """Mean MACs and dense MACs of all images or texts that an instance has of a tower."""
-    each = [[row["instances"][tower] * macs for macs in row["towers"][tower]] for row in rows]
-    macs, dense = np.average(each, axis=0, weights=weights).tolist()
+    macs_of_rows = [[row["instances"][tower] * macs for macs in row["towers"][tower]] for row in rows]
+    macs, dense = np.average(macs_of_rows, axis=0, weights=weights).tolist()
     return macs, dense
 
 

@@ -55,15 +55,15 @@ class ModelName:
         if not isinstance(text, str):
             raise TypeError(f"a model's name is text, such as 'blip_nlvr_tiny_madtp', not {text!r}")
         arch, dot, tag = text.partition(".")
-        given = tag if dot else None
+        tag_or_none = tag if dot else None
         for preset in sorted(presets.names(), key=len, reverse=True):
             stem = arch.removesuffix(f"_{preset}")
             found = _find_backbone(stem) if stem != arch else None
             if found is not None:
-                return cls(*found, preset, given)
+                return cls(*found, preset, tag_or_none)
         found = _find_backbone(arch)
         if found is not None:
-            return cls(*found, None, given)
+            return cls(*found, None, tag_or_none)
         raise LookupError(f"there is no model {text!r}{_suggestion(text, arch)}")
 
     @property
@@ -99,16 +99,18 @@ class ModelName:
 
     def no_weights(self) -> str:
         """The message for weights that do not exist: which were asked for, which there are, and what to write."""
-        asked = f"there are no weights {str(self)!r}" if self.tag is not None else f"no weights come with {str(self)!r}"
+        problem = (
+            f"there are no weights {str(self)!r}" if self.tag is not None else f"no weights come with {str(self)!r}"
+        )
         tags = self.tags()
         close = difflib.get_close_matches(self.tag or "", tags, 3, 0.5) if len(tags) > _MOST_TAGS else tags
         if close:
-            there = f"{self.arch} has {', '.join('.' + tag for tag in close)}"
+            advice = f"{self.arch} has {', '.join('.' + tag for tag in close)}"
         elif tags:
-            there = f"vltprune.list_pretrained({self.backbone!r}) gives the {len(tags)} that there are"
+            advice = f"vltprune.list_pretrained({self.backbone!r}) gives the {len(tags)} that there are"
         else:
-            there = "nobody has published any"
-        return f"{asked}: {there}; pretrained=PATH loads a checkpoint of your own"
+            advice = "nobody has published any"
+        return f"{problem}: {advice}; pretrained=PATH loads a checkpoint of your own"
 
 
 def list_models(pattern: str = "*", *, library: str | None = None) -> list[str]:

@@ -98,7 +98,7 @@ def create_model(
 
     wants_own = parsed.tag is not None if pretrained is None else pretrained is True
     path = own_weights(parsed) if wants_own else given_weights(parsed, pretrained)
-    config = _prune_config(parsed, preset, parts, path, given=not wants_own)
+    config = _prune_config(parsed, preset, parts, path, is_own_choice=not wants_own)
     # timm and open_clip load their weights as they build
     is_library_pretrained = wants_own and path is None
     model = _build(parsed, is_library_pretrained, arguments)
@@ -138,31 +138,31 @@ def _check_arguments(
 
 
 def _prune_config(
-    name: ModelName, preset: PruneConfig | str | None, parts: Mapping[str, Any], path: Path | None, given: bool
+    name: ModelName, preset: PruneConfig | str | None, parts: Mapping[str, Any], path: Path | None, is_own_choice: bool
 ) -> PruneConfig | None:
     """The pruning that was asked for: the given one, or the named one as `path` was saved with it; single parts replaced.
 
-    given: whether the user chose `path`, which may contradict the name; the folder of a tag cannot.
+    is_own_choice: whether the user chose `path`, which may contradict the name; the folder of a tag cannot.
     """
-    asked = preset if name.preset is None else name.preset
-    if isinstance(asked, str):
+    pruning = preset if name.preset is None else name.preset
+    if isinstance(pruning, str):
         saved = load_pruning(path) if path is not None else None
-        if saved is not None and given:
-            check_same_parts(asked, preset_of(asked), saved, path, parts)
-        config = saved or _as_stored(preset_of(asked), path)
+        if saved is not None and is_own_choice:
+            check_same_parts(pruning, preset_of(pruning), saved, path, parts)
+        config = saved or _as_stored(preset_of(pruning), path)
     else:
-        config = asked
+        config = pruning
     return config.replace(**parts) if config is not None and parts else config
 
 
 def check_same_parts(
-    asked: str, config: PruneConfig, saved: PruneConfig, path: object, replaced: Mapping[str, Any]
+    preset: str, config: PruneConfig, saved: PruneConfig, path: object, replaced: Mapping[str, Any]
 ) -> None:
     """Check that a preset has the parts that a folder was saved with.
 
     Args:
-        asked: Name of the preset, for the message.
-        config: The preset.
+        preset: Name of the preset, for the message.
+        config: Its config.
         saved: The pruning of the folder.
         path: The folder, for the message.
         replaced: Parts that are replaced anyway, by kind.
@@ -171,10 +171,10 @@ def check_same_parts(
         ValueError: For a part of another name.
     """
     for kind in ("scorer", "keep", "reducer", "guide"):
-        here, there = ({part.name for part in one.parts(kind)} for one in (config, saved))
-        if kind not in replaced and here != there:
+        preset_names, saved_names = ({part.name for part in one.parts(kind)} for one in (config, saved))
+        if kind not in replaced and preset_names != saved_names:
             raise ValueError(
-                f"{path} was saved with {kind}={saved.describe(kind)!r}, and the preset {asked!r} has "
+                f"{path} was saved with {kind}={saved.describe(kind)!r}, and the preset {preset!r} has "
                 f"{kind}={config.describe(kind)!r}: to prune as saved, give that folder as the model; to prune otherwise, say "
                 f"{kind}=... too"
             )

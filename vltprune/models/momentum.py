@@ -148,19 +148,19 @@ def _hard_negatives(image: Tensor, text: Tensor, ids: Tensor, temperature: Tenso
 
     They are drawn by similarity; pairs of the same image are left out.
     """
-    same = ids[:, None] == gather_ranks(ids)
-    if same.all(1).any():
+    same_image = ids[:, None] == gather_ranks(ids)
+    if same_image.all(1).any():
         raise ValueError(
             "the batch has pairs of one image only, and so no negatives: draw pairs of at least two images"
         )
-    drawn = []
+    negatives = []
     for features, candidates in ((image, gather_ranks(text)), (text, gather_ranks(image))):
-        weights = (features @ candidates.T / temperature).masked_fill(same, -torch.inf).softmax(1)
+        weights = (features @ candidates.T / temperature).masked_fill(same_image, -torch.inf).softmax(1)
         # features may be NaN: then the loss is NaN too, and the step is skipped for it
         is_finite = weights.isfinite().all(1, keepdim=True)
-        weights = torch.where(is_finite, weights, (~same).to(weights))
-        drawn.append(torch.multinomial(weights, 1).squeeze(1))
-    return drawn[0], drawn[1]
+        weights = torch.where(is_finite, weights, (~same_image).to(weights))
+        negatives.append(torch.multinomial(weights, 1).squeeze(1))
+    return negatives[0], negatives[1]
 
 
 def _matching_loss(

@@ -87,11 +87,11 @@ _TASKS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("blip_vqa", "vqa.BlipVqa", {"image_size": 480}, _TINY_DECODER | {"enc_id": 58}),
     ("blip_retrieval", "retrieval.BlipRetrieval", {}, _TINY_RETRIEVAL),
 )
-for _stem, _cls, _own, _tiny in _TASKS:
+for _stem, _cls, _common, _tiny in _TASKS:
     for _size, _sizes in (("tiny", _tiny), ("base", {}), ("large", _LARGE)):
         _module, _, _class = f"vltprune.models.{_cls}".rpartition(".")
         _pixels = {"mean": _HALF, "std": _HALF} if _size == "tiny" else {}  # between -1 and 1
-        backbones.register(f"{_stem}_{_size}")(Backbone(_module, _class, {**_own, **_sizes}, **_pixels))
+        backbones.register(f"{_stem}_{_size}")(Backbone(_module, _class, {**_common, **_sizes}, **_pixels))
 
 
 def packaged(name: str) -> Path | None:

@@ -38,12 +38,12 @@ def current_config(config: PruneConfig, towers: Mapping[str, PrunedEncoder]) -> 
         alike = all(one == parts[pruned[0]] for one in parts.values())
         if kind != "keep" and not alike:
             raise _refusal(f"its towers have different {kind}s: {', '.join(map(str, parts.values()))}")
-        kept = {**part, **parts} if isinstance(part, Mapping) else parts
-        replaced: dict[str, Any] = {kind: parts[pruned[0]] if alike and not isinstance(part, Mapping) else kept}
+        by_tower = {**part, **parts} if isinstance(part, Mapping) else parts
+        replaced: dict[str, Any] = {kind: parts[pruned[0]] if alike and not isinstance(part, Mapping) else by_tower}
         config = config.replace(**replaced)
-    left = [_changed(config, kind, tower, towers[tower]) for kind in _PARTS for tower in pruned]
-    if any(left):
-        raise _refusal(f"no config sets {next(filter(None, left))!r}")
+    remaining = [_changed(config, kind, tower, towers[tower]) for kind in _PARTS for tower in pruned]
+    if any(remaining):
+        raise _refusal(f"no config sets {next(filter(None, remaining))!r}")
     return config
 
 
@@ -51,22 +51,26 @@ def _changed(config: PruneConfig, kind: str, tower: str, encoder: PrunedEncoder)
     """Arguments of a tower's parts of one kind that are not what the config builds, by their values now."""
     with torch.random.fork_rng(devices=[]):
         built = encoder.build_pruners(config)
-    here = {int(depth) for depth in encoder.pruners}
-    if here != {int(depth) for depth in built}:
-        raise _refusal(f"its {tower} tower is pruned at {sorted(here)}, and its config says {sorted(map(int, built))}")
+    depths = {int(depth) for depth in encoder.pruners}
+    if depths != {int(depth) for depth in built}:
+        raise _refusal(
+            f"its {tower} tower is pruned at {sorted(depths)}, and its config says {sorted(map(int, built))}"
+        )
     found: list[dict[str, object]] = []
     for depth, pruner in encoder.pruners.items():
         part = unwrapped(getattr(pruner, _PARTS[kind]))
-        right = getattr(built[depth], _PARTS[kind])
-        if type(part) is not type(right):
+        original = getattr(built[depth], _PARTS[kind])
+        if type(part) is not type(original):
             raise _refusal(
-                f"the {kind} of its {tower} tower at {depth} is {type(part).__name__} and was {type(right).__name__}"
+                f"the {kind} of its {tower} tower at {depth} is {type(part).__name__} and was {type(original).__name__}"
             )
-        now, then = attributes(part), attributes(right)
-        found.append({name: now.get(name) for name in right.arguments if name in then and now.get(name) != then[name]})
+        now, then = attributes(part), attributes(original)
+        found.append(
+            {name: now.get(name) for name in original.arguments if name in then and now.get(name) != then[name]}
+        )
     maker = KINDS[kind][0][config.part(kind, tower).name] if found else None
-    takes = {parameter.name for parameter in parameters(maker)} if maker is not None else set()
-    for name in (name for one in found for name in one if name not in takes):
+    accepted = {parameter.name for parameter in parameters(maker)} if maker is not None else set()
+    for name in (name for one in found for name in one if name not in accepted):
         raise _refusal(f"{name} of the {kind} of its {tower} tower was set, and its maker takes no argument {name!r}")
     if any(one != found[0] for one in found):
         raise _refusal(f"the {kind} of its {tower} tower has other arguments at some depths than at others: {found}")

@@ -158,7 +158,7 @@ class Collector(list[PruneTrace]):
             last.decode_stats.append(decoded)
 
 
-_own: ContextVar[tuple[Collector, ...]] = ContextVar("collectors", default=())
+_of_thread: ContextVar[tuple[Collector, ...]] = ContextVar("collectors", default=())
 _lock = threading.Lock()
 _shared: list[Collector] = []  # those that other threads report to, in the whole process
 
@@ -179,7 +179,7 @@ def collect(tokens: bool = False, threads: bool = True) -> Iterator[list[PruneTr
         The list of traces, one per call of a tower.
     """
     collector = Collector(tokens)
-    token = _own.set((*_own.get(), collector))
+    token = _of_thread.set((*_of_thread.get(), collector))
     if threads:
         with _lock:
             _shared.append(collector)
@@ -189,16 +189,16 @@ def collect(tokens: bool = False, threads: bool = True) -> Iterator[list[PruneTr
         if threads:
             with _lock:
                 _shared[:] = [other for other in _shared if other is not collector]  # lists of equal traces are equal
-        _own.reset(token)
+        _of_thread.reset(token)
 
 
 def active_collectors() -> tuple[Collector, ...]:
     """The collectors that calls of this thread report to."""
     if torch._C._current_graph_task_id() != -1:  # in `backward`, as torch.utils.checkpoint asks
         return ()
-    own = _own.get()
-    if own:
-        return own
+    collectors = _of_thread.get()
+    if collectors:
+        return collectors
     with _lock:
         return tuple(_shared)
 

@@ -27,12 +27,12 @@ def check_config(folder: Path, config: CompressConfig) -> None:
     file = folder / "config.json"
     if not file.is_file():
         return
-    there, here = json.loads(file.read_text()), json.loads(json.dumps(config.to_dict()))
-    other = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    if other:
+    saved, current = json.loads(file.read_text()), json.loads(json.dumps(config.to_dict()))
+    different = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    if different:
         raise ValueError(
-            f"{folder} is the run of another config ({other[0]}: {there.get(other[0])!r} there, "
-            f"{here.get(other[0])!r} now): choose another output, or remove that folder"
+            f"{folder} is the run of another config ({different[0]}: {saved.get(different[0])!r} there, "
+            f"{current.get(different[0])!r} now): choose another output, or remove that folder"
         )
 
 
@@ -96,9 +96,9 @@ def claim_contents(folder: Path, contents: dict[str, str | None]) -> None:
     if not file.is_file():
         write_json(file, contents)
         return
-    there = json.loads(file.read_text(encoding="utf-8"))
-    if other := [name for name in {**there, **contents} if there.get(name) != contents.get(name)]:
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    if different := [name for name in {**saved, **contents} if saved.get(name) != contents.get(name)]:
         raise ValueError(
-            f"{folder} is a run whose {' and '.join(other)} had another content than now, under the same names: choose another "
-            "output, or remove that folder"
+            f"what the run in {folder} depends on has changed since it began: {' and '.join(different)} had other "
+            "content under the same names: choose another output, or remove that folder"
         )

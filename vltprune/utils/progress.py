@@ -24,8 +24,8 @@ def bar(what: str, total: int | None = None, *, disable: bool | None = False) ->
     return tqdm(desc=what, total=total, unit="", leave=False, dynamic_ncols=True, mininterval=pace, disable=disable)
 
 
-def counted(things: Iterable[T], shown: tqdm) -> Iterator[T]:
-    """Yields the things, and advances a progress bar after each."""
-    for thing in things:
-        yield thing
+def counted(items: Iterable[T], shown: tqdm) -> Iterator[T]:
+    """Yields the items, and advances a progress bar after each."""
+    for item in items:
+        yield item
         shown.update()

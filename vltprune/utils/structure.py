@@ -56,18 +56,18 @@ class Structure:
         """
         found = []
         for path in {**self.modules, **other.modules}:
-            here, there = self.modules.get(path), other.modules.get(path)
-            if here is None or there is None or here[0] != there[0]:
-                found.append(f"{path or 'the model'} is {_type(there, here)} and was {_type(here, there)}")
+            before, after = self.modules.get(path), other.modules.get(path)
+            if before is None or after is None or before[0] != after[0]:
+                found.append(f"{path or 'the model'} is {_type(after, before)} and was {_type(before, after)}")
                 continue
-            for name, value in here[1].items():
-                now = there[1].get(name, _ABSENT)
-                if not _same(value, now):
-                    found += _changes(f"{path + '.' if path else ''}{name}", value, now)
+            for name, value in before[1].items():
+                changed = after[1].get(name, _ABSENT)
+                if not _same(value, changed):
+                    found += _changes(f"{path + '.' if path else ''}{name}", value, changed)
         for key in {**self.tensors, **other.tensors}:
-            here, there = self.tensors.get(key), other.tensors.get(key)
-            if here != there and not any(key.startswith(f"{path}.") for path in _only_in_one(self, other)):
-                found.append(f"{key} is {_tensor(there)} and was {_tensor(here)}")
+            before, after = self.tensors.get(key), other.tensors.get(key)
+            if before != after and not any(key.startswith(f"{path}.") for path in _only_in_one(self, other)):
+                found.append(f"{key} is {_tensor(after)} and was {_tensor(before)}")
         return found
 
 
@@ -88,9 +88,9 @@ def attributes(module: nn.Module) -> dict[str, object]:
     for name, value in vars(module).items():
         if name.startswith("_") or name in _RUNNING:
             continue
-        kept = plain(value)
-        if kept is not _ABSENT:
-            found[name] = kept
+        converted = plain(value)
+        if converted is not _ABSENT:
+            found[name] = converted
     return found
 
 
@@ -109,7 +109,7 @@ def plain(value: object) -> object:
         items = tuple(plain(item) for item in value)
         return _ABSENT if any(item is _ABSENT for item in items) else items
     if isinstance(value, Mapping):
-        return {str(key): kept for key, item in value.items() if (kept := plain(item)) is not _ABSENT}
+        return {str(key): converted for key, item in value.items() if (converted := plain(item)) is not _ABSENT}
     if isinstance(value, partial):
         return ("partial", plain(value.func), plain(value.args), plain(value.keywords))
     if inspect.ismethod(value) or isinstance(value, (Tensor, nn.Module)):
@@ -135,9 +135,9 @@ def _same(a: object, b: object) -> bool:
     )
 
 
-def _only_in_one(here: Structure, there: Structure) -> list[str]:
+def _only_in_one(first: Structure, second: Structure) -> list[str]:
     """Modules that only one of them has. Their tensors are not listed again."""
-    return [path for path in here.modules.keys() ^ there.modules.keys() if path]
+    return [path for path in first.modules.keys() ^ second.modules.keys() if path]
 
 
 def _type(described: tuple[str, object] | None, other: tuple[str, object] | None) -> str:

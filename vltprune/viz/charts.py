@@ -166,16 +166,16 @@ def chart(lines: Sequence[Line], across: Axis, up: Axis, title: str, size: tuple
     for value, label in across.labels.items():
         x = at((value, up.low))[0]
         parts.append(f'<text x="{x:.1f}" y="{height - 14}" text-anchor="middle">{escape(label)}</text>')
-    drawn: list[list[Point]] = []
+    earlier: list[list[Point]] = []
     for line in lines:
         points = [at(point) for point in line.points if _finite(point)]
-        covered = sum(_coincide(points, other) for other in drawn)
-        parts += _drawn(line, at, points, covered)
-        drawn.append(points)
+        covered = sum(_coincide(points, other) for other in earlier)
+        parts += _line_elements(line, at, points, covered)
+        earlier.append(points)
     return "".join(parts) + "</svg>"
 
 
-def _drawn(line: Line, at: Callable[[Point], Point], points: Sequence[Point], covered: int) -> Iterator[str]:
+def _line_elements(line: Line, at: Callable[[Point], Point], points: Sequence[Point], covered: int) -> Iterator[str]:
     """Band, stroke and marks, each over those before; covered: how many earlier lines lie where this one does."""
     if line.band and points:
         band = [(point[0], edges) for point, edges in zip(line.points, line.band, strict=True) if _finite(point)]

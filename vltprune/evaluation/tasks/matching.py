@@ -86,12 +86,12 @@ class Matching:
         self, model: Any, records: Sequence[Pairs], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
         """As of `EvaluationStage`, for one image, or images with equally many texts."""
-        each = [record for record in records for _ in record.texts]
-        logits = finite(model(images[:, 0], *texts), each, "matching logits")[:, 1]
+        repeated = [record for record in records for _ in record.texts]
+        logits = finite(model(images[:, 0], *texts), repeated, "matching logits")[:, 1]
         logits = logits.split([len(record.texts) for record in records])
         return [
-            {"image": record.row, "pairs": len(some), "texts": pack(record.texts.int()), "match": pack(some.float())}
-            for record, some in zip(records, logits, strict=True)
+            {"image": record.row, "pairs": len(match), "texts": pack(record.texts.int()), "match": pack(match.float())}
+            for record, match in zip(records, logits, strict=True)
         ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

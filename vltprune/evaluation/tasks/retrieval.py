@@ -69,12 +69,16 @@ class Retrieval:
         self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[dict[str, Any]]:
         counts = [len(record.captions) for record in records]
-        each = [record for record in records for _ in record.captions]
+        repeated = [record for record in records for _ in record.captions]
         image = finite(self.image_features(model, images[:, 0]), records, "image features")
-        text = finite(self.text_features(model, *texts), each, "text features").split(counts)
+        text = finite(self.text_features(model, *texts), repeated, "text features").split(counts)
         return [
-            {"image_name": record.image_name, "image": pack(one.float()), "texts": [*map(pack, some.float())]}
-            for record, one, some in zip(records, image, text, strict=True)
+            {
+                "image_name": record.image_name,
+                "image": pack(image_feature.float()),
+                "texts": [*map(pack, features.float())],
+            }
+            for record, image_feature, features in zip(records, image, text, strict=True)
         ]
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -109,8 +113,8 @@ def _similarity(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, list[int]]:
     groups = _by_image(rows)
     images = torch.stack([unpack(group[0]["image"]) for group in groups])
     texts = [[text for row in group for text in row["texts"]] for group in groups]
-    text_features = torch.stack([unpack(text) for some in texts for text in some])
-    return images @ text_features.T, [i for i, some in enumerate(texts) for _ in some]
+    text_features = torch.stack([unpack(text) for group in texts for text in group])
+    return images @ text_features.T, [i for i, group in enumerate(texts) for _ in group]
 
 
 def _by_image(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

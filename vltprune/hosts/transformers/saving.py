@@ -141,12 +141,12 @@ def _without_reports() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def fill_pruning(model: nn.Module, there: set[str], folder: Path) -> None:
+def fill_pruning(model: nn.Module, saved: set[str], folder: Path) -> None:
     """Load the tensors that pruning added to a model.
 
     Args:
         model: The pruned model.
-        there: Names of those tensors in the folder.
+        saved: Names of those tensors in the folder.
         folder: The folder.
 
     Raises:
@@ -154,7 +154,7 @@ def fill_pruning(model: nn.Module, there: set[str], folder: Path) -> None:
     """
     dense = get_pruning(model).host.state_dict().keys()
     added = {key: value for key, value in model.state_dict().items() if key not in dense}
-    mismatched = sorted(there ^ added.keys())
+    mismatched = sorted(saved ^ added.keys())
     if mismatched:
         raise CheckpointError(
             f"{folder} does not fit this model, nothing was loaded. In the folder or in the model alone, of the tensors that "

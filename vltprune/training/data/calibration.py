@@ -34,15 +34,15 @@ def calibration_batches(
     """
     batches: list[Callable[..., Any]] = []
     for start in range(0, len(records), batch_size):
-        some = [_with_one_text(record) for record in records[start : start + batch_size]]
-        loaded = [(record, _load(task, record, prepare)) for record in some]
+        batch = [_with_one_text(record) for record in records[start : start + batch_size]]
+        loaded = [(record, _load(task, record, prepare)) for record in batch]
         usable = [(record, images) for record, images in loaded if images is not None]
         if not usable:
             continue
-        some, images = list(map(list, zip(*usable, strict=True)))
+        batch, images = list(map(list, zip(*usable, strict=True)))
         images = torch.stack(images).to(device)
-        texts = tuple(text.to(device) for text in task.tokenize(some)[0])
-        batches.append(partial(task.predict, records=some, images=images, texts=texts))
+        texts = tuple(text.to(device) for text in task.tokenize(batch)[0])
+        batches.append(partial(task.predict, records=batch, images=images, texts=texts))
     return batches
 
 

@@ -42,20 +42,20 @@ class ShardLoader(TrainLoader[R]):
     buffer: int = 1000
 
     def first(self, n: int) -> list[R]:
-        found: list[R] = []
+        records: list[R] = []
         with closing(self.epoch(0, self._note_one)) as samples:
             for number, sample in enumerate(samples):
                 try:
                     record = self.records.record(number, sample)
                     record.load_images()
-                    found.append(record)
+                    records.append(record)
                 except OSError as error:
                     self._note_one(SkippedSample(sample.shard, sample.key, str(error)))
-                if len(found) == n:
+                if len(records) == n:
                     break
-        if not found:
+        if not records:
             raise self.no_samples(self.skipped)
-        return found
+        return records
 
     def steps(self, epochs: float) -> int:
         raise ValueError("samples in shards are not counted beforehand: say how many steps, not how many epochs")
@@ -66,8 +66,8 @@ class ShardLoader(TrainLoader[R]):
 
         seed, names = self.opener.seed, self.records.names
         order = np.random.default_rng((seed, number)).permutation(len(names))
-        read = (sample for place in order for sample in iterate_samples(names[place], note))
-        return filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(f"{seed} {number}"))(read)
+        samples = (sample for shard in order for sample in iterate_samples(names[shard], note))
+        return filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(f"{seed} {number}"))(samples)
 
     def no_samples(self, notes: Sequence[Any]) -> OSError:
         """The error for shards that hold nothing."""
@@ -98,9 +98,11 @@ class ShardDataset(IterableDataset["Batch[R] | OSError"], Generic[R]):
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         try:
             with closing(self._windows()) as windows:
-                for turn, (step, window) in enumerate(zip(self.steps, windows, strict=True)):
-                    if turn % workers == worker:
-                        yield Batch.collate([self._open(step, window[place:]) for place in self.positions], self.notes)
+                for index, (step, window) in enumerate(zip(self.steps, windows, strict=True)):
+                    if index % workers == worker:
+                        yield Batch.collate(
+                            [self._open(step, window[position:]) for position in self.positions], self.notes
+                        )
                         self.notes.clear()
         except OSError as error:
             yield error  # raised in a worker, it would have the worker's traceback as its message

@@ -73,10 +73,10 @@ class Controller:
         inputs, knob, meter = list(batches), self.control.knob, meter or CostMeter(self.model)
 
         def at(position: float) -> Calibration:
-            found = measure(self.model, inputs, knob.value_at(position), self.tower, meter)
+            calibration = measure(self.model, inputs, knob.value_at(position), self.tower, meter)
             if tick is not None:
                 tick()
-            return found
+            return calibration
 
         ends = [at(0.0), at(1.0)]
         least, most = sorted(map(self._saved, ends))
@@ -88,9 +88,9 @@ class Controller:
         assert best.value is not None  # `measure` set all depths alike
         self.load_state_dict({"value": best.value, "saved": self._saved(best)})
 
-    def _saved(self, found: Calibration) -> float:
+    def _saved(self, calibration: Calibration) -> float:
         """The share that was saved of the MACs that the target is of."""
-        return found.reduction if self.tower is None else found.towers[self.tower].reduction
+        return calibration.reduction if self.tower is None else calibration.towers[self.tower].reduction
 
     def _crossing(
         self, ends: list[Calibration], reduction: float, at: Callable[[float], Calibration]
@@ -101,11 +101,11 @@ class Controller:
         low, high = 0, _INTERVALS
         while high - low > 1:
             middle = (low + high) // 2
-            found = at(middle / _INTERVALS)
-            if (self._saved(found) < reduction) == starts_below:
-                low, ends = middle, [found, ends[1]]
+            calibration = at(middle / _INTERVALS)
+            if (self._saved(calibration) < reduction) == starts_below:
+                low, ends = middle, [calibration, ends[1]]
             else:
-                high, ends = middle, [ends[0], found]
+                high, ends = middle, [ends[0], calibration]
         return ends
 
     def _edge(self, end: Calibration, at: Callable[[float], Calibration]) -> Calibration:
@@ -113,9 +113,9 @@ class Controller:
         assert end.value is not None
         near, far, best = self.control.knob.fraction(end.value), 1 - self.control.knob.fraction(end.value), end
         for _ in range(_BISECTIONS):
-            found = at((near + far) / 2)
-            if abs(self._saved(found) - self._saved(end)) < _SAME_SHARE:
-                near, best = (near + far) / 2, found
+            calibration = at((near + far) / 2)
+            if abs(self._saved(calibration) - self._saved(end)) < _SAME_SHARE:
+                near, best = (near + far) / 2, calibration
             else:
                 far = (near + far) / 2
         return best

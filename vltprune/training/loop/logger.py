@@ -26,8 +26,8 @@ class History:
         self.file = file
         self.rows: list[dict[str, Any]] = []
         if file.is_file():
-            whole = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.rows = [json.loads(line) for line in whole if line.endswith("\n")]
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.rows = [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, step: int) -> None:
         """Removes the rows after a step: a run that goes on from it writes them again."""

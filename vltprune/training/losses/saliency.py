@@ -69,8 +69,8 @@ def curvature_probe(logits: Tensor, seed: int, before: int = 0) -> Tensor:
     """
     p = logits.detach().softmax(-1)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(0, 2, (before + len(logits), logits.shape[1]), generator=generator)[before:]
-    signs = drawn.to(logits) * 2 - 1
+    bits = torch.randint(0, 2, (before + len(logits), logits.shape[1]), generator=generator)[before:]
+    signs = bits.to(logits) * 2 - 1
     centered = logits - (p * logits).sum(-1, keepdim=True)
     return (signs * p.sqrt() * centered).sum()
 

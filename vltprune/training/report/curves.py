@@ -50,12 +50,12 @@ def tokens(record_rows: Sequence[Rows], names: Sequence[str]) -> str:
 
 def training(history: Rows, knob: str) -> str:
     """Charts of losses, saved MACs, the knob, and tokens after the last layer, over the steps."""
-    charted = [_curve(f"loss: {what}", history, {name: name}) for name, what in _LOSSES.items()]
+    charted = [_curve(f"loss: {label}", history, {name: name}) for name, label in _LOSSES.items()]
     controlled = {f" of the {tower} tower": f" {tower}" for tower in _towers_with_target(history)} or {"": ""}
-    for whose, own in controlled.items():
-        title = f"share of the dense MACs{whose} saved, and the target"
-        charted.append(_curve(title, history, {f"saved{own}": "saved", f"target{own}": "target"}))
-        charted.append(_curve(f"knob{whose}: {knob}", history, {f"knob{own}": "knob"}))
+    for of_tower, suffix in controlled.items():
+        title = f"share of the dense MACs{of_tower} saved, and the target"
+        charted.append(_curve(title, history, {f"saved{suffix}": "saved", f"target{suffix}": "target"}))
+        charted.append(_curve(f"knob{of_tower}: {knob}", history, {f"knob{suffix}": "knob"}))
     for name in dict.fromkeys(name for row in history for name in row if name.startswith(_KEPT)):
         last = [{"step": row["step"], name: row[name][-1]} for row in history if name in row]
         charted.append(
@@ -81,18 +81,18 @@ def _tower(tower: str, evaluations: Sequence[Rows], names: Sequence[str]) -> str
         lines.append(
             charts.Line(list(enumerate(means.tolist())), charts.series_color(i), band, mark=charts.series_mark(i))
         )
-        spread = zip(means, low, high, strict=True)
-        cells.append([charts.symbol(i) + names[i], *(f"{mean:.1f} ({a:g}&ndash;{b:g})" for mean, a, b in spread)])
+        columns = zip(means, low, high, strict=True)
+        cells.append([charts.symbol(i) + names[i], *(f"{mean:.1f} ({a:g}&ndash;{b:g})" for mean, a, b in columns)])
         entered = max(entered, float(high.max()))
     layers = len(cells[0]) - 2
     flat = [(layer, lines[0].points[0][1]) for layer in range(layers + 1)]
     lines.insert(0, charts.Line(flat, charts.series_color(0), dashed=True, mark=None))
 
     title = f"{tower} tokens that are left"
-    drawn = charts.chart(lines, charts.layer_axis(layers), charts.Axis.from_values([entered], "g", zero=True), title)
+    svg = charts.chart(lines, charts.layer_axis(layers), charts.Axis.from_values([entered], "g", zero=True), title)
     head = ["mean (middle 80 %)", "input", *(f"layer {layer}" for layer in range(1, layers + 1))]
     numbers = f"<details><summary>in numbers</summary>{html.table(head, cells)}</details>"
-    return html.card(_titled(title, drawn + charts.legend(names) + numbers))
+    return html.card(_titled(title, svg + charts.legend(names) + numbers))
 
 
 def _curve(title: str, history: Rows, series: Mapping[str, str], zero: bool = False) -> str:
@@ -100,22 +100,22 @@ def _curve(title: str, history: Rows, series: Mapping[str, str], zero: bool = Fa
     points = {name: [(row["step"], row[name]) for row in history if name in row] for name in series}
     if not points[next(iter(series))]:
         return ""
-    values = [value for some in points.values() for _, value in some]
-    share = "target" in series.values()
-    linear = charts.Axis.from_values(values, ".0%" if share else "g", zero or share)
+    values = [value for curve in points.values() for _, value in curve]
+    is_fraction = "target" in series.values()
+    linear = charts.Axis.from_values(values, ".0%" if is_fraction else "g", zero or is_fraction)
     up = charts.Axis.log_from_values(values) if "knob" in series.values() else linear
     lines = [
         charts.Line(
-            some,
+            curve,
             charts.series_color(1 - i),
             dashed=i > 0,
-            mark=charts.series_mark(1 - i) if len(some) < 20 else None,
+            mark=charts.series_mark(1 - i) if len(curve) < 20 else None,
         )
-        for i, some in enumerate(points.values())
+        for i, curve in enumerate(points.values())
     ]
-    across = charts.Axis.from_values([step for some in points.values() for step, _ in some], ",.0f", zero=True)
-    drawn = charts.chart(lines, across, up, title, _SMALL)
-    return _titled(title, drawn + (charts.legend(["target", "saved"]) if share else ""))
+    across = charts.Axis.from_values([step for curve in points.values() for step, _ in curve], ",.0f", zero=True)
+    svg = charts.chart(lines, across, up, title, _SMALL)
+    return _titled(title, svg + (charts.legend(["target", "saved"]) if is_fraction else ""))
 
 
 def _titled(title: str, content: str) -> str:
@@ -124,5 +124,5 @@ def _titled(title: str, content: str) -> str:
 
 def main_score(scores: Mapping[str, Any]) -> str | None:
     """The score to chart: the main one of its task, else the first; None where nothing was scored."""
-    known = [name for name in ("accuracy", "vqa_accuracy", "CIDEr", "mean_recall") if name in scores]
-    return next(iter([*known, *scores]), None)
+    main = [name for name in ("accuracy", "vqa_accuracy", "CIDEr", "mean_recall") if name in scores]
+    return next(iter([*main, *scores]), None)

@@ -124,8 +124,8 @@ def _lead(data: ReportData) -> str:
     """The result in a sentence."""
     dense, row = data.rows[0], data.rows[data.target_index]
     main = curves.main_score(dense["scores"])
-    macs, whole = (row[name] / 1e9 for name in ("macs", "dense_macs"))
-    saved = f"{row['macs_saved']:.1%} fewer MACs ({macs:.4g} G instead of {whole:.4g} G)"
+    macs, dense_macs = (row[name] / 1e9 for name in ("macs", "dense_macs"))
+    saved = f"{row['macs_saved']:.1%} fewer MACs ({macs:.4g} G instead of {dense_macs:.4g} G)"
     if main is None:
         return f"{saved}; nothing could be scored."
     before, after = (f"{100 * one['scores'][main]:.2f} %" for one in (dense, row))
@@ -231,8 +231,8 @@ def _drift(data: ReportData) -> list[str]:
 
 
 def _error(row: Any) -> float:
-    share = row["scores"]["accuracy"]
-    return (share * (1 - share) / row["records"]) ** 0.5
+    accuracy = row["scores"]["accuracy"]
+    return (accuracy * (1 - accuracy) / row["records"]) ** 0.5
 
 
 def _gaps(data: ReportData) -> list[str]:
