@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cost import describe
 from ..evaluation import tasks
 from ..models.resolve import has_random_weights
 from ..utils.table import table
 from . import common, options
+
+if TYPE_CHECKING:
+    from ..training import CompressConfig
 
 _NEEDED = ("task", "model", "data", "val")
 _FIELDS = ("task", "model", "pretrained", "data", "images", "val", "val_images", "preset", "reduction")
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {os.path.join(result.folder, 'model')}, and its report, {result.page} (open it in a browser)")
 
 
-def config_of(args: argparse.Namespace) -> Any:
+def config_of(args: argparse.Namespace) -> CompressConfig:
     """The config of the options and of the file of --config. Errors name the option of a wrong field."""
     from ..training.config import CompressConfig, load_fields
 

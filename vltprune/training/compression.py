@@ -11,7 +11,7 @@ import torch
 
 from ..cost.calibration import check_targets
 from ..data import fingerprint, shards
-from ..evaluation.tasks import Options, tasks
+from ..evaluation.tasks import Options, Task, tasks
 from ..io import checkpoint
 from ..models import zoo
 from ..pruning.prune import prune_towers
@@ -97,7 +97,9 @@ def _compress(config: CompressConfig, folder: Path, extra: ExtraLoss | None, sho
         raise Stopped(f"{where}; the same command goes on from there") from None
 
 
-def _load_records(config: CompressConfig, kind: Any, show: bool) -> tuple[Any, Sequence[Any]]:
+def _load_records(
+    config: CompressConfig, kind: type[Task[Any]], show: bool
+) -> tuple[Sequence[Any] | shards.Shards[Any], Sequence[Any]]:
     """What to train on, shards or the records of an annotation file, and the records to evaluate on."""
     with announced(f"reading {config.data}", show):
         if shards.is_shard_address(config.data):

@@ -40,7 +40,7 @@ _MAY_BE_NONE = (
 )
 
 
-def parse_fields(config: Any) -> dict[str, Any]:
+def parse_fields(config: object) -> dict[str, Any]:
     """The fields of a config as plain values of their types.
 
     Raises:
@@ -101,17 +101,17 @@ def _reduction(value: Any) -> Any:
     return frozen(value, "reduction") if isinstance(value, Mapping) else _number("reduction", value, 0.5)
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _text(name: str, value: Any, example: str) -> str:
+def _text(name: str, value: object, example: str) -> str:
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name}={value!r} must be text, such as {name}={example}")
     return os.fspath(value)
 
 
-def _items(value: Any) -> Iterable[Any]:
+def _items(value: object) -> Iterable[object]:
     """A collection, or one value that stands for itself."""
     return value if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else (value,)
 

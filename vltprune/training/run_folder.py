@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ def _named_in_errors(folder: Path) -> Iterator[None]:
         raise OSError(f"cannot write to the folder {folder}: {error.strerror}; choose another output") from error
 
 
-def hash_contents(config: CompressConfig, model: str, records: Any, val: Any) -> dict[str, str | None]:
+def hash_contents(
+    config: CompressConfig, model: str, records: Sequence[Any] | shards.Shards[Any], val: Sequence[Any]
+) -> dict[str, str | None]:
     """Digests of what a config's names stand for. Of images and shards, size and both ends are hashed.
 
     Args:
@@ -80,7 +82,7 @@ def hash_contents(config: CompressConfig, model: str, records: Any, val: Any) ->
     }
 
 
-def _image_files(records: Any) -> list[Path]:
+def _image_files(records: Sequence[Any]) -> list[Path]:
     """Files of records that were read from an annotation file; synthetic ones have none."""
     listed = records if isinstance(records, Records) else ()
     return [image for record in listed for image in record.images if isinstance(image, Path)]

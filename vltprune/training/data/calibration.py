@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...evaluation.tasks import Task
+
 
 def calibration_batches(
-    task: Any,
+    task: Task[Any],
     records: Sequence[Any],
     prepare: Callable[[Any], Tensor],
     device: torch.device | str = "cpu",
@@ -46,7 +48,7 @@ def calibration_batches(
     return batches
 
 
-def _load(task: Any, record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
+def _load(task: Task[Any], record: Any, prepare: Callable[[Any], Tensor]) -> Tensor | None:
     """The images of a record, None where they cannot be opened, or its texts have no token ids."""
     try:
         task.tokenize([record])

@@ -44,7 +44,7 @@ class TrainBudget:
         if self.rotation is not None:
             self.rotation.initialize(batches, self.target(0), tick, meter)
 
-    def target(self, step: int, index: int = 0) -> Any:
+    def target(self, step: int, index: int = 0) -> Target:
         """Share of the dense MACs to save at a step, of one of the costs; or a share of each tower's own."""
         cost: Target = 0.0 if self.rotation is None else self.rotation.costs[index]
         if isinstance(cost, Mapping):

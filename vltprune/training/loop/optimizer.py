@@ -27,7 +27,7 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def set_lr(optimizer: Any, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of each parameter group to its multiple of `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr_multiple"] * lr
@@ -66,7 +66,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def clip_gradients(optimizer: Any, accelerator: Accelerator, max_norm: float) -> bool:
+def clip_gradients(optimizer: torch.optim.Optimizer, accelerator: Accelerator, max_norm: float) -> bool:
     """Clips the gradients of the weights, and says whether all gradients are finite.
 
     What thresholds and guide get from the budget is not clipped, nor may it shrink what the weights learn.

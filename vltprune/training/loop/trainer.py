@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ...data.shards import Shards
+from ...evaluation.tasks import Task
 from ...io.preprocessing import transforms
 from ...pruning.model import get_pruning
 from ...utils.progress import say
@@ -58,7 +59,7 @@ class Trainer:
     config: CompressConfig
     folder: Path
     model: nn.Module
-    task: Any
+    task: Task[Any]
     records: Sequence[Any] | Shards[Any]
     teacher: nn.Module | None = None
     extra: ExtraLoss | None = None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data import Captioned, Question, Record, Statement
-from ...evaluation.tasks import Caption, Nlvr, Retrieval, Vqa
+from ...evaluation.tasks import Caption, Nlvr, Retrieval, Task, Vqa
 from ...evaluation.tasks.base import dense
 from ...models.decoder import next_token_losses
 from ...models.momentum import MomentumDistillation, gather_ranks
@@ -53,9 +53,11 @@ class Objective(nn.Module, ABC):
 
     images_per_text: ClassVar[int] = 1
 
-    def __init__(self, task: Any, model: Any, seed: int = 0):
+    def __init__(self, task: Task[Any], model: Any, seed: int = 0):
         super().__init__()
-        self.task, self.seed = task, seed
+        # of the class that the objective is for
+        self.task: Any = task
+        self.seed = seed
 
     @abstractmethod
     def forward(self, model: Any, records: Sequence[Any], images: Tensor, step: int) -> Loss:
@@ -113,7 +115,7 @@ class NlvrObjective(Objective):
 class CaptionObjective(Objective):
     """Cross-entropy of each next word of one of an image's captions, behind the prompt."""
 
-    def __init__(self, task: Any, model: Any, seed: int = 0):
+    def __init__(self, task: Task[Any], model: Any, seed: int = 0):
         super().__init__(task, model, seed)
         self.longest = dense(model).decoder.body.position.num_embeddings
 
@@ -198,7 +200,7 @@ class MomentumObjective(ContrastObjective):
     warmup_steps: int = 1000
     alpha: float = 0.4
 
-    def __init__(self, task: Any, model: Any, seed: int = 0):
+    def __init__(self, task: Task[Any], model: Any, seed: int = 0):
         super().__init__(task, model, seed)
         self.momentum = MomentumDistillation(model)
 
@@ -226,7 +228,7 @@ OBJECTIVES: Mapping[type, type[Objective]] = {
 }
 
 
-def build_objective(task: Any, model: nn.Module, seed: int = 0) -> Objective:
+def build_objective(task: Task[Any], model: nn.Module, seed: int = 0) -> Objective:
     """The objective of a task that is made for a model.
 
     Raises:
