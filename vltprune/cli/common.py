@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..cost import calibration, guide_fit
+from ..cost.inputs import Batch
 from ..data import shards
 from ..evaluation.tasks.base import Images
 from ..evaluation.tasks.nlvr import SYNTHETIC
@@ -20,11 +21,12 @@ from ..io.preprocessing import transforms
 from ..models.catalog import ModelName
 from ..models.resolve import has_random_weights, resolve_model
 from ..pruning.config import PruneConfig
-from ..pruning.model import is_pruned
+from ..pruning.model import PrunedModel, is_pruned
 from ..utils.progress import say
 from . import options
 
 MODEL = "a name, such as vit_base_patch16_224_evit or clip_vit_b_32.openai, a saved model's folder, or hf-hub:org/name"
+
 
 Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
@@ -183,7 +185,7 @@ def load_model(
     warn_if_dense: bool = False,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
-    **arguments: Any,
+    **arguments: object,
 ) -> nn.Module:
     """Load the model of a command's model argument onto its device, and say so where its weights are random.
 
@@ -206,20 +208,20 @@ def say_random(model: str, consequence: str) -> None:
     say(f"vltprune: {model} has RANDOM weights here: {consequence}. For trained ones, {how}")
 
 
-def has_untrained_guide(model: Any) -> bool:
+def has_untrained_guide(model: PrunedModel) -> bool:
     """Whether a pruned model has a guide whose anchors are still random."""
     guide = model.pruning.guide
     return guide is not None and guide.is_untrained
 
 
-def fit_guide(model: nn.Module, batches: Sequence[Any], what: str) -> None:
+def fit_guide(model: PrunedModel, batches: Sequence[Batch], what: str) -> None:
     """Fit the guide of a pruned model on batches, and say so. what: the batches in words, such as "16 images"."""
     say(f"vltprune: the guide is untrained: placing its anchors by k-means on tokens of {what}")
     guide_fit.fit_guide(model, batches)
 
 
 def calibrate(
-    model: nn.Module, batches: Sequence[Any], reduction: float | Mapping[str, float], what: str
+    model: PrunedModel, batches: Sequence[Batch], reduction: float | Mapping[str, float], what: str
 ) -> calibration.Calibration:
     """Calibrate a pruned model on batches, and say so. what: the batches in words, such as "16 images"."""
     say(f"vltprune: calibrating on {what}")

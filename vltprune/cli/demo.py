@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -18,7 +17,7 @@ from ..demo.examples import Example, select_examples
 from ..demo.measure import ModelResult, evaluate_models, generate_batches, relative_time, time_models
 from ..evaluation.results_log import write_json
 from ..models.factory import create_model
-from ..pruning.model import PrunedModel
+from ..pruning.model import PrunedModel, is_pruned
 from ..pruning.prune import prune_towers
 from ..utils.files import replacing, write_text
 from ..utils.progress import bar
@@ -86,7 +85,8 @@ def build_models(seed: int = 0, device: str = "cpu", dtype: torch.dtype | None =
     dense = create_model(_BACKBONE, pretrained=True).to(device, dtype)
     models = {DENSE: dense}
     for tag, target in _TARGETS.items():
-        madtp: Any = create_model(f"{_BACKBONE}_madtp.{tag}", pretrained=True).to(device, dtype)
+        madtp = create_model(f"{_BACKBONE}_madtp.{tag}", pretrained=True).to(device, dtype)
+        assert is_pruned(madtp)
         models[f"MADTP {100 * target:.0f} %, trained"] = madtp
         models[f"random {100 * target:.0f} %, untrained"] = _random(dense, madtp, seed, target)
         if tag == "p80":
@@ -95,7 +95,7 @@ def build_models(seed: int = 0, device: str = "cpu", dtype: torch.dtype | None =
     return models
 
 
-def _random(dense: nn.Module, madtp: PrunedModel, seed: int, target: float) -> nn.Module:
+def _random(dense: nn.Module, madtp: PrunedModel, seed: int, target: float) -> PrunedModel:
     """Random pruning of the image tower in the blocks where MADTP prunes it, at the target's cost.
 
     Words stay: with random words gone the baseline would be weaker still.
@@ -134,7 +134,7 @@ def _kept_image(examples: Sequence[Example]) -> Image.Image:
     return kept_tokens.stack_strips([example.strips[name]], [title])
 
 
-def _numbers(result: ModelResult, dense: ModelResult) -> dict[str, Any]:
+def _numbers(result: ModelResult, dense: ModelResult) -> dict[str, object]:
     return {
         "accuracy": result.accuracy,
         "accuracy_by_family": result.accuracy_by_family(),

@@ -13,10 +13,11 @@ from torch import nn
 
 from .. import __version__
 from ..cost import describe
-from ..data import Loader, fingerprint
+from ..data import Loader, Record, fingerprint
+from ..data.records import R
 from ..evaluation import tasks
 from ..evaluation.evaluator import Evaluator, summarize, summarize_matching
-from ..evaluation.results_log import ResultsLog, write_json
+from ..evaluation.results_log import ResultsLog, Row, write_json
 from ..evaluation.tasks.matching import K_TEST
 from ..models.wordpiece import BERT
 from ..utils.progress import bar
@@ -121,7 +122,7 @@ def _digests(args: argparse.Namespace, model: nn.Module) -> dict[str, str | None
     }
 
 
-def _evaluate(what: str, evaluator: Evaluator, loader: Loader[Any], log: ResultsLog) -> list[dict[str, Any]]:
+def _evaluate(what: str, evaluator: Evaluator[R], loader: Loader[R], log: ResultsLog) -> list[Row]:
     """Answer the records that the log lacks, under a progress bar, and return all its rows."""
     with bar(what, len(loader)) as shown:
         shown.update(min(len(log.rows), len(loader)))
@@ -130,13 +131,13 @@ def _evaluate(what: str, evaluator: Evaluator, loader: Loader[Any], log: Results
 
 
 def _summarize(
-    task: tasks.Task[Any], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], records: Any, folder: Path
+    task: tasks.Task[R], rows: Sequence[Row], settings: Mapping[str, object], records: Sequence[Record], folder: Path
 ) -> dict[str, Any]:
     """Summarize a task's rows: print, write summary.json, and the file of answers where a server takes one."""
     if isinstance(task, tasks.SupportsSubmission):  # before the scorer, which may fail
         results = task.submission([row for row in rows if "skipped" not in row])
         write_json(folder / f"{settings['task']}_result.json", results)
-    summary = {**settings, **summarize(task, rows)}
+    summary: dict[str, Any] = {**settings, **summarize(task, rows)}
     summary["skipped"] += [{"index": one.index, "skipped": one.reason} for one in getattr(records, "skipped", ())]
     write_json(folder / "summary.json", summary)
     _print(summary)
@@ -165,7 +166,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--answers goes with --task vqa: leave it out of --task {args.task}")
 
 
-def _check_second_stage(task: Any, most: int | None) -> None:
+def _check_second_stage(task: object, most: int | None) -> None:
     if most and not (isinstance(task, tasks.Retrieval) and task.has_head):
         raise ValueError(
             f"--k-test {most}: only retrieval has a second stage, by models with a matching head: use a blip_retrieval"
@@ -184,7 +185,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
     )
 
 
-def _print(summary: Mapping[str, Any]) -> None:
+def _print(summary: Row) -> None:
     _print_scores(summary["scores"])
     for what, why in summary["unscored"].items():
         print(f"{what}: not scored ({why})")
@@ -208,7 +209,7 @@ def _print(summary: Mapping[str, Any]) -> None:
         print(f"skipped {len(summary['skipped'])} entries that could not be read; summary.json lists them")
 
 
-def _print_matching(found: Mapping[str, Any]) -> None:
+def _print_matching(found: Row) -> None:
     print(f"\nsecond stage, the nearest {found['k_test']} judged by the matching head:")
     _print_scores(found["scores"])
     print(f"{found['pairs']} pairs, {found['pairs_per_second']:.1f} a second")
@@ -229,6 +230,6 @@ def _print_macs(what: str, macs: float, dense: float, padding: float, of_saving:
     print(f"GMACs of {what}: {macs / 1e9:.3f}, {saved}{of_saving}{describe.format_padding(padding)}")
 
 
-def _print_kept(summary: Mapping[str, Any]) -> None:
+def _print_kept(summary: Row) -> None:
     for tower, (entered, *kept) in summary["kept"].items():
         print(f"{tower} tokens, layer by layer (mean): {entered:.0f} -> " + " ".join(f"{n:.0f}" for n in kept))

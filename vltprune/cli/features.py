@@ -7,10 +7,9 @@ import json
 import os
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 from ..core.tokens import PackedTokens
 from ..cost import describe
 from ..cost.calibration import check_targets
-from ..cost.macs import CostMeter
+from ..cost.macs import Cost, CostMeter
 from ..data import Loader, Record
 from ..data.images import list_images
 from ..evaluation.results_log import write_json
 from ..hosts.find import find_composite
 from ..io.preprocessing import Preprocessing, transforms
 from ..pruning.encoder import Pruning
+from ..pruning.model import PrunedModel, is_pruned
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import replacing
 from ..utils.progress import bar
@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         **parts.replaced_parts(args),
     )
+    assert is_pruned(opened)
     loader = Loader(
         [Record(i, (file,)) for i, file in enumerate(files)], common.input_transform(opened), args.batch_size
     )
@@ -145,7 +146,7 @@ def _remove_former(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def image_tower(model: Any) -> Any:
+def image_tower(model: PrunedModel) -> PrunedModel:
     """The image tower of a pruned model, as a pruned model of its own, without a classifier. ValueError for none."""
     if "image" not in model.pruning.towers:
         raise ValueError(f"this model has no image tower: it has {', '.join(model.pruning.towers)}")
@@ -153,12 +154,14 @@ def image_tower(model: Any) -> Any:
     if find_composite(model.pruning.host) is not None:
         record = Pruning(model.pruning.config, encoder.host, model.pruning.guide, {"image": encoder})
         object.__setattr__(encoder, "pruning", record)
-    if hasattr(encoder.host, "reset_classifier"):
-        encoder.host.reset_classifier(0)  # what is asked for are features
+    reset_classifier = getattr(encoder.host, "reset_classifier", None)
+    if callable(reset_classifier):
+        reset_classifier(0)  # what is asked for are features
+    assert is_pruned(encoder)
     return encoder
 
 
-def prepare(model: nn.Module, loader: Loader[Record], args: argparse.Namespace) -> dict[str, Any]:
+def prepare(model: PrunedModel, loader: Loader[Record], args: argparse.Namespace) -> dict[str, object]:
     """Fit an untrained guide, and calibrate to --reduction, both on the first images; what was done, for summary.json."""
     if args.reduction is not None:
         check_targets(model, args.reduction)
@@ -169,7 +172,7 @@ def prepare(model: nn.Module, loader: Loader[Record], args: argparse.Namespace) 
     if not batches:
         return {}
     number = sum(map(len, batches))
-    done: dict[str, Any] = {}
+    done: dict[str, object] = {}
     if untrained:
         common.fit_guide(model, batches, f"{number} images")
         done["guide_fitted_on"] = number
@@ -197,7 +200,9 @@ class Results:
     macs: list[float] = field(default_factory=list)
     dense_macs: float = 0.0
 
-    def add(self, files: list[Path], images: Tensor, features: Any, trace: PruneTrace, cost: Any) -> None:
+    def add(
+        self, files: list[Path], images: Tensor, features: Tensor | PackedTokens, trace: PruneTrace, cost: Cost
+    ) -> None:
         """Take up a batch. FloatingPointError for features that are not finite."""
         if isinstance(features, PackedTokens):  # BLIP's image tower hands on all that is left
             assert features.summary is not None
@@ -221,7 +226,7 @@ class Results:
     def reduction(self) -> float:
         return 1 - sum(self.macs) / self.dense_macs
 
-    def write(self, folder: Path, settings: dict[str, Any], unreadable: dict[str, str]) -> None:
+    def write(self, folder: Path, settings: Mapping[str, object], unreadable: dict[str, str]) -> None:
         """Write all results into the folder in place of a former run's, summary.json last."""
         _remove_former(folder)
         for number, file in enumerate(self.files[: self.draw]):
@@ -245,7 +250,7 @@ class Results:
         }
         write_json(folder / _SUMMARY, summary)
 
-    def _row(self, number: int) -> dict[str, Any]:
+    def _row(self, number: int) -> dict[str, object]:
         drawing = self.names[self.files[number]] if number < self.draw else None
         return {"tokens": self.kept[number], "macs": self.macs[number], "drawing": drawing}
 

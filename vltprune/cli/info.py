@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from ..cost.macs import Cost, count_macs
 from ..cost.sample_cost import keep_all
+from ..io.recipe import Recipe
 from ..models.catalog import ModelName
+from ..pruning.encoder import PrunedEncoder
+from ..pruning.model import PrunedModel, is_pruned
 from ..utils.table import table
 from . import common, macs, options, parts
 
@@ -34,15 +36,15 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 def run(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
-    model: Any = common.load_model(
+    model = common.load_model(
         args.model, args.pretrained, device=args.device, dtype=args.dtype, **common.keywords(args.arguments)
     )
-    dense = not hasattr(model, "pruning")
-    pruned: Any = keep_all(model) if dense else model
-    print(f"{args.model}: {_origin(pruned.pruning.host)}, {_millions(pruned.pruning.host)} parameters")
+    dense = not is_pruned(model)
+    pruned = model if is_pruned(model) else keep_all(model)
+    name = _name(pruned.pruning.host)
+    print(f"{args.model}: {name.backbone} of {name.library}, {_millions(pruned.pruning.host)} parameters")
     if dense:
-        name = ModelName.parse(pruned.pruning.host.recipe.backbone).backbone
-        print(f"dense: append a preset to prune it, as in {name}_{parts.PRESET}")
+        print(f"dense: append a preset to prune it, as in {name.backbone}_{parts.PRESET}")
     else:
         _print_parts(pruned)
     cost = count_macs(pruned, *macs.example_for(pruned.pruning.host))
@@ -52,13 +54,13 @@ def run(args: argparse.Namespace) -> None:
     macs.print_cost(cost, pruned.pruning.host, dense)
 
 
-def _origin(host: Any) -> str:
-    """The backbone that a dense model was built as, and its library."""
-    name = ModelName.parse(host.recipe.backbone)
-    return f"{name.backbone} of {name.library}"
+def _name(host: nn.Module) -> ModelName:
+    """The name that a dense model was built by."""
+    assert isinstance(host.recipe, Recipe)
+    return ModelName.parse(host.recipe.backbone)
 
 
-def _print_parts(model: Any) -> None:
+def _print_parts(model: PrunedModel) -> None:
     config = model.pruning.config
     for kind in ("guide", "scorer", "keep", "reducer", "at"):
         part = getattr(config, kind)
@@ -67,7 +69,7 @@ def _print_parts(model: Any) -> None:
     print(f"  parameters of the pruning: {sum(p.numel() for m in own if m is not None for p in m.parameters()):,}")
 
 
-def _print_tower(tower: str, encoder: Any, cost: Cost, dense: bool) -> None:
+def _print_tower(tower: str, encoder: PrunedEncoder, cost: Cost, dense: bool) -> None:
     spec = encoder.adapter.spec(encoder.host, 0, tower)
     summary = "a summary token" if spec.has_summary else "no summary token"
     causal = ", causal" if spec.causal else ""

@@ -16,6 +16,7 @@ from ..hosts.find import find_composite
 from ..io.preprocessing import image_size
 from ..models.catalog import ModelName
 from ..models.resolve import is_saved_model
+from ..pruning.model import is_pruned
 from . import common, options
 
 _COUNTED = (
@@ -47,9 +48,9 @@ def run(args: argparse.Namespace) -> None:
     if args.image_size and is_saved_model(args.model):
         raise ValueError(f"--image-size {args.image_size}: the folder {args.model} says itself what its model is")
     size = {_SIZE_ARGUMENT[ModelName.parse(args.model).library]: args.image_size} if args.image_size else {}
-    model: Any = common.load_model(args.model, args.pretrained, device=args.device, dtype=args.dtype, **size)
-    dense = not hasattr(model, "pruning")
-    pruned: Any = keep_all(model) if dense else model
+    model = common.load_model(args.model, args.pretrained, device=args.device, dtype=args.dtype, **size)
+    dense = not is_pruned(model)
+    pruned = model if is_pruned(model) else keep_all(model)
     cost = count_macs(pruned, *example_for(pruned.pruning.host, args.tokens))
     print_cost(cost, pruned.pruning.host, dense)
     if not dense:

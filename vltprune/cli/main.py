@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from .. import __version__
 from . import common, compress, demo, eval, features, info, listing, macs, options, predict, prune
@@ -83,7 +83,7 @@ def _warner() -> Callable[..., None]:
     """A replacement of `warnings.showwarning` that prints each text once, as one line."""
     printed: set[str] = set()
 
-    def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    def warn(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
         text = " ".join(str(message).split())
         if text not in printed:
             printed.add(text)

@@ -7,7 +7,6 @@ import ast
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -147,7 +146,7 @@ def assignment(text: str) -> str:
     return text
 
 
-def value(text: str) -> Any:
+def value(text: str) -> object:
     """Parse a Python literal, such as "12", "(3, 6)" or "None"; other text is returned as it is."""
     try:
         return ast.literal_eval(text)
@@ -155,7 +154,7 @@ def value(text: str) -> Any:
         return text
 
 
-def depths(text: str) -> Any:
+def depths(text: str) -> object:
     """ "3,6,9" -> (3, 6, 9)."""
     given = value(f"({text},)")
     how = (

@@ -20,6 +20,7 @@ from ..data.images import SUFFIXES, load_image, load_tensor
 from ..data.synthetic import SyntheticPairs
 from ..data.word_tokenizer import NLVR_WORDS, WordTokenizer
 from ..io.preprocessing import transforms
+from ..pruning.model import dense_model
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import replacing
 from ..viz import kept_tokens
@@ -156,9 +157,9 @@ def _write_sample(question: Question, folder: Path) -> None:
     print(f'sentence: "{question.sentence}", which is {str(question.answer).lower()}. The model says:')
 
 
-def _check_model(model: Any, name: str) -> None:
+def _check_model(model: nn.Module, name: str) -> None:
     """Check that a model reads two images and the words of the tiny models. ValueError otherwise."""
-    host = model.pruning.host if hasattr(model, "pruning") else model
+    host: Any = dense_model(model)
     if getattr(host, "images_per_sentence", 0) != 2:
         raise ValueError(f"predict asks about two images and a sentence, and {name} does not: use a blip_nlvr_tiny")
     words, known = host.text.word.num_embeddings, len(WordTokenizer())

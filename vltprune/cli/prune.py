@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from ..cost.calibration import check_targets
 from ..cost.describe import format_change
+from ..cost.inputs import Batch
 from ..cost.savings import Calibration
 from ..data import Loader, Record, shards
 from ..data.images import list_images
+from ..data.records import R
 from ..evaluation import tasks
 from ..hosts.find import find_composite
 from ..io.checkpoint import CONFIG, WEIGHTS, save
 from ..models.factory import check_same_parts
 from ..models.wordpiece import BERT
+from ..pruning.model import PrunedModel, get_pruning, is_pruned
 from ..pruning.presets import preset
 from ..utils.table import table
 from . import common, options, parts
@@ -114,7 +117,7 @@ def _check_data(args: argparse.Namespace) -> list[Path] | None:
     return list_images(args.data)[: args.limit]
 
 
-def _load(args: argparse.Namespace, images_only: bool) -> Any:
+def _load(args: argparse.Namespace, images_only: bool) -> PrunedModel:
     """The pruned model; a dense one is pruned by --preset, with `images_only` in its image tower alone.
 
     ValueError for a --preset of other parts than the model's own.
@@ -127,15 +130,16 @@ def _load(args: argparse.Namespace, images_only: bool) -> Any:
         if "at" in replaced:
             replaced["at"] = {"image": replaced["at"]}
     parts.check_preset(args)
-    model: Any = common.load_model(
+    model = common.load_model(
         args.model, args.pretrained, default=config, device=args.device, dtype=args.dtype, **replaced
     )
+    assert is_pruned(model)
     if args.preset:
         check_same_parts(args.preset, config, model.pruning.config, args.model, replaced)
     return model
 
 
-def _image_batches(args: argparse.Namespace, model: Any, files: Sequence[Path]) -> list[tuple[int, Any]]:
+def _image_batches(args: argparse.Namespace, model: PrunedModel, files: Sequence[Path]) -> list[tuple[int, Batch]]:
     """Batches of images, each with their number, for the image tower. OSError where none can be read."""
     loader = Loader(
         [Record(i, (file,)) for i, file in enumerate(files)], common.input_transform(model), args.batch_size
@@ -149,19 +153,20 @@ def _image_batches(args: argparse.Namespace, model: Any, files: Sequence[Path]) 
     return [(len(images), images if alone else partial(_run_image_tower, images=images)) for images in tensors]
 
 
-def _run_image_tower(model: Any, images: Tensor) -> Any:
-    return model.pruning.towers["image"](images)
+def _run_image_tower(model: nn.Module, images: Tensor) -> object:
+    return get_pruning(model).towers["image"](images)
 
 
-def _record_batches(args: argparse.Namespace, model: nn.Module) -> list[tuple[int, Any]]:
+def _record_batches(args: argparse.Namespace, model: PrunedModel) -> list[tuple[int, Batch]]:
     """Calls of the model on annotated records as its task makes them, each with their number, one text a record."""
     task = _task(args, model)
     records = [
-        _with_one_text(record) for record in task.load_records(args.data, common.image_folders(args))[: args.limit]
+        _with_one_text(record)
+        for record in task.load_records(args.data, common.image_folders(args), False)[: args.limit]
     ]
     readable = [record for record in records if _is_readable(task, record)]
     loader = Loader(readable, common.input_transform(model), args.batch_size)
-    batches = []
+    batches: list[tuple[int, Batch]] = []
     for batch, images in loader:
         texts = tuple(text.to(args.device) for text in task.tokenize(batch)[0])
         call = partial(task.predict, records=batch, images=images.to(args.device), texts=texts)
@@ -172,7 +177,7 @@ def _record_batches(args: argparse.Namespace, model: nn.Module) -> list[tuple[in
     return batches
 
 
-def _task(args: argparse.Namespace, model: nn.Module) -> Any:
+def _task(args: argparse.Namespace, model: nn.Module) -> tasks.Task[Any]:
     """The task that a model is made for. ValueError for none."""
     kinds: Any = tasks.tasks
     settings = tasks.Options(args.vocabulary)
@@ -191,7 +196,7 @@ def _task(args: argparse.Namespace, model: nn.Module) -> Any:
     )
 
 
-def _is_readable(task: Any, record: Record) -> bool:
+def _is_readable(task: tasks.Task[Any], record: Record) -> bool:
     """Whether the model knows the words of a record."""
     try:
         task.tokenize([record])
@@ -200,12 +205,12 @@ def _is_readable(task: Any, record: Record) -> bool:
     return True
 
 
-def _with_one_text(record: Any) -> Any:
+def _with_one_text(record: R) -> R:
     """A record with the first of its captions: an image and one text are what an instance costs."""
     return replace(record, captions=record.captions[:1]) if hasattr(record, "captions") else record
 
 
-def _print_towers(found: Calibration, model: Any) -> None:
+def _print_towers(found: Calibration, model: PrunedModel) -> None:
     """A table of MACs, dense and pruned, of each tower that was calibrated, and a line for each that was not."""
     rows = [["GMACs", "dense", "pruned", "change"]]
     costs = {name: (tower.macs, tower.dense_macs) for name, tower in found.towers.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import precision
-from ..pruning.model import find_pruning
+from ..pruning.model import PrunedModel, find_pruning
 from ..pruning.prune import prune_towers
 from ..pruning.trace import PruneTrace
 from ..utils.wrappers import unwrapped
@@ -113,7 +113,7 @@ class SampleCostMeter:
         return _means(lengths, _sizes(trace.tower, lengths.shape[-1], texts)).T
 
 
-def keep_all(model: nn.Module) -> nn.Module:
+def keep_all(model: nn.Module) -> PrunedModel:
     """A dense model pruned so that it keeps all tokens, as CostMeter needs it."""
     return prune_towers(unwrapped(model), "random", keep="ratio(ratio=1.0)")
 

@@ -75,7 +75,7 @@ def spice_lacks() -> str | None:
     return None
 
 
-def _spice(targets: Any, predictions: Any, required: bool) -> dict[str, float]:
+def _spice(targets: object, predictions: object, required: bool) -> dict[str, float]:
     """SPICE by itself; nothing, with a warning, where its program fails and it is not required."""
     from pycocoevalcap.spice.spice import Spice
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from ..cost import describe
 from ..cost.sample_cost import SampleCost, SampleCostMeter
-from ..data import Loader, Record, Skipped, fingerprint
+from ..data import Loader, Skipped, fingerprint
+from ..data.records import R
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
-from .results_log import ResultsLog
+from .results_log import ResultsLog, Row
 from .tasks import EvaluationStage, Matching, SupportsUnscored
 
 
-class Evaluator:
+class Evaluator(Generic[R]):
     """Evaluates a model on a task: `run` logs a row for each record, `summarize` turns the rows into scores and costs.
 
     Attributes:
@@ -33,7 +34,7 @@ class Evaluator:
 
     def __init__(
         self,
-        task: EvaluationStage[Any],
+        task: EvaluationStage[R],
         model: nn.Module,
         device: str = "cpu",
         cost_meter: SampleCostMeter | None = None,
@@ -50,10 +51,10 @@ class Evaluator:
         self.model = model.to(device)
         self.device = device
         self.cost_meter = cost_meter or SampleCostMeter(model)
-        self._dense_costs: dict[Any, list[SampleCost]] = {}
+        self._dense_costs: dict[tuple[object, ...], list[SampleCost]] = {}
 
     @torch.no_grad()
-    def run(self, loader: Loader[Any], log: ResultsLog, tick: Callable[[int], object] | None = None) -> None:
+    def run(self, loader: Loader[R], log: ResultsLog, tick: Callable[[int], object] | None = None) -> None:
         """Evaluate the loader's records in order, from the first that has no row in the log.
 
         A record whose images cannot be decoded, or whose texts the model cannot read, gets a row with the reason.
@@ -81,7 +82,7 @@ class Evaluator:
                 _write(rows, loader, log, tick)
             _write([], loader, log, tick)
 
-    def _tokenizable(self, records: Sequence[Record], loader: Loader[Any]) -> list[int]:
+    def _tokenizable(self, records: Sequence[R], loader: Loader[R]) -> list[int]:
         """The batch indices of the records whose texts can be tokenized; the others are listed as skipped."""
         try:
             self.task.tokenize(records)
@@ -98,7 +99,7 @@ class Evaluator:
                 loader.skipped.append(Skipped(record.index, str(error)))
         return valid
 
-    def _predict(self, records: Sequence[Record], images: Tensor) -> list[dict[str, Any]]:
+    def _predict(self, records: Sequence[R], images: Tensor) -> list[dict[str, Any]]:
         texts, counts = self.task.tokenize(records)
         texts = tuple(text.to(self.device) for text in texts)
         self._synchronize()
@@ -125,7 +126,7 @@ class Evaluator:
         ]
 
     def _dense_cost(
-        self, records: Sequence[Record], images: Tensor, texts: tuple[Tensor, ...], counts: list[int]
+        self, records: Sequence[R], images: Tensor, texts: tuple[Tensor, ...], counts: list[int]
     ) -> list[SampleCost]:
         """The costs of a dense model, from the traces of its copy that is pruned and keeps all tokens.
 
@@ -148,7 +149,7 @@ class Evaluator:
             torch.cuda.synchronize(self.device)
 
 
-def _check_images(loader: Loader[Any], log: ResultsLog) -> None:
+def _check_images(loader: Loader[R], log: ResultsLog) -> None:
     """ValueError where a row's image files have changed; where the loader is strict, OSError for a row that was skipped."""
     for i, row in enumerate(log.rows[: len(loader.records)]):
         if row.get("image_hash") is not None:
@@ -163,7 +164,7 @@ def _check_images(loader: Loader[Any], log: ResultsLog) -> None:
 
 
 def _write(
-    rows: list[dict[str, Any]], loader: Loader[Any], log: ResultsLog, tick: Callable[[int], object] | None
+    rows: list[dict[str, Any]], loader: Loader[R], log: ResultsLog, tick: Callable[[int], object] | None
 ) -> None:
     """Log rows and skipped records in the records' order: their number says where a stopped run resumes."""
     rows = sorted(
@@ -181,8 +182,8 @@ def _write(
 
 def summarize(
     task: EvaluationStage[Any],
-    rows: Sequence[Mapping[str, Any]],
-    weight: Callable[[Mapping[str, Any]], float] = lambda row: 1,
+    rows: Sequence[Row],
+    weight: Callable[[Row], float] = lambda row: 1,
 ) -> dict[str, Any]:
     """Summarize the rows of all records.
 
@@ -251,14 +252,14 @@ def _finite(scores: dict[str, float], records: int) -> dict[str, float]:
     return scores
 
 
-def _instance_macs(rows: Sequence[Mapping[str, Any]], weights: Sequence[float], tower: str) -> tuple[float, float]:
+def _instance_macs(rows: Sequence[Row], weights: Sequence[float], tower: str) -> tuple[float, float]:
     """Mean MACs and dense MACs of all images or texts that an instance has of a tower."""
     macs_of_rows = [[row["instances"][tower] * macs for macs in row["towers"][tower]] for row in rows]
     macs, dense = np.average(macs_of_rows, axis=0, weights=weights).tolist()
     return macs, dense
 
 
-def summarize_matching(matching: Matching, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_matching(matching: Matching, rows: Sequence[Row]) -> dict[str, Any]:
     """Summarize the rows of retrieval's second stage.
 
     Args:

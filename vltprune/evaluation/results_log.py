@@ -9,6 +9,9 @@ from typing import Any
 
 from ..utils.files import write_text
 
+# one record's line of JSON; a task names its entries
+Row = Mapping[str, Any]
+
 _SETTINGS, _ROWS = "settings.json", "results.jsonl"
 
 
@@ -19,7 +22,7 @@ class ResultsLog:
         rows: The rows so far.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, object]) -> None:
         """Open the log of a folder, with the rows of a stopped run of the same settings.
 
         Args:
@@ -30,12 +33,12 @@ class ResultsLog:
             ValueError: If the folder holds a run of other settings, or a damaged row.
         """
         self._file, self._settings_file, self._settings = Path(folder, _ROWS), Path(folder, _SETTINGS), settings
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         if self._settings_file.is_file():
             _compare(Path(folder), json.loads(self._settings_file.read_text(encoding="utf-8")), settings)
             self.rows += self._whole()
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def add(self, rows: Iterable[Row]) -> None:
         """Append rows, which are written at once. Nothing is written before the first of them."""
         added = [dict(row) for row in rows]
         if not self.rows:
@@ -45,7 +48,7 @@ class ResultsLog:
             file.write("".join(json.dumps(row) + "\n" for row in added))
         self.rows += added
 
-    def _whole(self) -> Iterable[dict[str, Any]]:
+    def _whole(self) -> list[Row]:
         """The rows on disk; a last one that was cut short is cut off the file."""
         text = self._file.read_bytes() if self._file.is_file() else b""
         whole = text[: text.rfind(b"\n") + 1]
@@ -53,7 +56,7 @@ class ResultsLog:
             self._file.write_bytes(whole)
         return [self._row(number, line) for number, line in enumerate(whole.splitlines(), start=1)]
 
-    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+    def _row(self, number: int, line: bytes) -> Row:
         try:
             return json.loads(line)
         except ValueError as error:
@@ -62,12 +65,12 @@ class ResultsLog:
             ) from error
 
 
-def write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: object) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(file, json.dumps(value, indent=2) + "\n")
 
 
-def _compare(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def _compare(folder: Path, saved: Mapping[str, object], current: Mapping[str, object]) -> None:
     different = [key for key in {**saved, **current} if saved.get(key) != current.get(key)]
     if different:
         key = different[0]

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ...data.images import ImageSource
 from ...data.records import Record
 from ...data.word_tokenizer import WordTokenizer
+from ...models.med import MedEncoder
 from ...models.wordpiece import BERT, CLS, DEC, ENC, BlipTokenizer
 from ...pruning.model import dense_model
+from ..results_log import Row
 
 R = TypeVar("R", bound=Record)
 Input = TypeVar("Input", bound=Record, contravariant=True)
@@ -66,13 +68,11 @@ class EvaluationStage(Protocol[Input]):
         """
         ...
 
-    def predict(
-        self, model: Any, records: Sequence[Input], images: Tensor, texts: tuple[Tensor, ...]
-    ) -> list[dict[str, Any]]:
+    def predict(self, model: Any, records: Sequence[Input], images: Tensor, texts: tuple[Tensor, ...]) -> list[Row]:
         """Run the model on a batch; each of its towers is called once at most.
 
         Args:
-            model: The model, dense or pruned.
+            model: The model, dense or pruned; each task says what it calls of it.
             records: The records of the batch.
             images: [batch, images a record, 3, height, width].
             texts: What `tokenize` returned.
@@ -85,7 +85,7 @@ class EvaluationStage(Protocol[Input]):
         """
         ...
 
-    def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def score(self, rows: Sequence[Row]) -> dict[str, float]:
         """The metrics of the rows of all records, as fractions of 1."""
         ...
 
@@ -126,7 +126,7 @@ class Task(EvaluationStage[R], Protocol[R]):
 class SupportsSubmission(Protocol):
     """A task whose predictions a data set's server or evaluation code takes."""
 
-    def submission(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def submission(self, rows: Sequence[Row]) -> list[dict[str, object]]:
         """The predictions in the server's format, to be written as JSON."""
         ...
 
@@ -141,8 +141,8 @@ class SupportsUnscored(Protocol):
 
 
 def tokenizer_for(
-    host: Any,
-    tower: Any,
+    host: nn.Module,
+    tower: MedEncoder,
     options: Options,
     clean: Callable[[str], str],
     first: str = CLS,
@@ -178,7 +178,7 @@ def tokenizer_for(
     return Tokenizer(encode, blip.decode)
 
 
-def _check_ids(host: Any, blip: BlipTokenizer) -> None:
+def _check_ids(host: nn.Module, blip: BlipTokenizer) -> None:
     """ValueError where a model was built with other ids of special tokens than the vocabulary's."""
     meant = {"enc_id": blip.id(ENC), "bos_id": blip.id(DEC), "eos_id": blip.id("[SEP]")}
     wrong = {name: id for name, id in meant.items() if getattr(host, name, id) != id}
@@ -188,7 +188,7 @@ def _check_ids(host: Any, blip: BlipTokenizer) -> None:
         raise ValueError(f"the model has {there}, and its vocabulary {right}: build the model with {right}")
 
 
-def dense(model: Any) -> Any:
+def dense(model: nn.Module) -> Any:
     """The dense model of a pruned one; a dense one as it is. Any, since tasks look for attributes of many classes."""
     return dense_model(model)
 

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -14,9 +14,18 @@ from ...data import Captioned, captions
 from ...data.annotations import parse_captioned
 from ...registry import tasks
 from .. import caption_metrics
+from ..results_log import Row
 from .base import DEFAULTS, Images, Options, Tokenizer, dense, number, one_folder, tokenizer_for
 
 _COCO = re.compile(r"COCO_[a-z]+\d+_0*(\d+)\.jpg$")  # the files of COCO carry the ids of its images
+
+
+class WritesCaptions(Protocol):
+    """A model that this task runs."""
+
+    def generate(self, images: Tensor, /) -> Tensor:
+        """The input_ids [batch, length] of one caption an image, of images [batch, 3, height, width]."""
+        ...
 
 
 @tasks.register("caption")
@@ -50,15 +59,15 @@ class Caption:
         return (), [1] * len(records)
 
     def predict(
-        self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
-    ) -> list[dict[str, Any]]:
+        self, model: WritesCaptions, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
+    ) -> list[Row]:
         generated = self.tokenizer.decode(model.generate(images[:, 0])[:, self.prompt :])
         return [
             {"id": record.id, "original_id": record.original_id, "caption": text, "captions": list(record.captions)}
             for text, record in zip(generated, records, strict=True)
         ]
 
-    def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def score(self, rows: Sequence[Row]) -> dict[str, float]:
         if caption_metrics.caption_scorer_lacks():
             return {}
         by_index = {str(row["index"]): row for row in rows}  # ids may repeat: training files have an entry a caption
@@ -72,12 +81,12 @@ class Caption:
             return {"captions": caption_metrics.caption_scorer_lacks() or "there were none"}
         return {} if "SPICE" in scores else {"SPICE": caption_metrics.spice_lacks() or "its program failed"}
 
-    def submission(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def submission(self, rows: Sequence[Row]) -> list[dict[str, object]]:
         """COCO's results format: `image_id`, as the annotations have it, and `caption`, of each image."""
         return [{"image_id": _image_id(row), "caption": row["caption"]} for row in rows]
 
 
-def _image_id(row: Mapping[str, Any]) -> str | int | float:
+def _image_id(row: Row) -> str | int | float:
     """The identifier of the annotations; without one, COCO's number in the image's path, or the path."""
     original_id = row.get("original_id")
     if original_id is not None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...data import Captioned, Record
 from .. import metrics
+from ..results_log import Row
 from .base import finite, pack, unpack
 
 Match = Callable[[Tensor, Tensor], Tensor]  # indices of images and of texts, [pairs] each, to scores [pairs]
@@ -83,8 +83,8 @@ class Matching:
         return self.encode(wanted), [len(record.texts) for record in records]
 
     def predict(
-        self, model: Any, records: Sequence[Pairs], images: Tensor, texts: tuple[Tensor, ...]
-    ) -> list[dict[str, Any]]:
+        self, model: Callable[..., Tensor], records: Sequence[Pairs], images: Tensor, texts: tuple[Tensor, ...]
+    ) -> list[Row]:
         """As of `EvaluationStage`, for one image, or images with equally many texts."""
         repeated = [record for record in records for _ in record.texts]
         logits = finite(model(images[:, 0], *texts), repeated, "matching logits")[:, 1]
@@ -94,7 +94,7 @@ class Matching:
             for record, match in zip(records, logits, strict=True)
         ]
 
-    def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def score(self, rows: Sequence[Row]) -> dict[str, float]:
         """Recalls over all images and texts; pairs without a row rank last."""
         scores = torch.full_like(self.similarity, _UNSCORED)
         for row in rows:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from ...data.annotations import parse_statement
 from ...models.wordpiece import ENC, clean_caption
 from ...registry import tasks
 from .. import metrics
+from ..results_log import Row
 from .base import DEFAULTS, Images, Options, Tokenizer, dense, finite, one_folder, tokenizer_for
 
 SYNTHETIC, _PAIRS = "synthetic:", 1800
@@ -56,15 +56,15 @@ class Nlvr:
         return self.tokenizer.encode([record.sentence for record in records]), [1] * len(records)
 
     def predict(
-        self, model: Any, records: Sequence[Statement], images: Tensor, texts: tuple[Tensor, ...]
-    ) -> list[dict[str, Any]]:
+        self, model: Callable[..., Tensor], records: Sequence[Statement], images: Tensor, texts: tuple[Tensor, ...]
+    ) -> list[Row]:
         probabilities = finite(model(images, *texts), records, "logits").softmax(-1)[:, 1].tolist()
         return [
             {"probability": probability, "label": record.label}
             for probability, record in zip(probabilities, records, strict=True)
         ]
 
-    def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def score(self, rows: Sequence[Row]) -> dict[str, float]:
         return {"accuracy": metrics.accuracy([row["probability"] for row in rows], [row["label"] for row in rows])}
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,33 @@ from ...models.catalog import CONFIGURED, open_clip_name
 from ...models.wordpiece import clean_caption, well_formed
 from ...registry import tasks
 from .. import metrics
+from ..results_log import Row
 from .base import DEFAULTS, LONGEST, Images, Options, dense, finite, one_folder, pack, tokenizer_for, unpack
 from .matching import Matching
+
+
+class ClipModel(Protocol):
+    """A model of open_clip."""
+
+    def encode_image(self, images: Tensor, normalize: bool) -> Tensor:
+        """Features [batch, width] of images [batch, 3, height, width]."""
+        ...
+
+    def encode_text(self, input_ids: Tensor, normalize: bool) -> Tensor:
+        """Features [texts, width] of input_ids [texts, length]."""
+        ...
+
+
+class BlipModel(Protocol):
+    """A model of BLIP, whose features are normalized."""
+
+    def image_features(self, images: Tensor, /) -> Tensor:
+        """Features [batch, width] of images [batch, 3, height, width]."""
+        ...
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor, /) -> Tensor:
+        """Features [texts, width] of input_ids and attention_mask [texts, length]."""
+        ...
 
 
 @tasks.register("retrieval")
@@ -65,9 +90,7 @@ class Retrieval:
     def tokenize(self, records: Sequence[Captioned]) -> tuple[tuple[Tensor, ...], list[int]]:
         return self.encode([text for r in records for text in r.captions]), [len(r.captions) for r in records]
 
-    def predict(
-        self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]
-    ) -> list[dict[str, Any]]:
+    def predict(self, model: Any, records: Sequence[Captioned], images: Tensor, texts: tuple[Tensor, ...]) -> list[Row]:
         counts = [len(record.captions) for record in records]
         repeated = [record for record in records for _ in record.captions]
         image = finite(self.image_features(model, images[:, 0]), records, "image features")
@@ -81,10 +104,10 @@ class Retrieval:
             for record, image_feature, features in zip(records, image, text, strict=True)
         ]
 
-    def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def score(self, rows: Sequence[Row]) -> dict[str, float]:
         return metrics.recalls(*_similarity(rows))
 
-    def matching(self, records: Sequence[Captioned], rows: Sequence[Mapping[str, Any]], k: int) -> Matching:
+    def matching(self, records: Sequence[Captioned], rows: Sequence[Row], k: int) -> Matching:
         """The second stage, over all rows that were not skipped.
 
         Args:
@@ -104,11 +127,10 @@ def _tokenizer(recipe: Recipe) -> Callable[[list[str]], Tensor]:
     if recipe.backbone == CONFIGURED:
         return importlib.import_module("vltprune.models.clip").build_tokenizer(recipe.model_args["text_cfg"])
     length = recipe.model_args.get("force_context_length")
-    get: Any = importlib.import_module("open_clip").get_tokenizer
-    return get(open_clip_name(recipe.backbone), context_length=length)
+    return importlib.import_module("open_clip").get_tokenizer(open_clip_name(recipe.backbone), context_length=length)
 
 
-def _similarity(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, list[int]]:
+def _similarity(rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
     """Cosines [images, texts], and the index of each text's image; images in the order of their first rows."""
     groups = _by_image(rows)
     images = torch.stack([unpack(group[0]["image"]) for group in groups])
@@ -117,25 +139,25 @@ def _similarity(rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, list[int]]:
     return images @ text_features.T, [i for i, group in enumerate(texts) for _ in group]
 
 
-def _by_image(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def _by_image(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of each image, in the order of the images' first rows."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["image_name"], []).append(row)
     return [*groups.values()]
 
 
-def _clip_image(model: Any, images: Tensor) -> Tensor:
+def _clip_image(model: ClipModel, images: Tensor) -> Tensor:
     return model.encode_image(images, normalize=True)
 
 
-def _clip_text(model: Any, input_ids: Tensor) -> Tensor:
+def _clip_text(model: ClipModel, input_ids: Tensor) -> Tensor:
     return model.encode_text(input_ids, normalize=True)
 
 
-def _blip_image(model: Any, images: Tensor) -> Tensor:
+def _blip_image(model: BlipModel, images: Tensor) -> Tensor:
     return model.image_features(images)
 
 
-def _blip_text(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def _blip_text(model: BlipModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return model.text_features(input_ids, attention_mask)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -13,7 +13,28 @@ from ...data.annotations import parse_question
 from ...models.wordpiece import clean_question
 from ...registry import tasks
 from .. import metrics
+from ..results_log import Row
 from .base import DEFAULTS, LONGEST, Images, Options, Tokenizer, dense, number, tokenizer_for
+
+
+class AnswersQuestions(Protocol):
+    """A model that this task runs, on images [batch, 3, height, width] and a question's text inputs, [batch, length] each."""
+
+    def rank(
+        self,
+        images: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        /,
+    ) -> tuple[Tensor, Tensor]:
+        """Indices and scores of the best answers, [batch, k] each."""
+        ...
+
+    def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, /) -> Tensor:
+        """The input_ids [batch, length] of the answers."""
+        ...
 
 
 @tasks.register("vqa")
@@ -58,8 +79,8 @@ class Vqa:
         return self.tokenizer.encode([record.question for record in records]), [1] * len(records)
 
     def predict(
-        self, model: Any, records: Sequence[Question], images: Tensor, texts: tuple[Tensor, ...]
-    ) -> list[dict[str, Any]]:
+        self, model: AnswersQuestions, records: Sequence[Question], images: Tensor, texts: tuple[Tensor, ...]
+    ) -> list[Row]:
         if self.answers:
             best, _ = model.rank(images[:, 0], *texts, *(one.to(images.device) for one in self.answer_inputs))
             predictions = [self.answers[index] for index in best[:, 0].tolist()]
@@ -76,19 +97,19 @@ class Vqa:
             for prediction, record in zip(predictions, records, strict=True)
         ]
 
-    def score(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def score(self, rows: Sequence[Row]) -> dict[str, float]:
         people = [row for row in rows if len(row["answers"]) > 1 and not row["is_answer_set"]]
         sets = [metrics.answer_sets(row["answer"], row["answers"]) for row in rows if row["is_answer_set"]]
         found = [metrics.vqa_accuracy(row["answer"], row["answers"]) for row in people]
         scores = {"vqa_accuracy": sum(found) / len(found)} if found else {}
         return scores | {name: sum(one[name] for one in sets) / len(sets) for name in (sets[0] if sets else ())}
 
-    def submission(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def submission(self, rows: Sequence[Row]) -> list[dict[str, object]]:
         """VQA's results format: `question_id`, as the annotations have it, and `answer`, of each question."""
         return [{"question_id": _question_id(row), "answer": row["answer"]} for row in rows]
 
 
-def _question_id(row: Mapping[str, Any]) -> str | int | float:
+def _question_id(row: Row) -> str | int | float:
     """The identifier of the annotations; without one, the question's index in them."""
     original_id = row.get("original_id")
     return number(row["id"]) if original_id is None else original_id
