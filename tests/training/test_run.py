@@ -365,7 +365,7 @@ def test_a_milder_run_can_be_gone_on_from(tmp_path):
     done = compress(further, tmp_path / "further")
     assert [row["reduction"] for row in done.rows] == [0.0, 0.4]
     assert done.rows[0]["scores"] == mild.rows[0]["scores"]
-    assert f"begun from</th><td>{tmp_path / 'mild' / 'model'}" in done.page.read_text()
+    assert f"initial weights</th><td>{tmp_path / 'mild' / 'model'}" in done.page.read_text()
     there, now = weights(tmp_path / "mild"), weights(tmp_path / "further")
     assert there.keys() == now.keys()
     assert all(torch.allclose(there[name], now[name], atol=1e-9) for name in there)
@@ -411,7 +411,9 @@ def test_a_run_is_gone_on_with_only_from_the_same_content(no_final_evaluation, t
         compress(settings, tmp_path / "run")
     file.write_text(whole)
     picture.write_bytes(picture.read_bytes() + b"0")
-    with pytest.raises(ValueError, match="a run whose images of data and images of val had another"):
+    with pytest.raises(
+        ValueError, match="has changed since it began: images of data and images of val had other content"
+    ):
         compress(settings, tmp_path / "run")
     folder = vp.save(load_dense_model(settings), tmp_path / "model")
     settings = settings.replace(model=str(folder), model_args={})
