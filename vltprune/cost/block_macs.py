@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class BlockMacs:
     pair: float = 0.0
 
     @classmethod
-    def from_block(cls, adapter: Host, block: nn.Module, like: PackedTokens, block_input: Any) -> BlockMacs:
+    def from_block(cls, adapter: Host, block: nn.Module, like: PackedTokens, block_input: object) -> BlockMacs:
         """Measure a block on one token and two, with memories of one token and two."""
         one = blank_tokens(like, 1)
         with torch.no_grad():
@@ -62,10 +62,10 @@ class BlockMacs:
 
 
 def measure_blocks(
-    adapter: Host, blocks: Iterable[nn.Module], like: PackedTokens, block_inputs: Sequence[Any]
+    adapter: Host, blocks: Iterable[nn.Module], like: PackedTokens, block_inputs: Sequence[object]
 ) -> Iterator[BlockMacs]:
     """The MACs of each block. Blocks that differ in their weights alone, as most of a tower do, are measured once."""
-    measured: list[tuple[Any, BlockMacs]] = []
+    measured: list[tuple[object, BlockMacs]] = []
     for block, block_input in zip(blocks, block_inputs, strict=True):
         sizes = {name: tensor.shape for name, tensor in chain(block.named_parameters(), block.named_buffers())}
         structure = (
@@ -138,7 +138,7 @@ class Memory:
     fraction: float
 
     @classmethod
-    def from_block_input(cls, block_input: Any, batch: int, dense: Layout | None = None) -> Memory | None:
+    def from_block_input(cls, block_input: object, batch: int, dense: Layout | None = None) -> Memory | None:
         """The memory in the input of a block; None where it has none.
 
         Args:
@@ -160,7 +160,7 @@ def token_counts(layout: Layout) -> Tensor:
     return precision.float_tensor(layout.lengths, layout.device)
 
 
-def measure_macs(run: Callable[..., Any], *inputs: Any) -> float:
+def measure_macs(run: Callable[..., object], *inputs: object) -> float:
     """MACs of run(*inputs), by torch's counter, under the math backend: fused attention kernels count as nothing.
 
     The inputs are made before, for the counter looks at each operation, and takes its time.
@@ -179,18 +179,18 @@ def blank_tokens(like: PackedTokens, n: int) -> PackedTokens:
     return PackedTokens.pack(x, protected=first, summary=first if like.summary is not None else None)
 
 
-def is_memory(block_input: Any) -> bool:
+def is_memory(block_input: object) -> TypeGuard[tuple[PackedTokens, ...]]:
     """Whether a block gets packed tokens to cross-attend to."""
     return isinstance(block_input, tuple) and all(isinstance(view, PackedTokens) for view in block_input)
 
 
-def blank_memory(block_input: Any, n: int) -> Any:
+def blank_memory(block_input: object, n: int) -> object:
     """The memory that a block gets, as n zero tokens of one instance; another input as it is."""
     return tuple(blank_tokens(view, n) for view in block_input) if is_memory(block_input) else block_input
 
 
 def _feed_forward_macs(
-    run: Callable[[PackedTokens, Any], Any], like: PackedTokens, block_input: Any
+    run: Callable[[PackedTokens, object], object], like: PackedTokens, block_input: object
 ) -> tuple[float, float, float]:
     """MACs of run(tokens, block_input) per token, and, where it looks at a memory, per memory token and per pair of both."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -86,7 +85,7 @@ class BudgetControl:
         record = get_pruning(self.model)
         config, pruned = record.config, [name for name, tower in record.towers.items() if tower.pruners]
         if isinstance(config.keep, Part) and set(pruned) == set(self.towers):
-            keep: Any = config.keep.replace(**{self.knob.name: value})
+            keep: Part | dict[str, Part] = config.keep.replace(**{self.knob.name: value})
         else:
             named = config.keep if isinstance(config.keep, Mapping) else record.towers
             keep = {tower: config.part("keep", tower) for tower in named}

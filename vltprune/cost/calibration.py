@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -173,9 +172,11 @@ class _Search:
         self.shown.set_postfix_str(f"{percent(self.saved(found))} at {self.knob.name}={value:.4g}")
         return found
 
-    def value(self, found: Calibration) -> Any:
+    def value(self, found: Calibration) -> float:
         """The knob's value where it was measured."""
-        return found.value if self.tower is None else found.towers[self.tower].value
+        value = found.value if self.tower is None else found.towers[self.tower].value
+        assert value is not None  # `measure` sets one
+        return value
 
     def saved(self, found: Calibration) -> float:
         """The fraction that was saved of the MACs that the target is of."""

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 
 from ..utils.wrappers import unwrapped
 
-Batch = Tensor | Sequence[Any] | Mapping[str, Any] | Callable[[nn.Module], Any]
-Inputs = int | str | Callable[[Any], Any] | None
+Batch = Tensor | Sequence[object] | Mapping[str, object] | Callable[[nn.Module], object]
+# a function gets whatever the caller's loader gives
+Inputs = int | str | Callable[[Any], Batch] | None
 
 _SELECT = "say which part the model takes: inputs=0, inputs='pixel_values' or inputs=lambda batch: batch[0]"
 # what a model raises of arguments that are not its own; errors of the device pass as they are
 _REFUSALS = (AttributeError, LookupError, TypeError, ValueError)
 
 
-def model_inputs(batches: Iterable[Any], inputs: Inputs = None) -> Iterator[Batch]:
+def model_inputs(batches: Iterable[object], inputs: Inputs = None) -> Iterator[Batch]:
     """The part of each batch that the model takes.
 
     Args:
@@ -34,7 +35,7 @@ def model_inputs(batches: Iterable[Any], inputs: Inputs = None) -> Iterator[Batc
         yield _selected(batch, inputs)
 
 
-def run_batch(model: nn.Module, batch: Batch) -> Any:
+def run_batch(model: nn.Module, batch: Batch) -> object:
     """The model's output for a batch, whose tensors are moved to the model's device and floating-point type.
 
     A tensor is the model's input, a sequence its positional inputs, a mapping its named inputs; a function is called with
@@ -52,7 +53,12 @@ def run_batch(model: nn.Module, batch: Batch) -> Any:
     return batch(model) if callable(batch) else model(batch)
 
 
-def _run(model: nn.Module, batch: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
+def _run(
+    model: nn.Module,
+    batch: Sequence[object] | Mapping[str, object],
+    positional: Sequence[object],
+    named: Mapping[str, object],
+) -> object:
     try:
         return model(*positional, **named)
     except _REFUSALS as error:
@@ -65,7 +71,7 @@ def _run(model: nn.Module, batch: Any, positional: Sequence[Any], named: Mapping
         ) from error
 
 
-def _selected(batch: Any, inputs: Inputs) -> Any:
+def _selected(batch: Any, inputs: Inputs) -> Batch:
     if inputs is None:
         return batch
     if callable(inputs):
@@ -76,7 +82,7 @@ def _selected(batch: Any, inputs: Inputs) -> Any:
         raise TypeError(f"inputs={inputs!r} is no part of a batch of {_described(batch)}: {_SELECT}") from error
 
 
-def _like(value: Any, model: nn.Module) -> Any:
+def _like(value: object, model: nn.Module) -> object:
     """A tensor on the model's device, in its floating-point type where it is floating-point; other values as they are."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if not isinstance(value, Tensor) or weight is None:
@@ -84,7 +90,7 @@ def _like(value: Any, model: nn.Module) -> Any:
     return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
 
 
-def _described(batch: Any) -> str:
+def _described(batch: object) -> str:
     """A batch in words: "image (float32 [8, 3, 224, 224]), label (int64 [8])"."""
     if isinstance(batch, Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"

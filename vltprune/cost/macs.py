@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ from .savings import Cost
 _ONE_AT_A_TIME = threading.RLock()
 
 
-def count_macs(model: nn.Module, *inputs: Any, **named: Any) -> Cost:
+def count_macs(model: nn.Module, *inputs: object, **named: object) -> Cost:
     """Count the MACs of model(*inputs, **named), run without gradients and in evaluation mode. `print` shows a table.
 
     For the cost of a dense model, prune it with any config and read `dense_total`, or `padded_total` with its padding. For
@@ -86,7 +85,7 @@ class CostMeter:
         self.host = get_pruning(model).host
         self.composite = find_composite(self.host)
         self.head = self.composite.head_macs(self.host) if self.composite is not None else 0.0
-        self._towers: dict[Any, _TowerMeter] = {}
+        self._towers: dict[tuple[str, tuple[bool, ...]], _TowerMeter] = {}
 
     def __call__(self, traces: Sequence[PruneTrace]) -> Cost:
         """The Cost of one call, of which `traces` were collected. ValueError for no traces."""
@@ -135,7 +134,7 @@ class _TowerMeter:
             two, three = (measure_macs(adapter.head, host, blank_tokens(like, n), block_inputs) for n in (2, 3))
         # of any instance, and of each of its tokens
         self._head = 3 * two - 2 * three, three - two
-        self._embedding: dict[tuple[Any, ...], float] = {}
+        self._embedding: dict[tuple[int, ...], float] = {}
 
     def count(self, trace: PruneTrace) -> Tensor:
         """MACs [depths + 2, batch] of the pruned tower."""

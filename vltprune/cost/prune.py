@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 from typing_extensions import Unpack
@@ -70,7 +70,7 @@ def prune(
     return pruned
 
 
-def _check_arguments(preset: Any, reduction: Any, data: Any, parts: Mapping[str, Any]) -> None:
+def _check_arguments(preset: object, reduction: object, data: object, parts: Mapping[str, object]) -> None:
     """TypeError or ValueError, with the call to write, for arguments that are missing or have another name."""
     names = [field.name for field in dataclasses.fields(PruneConfig)]
     for name in parts:

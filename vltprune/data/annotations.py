@@ -27,6 +27,8 @@ from .images import ImageSource
 from .records import Captioned, Question, R, Records, Skipped, Statement
 
 Folder = str | Path
+# one entry of an annotation file, as its JSON has it
+Entry = Mapping[str, Any]
 KEY = "__key__"  # webdataset's name for a sample's key, the identifier of an entry that has none
 # What parsing an entry of another format raises.
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
@@ -51,7 +53,7 @@ def nlvr2(file: str | Path, images: Folder, *, strict: bool = False) -> Records[
         ValueError: If it holds no list of entries, if no entry can be parsed, or, with `strict`, if one cannot.
     """
 
-    def parse(index: int, entry: Mapping[str, Any]) -> Statement:
+    def parse(index: int, entry: Entry) -> Statement:
         left, right = entry["images"]
         if not isinstance(entry["images"], list):
             raise ValueError(f"'images' must be a list of two paths, it is {_shown(entry['images'])}")
@@ -60,7 +62,7 @@ def nlvr2(file: str | Path, images: Folder, *, strict: bool = False) -> Records[
     return _records(file, parse, strict)
 
 
-def parse_statement(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> Statement:
+def parse_statement(index: int, entry: Entry, images: Sequence[ImageSource]) -> Statement:
     """Parse one entry of NLVR2.
 
     Args:
@@ -92,7 +94,7 @@ def vqa(file: str | Path, images: Folder | Mapping[str, Folder], *, strict: bool
         OSError, ValueError: As of `nlvr2`.
     """
 
-    def parse(index: int, entry: Mapping[str, Any]) -> Question:
+    def parse(index: int, entry: Entry) -> Question:
         source = entry.get("dataset", "vqa")
         folder = images[source] if isinstance(images, Mapping) else images
         return parse_question(index, entry, (Path(folder, _name(entry, "image")),))
@@ -100,7 +102,7 @@ def vqa(file: str | Path, images: Folder | Mapping[str, Folder], *, strict: bool
     return _records(file, parse, strict)
 
 
-def parse_question(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> Question:
+def parse_question(index: int, entry: Entry, images: Sequence[ImageSource]) -> Question:
     """Parse one question about one image. Arguments and exceptions are those of `parse_statement`."""
     entry = _without_nulls(entry)
     source = entry.get("dataset", "vqa")
@@ -135,13 +137,13 @@ def captions(file: str | Path, images: Folder, *, strict: bool = False) -> Recor
         OSError, ValueError: As of `nlvr2`.
     """
 
-    def parse(index: int, entry: Mapping[str, Any]) -> Captioned:
+    def parse(index: int, entry: Entry) -> Captioned:
         return parse_captioned(index, entry, (Path(images, _name(entry, "image")),))
 
     return _records(file, parse, strict)
 
 
-def parse_captioned(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> Captioned:
+def parse_captioned(index: int, entry: Entry, images: Sequence[ImageSource]) -> Captioned:
     """Parse one image with its captions. Arguments and exceptions are those of `parse_statement`."""
     entry = _without_nulls(entry)
     texts = _texts(entry, "captions" if "captions" in entry else "caption")
@@ -208,7 +210,7 @@ def reason(error: Exception) -> str:
     return f"there is no {error}" if isinstance(error, KeyError) else str(error)
 
 
-def _records(file: str | Path, parse: Callable[[int, Mapping[str, Any]], R], strict: bool) -> Records[R]:
+def _records(file: str | Path, parse: Callable[[int, Entry], R], strict: bool) -> Records[R]:
     path = Path(file)
     records, skipped = [], []
     for index, entry in enumerate(entries(path)):
@@ -226,7 +228,7 @@ def _records(file: str | Path, parse: Callable[[int, Mapping[str, Any]], R], str
     return Records(path, tuple(records), tuple(skipped))
 
 
-def _answers(entry: Mapping[str, Any], source: str) -> tuple[tuple[str, ...], bool]:
+def _answers(entry: Entry, source: str) -> tuple[tuple[str, ...], bool]:
     """The answers, and whether they form one answer; none where the key is missing, as in the test file."""
     if "answer" not in entry:
         return (), False
@@ -241,18 +243,18 @@ def _exactly(n: int, images: Sequence[ImageSource]) -> tuple[ImageSource, ...]:
     return tuple(images)
 
 
-def _text(entry: Mapping[str, Any], key: str) -> str:
+def _text(entry: Entry, key: str) -> str:
     return well_formed(_name(entry, key))
 
 
-def _name(entry: Mapping[str, Any], key: str) -> str:
+def _name(entry: Entry, key: str) -> str:
     """A text as it is, half characters included."""
     if not isinstance(entry[key], str) or not entry[key].strip():
         raise ValueError(f"{key!r} must be a text, it is {_shown(entry[key])}")
     return entry[key]
 
 
-def _texts(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
+def _texts(entry: Entry, key: str) -> tuple[str, ...]:
     """One text, or a list of some."""
     value = [entry[key]] if isinstance(entry[key], str) else entry[key]
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
@@ -260,7 +262,7 @@ def _texts(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(map(well_formed, value))
 
 
-def _identifier(entry: Mapping[str, Any], key: str) -> str | int | float | None:
+def _identifier(entry: Entry, key: str) -> str | int | float | None:
     """An identifier as it stands there, None for none."""
     value = entry.get(key)
     if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
@@ -268,7 +270,7 @@ def _identifier(entry: Mapping[str, Any], key: str) -> str | int | float | None:
     raise ValueError(f"{key!r} must be a text or a number, it is {_shown(value)}")
 
 
-def _without_nulls(entry: Any) -> Any:
+def _without_nulls(entry: object) -> Any:
     """An entry without its null values; anything else as it is."""
     return {key: value for key, value in entry.items() if value is not None} if isinstance(entry, Mapping) else entry
 
@@ -281,7 +283,7 @@ def _integer(digits: str) -> int | str:
         return digits
 
 
-def _elements(text: str) -> Any:
+def _elements(text: str) -> object:
     """What JSON holds; of a list, elements that are nested too deeply are a RecursionError each."""
     try:
         return parse_json(text)
@@ -297,13 +299,13 @@ def _elements(text: str) -> Any:
     return found
 
 
-def _element(text: str) -> Any:
+def _element(text: str) -> object:
     try:
         return parse_json(text)
     except RecursionError as error:
         return error
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value as messages show it, shortened."""
     return reprlib.repr(value)

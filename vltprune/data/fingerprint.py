@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..pruning.model import is_pruned
 from . import Record
 from .images import EncodedImage
 
@@ -22,7 +23,7 @@ _END = 1 << 12  # bytes of a file's beginning and end, which of an image hold th
 
 def hash_model(model: nn.Module) -> str:
     """The digest of a model, dense or pruned: its class, arguments, pruning, and every tensor of its state."""
-    pruning: Any = getattr(model, "pruning", None)
+    pruning = model.pruning if is_pruned(model) else None
     described = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "recipe": repr(getattr(model if pruning is None else pruning.host, "recipe", None)),
@@ -51,10 +52,10 @@ def hash_file(path: str | Path | None) -> str | None:
 
 def hash_images(record: Record) -> str | None:
     """The digest of a record's image files, read whole; None for generated pixels, which the data set's name determines."""
-    if any(isinstance(image, np.ndarray) for image in record.images):
-        return None
     digest = _digest()
     for image in record.images:
+        if isinstance(image, np.ndarray):
+            return None
         digest.update((_of_bytes(image.data) if isinstance(image, EncodedImage) else _of_path(image)).encode())
     return digest.hexdigest()
 
@@ -75,7 +76,7 @@ def hash_file_ends(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _of_path(path: Any) -> str:
+def _of_path(path: str | Path) -> str:
     try:
         return hash_file(path) or "missing"
     except (OSError, ValueError) as error:  # such a name, or such rights
@@ -86,11 +87,11 @@ def _of_bytes(data: bytes) -> str:
     return _digest(data).hexdigest()
 
 
-def _digest(data: bytes = b"") -> Any:
+def _digest(data: bytes = b"") -> hashlib.blake2b:
     return hashlib.blake2b(data, digest_size=16)
 
 
-def _add(digest: Any, value: Any) -> None:
+def _add(digest: hashlib.blake2b, value: Any) -> None:
     """Add a value of a state dict: type, shape and bytes of a tensor; anything else as torch saves it."""
     if type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided:
         plain = value.detach().cpu().contiguous()

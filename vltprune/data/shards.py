@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic
 
-from vltprune.data.annotations import KEY, UNREADABLE, decode_text, entries, parse_json, reason
+from vltprune.data.annotations import KEY, UNREADABLE, Entry, decode_text, entries, parse_json, reason
 from vltprune.data.images import EncodedImage, ImageSource, load_image
 from vltprune.data.records import R
 
@@ -75,12 +75,10 @@ class Shards(Generic[R]):
     """
 
     names: tuple[str, ...]
-    parse_entry: Callable[[int, Mapping[str, Any], Sequence[ImageSource]], R]
+    parse_entry: Callable[[int, Entry, Sequence[ImageSource]], R]
 
     @classmethod
-    def from_address(
-        cls, data: str, parse_entry: Callable[[int, Mapping[str, Any], Sequence[ImageSource]], R]
-    ) -> Shards[R]:
+    def from_address(cls, data: str, parse_entry: Callable[[int, Entry, Sequence[ImageSource]], R]) -> Shards[R]:
         """Find the shards of an address.
 
         Args:
@@ -188,7 +186,7 @@ def _found(name: str) -> list[str]:
     return found
 
 
-def _entry(sample: Sample) -> Mapping[str, Any]:
+def _entry(sample: Sample) -> Entry:
     """The entry of a sample. Raises one of `UNREADABLE`."""
     texts = {kind: decode_text(sample.files[kind]) for kind in ("json", "txt") if kind in sample.files}
     if not texts:

@@ -113,7 +113,7 @@ def _load_of_timm(folder: Path, description: dict[str, Any], overrides: Parts) -
     return model.eval()
 
 
-def _as_written(value: Any) -> Any:
+def _as_written(value: object) -> object:
     """A tuple of timm's, which is a list in JSON."""
     return tuple(map(_as_written, value)) if isinstance(value, list) else value
 

@@ -62,7 +62,7 @@ class SavedConfig:
         return cls.from_dict(data, file)
 
     @classmethod
-    def from_dict(cls, data: Any, file: Path) -> SavedConfig:
+    def from_dict(cls, data: object, file: Path) -> SavedConfig:
         """The config in a file's parsed JSON. CheckpointError where it is of another format."""
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
@@ -153,7 +153,7 @@ def _label(file: Path) -> str | None:
         return None
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether JSON holds a value (a tuple as a list)."""
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())

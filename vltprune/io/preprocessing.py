@@ -16,6 +16,7 @@ from ..hosts.find import find_composite
 from ..models import zoo
 from ..pruning.model import dense_model
 from ..registry import backbones
+from .recipe import Recipe
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -95,22 +96,24 @@ def image_size(tower: Any) -> tuple[int, int]:
 
 
 def _timm(tower: Any) -> Preprocessing:
-    data: Any = importlib.import_module("timm.data")
+    data = importlib.import_module("timm.data")
     size = tower.patch_embed.img_size  # the model's, whatever its weights were trained on; None: any
     config = data.resolve_data_config({"input_size": (3, *size)} if size else {}, model=tower)
     return _preprocessing(data.create_transform(**config), config["mean"], config["std"])
 
 
 def _open_clip(tower: Any) -> Preprocessing:
-    transform: Any = importlib.import_module("open_clip.transform")
+    transform = importlib.import_module("open_clip.transform")
     config = transform.PreprocessCfg(**tower.preprocess_cfg)
     return _preprocessing(transform.image_transform_v2(config, is_train=False), config.mean, config.std)
 
 
 def _own(tower: Any, host: nn.Module) -> Preprocessing:
     height, width = image_size(tower)
-    recipe: Any = getattr(host, "recipe", None)
-    maker: Any = backbones[recipe.backbone] if recipe is not None and recipe.backbone in backbones else zoo.Backbone
+    recipe = getattr(host, "recipe", None)
+    maker: Any = (
+        backbones[recipe.backbone] if isinstance(recipe, Recipe) and recipe.backbone in backbones else zoo.Backbone
+    )
     return _preprocessing(_Squeezed((width, height), maker.mean, maker.std), maker.mean, maker.std)
 
 

@@ -43,8 +43,8 @@ def recipe_of(model: nn.Module) -> Recipe:
     Raises:
         ValueError: for any other change, which it names.
     """
-    recipe: Any = getattr(model, "recipe", None)
-    if recipe is None:
+    recipe = getattr(model, "recipe", None)
+    if not isinstance(recipe, Recipe):
         return Recipe("")
     if recipe.built is None or recipe.build is None:
         return recipe
@@ -62,7 +62,7 @@ def recipe_of(model: nn.Module) -> Recipe:
     )
 
 
-def _arguments(recipe: Recipe, model: Any) -> Iterator[dict[str, Any]]:
+def _arguments(recipe: Recipe, model: Any) -> Iterator[dict[str, object]]:
     """Arguments that may build the model as it is now."""
     args = dict(recipe.model_args)
     if hasattr(model, "reset_classifier") and hasattr(model, "patch_embed"):  # of timm
@@ -84,7 +84,7 @@ def _arguments(recipe: Recipe, model: Any) -> Iterator[dict[str, Any]]:
             yield {**args, name: dict(preprocess)}
 
 
-def _changed(recipe: Recipe, config: Any) -> dict[str, Any]:
+def _changed(recipe: Recipe, config: object) -> dict[str, object]:
     """What of timm's pretrained_cfg is another than it was."""
     assert recipe.built is not None
     before = recipe.built.modules[""][1].get("pretrained_cfg")
@@ -93,7 +93,7 @@ def _changed(recipe: Recipe, config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if plain(value) != before.get(key)}
 
 
-def _built(recipe: Recipe, arguments: dict[str, Any]) -> nn.Module:
+def _built(recipe: Recipe, arguments: Mapping[str, object]) -> nn.Module:
     """A model by these arguments, without memory for its weights where its library can; an empty one where they are wrong."""
     assert recipe.build is not None
     wrong = (TypeError, ValueError, LookupError, AssertionError, RuntimeError)
@@ -109,17 +109,16 @@ def _built(recipe: Recipe, arguments: dict[str, Any]) -> nn.Module:
             return nn.Module()
 
 
-def check_shared(model: nn.Module, record: Any) -> None:
+def check_shared(model: nn.Module, host: nn.Module, towers: Mapping[str, nn.Module]) -> None:
     """Raise ValueError where a pruned model no longer shares a part with its dense model, which is what is saved."""
-    host = record.host
-    if model is host or not any(tower is not model for tower in record.towers.values()):
+    if model is host or not any(tower is not model for tower in towers.values()):
         return
     ours, theirs = (dict(one.state_dict(keep_vars=True)) for one in (model, host))
     strange = [key for key, value in theirs.items() if ours.get(key) is not value]
     parts = {name for name, child in model.named_children() if name != "guide"}
     strange += sorted(parts - {name for name, _ in host.named_children()} - {"text"})
     for name, child in host.named_children():
-        got: Any = getattr(model, name, None)
+        got = getattr(model, name, None)
         if got is not child and getattr(got, "host", None) is not child and type(got) is not type(child):
             strange.append(name)
     if strange:

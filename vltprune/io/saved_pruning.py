@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -17,7 +16,7 @@ from .model_files import CONFIG, CheckpointError, SavedConfig
 from .recipe import check_shared
 
 
-def config_to_save(model: nn.Module, arguments: dict[str, Any]) -> SavedConfig:
+def config_to_save(model: nn.Module, arguments: dict[str, object]) -> SavedConfig:
     """The config.json of a model, without the name of its backbone.
 
     Knobs are written with the values that they have now.
@@ -33,7 +32,7 @@ def config_to_save(model: nn.Module, arguments: dict[str, Any]) -> SavedConfig:
     record = find_pruning(model)
     if record is None:
         return SavedConfig(None, arguments, None)
-    check_shared(model, record)
+    check_shared(model, record.host, record.towers)
     config = current_config(record.config, record.towers)
     return SavedConfig(None, arguments, config.to_dict(), modules=_modules(config))
 

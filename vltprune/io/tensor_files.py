@@ -8,7 +8,6 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -59,7 +58,7 @@ def saved_temperature(path: Path) -> float | None:
     return float(found) if isinstance(found, (int, float)) and found > 0 else None
 
 
-def check_plain(state: Mapping[str, Any]) -> None:
+def check_plain(state: Mapping[str, object]) -> None:
     """Raise TypeError for tensors of quantized layers, which `load` would build unquantized."""
     strange = [key for key, value in state.items() if type(value) not in (Tensor, nn.Parameter)]
     if strange:

@@ -140,7 +140,7 @@ class PrunedEncoder(Tower):
         tokens, block_inputs = self.encode(*inputs, **named)
         return self.adapter.format_output(self.host, self.adapter.head(self.host, tokens, block_inputs), **named)
 
-    def encode(self, *inputs: Any, **named: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
+    def encode(self, *inputs: Any, **named: Any) -> tuple[PackedTokens, tuple[object, ...]]:
         """Runs the tower up to its last block.
 
         Args:
@@ -179,7 +179,7 @@ class PrunedEncoder(Tower):
         depth: int,
         block: nn.Module,
         tokens: PackedTokens,
-        block_input: Any,
+        block_input: object,
         guide: Callable[[PackedTokens], Guidance] | None,
     ) -> tuple[PackedTokens, LayerTrace]:
         adapter, pruner = self.adapter, self.pruner(depth)

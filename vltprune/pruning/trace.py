@@ -74,7 +74,7 @@ class PruneTrace:
     encoder: Tower
     input_tokens: PackedTokens
     inputs: tuple[Any, ...]
-    block_inputs: tuple[Any, ...]
+    block_inputs: tuple[object, ...]
     layers: list[LayerTrace] = field(default_factory=list)
     decode_stats: list[DecodeStats] = field(default_factory=list)
     output_tokens: PackedTokens | None = None

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ...data.annotations import Entry
 from ...data.images import ImageSource
 from ...data.records import Record
 from ...data.word_tokenizer import WordTokenizer
@@ -108,7 +109,7 @@ class Task(EvaluationStage[R], Protocol[R]):
         ...
 
     @staticmethod
-    def parse_entry(index: int, entry: Mapping[str, Any], images: Sequence[ImageSource]) -> R:
+    def parse_entry(index: int, entry: Entry, images: Sequence[ImageSource]) -> R:
         """Parse one entry of the format that annotation files have, as of `annotations.parse_statement`; for shards."""
         ...
 
