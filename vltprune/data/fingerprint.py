@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pruning.model import is_pruned
 from . import Record
 from .images import EncodedImage
 
@@ -23,7 +22,7 @@ _END = 1 << 12  # bytes of a file's beginning and end, which of an image hold th
 
 def hash_model(model: nn.Module) -> str:
     """The digest of a model, dense or pruned: its class, arguments, pruning, and every tensor of its state."""
-    pruning = model.pruning if is_pruned(model) else None
+    pruning: Any = getattr(model, "pruning", None)
     described = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "recipe": repr(getattr(model if pruning is None else pruning.host, "recipe", None)),
