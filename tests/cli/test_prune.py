@@ -10,6 +10,7 @@ import torch
 
 import vltprune as vp
 from vltprune.cli import main as cli
+from vltprune.evaluation import tasks
 
 
 def prune(model, data, output, *options, reduction="0.4"):
@@ -110,6 +111,16 @@ def test_synthetic_pairs_calibrate_the_tiny_model(tmp_path, capsys):
     argv = ["eval", "--task", "nlvr", "--model", str(tmp_path / "out"), "--data", "synthetic:train:6"]
     assert cli.main([*argv, "--output", str(tmp_path / "eval")]) == 0
     assert json.loads((tmp_path / "eval" / "summary.json").read_text())["macs_saved"] == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_task_is_told_whether_to_be_strict(tmp_path):
+    class Own(tasks.Nlvr):
+        @staticmethod
+        def load_records(data, images, strict):
+            return tasks.Nlvr.load_records(data, images, strict)
+
+    with tasks.tasks.temporarily(own=Own):
+        assert cli.main(prune("blip_nlvr_tiny_attention", "synthetic:train:8", tmp_path / "out", "--task", "own")) == 0
 
 
 @pytest.mark.parametrize("task", ["caption", "vqa", "retrieval"])
