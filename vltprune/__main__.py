@@ -1,4 +1,4 @@
-"""`python -m vltprune` is `vltprune`."""
+"""Entry point of `python -m vltprune`, which runs the command `vltprune`."""
 
 import sys
 

@@ -90,7 +90,7 @@ class Registry:
         if not isinstance(name, str):
             raise TypeError(f"register takes the {self.kind}'s name: write register('name') above it, not {name!r}")
         if not all(word.isidentifier() and not keyword.iskeyword(word) for word in name.split(".")):
-            raise ValueError(f"{self.kind} name {name!r} must be an identifier, so that it can stand in a config")
+            raise ValueError(f"{self.kind} name {name!r} must be an identifier, such as 'my_{self.kind}'")
 
     def _check_maker(self, name: str, maker: object) -> None:
         if not callable(maker):
@@ -118,7 +118,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, 3, 0.5)
     if close:
         return f"; did you mean {', '.join(close)}?"
-    return f"; there is {', '.join(known)}" if 0 < len(known) <= 12 else ""
+    return f"; write one of {', '.join(known)}" if 0 < len(known) <= 12 else ""
 
 
 def parameters(maker: Callable[..., object]) -> tuple[inspect.Parameter, ...]:

@@ -68,7 +68,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert [line.split() for line in told.splitlines()[1:]] == [["drop", "7.5", "±", "3.5", "5.0", "..", "10.0"]]
 
 
-def test_what_was_run_before_has_twins_and_runs_are_compared_with_their_like():
+def test_runs_are_compared_with_runs_of_the_same_kind():
     parts = {name: MODULE["config_of"](name, **OWN).parts for name in MODULE["VARIANTS"]}
     turned, plain = (
         {name.removesuffix(end) for name in parts if name.endswith(end)} for end in (" by temperature", " without maps")

@@ -30,7 +30,7 @@ def command(output, *options):
     return ["compress", "--task", "nlvr", "--model", "blip_nlvr_tiny", *data, "--output", str(output), *options]
 
 
-def test_it_trains_says_what_came_of_it_and_goes_on(tmp_path, capsys):
+def test_it_trains_prints_results_and_resumes(tmp_path, capsys):
     options = ["--reduction", "0.5", *SHORT, "--set", "seed=3"]  # beside the fields that were set before
     assert cli.main(command(tmp_path / "run", *options)) == 0
     settings = json.loads((tmp_path / "run" / "config.json").read_text())

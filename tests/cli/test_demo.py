@@ -19,7 +19,7 @@ from vltprune.models import zoo
 
 @pytest.fixture(scope="session")
 def shown(tiny_weights, tmp_path_factory):
-    """The demo's folder on a handful of pairs, with what it printed beside it."""
+    """The demo's folder on a handful of pairs, and what it printed."""
     folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(zoo, "WEIGHTS", tiny_weights)

@@ -1,4 +1,4 @@
-"""`eval` from end to end: NLVR on drawn pairs and on files, retrieval with CLIP, stopped runs, and what cannot be read."""
+"""`eval` from end to end: NLVR on synthetic pairs and on files, retrieval with CLIP, stopped runs, and what cannot be read."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_nlvr_agrees_with_the_demos_evaluation(tmp_path, capsys):
     assert sum(summary["shares"].values()) == pytest.approx(1)
 
 
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes(tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert cli.main(nlvr(whole, "--limit", "6", "--batch-size", "2")) == 0
     answered = []
@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     assert without_time[0] == without_time[1]
 
 
-def test_a_trial_goes_on_to_the_whole(tmp_path):
+def test_a_limited_run_resumes_at_a_larger_limit(tmp_path):
     for limit in ("2", "5", "3"):
         assert cli.main(nlvr(tmp_path, "--limit", limit)) == 0
         assert json.loads((tmp_path / "summary.json").read_text())["records"] == int(limit)
@@ -101,7 +101,7 @@ def test_other_settings_are_refused(tmp_path, fails):
     assert "other settings (model: 'blip_nlvr_tiny_madtp.p80' there, 'blip_nlvr_tiny' now)" in complaint
 
 
-def test_what_cannot_be_read_is_skipped_and_told(statements, tmp_path, capsys, fails):
+def test_what_cannot_be_read_is_skipped_and_reported(statements, tmp_path, capsys, fails):
     assert cli.main(nlvr(tmp_path / "out", data=statements, model="blip_nlvr_tiny")) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["records"] == 2
@@ -155,7 +155,7 @@ def test_refusals_leave_nothing_behind(options, complaint, captioned, tmp_path, 
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_random_weights_are_told(tmp_path, capsys):
+def test_random_weights_are_reported(tmp_path, capsys):
     assert cli.main(nlvr(tmp_path, "--limit", "1", model="blip_nlvr_tiny_evit")) == 0
     assert "RANDOM weights" in capsys.readouterr().err
 

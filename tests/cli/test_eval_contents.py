@@ -1,4 +1,4 @@
-"""Results belong to the bytes they came from: a stopped run is gone on with by content, and recalls are per image."""
+"""Results belong to the bytes they came from: a stopped run resumes by content, and recalls are per image."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def mend_image(folder, data, vocabulary):
     ],
 )
 @pytest.mark.parametrize("limit", [["--limit", "2"], []], ids=["stopped", "ended"])
-def test_a_run_is_gone_on_with_only_on_the_same_bytes(change, complaint, limit, model, captioned, tmp_path, fails):
+def test_a_run_resumes_only_on_the_same_bytes(change, complaint, limit, model, captioned, tmp_path, fails):
     folder, words = model
     (captioned.parent / "0.jpg").write_bytes(b"no image")
     argv = retrieval(captioned, tmp_path / "out", folder, *words)
@@ -267,7 +267,7 @@ def test_identifiers_leave_as_they_came(task, ids, captioned, vocabulary, tmp_pa
     assert found == wanted and list(map(type, found)) == list(map(type, wanted))
 
 
-def test_damaged_journals_say_so(model, captioned, tmp_path, fails):
+def test_damaged_results_logs_are_refused(model, captioned, tmp_path, fails):
     folder, words = model
     argv = retrieval(captioned, tmp_path / "out", folder, *words)
     assert cli.main(argv) == 0
@@ -276,7 +276,7 @@ def test_damaged_journals_say_so(model, captioned, tmp_path, fails):
     assert "results.jsonl, line 2, is damaged" in fails(*argv)
 
 
-def test_images_of_a_row_are_told(model, captioned, tmp_path):
+def test_images_of_a_row_are_named(model, captioned, tmp_path):
     folder, words = model
     assert cli.main(retrieval(captioned, tmp_path / "out", folder, *words)) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]

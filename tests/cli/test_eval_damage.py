@@ -1,4 +1,4 @@
-"""`eval` of data sets with one bad text among good ones: it is set aside or repaired, told of, and the others are answered."""
+"""`eval` of data sets with one bad text among good ones: it is set aside or repaired, reported, and the others are answered."""
 
 from __future__ import annotations
 

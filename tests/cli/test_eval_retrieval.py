@@ -98,7 +98,7 @@ def test_the_second_stage_can_be_left_out_or_repeated(captioned, vocabulary, tmp
     assert stages == {"matching_3x6_k128", "matching_5x9_k128", "matching_5x9_k2"}
 
 
-def test_both_stages_go_on_where_they_were_stopped(captioned, vocabulary, tmp_path, monkeypatch):
+def test_both_stages_resume_where_they_were_stopped(captioned, vocabulary, tmp_path, monkeypatch):
     """Stopped after each batch, one of the images broken: the same rows as in one go."""
     (captioned.parent / "2.jpg").write_bytes(b"broken")
     assert cli.main(blip(captioned, tmp_path / "whole", vocabulary, "--workers", "0")) == 0

@@ -45,7 +45,7 @@ def test_a_timm_model_to_a_budget(photos, tmp_path, capsys):
     assert sorted(path.name for path in (output / "images").iterdir()) == ["a.png", "b.png"]
 
 
-def test_turns_a_photograph_beside_a_broken_tag_and_goes_past_damage(photos, tmp_path, capsys):
+def test_orientation_is_applied_despite_a_broken_tag_and_damaged_files_are_skipped(photos, tmp_path, capsys):
     """A sound JPEG of Orientation 6 with a text where a number belongs, and a DDS that ends in its header."""
     entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x011A, 2, 4, 0x41424344)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)

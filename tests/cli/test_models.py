@@ -27,7 +27,7 @@ def calibrated(tmp_path):
 
 @pytest.fixture
 def whole(tmp_path):
-    """The same at the size that its name has, so that no arguments are needed beside the name."""
+    """The same at the size that its name has, so that no arguments are needed besides the name."""
     model = vp.create_model("vit_tiny_patch16_224_evit", keep=KEEP, depth=12)
     return str(vp.save(model, tmp_path / "whole"))
 
@@ -113,7 +113,7 @@ def test_info_and_macs_take_every_kind(command, calibrated, whole, hub, capsys):
 
 
 @pytest.mark.filterwarnings("default:.* was saved pruned")
-def test_a_pruning_that_is_left_out_is_told(whole, capsys):
+def test_a_pruning_that_is_left_out_is_reported(whole, capsys):
     assert cli.main(["info", "vit_tiny_patch16_224", "--pretrained", whole]) == 0
     captured = capsys.readouterr()
     assert "the pruning is left out" in captured.err and "dense: append a preset" in captured.out

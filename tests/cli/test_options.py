@@ -26,7 +26,7 @@ COMPRESS = [
 ]
 PREDICT = ["predict", "LEFT", "RIGHT", "a circle"]
 RUNS = (["demo"], PREDICT, ["info", "blip_tiny"], ["macs", "blip_tiny"], FEATURES, PRUNE, EVAL, COMPRESS)
-WHOLE = "is no whole number from 1 on"
+WHOLE = "is no whole number above 0: write 1 or more"
 SHARE = "is no fraction: write a number between 0 and 1, such as 0.5"
 SEED = "is no seed: write a whole number from 0"
 PAIR = "write name=value, such as image_size=96"
@@ -66,7 +66,7 @@ WRONG = [
     ([*FEATURES, "--keep", "ratio(0.5, 1, 2)"], "--keep", "takes ratio, decay, in this order, and 3 were given"),
     ([*FEATURES, "--keep", "ratio('half')"], "--keep", "ratio='half' must be a number"),
     ([*FEATURES, "--keep", "count"], "--keep", "write count=..."),
-    ([*FEATURES, "--reducer", "none"], "--reducer", "there is drop, fuse"),
+    ([*FEATURES, "--reducer", "none"], "--reducer", "write one of drop, fuse"),
     ([*FEATURES, "--guide", "codebok"], "--guide", "codebook"),
     *(
         ([*FEATURES, "--at", value], "--at", "such as --at 3,6,9")
@@ -89,7 +89,7 @@ WRONG = [
     ([*PRUNE, "--preset", "evitt"], "--preset", "did you mean evit"),
     ([*PRUNE, "--scorer", "rando"], "--scorer", "did you mean random"),
     ([*PRUNE, "--keep", "ratio(rato=0.5)"], "--keep", "did you mean ratio"),
-    ([*PRUNE, "--reducer", "none"], "--reducer", "there is drop, fuse"),
+    ([*PRUNE, "--reducer", "none"], "--reducer", "write one of drop, fuse"),
     ([*PRUNE, "--guide", "codebok"], "--guide", "codebook"),
     ([*PRUNE, "--at", "first"], "--at", "such as --at 3,6,9"),
     *(([*PRUNE, "--reduction", value], "--reduction", SHARE) for value in ("abc", "0", "1", "1.5", "image=2")),
@@ -129,7 +129,7 @@ WRONG = [
     ([*COMPRESS, "--config", "nowhere.yaml"], "--config", "there is no file 'nowhere.yaml'"),
     ([*COMPRESS, "--config", "PHOTOS"], "--config", "is a folder"),
     ([*COMPRESS, "--task", "nvlr"], "--task", "choose from"),
-    ([*COMPRESS, "--preset", "nope"], "--preset", "there is attention, evit, madtp"),
+    ([*COMPRESS, "--preset", "nope"], "--preset", "write one of attention, evit, madtp"),
     ([*COMPRESS, "--reduction", "1"], "--reduction", SHARE),
     ([*COMPRESS, "--reduction", "half"], "--reduction", SHARE),
     ([*COMPRESS, "--reduction", "image=0.5,text=2"], "--reduction", SHARE),

@@ -112,7 +112,7 @@ def test_what_is_asked_must_be_whole(pair, fails):
     assert "--sample brings its own images and sentence" in fails("predict", "--sample", *pair, "a circle")
 
 
-def test_unknown_words_are_told_with_those_that_are_known(pair, fails):
+def test_unknown_words_are_refused_with_the_known_ones(pair, fails):
     complaint = fails("predict", *pair, "both images contain a pink dog")
     assert "'pink'" in complaint and "'dog'" in complaint
     assert f"The words that the model knows: {' '.join(NLVR_WORDS)}" in complaint
@@ -151,7 +151,7 @@ def test_images_of_every_mode_become_rgb(mode, pixel, wanted, tmp_path):
     assert image.getpixel((3, 3)) == wanted
 
 
-def test_images_are_turned_as_their_camera_says(tmp_path):
+def test_images_are_rotated_by_their_orientation_tag(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)

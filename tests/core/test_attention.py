@@ -124,7 +124,7 @@ def test_statistics(drawn, protect, causal, seed):
     assert_close(stats[Stat.KEY], k.mean(1), **TIGHT)
 
 
-def test_a_causal_summary_sees_nothing_that_stands_behind_it():
+def test_a_causal_summary_sees_no_later_token():
     """Where the tokens behind an end of text stay, as in a tower that returns its tokens."""
     layout, g = Layout((5, 3)), generator(0)
     q, k, v = (torch.randn(layout.total, HEADS, HEAD_DIM, generator=g, dtype=torch.float64) for _ in range(3))

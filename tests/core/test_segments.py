@@ -103,7 +103,7 @@ def test_mix(drawn, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [segments.softmax, segments.sparsemax])
-def test_half_precision_has_room_for_what_is_not_there(normalize, dtype):
+def test_half_precision_holds_the_value_of_hidden_tokens(normalize, dtype):
     layout = Layout((3, 1, 2))
     values, there = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 5.0]), torch.tensor([True, False, True, False, True, True])
     weight = normalize(values.to(dtype), layout, there)

@@ -113,7 +113,7 @@ def test_a_target_between_two_counts_is_told_from_one_out_of_reach():
 
 
 @pytest.mark.parametrize(("turn", "turned"), [("power", (2.5, 3.0)), ("temperature", (3.0, 1.0))])
-def test_a_budget_turns_what_the_keeper_says(dense, turn, turned):
+def test_a_budget_sets_the_knob_that_the_keeper_declares(dense, turn, turned):
     model = vp.prune(dense, "madtp", keep=f"threshold(temperature=2.5, knob={turn!r})")
     BudgetControl(model).commit(3.0)
     assert {(m.temperature, m.power) for m in model.modules() if isinstance(m, vp.KeepRatioPredictor)} == {turned}

@@ -24,7 +24,7 @@ def test_a_record_costs_what_it_costs_alone():
         assert one.kept["image"] == tuple(sum(row[2 * i : 2 * i + 2]) / 2 for row in pairs)
 
 
-def test_padding_stands_beside_what_a_record_costs():
+def test_padding_is_counted_apart_from_the_cost_of_a_record():
     model, (images, ids, mask) = vp.prune(small("nlvr").model, "evit"), small("nlvr").draw(4)
     shortest = ids[:, : int(mask.sum(1).max())], mask[:, : int(mask.sum(1).max())]
     spent = []

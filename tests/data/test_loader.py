@@ -1,4 +1,4 @@
-"""Batches of pixels: what they hold, and what becomes of pictures that cannot be opened."""
+"""Batches of pixels: what they hold, and which images are skipped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def prepare(picture):
 
 @pytest.fixture
 def records(tmp_path):
-    """Five pairs of pictures, one of entry 1 broken, one of entry 3 missing."""
+    """Five pairs of images, one of entry 1 broken, one of entry 3 missing."""
     pixels = SyntheticPairs("test", 1)[0].images[0]
     for name in "ab":
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")

@@ -122,7 +122,7 @@ def test_most_of_an_image_is_ground():
     assert 0.05 < np.mean(shown) < 0.2
 
 
-def test_families_take_turns():
+def test_families_rotate():
     pairs = SyntheticPairs("val", 60, sentences=3)
     families = Counter(family for index in range(60) for family in pairs[index].families)
     assert set(families) == set(FAMILIES)
@@ -208,5 +208,5 @@ def test_refusals():
         SyntheticPairs("dev", 4)
     with pytest.raises(ValueError, match="at least one"):
         SyntheticPairs("val", 0)
-    with pytest.raises(IndexError, match="pair 4 of 4"):
+    with pytest.raises(IndexError, match="there is no pair 4: the split has 4"):
         SyntheticPairs("val", 4)[4]

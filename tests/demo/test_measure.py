@@ -53,7 +53,7 @@ def test_a_share_kept_is_of_what_entered_and_the_mean_over_blocks():
     assert outcome.correct.tolist() == [True, False, True, False]
 
 
-def test_models_take_turns_and_the_first_round_is_not_measured():
+def test_models_are_timed_in_rotation_and_the_first_round_is_discarded():
     asked = []
 
     class Runs(nn.Module):

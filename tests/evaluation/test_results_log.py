@@ -9,7 +9,7 @@ from vltprune.evaluation.results_log import ResultsLog
 SETTINGS = {"model": "a", "images": None, "batch_size": 2}
 
 
-def test_it_goes_on_where_it_stopped(tmp_path):
+def test_it_resumes_where_it_stopped(tmp_path):
     log = ResultsLog(tmp_path, SETTINGS)
     log.add([{"index": 0, "kept": (1.5, 2)}, {"index": 1}])
     again = ResultsLog(tmp_path, SETTINGS)

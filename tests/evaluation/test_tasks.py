@@ -23,7 +23,7 @@ def test_the_tasks_have_names():
         tasks.tasks["nlvr2"]
 
 
-def test_drawn_pairs_need_no_file():
+def test_synthetic_nlvr_needs_no_file():
     records = tasks.Nlvr.load_records("synthetic:val", "nowhere")
     assert records[3].sentence == SyntheticPairs("val", 4)[3].sentences[0]
     with pytest.raises(ValueError, match="no split 'vall'"):

@@ -97,7 +97,7 @@ IMAGES += ["clip image: plain", "siglip image: plain", "siglip2 image: plain", "
 
 
 def config(kind, **options):
-    """A configuration, and apart from it what the model takes beside one."""
+    """A configuration, and the model's arguments besides it."""
     beside = {name: options.pop(name) for name in ("add_pooling_layer", "use_mask_token") if name in options}
     return kind(**options), beside
 

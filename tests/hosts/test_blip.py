@@ -114,7 +114,7 @@ def test_no_mask_is_a_full_mask(kind):
 @pytest.mark.parametrize("name", ["text", "text, memory", "text, pairs"])
 @pytest.mark.parametrize("preset", checks.PRESETS)
 @torch.no_grad()
-def test_what_stands_behind_the_end_never_matters(name, preset):
+def test_tokens_after_the_end_never_matter(name, preset):
     case = make(name)
     ids, *rest = case.inputs
     other = torch.where(MASK.bool(), ids, torch.randint(1, 40, ids.shape))

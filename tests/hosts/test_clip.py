@@ -1,4 +1,4 @@
-"""open_clip's models of two towers: what they offer beside `forward`."""
+"""open_clip's models of two towers: what they offer besides `forward`."""
 
 from __future__ import annotations
 

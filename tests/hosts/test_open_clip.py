@@ -76,7 +76,7 @@ def test_averages_weigh_merged_tokens_by_their_size(option):
 @pytest.mark.parametrize("option", ["argmax", "eos", "all scales", "proj_bias"])
 @pytest.mark.parametrize("preset", checks.PRESETS)
 @torch.no_grad()
-def test_what_stands_behind_the_end_never_matters(option, preset):
+def test_tokens_after_the_end_never_matter(option, preset):
     case = text_case(option)
     ids = case.inputs[0]
     other = ids.clone()

@@ -76,7 +76,7 @@ def test_padding_makes_no_difference(name):
     assert torch.equal(short, long)
 
 
-def test_padding_is_counted_beside_the_dense_cost():
+def test_padding_is_counted_apart_from_the_dense_cost():
     case = make("bert: mean")
     cost = vp.count_macs(case.pruned(keep="ratio(ratio=1.0)"), *case.inputs)
     with torch.no_grad():

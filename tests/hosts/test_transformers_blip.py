@@ -53,7 +53,7 @@ def test_batch_mates_do_not_change_what_is_generated(name, how):
 
 
 @torch.no_grad()
-def test_a_prompt_goes_on():
+def test_a_prompt_is_continued():
     case = make("blip captions")
     pruned = case.pruned(keep="ratio(ratio=1.0)")
     inputs = {**asked_for(case), "input_ids": words()[:, :5], "attention_mask": torch.ones(3, 5, dtype=torch.int64)}

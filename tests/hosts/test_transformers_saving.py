@@ -101,7 +101,7 @@ def test_the_last_save_in_a_folder_is_the_one_that_is_read(tmp_path):
     same_model(vp.load(tmp_path), model)
 
 
-def test_a_save_that_fails_leaves_no_pruning_beside_other_weights(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_no_pruning_with_other_weights(tmp_path, monkeypatch):
     model = small()
     model.save_pretrained(tmp_path)
 
@@ -211,7 +211,7 @@ class Examples(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(("make", "preset"), [(clip, "madtp"), (clip, "evit"), (bert, "evit")])
-def test_a_trainer_goes_on_from_its_checkpoint(tmp_path, make, preset):
+def test_a_trainer_resumes_from_its_checkpoint(tmp_path, make, preset):
     parts = {"guide": "codebook(anchors=6)"} if preset == "madtp" else {}
     pairs = make is clip
     dense = make()

@@ -206,7 +206,7 @@ HANDMADE = {
 
 
 @pytest.mark.parametrize(("make", "turn"), TURNED.values(), ids=TURNED)
-def test_what_was_turned_in_pruners_comes_back(tmp_path, make, turn):
+def test_arguments_set_in_pruners_are_restored(tmp_path, make, turn):
     model = make()
     turn(model)
     again = vp.load(vp.save(model, tmp_path))

@@ -1,4 +1,4 @@
-"""How models of every library want their pictures: their own package's transform, whatever became of them since."""
+"""Image preprocessing of the models of every library: the transform of their own package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vltprune.data import SyntheticPairs, normalize
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
 
 
-def test_blip_squeezes_the_whole_picture_and_normalizes_as_clip():
+def test_blip_resizes_the_whole_image_and_normalizes_as_clip():
     prepare = vp.transforms(vp.create_model("blip_base", image_size=32, vision_depth=1, text_depth=1))
     white = prepare(Image.new("RGB", (70, 20), (255, 255, 255)))
     assert white.shape == (3, 32, 32)

@@ -106,7 +106,7 @@ def test_a_first_save_that_fails_leaves_nothing(tmp_path, monkeypatch, models):
 
 
 def test_a_process_that_is_killed_between_the_two_files(tmp_path, monkeypatch, models):
-    """Nothing is cleaned up then: the weights of before stand beside the new ones, and are read."""
+    """Nothing is cleaned up then: the earlier weights are in the folder with the new ones, and are read."""
     old, new = models
     vp.save(old, tmp_path)
 

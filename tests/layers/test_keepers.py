@@ -243,7 +243,7 @@ def test_count(case):
         assert counts.tolist() == [min(n, count) for n in free]
 
 
-def test_random_ratio_spreads_as_told():
+def test_random_ratio_is_uniform_in_its_range():
     """400 instances of 100 tokens: uniform in 0.5 +- 0.2, none outside."""
     layout = Layout((100,) * 400)
     tokens = packed(layout, DIM, 0.0, False, False, 1.0, generator(0))
@@ -262,7 +262,7 @@ def test_random_ratio_spreads_as_told():
         assert torch.corrcoef(torch.stack([drawn, other]))[0, 1].abs() < 0.25
 
 
-def test_random_ratio_without_spread_is_ratio():
+def test_random_ratio_of_width_zero_is_ratio():
     tokens = packed(Layout((7, 1, 30)), DIM, 0.2, True, False, 1.0, generator(0))
     for mean in (0.0, 0.3, 1.0):
         drawn = keepers["random_ratio"](SPEC, mean=mean, half_width=0.0)(tokens.x[:, 0], tokens, None)

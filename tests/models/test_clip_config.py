@@ -89,7 +89,7 @@ def test_paths_are_text_on_disk(tmp_path, folder):
     assert model.recipe.model_args["text_cfg"]["hf_model_name"] == folder
 
 
-def test_pictures_are_normalized_as_asked(tmp_path):
+def test_images_are_normalized_as_configured(tmp_path):
     model = vp.create_model("clip", **OWN, preprocess_cfg={"mean": (0.1, 0.2, 0.3), "interpolation": "bilinear"})
     for each in (model, vp.load(vp.save(model, tmp_path))):
         prepare = vp.transforms(each)
@@ -156,8 +156,12 @@ def test_refusals(change, error, says):
 @pytest.mark.parametrize(
     ("kind", "text", "says"),
     [
-        ("bert", {"hf_pooler_type": "mena_pooler"}, "hf_pooler_type='mena_pooler': there is mean_pooler, max_pooler"),
-        ("bert", {"hf_proj_type": "conv"}, "hf_proj_type='conv': there is linear, mlp"),
+        (
+            "bert",
+            {"hf_pooler_type": "mena_pooler"},
+            "hf_pooler_type='mena_pooler' is not supported: write one of mean_pooler, max_pooler",
+        ),
+        ("bert", {"hf_proj_type": "conv"}, "hf_proj_type='conv' is not supported: write one of linear, mlp"),
         ("bert", {"hf_model_name": "nowhere/at/all"}, "hf_model_name='nowhere/at/all' is no folder with a config.json"),
         ("distilbert", {}, "is of type 'distilbert', and open_clip builds roberta, xlm-roberta"),
     ],

@@ -135,7 +135,7 @@ def test_backbone_arguments_reach_it():
             "prune.model, preset, reduction=0.5, data",
         ),
         (lambda: vp.create_model("clip", embed_dim=3), TypeError, "needs vision_cfg, text_cfg: write create_model"),
-        (lambda: vp.list_pretrained(library="keras"), ValueError, "there is vltprune, timm, open_clip"),
+        (lambda: vp.list_pretrained(library="keras"), ValueError, "write one of vltprune, timm, open_clip"),
         (lambda: vp.create_model("blip_nlvr_tiny", pretrained=1), TypeError, "pretrained=1: write True, False"),
         (lambda: vp.create_model("blip_nlvr_tiny", pretrained="nowhere"), vp.CheckpointError, "no file nowhere"),
         (
@@ -143,7 +143,7 @@ def test_backbone_arguments_reach_it():
             ValueError,
             r"from_pretrained\('hf-hub:a/b",
         ),
-        (lambda: vp.list_models(library="keras"), ValueError, "there is vltprune, timm, open_clip"),
+        (lambda: vp.list_models(library="keras"), ValueError, "write one of vltprune, timm, open_clip"),
         (lambda: vp.preset("madpt"), LookupError, "did you mean madtp"),
     ],
 )

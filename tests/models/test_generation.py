@@ -144,9 +144,9 @@ class TestEvery:
         strategy(decoder, decoder.start(), PROMPT, GenerationConfig(EOS, PAD, 0, 7))
         assert decoder.calls <= 3
 
-    def test_no_room(self, strategy):
+    def test_a_prompt_that_fills_max_length_is_refused(self, strategy):
         decoder = TableDecoder()
-        with pytest.raises(ValueError, match="a prompt of 2 tokens leaves no room in max_length=2"):
+        with pytest.raises(ValueError, match="a prompt of 2 tokens fills max_length=2"):
             strategy(decoder, decoder.start(), PROMPT, GenerationConfig(EOS, PAD, 0, 2))
 
 

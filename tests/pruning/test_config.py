@@ -240,7 +240,7 @@ def test_bad_depths(at):
 
 
 def test_towers_have_names():
-    with pytest.raises(TypeError, match="towers have names, such as 'image', 0 is none"):
+    with pytest.raises(TypeError, match="keys are names of towers, such as 'image', not 0"):
         BASE.replace(at={0: (3,)})
 
 

@@ -140,8 +140,8 @@ def test_pools_weigh_what_is_there_in_part(keep, soft_temperature):
 @pytest.mark.parametrize(
     ("dense", "message"),
     [
-        (lambda: vit(global_pool="max"), "global_pool='max' takes each token for whole"),
-        (lambda: vit(global_pool="avgmax"), "global_pool='avgmax' takes each token for whole"),
+        (lambda: vit(global_pool="max"), "global_pool='max' cannot weigh tokens"),
+        (lambda: vit(global_pool="avgmax"), "global_pool='avgmax' cannot weigh tokens"),
         (lambda: clip_vision(attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=2), "attention pool"),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_pool_that_cannot_weigh_tokens_is_refused(dense, message):
 
 
 def test_a_token_whose_parts_are_all_lost_gives_no_nan():
-    """Presence underflows, of all tokens alike, where many depths in a row take nearly all of each."""
+    """Keep probabilities underflow, of all tokens alike, where many depths in a row take nearly all of each."""
     tokens = vp.PackedTokens.pack(torch.randn(2, 3, 4)).with_keep_prob(torch.zeros(6))
     assert tokens.bias.softmax(0).isfinite().all()
 
@@ -167,10 +167,10 @@ def test_transformers_blip_refuses_to_hand_on_parts():
     retrieval = transformers.BlipForImageTextRetrieval(config)
     for at in (None, {"text": None}):
         answers = vp.prune(transformers.BlipForQuestionAnswering(config), "random", keep="learned", **_at(at))
-        with pytest.raises(ValueError, match=r"transformers' BLIP takes each token for whole.*use this library's Blip"):
+        with pytest.raises(ValueError, match=r"transformers' BLIP cannot weigh tokens.*use this library's Blip"):
             soften(answers, 0.5)(pixel_values=images(2), input_ids=ids, labels=ids)
     soft = soften(vp.prune(retrieval, "random", keep="learned"), 0.5)
-    with pytest.raises(ValueError, match="transformers' BLIP takes each token for whole"):
+    with pytest.raises(ValueError, match="transformers' BLIP cannot weigh tokens"):
         soft(pixel_values=images(2), input_ids=ids)
     words = vp.prune(retrieval, "random", keep="learned", at={"text": (1,)})
     assert soften(words, 0.5)(pixel_values=images(2), input_ids=ids).itm_score.isfinite().all()  # reads the first alone

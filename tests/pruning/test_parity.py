@@ -1,4 +1,4 @@
-"""Against what the reference computed, recorded beside the checkout: token counts, values, losses, gradients."""
+"""Against what the reference computed, recorded outside the repository: token counts, values, losses, gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One block written out by hand, what traces tell, and when an untrained guide speaks up."""
+"""One block written out by hand, what traces hold, and when an untrained guide warns."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_no_collector_survives_its_block():
     assert len(after) == 1
 
 
-def test_owners_follow_every_token_through_merges_and_drops():
+def test_provenance_follows_every_token_through_merges_and_drops():
     """Where a marker put on one original token shows up among those that leave a block, there its owner is."""
     for reducer in vp.reducers.names():
         _, (trace,) = traced(vp.prune(small("vit").model, FUSE, reducer=reducer), images(3))
@@ -167,7 +167,7 @@ def test_parts_hold_their_own_spec():
 
 
 @pytest.mark.filterwarnings("error::vltprune.UntrainedGuideWarning")
-def test_an_untrained_guide_speaks_up_until_it_is_trained():
+def test_an_untrained_guide_warns_until_it_is_trained():
     x = images(2)
 
     def make(**parts):

@@ -51,7 +51,7 @@ dense_models = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 @dense_models
-def test_the_dense_model_s_names_and_those_of_the_parts_beside_them(make):
+def test_the_dense_model_s_names_and_those_of_the_parts(make):
     dense = make()
     state = vp.prune(dense, "madtp", keep="learned", **GUIDED).state_dict()
     assert dense.state_dict().keys() <= state.keys()

@@ -26,7 +26,7 @@ def pictures(folder: Path, n: int = 8) -> list[str]:
 
 
 def annotations(task: str, folder: Path, n: int = 8) -> str:
-    """The file of a task's n records, and beside it the pictures and the vocabulary."""
+    """The file of a task's n records, and beside it the images and the vocabulary."""
     names, words = pictures(folder, n), WORDS.split()
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
     said = [" ".join(words[(i + j) % len(words)] for j in range(1 + i % 4)) for i in range(n)]

@@ -16,7 +16,7 @@ from vltprune.utils.frozen import thawed
 LEAST = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json"}
 
 
-def test_scores_are_taught_where_there_are_any():
+def test_saliency_is_distilled_where_there_are_scores():
     config = CompressConfig(**LEAST)
     assert config.saliency_weight == config.saliency == 0.5
     assert config.replace(reduction=0.0).saliency_weight == 0.0

@@ -115,7 +115,7 @@ def test_two_processes_learn_as_one(task, packed, in_two, no_final_evaluation, t
 def test_processes_that_hold_a_part_of_the_weights_each_learn_as_those_that_hold_them_all(
     no_final_evaluation, tmp_path
 ):
-    """And go on where they were stopped."""
+    """Resumed runs as well."""
     settings = config("nlvr", tmp_path / "data", **{**_SETTINGS, "steps": 2, "checkpoint_every": 1})
     compress(settings, tmp_path / "alone")
     forked(settings, tmp_path / "whole")

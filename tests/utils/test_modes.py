@@ -145,7 +145,7 @@ def test_evaluation_leaves_modes_alone_and_answers_as_evaluation_does():
 
 
 @pytest.mark.parametrize("kind", [lambda dense: dense, pruned], ids=["dense", "pruned"])
-def test_an_exam_leaves_modes_alone(kind, tmp_path):
+def test_evaluator_leaves_modes_unchanged(kind, tmp_path):
     from vltprune.data import Loader
     from vltprune.evaluation.results_log import ResultsLog
     from vltprune.evaluation.tasks import Nlvr, Options

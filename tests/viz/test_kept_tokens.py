@@ -1,4 +1,4 @@
-"""Pictures of what was kept: every token's fate is told right, and the pictures show it."""
+"""Visualization of kept tokens: the state of every token is right, and the images show it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_strip_has_an_image_a_block_and_keeps_proportions():
     assert wrapped.height == 2 * strip.height
 
 
-def test_stacked_strips_make_room_for_titles_and_legend():
+def test_stacked_strips_have_space_for_titles_and_legend():
     strip = Image.new("RGB", (900, 30))
     assert stack_strips([strip, strip], legend=False).size == (900, 60)
     assert stack_strips([strip, strip], ["a title"]).height > 90

@@ -30,7 +30,7 @@ _SETTINGS += ("data", "images", "batch_size", "device")
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "eval", parents=parents, help="scores and cost of a model on a data set; goes on where it was stopped"
+        "eval", parents=parents, help="scores and cost of a model on a data set; resumes where it was stopped"
     )
     _add_model(parser)
     _add_data(parser)
@@ -38,7 +38,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         "--output",
         type=options.output,
         metavar="DIR",
-        help="folder for the results; one of the same settings goes on where it was stopped (default: eval/TASK/MODEL)",
+        help="folder for the results; one of the same settings resumes where it was stopped (default: eval/TASK/MODEL)",
     )
     parser.add_argument("--limit", type=options.positive, metavar="N", help="only the first N records (default: all)")
     parser.add_argument(
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         summary["matching"] = _second_stage(matching, model, settings, loader, folder)
         write_json(folder / "summary.json", summary)
         _print_matching(summary["matching"])
-    print(f"wrote {folder / 'summary.json'}, and what each record was answered beside it")
+    print(f"wrote {folder / 'summary.json'}, and the answer to each record in the same folder")
 
 
 def _digests(args: argparse.Namespace, model: nn.Module) -> dict[str, str | None]:
@@ -174,7 +174,7 @@ def _check_second_stage(task: object, most: int | None) -> None:
 
 
 def _load(args: argparse.Namespace) -> nn.Module:
-    torch.manual_seed(0)  # random weights must be the same when a stopped run goes on
+    torch.manual_seed(0)  # random weights must be the same when a stopped run resumes
     return common.load_model(
         args.model,
         args.pretrained,

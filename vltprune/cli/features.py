@@ -119,7 +119,7 @@ def _compute(model: nn.Module, loader: Loader[Record], files: Sequence[Path], de
 
 
 def draw_names(files: Sequence[Path]) -> dict[Path, str]:
-    """The name of each file's drawing: "x.png" of x.jpg, and "x-2.png" of x.png beside it, or of X.jpg.
+    """The name of each file's drawing: "x.png" of x.jpg, and "x-2.png" of x.png or X.jpg in the same folder.
 
     Names differ by more than case and Unicode form, so that no file system takes one for another.
     """

@@ -22,7 +22,7 @@ from . import common, options
 _COUNTED = (
     "Counted: multiply-accumulates (MACs) of all matrix products, attention and the pruners' own scoring included, of one\n"
     "instance ({instance}); norms, activations and softmax are not. Dense is\n"
-    "what the dense model spends on the tokens that are there; padding stands beside it. FLOPs are twice as many."
+    "what the dense model spends on the tokens that are there; padding is given beside it. FLOPs are twice as many."
 )
 _ANSWER = 5  # tokens; BLIP's answers are short
 _SIZE_ARGUMENT = {"vltprune": "image_size", "timm": "img_size", "open_clip": "force_image_size"}
@@ -46,7 +46,9 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 def run(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
     if args.image_size and is_saved_model(args.model):
-        raise ValueError(f"--image-size {args.image_size}: the folder {args.model} says itself what its model is")
+        raise ValueError(
+            f"--image-size {args.image_size}: the folder {args.model} says itself what its model is: leave the option out"
+        )
     size = {_SIZE_ARGUMENT[ModelName.parse(args.model).library]: args.image_size} if args.image_size else {}
     model = common.load_model(args.model, args.pretrained, device=args.device, dtype=args.dtype, **size)
     dense = not is_pruned(model)
@@ -71,7 +73,7 @@ def example(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:
     images = torch.randn(1, 3, *image_size(towers["image"]), generator=generator)
     if composite is None:
         if tokens is not None:
-            raise ValueError(f"--tokens: a {type(host).__name__} reads no sentence")
+            raise ValueError(f"--tokens: a {type(host).__name__} reads no sentence: leave the option out")
         return (images,)
     if hasattr(host, "images_per_sentence"):
         images = images if host.images_per_sentence == 1 else images.repeat(2, 1, 1, 1)[None]

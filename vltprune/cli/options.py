@@ -27,7 +27,7 @@ def positive(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise _Wrong(f"{text!r} is no whole number from 1 on")
+        raise _Wrong(f"{text!r} is no whole number above 0: write 1 or more, such as 8")
     return value
 
 

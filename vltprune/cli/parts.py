@@ -50,6 +50,8 @@ def replaced_parts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_preset(args: argparse.Namespace) -> None:
-    """ValueError for a --preset beside a name that has one. Nothing is loaded."""
+    """Refuse --preset for a model whose name has a preset already. Loads nothing."""
     if args.preset and not is_saved_model(args.model) and ModelName.parse(args.model).preset is not None:
-        raise ValueError(f"--preset {args.preset}: {args.model} names a preset already, leave one of them out")
+        raise ValueError(
+            f"--preset {args.preset}: {args.model} names a preset already: leave --preset out, or name the dense model"
+        )

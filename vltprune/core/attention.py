@@ -240,7 +240,7 @@ def _padded_bias(q: Tensor, keys: Layout, key_bias: Tensor | None, pairs: PairBi
         return bias
 
     position = segments.pad(pairs.position, keys)
-    if not keys.is_uniform:  # padding stands where the last token does: a query that saw no key would give NaN
+    if not keys.is_uniform:  # padding gets the position of the last token: a query without any key would give NaN
         position = torch.where(keys.valid, position, position.amax(1, keepdim=True))
     apart = pairs.between(position, position, q)
     return apart if bias is None else apart + bias

@@ -53,7 +53,7 @@ def check_ids(ids: Tensor, vocabulary: int, longest: int | None, name: str = "in
             f"{name} has {ids.shape[1]} tokens, the tower has {longest} positions: truncate when you tokenize"
         )
     if ids.min() < 0 or ids.max() >= vocabulary:
-        raise ValueError(f"{name} must hold token ids in 0 .. {vocabulary - 1}")
+        raise ValueError(f"{name} must hold token ids in 0 .. {vocabulary - 1}: use the model's own tokenizer")
 
 
 def is_traced() -> bool:

@@ -46,7 +46,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def surely_none(true: Tensor) -> bool:
-    """Whether no element is true. False, without a look, on accelerators and under torch.jit.trace."""
+    """Whether no element is known to be true. Always False on accelerators and under torch.jit.trace, without reading it."""
     return true.device.type == "cpu" and not is_traced() and not bool(true.any())
 
 

@@ -140,7 +140,9 @@ class PackedTokens:
         """
         batch, n, dim = x.shape
         if batch == 0 or n == 0:
-            raise ValueError(f"cannot pack an empty batch: x is {list(x.shape)}")
+            raise ValueError(
+                f"cannot pack an empty batch: x is {list(x.shape)}; give at least one instance with one token"
+            )
 
         def expand(mask: Tensor | None) -> Tensor:
             mask = mask if mask is not None else torch.zeros((), dtype=torch.bool, device=x.device)
@@ -148,9 +150,9 @@ class PackedTokens:
 
         if valid is not None and is_traced():
             raise ValueError(
-                "torch.jit.trace would keep the lengths of this example for every other input, and a mask or the words say "
-                "what they are: trace the image tower alone (model.visual, say), leave the mask out where all instances are "
-                "equally long, or run the model without tracing it"
+                "torch.jit.trace would keep the lengths of this example for every other input, although they depend on the "
+                "mask or on the token ids: trace the image tower alone (model.visual, say), leave the mask out where all "
+                "instances are equally long, or run the model without tracing it"
             )
         columns = [torch.arange(n, device=x.device).expand(batch, n), expand(protected)]
         columns += [expand(summary)] if summary is not None else []

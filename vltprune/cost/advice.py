@@ -1,4 +1,4 @@
-"""Advice of errors about budgets: what a model's own config leaves to change."""
+"""Advice in budget errors: what to change where a cost cannot be reached."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class BlockMacs:
         return cls(query.numel(), qkv, project, *rest)
 
     def after_attention(self, tokens: Tensor, memory: Memory | None) -> Tensor:
-        """MACs [batch] behind attention of so many tokens [batch]."""
+        """MACs [batch] of what follows attention: feed-forward and cross-attention, for numbers of tokens [batch]."""
         if memory is None:
             return self.feed_forward * tokens
         return self.feed_forward * tokens + (self.memory * memory.fraction + self.pair * tokens) * memory.tokens
@@ -84,10 +84,10 @@ class BlockMeter:
     """MACs of one block with its pruner, from the tokens that enter and leave it.
 
     Args:
-        macs: of the block.
-        pruner: that stands in the block; None where it is not pruned.
-        guide: MACs per token of the guide that the pruner asks.
-        channels: of a token.
+        macs: MACs of the block's matrix products.
+        pruner: the block's pruner. None where it is not pruned.
+        guide: MACs per token of the guide that the pruner uses.
+        channels: the width of a token.
     """
 
     def __init__(self, macs: BlockMacs, pruner: Pruner | None, guide: float, channels: int):
@@ -163,7 +163,7 @@ def token_counts(layout: Layout) -> Tensor:
 def measure_macs(run: Callable[..., object], *inputs: object) -> float:
     """MACs of run(*inputs), by torch's counter, under the math backend: fused attention kernels count as nothing.
 
-    The inputs are made before, for the counter looks at each operation, and takes its time.
+    The inputs are made by the caller, because the counter slows down each operation.
     """
     counter = FlopCounterMode(display=False)
     # the counter fails on views made without gradients

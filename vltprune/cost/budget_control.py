@@ -32,7 +32,7 @@ class BudgetControl:
         self.model, self.tower = model, tower
         towers = get_pruning(model).towers
         if tower is not None and tower not in towers:
-            raise ValueError(f"tower={tower!r} is none of this model's, which are {', '.join(towers)}")
+            raise ValueError(f"tower={tower!r} is no tower of this model: it has {', '.join(towers)}")
         asked = towers if tower is None else (tower,)
         self.towers = tuple(name for name in asked if towers[name].pruners)
         self.keepers = [keeper for name in self.towers for keeper in keepers_of(towers[name])]

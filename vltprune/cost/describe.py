@@ -27,7 +27,7 @@ def format_target(reduction: float | Mapping[str, float], unit: str = " %") -> s
 
 
 def format_saving(macs: float, dense: float, padding: float = 0.0) -> str:
-    """MACs against those of the dense model on the tokens that are there, and what that spends on padding besides."""
+    """MACs against those of the dense model on the tokens that are there, and those that it spends on padding."""
     return (
         f"{macs / 1e9:.3f} GMACs, {format_change(macs, dense)} than dense ({dense / 1e9:.3f}){format_padding(padding)}"
     )

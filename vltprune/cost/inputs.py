@@ -1,4 +1,4 @@
-"""Batches of the functions that run a model to see what it costs: which part the model takes, on its device."""
+"""Batches for calibration: selects the part of a batch that the model takes, and moves it to the model's device."""
 
 from __future__ import annotations
 

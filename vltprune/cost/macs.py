@@ -60,7 +60,7 @@ def count_macs(model: nn.Module, *inputs: object, **named: object) -> Cost:
         **named: likewise, by name.
 
     Returns:
-        The Cost of the call: MACs of each tower, dense and pruned, and of what stands behind the towers.
+        The Cost of the call: MACs of each tower, dense and pruned, and of what follows the towers.
 
     Raises:
         TypeError: for a dense model.

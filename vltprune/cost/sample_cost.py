@@ -69,7 +69,7 @@ class SampleCostMeter:
         names = [trace.tower for trace in traces]
         if len(set(names)) != len(names):
             raise ValueError(
-                f"a batch was answered by several calls of one tower ({', '.join(names)}): measure each alone"
+                f"a batch was answered by several calls of one tower ({', '.join(names)}): measure each call alone"
             )
         cost = self.meter(traces)
         dense = self._per_record(cost.dense, texts)

@@ -18,7 +18,7 @@ class Cost:
     Attributes:
         towers: per tower, MACs [depths + 2, instances of the tower]: before its blocks, in each, and behind them.
         dense: the same of the dense model, on the tokens that are there, without padding.
-        head: MACs per instance of what stands behind the towers, such as a classifier of pairs.
+        head: MACs per instance of what follows the towers, such as a classifier of pairs.
         instances: how many instances the call had: texts, or images where there is no text.
         decoder: MACs of a decoder in the whole call.
         dense_decoder: the same for as many generated tokens behind the dense towers.
@@ -47,7 +47,7 @@ class Cost:
 
     @property
     def padding_total(self) -> float:
-        """MACs that the dense model spends on padding besides, and that the pruned one skips."""
+        """MACs that the dense model spends on padding in addition, and that the pruned one skips."""
         return sum(self._spent(self.padding).values()) + self.decoder_padding
 
     @property

@@ -263,7 +263,7 @@ def _texts(entry: Entry, key: str) -> tuple[str, ...]:
 
 
 def _identifier(entry: Entry, key: str) -> str | int | float | None:
-    """An identifier as it stands there, None for none."""
+    """An entry's identifier, unchanged; None where it has none."""
     value = entry.get(key)
     if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value

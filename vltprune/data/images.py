@@ -158,7 +158,7 @@ def _upright(image: Image.Image) -> Image.Image:
         transpose = _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Warning:
         raise
-    except Exception:  # sound pixels beside damaged metadata: read as they lie
+    except Exception:  # the pixels are sound and the metadata are damaged: leave the image as it is
         transpose = None
     return image if transpose is None else image.transpose(transpose)
 

@@ -87,7 +87,7 @@ class SyntheticPairs:
 
     def __getitem__(self, index: int) -> SyntheticPair:
         if not 0 <= index < self.size:
-            raise IndexError(f"pair {index} of {self.size}")
+            raise IndexError(f"there is no pair {index}: the split has {self.size}, 0 .. {self.size - 1}")
         key = (SPLITS.index(self.split), self.seed, index)
         scenes = draw_scenes(np.random.default_rng((*key, 0)))
         painted = [paint(scene, np.random.default_rng((*key, 1, side))) for side, scene in enumerate(scenes)]

@@ -60,7 +60,7 @@ def caption_scorer_lacks() -> str | None:
 
 
 def spice_lacks() -> str | None:
-    """What SPICE needs besides and lacks, and how to get it; None for nothing. Only files and `java -version` are examined."""
+    """What SPICE needs besides and lacks, and how to get it; None for nothing. It checks files and `java -version` only."""
     if missing := caption_scorer_lacks():
         return missing
     folder = _spice_folder() / "lib"

@@ -70,8 +70,8 @@ class Evaluator(Generic[R]):
         """
         if any("macs" in row and "instances" not in row for row in log.rows):
             raise ValueError(
-                "these results were begun by an earlier version, which did not tell padding, or whose the saving is, apart: "
-                "remove their folder, or choose another output, and they are measured anew"
+                "these results are of an earlier version, which did not record padding and savings by tower: remove their "
+                "folder, or choose another --output"
             )
         _check_images(loader, log)
         loader = replace(loader, start=len(log.rows), skipped=[])
@@ -248,7 +248,10 @@ def summarize(
 def _finite(scores: dict[str, float], records: int) -> dict[str, float]:
     """The scores. FloatingPointError for one that is NaN or infinite."""
     if wrong := [name for name, score in scores.items() if not math.isfinite(score)]:
-        raise FloatingPointError(f"{wrong[0]} of {records} records is {scores[wrong[0]]}, which is no score")
+        raise FloatingPointError(
+            f"{wrong[0]} of {records} records is {scores[wrong[0]]}, which is no score: check the model's weights, or use "
+            "--dtype float32"
+        )
     return scores
 
 

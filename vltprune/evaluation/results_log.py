@@ -61,7 +61,7 @@ class ResultsLog:
             return json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f"{self._file}, line {number}, is damaged: remove the folder, or choose another"
+                f"{self._file}, line {number}, is damaged: remove the folder, or choose another --output"
             ) from error
 
 

@@ -19,7 +19,7 @@ class Host(ABC):
     """Runs the towers of one type step by step, by calling their own submodules, which it leaves as they are.
 
     A forward pass is `embed`, then for each block `qkv`, attention, `project` and `feed_forward`, then `head`. A block input is
-    what a block gets besides its tokens: rotary tables, biases, the memory that it cross-attends to, or None.
+    what a block gets in addition to its tokens: rotary tables, biases, the memory that it cross-attends to, or None.
     `bind_arguments` and `format_output` are for towers that are called by keywords and return more than one form.
 
     A host has no state of its own. Register it by the tower's type, `hosts.register("package.module.Class")`.

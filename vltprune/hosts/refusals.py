@@ -1,4 +1,4 @@
-"""Errors for modules that no host runs: how near a module is to one that can be pruned, and what to write."""
+"""Errors for modules that have no host: which part is not supported, and what to prune or register instead."""
 
 from __future__ import annotations
 

@@ -34,6 +34,6 @@ def refuse_soft_tokens(tokens: PackedTokens, reader: str, instead: str) -> None:
     """
     if tokens.keep_prob is not None:
         raise ValueError(
-            f"{reader} takes each token for whole, and soft training keeps some in part: {instead}, or train "
+            f"{reader} cannot weigh tokens, and soft training keeps some in part: {instead}, or train "
             "with soft_temperature 0 (CompressConfig(budget='controller'))"
         )

@@ -1,4 +1,4 @@
-"""load, from_pretrained and push_to_hub: whole models from folders and from the Hugging Face hub, and onto it."""
+"""load, from_pretrained and push_to_hub: whole models from folders and from the Hugging Face hub, and uploads to the hub."""
 
 from __future__ import annotations
 

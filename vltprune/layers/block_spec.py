@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One block of one tower.
+    """Description of the block that a part is built for.
 
     Attributes:
         tower: the tower's name, such as "image" or "text".

@@ -1,4 +1,4 @@
-"""PrintedPart: base class of all parts, which print with their arguments as these stand."""
+"""PrintedPart: base class of all parts; printing one shows its current arguments."""
 
 from __future__ import annotations
 

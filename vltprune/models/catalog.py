@@ -183,7 +183,7 @@ def open_clip_name(backbone: str) -> str:
 
 def _libraries(library: str | None) -> list[str]:
     if library is not None and library not in _LISTS:
-        raise ValueError(f"library={library!r}: there is {', '.join(_LISTS)}")
+        raise ValueError(f"library={library!r} is not supported: write one of {', '.join(_LISTS)}")
     return list(_LISTS) if library is None else [library]
 
 

@@ -142,14 +142,14 @@ def _check_encoder(text_cfg: Config) -> None:
         raise ImportError(f"hf_model_name={name!r} needs transformers: pip install 'vltprune[hf]'") from error
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"text_cfg: hf_model_name={name!r} is no folder with a config.json of transformers, nor is it had from the "
-            f"hub: {error}"
+            f"text_cfg: hf_model_name={name!r} is no folder with a config.json of transformers, and cannot be loaded from "
+            f"the hub: {error}"
         ) from error
     choices = {"hf_pooler_type": _POOLERS, "hf_proj_type": _PROJECTIONS}
     wrong = [key for key, known in choices.items() if text_cfg.get(key, known[0]) not in known]
     if wrong:
-        there = ", ".join(map(str, choices[wrong[0]]))
-        raise ValueError(f"text_cfg: {wrong[0]}={text_cfg[wrong[0]]!r}: there is {there}")
+        choice = ", ".join(map(str, choices[wrong[0]]))
+        raise ValueError(f"text_cfg: {wrong[0]}={text_cfg[wrong[0]]!r} is not supported: write one of {choice}")
     if config.model_type not in arch_dict:
         raise ValueError(
             f"text_cfg: hf_model_name={name!r} is of type {config.model_type!r}, and open_clip builds {', '.join(arch_dict)}"

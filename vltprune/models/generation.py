@@ -88,7 +88,7 @@ class GenerationConfig:
         """
         if prompt.shape[1] >= self.max_length:
             raise ValueError(
-                f"a prompt of {prompt.shape[1]} tokens leaves no room in max_length={self.max_length}: "
+                f"a prompt of {prompt.shape[1]} tokens fills max_length={self.max_length}: "
                 "the prompt counts; raise max_length"
             )
         return range(prompt.shape[1] + 1, self.max_length + 1)
@@ -111,7 +111,7 @@ class DecodingStrategy(ABC):
             Token ids [rows, n], n <= max_length, prompt and end token included, padded behind the end.
 
         Raises:
-            ValueError: If the prompt leaves no room in `max_length`.
+            ValueError: If the prompt is as long as `max_length` or longer.
             FloatingPointError: For logits that are NaN or infinite.
         """
 
@@ -228,7 +228,7 @@ class _FinishedSentences:
         return replace(self, generated=_take(torch.cat([self.generated, generated], 1), pick), scores=best)
 
     def close_rows(self, best_unfinished: Tensor) -> _FinishedSentences:
-        """Close rows whose worst sentence is no worse than best_unfinished [rows], the best score of those that go on."""
+        """Close rows whose worst sentence is no worse than best_unfinished [rows], the best score of unfinished ones."""
         return replace(self, closed=self.closed | (self.scores.amin(1) >= best_unfinished))
 
 
@@ -260,7 +260,7 @@ def _generate_token_by_token(
 
 
 def _initial_scores(rows: int, beams: int, device: torch.device) -> Tensor:
-    """Scores [rows, beams] of sentences that are still the same one, so that only the first goes on."""
+    """Scores [rows, beams] of equal unfinished sentences, of which only the first is extended."""
     scores = torch.full((rows, beams), -torch.inf, device=device)
     scores[:, 0] = 0
     return scores

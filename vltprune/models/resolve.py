@@ -57,7 +57,9 @@ def resolve_model(
         return _load_saved(model, pretrained, preset, default, arguments)
     name = _parse(model)
     if preset is not None and name.preset is not None:
-        raise ValueError(f"--preset {preset}: {model} names a preset already, leave one of them out")
+        raise ValueError(
+            f"--preset {preset}: {model} names a preset already: leave --preset out, or name the dense model"
+        )
     saved = _saved_pruning(pretrained)
     if name.preset is None and preset is None and saved is not None:
         if default is not None:
@@ -103,7 +105,7 @@ def _load_saved(
     others = [name for name in arguments if name not in PARTS]
     if pretrained or others:
         what = "--pretrained" if pretrained else ", ".join(f"{name}=" for name in others)
-        raise ValueError(f"{what}: the folder {model} says itself what its model is, leave one of them out")
+        raise ValueError(f"{what}: the folder {model} says itself what its model is: leave {what} out")
     loaded = hub.from_pretrained(model)
     if is_pruned(loaded):
         if preset is not None:

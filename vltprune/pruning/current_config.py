@@ -43,7 +43,7 @@ def current_config(config: PruneConfig, towers: Mapping[str, PrunedEncoder]) -> 
         config = config.replace(**replaced)
     remaining = [_changed(config, kind, tower, towers[tower]) for kind in _PARTS for tower in pruned]
     if any(remaining):
-        raise _refusal(f"no config sets {next(filter(None, remaining))!r}")
+        raise _refusal(f"its parts have arguments that no config can set: {next(filter(None, remaining))!r}")
     return config
 
 

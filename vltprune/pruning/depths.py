@@ -18,7 +18,7 @@ def freeze_depths(at: object) -> FrozenDepths | FrozenDict:
         return _freeze(at)
     wrong = [tower for tower in at if not isinstance(tower, str)]
     if wrong:
-        raise TypeError(f"at={dict(at)!r}: towers have names, such as 'image', {wrong[0]!r} is none")
+        raise TypeError(f"at={dict(at)!r}: keys are names of towers, such as 'image', not {wrong[0]!r}")
     return FrozenDict({tower: _freeze(depths) for tower, depths in at.items()})
 
 

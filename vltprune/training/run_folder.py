@@ -59,7 +59,7 @@ def _named_in_errors(folder: Path) -> Iterator[None]:
 def hash_contents(
     config: CompressConfig, model: str, records: Sequence[Any] | shards.Shards[Any], val: Sequence[Any]
 ) -> dict[str, str | None]:
-    """Digests of what a config's names stand for. Of images and shards, size and both ends are hashed.
+    """Digests of the files that a config names. Of images and shards, size and both ends are hashed.
 
     Args:
         config: the run's.

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def say(text: str) -> None:
-    """Prints a line for the user to stderr, above a progress bar, so that stdout can be piped."""
+    """Prints a message to stderr, above any progress bar, so that stdout can be piped."""
     readable = text.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be no UTF-8
     tqdm.write(readable, file=sys.stderr)
     sys.stderr.flush()

@@ -126,7 +126,7 @@ def series_mark(index: int) -> str:
 
 
 def symbol(index: int) -> str:
-    """A series' mark in its color, as an inline SVG that stands before its name."""
+    """A series' mark in its color, as an inline SVG to put before its name."""
     mark = _marked(series_mark(index), (7.0, 7.0), series_color(index))
     return f'<svg class="symbol" viewBox="1 1 12 12" width="15" height="15" aria-hidden="true">{mark}</svg>'
 

@@ -89,7 +89,7 @@ def state_legend() -> str:
 
 
 def answer(text: str, correct: bool | None) -> str:
-    """A model's answer, marked as right or wrong; unmarked for None, where that cannot be told."""
+    """A model's answer, marked as right or wrong; unmarked for None, where that is not known."""
     if correct is None:
         return escape(text)
     css, mark = ("right", "&#10003;") if correct else ("wrong", "&#10007;")

@@ -86,7 +86,7 @@ def test_workers_survive_signals_and_end_with_the_batches(records):
 
 
 @given(width=st.integers(1, 60), height=st.integers(1, 60), seed=st.integers(0, 99))
-def test_crops_lie_in_the_picture(width, height, seed):
+def test_crops_lie_in_the_image(width, height, seed):
     picture = Image.new("RGB", (width, height))
     crop = random_crop(picture, np.random.default_rng(seed))
     assert 1 <= crop.width <= width

@@ -29,7 +29,7 @@ def test_processes_share_a_step_and_an_epoch_sees_nothing_twice(records, each, w
 
 
 def test_steps_of_a_seed_stay_what_they_are():
-    """Numbers that were measured before hold, and runs that were begun before go on."""
+    """Numbers that were measured before hold, and earlier runs can be resumed."""
     steps = list(StepSampler(10, 4, seed=3, steps=range(1, 4)))
     assert [key for keys in steps for key in keys] == [
         *((1, 1), (1, 4), (1, 7), (1, 5)),
@@ -39,7 +39,7 @@ def test_steps_of_a_seed_stay_what_they_are():
 
 
 def test_batches_that_cannot_be_dealt():
-    with pytest.raises(ValueError, match="batch_size=9 is more than the 8 records there are"):
+    with pytest.raises(ValueError, match="batch_size=9 is more than the 8 records"):
         StepSampler(8, 9)
-    with pytest.raises(ValueError, match="batch_size=4 cannot be dealt to 3 processes evenly"):
+    with pytest.raises(ValueError, match="batch_size=4 does not split evenly over 3 processes"):
         StepSampler(8, 4, world=3)

@@ -36,7 +36,7 @@ def prepare(picture):
 
 
 def png(number: int) -> bytes:
-    """A picture that is told from others by its red."""
+    """An image that is identified by its red value."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (number, 0, 0)).save(file, "png")
     return file.getvalue()
@@ -172,7 +172,7 @@ def test_epochs_and_seeds_differ(folder):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # from Python 3.12 on
-def test_workers_take_steps_by_turns(folder, tmp_path):
+def test_workers_take_steps_in_rotation(folder, tmp_path):
     whole, by_two = (list(loader(folder / "*.tar", augment=True, workers=n).batches(1, 6)) for n in (0, 2))
     assert ids(whole) == ids(by_two)
     assert all(torch.equal(images, same) for (_, images), (_, same) in zip(whole, by_two, strict=True))
@@ -274,7 +274,7 @@ def test_commands_and_their_failures(folder, tmp_path):
         list(loader(f"pipe:cat {folder}/1.tar; exit 3").batches(0, 2))
 
 
-def test_a_run_from_shards_goes_on_as_if_it_had_not_been_stopped(tmp_path, monkeypatch):
+def test_a_resumed_run_from_shards_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"data='a\.tar': samples in shards are not counted .* give steps, not epochs"):
         config("nlvr", tmp_path / "data", data="a.tar", steps=None, epochs=3)
     file = config("nlvr", tmp_path / "data").data

@@ -44,7 +44,7 @@ def test_it_finds_a_target_and_follows_it(keep, center):
 
 
 @pytest.mark.parametrize(("keep", "sign"), [("threshold", 1), ("ratio(ratio=0.5)", -1)])
-def test_one_step_turns_a_tenth_of_what_is_missing_and_remembers_nine_tenths(keep, sign):
+def test_one_step_moves_the_knob_by_a_tenth_of_the_error(keep, sign):
     """Of the knob's range, towards saving more where too little was saved; the mean is of what was measured."""
     controller = Controller(vp.prune(small("blip").model, "madtp", keep=keep), saved=0.6)
     knob = controller.control.knob
@@ -149,7 +149,7 @@ def test_a_tower_without_a_target_keeps_its_knob():
     assert rotation.controllers[0].value["text"] < 0.9
 
 
-def test_costs_take_turns_and_each_is_measured_as_often():
+def test_costs_rotate_and_each_is_measured_as_often():
     model = vp.prune(small("blip").model, "madtp", keep="ratio(ratio=1.0)")
     rotation = CostRotation(model, (0.8, 0.3, 0.5))
     assert [rotation.index(step) for step in range(8)] == [0, 1, 0, 2, 0, 1, 0, 2]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a checkpoint of the last whole step, and a run that goes on from it as if nothing had been."""
+"""Ctrl-C and SIGTERM: a checkpoint of the last whole step, and a resumed run that equals an uninterrupted one."""
 
 from __future__ import annotations
 

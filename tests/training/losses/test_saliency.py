@@ -85,7 +85,7 @@ def test_a_model_that_is_pruned_nowhere_has_no_scores_to_teach():
     assert saliency_loss(nowhere, nowhere, torch.randn(2, 2), seed=0).item() == 0.0
 
 
-def test_scores_that_cannot_learn_are_not_taught():
+def test_scores_without_parameters_are_not_distilled():
     seen = _Compared()
     own = _trace(seen.tokens, torch.rand(18))
     without_gradients = torch.randn(2, 2)

@@ -69,7 +69,7 @@ def test_the_task_and_the_alignment_with_its_weight(step):
     torch.testing.assert_close(metrics(step)["align"], 0.1 * align.detach())  # as MADTP has it
 
 
-def test_logits_are_taught_at_a_temperature_of_two(step):
+def test_logits_are_distilled_at_a_temperature_of_two(step):
     """T^2 KL of the teacher's softened answers from the model's, the mean over the batch (Hinton et al., arXiv 1503.02531)."""
     found = metrics(step, align=0.0, teacher=step.teacher, distill=DistillWeights(logits=0.7))
     ours, theirs = (model(*step.inputs).detach().double() / 2 for model in (step.model, step.teacher))
@@ -79,7 +79,7 @@ def test_logits_are_taught_at_a_temperature_of_two(step):
     assert found["distill"].item() == pytest.approx(0.7 * 4 * divergence.item(), rel=1e-4)
 
 
-def test_scores_are_taught_what_softened_answers_depend_on(step, monkeypatch):
+def test_saliency_is_distilled_from_softened_answers(step, monkeypatch):
     """The teacher's logits at the temperature of two. Of three classes: of two, a correlation sees no temperature."""
 
     def teacher_logits(model, records, images, number):
@@ -100,7 +100,7 @@ def test_scores_are_taught_what_softened_answers_depend_on(step, monkeypatch):
     assert found["saliency"].item() == pytest.approx(0.3 * at[2], rel=1e-4)
 
 
-def test_summaries_are_taught_relative_to_their_size(step):
+def test_summaries_are_distilled_relative_to_their_norm(step):
     found = metrics(step, align=0.0, teacher=step.teacher, distill=DistillWeights(summaries=0.6))
     with collect() as ours:
         step.model(*step.inputs)

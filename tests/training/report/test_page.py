@@ -28,7 +28,7 @@ NASTY = "<b>both</b> & <script>alert(1)</script>"
 
 
 def run(task, tmp_path, **changes):
-    """A compression's page, what it returned, and its story as the page was told it."""
+    """A compression's page, what it returned, and the data that the page was written from."""
     told, page = [], report.page
 
     def listening(story, *rest):
@@ -145,7 +145,7 @@ def test_nearest_texts_agree_with_recall(made):
 
 
 @pytest.mark.parametrize("made", ["retrieval"], indirect=True)
-def test_blips_second_stage_is_told_of(made):
+def test_blips_second_stage_is_reported(made):
     """Every pair of so few is judged: the recalls of the sum of cosine and head, worked out here."""
     _, page, done, _ = made
     assert "scores again the 128 texts nearest to each image" in page
@@ -217,7 +217,7 @@ def test_a_finished_run_makes_its_page_anew(runs, finished, monkeypatch):
     assert json.loads((folder / "results.json").read_text()) == rows
 
 
-def test_pictures_that_cannot_be_drawn_lose_nothing_else(finished, monkeypatch):
+def test_images_that_cannot_be_drawn_lose_nothing_else(finished, monkeypatch):
     settings, folder = finished
     (folder / "results.json").unlink()
 

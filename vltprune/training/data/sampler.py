@@ -11,7 +11,7 @@ RecordKey = tuple[int, int]  # step, index of the record: with the seed, what it
 
 
 class StepSampler(Sampler[list[RecordKey]]):
-    """Batch sampler whose steps depend on the seed and the step alone, so that a stopped run goes on with the same batches.
+    """Batch sampler whose steps depend on the seed and the step alone, so that a resumed run sees the same batches.
 
     Each epoch is a new permutation of all records. Those at its end that fill no batch are left out.
 
@@ -28,7 +28,7 @@ class StepSampler(Sampler[list[RecordKey]]):
         self, records: int, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, steps: range = range(0)
     ):
         if batch_size > records:
-            raise ValueError(f"batch_size={batch_size} is more than the {records} records there are")
+            raise ValueError(f"batch_size={batch_size} is more than the {records} records: choose a smaller one")
         self.records, self.batch_size, self.seed, self.steps = records, batch_size, seed, steps
         self.positions = positions(batch_size, rank, world)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -67,6 +67,8 @@ def positions(batch_size: int, rank: int, world: int) -> range:
         ValueError: the processes cannot get equally many.
     """
     if batch_size % world:
-        raise ValueError(f"batch_size={batch_size} cannot be dealt to {world} processes evenly")
+        raise ValueError(
+            f"batch_size={batch_size} does not split evenly over {world} processes: choose a multiple of {world}"
+        )
     size = batch_size // world
     return range(rank * size, (rank + 1) * size)

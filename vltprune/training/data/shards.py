@@ -32,7 +32,7 @@ class ShardLoader(TrainLoader[R]):
 
     - every process, and every worker of it, reads all shards, and decodes its own part. Processes that read shards of their
       own would read less, and together see other batches than one process does.
-    - a run that goes on reads again what it had read, without decoding it, and throws it away.
+    - a run that resumes reads again what it had read, without decoding it, and discards it.
 
     Args:
         buffer: samples, as they are in the files, that shuffling holds in memory.
@@ -85,7 +85,7 @@ class ShardLoader(TrainLoader[R]):
 class ShardDataset(IterableDataset["Batch[R] | OSError"], Generic[R]):
     """Iterable dataset of the batches of some steps. Of several workers each decodes every so many-th step.
 
-    A DataLoader takes its workers' batches by turns, so that they come in the order of the steps.
+    A DataLoader takes one batch of each worker in rotation, so that they come in the order of the steps.
     """
 
     def __init__(self, loader: ShardLoader[R], steps: range):
@@ -115,7 +115,7 @@ class ShardDataset(IterableDataset["Batch[R] | OSError"], Generic[R]):
         return partial(self.loader.records.record, *numbered), partial(SkippedSample, sample.shard, sample.key)
 
     def _windows(self) -> Generator[list[NumberedSample]]:
-        """The samples of each step, and those behind them that may have to stand in."""
+        """The samples of each step, and those after them that may replace them."""
         size = self.loader.batch_size
         with closing(self._stream()) as stream:
             numbered = islice(enumerate(stream), self.steps.start * size, None)

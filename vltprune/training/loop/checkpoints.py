@@ -32,7 +32,7 @@ class Checkpoints:
             state: further plain data that json can write.
 
         Raises:
-            OSError: there is no room or no right to write; the checkpoints before are there still.
+            OSError: the disk is full or not writable; earlier checkpoints are unchanged.
         """
         final = self.folder / f"step_{step:08d}"
         part = final.with_suffix(".part")
@@ -50,8 +50,8 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)
             why = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             raise OSError(
-                f"cannot write the checkpoint of step {step} to {self.folder}: {why}. Make room there and give the same "
-                f"command again: it goes on from step {self.last_step()}"
+                f"cannot write the checkpoint of step {step} to {self.folder}: {why}. Free space there and give the same "
+                f"command again: it resumes from step {self.last_step()}"
             ) from error
         if self.accelerator.is_main_process:
             for old in self._all()[:-2]:

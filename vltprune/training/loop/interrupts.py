@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped by Ctrl-C or SIGTERM. Its text says where the same call goes on."""
+    """A run was stopped by Ctrl-C or SIGTERM. Its text says from which step the same call resumes."""
 
 
 class InterruptHandler:

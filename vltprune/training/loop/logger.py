@@ -30,7 +30,7 @@ class History:
             self.rows = [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, step: int) -> None:
-        """Removes the rows after a step: a run that goes on from it writes them again."""
+        """Removes the rows after a step: a run that resumes from it writes them again."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         write_text(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
 

@@ -43,7 +43,7 @@ def freeze(host: nn.Module, patterns: Sequence[str]) -> None:
         found = [parameter for name, parameter in host.named_parameters() if fnmatch.fnmatch(name, pattern)]
         if not found:
             some = ", ".join(name for name, _ in list(host.named_parameters())[:3])
-            raise ValueError(f"freeze: no parameter is called {pattern!r}; they are called {some}, ...")
+            raise ValueError(f"freeze: no parameter's name matches {pattern!r}: names are {some}, ...")
         for parameter in found:
             parameter.requires_grad_(False)
 

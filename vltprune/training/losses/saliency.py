@@ -76,7 +76,7 @@ def curvature_probe(logits: Tensor, seed: int, before: int = 0) -> Tensor:
 
 
 def _gradient_norms(gradient: Tensor, dense: PackedTokens, tokens: PackedTokens) -> Tensor:
-    """[total] of `tokens`: the norm of the gradient of the dense model's token that stood where each does."""
+    """[total] of `tokens`: the norm of the gradient of the dense model's token at each token's position."""
     return gradient.float().norm(dim=-1)[torch.searchsorted(_key(dense), _key(tokens))]
 
 
