@@ -164,7 +164,7 @@ def test_a_run_resumes_only_on_the_same_bytes(change, complaint, limit, model, c
     argv = retrieval(captioned, tmp_path / "out", folder, *words)
     assert cli.main([*argv, *limit]) == 0
     shutil.copytree(tmp_path / "out", tmp_path / "before")
-    assert cli.main(argv) == 0  # as it is, it is gone on with
+    assert cli.main(argv) == 0  # as it is, it resumes
     shutil.rmtree(tmp_path / "out")
     shutil.move(tmp_path / "before", tmp_path / "out")
     change(folder, captioned, tmp_path / "vocab.txt")

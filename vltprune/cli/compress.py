@@ -1,4 +1,4 @@
-"""vltprune compress: trains a pruned model to a budget, and goes on where it was stopped."""
+"""vltprune compress: trains a pruned model to a budget, and resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser = commands.add_parser(
         "compress",
         parents=parents,
-        help="train a pruned model to a cost; the same command goes on where it was stopped",
+        help="train a pruned model to a cost; the same command resumes where it was stopped",
     )
     parser.add_argument(
         "--config", type=options.file, metavar="FILE", help="a YAML or JSON file of fields; what is given here wins"

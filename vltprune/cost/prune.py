@@ -53,7 +53,7 @@ def prune(
         training or in evaluation mode as their tower is.
 
     Raises:
-        TypeError: for a model that no host takes apart, for no preset, and the errors of PruneConfig.
+        TypeError: for a model that no host runs, for no preset, and the errors of PruneConfig.
         ValueError: for parts that need what a tower lacks, and for `reduction` without `data` or the reverse.
         BudgetError: for a cost that the keeper cannot reach.
     """

@@ -33,7 +33,7 @@ def compress(
     *,
     device: str | torch.device | None = None,
 ) -> CompressResult | None:
-    """Trains a pruned model to its budget, in a folder; the same call goes on where it was stopped.
+    """Trains a pruned model to its budget, in a folder; the same call resumes where it was stopped.
 
     The folder gets checkpoints/, history.jsonl, the trackers' files, and at the end model/ (`vltprune.load` reads it),
     results.json, config.json and report.html. The validation split chooses the knob, and nothing else: the weights are those
@@ -58,7 +58,7 @@ def compress(
         CheckpointError: `start` does not fit.
         OSError: nothing can be written.
         BadLossError: too many losses in a row are not finite.
-        Stopped: a KeyboardInterrupt, for Ctrl-C and SIGTERM, that says where the same call goes on.
+        Stopped: a KeyboardInterrupt, for Ctrl-C and SIGTERM, that says where the same call resumes.
     """
     with accelerate_state(config.dtype, device) as state:
         return _compress(config, Path(output), extra, state.is_main_process)
@@ -94,7 +94,7 @@ def _compress(config: CompressConfig, folder: Path, extra: ExtraLoss | None, sho
         return finish(trainer, trained, val)
     except KeyboardInterrupt:
         where = f"stopped behind the last step, {trainer.steps:,}, while the models were evaluated"
-        raise Stopped(f"{where}; the same command goes on from there") from None
+        raise Stopped(f"{where}; the same command resumes there") from None
 
 
 def _load_records(

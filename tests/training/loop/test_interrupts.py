@@ -58,7 +58,7 @@ def test_a_signal_in_a_step_ends_the_run_behind_it(whole, number, method, tmp_pa
             signal.raise_signal(number)
 
     told, there = interrupted(monkeypatch, whole[0], tmp_path / "run", method, act)
-    assert told == "stopped after step 2 of 4; the same command goes on from there"
+    assert told == "stopped after step 2 of 4; the same command resumes there"
     assert there == ["step_00000002"]
     assert "stopping behind this step, with a checkpoint; Ctrl-C again" in capfd.readouterr().err
     assert [signal.getsignal(one) for one in SIGNALS] == before
@@ -85,7 +85,7 @@ def test_an_interrupt_between_steps_is_one_of_whole_steps(whole, tmp_path, monke
             raise KeyboardInterrupt
 
     told, there = interrupted(monkeypatch, whole[0], tmp_path / "run", "_step", act)
-    assert (told, there) == ("stopped after step 3 of 4; the same command goes on from there", ["step_00000003"])
+    assert (told, there) == ("stopped after step 3 of 4; the same command resumes there", ["step_00000003"])
     goes_on(whole, tmp_path / "run")
 
 
@@ -96,7 +96,7 @@ def test_half_a_step_is_not_kept(whole, tmp_path, monkeypatch):
 
     settings = whole[0].replace(checkpoint_every=2)
     told, there = interrupted(monkeypatch, settings, tmp_path / "run", "_clip_gradients", act)
-    assert told.startswith("stopped in the middle of step 4 of 4; the same command goes on from step 2, of the last")
+    assert told.startswith("stopped in the middle of step 4 of 4; the same command resumes from step 2, of the last")
     assert there == ["step_00000002"]
 
 

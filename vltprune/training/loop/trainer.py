@@ -44,7 +44,7 @@ class BadLossError(FloatingPointError):
 
 @dataclass
 class Trainer:
-    """Trains a pruned model in a folder, and goes on from the folder's last checkpoint.
+    """Trains a pruned model in a folder, and resumes from the folder's last checkpoint.
 
     Args:
         config: what to do.
@@ -214,14 +214,14 @@ class Trainer:
         return state["step"]
 
     def _where_it_stopped(self) -> str:
-        """Where the same command goes on, for people to read."""
+        """Where the same command resumes, for people to read."""
         last = self.checkpoints.last_step()
         if not self.done:
             return "stopped before the first step was whole; the same command begins anew"
         if last == self.done:
-            return f"stopped after step {last:,} of {self.steps:,}; the same command goes on from there"
+            return f"stopped after step {last:,} of {self.steps:,}; the same command resumes there"
         on = (
-            f"goes on from step {last:,}, of the last checkpoint" if last else "begins anew: there is no checkpoint yet"
+            f"resumes from step {last:,}, of the last checkpoint" if last else "begins anew: there is no checkpoint yet"
         )
         return f"stopped in the middle of step {self.done + 1:,} of {self.steps:,}; the same command {on}"
 
