@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..cost.calibration import calibrate
 from ..demo import report
 from ..demo.examples import Example, select_examples
 from ..demo.measure import ModelResult, evaluate_models, generate_batches, relative_time, time_models
@@ -103,7 +104,8 @@ def _random(dense: nn.Module, madtp: PrunedModel, seed: int, target: float) -> P
     blocks = tuple(int(block) for block in madtp.pruning.towers["image"].pruners)
     model = prune_towers(dense, "random", at={"image": blocks})
     batches = [batch.inputs_for(model) for batch in generate_batches("val", _CALIBRATION_PAIRS, seed, 32)]
-    common.calibrate(model, batches, target, f"calibrating random pruning to {target:.0%}")
+    common.say(f"vltprune: calibrating random pruning to {100 * target:.0f} % fewer MACs")
+    calibrate(model, batches, target)
     return model
 
 
