@@ -74,7 +74,8 @@ def test_workers_survive_signals_and_end_with_the_batches(records):
     """A launcher hands Ctrl-C and SIGTERM to all processes; the run ends behind its step, which needs its workers."""
     before = set(psutil.Process().children())
     with closing(loader(records, workers=2).batches(0, 100)) as batches:
-        next(batches)
+        for _ in range(2):
+            next(batches)  # one of each worker, which has begun to ignore signals before it opens a record
         workers = set(psutil.Process().children()) - before
         assert len(workers) == 2
         for worker in workers:

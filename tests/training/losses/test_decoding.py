@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from accelerate import Accelerator
 from runs import config
 
 from vltprune.cost.calibration import measure
@@ -42,6 +43,7 @@ def test_a_step_counts_what_evaluation_does(task, tmp_path, monkeypatch):
 
 
 def test_it_is_kept_with_the_checkpoints(tmp_path, monkeypatch):
+    Accelerator(cpu=True)  # a caller's, whose state stays when `compress` returns
     run = begun("vqa", tmp_path, monkeypatch)
     run.checkpoints.save(1, run._state())
     again = begun("vqa", tmp_path, monkeypatch)
