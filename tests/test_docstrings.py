@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import importlib
 import inspect
+import pkgutil
 import re
 
 import pytest
@@ -30,15 +32,37 @@ def _public_callables():
         if inspect.isfunction(thing) or inspect.isclass(thing):
             callables[name] = thing
     for cls in MAIN_CLASSES:
-        callables[cls.__name__] = cls
-        for name, method in vars(cls).items():
-            is_method = inspect.isfunction(method) or isinstance(method, classmethod | staticmethod)
-            if is_method and not name.startswith("_"):
-                callables[f"{cls.__name__}.{name}"] = getattr(cls, name)
+        callables |= {cls.__name__: cls, **_public_methods(cls)}
     return callables
 
 
+def _package_callables():
+    """Public functions, classes and methods of all modules of the package, by dotted name."""
+    callables = {}
+    for module in pkgutil.walk_packages(vp.__path__, "vltprune."):
+        if module.name.endswith("__main__"):
+            continue
+        for name, thing in vars(importlib.import_module(module.name)).items():
+            if name.startswith("_") or getattr(thing, "__module__", None) != module.name:
+                continue
+            if inspect.isfunction(thing) or inspect.isclass(thing):
+                callables[f"{module.name}.{name}"] = thing
+            if inspect.isclass(thing):
+                callables |= {f"{module.name}.{key}": value for key, value in _public_methods(thing).items()}
+    return callables
+
+
+def _public_methods(cls):
+    """Public methods that a class defines, class methods and static methods too, by `Class.method`."""
+    return {
+        f"{cls.__name__}.{name}": getattr(cls, name)
+        for name, method in vars(cls).items()
+        if not name.startswith("_") and (inspect.isfunction(method) or isinstance(method, classmethod | staticmethod))
+    }
+
+
 PUBLIC = _public_callables()
+PACKAGE = _package_callables()
 
 
 def _parameters(thing):
@@ -92,3 +116,18 @@ def test_a_public_docstring_describes_the_result(name):
     returned = inspect.signature(PUBLIC[name]).return_annotation
     if returned not in ("None", inspect.Signature.empty):
         assert {"Returns", "Yields"} & set(_sections(PUBLIC[name]))
+
+
+@pytest.mark.parametrize("folder", sorted({name.split(".")[1] for name in PACKAGE}))
+def test_functions_of_several_arguments_describe_each_of_them(folder):
+    """Everywhere in the package; a method without a docstring of its own has that of the method it overrides."""
+    undescribed = {}
+    for name, thing in PACKAGE.items():
+        if name.split(".")[1] != folder:
+            continue
+        own = _docstring(thing) if inspect.isclass(thing) else inspect.cleandoc(thing.__doc__ or "")
+        parameters = _parameters(thing)
+        if own and len(parameters) > 1:
+            described = _names(_sections(thing).get("Args", "")) | _names(_sections(thing).get("Attributes", ""))
+            undescribed[name] = [parameter for parameter in parameters if parameter not in described]
+    assert not {name: missing for name, missing in undescribed.items() if missing}
