@@ -76,7 +76,16 @@ class PairBias:
         return [replace(self, position=position) for position in self.position.split(layout.lengths)]
 
     def between(self, queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:
-        """The bias between positions [..., n] and [..., m]: [..., heads or 1, n, m], in the dtype of `like`."""
+        """The bias between each pair of a query and a key.
+
+        Args:
+            queries: [..., n] int64, the positions of the queries.
+            keys: [..., m] int64, the positions of the keys.
+            like: the tensor whose dtype the bias gets.
+
+        Returns:
+            The bias, [..., heads or 1, n, m].
+        """
         return self.distance_bias(keys[..., None, :] - queries[..., None]).to(like.dtype)
 
 

@@ -36,7 +36,15 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def float_tensor(values: Sequence[float] | Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    """Numbers, nested or not, as a tensor of the device's widest floating-point dtype."""
+    """Converts numbers to a tensor of a device's widest floating-point dtype.
+
+    Args:
+        values: the numbers, nested or not.
+        device: where the tensor is.
+
+    Returns:
+        The tensor, in the shape of the nesting.
+    """
     return torch.tensor(values, dtype=widest_float(device), device=device)
 
 

@@ -32,18 +32,42 @@ def pad(values: Tensor, layout: Layout, fill: float = 0.0) -> Tensor:
 
 
 def unpad(padded: Tensor, layout: Layout) -> Tensor:
-    """The inverse of `pad`: [batch, longest, ...] -> [total, ...]."""
+    """Removes the padding of values: the inverse of `pad`.
+
+    Args:
+        padded: [batch, longest, ...].
+        layout: their instances.
+
+    Returns:
+        The values, [total, ...]; a view where the layout is uniform.
+    """
     rows = padded.reshape(layout.batch * layout.longest, *padded.shape[2:])
     return rows if layout.is_uniform else rows.index_select(0, layout.padded_index)
 
 
 def sum(values: Tensor, layout: Layout) -> Tensor:
-    """Sums per instance, [total, ...] -> [batch, ...]. Half precision is summed in single: it overflows at 65,504."""
+    """Sums values over the tokens of each instance.
+
+    Args:
+        values: [total, ...]. Half precision is summed in single, because it overflows at 65,504.
+        layout: their instances.
+
+    Returns:
+        The sums, [batch, ...].
+    """
     return pad(precision.single(values), layout).sum(1)
 
 
 def count(mask: Tensor, layout: Layout) -> Tensor:
-    """The number of true entries per instance: mask [total] bool -> [batch] int64."""
+    """Counts the true entries of each instance.
+
+    Args:
+        mask: [total] bool.
+        layout: the instances of its entries.
+
+    Returns:
+        The counts, [batch] int64.
+    """
     return pad(mask.long(), layout, 0).sum(1)
 
 
@@ -63,7 +87,16 @@ def softmax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
 
 
 def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
-    """Sparsemax over the tokens of each instance (Martins and Astudillo, arXiv 1602.02068, algorithm 1), as `softmax`."""
+    """Sparsemax over the tokens of each instance (Martins and Astudillo, arXiv 1602.02068, algorithm 1).
+
+    Args:
+        values: logits, [total, ...].
+        layout: their instances.
+        where: [total] bool, the tokens that take part. The others get zero.
+
+    Returns:
+        The weights, [total, ...].
+    """
     hidden = _hidden(values, layout, where)
     is_candidate = hidden > _LOWEST
     # as softmax does: large sums lose digits
@@ -80,19 +113,45 @@ def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
 
 
 def rank(scores: Tensor, layout: Layout) -> Tensor:
-    """Ranks within each instance, 0 for the largest score, ties by position: scores [total] -> [total] int64."""
+    """Ranks the scores of each instance.
+
+    Args:
+        scores: [total].
+        layout: their instances.
+
+    Returns:
+        The ranks, [total] int64: 0 for the largest score of an instance, ties by position.
+    """
     order = pad(scores, layout, float("-inf")).argsort(dim=1, descending=True, stable=True)
     ranks = torch.arange(layout.longest, device=scores.device).expand_as(order)
     return unpad(torch.empty_like(order).scatter_(1, order, ranks), layout)
 
 
 def equalize(scores: Tensor, layout: Layout, within: float = precision.ROUNDING) -> Tensor:
-    """Makes scores of an instance that are equal within rounding exactly equal, as `precision.equalize`: [total]."""
+    """Makes scores of an instance that are equal within rounding exactly equal, as `precision.equalize` does.
+
+    Args:
+        scores: [total].
+        layout: their instances.
+        within: the relative tolerance.
+
+    Returns:
+        The scores, [total].
+    """
     return unpad(precision.equalize(pad(scores, layout, float("-inf")), within), layout)
 
 
 def weighted_sum(weight: Tensor, values: Tensor, layout: Layout) -> Tensor:
-    """Weighted sums of token contents per instance: weight [total, k], values [total, dim] -> [batch, k, dim]."""
+    """Sums the token contents of each instance with k sets of weights.
+
+    Args:
+        weight: [total, k].
+        values: the contents, [total, dim].
+        layout: their instances.
+
+    Returns:
+        The sums, [batch, k, dim].
+    """
     if layout.is_uniform or values.device.type != "cpu":  # elsewhere a call for each instance costs more than padding
         return pad(weight, layout).transpose(1, 2) @ pad(values, layout)
     parts = zip(weight.split(layout.lengths), values.split(layout.lengths), strict=True)

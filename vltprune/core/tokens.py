@@ -135,7 +135,7 @@ class PackedTokens:
             The valid tokens, instance after instance.
 
         Raises:
-            ValueError: for an empty batch, for an instance without any token, and for `valid` under torch.jit.trace, which
+            ValueError: for an empty batch, for an instance without any token, and for `valid` under torch.jit.trace. A trace
                 would record the lengths of this batch as constants.
         """
         batch, n, dim = x.shape
