@@ -133,6 +133,14 @@ def test_read_and_at(case, seed):
     assert tokens.with_x(tokens.x[:, :1]).x.shape == (tokens.layout.total, 1)
 
 
+def test_summaries_are_the_contents_of_the_summary_tokens():
+    x = torch.arange(12.0).view(2, 3, 2)
+    tokens = PackedTokens.pack(x, summary=torch.tensor([False, True, False]))
+    assert torch.equal(tokens.summaries(), x[:, 1])
+    with pytest.raises(ValueError, match="no summary token: pack them with summary="):
+        PackedTokens.pack(x).summaries()
+
+
 def test_where_nothing_is_left_of_any_token_all_count_alike():
     """A bias of minus infinity for each key would give NaN."""
     tokens = PackedTokens.pack(torch.zeros(1, 3, 2))

@@ -385,3 +385,10 @@ class TestKeepersByTower:
             prune(small("blip").model, BASE.replace(keep={"picture": "ratio"}))
         with pytest.raises(ValueError, match=r"name the tower, part\('keep', 'image'\)"):
             self.both.part("keep")
+
+
+def test_a_config_without_a_guide_has_no_part_of_it():
+    config = BASE.replace(guide=None)
+    assert config.parts("guide") == ()
+    with pytest.raises(ValueError, match="guide=None: this config has no guide"):
+        config.part("guide")

@@ -86,6 +86,13 @@ def test_a_dictionary_is_no_preset():
         vp.prune(towers(), {"scorer": "random"})
 
 
+def test_a_host_whose_pruned_class_prunes_nothing_is_refused(monkeypatch):
+    host = vp.hosts["timm.models.vision_transformer.VisionTransformer"]
+    monkeypatch.setattr(host, "pruned_class", nn.Identity)
+    with pytest.raises(TypeError, match=r"pruned_class is Identity: give a subclass of PrunedEncoder, or None"):
+        vp.prune(towers(), "random")
+
+
 def test_the_type_is_not_built():
     with pytest.raises(TypeError, match=r"vltprune.prune\(model, preset\) makes"):
         vp.PrunedModel()

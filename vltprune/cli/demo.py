@@ -18,7 +18,7 @@ from ..demo.examples import Example, select_examples
 from ..demo.measure import ModelResult, evaluate_models, generate_batches, relative_time, time_models
 from ..evaluation.results_log import write_json
 from ..models.factory import create_model
-from ..pruning.model import PrunedModel, is_pruned
+from ..pruning.model import PrunedModel, check_pruned
 from ..pruning.prune import prune_towers
 from ..utils.files import replacing, write_text
 from ..utils.progress import bar
@@ -86,8 +86,7 @@ def build_models(seed: int = 0, device: str = "cpu", dtype: torch.dtype | None =
     dense = create_model(_BACKBONE, pretrained=True).to(device, dtype)
     models = {DENSE: dense}
     for tag, target in _TARGETS.items():
-        madtp = create_model(f"{_BACKBONE}_madtp.{tag}", pretrained=True).to(device, dtype)
-        assert is_pruned(madtp)
+        madtp = check_pruned(create_model(f"{_BACKBONE}_madtp.{tag}", pretrained=True).to(device, dtype))
         models[f"MADTP {100 * target:.0f} %, trained"] = madtp
         models[f"random {100 * target:.0f} %, untrained"] = _random(dense, madtp, seed, target)
         if tag == "p80":

@@ -25,7 +25,7 @@ from ..evaluation.results_log import write_json
 from ..hosts.find import find_composite
 from ..io.preprocessing import Preprocessing, transforms
 from ..pruning.encoder import Pruning
-from ..pruning.model import PrunedModel, is_pruned
+from ..pruning.model import PrunedModel, check_pruned
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import replacing
 from ..utils.progress import bar
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         args.output or common.default_output("features", args.model), (_SUMMARY, _FEATURES, _IMAGES), args.overwrite
     )
     common.use_threads(args.threads)
-    opened = common.load_model(
+    loaded = common.load_model(
         args.model,
         args.pretrained,
         preset=args.preset,
@@ -89,11 +89,10 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         **parts.replaced_parts(args),
     )
-    assert is_pruned(opened)
     loader = Loader(
-        [Record(i, (file,)) for i, file in enumerate(files)], common.input_transform(opened), args.batch_size
+        [Record(i, (file,)) for i, file in enumerate(files)], common.input_transform(loaded), args.batch_size
     )
-    preprocessing, model = transforms(opened), image_tower(opened)
+    preprocessing, model = transforms(loaded), image_tower(check_pruned(loaded))
     prepared = prepare(model, loader, args)
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as drawings:
@@ -157,8 +156,7 @@ def image_tower(model: PrunedModel) -> PrunedModel:
     reset_classifier = getattr(encoder.host, "reset_classifier", None)
     if callable(reset_classifier):
         reset_classifier(0)  # what is asked for are features
-    assert is_pruned(encoder)
-    return encoder
+    return check_pruned(encoder)
 
 
 def prepare(model: PrunedModel, loader: Loader[Record], args: argparse.Namespace) -> dict[str, object]:
@@ -205,8 +203,7 @@ class Results:
     ) -> None:
         """Take up a batch. FloatingPointError for features that are not finite."""
         if isinstance(features, PackedTokens):  # BLIP's image tower hands on all that is left
-            assert features.summary is not None
-            features = features.first_where(features.summary)
+            features = features.summaries()
         if not features.isfinite().all():
             wrong = next(file for file, feature in zip(files, features, strict=True) if not feature.isfinite().all())
             raise FloatingPointError(f"the features of {wrong} are NaN or infinite: check the model's weights")

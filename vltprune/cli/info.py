@@ -9,7 +9,7 @@ from torch import nn
 
 from ..cost.macs import Cost, count_macs
 from ..cost.sample_cost import keep_all
-from ..io.recipe import Recipe
+from ..io.recipe import original_recipe
 from ..models.catalog import ModelName
 from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import PrunedModel, is_pruned
@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _name(host: nn.Module) -> ModelName:
     """The name that a dense model was built by."""
-    assert isinstance(host.recipe, Recipe)
-    return ModelName.parse(host.recipe.backbone)
+    return ModelName.parse(original_recipe(host).backbone)
 
 
 def _print_parts(model: PrunedModel) -> None:

@@ -24,7 +24,7 @@ from ..hosts.find import find_composite
 from ..io.checkpoint import CONFIG, WEIGHTS, save
 from ..models.factory import check_same_parts
 from ..models.wordpiece import BERT
-from ..pruning.model import PrunedModel, get_pruning, is_pruned
+from ..pruning.model import PrunedModel, check_pruned, get_pruning
 from ..pruning.presets import preset
 from ..utils.table import table
 from . import common, options, parts
@@ -130,10 +130,10 @@ def _load(args: argparse.Namespace, images_only: bool) -> PrunedModel:
         if "at" in replaced:
             replaced["at"] = {"image": replaced["at"]}
     parts.check_preset(args)
-    model = common.load_model(
+    loaded = common.load_model(
         args.model, args.pretrained, default=config, device=args.device, dtype=args.dtype, **replaced
     )
-    assert is_pruned(model)
+    model = check_pruned(loaded)
     if args.preset:
         check_same_parts(args.preset, config, model.pruning.config, args.model, replaced)
     return model

@@ -301,6 +301,19 @@ class PackedTokens:
         slots = here.new_full((layout.batch,), layout.longest).scatter_reduce(0, layout.instance, here, "amin")
         return self.x.index_select(0, layout.offsets[:-1].long() + slots)
 
+    def summaries(self) -> Tensor:
+        """The contents of each instance's summary token.
+
+        Returns:
+            The contents, [batch, dim].
+
+        Raises:
+            ValueError: where the tokens have no summary token.
+        """
+        if self.summary is None:
+            raise ValueError("these tokens have no summary token: pack them with summary=, or average them")
+        return self.first_where(self.summary)
+
     def at_position(self, position: Tensor) -> Tensor:
         """The contents of the token of each instance at a position of the original sequence.
 

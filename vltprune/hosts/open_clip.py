@@ -174,8 +174,7 @@ class _TextHost(_ClipHost):
         self, tower: Any, tokens: PackedTokens, block_inputs: tuple[object, ...]
     ) -> Tensor | tuple[Tensor, Tensor]:
         tokens = tokens.with_x(tower.ln_final(tokens.x))
-        assert tokens.summary is not None
-        pooled = tokens.first_where(tokens.summary)
+        pooled = tokens.summaries()
         projection = tower.text_projection
         if projection is not None:
             pooled = pooled @ projection if isinstance(projection, Tensor) else projection(pooled)

@@ -221,8 +221,7 @@ def _pool(tower: _Tower, tokens: PackedTokens) -> Tensor:
         bias = padded_bias(pooled)
         return tower.attn_pool(pooled.unpack()[0], attn_mask=None if bias is None else bias[:, None, None])
     if kind == "token":
-        assert tokens.summary is not None
-        return tokens.first_where(tokens.summary)
+        return tokens.summaries()
 
     counted = torch.ones_like(tokens.protected) if _pools_prefix(tower) else tokens.free
     average = weighted_mean(tokens, counted)

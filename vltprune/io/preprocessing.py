@@ -16,7 +16,7 @@ from ..hosts.find import find_composite
 from ..models import zoo
 from ..pruning.model import dense_model
 from ..registry import backbones
-from .recipe import Recipe
+from .recipe import original_recipe
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -110,10 +110,8 @@ def _open_clip(tower: Any) -> Preprocessing:
 
 def _own(tower: Any, host: nn.Module) -> Preprocessing:
     height, width = image_size(tower)
-    recipe = getattr(host, "recipe", None)
-    maker: Any = (
-        backbones[recipe.backbone] if isinstance(recipe, Recipe) and recipe.backbone in backbones else zoo.Backbone
-    )
+    name = original_recipe(host).backbone
+    maker: Any = backbones[name] if name in backbones else zoo.Backbone  # noqa: SIM401 (a Registry has no get)
     return _preprocessing(_Squeezed((width, height), maker.mean, maker.std), maker.mean, maker.std)
 
 

@@ -34,6 +34,12 @@ class Recipe:
     build: Callable[..., nn.Module] | None = field(default=None, compare=False, repr=False)
 
 
+def original_recipe(model: nn.Module) -> Recipe:
+    """The recipe that `create_model` built a dense model from; an empty one for a model that it did not build."""
+    recipe = getattr(model, "recipe", None)
+    return recipe if isinstance(recipe, Recipe) else Recipe("")
+
+
 def recipe_of(model: nn.Module) -> Recipe:
     """The recipe of a dense model as it is now; an empty one for a model that `create_model` did not build.
 
@@ -43,9 +49,7 @@ def recipe_of(model: nn.Module) -> Recipe:
     Raises:
         ValueError: for any other change, which it names.
     """
-    recipe = getattr(model, "recipe", None)
-    if not isinstance(recipe, Recipe):
-        return Recipe("")
+    recipe = original_recipe(model)
     if recipe.built is None or recipe.build is None:
         return recipe
     now = Structure.from_model(model)

@@ -162,10 +162,7 @@ class BlipNlvr(Blip):
 
 def summary_token(tokens: Tensor | PackedTokens) -> Tensor:
     """The summary token of each instance [batch, width], of tokens [batch, n, width] or packed ones."""
-    if isinstance(tokens, PackedTokens):
-        assert tokens.summary is not None
-        return tokens.first_where(tokens.summary)
-    return tokens[:, 0]
+    return tokens.summaries() if isinstance(tokens, PackedTokens) else tokens[:, 0]
 
 
 def replace_first(input_ids: Tensor, token: int) -> Tensor:

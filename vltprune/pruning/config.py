@@ -99,14 +99,15 @@ class PruneConfig:
         """The Part of one kind.
 
         Args:
-            kind: "scorer", "keep", "reducer" or "guide", which must not be None.
+            kind: "scorer", "keep", "reducer" or "guide".
             tower: the tower's name, where `keep` is given by tower.
 
         Returns:
             The Part.
 
         Raises:
-            ValueError: where `keep` is given by tower, and no tower is named or this one has no keeper.
+            ValueError: where `keep` is given by tower, and no tower is named or this one has no keeper; for "guide" where
+                the config has no guide.
         """
         part = getattr(self, kind)
         if isinstance(part, Mapping):
@@ -117,7 +118,8 @@ class PruneConfig:
                     advice = f"and the {tower} tower, which is pruned, has none: add it, or leave the tower out of at="
                 raise ValueError(f"{kind}= is given by tower, for {', '.join(part)}: {advice}")
             part = part[tower]
-        assert isinstance(part, Part)
+        if part is None:
+            raise ValueError(f"{kind}=None: this config has no {kind}; config.parts({kind!r}) is empty then")
         return part
 
     def parts(self, kind: str) -> tuple[Part, ...]:

@@ -62,7 +62,11 @@ def dense_model(model: nn.Module) -> nn.Module:
 
 def get_pruning(model: nn.Module) -> Pruning:
     """How a model is pruned, wrapped (compiled, in parallel) or not. TypeError for a dense one."""
-    pruning = find_pruning(model)
-    if pruning is None:
-        raise TypeError(f"this {type(unwrapped(model)).__name__} is not pruned: give it to vltprune.prune first")
-    return pruning
+    return check_pruned(unwrapped(model)).pruning
+
+
+def check_pruned(model: nn.Module) -> PrunedModel:
+    """The model itself, which must be pruned. TypeError for a dense one."""
+    if not is_pruned(model):
+        raise TypeError(f"this {type(model).__name__} is not pruned: give it to vltprune.prune first")
+    return model

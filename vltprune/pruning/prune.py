@@ -15,7 +15,7 @@ from ..utils.wrappers import unwrapped
 from . import presets
 from .config import Parts, PruneConfig
 from .encoder import PrunedEncoder, Pruning
-from .model import PrunedModel, is_pruned
+from .model import PrunedModel, check_pruned, is_pruned
 from .pruner import build_like
 
 
@@ -50,12 +50,14 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     pruned: dict[str, PrunedEncoder] = {}
     for name, (tower, host) in towers.items():
         encoder = host.pruned_class or PrunedEncoder
-        assert issubclass(encoder, PrunedEncoder)
+        if not issubclass(encoder, PrunedEncoder):
+            raise TypeError(
+                f"{type(host).__name__}.pruned_class is {encoder.__name__}: give a subclass of PrunedEncoder, or None"
+            )
         pruned[name] = encoder(tower, host, config, guide, name, owner)
     result = pruned[next(iter(pruned))] if composite is None else _assemble(model, composite, pruned, guide)
     object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
-    assert isinstance(result, PrunedModel)
-    return result
+    return check_pruned(result)
 
 
 def _assemble(

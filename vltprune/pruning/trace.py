@@ -102,7 +102,7 @@ class PruneTrace:
         assert self.output_tokens is not None
         tokens = self.output_tokens
         if tokens.summary is not None:
-            return tokens.first_where(tokens.summary)
+            return tokens.summaries()
         total = segments.sum(precision.single(tokens.x) * tokens.weight[:, None], tokens.layout)
         return (total / segments.sum(tokens.weight, tokens.layout)[:, None]).to(tokens.x.dtype)
 

@@ -100,8 +100,7 @@ class _ClipLikeTextHost(_BlocksHost, TextHost):
 
     def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> BaseModelOutputWithPooling:
         tokens = tokens.with_x(tower.final_layer_norm(tokens.x))
-        assert tokens.summary is not None
-        pooled = self.pooled(tower, tokens.first_where(tokens.summary))
+        pooled = self.pooled(tower, tokens.summaries())
         return BaseModelOutputWithPooling(last_hidden_state=tokens.unpack()[0], pooler_output=pooled)
 
     def pooled(self, tower: Any, pooled: Tensor) -> Tensor:
