@@ -32,7 +32,7 @@ class Threshold(KeepRatioPredictor):
     ceil(n (m / n)^power) are kept: power 1 is MADTP.
 
     The paper and the reference code set the cost by the temperature. But theta lies between one token's score and the mean of
-    all at any temperature, which with a trained guide is a narrow range of costs. The power reaches every cost, except
+    all at any temperature. With a trained guide that is a narrow range of costs. The power reaches every cost, except
     where m is n. An instance that keeps more than others at power 1 does so at any power.
 
     Args:
@@ -190,7 +190,7 @@ class Distortion(KeepRatioPredictor):
     """Keeps the fewest tokens whose removal distorts an instance by at most `error`.
 
     The distortion of removing token j is p_j || z_j - sum_i p_i z_i ||^2. Here p is the score divided by the instance's total,
-    and z the token at zero mean and unit length; the sum is the token that fusing would put in its place. Over all tokens
+    and z the token at zero mean and unit length. The sum is the token that fusing would put in its place. Over all tokens
     it is a variance: 0 where all are alike, and below 1. So few tokens stay where they resemble each other, and many where they
     differ. The tokens of largest score stay, at least one. Scores below 0 count as 0.
 
@@ -242,9 +242,16 @@ def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
 
 
 def mean_and_deviation(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the unprotected scores of each token's instance: [total] each.
+    """Mean and standard deviation of the unprotected scores of each token's instance.
 
     The deviation is at least a thousandth of the scores' magnitude, so that equal scores are equally far from any threshold.
+
+    Args:
+        scores: [total].
+        tokens: the tokens that they are of.
+
+    Returns:
+        The mean and the deviation, [total] each: one value an instance, repeated for each of its tokens.
     """
     layout, free = tokens.layout, tokens.free
     available = segments.count(free, layout).clamp(min=1)

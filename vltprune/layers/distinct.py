@@ -23,10 +23,10 @@ _ROUNDING = 1e-4  # relative: rounding of products, divided by the width, leaves
 class Distinct(TokenScorer):
     """Distinctness: 1 / the number of unprotected tokens of the instance that a token resembles, itself included.
 
-    The similarity of tokens z, at zero mean and unit length, is exp(-||z_i - z_j||^2 / width), rescaled so that 0.001 is 0 and
-    0.999 is 1. A unique token then scores 1 exactly, and each of n copies 1 / n, whatever the rounding of their distances.
-    Over an instance the scores sum to the number of different tokens: the diversity of order 0 of Leinster and Cobbold (Ecology
-    93, 2012). Patches of a plain background score low. Words hardly resemble each other: for texts use `distinct_attention`.
+    The similarity of tokens z, at zero mean and unit length, is exp(-||z_i - z_j||^2 / width). It is rescaled so that 0.001 is
+    0 and 0.999 is 1. A unique token then scores 1 exactly, and each of n copies 1 / n, whatever the rounding of distances. Over
+    an instance the scores sum to the number of different tokens: the diversity of order 0 of Leinster and Cobbold (Ecology 93,
+    2012). Patches of a plain background score low. Words hardly resemble each other: for texts use `distinct_attention`.
 
     The scores have no gradients. They cost n^2 * dim MACs for n tokens.
 
@@ -92,7 +92,15 @@ class DistinctMadtp(_Weighted):
 
 @torch.no_grad()
 def uniqueness(tokens: PackedTokens, width: float) -> Tensor:
-    """The scores of `Distinct`: [total], in (0, 1], in single precision."""
+    """Scores of `Distinct`: 1 / the number of unprotected tokens that a token resembles.
+
+    Args:
+        tokens: the tokens, x [total, dim].
+        width: the squared distance at which tokens differ, above 0.
+
+    Returns:
+        The scores, [total], in (0, 1], in single precision and without gradients.
+    """
     layout = tokens.layout
     with torch.autocast(tokens.x.device.type, enabled=False):
         z = unit(tokens)

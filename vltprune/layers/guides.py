@@ -76,6 +76,9 @@ class AlignmentGuide(PrintedPart, ABC):
         Args:
             tokens: the block's input, x [total, dim of the tower].
             tower: the tower's name.
+
+        Returns:
+            The affinity of each token to each anchor.
         """
 
     def bind(self, tower: str) -> Callable[[PackedTokens], Guidance]:
@@ -97,7 +100,15 @@ class AlignmentGuide(PrintedPart, ABC):
         """
 
     def map(self, x: Tensor, tower: str) -> Tensor:
-        """Maps contents of a tower [total, dim] into the anchors' space [total, anchor dim]; by default the identity."""
+        """Maps contents of a tower into the anchors' space; by default the identity.
+
+        Args:
+            x: the contents, [total, dim of the tower].
+            tower: the tower's name.
+
+        Returns:
+            The mapped contents, [total, anchor dim].
+        """
         return x
 
 
@@ -106,9 +117,10 @@ class Codebook(AlignmentGuide):
     """MADTP's multi-modality alignment guidance: learnable tokens that both modalities share (arXiv 2403.02991, section 3.2).
 
     affinity = q T^T for tokens q and anchors T, unscaled. A linear map of each tower precedes it, as in the paper. Between
-    equal widths the maps are initialized as the identity, which is the reference code for BLIP. A map costs little, because
-    it is folded into the anchors once a call: (q W^T + b) T^T = q (T W)^T + T b. A map that was replaced or wrapped (LoRA,
-    quantization, hooks) is called instead.
+    equal widths the maps are initialized as the identity, which is the reference code for BLIP.
+
+    A map costs little. It is folded into the anchors once a call: (q W^T + b) T^T = q (T W)^T + T b. A map that was replaced or
+    wrapped (LoRA, quantization, hooks) is called instead.
 
     Args:
         specs: one BlockSpec per tower name.

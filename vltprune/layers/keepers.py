@@ -201,9 +201,18 @@ class RandomRatio(KeepRatioPredictor):
 
 
 def decay_factor(spec: BlockSpec, decay: float, name: str) -> float:
-    """decay^i after i earlier pruned blocks: the exponent of a ratio, or the factor of an error.
+    """The factor by which a keeper's cost changes over the depths: decay^i after i earlier pruned blocks.
 
-    ValueError for a decay that is not above 0 and finite.
+    Args:
+        spec: the block, for the number of earlier pruned blocks.
+        decay: above 0 and finite. 1 prunes alike at all depths, less prunes most at the first.
+        name: the keeper's registered name, for the error.
+
+    Returns:
+        The exponent of a ratio, or the factor of an error or a power.
+
+    Raises:
+        ValueError: for a decay outside its range.
     """
     if not 0 < decay < math.inf:
         raise ValueError(
@@ -213,7 +222,15 @@ def decay_factor(spec: BlockSpec, decay: float, name: str) -> float:
 
 
 def keep_count(available: Tensor, ratio: Tensor | float) -> Tensor:
-    """ceil(ratio * available) within rounding, so that 0.7 * 10 is 7: available [batch] int64 -> [batch] int64."""
+    """The number of tokens that a ratio keeps: ceil(ratio * available) within rounding, so that 0.7 * 10 is 7.
+
+    Args:
+        available: [batch] int64, the number of unprotected tokens of each instance.
+        ratio: the kept ratio, in [0, 1]: one for all instances, or [batch].
+
+    Returns:
+        The number of tokens that stay in each instance, [batch] int64.
+    """
     dtype = precision.widest_float(available.device)
     part = available.to(dtype) * ratio
     return (part - part * precision.rounding(dtype) - 1e-9).ceil().long().clamp(min=0)

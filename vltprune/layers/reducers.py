@@ -42,7 +42,15 @@ class Merge:
     averages: bool
 
     def sums(self, values: Tensor, weight: Tensor) -> Tensor:
-        """Weighted sums per merging instance: values [total, ...] and weight [total] -> [merges, ...]."""
+        """Sums the values of each merging instance with weights.
+
+        Args:
+            values: [total, ...], one entry per token before the reduction.
+            weight: [total], zero on tokens that are not summed.
+
+        Returns:
+            The sums, [merges, ...], in the order of `instances`.
+        """
         if values.device.type == "cpu":
             return torch.stack([torch.tensordot(weight[span], values[span], 1) for span in self.spans])
         weighted = values * weight.view(-1, *[1] * (values.dim() - 1))
@@ -212,13 +220,30 @@ class Fuse(TokenReducer):
 
 
 def top_tokens(tokens: PackedTokens, scores: Tensor, counts: Tensor) -> Tensor:
-    """The protected tokens and the `counts` [batch] unprotected ones of largest score, ties by position: [total] bool."""
+    """Marks the protected tokens and the unprotected ones of largest score, ties by position.
+
+    Args:
+        tokens: the tokens.
+        scores: [total]. Those of protected tokens are ignored.
+        counts: [batch], how many unprotected tokens of each instance are marked.
+
+    Returns:
+        [total] bool, true for the marked tokens.
+    """
     rank = segments.rank(scores.detach().masked_fill(tokens.protected, float("-inf")), tokens.layout)
     return tokens.protected | (rank < counts[tokens.layout.instance])
 
 
 def true_rows(mask: Tensor, total: int) -> Tensor:
-    """The indices where mask [n] bool is true, [total] int64: `nonzero` for a known `total`, without synchronization."""
+    """The indices where a mask is true: `nonzero` for a known number of them, without synchronization.
+
+    Args:
+        mask: [n] bool.
+        total: the number of true entries.
+
+    Returns:
+        The indices, [total] int64, ascending.
+    """
     row = torch.where(mask, mask.cumsum(0) - 1, total)
     rows = torch.arange(len(mask), device=mask.device)
     return rows.new_empty(total + 1).scatter_(0, row, rows)[:total]

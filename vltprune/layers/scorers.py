@@ -184,7 +184,15 @@ Integers = TypeVar("Integers", Tensor, int)
 
 
 def hash_integers(a: Integers, b: Integers | int) -> Integers:
-    """A 31-bit hash of two integers, or of two int64 tensors element by element, by xorshift-multiply rounds."""
+    """A 31-bit hash of two integers by xorshift-multiply rounds.
+
+    Args:
+        a: an integer, or a tensor of int64, which is hashed element by element.
+        b: an integer, or a tensor that broadcasts with `a`.
+
+    Returns:
+        The hash, in 0 .. 2^31 - 1, an integer or a tensor as `a` is.
+    """
     h = (a * 0x9E3779B1 + b * 0x85EBCA77 + 0x165667B1) & 0x7FFFFFFF
     for multiplier in (0x2C1B3C6D, 0x297A2D39):
         h = ((h ^ (h >> 15)) * multiplier) & 0x7FFFFFFF
