@@ -48,9 +48,17 @@ class Host(ABC):
         """
 
     def bind_arguments(self, tower: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, ...]:
-        """The positional inputs of `embed` for a call tower(*inputs, **named).
+        """Bind a call tower(*inputs, **named) to the inputs of `embed`.
 
         A keyword that only the dense tower takes is allowed if it has its default value.
+
+        Args:
+            tower: The dense tower.
+            *inputs: Positional arguments of the call.
+            **named: Keyword arguments of the call.
+
+        Returns:
+            The positional arguments of `embed` behind the tower, defaults included.
 
         Raises:
             TypeError: For arguments that `embed` does not take.
@@ -67,7 +75,16 @@ class Host(ABC):
         return bound.args[1:]
 
     def format_output(self, tower: nn.Module, out: Any, **named: Any) -> Any:
-        """What `head` returned, in the form that the call's keywords ask for."""
+        """Give the output the form that the call's keywords ask for.
+
+        Args:
+            tower: The dense tower.
+            out: What `head` returned.
+            **named: Keyword arguments of the call, such as `return_dict` in transformers.
+
+        Returns:
+            What tower(...) returns for these keywords.
+        """
         return out
 
     @abstractmethod
@@ -76,11 +93,24 @@ class Host(ABC):
 
     @abstractmethod
     def spec(self, tower: nn.Module, depth: int, name: str) -> BlockSpec:
-        """Describe block `depth` to the parts that are built for it; `name` is the tower's name in its model."""
+        """Describe a block to the parts that are built for it.
+
+        Args:
+            tower: The dense tower.
+            depth: Index of the block, from 0.
+            name: The tower's name in its model: "image" or "text".
+
+        Returns:
+            Position, width and heads of the block, and what kind of tower it is in.
+        """
 
     @abstractmethod
     def embed(self, tower: nn.Module, *inputs: Any) -> tuple[PackedTokens, tuple[Any, ...]]:
         """Run everything before the first block.
+
+        Args:
+            tower: The dense tower.
+            *inputs: Images [batch, channels, H, W], or token ids [batch, length] with what the tower takes besides.
 
         Returns:
             The tokens, and one block input for each block.
@@ -91,14 +121,35 @@ class Host(ABC):
 
     @abstractmethod
     def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, each [total, heads, head_dim], as they enter the dot product."""
+        """Compute query, key and value, as they enter the dot product.
+
+        Args:
+            block: The block.
+            tokens: Tokens before the block, x [total, dim].
+            block_input: What `embed` returned for this block.
+
+        Returns:
+            Query, key and value, each [total, heads, head_dim].
+
+        Raises:
+            TypeError: For an attention that the host cannot run, such as one inside an adapter.
+        """
 
     @abstractmethod
     def scale(self, block: nn.Module) -> float:
         """The factor of the dot products."""
 
     def pair_bias(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PairBias | None:
-        """What is added to the attention logits for the distance of two tokens' original positions; None for nothing."""
+        """Relative position bias of the attention logits, by the distance of two tokens' original positions.
+
+        Args:
+            block: The block.
+            tokens: Tokens before the block.
+            block_input: What `embed` returned for this block.
+
+        Returns:
+            The bias; None for a block without one.
+        """
         return None
 
     @abstractmethod
@@ -109,15 +160,39 @@ class Host(ABC):
             block: The block.
             tokens: Tokens before the block, x [total, dim].
             context: Output of attention [total, heads, head_dim].
+
+        Returns:
+            The tokens with the new x [total, dim].
         """
 
     @abstractmethod
     def feed_forward(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PackedTokens:
-        """Run the rest of the block: cross-attention where it has one, and the MLP."""
+        """Run the rest of the block: cross-attention where it has one, and the MLP.
+
+        Args:
+            block: The block.
+            tokens: Tokens that `project` returned and pruning kept, x [total, dim].
+            block_input: What `embed` returned for this block.
+
+        Returns:
+            The tokens behind the block, x [total, dim].
+        """
 
     @abstractmethod
     def head(self, tower: nn.Module, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> Any:
-        """Run the final norm, pooling and projection: what tower(*inputs) returns."""
+        """Run the final norm, pooling and projection.
+
+        Args:
+            tower: The dense tower.
+            tokens: Tokens behind the last block, x [total, dim].
+            block_inputs: What `embed` returned, one block input for each block.
+
+        Returns:
+            What tower(*inputs) returns.
+
+        Raises:
+            ValueError: In soft training, for a pooling that cannot weigh tokens that are kept in part.
+        """
 
     def padded_length(self, *inputs: Any) -> int | None:
         """Tokens per instance that the dense tower computes on, for inputs with padding; None for those without."""
@@ -158,7 +233,15 @@ class Composite(ABC):
 
     @abstractmethod
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
-        """A model like `model` with these towers, which shares everything else; `model` stays as it is."""
+        """Copy a model with other towers. The copy shares everything else; `model` stays as it is.
+
+        Args:
+            model: The dense model.
+            towers: The pruned towers by name, one for each of `towers(model)`.
+
+        Returns:
+            The copy.
+        """
 
     def guide_specs(self, model: nn.Module) -> dict[str, BlockSpec]:
         """Modules that the guide aligns with the towers and that are not pruned, by name; one spec each."""
@@ -169,11 +252,14 @@ class Composite(ABC):
         return 0.0
 
     def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float:
-        """MACs of a decoder behind the towers.
+        """MACs of a decoder behind the towers, with attention counted whole, masked and padded pairs included.
 
         Args:
             model: The dense model.
-            decoded: What the decoder computed.
+            decoded: What the decoder computed, one record a call.
             memory: Tokens of each memory that it cross-attends to, padding included.
+
+        Returns:
+            MACs of all calls; 0 for a model without a decoder.
         """
         return 0.0

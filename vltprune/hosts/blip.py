@@ -39,7 +39,10 @@ class BlipVisionHost(VisionTransformerHost):
 
 @hosts.register("vltprune.models.med.MedEncoder")
 class MedHost(Host):
-    """Host of BLIP's text tower. The first token (CLS or ENC) is protected; padding never enters."""
+    """Host of BLIP's text tower. The first token (CLS or ENC) is protected; padding never enters.
+
+    It returns hidden states of the kept tokens [batch, longest, width], in their order, and zeros behind them.
+    """
 
     tower = "text"
 
@@ -96,7 +99,6 @@ class MedHost(Host):
         return tokens.with_x(block.feed_forward(tokens.x))
 
     def head(self, tower: MedEncoder, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> Tensor:
-        """Hidden states of the kept tokens, padded with zeros: [batch, longest, width], the first token first."""
         return tokens.unpack()[0]
 
 

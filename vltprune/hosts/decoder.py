@@ -51,7 +51,6 @@ class WithDecoder(WithTowers):
         return with_submodule(super().assemble(model, towers), self.decoder, decoder)
 
     def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float:
-        """Attention counts whole: what the causal mask and padding hide is computed all the same."""
         decoder = model.get_submodule(self.decoder)
         crosses = self.cross_attentions(decoder)
         width = sum(self.cross_width(cross) for cross in crosses)

@@ -11,7 +11,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def with_submodule(model: M, name: str, new: nn.Module) -> M:
-    """Copy a model with one child exchanged. The copy shares every parameter; `model` stays as it is."""
+    """Copy a model with one child exchanged. The copy shares every other parameter; `model` stays as it is.
+
+    Args:
+        model: The model to copy.
+        name: Name of a direct child.
+        new: The child in its place.
+
+    Returns:
+        The copy.
+    """
     out = _shallow_copy(model)
     out._modules[name] = new
     return out

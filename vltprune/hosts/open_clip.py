@@ -155,7 +155,20 @@ class _TextHost(_ClipHost):
         return tokens, (None,) * len(tower.transformer.resblocks)
 
     def valid(self, tower: Any, text: Tensor, position: Tensor, pooled: Tensor) -> Tensor | None:
-        """The tokens that enter, [batch, length] bool; None for all."""
+        """Which tokens enter the blocks.
+
+        Args:
+            tower: The dense tower.
+            text: Token ids [batch, length].
+            position: Positions [length] int64.
+            pooled: Position of the pooled token [batch, 1].
+
+        Returns:
+            [batch, length] bool; None for all.
+
+        Raises:
+            ValueError: With `use_pad_mask`, for a sentence whose pooled token is padding.
+        """
         if self.causal(tower):
             return None if getattr(tower, "output_tokens", False) else position <= pooled
         if not getattr(tower, "use_pad_mask", False):
@@ -181,7 +194,15 @@ class _TextHost(_ClipHost):
         return (pooled, tokens.unpack()[0]) if getattr(tower, "output_tokens", False) else pooled
 
     def pooled_position(self, tower: _TextTower, text: Tensor) -> Tensor:
-        """The position of the pooled token, [batch] int64."""
+        """The position of each sentence's pooled token.
+
+        Args:
+            tower: The dense tower.
+            text: Token ids [batch, length].
+
+        Returns:
+            [batch] int64.
+        """
         kind, eos = self.pooling(tower)
         if kind == "argmax":
             return text.argmax(1)

@@ -26,7 +26,11 @@ _POOLERS = (MeanPooler, MaxPooler, *_FIRST)
     "config", "context_length", "vocab_size", "output_dim", "output_tokens", "lock", "set_grad_checkpointing"
 )
 class PrunedHfText(PrunedEncoder):
-    """A pruned HFTextEncoder of open_clip."""
+    """A pruned HFTextEncoder of open_clip.
+
+    Args:
+        host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
+    """
 
 
 @hosts.register("open_clip.hf_model.HFTextEncoder")

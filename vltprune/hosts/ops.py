@@ -42,13 +42,16 @@ def check_blocks(
 def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
     """Apply stochastic depth per instance.
 
-    timm's DropPath drops along the first dimension, which in packed tokens is not the batch, and so only its probability and
+    timm's DropPath drops along the first dimension, which in packed tokens is not the batch. So only its probability and
     scaling are used.
 
     Args:
         module: The block's DropPath, or an Identity.
         branch: Output of a branch [total, dim].
         layout: Layout of its tokens.
+
+    Returns:
+        The branch [total, dim], zero for dropped instances; as it is outside training.
     """
     probability: Any = getattr(module, "drop_prob", 0.0)
     if not module.training or not probability:
@@ -96,9 +99,12 @@ def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor, rows: int = 640) -
     where autograd records, it is one call.
 
     Args:
-        function: Acts on each row by itself.
+        function: Acts on each row by itself, and keeps its width.
         x: [total, dim].
         rows: Most rows of a tile.
+
+    Returns:
+        function(x), [total, dim].
     """
     if x.device.type != "cpu" or len(x) <= rows or torch.is_grad_enabled():
         return function(x)

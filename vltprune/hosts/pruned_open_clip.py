@@ -31,6 +31,10 @@ class _PrunedClipTower(PrunedEncoder):
     def forward_intermediates(self, *inputs: Any, **named: Any) -> NoReturn:
         """Not supported: open_clip returns a grid of tokens, or one for each word, and some of them are pruned.
 
+        Args:
+            *inputs: Ignored.
+            **named: Ignored.
+
         Raises:
             TypeError: Always; with what to call instead.
         """
@@ -39,25 +43,45 @@ class _PrunedClipTower(PrunedEncoder):
 
 @forward_attributes("image_size", "patch_size", "grid_size", "preprocess_cfg", "image_mean", "image_std")
 class PrunedClipVision(_PrunedClipTower):
-    """A pruned VisionTransformer of open_clip."""
+    """A pruned VisionTransformer of open_clip.
+
+    Args:
+        host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
+    """
 
 
 @forward_attributes("context_length", "vocab_size", "num_pos", "heads", "pad_id", "eos_id", "positional_embedding")
 class PrunedClipText(_PrunedClipTower):
-    """A pruned TextTransformer of open_clip."""
+    """A pruned TextTransformer of open_clip.
+
+    Args:
+        host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
+    """
 
 
 @forward_attributes("context_length", "vocab_size")
 class PrunedClipOwnText(PrunedEncoder):
-    """The pruned text tower of an open_clip CLIP."""
+    """The pruned text tower of an open_clip CLIP.
+
+    Args:
+        host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
+    """
 
 
 @forward_attributes("image_size", "preprocess_cfg", "image_mean", "image_std", "lock", "set_grad_checkpointing")
 class PrunedTimmModel(PrunedEncoder):
-    """A pruned TimmModel of open_clip."""
+    """A pruned TimmModel of open_clip.
+
+    Args:
+        host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
+    """
 
     def forward_intermediates(self, *inputs: Any, **named: Any) -> NoReturn:
         """Not supported, as for open_clip's own towers.
+
+        Args:
+            *inputs: Ignored.
+            **named: Ignored.
 
         Raises:
             TypeError: Always.
@@ -66,17 +90,36 @@ class PrunedTimmModel(PrunedEncoder):
 
 
 class PrunedClip(CLIP):
-    """An open_clip CLIP with pruned towers `visual` and `text`. It has the parameters of the CLIP it was made from."""
+    """An open_clip CLIP with pruned towers `visual` and `text`. It has the parameters of the CLIP it was made from.
+
+    `prune` copies that CLIP and does not call the constructor, whose arguments are open_clip's.
+
+    Args:
+        embed_dim, vision_cfg, text_cfg, quick_gelu, cast_dtype, output_dict: As in open_clip's CLIP.
+        init_logit_scale, init_logit_bias, nonscalar_logit_scale: As in open_clip's CLIP.
+    """
 
     text: PrunedEncoder
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze the text tower, as open_clip's method."""
+        """Freeze the text tower, as open_clip's method.
+
+        Args:
+            unlocked_layers: Last layers that stay trainable.
+            freeze_layer_norm: Must be true: open_clip freezes norms as other weights.
+
+        Raises:
+            AssertionError: For `freeze_layer_norm=False`.
+        """
         host: Any = self.text.host
         host.lock_text_tower(unlocked_layers, freeze_layer_norm)
 
     def forward_intermediates(self, *inputs: Any, **named: Any) -> NoReturn:
         """Not supported, as for its towers.
+
+        Args:
+            *inputs: Ignored.
+            **named: Ignored.
 
         Raises:
             TypeError: Always.
@@ -84,6 +127,17 @@ class PrunedClip(CLIP):
         raise TypeError(_NO_INTERMEDIATES)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Features [batch, embed_dim] of token ids [batch, length]; of unit length with `normalize`."""
+        """Encode texts.
+
+        Args:
+            text: Token ids [batch, length].
+            normalize: Whether to scale the features to unit length.
+
+        Returns:
+            Features [batch, embed_dim].
+
+        Raises:
+            ValueError: For ids of another shape or out of range, and for texts longer than the tower's positions.
+        """
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features

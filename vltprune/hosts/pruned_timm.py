@@ -26,7 +26,11 @@ from .attributes import forward_attributes, host_names
 )
 @forward_attributes("set_grad_checkpointing", "get_classifier", "reset_classifier", "set_input_size", "_traits")
 class PrunedTimm(PrunedEncoder):
-    """A pruned VisionTransformer or Eva of timm."""
+    """A pruned VisionTransformer or Eva of timm.
+
+    Args:
+        host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
+    """
 
     host: VisionTransformer | Eva
 
@@ -57,7 +61,14 @@ class PrunedTimm(PrunedEncoder):
         return tokens.with_x(self.host.norm(tokens.x)).unpack()[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The head on what `forward_features` returned, for towers that pool the class token.
+        """Run the head on what `forward_features` returned, for towers that pool the class token.
+
+        Args:
+            x: Tokens [batch, longest, dim], the class token first.
+            pre_logits: Whether to stop before the classifier.
+
+        Returns:
+            Logits [batch, num_classes], or features [batch, dim] with `pre_logits`.
 
         Raises:
             TypeError: For other pooling: `x` does not say how many tokens were kept, and what was merged into them.
@@ -91,6 +102,10 @@ class PrunedTimm(PrunedEncoder):
             stop_early: Ignored: all blocks run.
             output_fmt: "NLC".
             intermediates_only: Whether to leave out the final tokens.
+
+        Returns:
+            The tokens behind each chosen block, as pairs with the prefix tokens where they are asked for. Without
+            `intermediates_only`, the final normed tokens, then that list.
 
         Raises:
             ValueError: If `output_fmt` is not "NLC": kept tokens fill no grid.

@@ -16,11 +16,14 @@ _SUPPORTED = (
 
 
 def refusal(module: nn.Module, find: Callable[[nn.Module], object]) -> TypeError:
-    """The error for a module whose type has no host.
+    """Build the error for a module whose type has no host.
 
     Args:
         module: The module.
         find: Returns a module's host or composite, None without one.
+
+    Returns:
+        The error, with the reason and what is supported; the caller raises it.
     """
     reason = _as_subclass(type(module)) or _as_wrapper(module, find) or f"no host runs it. Supported: {_SUPPORTED}"
     return TypeError(f"cannot prune a {dotted(type(module))}: {reason}")

@@ -42,7 +42,11 @@ _EXTRAS = ("output_attentions", "output_hidden_states", "is_causal")
     "activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing"
 )
 class PrunedTransformer(PrunedEncoder, PushToHubMixin):
-    """A pruned tower of transformers, with the attributes that its pipelines, trainer and composite models expect."""
+    """A pruned tower of transformers, with the attributes that its pipelines, trainer and composite models expect.
+
+    Args:
+        host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
+    """
 
     @property
     def base_model(self) -> nn.Module:
@@ -135,7 +139,16 @@ class TransformersHost(Host):
         return attn.config.num_attention_heads
 
     def project_qkv(self, attn: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query of x, key and value of memory, each [total, heads, head_dim]."""
+        """Project tokens to query, key and value.
+
+        Args:
+            attn: The attention module.
+            x: Tokens that attend [total, dim].
+            memory: Tokens attended to [total, memory dim]; `x` itself in self-attention.
+
+        Returns:
+            Query of `x`, key and value of `memory`, each [total, heads, head_dim].
+        """
         query, key, value = (getattr(attn, name) for name in self.projections)
         heads = (self.heads(attn), -1)
         return query(x).unflatten(-1, heads), key(memory).unflatten(-1, heads), value(memory).unflatten(-1, heads)
@@ -184,7 +197,17 @@ class PreNormHost(TransformersHost):
         return tokens.with_x(tokens.x + self.branch(block, 1, branch, tokens))
 
     def branch(self, block: Any, index: int, x: Tensor, tokens: PackedTokens) -> Tensor:
-        """Scale or drop a branch before its residual: x [total, dim], index 0 after attention, 1 after the MLP."""
+        """Scale or drop a branch before its residual.
+
+        Args:
+            block: The block.
+            index: 0 for the branch of attention, 1 for that of the MLP.
+            x: Output of the branch [total, dim].
+            tokens: The tokens that it is added to.
+
+        Returns:
+            [total, dim]; `x` as it is, unless overridden.
+        """
         return x
 
     def projects_affinely(self, block: nn.Module) -> bool:
@@ -206,7 +229,19 @@ class ImageHost(TransformersHost):
         return self.pack(tower, x), (None,) * len(self.blocks(tower))
 
     def check_pixels(self, tower: PreTrainedModel, pixel_values: Tensor, any_size: bool | None) -> Tensor:
-        """Check images [batch, channels, H, W], and cast them to the tower's dtype. ValueError for another shape."""
+        """Check images, and cast them to the tower's dtype.
+
+        Args:
+            tower: The dense tower.
+            pixel_values: [batch, channels, H, W].
+            any_size: Whether H and W may differ from the tower's image size.
+
+        Returns:
+            The images [batch, channels, H, W].
+
+        Raises:
+            ValueError: For another shape, for an empty batch, and for NaN or infinity.
+        """
         size = tower.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         channels = getattr(tower.config, "num_channels", 3)
@@ -214,7 +249,16 @@ class ImageHost(TransformersHost):
         return pixel_values.to(tower.dtype)
 
     def pack(self, tower: PreTrainedModel, x: Tensor, valid: Tensor | None = None) -> PackedTokens:
-        """Pack embedded images x [batch, n, dim]; valid [batch, n] bool is false on padding."""
+        """Pack embedded images, prefix tokens protected.
+
+        Args:
+            tower: The dense tower.
+            x: [batch, n, dim], prefix tokens first.
+            valid: [batch, n] bool, false on padding, which does not enter; None for no padding.
+
+        Returns:
+            The packed tokens.
+        """
         position = torch.arange(x.shape[1], device=x.device)
         summary = position == 0 if self.has_summary else None
         return PackedTokens.pack(x, valid, protected=position < self.prefix(tower), summary=summary)
@@ -226,7 +270,15 @@ class TextHost(TransformersHost):
     tower = "text"
 
     def summary_position(self, tower: PreTrainedModel, input_ids: Tensor) -> Tensor | int:
-        """The position of each sentence's summary token: [batch, 1], or one for all."""
+        """The position of each sentence's summary token.
+
+        Args:
+            tower: The dense tower.
+            input_ids: Token ids [batch, length].
+
+        Returns:
+            [batch, 1] int64, or one position for all.
+        """
         return 0
 
     def embed(
@@ -248,6 +300,12 @@ class TextHost(TransformersHost):
             input_ids: Token ids [batch, length].
             attention_mask: [batch, length], nonzero where a token is real; None for everywhere.
             **embedding: Further arguments of the tower's embeddings.
+
+        Returns:
+            The packed tokens, and None as each block's input.
+
+        Raises:
+            ValueError: As `pack`, and for ids of another shape, out of range, or past the tower's positions.
         """
         embed = tower.embeddings
         # RoBERTa counts positions from behind its padding token
@@ -267,6 +325,9 @@ class TextHost(TransformersHost):
             x: [batch, length, dim].
             attention_mask: [batch, length], nonzero where a token is real; None for everywhere.
             summary_position: As `summary_position` returns it.
+
+        Returns:
+            The packed tokens, summary tokens protected.
 
         Raises:
             ValueError: For a mask of another shape, and for one that hides a summary token.

@@ -1,8 +1,8 @@
 """Hosts of BLIP of transformers: the image tower, the text tower that cross-attends to it, and composites of its models.
 
-The kept tokens of an image go from tower to tower padded, as transformers' models pass them, with a mask that calls all of
-them real (version 5.24 even drops the mask before BLIP's cross-attention). So a row of zeros is padding here, and nothing
-attends to it: a token behind a norm is never all zeros.
+The kept tokens of an image go from tower to tower padded, as transformers' models pass them. The mask that goes with them
+calls all of them real, and version 5.24 even drops it before BLIP's cross-attention. So a row of zeros is padding here, and
+nothing attends to it: a token behind a norm is never all zeros.
 """
 
 from __future__ import annotations

@@ -69,7 +69,17 @@ class ModernBertHost(PreNormHost, TextHost):
         return tokens, tuple(kinds[block.attention_type] for block in self.blocks(tower))
 
     def block_input(self, tower: ModernBertModel, kind: str, x: Tensor, position_ids: Tensor) -> BlockInput:
-        """The input of all blocks of a kind, "full_attention" or "sliding_attention", for embeddings x [batch, length, dim]."""
+        """Compute the block input that all blocks of one kind have.
+
+        Args:
+            tower: The dense tower.
+            kind: "full_attention" for global blocks or "sliding_attention" for local ones.
+            x: Embeddings [batch, length, dim], for the length and dtype of the tables.
+            position_ids: [1 or batch, length] int64.
+
+        Returns:
+            Rotary tables and window; no window where it would hide nothing.
+        """
         tables, window = torch.stack(tower.rotary_emb(x, position_ids, kind)), tower.config.sliding_window
         is_global = kind == "full_attention" or window >= x.shape[1] - 1
         return BlockInput(tables, None if is_global else _window(window))

@@ -92,7 +92,10 @@ class BertHost(PostNormHost):
 
 @hosts.register("transformers.models.mpnet.modeling_mpnet.MPNetModel")
 class MPNetHost(PostNormHost):
-    """Host of MPNet: BERT's blocks, and a bias of each head for the distance of two tokens, which all blocks share."""
+    """Host of MPNet: BERT's blocks, and a bias of each head for the distance of two tokens, which all blocks share.
+
+    A block input is that bias for the distances 1 - length .. length - 1, [heads, 2 * length - 1].
+    """
 
     attention = "attention.attn"
     projections = ("q", "k", "v")
@@ -109,7 +112,6 @@ class MPNetHost(PostNormHost):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[PackedTokens, tuple[Tensor, ...]]:
-        """The input of each block is its bias for the distances 1 - length .. length - 1, [heads, 2 * length - 1]."""
         tokens, _ = self.embed_ids(tower, input_ids, attention_mask, position_ids=position_ids)
         # distances are of places in the sentence, whatever position_ids are
         encoder, length = tower.encoder, input_ids.shape[1]
