@@ -66,9 +66,12 @@ def parse_statement(index: int, entry: Entry, images: Sequence[ImageSource]) -> 
     """Parse one entry of NLVR2.
 
     Args:
-        index: The record's index.
-        entry: The entry, as an annotation file has it.
+        index: The record's index, as `Record.index`.
+        entry: The entry, as an annotation file has it; its paths are not followed.
         images: Its two images, left and right.
+
+    Returns:
+        The record.
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError, RecursionError: If the entry has another format.
@@ -91,7 +94,8 @@ def vqa(file: str | Path, images: Folder | Mapping[str, Folder], *, strict: bool
         The records, and the entries that were skipped.
 
     Raises:
-        OSError, ValueError: As of `nlvr2`.
+        OSError: If the file cannot be read.
+        ValueError: If it holds no list of entries, if no entry can be parsed, or, with `strict`, if one cannot.
     """
 
     def parse(index: int, entry: Entry) -> Question:
@@ -103,7 +107,19 @@ def vqa(file: str | Path, images: Folder | Mapping[str, Folder], *, strict: bool
 
 
 def parse_question(index: int, entry: Entry, images: Sequence[ImageSource]) -> Question:
-    """Parse one question about one image. Arguments and exceptions are those of `parse_statement`."""
+    """Parse one question about one image.
+
+    Args:
+        index: The record's index, as `Record.index`.
+        entry: The entry, as an annotation file has it; its paths are not followed.
+        images: The image alone.
+
+    Returns:
+        The record.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError, RecursionError: If the entry has another format.
+    """
     entry = _without_nulls(entry)
     source = entry.get("dataset", "vqa")
     original_id = _identifier(entry, "question_id")
@@ -134,7 +150,8 @@ def captions(file: str | Path, images: Folder, *, strict: bool = False) -> Recor
         The records, and the entries that were skipped.
 
     Raises:
-        OSError, ValueError: As of `nlvr2`.
+        OSError: If the file cannot be read.
+        ValueError: If it holds no list of entries, if no entry can be parsed, or, with `strict`, if one cannot.
     """
 
     def parse(index: int, entry: Entry) -> Captioned:
@@ -144,7 +161,19 @@ def captions(file: str | Path, images: Folder, *, strict: bool = False) -> Recor
 
 
 def parse_captioned(index: int, entry: Entry, images: Sequence[ImageSource]) -> Captioned:
-    """Parse one image with its captions. Arguments and exceptions are those of `parse_statement`."""
+    """Parse one image with its captions.
+
+    Args:
+        index: The record's index, as `Record.index`.
+        entry: The entry, as an annotation file has it; its paths are not followed.
+        images: The image alone.
+
+    Returns:
+        The record.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError, RecursionError: If the entry has another format.
+    """
     entry = _without_nulls(entry)
     texts = _texts(entry, "captions" if "captions" in entry else "caption")
     original_id = _identifier(entry, "image_id")

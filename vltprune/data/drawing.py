@@ -1,8 +1,8 @@
 """Images of synthetic scenes: colored shapes on a cluttered background. Needs only numpy and Pillow.
 
 A scene is three to six shapes that do not touch. Each has a shape, a color and a size. The background is
-low-frequency color noise with stripes, checkers or nothing, grain, and low-contrast scribbles, so that most patches
-of an image carry no answer to any sentence about it.
+low-frequency color noise with stripes, checkers or nothing, grain, and low-contrast scribbles. So most patches of an
+image carry no answer to any sentence about it.
 """
 
 from __future__ import annotations
@@ -96,11 +96,15 @@ def _draw_centers(rng: np.random.Generator, diameters: np.ndarray) -> np.ndarray
 
 
 def paint(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Paint a scene.
+    """Paint a scene on a background of clutter.
+
+    Args:
+        scene: The objects; they do not touch.
+        rng: Draws the background, the shades of the objects, and the grain.
 
     Returns:
-        The image, uint8 [SIDE, SIDE, 3], and the object at each pixel, uint8 [SIDE, SIDE]: 0 for the background and i + 1
-        for object i.
+        The image, uint8 [SIDE, SIDE, 3], and the object at each pixel, uint8 [SIDE, SIDE]. The latter is 0 for the
+        background and i + 1 for object i.
     """
     image = _scribble(_background(rng), rng)
     object_map = np.zeros((SIDE, SIDE), np.uint8)

@@ -55,6 +55,8 @@ class Statement(Record):
     """Natural language visual reasoning: a sentence that is true or false of two images.
 
     Attributes:
+        index: As of `Record`.
+        images: The left and the right image, as of `Record`.
         sentence: The sentence.
         label: 1 for true, 0 for false.
         more: Further sentences about the same images, with their labels; training may use them.
@@ -70,6 +72,8 @@ class Question(Record):
     """Visual question answering: a question about an image.
 
     Attributes:
+        index: As of `Record`.
+        images: The image alone, as of `Record`.
         id: The question's identifier as text.
         question: The question.
         answers: One answer a person, repeated as given; empty where a data set withholds them.
@@ -96,6 +100,8 @@ class Captioned(Record):
     """An image and its captions, for captioning and for retrieval in both directions.
 
     Attributes:
+        index: As of `Record`.
+        images: The image alone, as of `Record`.
         id: The image's identifier as text.
         captions: What people wrote.
         original_id: The identifier as the annotations have it, None where they have none.

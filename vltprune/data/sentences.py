@@ -1,7 +1,7 @@
 """Sentences about synthetic scenes: six families, each a list of templates.
 
 A template is a sentence with its color, shape, size and side left open. For a pair of scenes it lists every filling, with
-the truth of each. A sentence is drawn only from a template that has both true and false fillings, and a fair coin says
+the truth of each. A sentence is drawn only from a template that has both true and false fillings. A fair coin says
 which: given the images, the label is a coin. Scenes treat all colors alike, and so all shapes, sizes and sides. Hence the
 true and the false sentences of a template are distributed alike, and given the words the label is a coin too. To keep this
 so, all fillings of a template must be renamings of one another: numbers and relations, which are not, belong to the
@@ -41,7 +41,13 @@ class Filling(NamedTuple):
 
 
 class Description(NamedTuple):
-    """The attributes that a phrase such as "small red circle" names: an index for each, None for those left open."""
+    """Attributes that a phrase such as "small red circle" names.
+
+    Attributes:
+        shape: Index into SHAPES; None where the phrase leaves it open.
+        color: Index into COLORS, or None.
+        size: Index into SIZES, or None.
+    """
 
     shape: int | None = None
     color: int | None = None
@@ -90,7 +96,13 @@ Template = Callable[[Scenes], Iterator[Filling]]
 
 @dataclass(frozen=True)
 class CountTemplate:
-    """A sentence whose truth depends on how many objects fit a description, on one side and on the other."""
+    """A sentence whose truth depends on how many objects fit a description, on one side and on the other.
+
+    Attributes:
+        template: The sentence, with the fields {side}, {other}, {one} and {many}; it need not use all.
+        kind: The key of DESCRIPTIONS that fills {one} and {many}.
+        holds: The numbers of objects that fit on {side} and on {other}, to whether the sentence is true.
+    """
 
     template: str
     kind: str
@@ -129,7 +141,15 @@ def _nearly(description: Description, counts: Counter[Description]) -> bool:
 
 @dataclass(frozen=True)
 class AttributeTemplate:
-    """A sentence about the objects on one side that fit a subject: that they fit a predicate, or do not."""
+    """A sentence about the objects on one side that fit a subject: that they fit a predicate, or do not.
+
+    Attributes:
+        template: The sentence, with the fields {side}, {one} and {value}.
+        subject: The key of DESCRIPTIONS that fills {one}.
+        predicate: The key of DESCRIPTIONS that fills {value}.
+        applies: The number of objects that fit the subject, to whether the sentence can be said of so many.
+        holds: How many of these fit the predicate, and how many there are, to whether the sentence is true.
+    """
 
     template: str
     subject: str
@@ -160,7 +180,14 @@ def _value(description: Description) -> str:
 
 @dataclass(frozen=True)
 class SpatialTemplate:
-    """A sentence about the relative position of two objects in one image; not used where their centers nearly align."""
+    """A sentence about the relative position of two objects in one image; not used where their centers nearly align.
+
+    Attributes:
+        phrase: The relation in words, such as "left of".
+        axis: The coordinate that is compared, "x" or "y".
+        sign: 1 if the first object has the larger coordinate where the sentence is true, -1 if the smaller.
+        kind: The key of DESCRIPTIONS that fills both objects.
+    """
 
     phrase: str
     axis: str

@@ -85,6 +85,9 @@ class Shards(Generic[R]):
             data: An address as `is_shard_address` takes it.
             parse_entry: As of the class.
 
+        Returns:
+            The shards, in the order of the address; those of a pattern sorted by name.
+
         Raises:
             FileNotFoundError: If a shard on this disk does not exist.
         """
@@ -95,6 +98,13 @@ class Shards(Generic[R]):
 
     def record(self, index: int, sample: Sample) -> R:
         """Parse a sample; its key is the identifier of an entry that has none.
+
+        Args:
+            index: The record's index, as `Record.index`.
+            sample: The files of its key.
+
+        Returns:
+            The record, whose images are still encoded.
 
         Raises:
             OSError: If the sample holds no record of the task.

@@ -2,12 +2,12 @@
 
 An item is two 96 px images and K sentences, each true or false of the pair. How it is distributed:
 
-- Each image holds 3 to 6 shapes that do not touch, on clutter. A shape is a circle, square, triangle, star or cross;
-  red, green, blue, yellow, purple or white; small (14 to 17 px) or large (23 to 27 px). How likely each shape and each
-  color is, the two images share: one draw from a Dirichlet(1.5) per pair.
+- Each image holds 3 to 6 shapes that do not touch, on clutter. A shape is a circle, square, triangle, star or cross.
+  It is red, green, blue, yellow, purple or white, and small (14 to 17 px) or large (23 to 27 px). The two images share
+  how likely each shape and each color is: one draw from a Dirichlet(1.5) per pair.
 - The sentence families (existence, attribute, count, comparison, spatial, negation) take turns: sentence j of item i
-  belongs to family (i K + j) mod 6, unless that family has no sentence that could be either true or false of the pair;
-  then the next family is used.
+  belongs to family (i K + j) mod 6. Where that family has no sentence that could be either true or false of the pair,
+  the next family is used.
 - A sentence is true with probability one half, given the images alone and given the words alone (see `sentences`).
 
 Item i of a split depends on the split, the seed, i and K, and on nothing else; its images not even on K.
@@ -133,7 +133,19 @@ def normalize(images: np.ndarray) -> np.ndarray:
 class SyntheticNLVR(Sequence[Statement]):
     """Synthetic NLVR as a data set: the pairs of a split as the records that NLVR2 has, generated on access.
 
-    Arguments are those of `SyntheticPairs`. The first sentence of a pair is its record's; the others are in `more`.
+    The first sentence of a pair is its record's; the others are in `more`.
+
+    Args:
+        split: "train", "val" or "test".
+        size: The number of pairs, and so of records.
+        seed: The seed of the whole split.
+        sentences: Sentences a pair.
+
+    Attributes:
+        pairs: The pairs, with what their images show.
+
+    Raises:
+        ValueError: If there is no such split, or if a number is below 1.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0, sentences: int = 1) -> None:

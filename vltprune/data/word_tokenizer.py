@@ -25,9 +25,16 @@ class WordTokenizer:
 
     Ids 0 to 3 are `[PAD]`, `[CLS]`, `[SEP]` and `[UNK]`; the words follow in order.
 
+    Args:
+        words: The words, without special tokens, in the order of their ids.
+        max_positions: The longest sentence in tokens, `[CLS]` and `[SEP]` included.
+
     Attributes:
         words: The special tokens and the words, by their ids.
-        max_positions: The longest sentence in tokens, `[CLS]` and `[SEP]` included.
+        max_positions: As given.
+
+    Raises:
+        ValueError: If a word repeats another, or a special token.
     """
 
     def __init__(self, words: Sequence[str] = NLVR_WORDS, max_positions: int = 32) -> None:
@@ -47,8 +54,8 @@ class WordTokenizer:
             `input_ids` and `attention_mask`, both int64 [sentences, length], padded to the longest sentence.
 
         Raises:
-            ValueError: If there are no sentences, if one is empty or longer than `max_positions`, or if it has words
-                outside the vocabulary; the message gives the nearest words.
+            ValueError: If there are no sentences, if one is empty or longer than `max_positions`, or for words outside
+                the vocabulary. The message gives the nearest words.
         """
         rows = [self._row(text) for text in ([sentences] if isinstance(sentences, str) else sentences)]
         if not rows:

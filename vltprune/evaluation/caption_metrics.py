@@ -28,6 +28,9 @@ def caption_scores(
         spice: True to require SPICE, False to leave it out, None to score it where `spice_lacks` is None and to warn if its
             program fails.
 
+    Returns:
+        "BLEU-1" to "BLEU-4", "ROUGE-L", "CIDEr" and, where it is scored, "SPICE"; all of them 0 .. 1, but CIDEr 0 .. 10.
+
     Raises:
         ImportError: If the package, Java, or with `spice=True` what SPICE needs is missing; the message says what to install.
         RuntimeError: If SPICE's program fails with `spice=True`.

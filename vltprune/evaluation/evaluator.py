@@ -198,8 +198,9 @@ def summarize(
         - scores: the metrics, shares of 1; unscored: what could not be scored on this machine, and why
         - records: how many were evaluated; skipped: the rows of those that were not
         - macs, dense_macs: multiply-accumulates of an instance (a record's images and one of its texts), and those of the
-          dense model, on tokens that are no padding; macs_saved: the share that is saved; padding: multiply-accumulates
-          that the dense model spends on padding besides
+          dense model, on tokens that are no padding
+        - macs_saved: the share that is saved
+        - padding: multiply-accumulates that the dense model spends on padding besides
         - towers: per tower, [MACs, dense MACs] of one of its images or texts; tower_padding: the same for padding
         - reductions: per tower, the saved share of its own dense MACs; shares: its part of all that is saved
         - kept: per tower, mean tokens that entered, then mean tokens that left each block; empty for a dense model
@@ -270,11 +271,12 @@ def summarize_matching(matching: Matching, rows: Sequence[Row]) -> dict[str, Any
         rows: The rows of its log.
 
     Returns:
-        A mapping of plain JSON values: k_test, scores, pairs, pairs_per_second, skipped, and the means over pairs of macs,
-        dense_macs and padding (without the image, which is encoded already) and kept (the tokens of the text).
+        A mapping of plain JSON values: k_test, scores, pairs, pairs_per_second, skipped, and means over the pairs. These
+        are macs, dense_macs and padding, without the image, which is encoded already, and kept, the tokens of the text.
 
     Raises:
         ValueError: If no pair was scored.
+        FloatingPointError: If a score is NaN or infinite.
     """
     found = summarize(matching, rows, lambda row: row["pairs"])
     pairs, seconds = (sum(row[key] for row in rows if "pairs" in row) for key in ("pairs", "seconds"))

@@ -19,11 +19,14 @@ def accuracy(probabilities: Sequence[float], labels: Sequence[int]) -> float:
     """The share of statements that were judged right.
 
     Args:
-        probabilities: [statements], the probability given to "true".
+        probabilities: [statements], the probability given to "true"; above 0.5 counts as true.
         labels: [statements], 1 for true and 0 for false.
 
+    Returns:
+        The share, 0 .. 1.
+
     Raises:
-        ValueError: If there are no statements, or if a probability is NaN or infinite.
+        ValueError: If there are no statements, if a probability is NaN or infinite, or if the lengths differ.
     """
     if not probabilities:
         raise ValueError("accuracy of no statements: give at least one")
@@ -91,6 +94,9 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
         prediction: The model's answer.
         answers: One answer a person.
 
+    Returns:
+        The accuracy, 0 .. 1.
+
     Raises:
         ValueError: If there are fewer than two answers.
     """
@@ -117,10 +123,11 @@ def answer_sets(prediction: str, answers: Iterable[str]) -> dict[str, float]:
 
 
 def normalize_answer(text: str) -> str:
-    """Normalize an answer as VQA's evaluation does (visualqa.org, "Evaluation Code"), in the order described there:
+    """Normalize an answer as VQA's evaluation does, in the order that visualqa.org describes under "Evaluation Code".
 
-    lower case; no full stops but decimal points; number words as digits; no articles; contractions with their
-    apostrophes; other punctuation, except apostrophes and colons, as spaces, a comma between digits as nothing.
+    - lower case, no full stops but decimal points, number words as digits, no articles
+    - contractions with their apostrophes
+    - other punctuation, except apostrophes and colons, as spaces, a comma between digits as nothing
     """
     text = re.sub(r"(?<=\d),(?=\d)", "", text.lower())
     text = re.sub(r"\.(?!\d)", "", _PUNCTUATION.sub(" ", text))

@@ -66,7 +66,16 @@ class ResultsLog:
 
 
 def write_json(file: Path, value: object) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all.
+
+    Args:
+        file: The file; one that exists is replaced.
+        value: What json can write.
+
+    Raises:
+        OSError: If the file cannot be written.
+        TypeError: If json cannot write the value.
+    """
     write_text(file, json.dumps(value, indent=2) + "\n")
 
 

@@ -105,20 +105,46 @@ class Task(EvaluationStage[R], Protocol[R]):
             data: An annotation file.
             images: The folder that its image paths begin in.
             strict: Whether an entry that cannot be parsed is a ValueError; otherwise it is skipped.
+
+        Returns:
+            The records, in the order of the data set.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If no entry can be parsed, or if several folders are given to a task whose images are of one data set.
         """
         ...
 
     @staticmethod
     def parse_entry(index: int, entry: Entry, images: Sequence[ImageSource]) -> R:
-        """Parse one entry of the format that annotation files have, as of `annotations.parse_statement`; for shards."""
+        """Parse one entry of the format that annotation files have; shards are read by it.
+
+        Args:
+            index: The record's index, as `Record.index`.
+            entry: The entry, as an annotation file has it; its paths are not followed.
+            images: The entry's images, in its order.
+
+        Returns:
+            The record.
+
+        Raises:
+            LookupError, TypeError, ValueError, AttributeError, RecursionError: If the entry has another format.
+        """
         ...
 
     @classmethod
     def from_model(cls, model: nn.Module, options: Options) -> Task[R]:
         """Set the task to a model, dense or pruned.
 
+        Args:
+            model: The model, on any device.
+            options: The vocabulary, and further options that concern the task.
+
+        Returns:
+            The task, which tokenizes as the model was trained.
+
         Raises:
-            ValueError: If the model cannot do the task; the message names one that can.
+            ValueError: If the model cannot do the task, or if the vocabulary is another model's; the message says what to give.
         """
         ...
 
@@ -159,6 +185,9 @@ def tokenizer_for(
         first: The first token, as of `BlipTokenizer.encode`.
         max_length: Longest sentence in tokens; the tower's own maximum holds as well.
 
+    Returns:
+        The tokenizer, whose sentences are no longer than the tower's maximum.
+
     Raises:
         ValueError: If the vocabulary is not the tower's.
     """
@@ -190,12 +219,19 @@ def _check_ids(host: nn.Module, blip: BlipTokenizer) -> None:
 
 
 def dense(model: nn.Module) -> Any:
-    """The dense model of a pruned one; a dense one as it is. Any, since tasks look for attributes of many classes."""
+    """Return the dense model of a pruned one; a dense one as it is.
+
+    The type is Any, since tasks look for attributes of many classes.
+    """
     return dense_model(model)
 
 
 def one_folder(images: Images) -> str | Path:
-    """The folder of images. ValueError for several, from a task whose files have images of one data set."""
+    """The folder of images, for a task whose files have images of one data set.
+
+    Raises:
+        ValueError: If several folders are given.
+    """
     if isinstance(images, Mapping):
         raise ValueError(f"images of {', '.join(images)}: this task's images are of one data set, give one folder")
     return images
@@ -236,5 +272,13 @@ def pack(values: Tensor) -> str:
 
 
 def unpack(text: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Decode what `pack` encoded: a tensor [n] of its type."""
+    """Decode what `pack` encoded.
+
+    Args:
+        text: The text that `pack` returned.
+        dtype: The type of the tensor that was packed; another one gives wrong values.
+
+    Returns:
+        The values, [n], flat: the shape is not packed.
+    """
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)

@@ -34,6 +34,10 @@ class Caption:
     """BLEU, ROUGE-L, CIDEr and SPICE of one generated caption an image, for models with a `prompt` (`BlipCaption`).
 
     A metric whose program cannot run is missing, and `unscored` says why. `submission` is COCO's results format.
+
+    Attributes:
+        tokenizer: The tokenizer of captions.
+        prompt: How many tokens of the prompt begin every caption.
     """
 
     tokenizer: Tokenizer
@@ -47,7 +51,18 @@ class Caption:
 
     @classmethod
     def from_model(cls, model: nn.Module, options: Options = DEFAULTS) -> Caption:
-        """Set the task to a model; warns where its captions cannot be scored on this machine."""
+        """Set the task to a model; warns where its captions cannot be scored on this machine.
+
+        Args:
+            model: The model, dense or pruned.
+            options: The vocabulary; answers do not concern this task.
+
+        Returns:
+            The task.
+
+        Raises:
+            ValueError: If the model writes no captions, or if the vocabulary is another model's.
+        """
         host = dense(model)
         if not (hasattr(host, "prompt") and hasattr(host, "generate")):
             raise ValueError(f"caption asks for captions, and a {type(host).__name__} writes none: use a blip_caption")

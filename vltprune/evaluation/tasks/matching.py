@@ -27,6 +27,8 @@ class Pairs(Record):
     """An image and the texts that one call scores against it.
 
     Attributes:
+        index: The record's index in `Matching.pairs`.
+        images: The image alone, as of `Record`.
         row: The image's index among all images.
         texts: int64 [n], the texts' indices among all texts.
     """
@@ -85,7 +87,20 @@ class Matching:
     def predict(
         self, model: Callable[..., Tensor], records: Sequence[Pairs], images: Tensor, texts: tuple[Tensor, ...]
     ) -> list[Row]:
-        """As of `EvaluationStage`, for one image, or images with equally many texts."""
+        """Score the pairs of one image, or of images with equally many texts.
+
+        Args:
+            model: The model, dense or pruned; called on images and texts it returns two logits a pair, [pairs, 2].
+            records: The pairs of the batch.
+            images: [batch, 1, 3, height, width].
+            texts: What `tokenize` returned, [pairs, length] each.
+
+        Returns:
+            One row a record: the image's index, the number of pairs, and the packed texts and scores.
+
+        Raises:
+            FloatingPointError: If a logit is NaN or infinite.
+        """
         repeated = [record for record in records for _ in record.texts]
         logits = finite(model(images[:, 0], *texts), repeated, "matching logits")[:, 1]
         logits = logits.split([len(record.texts) for record in records])

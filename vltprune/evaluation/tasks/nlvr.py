@@ -23,7 +23,11 @@ _WORDS = 40  # BLIP truncates NLVR2's sentences to this
 @tasks.register("nlvr")
 @dataclass(frozen=True)
 class Nlvr:
-    """Accuracy of true and false, for models that return two logits for two images and a sentence (`BlipNlvr`)."""
+    """Accuracy of true and false, for models that return two logits for two images and a sentence (`BlipNlvr`).
+
+    Attributes:
+        tokenizer: The tokenizer of sentences.
+    """
 
     tokenizer: Tokenizer
 
@@ -36,8 +40,12 @@ class Nlvr:
             images: The folder that the file's image paths begin in.
             strict: Whether an entry that cannot be parsed is a ValueError; otherwise it is skipped.
 
+        Returns:
+            The records, in the order of the data set.
+
         Raises:
-            ValueError: If the address of synthetic NLVR has another form.
+            OSError: If the file cannot be read.
+            ValueError: If the address of synthetic NLVR has another form, or as of `Task.load_records`.
         """
         if data.startswith(SYNTHETIC):
             return _synthetic(data)

@@ -26,11 +26,27 @@ class ClipModel(Protocol):
     """A model of open_clip."""
 
     def encode_image(self, images: Tensor, normalize: bool) -> Tensor:
-        """Features [batch, width] of images [batch, 3, height, width]."""
+        """Encode images to features.
+
+        Args:
+            images: [batch, 3, height, width].
+            normalize: Whether the features get length 1.
+
+        Returns:
+            The features, [batch, width].
+        """
         ...
 
     def encode_text(self, input_ids: Tensor, normalize: bool) -> Tensor:
-        """Features [texts, width] of input_ids [texts, length]."""
+        """Encode texts to features.
+
+        Args:
+            input_ids: [texts, length].
+            normalize: Whether the features get length 1.
+
+        Returns:
+            The features, [texts, width].
+        """
         ...
 
 
@@ -42,7 +58,15 @@ class BlipModel(Protocol):
         ...
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor, /) -> Tensor:
-        """Features [texts, width] of input_ids and attention_mask [texts, length]."""
+        """Encode texts to features of length 1.
+
+        Args:
+            input_ids: [texts, length].
+            attention_mask: [texts, length], nonzero where a token is real.
+
+        Returns:
+            The features, [texts, width].
+        """
         ...
 
 
@@ -108,12 +132,15 @@ class Retrieval:
         return metrics.recalls(*_similarity(rows))
 
     def matching(self, records: Sequence[Captioned], rows: Sequence[Row], k: int) -> Matching:
-        """The second stage, over all rows that were not skipped.
+        """Build the second stage, over all rows that were not skipped.
 
         Args:
             records: The records of the first stage.
             rows: Its rows.
             k: How many nearest texts of each image, and images of each text, are scored again.
+
+        Returns:
+            The second stage, whose images are in the order of their first rows.
         """
         answered = [row for row in rows if "skipped" not in row]
         by_index = {record.index: record for record in records}

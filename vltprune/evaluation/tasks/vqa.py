@@ -29,11 +29,31 @@ class AnswersQuestions(Protocol):
         answer_mask: Tensor,
         /,
     ) -> tuple[Tensor, Tensor]:
-        """Indices and scores of the best answers, [batch, k] each."""
+        """Rank a list of answers for each question.
+
+        Args:
+            images: [batch, 3, height, width].
+            input_ids: The questions, [batch, length].
+            attention_mask: [batch, length], nonzero where a token is real.
+            answer_ids: The answers, [answers, length]; one list for all questions.
+            answer_mask: [answers, length], nonzero where a token is real.
+
+        Returns:
+            The indices of the best answers, best first, and their scores, both [batch, k].
+        """
         ...
 
     def generate(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, /) -> Tensor:
-        """The input_ids [batch, length] of the answers."""
+        """Generate an answer to each question.
+
+        Args:
+            images: [batch, 3, height, width].
+            input_ids: The questions, [batch, length].
+            attention_mask: [batch, length], nonzero where a token is real.
+
+        Returns:
+            The input_ids of the answers, [batch, answer length].
+        """
         ...
 
 
