@@ -47,13 +47,13 @@ class PruneConfig:
     Args:
         scorer: how much each token matters.
         keep: how many tokens stay: one keeper, or a mapping from tower to keeper, {"image": "ratio(0.5)", "text":
-            "ratio(0.7)"}, which has one for every tower that is pruned.
+            "ratio(0.7)"}. A mapping has a keeper for every tower that is pruned.
         reducer: what becomes of the others.
         guide: what relates the tokens of all towers to shared anchors; None for none.
-        at: None, every block of every tower; depths, as one number or any collection of them (a list, range, set, array or
-            tensor), counted from 0, from the end where they are negative (-1 is the last block), or fractions of the depth in
-            [0, 1); or a mapping from tower ("image", "text") to either. Towers that a mapping does not name are left alone.
-            Empty depths prune nowhere.
+        at: the depths to prune: one number or any collection of them (a list, range, set, array or tensor). Whole numbers count
+            blocks from 0, negative ones from the end (-1 is the last block). Floats are fractions of the depth in [0, 1). None
+            is every block; empty depths prune nowhere. A mapping from tower ("image", "text") gives each tower its own depths.
+            Towers that it does not name are not pruned.
 
     Raises:
         LookupError, TypeError, ValueError: for wrong names and arguments, with the nearest right one.

@@ -24,6 +24,9 @@ def current_config(config: PruneConfig, towers: Mapping[str, PrunedEncoder]) -> 
         config: the config that they were built with.
         towers: the pruned towers by name.
 
+    Returns:
+        The config, with the arguments that were set since.
+
     Raises:
         ValueError: where no config builds them: parts of another type, other depths, arguments that differ between depths.
     """

@@ -14,12 +14,15 @@ from ..core.tokens import PackedTokens
 def reach_weights(tokens: PackedTokens, *parts: nn.Module | None) -> PackedTokens:
     """Connects the trainable weights of parts to tokens with a zero gradient.
 
-    DistributedDataParallel waits for the gradients of all weights in each step, and some weights may get none, such as those of
-    a guide's map where nothing is fused. Outside torch.distributed, and without gradients, the tokens are returned unchanged.
+    DistributedDataParallel waits for the gradients of all weights in each step. Some weights may get none, such as those of a
+    guide's map where nothing is fused. Outside torch.distributed, and without gradients, the tokens are returned unchanged.
 
     Args:
         tokens: the tower's output.
         *parts: modules whose weights are connected; None is ignored.
+
+    Returns:
+        The tokens, with equal contents.
     """
     if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
         return tokens

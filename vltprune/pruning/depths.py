@@ -23,7 +23,19 @@ def freeze_depths(at: object) -> FrozenDepths | FrozenDict:
 
 
 def block_indices(at: FrozenDepths, tower: str, depths: int) -> tuple[int, ...]:
-    """The blocks that `at` means in a tower of `depths` blocks. ValueError for depths that it does not have."""
+    """The blocks of a tower that the depths of a config select.
+
+    Args:
+        at: the depths, as `freeze_depths` returns them. None selects every block.
+        tower: the tower's name, for the error.
+        depths: the number of blocks of the tower.
+
+    Returns:
+        Their indices, ascending, each once.
+
+    Raises:
+        ValueError: for depths that the tower does not have.
+    """
     if at is None:
         return tuple(range(depths))
     wrong = [d for d in at if not -depths <= d < depths]

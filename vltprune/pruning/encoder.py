@@ -47,8 +47,8 @@ class PrunedEncoder(Tower):
     """A tower that prunes its tokens: it takes what the dense tower takes and returns what that returns.
 
     `host` is the dense tower itself, unchanged, with which it shares its weights. The state dict has the dense tower's own
-    names, and `pruners.*` and `guide.*`. In a composite model the guide is registered by that model, because its towers
-    share it, and so is the host where it is the composite model itself: no tensor is registered twice.
+    names, and `pruners.*` and `guide.*`. A composite model registers the guide itself, because its towers share it. It also
+    registers the host where that is the composite model itself: no tensor is registered twice.
 
     Args:
         host: the dense tower.
@@ -149,6 +149,11 @@ class PrunedEncoder(Tower):
 
         Returns:
             The tokens that left the last block, before the host's final norm and pooling, and the inputs of the blocks.
+
+        Raises:
+            RuntimeError: for a block that FSDP sharded by itself.
+            TypeError: for arguments that the dense tower does not take.
+            ValueError: for inputs that the dense tower cannot take.
         """
         self._warn_of_noise()
         inputs = self.adapter.bind_arguments(self.host, *inputs, **named)

@@ -63,6 +63,9 @@ class Part:
             kind: "guide", "scorer", "keep" or "reducer". With it the part must be registered and take these arguments, and
                 arguments by position get their names from its signature.
 
+        Returns:
+            The Part.
+
         Raises:
             LookupError: for a name that is not registered as this kind.
             TypeError: for a spec of another type, and for arguments that the part does not take.
@@ -95,9 +98,21 @@ class Part:
 
 
 def registered_part(kind: str, name: str, values: Sequence[object], args: Mapping[str, object]) -> Part:
-    """The Part of a registered name, with arguments by position and by name, checked against the maker's signature.
+    """The Part of a registered name, whose arguments are checked against the maker's signature.
 
-    Raises LookupError for a name that is not registered, and TypeError for arguments that it does not take.
+    Args:
+        kind: "guide", "scorer", "keep" or "reducer".
+        name: the registered name.
+        values: the arguments by position.
+        args: the arguments by name.
+
+    Returns:
+        The Part, with all arguments by name.
+
+    Raises:
+        LookupError: for a name that is not registered as this kind.
+        TypeError: for arguments that the maker does not take, and for values of another type than its signature has.
+        ValueError: for numbers that are not finite.
     """
     registry, passed = KINDS[kind]
     what = f"{registry.kind} {name!r}"

@@ -27,7 +27,7 @@ def attention() -> PruneConfig:
 
     Tokens that resemble each other share the attention that they receive. No guide is needed, so that it fits any tower. A
     budget sets the error. At half the MACs of 256 patches, `distortion` recalls 48.8 of 53.1 points on photographs and a ratio
-    45.7; on pages `distinct_attention` recalls 31.2 and `self_attention` 21.8 (docs/results.md, docs/ablations.md).
+    45.7. On pages `distinct_attention` recalls 31.2 and `self_attention` 21.8 (docs/results.md, docs/ablations.md).
     """
     return PruneConfig(scorer="distinct_attention", keep="distortion(error=0.1)", reducer="fuse")
 
@@ -45,7 +45,7 @@ def madtp() -> PruneConfig:
 def madtp_decay() -> PruneConfig:
     """For training: MADTP's scores and guide, and one ratio for all instances that prunes most at the first block.
 
-    At 70 % fewer MACs it recalls 42.6 on photographs after 600 steps, and MADTP's threshold with the same decay 37.3; at 80 %
+    At 70 % fewer MACs it recalls 42.6 on photographs after 600 steps, and MADTP's threshold with the same decay 37.3. At 80 %
     it answers 77.1 % of synthetic pairs after 300 steps, and `madtp` 71.9 % (docs/ablations.md).
     """
     return PruneConfig(

@@ -20,7 +20,21 @@ from .pruner import build_like
 
 
 def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Parts]) -> PrunedModel:
-    """`vltprune.prune` without a cost to set; its arguments, result and errors are described there."""
+    """Builds a pruned model that shares the dense model's weights; `vltprune.prune` without a cost to set.
+
+    Args:
+        model: a tower or a composite of two, as `vltprune.prune` takes it. It is unchanged.
+        preset: the name of a preset, or a PruneConfig.
+        **parts: single parts in place of the preset's, as `PruneConfig.replace` takes them.
+
+    Returns:
+        The pruned model, which has `.pruning` and `.host`.
+
+    Raises:
+        TypeError: for a model that is wrapped, already pruned or without a host, and for `preset` of another type.
+        LookupError: for a preset or part that is not registered.
+        ValueError: for a tower that the model lacks, and for parts that need what a tower lacks.
+    """
     if unwrapped(model) is not model:
         raise TypeError(
             f"a {type(model).__name__} wraps a {type(unwrapped(model)).__name__}: prune that one, and wrap what `prune` "
@@ -73,7 +87,16 @@ def _assemble(
 
 
 def build_guide(config: PruneConfig, specs: Mapping[str, BlockSpec], model: nn.Module) -> AlignmentGuide | None:
-    """Builds the guide of a config for towers with these specs (any depth of each); None where the config has none."""
+    """Builds the guide that the towers of a model share.
+
+    Args:
+        config: the config, for its guide.
+        specs: one BlockSpec per tower name, of any depth.
+        model: the dense model, whose dtype and device the guide gets.
+
+    Returns:
+        The guide; None where the config has none.
+    """
     if config.guide is None:
         return None
     part = config.part("guide")

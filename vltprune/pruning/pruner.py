@@ -75,6 +75,13 @@ class Pruner(nn.Module):
     def build(cls, config: PruneConfig, spec: BlockSpec) -> Pruner:
         """Builds the parts of a config for one block.
 
+        Args:
+            config: the scorer, keeper and reducer.
+            spec: the block. Its tower selects the keeper, where `keep` is given by tower.
+
+        Returns:
+            The pruner.
+
         Raises:
             ValueError: for parts that need what the block does not have.
         """
@@ -102,6 +109,9 @@ class Pruner(nn.Module):
             stats: the attention statistics that `needs` declares.
             guidance: how the tokens relate to the guide's anchors. None without a guide.
             least: how many unprotected tokens of each instance stay in any case, those of largest score.
+
+        Returns:
+            The plan, the scores and, in soft training, the keep probabilities.
 
         Raises:
             ValueError: for soft training of a keeper without a margin, and under torch.jit.trace for counts that depend on the
@@ -151,6 +161,9 @@ def build_like(host: nn.Module, build: Callable[P, M], *args: P.args, **named: P
         build: what builds the module.
         *args: arguments of `build`.
         **named: arguments of `build` by keyword.
+
+    Returns:
+        The module.
     """
     with torch.device("cpu"):
         part = build(*args, **named)

@@ -24,8 +24,8 @@ def use_dense_names(encoder: nn.Module) -> None:
 def fqn_modifiers(encoder: nn.Module) -> dict[str, str]:
     """For torch.distributed.checkpoint: each of the host's names, mapped to the attribute of the encoder that has it.
 
-    The attribute is "_dense", which is the host, and not "host": that would also rename parameters, of which the optimizer's
-    state speaks, and these go by their place in the module tree.
+    The attribute is "_dense", which is the host, and not "host". That would also rename the parameters in the optimizer's
+    state, and these go by their place in the module tree.
     """
     host = encoder._modules.get(HOST)
     if host is None:

@@ -172,8 +172,8 @@ def collect(tokens: bool = False, threads: bool = True) -> Iterator[list[PruneTr
     Args:
         tokens: whether each `LayerTrace.tokens` holds the tokens that left its block, as features of single blocks. (Forward
             hooks on blocks do not fire, because a block is run in parts.) Otherwise they are not kept in memory.
-        threads: whether threads that collect nothing themselves, such as the workers of a pool, report to this list too, in
-            the order in which their calls end.
+        threads: whether threads that collect nothing themselves, such as the workers of a pool, report to this list too.
+            Their traces come in the order in which the calls end.
 
     Yields:
         The list of traces, one per call of a tower.
