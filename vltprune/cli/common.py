@@ -128,6 +128,22 @@ def image_folders(args: argparse.Namespace) -> Images:
     return folders
 
 
+def add_batching(parser: argparse.ArgumentParser, what: str, batch_size: int, limit: int | None = None) -> None:
+    """Add --limit and --batch-size, of a command that reads images or records in batches.
+
+    Args:
+        parser: The command's parser.
+        what: What it reads, as the help text writes it, such as "images".
+        batch_size: The default of --batch-size.
+        limit: The default of --limit; None for all.
+    """
+    default = "all" if limit is None else "%(default)s"
+    first = f"only the first N {what} (default: {default})"
+    parser.add_argument("--limit", type=options.positive, default=limit, metavar="N", help=first)
+    at_a_time = f"{what} at a time (default: %(default)s)"
+    parser.add_argument("--batch-size", type=options.positive, default=batch_size, metavar="N", help=at_a_time)
+
+
 def use_threads(threads: int | None) -> None:
     """Set the number of CPU threads; None leaves it to torch."""
     if threads is not None:

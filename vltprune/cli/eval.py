@@ -40,10 +40,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         metavar="DIR",
         help="folder for the results; one of the same settings resumes where it was stopped (default: eval/TASK/MODEL)",
     )
-    parser.add_argument("--limit", type=options.positive, metavar="N", help="only the first N records (default: all)")
-    parser.add_argument(
-        "--batch-size", type=options.positive, default=16, metavar="N", help="records at a time (default: %(default)s)"
-    )
+    common.add_batching(parser, "records", batch_size=16)
     parser.add_argument(
         "--workers",
         type=options.natural,

@@ -57,16 +57,13 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         metavar="N",
         help="images to calibrate on (default: %(default)s)",
     )
-    parser.add_argument("--limit", type=options.positive, metavar="N", help="only the first N images (default: all)")
+    common.add_batching(parser, "images", batch_size=8)
     parser.add_argument(
         "--draw",
         type=options.natural,
         default=16,
         metavar="N",
         help="draw what was kept of the first N images (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size", type=options.positive, default=8, metavar="N", help="images at a time (default: %(default)s)"
     )
     parts.add(parser)
     common.add_pretrained(parser)

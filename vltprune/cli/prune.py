@@ -57,16 +57,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     )
     vocabulary = "for BLIP: vocab.txt or tokenizer.json (default: the hub's %(default)s)"
     parser.add_argument("--vocabulary", type=options.vocabulary, default=BERT, metavar="PATH", help=vocabulary)
-    parser.add_argument(
-        "--limit",
-        type=options.positive,
-        default=64,
-        metavar="N",
-        help="images or records to calibrate on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size", type=options.positive, default=16, metavar="N", help="of them at a time (default: %(default)s)"
-    )
+    common.add_batching(parser, "images or records", batch_size=16, limit=64)
     common.add_output(parser, "pruned/MODEL")
     parts.add(parser)
     common.add_pretrained(parser)
