@@ -24,6 +24,9 @@ class BlipVision(VisionTransformer):
         depth: Number of blocks.
         heads: Attention heads of each block.
         drop_path: Stochastic depth of the last block; it grows linearly over the blocks.
+
+    Raises:
+        ValueError: If `image_size` is no multiple of `patch_size`.
     """
 
     def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int, drop_path: float = 0.0):
@@ -64,6 +67,9 @@ class Blip(nn.Module):
         merge_from: First text layer whose streams are merged by a linear layer, where a sentence has several images.
         dropout: Dropout probability of the text tower.
         drop_path: Stochastic depth of the image tower's last block.
+
+    Raises:
+        ValueError: If `image_size` is no multiple of `patch_size`, or `text_width` of `text_heads`.
     """
 
     images_per_sentence = 1
@@ -108,7 +114,18 @@ class Blip(nn.Module):
         return summary_token(self.visual(images))
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """First-token features [batch, text_width] of input_ids and attention_mask [batch, length], without an image."""
+        """Encode sentences without an image.
+
+        Args:
+            input_ids: Token ids [sentences, length].
+            attention_mask: [sentences, length], nonzero where a token is real; None for everywhere.
+
+        Returns:
+            First-token features [sentences, text_width].
+
+        Raises:
+            ValueError: For ids of another shape or out of range, and for sentences past `max_positions`.
+        """
         return summary_token(self.text(input_ids, attention_mask))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -130,7 +147,15 @@ class Blip(nn.Module):
 
 
 class BlipNlvr(Blip):
-    """BLIP for NLVR2: classifies whether a sentence is true of two images. The arguments are those of `Blip`."""
+    """BLIP for NLVR2: classifies whether a sentence is true of two images.
+
+    Args:
+        image_size, patch_size, vision_width, vision_depth, vision_heads, drop_path: As in `Blip`.
+        text_width, text_depth, text_heads, vocab_size, max_positions, merge_from, dropout: As in `Blip`.
+
+    Raises:
+        ValueError: If `image_size` is no multiple of `patch_size`, or `text_width` of `text_heads`.
+    """
 
     images_per_sentence = 2
 
@@ -166,5 +191,13 @@ def summary_token(tokens: Tensor | PackedTokens) -> Tensor:
 
 
 def replace_first(input_ids: Tensor, token: int) -> Tensor:
-    """input_ids [batch, length] with `token` in the place of each first one, which tells the text tower its task."""
+    """Replace each sentence's first token, which tells the text tower its task.
+
+    Args:
+        input_ids: Token ids [..., length].
+        token: Id of the new first token.
+
+    Returns:
+        New token ids [..., length].
+    """
     return torch.cat([torch.full_like(input_ids[..., :1], token), input_ids[..., 1:]], -1)

@@ -37,6 +37,9 @@ class BlipCaption(nn.Module):
         bos_id: Token that begins a caption.
         eos_id: Token that ends a caption.
         pad_id: Token that fills the row behind the end.
+
+    Raises:
+        ValueError: If `image_size` is no multiple of `patch_size`, or `text_width` of `text_heads`.
     """
 
     images_per_sentence = 1
@@ -88,13 +91,19 @@ class BlipCaption(nn.Module):
     def loss(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, label_smoothing: float = 0.1
     ) -> Tensor:
-        """Cross-entropy with smoothed labels, a scalar: the mean over all tokens but the prompt's and padding.
+        """Cross-entropy with smoothed labels: the mean over all tokens but the prompt's and padding.
 
         Args:
             images: As in `forward`.
             input_ids: As in `forward`.
             attention_mask: As in `forward`.
             label_smoothing: Share of the target's probability that all tokens get, 0 .. 1.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
         logits = self(images, input_ids, attention_mask)
         losses, counts = next_token_losses(logits, input_ids, attention_mask, len(self.prompt), label_smoothing)
@@ -120,6 +129,10 @@ class BlipCaption(nn.Module):
 
         Returns:
             Token ids [batch, n], prompt and end token included, padded behind the end.
+
+        Raises:
+            ValueError: For images of another shape, for lengths out of order or past `max_positions`, or a penalty that is not positive.
+            FloatingPointError: For logits that are NaN or infinite.
         """
         config = GenerationConfig(self.eos_id, self.pad_id, min_length, max_length, repetition_penalty)
         prompt = torch.tensor([self.prompt], device=images.device).expand(len(images), -1)

@@ -77,11 +77,14 @@ class MedDecoder(nn.Module):
         initialize(self.transform)
 
     def start(self, memory: Tensor | PackedTokens, mask: Tensor | None = None) -> DecoderCache:
-        """Compute keys and values of the memory: the cache before the first token.
+        """Compute keys and values of the memory.
 
         Args:
             memory: Image tokens or hidden states [groups, m, memory_width], or packed ones.
             mask: [groups, m], nonzero where the memory is real; None for everywhere. Packed tokens need none.
+
+        Returns:
+            The cache before the first token.
         """
         memory_mask = None if mask is None else rearrange(mask.bool(), "groups m -> groups 1 1 m")
         if isinstance(memory, PackedTokens):
@@ -134,6 +137,7 @@ class MedDecoder(nn.Module):
 
         Raises:
             ValueError: If `max_length` is past `max_positions`, or the prompt fills it.
+            FloatingPointError: For logits that are NaN or infinite.
         """
         longest = self.body.max_positions
         if config.max_length > longest:

@@ -133,6 +133,9 @@ class NucleusSampling(DecodingStrategy):
     Args:
         top_p: Probability that the nucleus holds, above 0 and at most 1.
         generator: Source of randomness, on the logits' device; None for torch's own.
+
+    Raises:
+        ValueError: If `top_p` is out of range.
     """
 
     top_p: float = 0.9
@@ -164,6 +167,9 @@ class BeamSearch(DecodingStrategy):
     Args:
         num_beams: Sentences per row that are extended side by side.
         length_penalty: Exponent of the length that divides a score; above 0 favors longer sentences.
+
+    Raises:
+        ValueError: If `num_beams` is below 1.
     """
 
     num_beams: int = 3

@@ -25,6 +25,9 @@ class Attention(nn.Module):
         width: Width of the tokens that attend; a multiple of `heads`.
         heads: Number of attention heads.
         memory_width: Width of the tokens attended to; None for `width`.
+
+    Raises:
+        ValueError: If `width` is no multiple of `heads`.
     """
 
     def __init__(self, width: int, heads: int, memory_width: int | None = None):
@@ -42,19 +45,31 @@ class Attention(nn.Module):
         return self._split_heads(self.key(memory)), self._split_heads(self.value(memory))
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend from x [batch, n, width] to keys and values, and project: [batch, n, width].
+        """Attend to given keys and values, and project the output.
 
         Args:
-            x: Tokens that attend.
+            x: Tokens that attend [batch, n, width].
             keys: [batch, heads, m, head_dim].
             values: [batch, heads, m, head_dim].
             mask: Broadcastable to [batch, heads, n, m]: bool, true where a token may attend, or float, added to the logits.
+
+        Returns:
+            [batch, n, width], before the residual.
         """
         context = F.scaled_dot_product_attention(self._split_heads(self.query(x)), keys, values, attn_mask=mask)
         return self.output(rearrange(context, "b h n d -> b n (h d)"))
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`attend` from x [batch, n, width] to memory [batch, m, memory_width]."""
+        """Attend to a memory.
+
+        Args:
+            x: Tokens that attend [batch, n, width].
+            memory: Tokens attended to [batch, m, memory_width].
+            mask: As in `attend`.
+
+        Returns:
+            [batch, n, width], before the residual.
+        """
         return self.attend(x, *self.keys_values(memory), mask)
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -132,7 +147,16 @@ class MedLayer(nn.Module):
         return self.norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [sentences, n, width], memory as in `CrossAttention`, mask of the self-attention -> [sentences, n, width]."""
+        """Run the layer.
+
+        Args:
+            x: Text tokens [sentences, n, width].
+            memory: Image tokens, as in `CrossAttention.forward`; None to leave cross-attention out.
+            mask: Mask of the self-attention, as in `Attention.attend`.
+
+        Returns:
+            [sentences, n, width].
+        """
         x = self.attention_norm(x + self.dropout(self.attention(x, x, mask)))
         if memory is not None and self.cross is not None:
             x = self.cross.norm(x + self.dropout(self.cross(x, memory)))
@@ -152,6 +176,9 @@ class MedEncoder(nn.Module):
         images: Images per sentence.
         merge_from: First layer whose streams are merged by a linear layer rather than averaged.
         dropout: Dropout probability on embeddings and on each branch.
+
+    Raises:
+        ValueError: If `width` is no multiple of `heads`.
     """
 
     def __init__(
@@ -211,7 +238,11 @@ class MedEncoder(nn.Module):
         return self.dropout(self.embedding_norm(x))
 
     def check_memory(self, sentences: int, memories: int) -> None:
-        """Check that `sentences` sentences can be about `memories` images.
+        """Check that the sentences of a batch divide evenly over its images.
+
+        Args:
+            sentences: Number of sentences.
+            memories: Number of images, or of other memories.
 
         Raises:
             ValueError: If the images form no groups, or the groups do not divide the sentences.
@@ -248,7 +279,11 @@ class MedEncoder(nn.Module):
 
 
 class QuestionEncoder(MedEncoder):
-    """A `MedEncoder` whose hidden states are all read by a decoder. Pruned, it returns them packed."""
+    """A `MedEncoder` of questions, to whose hidden states a decoder attends. Pruned, it returns them packed.
+
+    Args:
+        vocab_size, max_positions, width, depth, heads, memory_width, images, merge_from, dropout: As in `MedEncoder`.
+    """
 
 
 def initialize(module: nn.Module) -> None:

@@ -79,7 +79,18 @@ def is_saved_model(model: str) -> bool:
 
 
 def has_random_weights(model: str, pretrained: bool | str | Path | None = None) -> bool:
-    """Whether `resolve_model` would build the model with random weights."""
+    """Whether `resolve_model` would build a model with random weights.
+
+    Args:
+        model: As in `resolve_model`.
+        pretrained: As in `resolve_model`.
+
+    Returns:
+        True for `pretrained=False`, and for a name without a tag where `pretrained` is None; never for a saved model.
+
+    Raises:
+        LookupError: For a name that no library knows.
+    """
     return not is_saved_model(model) and (pretrained is False or (pretrained is None and _parse(model).tag is None))
 
 

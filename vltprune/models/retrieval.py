@@ -36,6 +36,9 @@ class BlipRetrieval(nn.Module):
         embed_dim: Width of the features.
         temperature: Initial temperature of the contrast, a parameter.
         enc_id: Token that begins a sentence which cross-attends to an image.
+
+    Raises:
+        ValueError: If `image_size` is no multiple of `patch_size`, or `text_width` of `text_heads`.
     """
 
     images_per_sentence = 1
@@ -77,7 +80,18 @@ class BlipRetrieval(nn.Module):
         return F.normalize(self.image_projection(summary_token(memory)), dim=-1)
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Features [sentences, embed_dim] of unit length, of input_ids and attention_mask [sentences, length]."""
+        """Encode sentences without an image.
+
+        Args:
+            input_ids: Token ids [sentences, length].
+            attention_mask: [sentences, length], nonzero where a token is real; None for everywhere.
+
+        Returns:
+            Features [sentences, embed_dim] of unit length.
+
+        Raises:
+            ValueError: For ids of another shape or out of range, and for sentences past `max_positions`.
+        """
         return F.normalize(self.text_projection(summary_token(self.text(input_ids, attention_mask))), dim=-1)
 
     def match(self, memory: Tensor | PackedTokens, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -99,5 +113,17 @@ class BlipRetrieval(nn.Module):
         return self.head(summary_token(hidden))
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`match`, from images [batch, 3, H, W]."""
+        """Classify pairs of images and sentences.
+
+        Args:
+            images: [batch, 3, H, W].
+            input_ids: As in `match`.
+            attention_mask: As in `match`.
+
+        Returns:
+            Logits [sentences, 2], as `match`.
+
+        Raises:
+            ValueError: If the shapes do not fit.
+        """
         return self.match(self.visual(images), input_ids, attention_mask)

@@ -39,6 +39,9 @@ class BlipVqa(nn.Module):
         enc_id: Token that begins a question.
         eos_id: Token that ends an answer.
         pad_id: Token that fills the row behind the end.
+
+    Raises:
+        ValueError: If `image_size` is no multiple of `patch_size`, or `text_width` of `text_heads`.
     """
 
     images_per_sentence = 1
@@ -70,13 +73,19 @@ class BlipVqa(nn.Module):
         self.bos_id, self.enc_id, self.eos_id, self.pad_id = bos_id, enc_id, eos_id, pad_id
 
     def encode_questions(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> DecoderCache:
-        """Encode questions with their images: the decoder's cache before the first token of an answer.
+        """Encode questions with their images.
 
         Args:
             images: [batch, 3, H, W].
             input_ids: Token ids of the questions [questions, length], `questions` a multiple of `batch`: consecutive
                 questions are about one image.
             attention_mask: [questions, length], nonzero where a token is real; None for everywhere.
+
+        Returns:
+            The decoder's cache before the first token of an answer, one group a question.
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
         hidden = self.text(replace_first(input_ids, self.enc_id), attention_mask, self.visual(images))
         return self.decoder.start(hidden, attention_mask)
@@ -122,7 +131,7 @@ class BlipVqa(nn.Module):
         weight: Tensor | None = None,
         label_smoothing: float = 0.1,
     ) -> Tensor:
-        """Weighted cross-entropy of the answers with smoothed labels, summed over tokens, the mean over questions: a scalar.
+        """Weighted cross-entropy of the answers with smoothed labels: summed over tokens and answers, the mean over questions.
 
         Args:
             images: As in `encode_questions`.
@@ -133,6 +142,12 @@ class BlipVqa(nn.Module):
             question: As in `forward`.
             weight: How often each answer was given, as a share of its question's, [answers]; None for 1.
             label_smoothing: Share of the target's probability that all tokens get, 0 .. 1.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            ValueError: If the shapes do not fit.
         """
         logits = self(images, input_ids, attention_mask, answer_ids, answer_mask, question)
         losses, _ = next_token_losses(logits, answer_ids, answer_mask, label_smoothing=label_smoothing)
@@ -213,6 +228,10 @@ class BlipVqa(nn.Module):
 
         Returns:
             Token ids [questions, n], start and end token included, padded behind the end.
+
+        Raises:
+            ValueError: If the shapes do not fit, or for lengths out of order or past `max_positions`.
+            FloatingPointError: For logits that are NaN or infinite.
         """
         cache = self.encode_questions(images, input_ids, attention_mask)
         prompt = input_ids.new_full((cache.groups, 1), self.bos_id)

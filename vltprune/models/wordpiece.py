@@ -67,9 +67,13 @@ class BlipTokenizer:
             max_positions: Longest sentence that the model takes, in tokens.
             cache_dir: The hub's cache; None for its default.
 
+        Returns:
+            The tokenizer.
+
         Raises:
             OSError: For a source that is none of these, or that the hub does not give.
             ValueError: For a file without a vocabulary of BERT's.
+            ImportError: Without the `tokenizers` package.
         """
         return cls(_load_vocabulary(_locate(source, cache_dir)), max_positions)
 
@@ -110,7 +114,18 @@ class BlipTokenizer:
         return input_ids, (torch.arange(longest) < lengths[:, None]).long()
 
     def prompt(self, text: str, batch: int = 1) -> Tensor:
-        """Token ids [batch, length] of a text to be continued: `[DEC]` in front and no `[SEP]` behind."""
+        """Encode a text to be continued, the same for a whole batch.
+
+        Args:
+            text: The text; empty for `[DEC]` alone.
+            batch: Number of rows.
+
+        Returns:
+            Token ids [batch, length]: `[DEC]` in front and no `[SEP]` behind.
+
+        Raises:
+            ValueError: For a text longer than `max_positions`.
+        """
         return self.encode(text, first=DEC)[0][:, :-1].repeat(batch, 1)
 
     def decode(self, input_ids: Tensor) -> list[str]:
@@ -136,13 +151,26 @@ class BlipTokenizer:
 def clean_caption(text: str, max_words: int = 30) -> str:
     """Clean a caption as BLIP does: lower case, most punctuation replaced by spaces, cut to `max_words`.
 
-    BLIP cuts captions at 30 words, and the sentences of NLVR2 at 40.
+    Args:
+        text: The caption.
+        max_words: Most words to keep; BLIP keeps 30 of captions, and 40 of the sentences of NLVR2.
+
+    Returns:
+        The words, joined by single spaces.
     """
     return " ".join(re.sub(r"[.!\"()*#:;~]", " ", text.lower()).split()[:max_words])
 
 
 def clean_question(text: str, max_words: int = 30) -> str:
-    """Clean a question as BLIP does: as `clean_caption`, but punctuation is removed without a space."""
+    """Clean a question as BLIP does: as `clean_caption`, but punctuation is removed without a space.
+
+    Args:
+        text: The question.
+        max_words: Most words to keep.
+
+    Returns:
+        The words, joined by single spaces.
+    """
     return " ".join(re.sub(r"[.!\"()*#:;~]", "", text.lower()).split()[:max_words])
 
 
