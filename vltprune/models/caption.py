@@ -131,7 +131,8 @@ class BlipCaption(nn.Module):
             Token ids [batch, n], prompt and end token included, padded behind the end.
 
         Raises:
-            ValueError: For images of another shape, for lengths out of order or past `max_positions`, or a penalty that is not positive.
+            ValueError: For images of another shape, for lengths out of order or past `max_positions`, and for a penalty that is
+                not positive.
             FloatingPointError: For logits that are NaN or infinite.
         """
         config = GenerationConfig(self.eos_id, self.pad_id, min_length, max_length, repetition_penalty)
