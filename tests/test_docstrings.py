@@ -70,7 +70,10 @@ def _parameters(thing):
     is_plain_error = inspect.isclass(thing) and issubclass(thing, Exception) and "__init__" not in vars(thing)
     if is_plain_error or (inspect.isclass(thing) and issubclass(thing, enum.Enum)):
         return []
-    parameters = inspect.signature(thing).parameters.values()
+    try:
+        parameters = inspect.signature(thing).parameters.values()
+    except ValueError:  # a class that has the constructor of a built-in one, such as dict
+        return []
     if inspect.isclass(thing):
         parameters = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return [p.name for p in parameters if p.name != "self"]

@@ -37,6 +37,9 @@ class Registry:
         Args:
             name: an identifier, or several with dots between.
 
+        Returns:
+            The decorator, which returns the maker itself.
+
         Raises:
             ValueError: for a name that is taken, or that is no identifier.
             TypeError: for a maker that cannot be called.
@@ -71,6 +74,16 @@ class Registry:
         """Registers makers within the `with` block, in every thread, in place of others of these names.
 
         What `register` adds within the block stays registered. Blocks may overlap: the one that was entered last wins.
+
+        Args:
+            **makers: the makers by name.
+
+        Yields:
+            The registry.
+
+        Raises:
+            ValueError: for a name that is no identifier.
+            TypeError: for a maker that cannot be called.
         """
         for name, maker in makers.items():
             self._check_name(name)
@@ -113,7 +126,15 @@ def _described(maker: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the names closest to a wrong one, or all of a short list."""
+    """The end of an error message: the names closest to a wrong one, or all of a short list.
+
+    Args:
+        name: the wrong name.
+        known: the right names.
+
+    Returns:
+        The text, which begins with a semicolon; empty where no name is close and more than 12 are known.
+    """
     known = sorted(set(known))
     close = difflib.get_close_matches(name, known, 3, 0.5)
     if close:
@@ -149,6 +170,9 @@ def name_arguments(
         values: the arguments by position.
         arguments: the arguments by name.
         reserved: names of further arguments, which the library passes.
+
+    Returns:
+        All arguments by name.
 
     Raises:
         TypeError: for too many arguments by position, and for one that is given twice.

@@ -12,7 +12,7 @@ def devices() -> list[str]:
 
 
 def check_device(device: str) -> None:
-    """Check that torch can use a device here. ValueError, with the devices that there are, otherwise."""
+    """Checks that torch can use a device here. ValueError, with the devices that there are, otherwise."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError, ImportError):

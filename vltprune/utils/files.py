@@ -23,6 +23,9 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
     Yields:
         The path of an empty temporary file in the target's folder.
+
+    Raises:
+        OSError: where the file cannot be written.
     """
     with _partial_file(Path(target)) as part:
         mode = part.stat().st_mode
@@ -33,7 +36,15 @@ def replacing(target: str | Path) -> Iterator[Path]:
 
 
 def write_text(target: str | Path, text: str) -> None:
-    """Writes a text file atomically in UTF-8. What UTF-8 cannot encode is written with a backslash."""
+    """Writes a text file atomically in UTF-8.
+
+    Args:
+        target: the file to write.
+        text: its contents. What UTF-8 cannot encode is written with a backslash.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
     with replacing(target) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -47,6 +58,9 @@ def replace_together(writes: Mapping[Path, Write], backups: Mapping[Path, Path])
     Args:
         writes: for each target a function that writes its contents to a path. The last target is replaced last.
         backups: for all targets but the last, where the old file is kept while the others are replaced.
+
+    Raises:
+        OSError: where a file cannot be written.
     """
     with contextlib.ExitStack() as stack:
         parts = {target: stack.enter_context(_partial_file(target)) for target in writes}

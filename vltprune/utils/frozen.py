@@ -35,6 +35,9 @@ def frozen(value: object, what: str) -> Any:
         value: any value that JSON has a form for.
         what: the value's name, for errors.
 
+    Returns:
+        The value as immutable plain data.
+
     Raises:
         TypeError: for a value that JSON has no form for.
         ValueError: for a number that is not finite.

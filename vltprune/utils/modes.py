@@ -24,6 +24,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
     Afterwards, also after an error, each module is in its own former mode. That includes frozen blocks of a model in
     training, and the modules of the dense model behind a pruned one.
+
+    Args:
+        *models: the models, wrapped or not.
     """
     before = [(module, module.training) for module in _modules(models)]
     try:

@@ -19,13 +19,30 @@ def say(text: str) -> None:
 
 
 def bar(what: str, total: int | None = None, *, disable: bool | None = False) -> tqdm:
-    """A progress bar on stderr that disappears when it is done. disable: None hides it where stderr is no terminal."""
+    """A progress bar on stderr that disappears when it is done.
+
+    Args:
+        what: the text before the bar.
+        total: the number of steps. None where it is not known.
+        disable: whether to hide the bar. None hides it where stderr is no terminal.
+
+    Returns:
+        The bar, a context manager whose `update` advances it.
+    """
     pace = 0.2 if sys.stderr.isatty() else 5.0  # a log file needs no animation
     return tqdm(desc=what, total=total, unit="", leave=False, dynamic_ncols=True, mininterval=pace, disable=disable)
 
 
 def counted(items: Iterable[T], shown: tqdm) -> Iterator[T]:
-    """Yields the items, and advances a progress bar after each."""
+    """Yields items, and advances a progress bar after each.
+
+    Args:
+        items: the items.
+        shown: the progress bar.
+
+    Yields:
+        Each item, in order.
+    """
     for item in items:
         yield item
         shown.update()

@@ -53,6 +53,12 @@ class Structure:
         """The differences of another structure from this one, in words.
 
         An attribute that only the other one has is no difference, because users set attributes on modules.
+
+        Args:
+            other: the structure of the model as it is now.
+
+        Returns:
+            One text per difference, such as "head.eps is 1e-05 and was 1e-06"; none where both are equal.
         """
         found = []
         for path in {**self.modules, **other.modules}:
