@@ -48,8 +48,8 @@ def save(
         The folder.
 
     Raises:
-        ValueError: for a change of the model that is no argument of it, for only="pruning" of a dense model, for weights that
-            FSDP shards, and for adapters of peft.
+        ValueError: for a change of the model that is no argument of it, and for only="pruning" of a dense model. Also for
+            weights that FSDP shards, and for adapters of peft.
         TypeError: for a quantized model, and for arguments of the model that JSON cannot hold.
         OSError: where the folder cannot be written.
     """
@@ -121,7 +121,15 @@ def load_into(model: nn.Module, path: str | Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load weights as `load_into`, whatever pruning the folder was saved with."""
+    """Load weights as `load_into`, whatever pruning the folder was saved with.
+
+    Args:
+        model: its tensors are overwritten; where loading fails, it stays as it was.
+        path: a folder or a single file.
+
+    Raises:
+        CheckpointError: for a file that is missing or cannot be read, and for tensors that do not fit. All are listed.
+    """
     file = find_weights(path) if path.is_dir() else path
     state, partial = to_own_keys(read_tensors(file), model)
     wanted = model_state(model)

@@ -51,7 +51,19 @@ class SavedConfig:
 
     @classmethod
     def load(cls, folder: Path, name: str = CONFIG) -> SavedConfig:
-        """The config in a folder. CheckpointError where there is no such file, or it is of another format."""
+        """Load the config of a folder.
+
+        Args:
+            folder: the folder of a saved model.
+            name: the config's file there; `PRUNING_FILE` in a folder that another library wrote.
+
+        Returns:
+            The config.
+
+        Raises:
+            CheckpointError: for a file that is missing, is not JSON, or is of another format.
+            TypeError: for fields that are missing, or that this version does not have.
+        """
         file = folder / name
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
@@ -63,7 +75,19 @@ class SavedConfig:
 
     @classmethod
     def from_dict(cls, data: object, file: Path) -> SavedConfig:
-        """The config in a file's parsed JSON. CheckpointError where it is of another format."""
+        """Build the config from a file's parsed JSON.
+
+        Args:
+            data: the parsed JSON.
+            file: where it is from, for the messages.
+
+        Returns:
+            The config.
+
+        Raises:
+            CheckpointError: for another format.
+            TypeError: for fields that are missing, or that this version does not have.
+        """
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
             raise CheckpointError(f"{file} has format {found!r}, this version reads {_FORMAT}")
@@ -80,7 +104,11 @@ class SavedConfig:
         return replace(self, digest=hashlib.sha256(plain.encode()).hexdigest()[:16])
 
     def check(self) -> None:
-        """Raise TypeError, by name, for what JSON cannot hold."""
+        """Check that JSON can hold the config.
+
+        Raises:
+            TypeError: for an argument of the model or of a part that it cannot hold, by name.
+        """
         for name, value in self.model_args.items():
             if not _is_plain(value):
                 raise TypeError(

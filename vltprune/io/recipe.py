@@ -114,7 +114,16 @@ def _built(recipe: Recipe, arguments: Mapping[str, object]) -> nn.Module:
 
 
 def check_shared(model: nn.Module, host: nn.Module, towers: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where a pruned model no longer shares a part with its dense model, which is what is saved."""
+    """Check that a pruned model still shares its parts with its dense model, which is what is saved.
+
+    Args:
+        model: the pruned model.
+        host: the dense model that it was pruned from.
+        towers: the pruned towers by name.
+
+    Raises:
+        ValueError: for parts that are not shared, which it names.
+    """
     if model is host or not any(tower is not model for tower in towers.values()):
         return
     ours, theirs = (dict(one.state_dict(keep_vars=True)) for one in (model, host))
@@ -133,11 +142,14 @@ def check_shared(model: nn.Module, host: nn.Module, towers: Mapping[str, nn.Modu
 
 
 def check_whole(model: nn.Module, adapters: bool = True) -> None:
-    """Raise ValueError, with what to write, for weights that FSDP shards, and for adapters of peft: `load` builds neither.
+    """Check that a model has neither weights that FSDP shards nor adapters of peft: `load` builds neither.
 
     Args:
-        model: that is to be saved.
+        model: the model that is to be saved.
         adapters: whether to look for adapters.
+
+    Raises:
+        ValueError: for such weights or adapters; with what to write.
     """
     for name, module in model.named_modules():
         if is_sharded(module):

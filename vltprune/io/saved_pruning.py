@@ -17,13 +17,16 @@ from .recipe import check_shared
 
 
 def config_to_save(model: nn.Module, arguments: dict[str, object]) -> SavedConfig:
-    """The config.json of a model, without the name of its backbone.
+    """Build the config.json of a model, without the name of its backbone.
 
     Knobs are written with the values that they have now.
 
     Args:
         model: a dense or pruned model.
         arguments: what `create_model` builds the dense model from.
+
+    Returns:
+        The config; of a dense model, one without a pruning.
 
     Raises:
         ValueError: for a pruned model that no longer shares a part with its dense one, and for pruners with parts that were
@@ -46,10 +49,18 @@ def load_pruning(path: Path) -> PruneConfig | None:
 
 
 def parse_pruning(saved: SavedConfig, path: Path) -> PruneConfig:
-    """The PruneConfig of a config.json.
+    """Build the PruneConfig of a saved pruned model.
+
+    Args:
+        saved: its config.json, with a pruning in it.
+        path: its folder, for the message.
+
+    Returns:
+        The PruneConfig.
 
     Raises:
         CheckpointError: for a part of another package that is not registered, with what to import.
+        LookupError: for another part that does not exist.
     """
     assert saved.pruning is not None
     try:
@@ -66,7 +77,15 @@ def parse_pruning(saved: SavedConfig, path: Path) -> PruneConfig:
 
 
 def check_same_pruning(record: Pruning, path: Path) -> None:
-    """Raise CheckpointError for a folder that was saved with other parts, depths or values of knobs than a model has."""
+    """Check that a folder was saved with the parts, depths and values of knobs that a model has.
+
+    Args:
+        record: how the model is pruned.
+        path: the folder; one of another library, or of a dense model, passes.
+
+    Raises:
+        CheckpointError: for another pruning; with both.
+    """
     if "format" not in json.loads((path / CONFIG).read_text(encoding="utf-8")):
         return  # of another library
     saved = load_pruning(path)

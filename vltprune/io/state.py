@@ -24,6 +24,9 @@ def pruning_state(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor
     Args:
         model: a dense or pruned model.
         keep_vars: whether to return the model's own parameters, as in `torch.nn.Module.state_dict`.
+
+    Returns:
+        The tensors by key.
     """
     record = find_pruning(model)
     if record is None:
@@ -44,11 +47,16 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def to_own_keys(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], bool]:
-    """A state dict under this library's keys, and whether it holds the pruning alone.
+    """Rename a state dict's keys to those of this library.
+
+    Tensors of the pruning that a file of a dense model lacks are taken from the model.
 
     Args:
         state: of this library, of BLIP (Salesforce's, MADTP's, transformers'), or of a training script; its keys tell.
-        model: that it is to be loaded into.
+        model: the model that it is to be loaded into.
+
+    Returns:
+        The tensors by key, and whether the file holds the pruning alone.
     """
     pruned = pruning_state(model)
     if not state and find_pruning(model) is not None:
@@ -83,7 +91,15 @@ def _from_state_dict(state: dict[str, Tensor], model: nn.Module, pruned: dict[st
 
 
 def identity_maps(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Linear maps for the anchors of a file that has none, as the MADTP reference: the identity, which changes no token."""
+    """Linear maps for the anchors of a file that has none, as the MADTP reference: the identity, which changes no token.
+
+    Args:
+        state: the file's tensors under this library's keys.
+        wanted: the model's tensors.
+
+    Returns:
+        The maps by key; none where the file has maps or no anchors, or where a map is not square.
+    """
     maps = {key: value for key, value in wanted.items() if key.startswith(_MAPS)}
     weights = [value for value in maps.values() if value.ndim == 2]
     lacking = f"{PRUNING}guide.anchors" in state and not any(key.startswith(_MAPS) for key in state)
@@ -93,7 +109,16 @@ def identity_maps(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
 
 
 def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: Path) -> None:
-    """Raise CheckpointError, with the keys, unless a file's tensors are those wanted, in number and shape."""
+    """Check that a file's tensors are those of a model, by key and shape.
+
+    Args:
+        state: the file's tensors.
+        wanted: the tensors to be loaded.
+        file: the file, for the message.
+
+    Raises:
+        CheckpointError: for tensors that are missing, left over or of another shape; with their keys.
+    """
     missing = [key for key in wanted if key not in state]
     extra = [key for key in state if key not in wanted]
     shapes = [

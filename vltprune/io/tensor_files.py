@@ -59,7 +59,11 @@ def saved_temperature(path: Path) -> float | None:
 
 
 def check_plain(state: Mapping[str, object]) -> None:
-    """Raise TypeError for tensors of quantized layers, which `load` would build unquantized."""
+    """Check that no tensor is of a quantized layer, which `load` would build unquantized.
+
+    Raises:
+        TypeError: for such a tensor, which it names.
+    """
     strange = [key for key, value in state.items() if type(value) not in (Tensor, nn.Parameter)]
     if strange:
         raise TypeError(
@@ -69,11 +73,14 @@ def check_plain(state: Mapping[str, object]) -> None:
 
 
 def storable(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU, none sharing memory with another, as safetensors needs them.
+    """Copy tensors to the CPU, contiguous and none sharing memory with another, as safetensors needs them.
 
     Args:
         state: tensors by name.
         dtype: of the copies of floating-point tensors; None is that of each tensor.
+
+    Returns:
+        The copies by name.
     """
     return {
         key: value.detach()
