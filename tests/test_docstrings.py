@@ -67,7 +67,7 @@ PACKAGE = _package_callables()
 
 def _parameters(thing):
     """Names of the arguments that a caller gives; not those that a base class leaves to its subclasses (*args, **kwargs)."""
-    is_plain_error = inspect.isclass(thing) and issubclass(thing, Exception) and "__init__" not in vars(thing)
+    is_plain_error = inspect.isclass(thing) and issubclass(thing, BaseException) and "__init__" not in vars(thing)
     if is_plain_error or (inspect.isclass(thing) and issubclass(thing, enum.Enum)):
         return []
     try:

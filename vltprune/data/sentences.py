@@ -41,7 +41,7 @@ class Filling(NamedTuple):
 
 
 class Description(NamedTuple):
-    """Attributes that a phrase such as "small red circle" names.
+    """Description of an object, such as "small red circle", by the attributes that it names.
 
     Attributes:
         shape: Index into SHAPES; None where the phrase leaves it open.

@@ -30,6 +30,9 @@ def accelerate_state(dtype: str, device: str | torch.device | None = None) -> It
         dtype: type in which products are computed, of `MIXED_PRECISION`.
         device: where the run trains; None leaves it to Accelerate.
 
+    Yields:
+        Accelerate's state of this process: its device, and its place among the processes.
+
     Raises:
         ValueError: this machine lacks the device, or the processes or the caller's own state have another; or the device
             cannot train in the dtype.

@@ -52,8 +52,8 @@ def compress(
         The model and its results; None in processes other than the first.
 
     Raises:
-        ValueError: `reduction` names a tower that the model lacks or does not prune; the folder is another config's, or
-            was begun from other content under the same names; this machine or process cannot run on `device`, or in the
+        ValueError: `reduction` names a tower that the model lacks or does not prune. Or the folder is another config's, or was
+            begun from other content under the same names. Or this machine or process cannot run on `device`, or in the
             config's dtype. Also what the config's parts raise.
         CheckpointError: `start` does not fit.
         OSError: nothing can be written.

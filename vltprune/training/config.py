@@ -24,12 +24,19 @@ from .fields import parse_fields
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings that MADTP trains a task with (arXiv 2403.02991, experiments)."""
+    """Settings that MADTP trains a task with (arXiv 2403.02991, experiments).
+
+    Args:
+        lr: highest learning rate of AdamW.
+        weight_decay: of AdamW.
+        epochs: length of the run.
+        batch_size: records a step, of all its GPUs together.
+    """
 
     lr: float
     weight_decay: float
     epochs: float
-    batch_size: int  # of all its GPUs together
+    batch_size: int
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -63,20 +70,20 @@ class CompressConfig:
         vocabulary: WordPiece vocabulary, a file or a packaged name.
         answers: for vqa: file of the answers to choose from (None: they are generated).
         k_test: for retrieval by BLIP: how many nearest its matching head judges again in evaluation (0: it does not).
-        start: weights to begin from instead of `model`'s, a folder or a packaged name: of a model that was pruned with the
-            same parts, to a milder cost. `model` still teaches, and is what results are compared with.
+        start: weights to begin from instead of `model`'s, a folder or a packaged name. They are of a model that was pruned
+            with the same parts, to a milder cost. `model` still teaches, and is what results are compared with.
         preset: how to prune, a preset's name.
         parts: parts that replace the preset's own, such as {"reducer": "drop"}.
         freeze: shell patterns of the dense model's parameters that are not trained.
         reduction: share of the dense MACs to save, padding left out; 0 trains the dense model. Or a mapping from tower to a
-            share of its own dense MACs, such as {"image": 0.5, "text": 0.3}: each of these towers has a knob and a controller,
-            and a tower that is left out stays as its parts say. A mapping needs budget="controller", and no `serve`.
+            share of its own dense MACs, such as {"image": 0.5, "text": 0.3}. Each of these towers has a knob and a controller.
+            A tower that is left out stays as its parts say. A mapping needs budget="controller", and no `serve`.
         serve: further shares of the dense MACs. Every second step trains for one of them; the model is calibrated to them
             and evaluated there as well.
         budget: "controller": measured MACs adjust the keeper's knob. "learned": for the first half of the steps tokens are
-            kept softly, and a loss on the expected MACs moves scores and thresholds; then as "controller".
-        ramp: share of the steps over which the target rises from 0 to `reduction` (0: it is there at once, as suits a
-            `start` that is pruned).
+            kept softly, and a loss on the expected MACs moves scores and thresholds. Then as "controller".
+        ramp: share of the steps over which the target rises from 0 to `reduction`. At 0 it is there at once, as suits a
+            `start` that is pruned.
         epochs: length of the run (None: the recipe's, see `RECIPES`).
         steps: length of the run, in place of `epochs`.
         batch_size: records a step, of all processes (None: the recipe's).
@@ -251,7 +258,21 @@ class CompressConfig:
 
     @classmethod
     def from_file(cls, file: str | Path, **changes: Any) -> CompressConfig:
-        """Builds a config from a YAML or JSON file, with some fields changed. Raises as `load_fields` and `from_dict`."""
+        """Builds a config from a YAML or JSON file, with some fields changed.
+
+        Args:
+            file: holds the fields, as a mapping.
+            **changes: fields that replace the file's.
+
+        Returns:
+            The config.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it holds no fields, or a value is wrong.
+            TypeError: there is no such field, or one is missing.
+            LookupError: there is no such task, preset or part.
+        """
         return cls.from_dict({**load_fields(file), **changes})
 
     def to_file(self, file: str | Path) -> None:

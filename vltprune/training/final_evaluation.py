@@ -45,8 +45,8 @@ class CompressResult:
         model: the trained model, in evaluation mode.
         folder: the run's folder.
         rows: one row of results a cost, the dense model's first. It has the reduction that was asked for (0: dense; a
-            mapping where each tower had a target of its own), the knob, and what `evaluator.summarize` gives on the validation
-            split; `matching`, where a model has a second stage: what `evaluator.summarize_matching` gives.
+            mapping where each tower had a target of its own), and the knob. It has what `evaluator.summarize` gives on the
+            validation split, and as `matching`, where a model has a second stage, what `evaluator.summarize_matching` gives.
         skipped: records that could not be trained on since the run was last taken up, and why.
     """
 
@@ -68,6 +68,14 @@ def finish(trainer: Trainer, model: nn.Module, val: Sequence[Any]) -> CompressRe
         trainer: at the end of its run.
         model: what it trained.
         val: records of the validation split.
+
+    Returns:
+        The model and its results.
+
+    Raises:
+        OSError: results cannot be written.
+        ValueError: none of the validation records can be evaluated, or the folder's evaluations are of other settings.
+        FloatingPointError: a model's outputs or scores are NaN or infinite.
     """
     config, folder = trainer.config, trainer.folder
     val = val[: config.val_limit] if config.val_limit else val

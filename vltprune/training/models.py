@@ -29,7 +29,16 @@ def load_dense_model(config: CompressConfig) -> nn.Module:
 
 
 def build_teacher(dense: nn.Module, student: nn.Module, config: CompressConfig) -> nn.Module:
-    """The teacher of a pruned model: its dense model, which records its tokens for distillation."""
+    """Builds the teacher of a pruned model: its dense model, which records its tokens for distillation.
+
+    Args:
+        dense: the dense model, whose weights the teacher shares.
+        student: the pruned model; for saliency the teacher records its tokens where this one prunes.
+        config: says whether saliency is distilled.
+
+    Returns:
+        The teacher, which gives the dense model's answers.
+    """
     return saliency_teacher(dense, student) if config.saliency_weight else prune_towers(dense, "random", at=())
 
 

@@ -18,6 +18,9 @@ def announced(what: str, show: bool = True, total: int | None = None) -> Iterato
         what: the work that begins.
         show: whether anything is shown.
         total: number of the bar's steps, where it is known.
+
+    Yields:
+        The bar; nothing is drawn where `show` is false.
     """
     if show:
         say(f"vltprune: {what} ...")

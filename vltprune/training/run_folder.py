@@ -18,6 +18,10 @@ from .config import CompressConfig
 def check_config(folder: Path, config: CompressConfig) -> None:
     """Makes the folder, and checks that it is no other config's.
 
+    Args:
+        folder: the run's folder.
+        config: the run's config, compared with the one that is saved there.
+
     Raises:
         OSError: the folder cannot be made.
         ValueError: it is another config's; the text names the difference.
@@ -40,6 +44,13 @@ def claim_config(folder: Path, config: CompressConfig) -> None:
     """Writes the config to the folder, which is no other's from now on.
 
     Not before the config was found to fit its model: the folder would refuse the one that is right.
+
+    Args:
+        folder: the run's folder, checked by `check_config`.
+        config: the run's config; one that is saved there already stays.
+
+    Raises:
+        OSError: the config cannot be written.
     """
     file = folder / "config.json"
     with _named_in_errors(folder):
@@ -66,6 +77,9 @@ def hash_contents(
         model: digest of the dense model.
         records: what is trained on.
         val: records of the validation split.
+
+    Returns:
+        A digest by what it is of; None for what the config does not name, or what is no file.
     """
     start = None if config.start is None else zoo.packaged(config.start) or config.start
     names = map(Path, records.names) if isinstance(records, shards.Shards) else _image_files(records)
@@ -90,6 +104,10 @@ def _image_files(records: Sequence[Any]) -> list[Path]:
 
 def claim_contents(folder: Path, contents: dict[str, str | None]) -> None:
     """Writes the digests to the folder, or compares them with those that are there.
+
+    Args:
+        folder: the run's folder.
+        contents: digests as of `hash_contents`.
 
     Raises:
         ValueError: the folder's run began from other content under the same names.

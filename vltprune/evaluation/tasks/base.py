@@ -186,7 +186,7 @@ def tokenizer_for(
         max_length: Longest sentence in tokens; the tower's own maximum holds as well.
 
     Returns:
-        The tokenizer, whose sentences are no longer than the tower's maximum.
+        The tokenizer of the tower's own token ids.
 
     Raises:
         ValueError: If the vocabulary is not the tower's.

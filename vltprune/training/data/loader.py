@@ -36,6 +36,7 @@ class TrainLoader(ABC, Generic[R]):
         workers: worker processes that open records ahead of their use (0: none). They are forked, so that they share the
             records' memory; on systems other than Linux, where that is not safe, there are none.
         pin_memory: whether images are copied to page-locked memory, for a GPU.
+        skipped: notes of what could not be opened so far, each once.
     """
 
     records: Any
@@ -64,7 +65,14 @@ class TrainLoader(ABC, Generic[R]):
         """Dataset, and sampler, of whole batches; an OSError in place of a batch ends the run."""
 
     def batches(self, start: int, stop: int) -> Generator[tuple[list[R], Tensor]]:
-        """Yields records and images [batch, images a record, 3, height, width] of the steps start .. stop.
+        """Batches of the steps start .. stop, in their order.
+
+        Args:
+            start: first step, counted from 0.
+            stop: step to stop before.
+
+        Yields:
+            This process's records of a step, and their images [batch, images a record, 3, height, width].
 
         Raises:
             OSError: nothing can be opened for a step.
@@ -92,7 +100,15 @@ class TrainLoader(ABC, Generic[R]):
 
 @dataclass
 class RecordLoader(TrainLoader[R]):
-    """Batches of a sequence of records. One that cannot be opened is replaced by another, drawn at random."""
+    """Batches of a sequence of records. One that cannot be opened is replaced by another, drawn at random.
+
+    Args:
+        records: the records, in any order.
+        opener, batch_size, rank, world, workers, pin_memory, skipped: as of `TrainLoader`.
+
+    Raises:
+        ValueError: `batch_size` is more than the records, or does not split evenly over the processes.
+    """
 
     records: Sequence[R]
 
@@ -113,7 +129,12 @@ class RecordLoader(TrainLoader[R]):
 
 
 class RecordDataset(Dataset["Batch[R] | OSError"], Generic[R]):
-    """Dataset of batches of opened records, by the keys (step, index) that a `StepSampler` gives."""
+    """Dataset of batches of opened records, by the keys (step, index) that a `StepSampler` gives.
+
+    Args:
+        records: the records.
+        opener: opens them.
+    """
 
     def __init__(self, records: Sequence[R], opener: RecordOpener[R]):
         self.records, self.opener = records, opener

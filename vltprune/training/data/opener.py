@@ -28,7 +28,13 @@ Opened = tuple[R, Tensor, list[Any]]  # a record, its images [images a record, 3
 
 
 class Batch(NamedTuple, Generic[R]):
-    """A step's records, their images [batch, images a record, 3, height, width], and notes of what was skipped."""
+    """Batch of a step: records, their images, and notes of what was skipped.
+
+    Attributes:
+        records: those that were opened.
+        images: [batch, images a record, 3, height, width].
+        skipped: notes of what could not be used.
+    """
 
     records: list[R]
     images: Tensor
@@ -36,7 +42,15 @@ class Batch(NamedTuple, Generic[R]):
 
     @classmethod
     def collate(cls, opened: Iterable[Opened[R]], notes: Iterable[Any] = ()) -> Batch[R]:
-        """A batch of opened records, and further notes."""
+        """Builds a batch from opened records.
+
+        Args:
+            opened: at least one; the records have equally many images, of one size.
+            notes: of what was skipped besides.
+
+        Returns:
+            The batch.
+        """
         records, images, skipped = zip(*opened, strict=True)
         return cls(list(records), torch.stack(images), [*notes, *chain.from_iterable(skipped)])
 
@@ -58,11 +72,26 @@ class RecordOpener(Generic[R]):
     check: Callable[[R], object] | None = None
 
     def rng(self, step: int, index: int) -> np.random.Generator:
-        """The random numbers of one record in one step."""
+        """The random numbers of one record in one step.
+
+        Args:
+            step: of the run.
+            index: of the record.
+
+        Returns:
+            A generator that depends on the seed and these two alone.
+        """
         return np.random.default_rng((self.seed, step, index))
 
     def open_first(self, candidates: Iterable[Candidate[R]], rng: np.random.Generator) -> Opened[R]:
         """Opens the first candidate that can be used.
+
+        Args:
+            candidates: in the order of preference; each loads a record, and makes the note if it cannot be used.
+            rng: draws the crops, where `augment` is set.
+
+        Returns:
+            The record, its images [images a record, 3, height, width], and the notes of those before it.
 
         Raises:
             OSError: `TRIES` candidates in a row cannot be used.
@@ -83,7 +112,15 @@ class RecordOpener(Generic[R]):
 
 
 def random_crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A random crop of at least half the image's area, flipped horizontally half of the time."""
+    """A random crop of at least half the image's area, flipped horizontally half of the time.
+
+    Args:
+        image: of any size; no side of the crop is longer.
+        rng: draws the area, the ratio of the sides, the position, and the flip.
+
+    Returns:
+        The crop, whose ratio of sides is that of the image times 3/4 .. 4/3, as far as it fits.
+    """
     area = rng.uniform(_LEAST_AREA, 1.0) * image.width * image.height
     log_ratio = np.log(_LARGEST_RATIO)
     ratio = np.exp(rng.uniform(-log_ratio, log_ratio)) * image.width / image.height

@@ -22,6 +22,9 @@ class StepSampler(Sampler[list[RecordKey]]):
         rank: this process; it gets its part of each step.
         world: number of processes.
         steps: the steps to go through.
+
+    Raises:
+        ValueError: there are fewer records than `batch_size`, or it does not split evenly over the processes.
     """
 
     def __init__(
@@ -62,6 +65,9 @@ def positions(batch_size: int, rank: int, world: int) -> range:
         batch_size: records a step, of all processes.
         rank: the process.
         world: number of processes.
+
+    Returns:
+        The positions of its records in a step, 0 .. batch_size - 1.
 
     Raises:
         ValueError: the processes cannot get equally many.

@@ -35,6 +35,8 @@ class ShardLoader(TrainLoader[R]):
     - a run that resumes reads again what it had read, without decoding it, and discards it.
 
     Args:
+        records: the shards.
+        opener, batch_size, rank, world, workers, pin_memory, skipped: as of `TrainLoader`.
         buffer: samples, as they are in the files, that shuffling holds in memory.
     """
 
@@ -61,7 +63,18 @@ class ShardLoader(TrainLoader[R]):
         raise ValueError("samples in shards are not counted beforehand: say how many steps, not how many epochs")
 
     def epoch(self, number: int, note: Callable[[SkippedSample], object]) -> Generator[Sample]:
-        """The samples of an epoch, shuffled; `note` is called with what is cut off."""
+        """The samples of an epoch, in its own order of shards, and shuffled.
+
+        Args:
+            number: of the epoch, from 0; with the seed it determines the order.
+            note: called with what is cut off where a shard ends too early.
+
+        Returns:
+            A generator of the samples. Close it, so that open shards are closed.
+
+        Raises:
+            OSError: a shard cannot be opened or read; it comes as the samples are read.
+        """
         from webdataset import filters  # of the extra `train`
 
         seed, names = self.opener.seed, self.records.names
@@ -86,6 +99,13 @@ class ShardDataset(IterableDataset["Batch[R] | OSError"], Generic[R]):
     """Iterable dataset of the batches of some steps. Of several workers each decodes every so many-th step.
 
     A DataLoader takes one batch of each worker in rotation, so that they come in the order of the steps.
+
+    Args:
+        loader: whose stream of samples is cut into steps.
+        steps: the steps to go through.
+
+    Raises:
+        ValueError: `batch_size` does not split evenly over the processes.
     """
 
     def __init__(self, loader: ShardLoader[R], steps: range):

@@ -40,12 +40,26 @@ class TrainBudget:
         self.rotation = CostRotation(model, tuple(costs)) if config.reduction else None
 
     def initialize(self, batches: Iterable[Batch], tick: Callable[[], object], meter: CostMeter) -> None:
-        """Sets the knobs to their first targets, as `Controller.initialize`."""
+        """Sets the knobs to their first targets, as `Controller.initialize`; does nothing where nothing is saved.
+
+        Args:
+            batches: what MACs are measured on.
+            tick: called after each value that was tried.
+            meter: the model's cost meter.
+        """
         if self.rotation is not None:
             self.rotation.initialize(batches, self.target(0), tick, meter)
 
     def target(self, step: int, index: int = 0) -> Target:
-        """Share of the dense MACs to save at a step, of one of the costs; or a share of each tower's own."""
+        """Target of one of the costs at a step.
+
+        Args:
+            step: of the run.
+            index: of the cost: 0 is the config's `reduction`, then its `serve` follow.
+
+        Returns:
+            Share of the dense MACs to save; or, where towers have targets, a share of each tower's own.
+        """
         cost: Target = 0.0 if self.rotation is None else self.rotation.costs[index]
         if isinstance(cost, Mapping):
             return {tower: target(step, self.steps, share, self.config.ramp) for tower, share in cost.items()}
@@ -74,6 +88,10 @@ class TrainBudget:
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Adjusts multiplier and knob to a step's metrics.
+
+        Args:
+            step: of the run.
+            metrics: as of `reduce_metrics`; where MACs were not measured, knobs stay.
 
         Returns:
             The metrics to report: those of the config's `reduction` as they are, of another cost two, under its own names.

@@ -30,6 +30,9 @@ def target(step: int, steps: int, reduction: float, ramp: float) -> float:
         steps: of the whole run.
         reduction: share of the dense MACs to save in the end.
         ramp: share of the steps (0: `reduction` from the first step on).
+
+    Returns:
+        The share, 0 .. `reduction`.
     """
     t = min(step / (ramp * steps), 1.0) if ramp > 0 else 1.0
     return reduction * (1 - (1 - t) ** 3)
@@ -43,6 +46,9 @@ class Controller:
         model: the pruned model.
         saved: running mean of the share that was saved, for people to read.
         tower: whose knob it is, and whose own MACs are meant (None: one knob and the MACs of all towers).
+
+    Raises:
+        ValueError: the keepers have no knob, or several; or nothing is pruned.
     """
 
     model: nn.Module
@@ -151,6 +157,13 @@ class TowerControllers:
     """A controller for each tower that has a target of its own; used as a `Controller`.
 
     Targets and measured shares are mappings from tower to a share of its own dense MACs. Knobs of other towers stay.
+
+    Args:
+        model: the pruned model.
+        towers: names of those that have a target.
+
+    Raises:
+        ValueError: a tower's keepers have no knob, or several; or it is pruned nowhere.
     """
 
     def __init__(self, model: nn.Module, towers: Iterable[str]):
@@ -169,22 +182,39 @@ class TowerControllers:
         tick: Callable[[], object] | None = None,
         meter: CostMeter | None = None,
     ) -> None:
+        """Sets each tower's knob to a first target, as `Controller.initialize`, one tower after the other.
+
+        Args:
+            batches: what MACs are measured on.
+            reduction: share of its own dense MACs to save, by tower.
+            tick: called after each value that was tried.
+            meter: the model's cost meter, where there is one already.
+        """
         inputs = list(batches)
         for name, one in self.towers.items():
             one.initialize(inputs, reduction[name], tick, meter)
 
     def step(self, saved: Mapping[str, float], wanted: Mapping[str, float]) -> None:
+        """Moves each tower's knob, as `Controller.step`.
+
+        Args:
+            saved: share of its own dense MACs that a step saved, by tower.
+            wanted: its target, by tower.
+        """
         for name, one in self.towers.items():
             one.step(saved[name], wanted[name])
 
     def apply(self) -> None:
+        """Sets the model's knobs to these controllers' values."""
         for one in self.towers.values():
             one.apply()
 
     def state_dict(self) -> dict[str, dict[str, float]]:
+        """The state of each tower's controller."""
         return {name: one.state_dict() for name, one in self.towers.items()}
 
     def load_state_dict(self, state: Mapping[str, dict[str, float]]) -> None:
+        """Restores the controllers, and sets the model's knobs."""
         for name, one in self.towers.items():
             one.load_state_dict(state[name])
 
@@ -197,6 +227,9 @@ class CostRotation:
     Args:
         model: the pruned model.
         costs: targets, each once: shares of the dense MACs of all towers, or of each tower's own.
+
+    Raises:
+        ValueError: the keepers have no knob, or several; or a tower with a target is pruned nowhere.
     """
 
     def __init__(self, model: nn.Module, costs: Sequence[Target]):
@@ -211,7 +244,15 @@ class CostRotation:
         return 1 + step // 2 % others if others and step % 2 else 0
 
     def is_measured(self, step: int, every: int) -> bool:
-        """Whether a step's cost is measured, where each cost is measured at every so many of its steps."""
+        """Whether a step's cost is measured, where each cost is measured at every so many of its steps.
+
+        Args:
+            step: of the run.
+            every: 1 for each step of a cost, 2 for every second one, and so on.
+
+        Returns:
+            Whether it is.
+        """
         others = len(self.costs) - 1
         period = 1 if not others else 2 if self.index(step) == 0 else 2 * others
         return step // period % every == 0
@@ -227,7 +268,14 @@ class CostRotation:
         tick: Callable[[], object] | None = None,
         meter: CostMeter | None = None,
     ) -> None:
-        """As `Controller.initialize`; all costs begin at the same value."""
+        """Sets the knobs to a first target, as `Controller.initialize`; all costs begin at the same value.
+
+        Args:
+            batches: what MACs are measured on.
+            reduction: target of the first cost, as `costs` has it.
+            tick: called after each value that was tried.
+            meter: the model's cost meter, where there is one already.
+        """
         self.controllers[0].initialize(batches, reduction, tick, meter)
         self.load_state_dict([self.controllers[0].state_dict()] * len(self.controllers))
 

@@ -31,6 +31,9 @@ def initialize(
 
     Returns:
         The work of a decoder, None for a model that has none or saves nothing.
+
+    Raises:
+        ValueError: there are no batches to fit the guide to, as where no record can be opened.
     """
     config = budget.config
     with evaluating(model):  # here, and not again for each of many measurements

@@ -74,7 +74,12 @@ class MetricsLogger:
         self.bar.update()
 
     def report(self, step: int, **more: float) -> None:
-        """Writes means since the last report, and `more`: to the history, behind the bar, to the trackers."""
+        """Writes means since the last report, and `more`: to the history, behind the bar, to the trackers.
+
+        Args:
+            step: of the run; the row's `step`.
+            **more: further numbers, written as they are.
+        """
         seen, self._seen = self._seen, []
         seconds, self._began = time.perf_counter() - self._began, time.perf_counter()
         if not seen or not self.accelerator.is_main_process:

@@ -23,8 +23,8 @@ def reduce_metrics(pieces: Sequence[Mapping[str, Any]], accelerator: Accelerator
         accelerator: Accelerate's.
 
     Returns:
-        Plain numbers by name. Where MACs were measured, `saved` is the saved share of the dense MACs, `saved image` that
-        of the image tower's own, and `kept image` its tokens at the input and behind each layer.
+        Plain numbers by name. Where MACs were measured, `saved` is the saved share of the dense MACs, and `saved image` that
+        of the image tower's own. `kept image` is the image tower's tokens at the input and behind each layer.
     """
     means: dict[str, Tensor] = {}
     for name in pieces[0]:
@@ -45,7 +45,15 @@ def reduce_metrics(pieces: Sequence[Mapping[str, Any]], accelerator: Accelerator
 
 
 def tower_metrics(name: str, value: float | Mapping[str, float]) -> dict[str, float]:
-    """A metric by its name; one of each tower by the name and the tower's."""
+    """A metric by its name; one of each tower by the name and the tower's.
+
+    Args:
+        name: of the metric.
+        value: one for all towers, or one for each.
+
+    Returns:
+        Numbers by name, such as "knob image".
+    """
     return {f"{name} {tower}": one for tower, one in value.items()} if isinstance(value, Mapping) else {name: value}
 
 

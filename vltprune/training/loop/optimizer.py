@@ -22,19 +22,31 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
         step: of the run.
         steps: of the whole run.
         warmup: share of the steps over which it rises.
+
+    Returns:
+        The share, 0 .. 1.
     """
     rise = min((step + 1) / (warmup * steps), 1.0) if warmup > 0 else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of each parameter group to its multiple of `lr`."""
+    """Sets the learning rate of each parameter group to its multiple of `lr`.
+
+    Args:
+        optimizer: with the groups of `parameter_groups`.
+        lr: learning rate of the weights that were trained before; thresholds and guide have more.
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["lr_multiple"] * lr
 
 
 def freeze(host: nn.Module, patterns: Sequence[str]) -> None:
     """Excludes parameters of the dense model from training.
+
+    Args:
+        host: the dense model.
+        patterns: shell patterns of names of its parameters, such as "text.*".
 
     Raises:
         ValueError: a pattern fits no parameter.
@@ -52,6 +64,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     """AdamW's parameter groups, each with its multiple of the learning rate, `lr_multiple`.
 
     Matrices decay. Vectors, the guide and thresholds do not.
+
+    Args:
+        module: whose parameters are taken, without those that are frozen.
+        weight_decay: of the matrices.
+
+    Returns:
+        The groups that have parameters, at most four: matrices, vectors, keepers, the guide.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay, "lr_multiple": 1.0},
@@ -75,6 +94,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, accelerator: Accelerator, m
         optimizer: with the groups of `parameter_groups`.
         accelerator: Accelerate's.
         max_norm: norm that gradients are clipped to.
+
+    Returns:
+        Whether all are finite; True under a gradient scaler, which finds its scale by those that are not.
     """
     groups = optimizer.param_groups
     weights = [p for group in groups for p in group["params"] if group["lr_multiple"] == 1.0]

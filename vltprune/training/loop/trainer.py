@@ -54,6 +54,12 @@ class Trainer:
         records: what to train on.
         teacher: the dense model that teaches, where something is distilled.
         extra: a further loss.
+
+    Raises:
+        ValueError: `batch_size` does not split into processes and `accumulate` equal parts, or is more than the records; a
+            pattern of `freeze` fits no parameter; or the keepers have no knob.
+        TypeError: the task cannot be trained.
+        OSError: nothing can be read from the shards.
     """
 
     config: CompressConfig

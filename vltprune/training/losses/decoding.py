@@ -16,7 +16,12 @@ from ...utils.modes import evaluating
 
 @dataclass(frozen=True)
 class DecodeWork:
-    """The work of a decoder that generated answers for so many instances: sums, as in `DecodeStats`."""
+    """The work of a decoder that generated answers for so many instances: sums, as in `DecodeStats`.
+
+    Args:
+        instances: how many instances answers were generated for.
+        tokens, words, pairs, memories: as of `DecodeStats`, padding included.
+    """
 
     instances: int
     tokens: int

@@ -68,6 +68,9 @@ class Objective(nn.Module, ABC):
             records: of the batch.
             images: [batch, images a record, 3, height, width].
             step: of the run.
+
+        Returns:
+            The sum of the loss, its units, and the logits to distill.
         """
 
     @abstractmethod
@@ -79,11 +82,30 @@ class Objective(nn.Module, ABC):
         """
 
     def teacher_logits(self, model: Any, records: Sequence[Any], images: Tensor, step: int) -> Tensor | None:
-        """Logits of a teacher for the same batch, as `Loss.outputs`."""
+        """Logits of a teacher for the same batch, as `Loss.outputs`.
+
+        Args:
+            model: the teacher.
+            records: of the batch.
+            images: [batch, images a record, 3, height, width].
+            step: of the run; random choices are those of `forward` at this step.
+
+        Returns:
+            [rows, classes]; None where there are none to compare.
+        """
         return self(model, records, images, step).outputs
 
     def choose_text(self, record: Record, texts: Sequence[str], step: int) -> str:
-        """One of several texts of a record, drawn by seed, step and the record's index."""
+        """One of several texts of a record, drawn by seed, step and the record's index.
+
+        Args:
+            record: whose index is used.
+            texts: at least one; of a single one nothing is drawn.
+            step: of the run.
+
+        Returns:
+            The text.
+        """
         if len(texts) == 1:
             return texts[0]
         rng = np.random.default_rng((self.seed, step, record.index))
@@ -97,7 +119,11 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], device: torch.device) -> tup
 
 
 class NlvrObjective(Objective):
-    """Cross-entropy of true and false (NLVR2); a record's further sentences count like its first."""
+    """Cross-entropy of true and false (NLVR2); a record's further sentences count like its first.
+
+    Args:
+        task, model, seed: as of `Objective`.
+    """
 
     images_per_text = 2
 
@@ -113,7 +139,11 @@ class NlvrObjective(Objective):
 
 
 class CaptionObjective(Objective):
-    """Cross-entropy of each next word of one of an image's captions, behind the prompt."""
+    """Cross-entropy of each next word of one of an image's captions, behind the prompt.
+
+    Args:
+        task, model, seed: as of `Objective`.
+    """
 
     def __init__(self, task: Task[Any], model: Any, seed: int = 0):
         super().__init__(task, model, seed)
@@ -140,7 +170,11 @@ class CaptionObjective(Objective):
 
 
 class VqaObjective(Objective):
-    """Cross-entropy of the answers that people gave, each weighed by how many did; answers that belong together are one."""
+    """Cross-entropy of the answers that people gave, each weighed by how many did; answers that belong together are one.
+
+    Args:
+        task, model, seed: as of `Objective`.
+    """
 
     def check(self, record: Question) -> None:
         if not record.answers:
@@ -164,6 +198,9 @@ class ContrastObjective(Objective):
     """Symmetrical cross-entropy of images against texts and back, over the pairs of all processes (CLIP, arXiv 2103.00020).
 
     Pairs of one image are all right for each other.
+
+    Args:
+        task, model, seed: as of `Objective`.
     """
 
     def check(self, record: Captioned) -> None:
@@ -195,6 +232,9 @@ class MomentumObjective(ContrastObjective):
     """BLIP's (arXiv 2201.12086, section 3.2): contrast with queues of an EMA model's features, and matching.
 
     Targets are softened by the EMA model's similarities; `alpha` rises linearly over the first `warmup_steps`.
+
+    Args:
+        task, model, seed: as of `Objective`.
     """
 
     warmup_steps: int = 1000
@@ -213,7 +253,17 @@ class MomentumObjective(ContrastObjective):
         return Loss((contrast + matching) * len(records), _count(len(records), images))
 
     def teacher_logits(self, model: Any, records: Sequence[Captioned], images: Tensor, step: int) -> Tensor:
-        """The contrast's logits, for saliency. They are not distilled: this loss has none to compare."""
+        """The contrast's logits, for saliency. They are not distilled: this loss has none to compare.
+
+        Args:
+            model: the teacher.
+            records: of the batch.
+            images: [batch, 1, 3, height, width].
+            step: of the run; each record's caption is that of `forward` at this step.
+
+        Returns:
+            [2 pairs, pairs of all processes]: of each image's texts, then of each text's images.
+        """
         return self._logits(model, *self._features(model, records, images, step))
 
     def _scale(self, model: Any) -> Tensor:
@@ -229,7 +279,15 @@ OBJECTIVES: Mapping[type, type[Objective]] = {
 
 
 def build_objective(task: Task[Any], model: nn.Module, seed: int = 0) -> Objective:
-    """The objective of a task that is made for a model.
+    """Builds the objective of a task that is made for a model.
+
+    Args:
+        task: the task, made for the model; a `Retrieval` whose model has a head gets BLIP's objective.
+        model: the model, pruned or dense.
+        seed: the run's seed.
+
+    Returns:
+        The objective.
 
     Raises:
         TypeError: the task cannot be trained.

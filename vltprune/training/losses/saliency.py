@@ -21,17 +21,20 @@ def saliency_loss(
 ) -> Tensor:
     """Distance of the scores from how much the dense teacher's answers depend on the same tokens: mean of 1 - correlation.
 
-    A token's saliency at a depth is the norm of the gradient of `curvature_probe` with respect to it: how much the answers
-    would move if the token did. It takes no labels, and one backward pass through the teacher. Scores are compared by their
-    correlation over an instance's tokens, which asks for no scale. Protected tokens are left out, and such as stand for
+    A token's saliency at a depth is the norm of the gradient of `curvature_probe` with respect to it. It says how much the
+    answers would move if the token did. It takes no labels, and one backward pass through the teacher. Scores are compared by
+    their correlation over an instance's tokens, which asks for no scale. Protected tokens are left out, and such as stand for
     several: the dense model has no such tokens.
 
     Args:
         student: traces of the pruned model, by tower, with gradients.
         teacher: traces of the teacher, a `saliency_teacher`, with gradients.
         outputs: [rows, classes] the teacher's logits, with gradients.
-        seed: as of `curvature_probe`.
-        before: as of `curvature_probe`.
+        seed: of the random signs, as of `curvature_probe`.
+        before: rows of the processes before this one, as of `curvature_probe`.
+
+    Returns:
+        [] the mean over instances and depths, 0 .. 2; 0 where nothing is scored that could learn.
     """
     pairs = [
         (pruned.scored, dense.scored)
@@ -52,7 +55,15 @@ def saliency_loss(
 
 
 def saliency_teacher(dense: nn.Module, like: nn.Module) -> nn.Module:
-    """A dense model that records its tokens where the pruned model `like` prunes: it keeps them all there."""
+    """Builds a teacher that records a dense model's tokens where a pruned model prunes.
+
+    Args:
+        dense: the dense model, whose weights the teacher shares.
+        like: the pruned model, with the same towers.
+
+    Returns:
+        The teacher; it keeps all tokens, and gives the dense model's answers.
+    """
     at = {name: tuple(map(int, tower.pruners)) for name, tower in get_pruning(like).towers.items()}
     return prune_towers(dense, "random", keep="ratio(ratio=1.0)", at=at)
 
@@ -66,6 +77,9 @@ def curvature_probe(logits: Tensor, seed: int, before: int = 0) -> Tensor:
         logits: [rows, classes].
         seed: of the random signs.
         before: how many rows the processes before this one have, so that all draw from one table of signs.
+
+    Returns:
+        [] the scalar, with gradients; the probabilities in it have none.
     """
     p = logits.detach().softmax(-1)
     generator = torch.Generator().manual_seed(seed)

@@ -99,9 +99,10 @@ class TrainModule(nn.Module):
             decode_work: of a decoder in evaluation; the cost counts it in place of the training pass.
 
         Returns:
-            `loss`, [] with gradients; without, scalars of those parts that there are (task, align, distill, saliency,
-            budget, extra), and `violation`, the share of the dense MACs that is too much. With `measure_cost` also macs and
-            dense_macs of an instance, and per tower kept, [1 + depths] tokens, and towers, [2] its MACs and dense MACs.
+            `loss`, [] with gradients, and without gradients scalars of those parts that there are: task, align, distill,
+            saliency, budget, extra. With `target_reduction` also `violation`, the share of the dense MACs that is too much.
+            With `measure_cost` also macs and dense_macs of an instance, and per tower kept, [1 + depths] tokens, and towers,
+            [2] its MACs and dense MACs.
         """
         with collect(threads=False) as traces:
             loss = self.objective(self.model, records, images, step)

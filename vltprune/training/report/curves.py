@@ -23,7 +23,15 @@ _LOSSES = {
 
 
 def costs(rows: Rows, score: str) -> str:
-    """Chart of one score, in percent, against GMACs: a mark for each model, as in the table."""
+    """Chart of one score, in percent, against GMACs: a mark for each model, as in the table.
+
+    Args:
+        rows: Results as of `CompressResult`, the dense model's first.
+        score: The name of the score, a key of the rows' scores.
+
+    Returns:
+        HTML.
+    """
     points = [(row["macs"] / 1e9, 100 * row["scores"][score]) for row in rows]
     path = charts.Line(sorted(points), "#b9bec7", mark=None)
     dots = [charts.Line([point], charts.series_color(i), mark=charts.series_mark(i)) for i, point in enumerate(points)]
@@ -49,7 +57,15 @@ def tokens(record_rows: Sequence[Rows], names: Sequence[str]) -> str:
 
 
 def training(history: Rows, knob: str) -> str:
-    """Charts of losses, saved MACs, the knob, and tokens after the last layer, over the steps."""
+    """Charts of losses, saved MACs, the knob, and tokens after the last layer, over the steps.
+
+    Args:
+        history: The rows of history.jsonl.
+        knob: The names of the knobs, for the titles.
+
+    Returns:
+        HTML; a chart is left out where no row has its numbers.
+    """
     charted = [_curve(f"loss: {label}", history, {name: name}) for name, label in _LOSSES.items()]
     controlled = {f" of the {tower} tower": f" {tower}" for tower in _towers_with_target(history)} or {"": ""}
     for of_tower, suffix in controlled.items():

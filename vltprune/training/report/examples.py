@@ -71,7 +71,10 @@ def examples(
         count: How many records.
 
     Returns:
-        The examples. Exceptions of image decoding and of the model are passed on.
+        The examples, in the order of the records; fewer than `count` where fewer were answered.
+
+    Raises:
+        OSError: An image cannot be decoded. What the model raises is passed on.
     """
     describe_record, describe_rows = _TASKS[name]
     by_index = {record.index: record for record in records}

@@ -59,7 +59,7 @@ class ReportData:
         config: The run's config.
         steps: Training steps.
         calibration_records: How many validation records, from the first, the knob was calibrated on.
-        rows: Results as of `Compressed`, the dense model's first.
+        rows: Results as of `CompressResult`, the dense model's first.
         record_rows: For each of them, the rows of its evaluation, one a record.
         history: The rows of history.jsonl.
     """
@@ -87,7 +87,13 @@ class ReportData:
 
 
 def write(file: Path, data: ReportData, shown: Sequence[Example], missing: str = "") -> None:
-    """Write the report; arguments are those of `page`.
+    """Write the report as an HTML page.
+
+    Args:
+        file: The page; one that exists is replaced.
+        data: What to report.
+        shown: Example records, with what was kept at the config's reduction.
+        missing: Why there are no examples.
 
     Raises:
         OSError: If the file cannot be written.
@@ -102,6 +108,9 @@ def page(data: ReportData, shown: Sequence[Example], missing: str = "") -> str:
         data: What to report.
         shown: Example records, with what was kept at the config's reduction.
         missing: Why there are no examples.
+
+    Returns:
+        The page, self-contained.
     """
     title = f"{Path(data.config.model).name}, {'compressed' if data.config.reduction else 'trained'}"
     body = [

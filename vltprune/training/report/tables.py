@@ -14,7 +14,10 @@ def results(names: Sequence[str], rows: Rows) -> list[list[str]]:
 
     Args:
         names: The names of the rows.
-        rows: Results as of `Compressed`, the dense model's first.
+        rows: Results as of `CompressResult`, the dense model's first.
+
+    Returns:
+        Cells of text, [1 + models, columns].
     """
     dense, main = rows[0], main_score(rows[0]["scores"])
     scores = list(dense["scores"])
@@ -70,7 +73,15 @@ def meanings(header: Sequence[str]) -> dict[str, str]:
 
 
 def matching(names: Sequence[str], rows: Rows) -> list[list[str]]:
-    """The table of retrieval's second stage, of rows that have one; GMACs are of a pair whose image is encoded already."""
+    """The table of retrieval's second stage, of rows that have one; GMACs are of a pair whose image is encoded already.
+
+    Args:
+        names: The names of the rows.
+        rows: Results as of `CompressResult`, each with `matching`.
+
+    Returns:
+        Cells of text: a header, then a row a model.
+    """
     scores = list(rows[0]["matching"]["scores"])
     table = [["validation", *(f"{one} %" for one in scores), "pairs", "GMACs", "saved"]]
     for name, row in zip(names, rows, strict=True):
