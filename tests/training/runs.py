@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+import vltprune as vp
 from vltprune.training import CompressConfig
 
 WORDS = "a above are at below blue both circle circles contain"
@@ -69,6 +71,14 @@ _OWN: dict[str, dict[str, Any]] = {
     "vqa": _IDS,
     "retrieval": {"enc_id": 23, "embed_dim": 16},
 }
+SHORT = {  # a step without a teacher, of a budget whose knob needs no first search, and two records to evaluate
+    "parts": {"guide": "codebook(anchors=4)", "keep": "learned(threshold=-0.5)"},
+    "budget": "learned",
+    "saliency": 0.0,
+    "steps": 1,
+    "val_limit": 2,
+    "k_test": 2,
+}
 
 
 def config(task: str, folder: Path, **changes: Any) -> CompressConfig:
@@ -91,3 +101,8 @@ def config(task: str, folder: Path, **changes: Any) -> CompressConfig:
         "workers": 0,
     }
     return CompressConfig.from_dict({**common, **changes})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the model that a run in a folder has written."""
+    return vp.load(folder / "model").state_dict()
