@@ -12,7 +12,18 @@ _REACH_ANY = ("ratio", "distortion")  # keepers whose knob goes from all tokens 
 
 
 def budget_advice(model: nn.Module, control: BudgetControl, reduction: float, least: float, most: float) -> str:
-    """What to write where no value of a knob saves `reduction`, and its values save `least` to `most`."""
+    """The advice of an error: what to write where no value of a knob reaches a cost.
+
+    Args:
+        model: the pruned model.
+        control: its knob, of all towers or of one.
+        reduction: the fraction of the dense MACs that was to be saved, in (0, 1).
+        least: the smallest fraction that a value of the knob saves.
+        most: the largest fraction that one saves.
+
+    Returns:
+        One sentence, without a period.
+    """
     names = {get_pruning(model).config.part("keep", tower).name for tower in control.towers}
     if least < reduction < most:
         # counts that follow from lengths alone are the same in more batches

@@ -45,7 +45,17 @@ class BlockMacs:
 
     @classmethod
     def from_block(cls, adapter: Host, block: nn.Module, like: PackedTokens, block_input: object) -> BlockMacs:
-        """Measure a block on one token and two, with memories of one token and two."""
+        """Measures a block on one token and two, with memories of one token and two.
+
+        Args:
+            adapter: the Host that runs the block.
+            block: the dense block.
+            like: tokens of the tower, for their width, dtype and device.
+            block_input: what the block gets besides its tokens, for one instance.
+
+        Returns:
+            The MACs per token, per memory token and per pair of both.
+        """
         one = blank_tokens(like, 1)
         with torch.no_grad():
             query = adapter.qkv(block, one, block_input)[0]
@@ -55,7 +65,15 @@ class BlockMacs:
         return cls(query.numel(), qkv, project, *rest)
 
     def after_attention(self, tokens: Tensor, memory: Memory | None) -> Tensor:
-        """MACs [batch] of what follows attention: feed-forward and cross-attention, for numbers of tokens [batch]."""
+        """MACs of what follows attention: feed-forward and cross-attention.
+
+        Args:
+            tokens: [batch], the number of tokens of each instance.
+            memory: what the block cross-attends to. None for none.
+
+        Returns:
+            The MACs of each instance, [batch].
+        """
         if memory is None:
             return self.feed_forward * tokens
         return self.feed_forward * tokens + (self.memory * memory.fraction + self.pair * tokens) * memory.tokens
@@ -64,7 +82,19 @@ class BlockMacs:
 def measure_blocks(
     adapter: Host, blocks: Iterable[nn.Module], like: PackedTokens, block_inputs: Sequence[object]
 ) -> Iterator[BlockMacs]:
-    """The MACs of each block. Blocks that differ in their weights alone, as most of a tower do, are measured once."""
+    """Measures the MACs of each block of a tower.
+
+    Blocks that differ in their weights alone, as most of a tower do, are measured once.
+
+    Args:
+        adapter: the Host that runs the blocks.
+        blocks: the dense blocks, in order.
+        like: tokens of the tower, for their width, dtype and device.
+        block_inputs: what each block gets besides its tokens, for one instance.
+
+    Yields:
+        The BlockMacs of each block, in order.
+    """
     measured: list[tuple[object, BlockMacs]] = []
     for block, block_input in zip(blocks, block_inputs, strict=True):
         sizes = {name: tensor.shape for name, tensor in chain(block.named_parameters(), block.named_buffers())}
@@ -94,12 +124,30 @@ class BlockMeter:
         self.macs, self.pruner, self.guide, self.channels = macs, pruner, guide, channels
 
     def dense(self, tokens: Tensor, memory: Memory | None) -> Tensor:
-        """MACs [batch] of the dense block for so many tokens [batch]."""
+        """MACs of the dense block.
+
+        Args:
+            tokens: [batch], the number of tokens of each instance.
+            memory: what the block cross-attends to. None for none.
+
+        Returns:
+            The MACs of each instance, [batch].
+        """
         macs = self.macs
         return (macs.qkv + macs.project) * tokens + 2 * macs.width * tokens**2 + macs.after_attention(tokens, memory)
 
     def pruned(self, before: Tensor, after: Tensor, memory: Memory | None, layer: LayerTrace) -> Tensor:
-        """MACs [batch] of the pruned block, which so many tokens [batch] enter and leave."""
+        """MACs of the pruned block, its pruner's own scoring included.
+
+        Args:
+            before: [batch], the number of tokens of each instance that enter the block.
+            after: [batch], the number of those that leave it.
+            memory: what the block cross-attends to. None for none.
+            layer: the block's trace, for what its pruner computed, and where.
+
+        Returns:
+            The MACs of each instance, [batch].
+        """
         macs = self.macs
         projected = after if layer.reduced_early else before
         block = (
@@ -139,12 +187,16 @@ class Memory:
 
     @classmethod
     def from_block_input(cls, block_input: object, batch: int, dense: Layout | None = None) -> Memory | None:
-        """The memory in the input of a block; None where it has none.
+        """The memory in the input of a block.
 
         Args:
-            block_input: of the block.
-            batch: instances of the tower.
-            dense: the layout, image after image of each group, to count instead.
+            block_input: what the block gets besides its tokens.
+            batch: the number of instances of the tower.
+            dense: the layout of the dense memory, image after image of each group, to count instead. None counts the tokens
+                of the memory itself.
+
+        Returns:
+            The memory; None where the block has none.
         """
         if not is_memory(block_input):
             return None
@@ -161,9 +213,16 @@ def token_counts(layout: Layout) -> Tensor:
 
 
 def measure_macs(run: Callable[..., object], *inputs: object) -> float:
-    """MACs of run(*inputs), by torch's counter, under the math backend: fused attention kernels count as nothing.
+    """MACs of run(*inputs), by torch's counter.
 
-    The inputs are made by the caller, because the counter slows down each operation.
+    The math backend of attention runs, because the counter counts fused kernels as nothing.
+
+    Args:
+        run: the function to count.
+        *inputs: its arguments. The caller makes them, because the counter slows down each operation.
+
+    Returns:
+        The MACs, half of the counter's FLOPs.
     """
     counter = FlopCounterMode(display=False)
     # the counter fails on views made without gradients
@@ -173,7 +232,15 @@ def measure_macs(run: Callable[..., object], *inputs: object) -> float:
 
 
 def blank_tokens(like: PackedTokens, n: int) -> PackedTokens:
-    """One instance of n zero tokens, the first of them the summary."""
+    """One instance of zero tokens, the first of them protected.
+
+    Args:
+        like: tokens of the tower, for their width, dtype and device. Where they have a summary token, the first one is it.
+        n: the number of tokens.
+
+    Returns:
+        The tokens, x [n, dim].
+    """
     first = torch.arange(n, device=like.x.device) == 0
     x = like.x.new_zeros(1, n, like.x.shape[-1])
     return PackedTokens.pack(x, protected=first, summary=first if like.summary is not None else None)
@@ -185,7 +252,15 @@ def is_memory(block_input: object) -> TypeGuard[tuple[PackedTokens, ...]]:
 
 
 def blank_memory(block_input: object, n: int) -> object:
-    """The memory that a block gets, as n zero tokens of one instance; another input as it is."""
+    """The input of a block for one instance, whose memory is zero tokens.
+
+    Args:
+        block_input: what the block gets besides its tokens.
+        n: the number of tokens in each part of the memory.
+
+    Returns:
+        The memory of zero tokens; another input unchanged.
+    """
     return tuple(blank_tokens(view, n) for view in block_input) if is_memory(block_input) else block_input
 
 

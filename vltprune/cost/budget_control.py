@@ -64,13 +64,13 @@ class BudgetControl:
         return [getattr(keeper, self.knob.name) for keeper in self.keepers]
 
     def set(self, value: float) -> None:
-        """Set the knob at every depth."""
+        """Sets the knob at every depth."""
         for keeper in self.keepers:
             setattr(keeper, self.knob.name, value)
 
     @contextlib.contextmanager
     def unless_done(self) -> Iterator[None]:
-        """Restore the value of every depth where the `with` block fails."""
+        """Restores the value of every depth where the `with` block fails."""
         before = self.values
         try:
             yield
@@ -80,7 +80,7 @@ class BudgetControl:
             raise
 
     def commit(self, value: float) -> None:
-        """Set the knob, and write its value into `model.pruning.config`, for the towers that it is of."""
+        """Sets the knob, and writes its value into `model.pruning.config`, for the towers that it is of."""
         self.set(value)
         record = get_pruning(self.model)
         config, pruned = record.config, [name for name, tower in record.towers.items() if tower.pruners]

@@ -56,21 +56,21 @@ def calibrate(
     progress: bool | None = None,
     meter: CostMeter | None = None,
 ) -> Calibration:
-    """Set the knob of a pruned model's keepers so that its mean MACs over `batches` are `reduction` below dense.
+    """Sets the knob of a pruned model's keepers so that its mean MACs over `batches` are `reduction` below dense.
 
     One number sets one value of the knob at every depth of every tower. A mapping sets a value for each tower that it names,
-    so that the tower saves that of its own MACs; the others stay as they are. The values are also written into
+    so that the tower saves that fraction of its own MACs. The others stay as they are. The values are also written into
     `model.pruning.config`.
 
     Args:
         model: a pruned model, wrapped (compiled, in parallel) or not.
         batches: a DataLoader or a list of batches, held in memory and run about ten times, at most 30. A batch is a tensor, a
-            tuple or list of positional inputs, or a mapping of named inputs; tensors are moved to the model's device and
+            tuple or list of positional inputs, or a mapping of named inputs. Tensors are moved to the model's device and
             floating-point type. A function is called with the model, for another method than its call.
         reduction: fraction of the dense MACs to save, in (0, 1), such as 0.5 or {"image": 0.5, "text": 0.3}. Dense MACs are
             those on the tokens that are there, without padding.
         tolerance: relative to the MACs that are to remain.
-        inputs: which part of a batch the model takes, where it holds more, such as labels: a position (0), a key
+        inputs: which part of a batch the model takes, where a batch holds more, such as labels. It is a position (0), a key
             ("pixel_values") or a function of the batch. None passes the whole batch.
         progress: whether to show a progress bar on stderr; None shows it where stderr is a terminal.
         meter: the model's CostMeter, where it is measured again and again.
@@ -109,9 +109,14 @@ def calibrate(
 
 
 def check_targets(model: nn.Module, reduction: float | Mapping[str, float]) -> None:
-    """Refuse a target that `calibrate` cannot search for.
+    """Refuses a target that `calibrate` cannot search for.
+
+    Args:
+        model: a pruned model, wrapped or not.
+        reduction: the fraction of the dense MACs to save, or one for each tower.
 
     Raises:
+        TypeError: for a dense model.
         ValueError: for a target outside (0, 1), and for a tower that the model lacks or does not prune, or whose keeper has
             no knob.
     """
@@ -141,15 +146,22 @@ def measure(
     *,
     inputs: Inputs = None,
 ) -> Calibration:
-    """Measure the mean MACs per instance of a pruned model over batches, at a value of its keepers' knob.
+    """Measures the mean MACs per instance of a pruned model over batches, at a value of its keepers' knob.
 
     Args:
-        model, batches, meter, inputs: as `calibrate` takes them.
+        model: a pruned model, wrapped or not.
+        batches: a DataLoader or a list of batches, as `calibrate` takes them. They are run once.
         value: what the knob is set to. It stays there, unless measuring fails. None leaves the knob as it is.
         tower: the tower whose knob is set. None for the knob of all towers.
+        meter: the model's CostMeter, where it is measured again and again.
+        inputs: which part of a batch the model takes, as in `calibrate`.
 
     Returns:
         The Calibration at this value.
+
+    Raises:
+        ValueError: for a tower that the model lacks or does not prune, and for a keeper without a knob.
+        TypeError: for a dense model, and for batches that the model does not take.
     """
     control = BudgetControl(model, tower)
     with control.unless_done():

@@ -10,7 +10,15 @@ _LITTLE = 0.05  # a tower that saves less of its own MACs is about as slow as de
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction as a percentage, "50.0 %"; what rounds to zero has no sign."""
+    """A fraction as a percentage, such as "50.0 %".
+
+    Args:
+        fraction: the fraction, 1 for 100 %.
+        digits: the number of digits after the point.
+
+    Returns:
+        The text. What rounds to zero has no sign.
+    """
     return f"{round(100 * fraction, digits) + 0.0:.{digits}f} %"
 
 
@@ -20,21 +28,46 @@ def unit_of(macs: float) -> tuple[float, str]:
 
 
 def format_target(reduction: float | Mapping[str, float], unit: str = " %") -> str:
-    """A target in words: "50 %" for one of all towers, "image 50 %, text 30 %" for one of each."""
+    """A target in words: "50 %" for one of all towers, "image 50 %, text 30 %" for one of each.
+
+    Args:
+        reduction: the fraction of the dense MACs to save, or one for each tower.
+        unit: the text after each number.
+
+    Returns:
+        The text.
+    """
     if isinstance(reduction, Mapping):
         return ", ".join(f"{tower} {format_target(one, unit)}" for tower, one in reduction.items())
     return f"{100 * reduction:g}{unit}"
 
 
 def format_saving(macs: float, dense: float, padding: float = 0.0) -> str:
-    """MACs against those of the dense model on the tokens that are there, and those that it spends on padding."""
+    """MACs of a pruned model in words, against those of the dense one.
+
+    Args:
+        macs: MACs of the pruned model.
+        dense: MACs of the dense model on the tokens that are there.
+        padding: MACs that the dense model spends on padding besides.
+
+    Returns:
+        The text, in GMACs.
+    """
     return (
         f"{macs / 1e9:.3f} GMACs, {format_change(macs, dense)} than dense ({dense / 1e9:.3f}){format_padding(padding)}"
     )
 
 
 def format_change(macs: float, dense: float) -> str:
-    """How many MACs fewer than dense, or how many more."""
+    """The change of MACs in words: how many percent fewer than dense, or how many more.
+
+    Args:
+        macs: MACs of the pruned model.
+        dense: MACs of the dense model, above 0.
+
+    Returns:
+        The text, such as "50.0 % fewer".
+    """
     change = 1 - macs / dense
     return f"{percent(abs(change))} {'fewer' if change >= 0 else 'MORE'}"
 
@@ -45,27 +78,41 @@ def format_padding(padding: float) -> str:
 
 
 def format_tower_saving(tower: str, savings: Mapping[str, float]) -> str:
-    """A tower's part of all that is saved, as the tail of a sentence; empty where one tower saves, or none."""
+    """A tower's part of all that is saved, as the tail of a sentence.
+
+    Args:
+        tower: the tower's name.
+        savings: per tower, its part of all that is saved.
+
+    Returns:
+        The text, such as "; 80 % of the saving"; empty where one tower saves, or none.
+    """
     return f"; {percent(savings[tower], 0)} of the saving" if len(savings) > 1 else ""
 
 
 def saving_by_tower(towers: Mapping[str, tuple[float, float]], saved: float) -> dict[str, float]:
-    """Per tower, its part of all MACs that were saved; empty where none were.
+    """The part of each tower in all MACs that were saved.
 
     Args:
         towers: per tower, its MACs and its dense MACs.
-        saved: MACs that all towers together save.
+        saved: MACs that the whole model saves.
+
+    Returns:
+        Per tower, its part, 1 for all; empty where nothing was saved.
     """
     return {tower: (dense - macs) / saved for tower, (macs, dense) in towers.items()} if saved > 0 else {}
 
 
 def note_on_towers(savings: Mapping[str, float], reductions: Mapping[str, float], reduction: float) -> str:
-    """A sentence where nearly all that is saved is one of several towers', or nothing is saved; empty otherwise.
+    """A note where nearly all that is saved is one of several towers', where a tower is as slow as dense, or nothing is saved.
 
     Args:
         savings: per tower, its part of all that is saved.
         reductions: per tower, the fraction of its own dense MACs that is saved.
         reduction: the fraction of all dense MACs that is saved.
+
+    Returns:
+        One or several sentences; empty otherwise.
     """
     if reduction <= 0:
         return "Nothing is saved: this model is no faster than the dense one."

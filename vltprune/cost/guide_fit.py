@@ -28,15 +28,17 @@ def fit_guide(
     inputs: Inputs = None,
     progress: bool | None = None,
 ) -> None:
-    """Place the anchors of a pruned model's guide among its own tokens, by k-means over those of all towers and depths.
+    """Places the anchors of a pruned model's guide among its own tokens, by k-means over those of all towers and depths.
 
     For use without training: the anchors of an untrained codebook are noise. Nothing is pruned meanwhile.
 
     Args:
         model: a pruned model with a guide.
-        batches, inputs, progress: as `calibrate` takes them; batches are run once.
-        seed: of the draw of tokens and of k-means.
-        points: how many tokens are held at most, as many of each tower, later batches more readily.
+        batches: a DataLoader or a list of batches, as `calibrate` takes them. They are run once.
+        seed: the seed of the sampling of tokens and of k-means.
+        points: how many tokens are held at most, as many of each tower. Later batches give more of them.
+        inputs: which part of a batch the model takes, as in `calibrate`.
+        progress: whether to show a progress bar on stderr; None shows it where stderr is a terminal.
 
     Raises:
         ValueError: for a model without a guide, no batches, or fewer tokens than anchors.

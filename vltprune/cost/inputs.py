@@ -26,6 +26,9 @@ def model_inputs(batches: Iterable[object], inputs: Inputs = None) -> Iterator[B
         inputs: the position or key of the model's input in a batch, or a function from a batch to the model's inputs. None
             passes whole batches.
 
+    Yields:
+        The model's inputs of each batch.
+
     Raises:
         TypeError: for one batch in place of several, and for a batch that lacks the position or key.
     """
@@ -36,10 +39,15 @@ def model_inputs(batches: Iterable[object], inputs: Inputs = None) -> Iterator[B
 
 
 def run_batch(model: nn.Module, batch: Batch) -> object:
-    """The model's output for a batch, whose tensors are moved to the model's device and floating-point type.
+    """Runs a model on a batch, whose tensors are moved to the model's device and floating-point type.
 
-    A tensor is the model's input, a sequence its positional inputs, a mapping its named inputs; a function is called with
-    the model.
+    Args:
+        model: the model, dense or pruned.
+        batch: a tensor is the model's input, a sequence its positional inputs, a mapping its named inputs. A function is
+            called with the model.
+
+    Returns:
+        The model's output, or what the function returned.
 
     Raises:
         TypeError, ValueError: where the model does not take several inputs, with the argument that selects among them.

@@ -1,17 +1,17 @@
 """MAC counter: multiply-accumulates of a forward pass, from the traces of the tokens that were kept.
 
-Counted are matrix products (a multiply and an add are one MAC), attention and the pruners' own scoring included; norms,
+Counted are matrix products (a multiply and an add are one MAC), attention and the pruners' own scoring included. Norms,
 activations and softmax are not, as in torch's counter, which gives twice these numbers. Everything in a block but attention
-acts token by token, so a block's costs are measured on one and two tokens and the rest is arithmetic. An instance costs what
+acts token by token. So a block's costs are measured on one and two tokens, and the rest is arithmetic. An instance costs what
 it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted. A
 window (ModernBERT's local blocks) saves nothing: products with keys that it hides are made all the same, here and there.
 
 A dense model also computes on the padding of its texts, which a pruned one skips. That is counted by itself: what pruning
 saves is a fraction of what the dense model spends on the tokens that are there.
 
-A decoder behind the towers, of captions or answers, is counted by what it did: all tokens that it was given or generated, and
-all beams, the memory and the sentences as padded as they were. It is not pruned, but costs less where fewer tokens remain to
-look at.
+A decoder behind the towers, of captions or answers, is counted by what it did: all beams, and all tokens that it was given or
+generated. The memory and the sentences count as padded as they were. A decoder is not pruned, but costs less where fewer
+tokens remain to look at.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def count_macs(model: nn.Module, *inputs: object, **named: object) -> Cost:
-    """Count the MACs of model(*inputs, **named), run without gradients and in evaluation mode. `print` shows a table.
+    """Counts the MACs of model(*inputs, **named), run without gradients and in evaluation mode. `print` shows a table.
 
     For the cost of a dense model, prune it with any config and read `dense_total`, or `padded_total` with its padding. For
     another method than the call, such as `generate`, collect its traces and give them to a `CostMeter`. Threads that count

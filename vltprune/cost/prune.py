@@ -34,10 +34,10 @@ def prune(
     """A model like `model`, called in the same way and returning the same, whose towers prune their tokens.
 
     Args:
-        model: a tower (timm's VisionTransformer or Eva, open_clip's VisionTransformer, TextTransformer, TimmModel or
-            HFTextEncoder, an encoder of transformers, our BlipVision or MedEncoder), or a composite of two (CLIP of open_clip;
-            CLIP, SigLIP or BLIP of transformers; our Blip models), whose towers then have one guide. docs/supported.md
-            lists them all. It is unchanged, and shares its weights with the result.
+        model: a tower or a composite of two, whose towers then have one guide. Towers are those of timm (VisionTransformer,
+            Eva), of open_clip (VisionTransformer, TextTransformer, TimmModel, HFTextEncoder), encoders of transformers, and
+            our BlipVision and MedEncoder. Composites are CLIP of open_clip, CLIP, SigLIP and BLIP of transformers, and our
+            Blip models. docs/supported.md lists them all. The model is unchanged, and shares its weights with the result.
         preset: the name of a preset, or a PruneConfig; required.
         reduction: fraction of the dense MACs to save, in (0, 1), or a mapping from tower to a fraction of its own. An untrained
             guide is placed among tokens of `data` (`fit_guide`), and the budget is set on them (`calibrate`). None leaves both

@@ -63,6 +63,9 @@ class SampleCostMeter:
             traces: of the calls that answered the batch, one a tower.
             texts: how many texts each record has.
 
+        Returns:
+            One SampleCost per record, in order.
+
         Raises:
             ValueError: for several traces of one tower.
         """
