@@ -77,7 +77,10 @@ class Axis:
         Args:
             values: The values to hold.
             form: The format of the labels, as of `format`.
-            zero: Whether the axis begins at 0.
+            zero: Whether the axis includes 0.
+
+        Returns:
+            The axis, from the first label to the last.
         """
         finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(*finite, 0.0) if zero else min(finite), max(finite)

@@ -42,11 +42,14 @@ svg text { font: 13px system-ui, sans-serif; fill: #23272e }
 
 
 def document(title: str, body: Sequence[str]) -> str:
-    """A whole page.
+    """Build a whole page, with its style sheet in it.
 
     Args:
-        title: Plain text.
+        title: The page's title, plain text.
         body: HTML, one element or more each.
+
+    Returns:
+        The HTML document.
     """
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
     head = f'<!doctype html>\n<html lang="en"><head>{head}<title>{escape(title)}</title></head>'
@@ -59,11 +62,14 @@ def card(content: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table.
+    """Build a table.
 
     Args:
         header: The names of the columns, plain text.
         rows: The cells of each row, HTML.
+
+    Returns:
+        The HTML element.
     """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -89,7 +95,15 @@ def state_legend() -> str:
 
 
 def answer(text: str, correct: bool | None) -> str:
-    """A model's answer, marked as right or wrong; unmarked for None, where that is not known."""
+    """A model's answer, marked as right or wrong.
+
+    Args:
+        text: The answer, plain text.
+        correct: Whether it is right; None where that is not known, for no mark.
+
+    Returns:
+        HTML.
+    """
     if correct is None:
         return escape(text)
     css, mark = ("right", "&#10003;") if correct else ("wrong", "&#10007;")
@@ -97,7 +111,15 @@ def answer(text: str, correct: bool | None) -> str:
 
 
 def strip_image(name: str, strip: Image.Image) -> str:
-    """A layer strip (`kept_tokens.layer_strip`) of the model of this name, inside the page."""
+    """A model's layer strip (`kept_tokens.layer_strip`), inside the page.
+
+    Args:
+        name: The model's name, plain text, for screen readers.
+        strip: The strip; it is stored as JPEG.
+
+    Returns:
+        The HTML element.
+    """
     return f'<img class="strip" alt="patches kept by {escape(name)}" src="{_data_address(strip)}">'
 
 

@@ -63,7 +63,15 @@ def instance_states(trace: PruneTrace, instance: int) -> np.ndarray:
 
 
 def grid(patches: int, width: int, height: int) -> tuple[int, int]:
-    """Rows and columns of an image's square patches, from the image's size in pixels.
+    """Rows and columns of an image's square patches.
+
+    Args:
+        patches: Number of patches.
+        width: Width of the image, in pixels.
+        height: Height of the image, in pixels.
+
+    Returns:
+        Rows and columns; their product is `patches`.
 
     Raises:
         ValueError: If no grid of square patches has this number of patches.
@@ -75,11 +83,17 @@ def grid(patches: int, width: int, height: int) -> tuple[int, int]:
 
 
 def overlay(image: Image.Image, states: np.ndarray) -> Image.Image:
-    """An image whose dropped patches are almost black and whose merged patches are teal.
+    """Draw an image with dropped patches almost black and merged patches teal.
 
     Args:
         image: The image that the patches tile.
         states: `TokenState` of each patch, [patches], row by row.
+
+    Returns:
+        An RGB image of the same size.
+
+    Raises:
+        ValueError: If the patches do not tile the image.
     """
     rows, columns = grid(len(states), *image.size)
     cells = Image.fromarray(states.reshape(rows, columns).astype(np.uint8))
@@ -92,7 +106,7 @@ def overlay(image: Image.Image, states: np.ndarray) -> Image.Image:
 
 
 def layer_strip(image: Image.Image, trace: PruneTrace, instance: int, side: int = 128, across: int = 7) -> Image.Image:
-    """One image and, after each block of its tower, an overlay of what the block kept.
+    """Draw an image and, after each block of its tower, an overlay of what the block kept.
 
     Labels give the number of tokens that leave a block, class token included.
 
@@ -102,6 +116,12 @@ def layer_strip(image: Image.Image, trace: PruneTrace, instance: int, side: int 
         instance: The image's index in the traced batch.
         side: Longer side of each drawn image, in pixels.
         across: Images in a row.
+
+    Returns:
+        An RGB image: the input and one overlay a block, row by row.
+
+    Raises:
+        ValueError: If the tower's patches do not tile the image.
     """
     scale = side / max(image.size)
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
@@ -114,18 +134,32 @@ def layer_strip(image: Image.Image, trace: PruneTrace, instance: int, side: int 
 
 
 def record_strip(images: Sequence[Image.Image], trace: PruneTrace) -> Image.Image:
-    """The layer strips of all images of a record that was traced alone, one under another."""
+    """Draw the layer strips of all images of a record that was traced alone, one under another.
+
+    Args:
+        images: The record's images, in the order of the traced batch.
+        trace: The trace of the image tower's call.
+
+    Returns:
+        An RGB image, without a legend.
+
+    Raises:
+        ValueError: If the tower's patches do not tile an image.
+    """
     strips = [layer_strip(image, trace, instance) for instance, image in enumerate(images)]
     return stack_strips(strips, legend=False)
 
 
 def stack_strips(strips: Sequence[Image.Image], titles: Sequence[str] = (), legend: bool = True) -> Image.Image:
-    """Strips one under another, each below its title if it has one, and a legend at the end.
+    """Draw strips one under another, each below its title if it has one, and a legend at the end.
 
     Args:
-        strips: Images of any size.
+        strips: Images of any size, at least one.
         titles: The titles of the first strips; an empty one is left out.
         legend: Whether to write what the colors mean.
+
+    Returns:
+        An RGB image.
     """
     titles = [*titles, *[""] * (len(strips) - len(titles))]
     lines = [*titles, LEGEND if legend else ""]
