@@ -44,13 +44,19 @@ def select_examples(
     results: Mapping[str, ModelResult],
     illustrated: Sequence[str],
 ) -> list[Example]:
-    """The first question of each family, then the first of the others, whatever was answered.
+    """Select the first question of each family, then the first of the others, whatever was answered.
 
     Args:
         models: The models by name.
         batches: The questions, in batches of one size (the last may be smaller).
         results: Every model's result on all the questions.
         illustrated: Names of the pruned models whose kept tokens are drawn.
+
+    Returns:
+        The examples, families first: eight, or one a family where there are more.
+
+    Raises:
+        FloatingPointError: If the logits of a model to draw are NaN or infinite.
     """
     families = next(iter(results.values())).families
     first = {family: families.index(family) for family in dict.fromkeys(families)}
@@ -83,7 +89,18 @@ def _example(
 
 
 def kept_words(sentence: str, trace: PruneTrace) -> list[tuple[str, TokenState]]:
-    """The words of the first sentence of a traced batch, and the state of each after the last layer."""
+    """The words of a traced batch's first sentence, and what the text tower left of each.
+
+    Args:
+        sentence: The sentence, as `WordTokenizer` was given it.
+        trace: The trace of the text tower's call.
+
+    Returns:
+        Each word with its state after the last layer.
+
+    Raises:
+        ValueError: If the sentence has more or fewer tokens than the trace.
+    """
     last = kept_tokens.instance_states(trace, 0)[-1]
     words = [*sentence.lower().strip().removesuffix(".").split(), "[SEP]"]
     return [(word, TokenState(state)) for word, state in zip(words, last.tolist(), strict=True)][:-1]

@@ -65,6 +65,12 @@ def generate_batches(
         seed: The seed of `SyntheticPairs`.
         batch_size: Pairs a batch; the last batch has the rest.
         tick: Called with the number of pairs just generated.
+
+    Returns:
+        The batches, in the split's order.
+
+    Raises:
+        ValueError: For another split, and for numbers below 1.
     """
     generated = SyntheticPairs(split, pairs, seed)
     batches = []
@@ -186,7 +192,14 @@ def _evaluate(model: nn.Module, batches: Sequence[QuestionBatch], tick: Tick | N
 
 
 def true_probability(model: nn.Module, batch: QuestionBatch) -> Tensor:
-    """The probability that a model gives to "true", float32 [batch] on the CPU.
+    """The probability that a model gives to "true".
+
+    Args:
+        model: A dense or pruned `BlipNlvr`.
+        batch: The questions.
+
+    Returns:
+        float32 [batch], on the CPU.
 
     Raises:
         FloatingPointError: If the model's logits are NaN or infinite.
@@ -254,5 +267,16 @@ def _synchronize(on: Tensor) -> None:
 
 
 def relative_time(seconds: Sequence[float], dense: Sequence[float]) -> float:
-    """Median over batches of a model's time divided by the dense model's time on the same batch."""
+    """A model's time relative to the dense model's: the median over batches of the ratio on one batch.
+
+    Args:
+        seconds: The model's seconds, one for each batch.
+        dense: The dense model's seconds on the same batches.
+
+    Returns:
+        The median ratio; below 1 for a faster model.
+
+    Raises:
+        ValueError: For different numbers of batches, and for none.
+    """
     return statistics.median(a / b for a, b in zip(seconds, dense, strict=True))

@@ -66,7 +66,7 @@ _IMAGES = (
 
 
 def page(results: Mapping[str, ModelResult], examples: Sequence[Example], dense: str, seed: int, threads: int) -> str:
-    """The report as an HTML page.
+    """Build the report as an HTML page.
 
     Args:
         results: The results by the models' names, in the order of the rows.
@@ -74,6 +74,9 @@ def page(results: Mapping[str, ModelResult], examples: Sequence[Example], dense:
         dense: The dense model's name.
         seed: The seed of the pairs.
         threads: CPU threads that were used.
+
+    Returns:
+        The HTML document, images and charts included.
     """
     whole = results[dense]
     questions = len(whole.labels)
@@ -102,7 +105,15 @@ def page(results: Mapping[str, ModelResult], examples: Sequence[Example], dense:
 
 
 def table(results: Mapping[str, ModelResult], dense: str) -> list[list[str]]:
-    """The demo's table as plain text: a header, then a row a model."""
+    """Build the demo's table as plain text.
+
+    Args:
+        results: The results by the models' names, in the order of the rows.
+        dense: The dense model's name, for relative times.
+
+    Returns:
+        The cells of each row: a header, then a row a model.
+    """
     rows = [["model", "accuracy", "GMACs/sentence", "MACs saved", "image tokens kept, layer by layer", "time"]]
     for name, result in results.items():
         tokens = " ".join(f"{n:.0f}" for n in result.kept["image"][1:])
