@@ -197,8 +197,8 @@ def summarize(
 
         - scores: the metrics, shares of 1; unscored: what could not be scored on this machine, and why
         - records: how many were evaluated; skipped: the rows of those that were not
-        - macs, dense_macs: multiply-accumulates of an instance (a record's images and one of its texts), and those of the
-          dense model, on tokens that are no padding
+        - macs, dense_macs: multiply-accumulates of an instance (a record's images and one of its texts), and the dense
+          model's, on tokens that are no padding
         - macs_saved: the share that is saved
         - padding: multiply-accumulates that the dense model spends on padding besides
         - towers: per tower, [MACs, dense MACs] of one of its images or texts; tower_padding: the same for padding

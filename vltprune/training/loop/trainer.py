@@ -56,8 +56,8 @@ class Trainer:
         extra: a further loss.
 
     Raises:
-        ValueError: `batch_size` does not split into processes and `accumulate` equal parts, or is more than the records; a
-            pattern of `freeze` fits no parameter; or the keepers have no knob.
+        ValueError: `batch_size` does not split into processes and `accumulate` equal parts, or is more than the records.
+            Or a pattern of `freeze` fits no parameter, or the keepers have no knob.
         TypeError: the task cannot be trained.
         OSError: nothing can be read from the shards.
     """
