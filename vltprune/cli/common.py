@@ -32,12 +32,12 @@ Subparsers = Any  # argparse has no public name for what add_subparsers returns
 
 
 def keywords(pairs: Sequence[str]) -> dict[str, Any]:
-    """Parse assignments, such as "image_size=96" and "keep=ratio(ratio=0.5)", into a dict."""
+    """Parses assignments, such as "image_size=96" and "keep=ratio(ratio=0.5)", into a dict."""
     return {name: options.value(text) for name, _, text in (pair.partition("=") for pair in pairs)}
 
 
 def output_folder(path: str | Path) -> Path:
-    """Create the output folder, and check that it can be written. OSError that names it otherwise."""
+    """Creates the output folder, and checks that it can be written. OSError that names it otherwise."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,12 @@ def output_folder(path: str | Path) -> Path:
 
 
 def add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --output and --overwrite. default: the default folder as the help text writes it."""
+    """Adds --output and --overwrite.
+
+    Args:
+        parser: the command's parser.
+        default: the default folder, as the help text shows it.
+    """
     parser.add_argument(
         "--output", type=options.output, metavar="DIR", help=f"folder for the results (default: {default})"
     )
@@ -58,22 +63,33 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def default_output(command: str, model: str) -> Path:
-    """The folder of a command's results for a model: "features/vit_tiny_patch16_224"."""
+    """The default folder of a command's results for a model.
+
+    Args:
+        command: the command's name, or several folders with slashes between.
+        model: the model argument: a name, a folder, or a repository of the hub.
+
+    Returns:
+        A relative path, such as "features/vit_tiny_patch16_224".
+    """
     name = Path(model).resolve().name if Path(model).is_dir() else model.removeprefix("hf-hub:").replace("/", "-")
     return Path(command, name or "model")
 
 
 def new_folder(path: str | Path, names: Sequence[str], overwrite: bool) -> Path:
-    """Create the output folder of a run that overwrites nothing unless asked.
+    """Creates the output folder of a run that overwrites nothing unless asked.
 
     Args:
-        path: The folder.
-        names: Files and folders that the run will write in it.
-        overwrite: Whether they may exist already.
+        path: the folder.
+        names: files and folders that the run will write in it.
+        overwrite: whether they may exist already.
+
+    Returns:
+        The folder.
 
     Raises:
-        FileExistsError: Where one of them exists and must not be overwritten.
-        OSError: Where the folder cannot be written.
+        FileExistsError: where one of them exists and must not be overwritten.
+        OSError: where the folder cannot be written.
     """
     folder = Path(path)
     there = [name for name in names if (folder / name).exists()]
@@ -85,7 +101,16 @@ def new_folder(path: str | Path, names: Sequence[str], overwrite: bool) -> Path:
 
 
 def check_annotations(option: str, data: str) -> None:
-    """Check that annotations are a file, synthetic or shards. OSError, naming the option, otherwise."""
+    """Checks that annotations are a file, synthetic or shards.
+
+    Args:
+        option: the option's name, for errors.
+        data: the option's value.
+
+    Raises:
+        IsADirectoryError: for a folder.
+        FileNotFoundError: for a file that does not exist.
+    """
     if data.startswith(SYNTHETIC) or shards.is_shard_address(data):
         return
     path = Path(data)
@@ -96,13 +121,21 @@ def check_annotations(option: str, data: str) -> None:
 
 
 def check_folder(option: str, folder: str) -> None:
-    """Check that a folder exists. OSError, naming the option, otherwise."""
+    """Checks that a folder exists.
+
+    Args:
+        option: the option's name, for errors.
+        folder: the option's value.
+
+    Raises:
+        NotADirectoryError: where there is no such folder.
+    """
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"{option}: there is no folder {folder}")
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """Add --images, the folders that the paths of annotations begin in."""
+    """Adds --images, the folders that the paths of annotations begin in."""
     parser.add_argument(
         "--images",
         action="append",
@@ -129,7 +162,7 @@ def image_folders(args: argparse.Namespace) -> Images:
 
 
 def add_batching(parser: argparse.ArgumentParser, what: str, batch_size: int, limit: int | None = None) -> None:
-    """Add --limit and --batch-size, of a command that reads images or records in batches.
+    """Adds --limit and --batch-size, of a command that reads images or records in batches.
 
     Args:
         parser: The command's parser.
@@ -145,13 +178,13 @@ def add_batching(parser: argparse.ArgumentParser, what: str, batch_size: int, li
 
 
 def use_threads(threads: int | None) -> None:
-    """Set the number of CPU threads; None leaves it to torch."""
+    """Sets the number of CPU threads; None leaves it to torch."""
     if threads is not None:
         torch.set_num_threads(threads)
 
 
 def add_pretrained(parser: argparse.ArgumentParser) -> None:
-    """Add --pretrained, for a model that is given by name."""
+    """Adds --pretrained, for a model that is given by name."""
     parser.add_argument(
         "--pretrained",
         nargs="?",
@@ -163,7 +196,7 @@ def add_pretrained(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add --device, a string, and --dtype, a torch.dtype or None for the model's own."""
+    """Adds --device, a string, and --dtype, a torch.dtype or None for the model's own."""
     parser.add_argument(
         "--device",
         type=options.device,
@@ -203,13 +236,23 @@ def load_model(
     dtype: torch.dtype | None = None,
     **arguments: object,
 ) -> nn.Module:
-    """Load the model of a command's model argument onto its device, and say so where its weights are random.
+    """Loads the model of a command's model argument onto its device, and says so where its weights are random.
 
     Args:
-        model, pretrained, preset, default, arguments: As of `resolve_model`.
-        warn_if_dense: Whether random weights matter for a dense model too, as its answers are looked at.
-        device: Where the model runs.
-        dtype: The dtype of its weights; None leaves it as it is.
+        model: the model argument: a name, a folder that `save` wrote, or a repository of the hub.
+        pretrained: the weights of a name: a file or folder; True for those that belong to the name.
+        preset: how to prune, where neither the name nor the saved model says.
+        default: the preset or PruneConfig where nothing else says how to prune. None leaves the model dense.
+        warn_if_dense: whether random weights matter for a dense model too, because its answers are shown.
+        device: where the model runs.
+        dtype: the dtype of its weights. None leaves it unchanged.
+        **arguments: parts of the pruning to replace, and for a name arguments of its backbone.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        LookupError, TypeError, ValueError, CheckpointError: as `resolve_model` raises them.
     """
     loaded = resolve_model(model, pretrained=pretrained, preset=preset, default=default, arguments=arguments)
     if has_random_weights(model, pretrained) and (warn_if_dense or is_pruned(loaded)):
@@ -218,7 +261,12 @@ def load_model(
 
 
 def say_random(model: str, consequence: str) -> None:
-    """Say that a named model has random weights, and how to have trained ones."""
+    """Prints that a named model has random weights, and how to have trained ones.
+
+    Args:
+        model: the model's name.
+        consequence: what follows for the results, as a clause.
+    """
     tags = ModelName.parse(model).tags()
     how = f"append a tag, such as .{tags[0]}" if tags else "give a file of weights with --pretrained PATH"
     say(f"vltprune: {model} has RANDOM weights here: {consequence}. For trained ones, {how}")
@@ -231,7 +279,16 @@ def has_untrained_guide(model: PrunedModel) -> bool:
 
 
 def fit_guide(model: PrunedModel, batches: Sequence[Batch], what: str) -> None:
-    """Fit the guide of a pruned model on batches, and say so. what: the batches in words, such as "16 images"."""
+    """Fits the guide of a pruned model on batches, and prints that it does.
+
+    Args:
+        model: a pruned model with a guide.
+        batches: inputs, as `cost.guide_fit.fit_guide` takes them.
+        what: the batches in words, such as "16 images".
+
+    Raises:
+        ValueError: for fewer tokens than anchors.
+    """
     say(f"vltprune: the guide is untrained: placing its anchors by k-means on tokens of {what}")
     guide_fit.fit_guide(model, batches)
 
@@ -239,6 +296,19 @@ def fit_guide(model: PrunedModel, batches: Sequence[Batch], what: str) -> None:
 def calibrate(
     model: PrunedModel, batches: Sequence[Batch], reduction: float | Mapping[str, float], what: str
 ) -> calibration.Calibration:
-    """Calibrate a pruned model on batches, and say so. what: the batches in words, such as "16 images"."""
+    """Calibrates a pruned model on batches, and prints that it does.
+
+    Args:
+        model: a pruned model.
+        batches: inputs, as `cost.calibration.calibrate` takes them.
+        reduction: the fraction of the dense MACs to save, or one for each tower.
+        what: the batches in words, such as "16 images".
+
+    Returns:
+        The Calibration.
+
+    Raises:
+        BudgetError: for a cost that the keeper cannot reach.
+    """
     say(f"vltprune: calibrating on {what}")
     return calibration.calibrate(model, batches, reduction)

@@ -21,6 +21,12 @@ _FIELDS = ("task", "model", "pretrained", "data", "images", "val", "val_images",
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    """Adds the parser of `vltprune compress`.
+
+    Args:
+        commands: the subparsers of the command line.
+        parents: the parsers with the options that every command has, then with those of commands that compute.
+    """
     parser = commands.add_parser(
         "compress",
         parents=parents,
@@ -73,6 +79,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def run(args: argparse.Namespace) -> None:
+    """Runs `vltprune compress` with its parsed arguments."""
     common.say("vltprune: loading Accelerate ...")
     from ..training import compress  # accelerate is of the extra `train`
 

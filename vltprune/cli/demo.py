@@ -34,7 +34,12 @@ _ILLUSTRATED = ("MADTP 80 %, trained", "random 80 %, untrained", "MADTP 70 %, tr
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
-    """Add the command's parser."""
+    """Adds the parser of `vltprune demo`.
+
+    Args:
+        commands: the subparsers of the command line.
+        parents: the parsers with the options that every command has, then with those of commands that compute.
+    """
     parser = commands.add_parser(
         "demo", parents=parents, help="compare dense, MADTP and random pruning on synthetic pairs; no download"
     )
@@ -52,7 +57,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the command."""
+    """Runs `vltprune demo` with its parsed arguments."""
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
     models = build_models(args.seed, args.device, args.dtype)
@@ -79,9 +84,12 @@ def build_models(seed: int = 0, device: str = "cpu", dtype: torch.dtype | None =
     """The demo's models by name: dense, MADTP at two costs, and random pruning calibrated to the same costs.
 
     Args:
-        seed: The seed of the calibration pairs.
-        device: Where the models run.
-        dtype: The models' dtype; None for float32.
+        seed: the seed of the calibration pairs.
+        device: where the models run.
+        dtype: the models' dtype; None for float32.
+
+    Returns:
+        The models by name, the dense one first.
     """
     dense = create_model(_BACKBONE, pretrained=True).to(device, dtype)
     models = {DENSE: dense}

@@ -29,6 +29,12 @@ _SETTINGS += ("data", "images", "batch_size", "device")
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    """Adds the parser of `vltprune eval`.
+
+    Args:
+        commands: the subparsers of the command line.
+        parents: the parsers with the options that every command has, then with those of commands that compute.
+    """
     parser = commands.add_parser(
         "eval", parents=parents, help="scores and cost of a model on a data set; resumes where it was stopped"
     )
@@ -81,6 +87,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Runs `vltprune eval` with its parsed arguments."""
     _check_options(args)
     common.check_annotations("--data", args.data)
     images = common.image_folders(args)

@@ -36,6 +36,12 @@ _FEATURES, _SUMMARY, _IMAGES = "features.safetensors", "summary.json", "images"
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    """Adds the parser of `vltprune features`.
+
+    Args:
+        commands: the subparsers of the command line.
+        parents: the parsers with the options that every command has, then with those of commands that compute.
+    """
     parser = commands.add_parser(
         "features",
         parents=parents,
@@ -72,6 +78,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def run(args: argparse.Namespace) -> None:
+    """Runs `vltprune features` with its parsed arguments."""
     files = list_images(args.folder)[: args.limit]
     folder = common.new_folder(
         args.output or common.default_output("features", args.model), (_SUMMARY, _FEATURES, _IMAGES), args.overwrite
@@ -157,7 +164,19 @@ def image_tower(model: PrunedModel) -> PrunedModel:
 
 
 def prepare(model: PrunedModel, loader: Loader[Record], args: argparse.Namespace) -> dict[str, object]:
-    """Fit an untrained guide, and calibrate to --reduction, both on the first images; what was done, for summary.json."""
+    """Fits an untrained guide and calibrates to --reduction, both on the first images.
+
+    Args:
+        model: the pruned image tower.
+        loader: the images; of them, the first --calibrate-on are used.
+        args: the command's arguments.
+
+    Returns:
+        What was done, for summary.json; empty where nothing was.
+
+    Raises:
+        ValueError: for a target that the tower cannot be calibrated to.
+    """
     if args.reduction is not None:
         check_targets(model, args.reduction)
     untrained = common.has_untrained_guide(model)
@@ -182,7 +201,16 @@ def prepare(model: PrunedModel, loader: Loader[Record], args: argparse.Namespace
 class Results:
     """Results of a run: features, tokens kept and MACs of each image, and drawings of what was kept.
 
-    drawings: a folder for the drawings; names: of each file's drawing; draw: how many images are drawn.
+    Attributes:
+        drawings: the folder that drawings are written to.
+        names: per image file, the name of its drawing.
+        draw: how many images are drawn.
+        preprocessing: the model's transform, which drawings invert.
+        files: the image files that were read, in order.
+        features: per file, its features [dim], or [tokens, dim] of a tower without pooling.
+        kept: per file, the tokens that entered, then those leaving each block.
+        macs: per file, MACs of the pruned tower.
+        dense_macs: MACs of the dense tower, summed over the files.
     """
 
     drawings: Path
@@ -198,7 +226,18 @@ class Results:
     def add(
         self, files: list[Path], images: Tensor, features: Tensor | PackedTokens, trace: PruneTrace, cost: Cost
     ) -> None:
-        """Take up a batch. FloatingPointError for features that are not finite."""
+        """Adds the results of a batch, and draws its images while fewer than `draw` are drawn.
+
+        Args:
+            files: the image files of the batch.
+            images: their pixels, [batch, 3, height, width].
+            features: the tower's output: [batch, dim] or [batch, tokens, dim], or tokens, whose summary tokens are taken.
+            trace: the trace of the tower's call.
+            cost: the Cost of the same call.
+
+        Raises:
+            FloatingPointError: for features that are not finite.
+        """
         if isinstance(features, PackedTokens):  # BLIP's image tower hands on all that is left
             features = features.summaries()
         if not features.isfinite().all():
@@ -221,7 +260,16 @@ class Results:
         return 1 - sum(self.macs) / self.dense_macs
 
     def write(self, folder: Path, settings: Mapping[str, object], unreadable: dict[str, str]) -> None:
-        """Write all results into the folder in place of a former run's, summary.json last."""
+        """Writes all results into a folder in place of a former run's, summary.json last.
+
+        Args:
+            folder: the output folder.
+            settings: entries of summary.json that describe the run.
+            unreadable: per file that could not be read, the reason.
+
+        Raises:
+            OSError: where a file cannot be written.
+        """
         _remove_former(folder)
         for number, file in enumerate(self.files[: self.draw]):
             if number == 0:

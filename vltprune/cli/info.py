@@ -18,6 +18,12 @@ from . import common, macs, options, parts
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    """Adds the parser of `vltprune info`.
+
+    Args:
+        commands: the subparsers of the command line.
+        parents: the parsers with the options that every command has, then with those of commands that compute.
+    """
     parser = commands.add_parser(
         "info", parents=parents, help="parts, where they prune, parameters, and MACs layer by layer"
     )
@@ -35,6 +41,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def run(args: argparse.Namespace) -> None:
+    """Runs `vltprune info` with its parsed arguments."""
     common.use_threads(args.threads)
     model = common.load_model(
         args.model, args.pretrained, device=args.device, dtype=args.dtype, **common.keywords(args.arguments)

@@ -31,6 +31,12 @@ _WIDTH = 100  # characters of a part's description
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    """Adds the parser of `vltprune list`.
+
+    Args:
+        commands: the subparsers of the command line.
+        parents: the parsers with the options that every command has, then with those of commands that compute.
+    """
     parser = commands.add_parser(
         "list",
         parents=parents[:1],
@@ -53,6 +59,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def run(args: argparse.Namespace) -> None:
+    """Runs `vltprune list` with its parsed arguments."""
     kinds = (args.kind,) if args.kind else _KINDS[:2] if args.library else _KINDS
     found = {kind: _matching(kind, args.pattern, args.library) for kind in kinds}
     if not any(found.values()):

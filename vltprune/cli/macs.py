@@ -29,6 +29,12 @@ _SIZE_ARGUMENT = {"vltprune": "image_size", "timm": "img_size", "open_clip": "fo
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    """Adds the parser of `vltprune macs`.
+
+    Args:
+        commands: the subparsers of the command line.
+        parents: the parsers with the options that every command has, then with those of commands that compute.
+    """
     parser = commands.add_parser("macs", parents=parents, help="MACs of a model, dense and pruned")
     parser.add_argument("model", help=common.MODEL)
     common.add_pretrained(parser)
@@ -44,6 +50,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def run(args: argparse.Namespace) -> None:
+    """Runs `vltprune macs` with its parsed arguments."""
     common.use_threads(args.threads)
     if args.image_size and is_saved_model(args.model):
         raise ValueError(
@@ -60,13 +67,35 @@ def run(args: argparse.Namespace) -> None:
 
 
 def example_for(host: nn.Module, tokens: int | None = None) -> tuple[Tensor, ...]:
-    """One instance of noise, as `example`, on the device and in the dtype of a dense model."""
+    """One instance of noise on the device and in the dtype of a dense model.
+
+    Args:
+        host: the dense model.
+        tokens: the length of the sentence, as in `example`.
+
+    Returns:
+        The model's positional inputs.
+
+    Raises:
+        ValueError: as `example`.
+    """
     device, dtype = next(host.parameters()).device, common.dtype_of(host)
     return tuple(one.to(device, dtype if one.is_floating_point() else None) for one in example(host, tokens))
 
 
 def example(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:
-    """One instance of noise that a dense model takes. ValueError for a sentence that it cannot read."""
+    """One instance of noise that a dense model takes.
+
+    Args:
+        host: the dense model.
+        tokens: the length of the sentence. None for the model's own: at most 35 of BLIP, the whole context of CLIP.
+
+    Returns:
+        The model's positional inputs, on the CPU in single precision: images, and a sentence where it reads one.
+
+    Raises:
+        ValueError: for a sentence that the model does not read, or that is too long for it.
+    """
     generator = torch.Generator().manual_seed(0)
     composite = find_composite(host)
     towers = {"image": host} if composite is None else {t: m for t, (m, _) in composite.towers(host).items()}
@@ -100,7 +129,13 @@ def _clip_text(tower: Any, tokens: int | None, generator: torch.Generator) -> Te
 
 
 def print_cost(cost: Cost, host: nn.Module, dense: bool) -> None:
-    """Print the MACs of each tower, of a decoder and of all, which tower saves most, and what is counted."""
+    """Prints the MACs of each tower, of a decoder and of all, which tower saves most, and what is counted.
+
+    Args:
+        cost: the Cost of one instance.
+        host: the dense model, for what the instance is.
+        dense: whether to print dense MACs alone.
+    """
     for tower, macs in cost.towers.items():
         before, after, padding = (float(one.sum()) for one in (cost.dense[tower], macs, cost.padding[tower]))
         share = "" if dense else describe.format_tower_saving(tower, cost.saving_by_tower)

@@ -31,6 +31,12 @@ _SAMPLE = 34  # of the synthetic test split: a white cross and a green square, o
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    """Adds the parser of `vltprune predict`.
+
+    Args:
+        commands: the subparsers of the command line.
+        parents: the parsers with the options that every command has, then with those of commands that compute.
+    """
     parser = commands.add_parser(
         "predict",
         parents=parents,
@@ -62,7 +68,13 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 @dataclass(frozen=True)
 class Question:
-    """Two images, by path or as pixels [height, width, 3], and a sentence; answer: of a sample, whether it is true."""
+    """Two images and a sentence about them.
+
+    Attributes:
+        images: the left and the right image, each by path or as pixels [height, width, 3].
+        sentence: the sentence.
+        answer: whether the sentence of a sample is true. None where that is not known.
+    """
 
     images: tuple[str | np.ndarray, str | np.ndarray]
     sentence: str
@@ -70,6 +82,7 @@ class Question:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Runs `vltprune predict` with its parsed arguments."""
     question = _question(args)
     input_ids, mask = _token_ids(question.sentence)
     output = _output(args)

@@ -33,6 +33,12 @@ _MORE = "--data captions.json --images DIR"
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
+    """Adds the parser of `vltprune prune`.
+
+    Args:
+        commands: the subparsers of the command line.
+        parents: the parsers with the options that every command has, then with those of commands that compute.
+    """
     parser = commands.add_parser(
         "prune",
         parents=parents,
@@ -66,6 +72,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 
 def run(args: argparse.Namespace) -> None:
+    """Runs `vltprune prune` with its parsed arguments."""
     files = _check_data(args)
     folder = common.new_folder(
         args.output or common.default_output("pruned", args.model), (CONFIG, WEIGHTS), args.overwrite
