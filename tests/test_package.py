@@ -22,7 +22,7 @@ FLOORS = (
     "utils",
     "core registry",
     "layers",
-    "models data",
+    "models data select",
     "pruning",
     "parts",
     "hosts.base",

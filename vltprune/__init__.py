@@ -1,5 +1,6 @@
 """vltprune: prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."""
 
+from . import select
 from .core.attention import AttentionStats, PairBias, Stat, attend, attend_with_stats
 from .core.tokens import Layout, PackedTokens
 from .cost.calibration import BudgetError, calibrate, measure
@@ -85,6 +86,7 @@ __all__ = [
     "save",
     "score",
     "scorers",
+    "select",
     "transforms",
     "typed_part",
     "unwrapped",
