@@ -8,6 +8,8 @@ import math
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import hypothesis.strategies as st
@@ -45,9 +47,7 @@ class Case:
         return dataclasses.replace(
             self,
             tokens=self.tokens.take(index, layout),
-            stats=AttentionStats(
-                self.stats.requested, {stat: value[index] for stat, value in self.stats.values.items()}
-            ),
+            stats=self.stats.mapped(lambda value: value[index]),
             guidance=dataclasses.replace(self.guidance, affinity=self.guidance.affinity[index], tokens=tokens),
             scores=self.scores[index],
         )
@@ -100,9 +100,10 @@ def packed(
 
 def random_stats(total: int, distinct: int, g: torch.Generator) -> AttentionStats:
     """Every statistic, non-negative where attention's are."""
-    widths = {Stat.SUMMARY: (HEADS,), Stat.RECEIVED: (), Stat.CONTEXT: (HEADS,), Stat.KEY: (HEAD_DIM,)}
-    every = {stat: few(total, distinct, g, *width) for stat, width in widths.items()}
-    return AttentionStats(Stat.SUMMARY | Stat.RECEIVED | Stat.CONTEXT | Stat.KEY, every)
+    by_head = dict.fromkeys((Stat.SUMMARY, Stat.CONTEXT, Stat.VALUE, Stat.LAST), (HEADS,))
+    widths = by_head | dict.fromkeys((Stat.KEY, Stat.VALUE_MEAN), (HEAD_DIM,))
+    every = {stat: few(total, distinct, g, *widths.get(stat, ())) for stat in Stat if stat}
+    return AttentionStats(reduce(or_, every), every)
 
 
 def few(total: int, distinct: int, g: torch.Generator, *width: int) -> Tensor:

@@ -1,7 +1,9 @@
 """vltprune: prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."""
 
 from . import select
-from .core.attention import AttentionStats, PairBias, Stat, attend, attend_with_stats
+from .core.attention import PairBias, attend
+from .core.attention_stats import attend_with_stats
+from .core.statistics import AttentionStats, Stat
 from .core.tokens import Layout, PackedTokens
 from .cost.calibration import BudgetError, calibrate, measure
 from .cost.guide_fit import fit_guide

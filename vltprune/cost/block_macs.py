@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import precision
-from ..core.attention import Stat
 from ..core.tokens import Layout, PackedTokens
 from ..hosts.base import Host
 from ..hosts.linear_maps import uncounted_macs
@@ -28,7 +27,8 @@ class BlockMacs:
     """MACs of a block's matrix products.
 
     Attributes:
-        width: heads x head_dim: attention takes 2 * width per pair of tokens.
+        heads: the number of attention heads.
+        head_dim: the width of a head.
         qkv: per token, of query, key and value.
         project: per token, of the projection behind attention.
         feed_forward: per token, of the rest of the block.
@@ -36,12 +36,18 @@ class BlockMacs:
         pair: per pair of token and memory token.
     """
 
-    width: int
+    heads: int
+    head_dim: int
     qkv: float
     project: float
     feed_forward: float
     memory: float = 0.0
     pair: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """heads * head_dim: attention takes 2 * width per pair of tokens."""
+        return self.heads * self.head_dim
 
     @classmethod
     def from_block(cls, adapter: Host, block: nn.Module, like: PackedTokens, block_input: object) -> BlockMacs:
@@ -62,7 +68,8 @@ class BlockMacs:
         qkv = measure_macs(adapter.qkv, block, one, block_input)
         project = measure_macs(adapter.project, block, one, torch.zeros_like(query))
         rest = _feed_forward_macs(partial(adapter.feed_forward, block), like, block_input)
-        return cls(query.numel(), qkv, project, *rest)
+        _, heads, head_dim = query.shape
+        return cls(heads, head_dim, qkv, project, *rest)
 
     def after_attention(self, tokens: Tensor, memory: Memory | None) -> Tensor:
         """MACs of what follows attention: feed-forward and cross-attention.
@@ -159,18 +166,21 @@ class BlockMeter:
         return block + self._scoring(layer) * before + self._comparing * before**2
 
     def _scoring(self, layer: LayerTrace) -> float:
-        """Per token: the summary's row of the attention map, the guide, the weighted sums of a merge."""
+        """Per token: attention statistics, the guide, the weighted sums of a merge."""
         if self.pruner is None:
             return 0.0
         merges = layer.reduction is not None and layer.reduction.merge is not None
         summed = self.channels + (self.macs.width if layer.reduced_early else 0)
-        summary = self.macs.width if Stat.SUMMARY in self.pruner.needs else 0
-        return self.guide + summary + (summed if merges else 0)
+        statistics, _ = self.pruner.needs.macs(self.macs.heads, self.macs.head_dim)
+        return self.guide + statistics + (summed if merges else 0)
 
     @property
     def _comparing(self) -> int:
-        """Per pair of tokens."""
-        return self.channels if self.pruner is not None and self.pruner.scorer.pairwise else 0
+        """Per pair of tokens: attention statistics, and a scorer that compares tokens with each other."""
+        if self.pruner is None:
+            return 0
+        _, statistics = self.pruner.needs.macs(self.macs.heads, self.macs.head_dim)
+        return statistics + (self.channels if self.pruner.scorer.pairwise else 0)
 
 
 @dataclass(frozen=True)

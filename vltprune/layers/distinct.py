@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import segments
-from ..core.attention import AttentionStats
+from ..core.statistics import AttentionStats
 from ..core.tokens import PackedTokens
 from ..registry import scorers
 from .block_spec import BlockSpec

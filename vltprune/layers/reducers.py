@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import segments
-from ..core.attention import AttentionStats, Stat
+from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import Layout, PackedTokens
 from ..registry import reducers
 from .block_spec import BlockSpec

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import precision, segments
-from ..core.attention import AttentionStats, Stat
+from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..registry import scorers
 from .block_spec import BlockSpec

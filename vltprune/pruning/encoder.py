@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.attention import attend, attend_with_stats
+from ..core.attention import attend
+from ..core.attention_stats import attend_with_stats
 from ..core.checks import is_traced
 from ..core.tokens import PackedTokens
 from ..hosts.base import Host

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import segments
-from ..core.attention import AttentionStats, Stat
 from ..core.checks import is_traced
+from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer
 from ..layers.reducers import top_tokens
@@ -91,9 +91,9 @@ class Pruner(nn.Module):
             part = config.part(kind, spec.tower)
             parts.append(registry[part.name](spec, **part.args))
         pruner = cls(*parts)
-        if Stat.SUMMARY in pruner.needs and not spec.has_summary:
+        if pruner.needs.of_summary and not spec.has_summary:
             raise ValueError(
-                f"scorer={str(config.scorer)!r} reads the attention of a summary token (Stat.SUMMARY), and the "
+                f"scorer={str(config.scorer)!r} reads the attention of a summary token ({pruner.needs.of_summary}), and the "
                 f"{spec.tower} tower has none: write scorer='self_attention' or scorer='alignment', "
                 "or leave the tower alone with at={'other tower': None}"
             )

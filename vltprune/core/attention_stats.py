@@ -1,0 +1,247 @@
+"""Self-attention that also computes attention statistics, exactly and without a whole attention map in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import precision, segments
+from .attention import PairBias, attend, bias_per_instance, by_head, is_small, own_bias, padded_bias
+from .statistics import PAGERANK_STEPS, AttentionStats, Stat
+from .tokens import Layout, PackedTokens
+
+_OF_MAP = (Stat.RECEIVED, Stat.COLUMN, Stat.DIAGONAL, Stat.PAGERANK)
+_ROWS = 128  # query rows whose probabilities are held at once: they stay in cache, and no [heads, n, n] is ever made
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """How attention weights are made from dot products: scale, causal mask, biases, dropout."""
+
+    scale: float
+    causal: bool
+    key_bias: Tensor | None
+    pairs: PairBias | None
+    dropout: float = 0.0
+
+
+def attend_with_stats(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: PackedTokens,
+    scale: float,
+    needs: Stat,
+    *,
+    causal: bool = False,
+    key_bias: Tensor | None = None,
+    pairs: PairBias | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, AttentionStats]:
+    """Self-attention that also computes the statistics in `needs`, exactly, and no others.
+
+    Statistics of the whole attention map (`Stat.of_map`) share one pass: its probabilities are computed once, a block of
+    query rows at a time, and give the output too. The others run beside fused attention.
+
+    Args:
+        q: queries, [total, heads, head_dim].
+        k: keys, [total, heads, head_dim].
+        v: values, [total, heads, head_dim].
+        tokens: the tokens, for their layout, the unprotected ones and the summary token.
+        scale: the factor of the dot products.
+        needs: the statistics to compute.
+        causal: as in `attend`.
+        key_bias: as in `attend`.
+        pairs: as in `attend`.
+        dropout: as in `attend`. Statistics are of the weights before dropout.
+
+    Returns:
+        The context of each query, [total, heads, head_dim], and the statistics.
+
+    Raises:
+        ValueError: for SUMMARY or SUMMARY_WIDE where the tokens have no summary token.
+    """
+    if needs.of_summary and tokens.summary is None:
+        raise ValueError(f"{needs.of_summary} needs a summary token, and these tokens have none")
+
+    rules, values, out = _Logits(scale, causal, key_bias, pairs, dropout), {}, None
+    if not needs.of_map:
+        out = attend(q, k, v, tokens.layout, scale, causal=causal, key_bias=key_bias, pairs=pairs, dropout=dropout)
+
+    with torch.autocast(q.device.type, enabled=False):  # which would take the products of statistics in half again
+        query, keys = precision.single(q), precision.single(k)
+        if out is None:
+            with_map = _attend_padded if is_small(q, tokens.layout, tokens.layout) else _attend_by_rows
+            out, values = with_map(query, keys, v, tokens, rules, needs.of_map)
+        values |= _rows_of_the_map(query, keys, tokens, rules, needs)
+        values |= _per_token(keys, precision.single(v), out, needs)
+    return out, AttentionStats(needs, values)
+
+
+def _per_token(k: Tensor, v: Tensor, out: Tensor, needs: Stat) -> dict[Stat, Tensor]:
+    """The statistics in `needs` of each token's own key, value and output."""
+    values = {}
+    if Stat.CONTEXT in needs:
+        values[Stat.CONTEXT] = precision.single(out).norm(dim=-1)
+    if Stat.KEY in needs:
+        values[Stat.KEY] = k.mean(1)
+    if Stat.KEY_NORM in needs:
+        values[Stat.KEY_NORM] = k.abs().sum((1, 2))
+    if Stat.VALUE in needs:
+        values[Stat.VALUE] = v.norm(dim=-1)
+    if Stat.VALUE_MEAN in needs:
+        values[Stat.VALUE_MEAN] = v.mean(1)
+    return values
+
+
+def _rows_of_the_map(q: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits, needs: Stat) -> dict[Stat, Tensor]:
+    """The statistics in `needs` of one query an instance."""
+    values, layout = {}, tokens.layout
+    if needs.of_summary:
+        assert tokens.summary is not None
+        summary = tokens.with_x(torch.arange(layout.total, device=q.device)).first_where(tokens.summary)
+        if Stat.SUMMARY in needs:
+            values[Stat.SUMMARY] = _row(q, k, summary, layout, rules)
+        if Stat.SUMMARY_WIDE in needs:
+            wide_q, wide_k = q.flatten(1)[:, None], k.flatten(1)[:, None]
+            values[Stat.SUMMARY_WIDE] = _row(wide_q, wide_k, summary, layout, _as_one_head(rules, wide_q)).squeeze(1)
+    if Stat.LAST in needs:
+        values[Stat.LAST] = _row(q, k, layout.offsets[1:].long() - 1, layout, rules)
+    return values
+
+
+def _row(q: Tensor, k: Tensor, index: Tensor, layout: Layout, rules: _Logits) -> Tensor:
+    """[total, heads]: the row of the map of one query an instance, the packed token at index [batch]."""
+    logits = (k * q.index_select(0, index)[layout.instance]).sum(-1) * rules.scale
+    if rules.key_bias is not None:
+        logits = logits + rules.key_bias[:, None]
+    if rules.pairs is not None:
+        keys = rules.pairs.position[:, None]
+        logits = logits + rules.pairs.between(keys[index][layout.instance], keys, logits)[..., 0, 0]
+
+    seen = torch.ones_like(layout.instance, dtype=torch.bool)
+    if rules.causal:
+        seen = layout.slot <= layout.slot[index][layout.instance]
+    return segments.softmax(logits, layout, seen)
+
+
+def _as_one_head(rules: _Logits, wide: Tensor) -> _Logits:
+    """The rules of a single head as wide as all: the bias of a pair is the mean over heads."""
+    pairs = rules.pairs
+    if pairs is not None:
+        per_head = pairs.distance_bias
+        pairs = replace(pairs, distance_bias=lambda distance: per_head(distance).mean(-3, keepdim=True))
+    return replace(rules, scale=wide.shape[-1] ** -0.5, pairs=pairs)
+
+
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules: _Logits, needs: Stat
+) -> tuple[Tensor, dict[Stat, Tensor]]:
+    """Output [total, heads, head_dim] and map statistics, all instances at once: for maps that are small anyway."""
+    layout = tokens.layout
+    queries, keys, values = (by_head(t, layout) for t in (q * rules.scale, k, v))
+    logits, bias = queries @ keys.transpose(2, 3), padded_bias(q, layout, rules.key_bias, rules.pairs)
+    logits = logits if bias is None else logits + bias
+    logits = _causal(logits, torch.arange(layout.longest, device=q.device)) if rules.causal else logits
+
+    free, present = (segments.pad(t, layout) for t in _query_weights(tokens, q))
+    blocks = [(slice(0, layout.longest), logits.softmax(-1))]
+    out, found = _sum_blocks(blocks, values, free, present, rules.dropout, needs)
+    return segments.unpad(out.transpose(1, 2), layout), {stat: segments.unpad(t, layout) for stat, t in found.items()}
+
+
+def _attend_by_rows(
+    q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules: _Logits, needs: Stat
+) -> tuple[Tensor, dict[Stat, Tensor]]:
+    """Output [total, heads, head_dim] and map statistics, instance by instance, a block of query rows at a time."""
+    lengths = tokens.layout.lengths
+    biases = bias_per_instance(tokens.layout, rules.key_bias, rules.pairs)
+    parts = zip(*(t.split(lengths) for t in (q, k, v, *_query_weights(tokens, q))), biases, strict=True)
+    outputs, found = [], []
+
+    for one_q, one_k, one_v, free, present, bias in parts:
+        index = torch.arange(len(one_k), device=q.device)
+        blocks = _blocks(one_q, one_k, index, bias, rules)
+        values = one_v.transpose(0, 1)[None]
+        out, sums = _sum_blocks(blocks, values, free[None], present[None], rules.dropout, needs)
+        outputs.append(out[0].transpose(0, 1))
+        found.append(sums)
+    return torch.cat(outputs), {stat: torch.cat([sums[stat][0] for sums in found]) for stat in found[0]}
+
+
+def _blocks(
+    q: Tensor, k: Tensor, index: Tensor, bias: tuple[Tensor | None, PairBias | None], rules: _Logits
+) -> Iterator[tuple[slice, Tensor]]:
+    """Attention weights of one instance, [1, heads, rows, n], and which of the queries these rows are.
+
+    Queries q [m, heads, head_dim] are of the tokens at index [m] of the instance, keys k [n, heads, head_dim] of all.
+    """
+    keys = k.permute(1, 2, 0)
+    for start in range(0, len(q), _ROWS):
+        rows = slice(start, start + _ROWS)
+        logits = torch.bmm(q[rows].transpose(0, 1) * rules.scale, keys)[None]
+        added = own_bias(q, *bias, rows=index[rows])
+        logits = logits if added is None else logits + added
+        logits = _causal(logits, index[rows]) if rules.causal else logits
+        yield rows, logits.softmax(-1)
+
+
+def _sum_blocks(
+    blocks: Iterable[tuple[slice, Tensor]], v: Tensor, free: Tensor, present: Tensor, dropout: float, needs: Stat
+) -> tuple[Tensor, dict[Stat, Tensor]]:
+    """Output [batch, heads, n, head_dim] and map statistics [batch, n] from blocks of rows, [batch, heads, rows, n].
+
+    Values are v [batch, heads, n, head_dim]; free and present [batch, n] weigh queries, as `_query_weights` says.
+    """
+    found = {stat: free.new_zeros(free.shape) for stat in _OF_MAP if stat in needs}
+    outputs, kept = [v[:, :, :0]], []
+    for rows, weight in blocks:
+        if Stat.RECEIVED in needs:
+            found[Stat.RECEIVED] = found[Stat.RECEIVED] + _over_queries(weight.amax(1), free[:, rows])
+        if Stat.COLUMN in needs:
+            found[Stat.COLUMN] = found[Stat.COLUMN] + _over_queries(weight.mean(1), present[:, rows])
+        if Stat.DIAGONAL in needs:
+            own = weight.diagonal(rows.start, 2, 3).mean(1)
+            around = (rows.start, weight.shape[3] - rows.start - own.shape[1])
+            found[Stat.DIAGONAL] = found[Stat.DIAGONAL] + F.pad(own, around)
+        if Stat.PAGERANK in needs:
+            kept.append((rows, weight))
+        weight = F.dropout(weight, dropout) if dropout else weight
+        outputs.append(weight.to(v.dtype) @ v)
+    if Stat.PAGERANK in needs:
+        found[Stat.PAGERANK] = _pagerank(kept, present)
+    return torch.cat(outputs, 2), found
+
+
+def _over_queries(weight: Tensor, counts: Tensor) -> Tensor:
+    """[batch, n]: the sum of rows [batch, rows, n], each of which counts [batch, rows]."""
+    return (counts[:, None] @ weight).squeeze(1)
+
+
+def _pagerank(blocks: list[tuple[slice, Tensor]], present: Tensor) -> Tensor:
+    """PAGERANK [batch, n] from all rows of the maps; queries count present [batch, n] in the beginning."""
+    start = present / present.sum(1, keepdim=True).clamp(min=torch.finfo(present.dtype).tiny)
+    heads = blocks[0][1].shape[1] if blocks else 1
+    score = start[:, None, None].expand(-1, heads, -1, -1)
+    for _ in range(PAGERANK_STEPS):
+        score = torch.stack([score[..., rows] @ weight for rows, weight in blocks]).sum(0) if blocks else score
+    return score.squeeze(2).norm(dim=1) / sqrt(heads)
+
+
+def _causal(logits: Tensor, index: Tensor) -> Tensor:
+    """Logits [..., rows, n], minus infinity where the query, the token at index [rows], must not see the key."""
+    later = torch.arange(logits.shape[-1], device=logits.device) > index[:, None]
+    return logits.masked_fill(later, float("-inf"))
+
+
+def _query_weights(tokens: PackedTokens, like: Tensor) -> tuple[Tensor, Tensor]:
+    """[total] each: how much each query counts among the unprotected ones, and among all."""
+    free = tokens.free.to(like.dtype)
+    if tokens.keep_prob is None:
+        return free, torch.ones_like(free)
+    return free * tokens.keep_prob, tokens.keep_prob.to(like.dtype)
