@@ -16,6 +16,7 @@ from whole_maps import FAR, HEAD_DIM, HEADS, SCALE, TIGHT, Apart, heads, naive, 
 
 from vltprune import AttentionStats, Layout, Stat, attend, attend_with_stats
 from vltprune.core import attention, attention_stats
+from vltprune.core.attention_stats import attention_from_queries
 
 EVERY = reduce(or_, Stat)
 # of the map and of each token's own; SUMMARY_WIDE has a test of its own
@@ -82,6 +83,55 @@ def test_summary_wide(drawn, causal, seed):
     }.items():
         rows = [p[:, s].squeeze(1).t() for p, s in zip(mapped, speaks.split(layout.lengths), strict=True)]
         assert_close(stats[stat], torch.cat(rows).reshape(stats[stat].shape), **TIGHT)
+
+
+@given(heads(), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), seeds)
+def test_attention_from_chosen_queries(drawn, share, causal, seed):
+    layout, q, k, _, bias, apart = drawn
+    g = generator(seed)
+    tokens = packed(layout, 2, 0.2, False, causal, 1.0, g)
+    chosen, keep_prob = (torch.rand(layout.total, generator=g, dtype=torch.float64) for _ in range(2))
+    chosen = chosen < share
+    room = {"causal": causal, "key_bias": bias, "pairs": apart and apart.pairs}
+    maps = list(whole_maps(q, k, layout, layout, causal=causal, bias=bias, apart=apart))
+    for soft in (None, keep_prob):
+        weight = chosen.double() if soft is None else chosen * soft
+        expected = [
+            w @ p.mean(0) / max(w.sum(), 1e-300) for p, w in zip(maps, weight.split(layout.lengths), strict=True)
+        ]
+        received = attention_from_queries(q, k, dataclasses.replace(tokens, keep_prob=soft), chosen, SCALE, **room)
+        assert_close(received, torch.cat(expected), **TIGHT)
+
+
+def test_attention_from_chosen_queries_has_gradients_and_is_in_single_precision():
+    layout, g = Layout((5, 3)), generator(0)
+    tokens, chosen = packed(layout, 2, 0.2, False, True, 1.0, g), layout.slot % 3 == 1
+    q, k = (torch.randn(8, HEADS, HEAD_DIM, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def run(q, k):
+        return attention_from_queries(q, k, tokens, chosen, SCALE, causal=True)
+
+    assert torch.autograd.gradcheck(run, (q, k), fast_mode=True)
+    half = [t.detach().to(torch.bfloat16) for t in (q, k)]
+    with torch.autocast("cpu", torch.bfloat16):
+        received = run(*half)
+    assert_close(received, run(*(t.float() for t in half)), rtol=1e-6, atol=1e-7)
+
+
+def test_large_instances_in_single_precision():
+    """Longer than a block of rows, beside a short one, against the maps in double precision."""
+    layout, g = Layout((300, 5)), generator(0)
+    tokens = packed(layout, 2, 0.2, True, False, 1.0, g)
+    q, k, v = (torch.randn(layout.total, HEADS, HEAD_DIM, generator=g) for _ in range(3))
+    stats = attend_with_stats(q, k, v, tokens, SCALE, EVERY)[1]
+    exact = attend_with_stats(q.double(), k.double(), v.double(), tokens, SCALE, EVERY)[1]
+    maps = whole_maps(q.double(), k.double(), layout, layout)
+    columns = (t.split(layout.lengths) for t in (k.double(), v.double(), tokens.free, tokens.summary))
+    instances = list(zip(maps, *columns, strict=True))
+    for stat in EVERY_ONE:
+        expected = torch.cat([written_out(stat, *instance) for instance in instances])
+        assert_close(exact[stat], expected, **TIGHT)
+        assert_close(stats[stat].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -57,6 +57,20 @@ def test_tokens_that_are_compared_with_each_other_cost_what_that_takes():
     assert_counts(dense, vp.prune(dense, "madtp", scorer="distinct_madtp"), torch.randn(2, 3, 384, 384))
 
 
+def test_statistics_cost_what_their_products_take(monkeypatch):
+    """Steps of PageRank are products that torch counts. It does not see the dot products of single rows."""
+    scorer, images = vp.scorers["self_attention"], torch.randn(2, 3, 256, 256)
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=256, depth=4).eval()
+    config = vp.preset("evit").replace(scorer="self_attention", keep="ratio(0.5)", at=(0, 1, 3))
+    plain = vp.count_macs(vp.prune(dense, config), images).total
+    monkeypatch.setattr(scorer, "needs", vp.Stat.RECEIVED | vp.Stat.COLUMN | vp.Stat.DIAGONAL | vp.Stat.PAGERANK)
+    assert_counts(dense, vp.prune(dense, config), images)
+
+    monkeypatch.setattr(scorer, "needs", vp.Stat.RECEIVED | vp.Stat.LAST | vp.Stat.SUMMARY_WIDE | vp.Stat.VALUE)
+    entering = 2 * (257 + 130 + 67)  # the pruned blocks, of two instances
+    assert vp.count_macs(vp.prune(dense, config), images).total - plain == 2 * 192 * entering
+
+
 @pytest.mark.parametrize("exchanged", ["mlp", "mlp.fc2"])
 def test_blocks_that_are_not_alike_are_counted_each(exchanged):
     dense = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4).eval()

@@ -83,6 +83,53 @@ def attend_with_stats(
     return out, AttentionStats(needs, values)
 
 
+def attention_from_queries(
+    q: Tensor,
+    k: Tensor,
+    tokens: PackedTokens,
+    queries: Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    key_bias: Tensor | None = None,
+    pairs: PairBias | None = None,
+) -> Tensor:
+    """Attention that each token receives from chosen queries of its instance: the mean over heads and over these queries.
+
+    In soft training a query counts as much as its `keep_prob`. Rows are computed in blocks, for the chosen queries alone:
+    heads * head_dim MACs for each pair of a chosen query and a key.
+
+    Args:
+        q: queries, [total, heads, head_dim].
+        k: keys, [total, heads, head_dim].
+        tokens: the tokens, for their layout and their `keep_prob`.
+        queries: [total] bool, true for the queries to read, any number in an instance.
+        scale: the factor of the dot products.
+        causal: as in `attend`.
+        key_bias: as in `attend`.
+        pairs: as in `attend`.
+
+    Returns:
+        The mean attention, [total], in single precision at least. It sums to one in each instance with a chosen query, and
+        is zero in the others.
+    """
+    layout, rules = tokens.layout, _Logits(scale, causal, key_bias, pairs)
+    index, counts = queries.nonzero().squeeze(1), segments.count(queries, layout).tolist()
+    received = []
+    with torch.autocast(q.device.type, enabled=False):  # which would take the products of statistics in half again
+        query, keys = precision.single(q), precision.single(k)
+        _, present = _query_weights(tokens, query)
+        chosen = (t[index].split(counts) for t in (query, layout.slot, present))
+        biases = bias_per_instance(layout, key_bias, pairs)
+        parts = zip(*chosen, keys.split(layout.lengths), biases, strict=True)
+        for one_q, slot, weight, one_k, bias in parts:
+            total = one_k.new_zeros(1, len(one_k))
+            for rows, row_attention in _blocks(one_q, one_k, slot, bias, rules):
+                total = total + _over_queries(row_attention.mean(1), weight[None, rows])
+            received.append(total[0] / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny))
+    return torch.cat(received)
+
+
 def _per_token(k: Tensor, v: Tensor, out: Tensor, needs: Stat) -> dict[Stat, Tensor]:
     """The statistics in `needs` of each token's own key, value and output."""
     values = {}
