@@ -16,6 +16,7 @@ from PIL import Image
 from runs import annotations
 
 from vltprune.data import captions
+from vltprune.training.data import loader as loader_module
 from vltprune.training.data.loader import RecordLoader
 from vltprune.training.data.opener import RecordOpener, random_crop
 
@@ -66,8 +67,11 @@ def test_what_cannot_be_opened_is_replaced_and_noted_once(records, workers, tmp_
     assert "5.png" in str(some.skipped) and "no words" in str(some.skipped)
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    with pytest.raises(OSError, match=r"^20 records in a row cannot be opened; the last: entry .: .*png$"):
+    before = set(psutil.Process().children())
+    with pytest.raises(OSError, match=r"^20 records in a row cannot be opened; the last: entry .: .*png$") as caught:
         list(loader(records, workers=workers).batches(0, 1))
+    assert caught.tb is not None  # a traceback keeps what its frames name, and it must not keep the workers
+    assert set(psutil.Process().children()) <= before
 
 
 def test_workers_survive_signals_and_end_with_the_batches(records):
@@ -84,6 +88,20 @@ def test_workers_survive_signals_and_end_with_the_batches(records):
         for _ in range(8):
             next(batches)
     assert not any(worker.is_running() for worker in workers)
+
+
+def test_workers_survive_signals_before_they_ignore_them(records, monkeypatch):
+    ignore_signals = loader_module._ignore_signals
+
+    def begin(worker):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        ignore_signals(worker)
+
+    monkeypatch.setattr(loader_module, "_ignore_signals", begin)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert len(list(loader(records, workers=2).batches(0, 4))) == 4
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before  # of the main process
 
 
 @given(width=st.integers(1, 60), height=st.integers(1, 60), seed=st.integers(0, 99))

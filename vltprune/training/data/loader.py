@@ -20,6 +20,8 @@ from ...data.records import R
 from .opener import Batch, Candidate, Opened, RecordOpener
 from .sampler import RecordKey, StepSampler
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 T = TypeVar("T")
 
 
@@ -88,7 +90,7 @@ class TrainLoader(ABC, Generic[R]):
             multiprocessing_context="fork" if workers else None,
             generator=torch.Generator(),  # else it would draw from the run's random numbers
         )
-        for batch in loader:
+        for batch in _started(loader):
             if isinstance(batch, OSError):
                 raise batch
             self._note(batch.skipped)
@@ -161,7 +163,23 @@ def _unchanged(value: T) -> T:
     return value
 
 
+def _started(loader: DataLoader[T]) -> Iterator[T]:
+    """Iterator of a loader. Its workers are forked with signals blocked, and unblock them once they ignore them.
+
+    Do not assign it to a variable of a generator: a traceback would keep it, and its workers, until Python exits. Python
+    then ends them by SIGTERM, which they ignore, and waits for them forever.
+    """
+    if not loader.num_workers:
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM, which may be sent to workers as well, end a run behind its step, which needs them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
