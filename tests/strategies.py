@@ -16,7 +16,7 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
-from vltprune import AttentionStats, BlockSpec, Guidance, Layout, PackedTokens, Stat
+from vltprune import AttentionStats, BlockSpec, Guidance, Layout, PackedTokens, Selection, Stat, reducers
 
 DIM, HEADS, HEAD_DIM, ANCHORS = 8, 2, 4, 3
 
@@ -144,3 +144,29 @@ def values_of(knob: Any) -> st.SearchStrategy[float]:
         return st.floats(knob.low, knob.high)
     inner = st.floats(math.log(knob.low), math.log(knob.high)).map(math.exp)
     return st.sampled_from([knob.low, knob.high]) | inner.map(lambda value: min(max(value, knob.low), knob.high))
+
+
+@st.composite
+def counted(draw):
+    """A case, and counts from none to more than there are."""
+    case = draw(cases())
+    return case, torch.tensor([draw(st.integers(0, n + 1)) for n in case.tokens.layout.lengths])
+
+
+@st.composite
+def reductions(draw, name):
+    """Arguments, a case whose tokens may stand for several already, and any selection, with matches or without."""
+    case = draw(cases())
+    layout, free, g = case.tokens.layout, case.tokens.free, generator(draw(seeds))
+    keep, match = ~free | (torch.rand(layout.total, generator=g) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))), None
+    if draw(st.booleans()):
+        match = torch.arange(layout.total)
+        for rows in match.clone().split(layout.lengths):
+            kept = rows[(keep & free)[rows]]
+            if len(kept):
+                goes = rows[~keep[rows]]
+                match[goes] = kept[torch.randint(len(kept), (len(goes),), generator=g)]
+    if draw(st.booleans()):
+        size = 1 + torch.arange(case.tokens.layout.total) % 3
+        case = dataclasses.replace(case, tokens=dataclasses.replace(case.tokens, size=size))
+    return draw(arguments(reducers[name])), case, Selection(keep, match)

@@ -14,7 +14,7 @@ import vltprune as vp
 from vltprune.pruning.part import KINDS
 
 ROOT = Path(vp.__file__).parent.parent
-SPACES = {"guide": vp.guide, "scorer": vp.score, "keep": vp.keep, "reducer": vp.reduce}
+SPACES = {"guide": vp.guide, "scorer": vp.score, "keep": vp.keep, "selector": vp.selector, "reducer": vp.reduce}
 EVERY = [(kind, name) for kind, (registry, _) in KINDS.items() for name in registry.names()]
 CONFIG = vp.PruneConfig("madtp", "ratio", "fuse", "codebook")
 

@@ -12,10 +12,22 @@ from .cost.prune import prune
 from .io.checkpoint import CheckpointError, Recipe, UnknownHostWarning, save
 from .io.hub import from_pretrained, load, push_to_hub
 from .io.preprocessing import Preprocessing, transforms
-from .layers import AlignmentGuide, BlockSpec, Guidance, KeepRatioPredictor, Knob, Reduction, TokenReducer, TokenScorer
+from .layers import (
+    AlignmentGuide,
+    BlockSpec,
+    Guidance,
+    KeepRatioPredictor,
+    Knob,
+    Reduction,
+    Selection,
+    TokenReducer,
+    TokenScorer,
+    TokenSelector,
+    plan_reduction,
+)
 from .models.catalog import list_models, list_pretrained
 from .models.factory import create_model
-from .parts import guide, keep, reduce, score
+from .parts import guide, keep, reduce, score, selector
 from .parts.typed import typed_part
 from .pruning import losses
 from .pruning.config import PruneConfig
@@ -25,7 +37,7 @@ from .pruning.part import Part
 from .pruning.presets import preset
 from .pruning.pruner import Pruner, UntrainedGuideWarning
 from .pruning.trace import PruneTrace, collect
-from .registry import Registry, backbones, guides, hosts, keepers, presets, reducers, scorers
+from .registry import Registry, backbones, guides, hosts, keepers, presets, reducers, scorers, selectors
 from .utils.wrappers import unwrapped
 
 __version__ = "0.1.0"
@@ -52,6 +64,8 @@ __all__ = [
     "Pruning",
     "Recipe",
     "Reduction",
+    "Selection",
+    "TokenSelector",
     "Registry",
     "BlockSpec",
     "Stat",
@@ -82,11 +96,14 @@ __all__ = [
     "preset",
     "presets",
     "prune",
+    "plan_reduction",
     "push_to_hub",
     "reduce",
     "reducers",
+    "selectors",
     "save",
     "score",
+    "selector",
     "scorers",
     "select",
     "transforms",

@@ -113,6 +113,7 @@ class Registry:
 guides = Registry("guide")
 scorers = Registry("scorer")
 keepers = Registry("keeper")
+selectors = Registry("selector")
 reducers = Registry("reducer")
 presets = Registry("preset")
 backbones = Registry("backbone")

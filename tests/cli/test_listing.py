@@ -31,7 +31,17 @@ def test_a_name_is_found_in_every_kind(listed):
 
 def test_without_a_pattern_every_kind_is_listed(listed):
     found = listed()
-    assert [*found] == ["models", "weights", "presets", "scorers", "keepers", "reducers", "guides", "tasks"]
+    assert [*found] == [
+        "models",
+        "weights",
+        "presets",
+        "scorers",
+        "keepers",
+        "selectors",
+        "reducers",
+        "guides",
+        "tasks",
+    ]
     assert set(listed("--library", "timm")) == {"models", "weights"}
 
 

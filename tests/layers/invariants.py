@@ -12,7 +12,19 @@ from strategies import DIM, HEADS, Case
 from torch import Tensor
 from torch.testing import assert_close
 
-from vltprune import AttentionStats, BlockSpec, Guidance, PackedTokens, Reduction, guides, keepers, reducers, scorers
+from vltprune import (
+    AttentionStats,
+    BlockSpec,
+    Guidance,
+    PackedTokens,
+    Reduction,
+    Selection,
+    guides,
+    keepers,
+    reducers,
+    scorers,
+    selectors,
+)
 
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}  # sums in another order, single precision
 
@@ -71,23 +83,66 @@ def keeper_is_monotone(name: str, args: dict, case: Case, values: tuple[float, f
     assert (low <= high).all()
 
 
-def reducer(name: str, args: dict, case: Case, counts: Tensor) -> None:
-    """1 to 8, for one plan."""
-    tokens, before = case.tokens, case.tokens.layout
-    plan = _plan(name, args, case, counts)
-    out = plan.tokens(tokens) if plan else tokens
-    _check_apart(name, args, case, counts, out)
+def selector(name: str, args: dict, case: Case, counts: Tensor) -> None:
+    """1, 2, 4, 5 and 7, and matches that a reducer can follow."""
 
-    free = [int(part.sum()) for part in tokens.free.split(before.lengths)]
-    kept = [min(n, wanted) for n, wanted in zip(free, counts.tolist(), strict=True)]
-    if kept == free:
+    def select(case: Case, counts: Tensor) -> Selection:
+        part = selectors[name](case.spec, **args)
+        asked = {stat: value for stat, value in case.stats.values.items() if stat in part.needs}
+        return part(case.tokens, case.scores, counts, AttentionStats(part.needs, asked))
+
+    selection, tokens, layout = select(case, counts), case.tokens, case.tokens.layout
+    assert selection.keep.shape == (layout.total,)
+    assert selection.keep.dtype == torch.bool
+    assert selection.keep[tokens.protected].all()
+    kept = [int(one.sum()) for one in (selection.keep & tokens.free).split(layout.lengths)]
+    free = [int(one.sum()) for one in tokens.free.split(layout.lengths)]
+    for here, wanted, n in zip(kept, counts.tolist(), free, strict=True):
+        assert here <= wanted
+        assert here == n or wanted < n
+        assert here or not min(wanted, n)
+
+    if selection.match is not None:
+        rows = torch.arange(layout.total)
+        assert torch.equal(selection.match[selection.keep], rows[selection.keep])
+        goes = ~selection.keep & torch.tensor(kept, dtype=torch.bool)[layout.instance]
+        partner = selection.match[goes]
+        assert (selection.keep & tokens.free)[partner].all()
+        assert torch.equal(layout.instance[partner], layout.instance[goes])
+
+    starts, pieces = layout.offsets[:-1].long(), selection.keep.split(layout.lengths)
+    order = torch.randperm(case.batch).tolist()
+    for chosen in (*([i] for i in range(case.batch)), order):
+        alone = select(case.instances(chosen), counts[chosen])
+        assert torch.equal(alone.keep, torch.cat([pieces[i] for i in chosen]))
+        if selection.match is not None:
+            goes, there = ~alone.keep, case.instances(chosen).tokens.layout
+            slots = (alone.match - there.offsets[:-1].long()[there.instance])[goes]
+            whole = (selection.match - starts[layout.instance]).split(layout.lengths)
+            assert torch.equal(slots, torch.cat([whole[i] for i in chosen])[goes])
+
+
+def reducer(name: str, args: dict, case: Case, selection: Selection) -> None:
+    """1 to 3, 5, 7 and 8, for one plan."""
+    tokens, before = case.tokens, case.tokens.layout
+    plan = _plan(name, args, case, selection)
+    if selection.keep.all():
         assert plan is None
         return
     assert plan is not None
+    out = plan.tokens(tokens)
+    _check_apart(name, args, case, selection, out)
 
     merged = torch.zeros(out.layout.total, dtype=torch.bool)
-    merged[plan.merge.rows if plan.merge else []] = True
-    assert [int(m.sum()) for m in (out.free & ~merged).split(out.layout.lengths)] == kept
+    if plan.merged is not None:
+        merged |= plan.merged
+    goes_to = plan.provenance()
+    kept_to = goes_to[selection.keep]
+    assert (kept_to >= 0).all()
+    assert len(kept_to.unique()) == len(kept_to)
+    whole = ~merged[kept_to]
+    assert torch.equal(out.x[kept_to[whole]], tokens.x[selection.keep][whole])
+    assert out.layout.total <= before.total
     assert torch.equal(out.x[out.protected], tokens.x[tokens.protected])
     assert torch.equal(out.position[out.protected], tokens.position[tokens.protected])
     if tokens.summary is not None:
@@ -95,20 +150,19 @@ def reducer(name: str, args: dict, case: Case, counts: Tensor) -> None:
     for position in out.position.split(out.layout.lengths):
         assert (position.diff() > 0).all()
 
-    _check_best_kept(plan, merged, case)
-    _check_sizes(plan, merged, tokens, out)
+    _check_sizes(plan, tokens, out, case.spec.causal)
 
 
-def reducer_has_gradients(name: str, args: dict, case: Case, counts: Tensor) -> None:
+def reducer_has_gradients(name: str, args: dict, case: Case, selection: Selection) -> None:
     """12, the reducer's share: gradients reach what stays and what is merged, and they are finite."""
     x = case.tokens.x.clone().requires_grad_()
-    plan = _plan(name, args, case, counts)
+    plan = _plan(name, args, case, selection)
     if plan is None:
         return
     plan.values(x).sum().backward()
     assert x.grad.isfinite().all()
-    assert (x.grad[plan.target() < 0] == 0).all()
-    kept = plan.index if plan.merge is None else plan.index[~torch.isin(torch.arange(len(plan.index)), plan.merge.rows)]
+    assert (x.grad[plan.provenance() < 0] == 0).all()
+    kept = plan.index if plan.merged is None else plan.index[~plan.merged]
     assert (x.grad[kept] != 0).all()
 
 
@@ -154,50 +208,45 @@ def guide_learns(name: str, args: dict) -> None:
     assert not fitted.is_untrained
 
 
-def _plan(name: str, args: dict, case: Case, counts: Tensor) -> Reduction | None:
+def _plan(name: str, args: dict, case: Case, selection: Selection) -> Reduction | None:
     part = reducers[name](case.spec, **args)
     asked = {stat: value for stat, value in case.stats.values.items() if stat in part.needs}
-    return part(case.tokens, case.scores, counts, AttentionStats(part.needs, asked))
+    return part(case.tokens, case.scores, selection, AttentionStats(part.needs, asked))
 
 
-def _check_apart(name: str, args: dict, case: Case, counts: Tensor, out: PackedTokens) -> None:
+def _check_apart(name: str, args: dict, case: Case, selection: Selection, out: PackedTokens) -> None:
     """4 and 5: each instance by itself, and the batch in another order, give the same tokens."""
     order = torch.randperm(case.batch).tolist()
-    for part in ([i] for i in range(case.batch)), [order]:
-        for chosen in part:
-            sub = case.instances(chosen)
-            plan = _plan(name, args, sub, counts[chosen])
-            got = plan.tokens(sub.tokens) if plan else sub.tokens
-            pieces = out.x.split(out.layout.lengths), out.position.split(out.layout.lengths)
-            assert_close(got.x, torch.cat([pieces[0][i] for i in chosen]), **CLOSE)
-            assert torch.equal(got.position, torch.cat([pieces[1][i] for i in chosen]))
+    for chosen in (*([i] for i in range(case.batch)), order):
+        sub = case.instances(chosen)
+        plan = _plan(name, args, sub, selected_instances(selection, case, chosen))
+        got = plan.tokens(sub.tokens) if plan else sub.tokens
+        pieces = out.x.split(out.layout.lengths), out.position.split(out.layout.lengths)
+        assert_close(got.x, torch.cat([pieces[0][i] for i in chosen]), **CLOSE)
+        assert torch.equal(got.position, torch.cat([pieces[1][i] for i in chosen]))
 
 
-def _check_best_kept(plan: Reduction, merged: Tensor, case: Case) -> None:
-    """6: nothing unprotected is kept whose score lies below one that is not."""
-    kept = torch.zeros(len(case.scores), dtype=torch.bool)
-    kept[plan.index[~merged]] = True
-    for i in range(case.batch):
-        free = case.tokens.free & (case.tokens.layout.instance == i)
-        if (free & kept).any() and (free & ~kept).any():
-            assert case.scores[free & kept].min() >= case.scores[free & ~kept].max()
+def selected_instances(selection: Selection, case: Case, chosen: list[int]) -> Selection:
+    """The selection of some instances, with their rows."""
+    layout = case.tokens.layout
+    keep = torch.cat([selection.keep.split(layout.lengths)[i] for i in chosen])
+    if selection.match is None:
+        return Selection(keep)
+    slots = (selection.match - layout.offsets[:-1].long()[layout.instance]).split(layout.lengths)
+    there = case.instances(chosen).tokens.layout
+    return Selection(keep, torch.cat([slots[i] for i in chosen]) + there.offsets[:-1].long()[there.instance])
 
 
-def _check_sizes(plan: Reduction, merged: Tensor, tokens: PackedTokens, out: PackedTokens) -> None:
-    """8: rows of the result count the tokens they hold, those sum to what was there, and a merge sits at its last source."""
-    target, size = plan.target(), torch.ones_like(tokens.position) if tokens.size is None else tokens.size
+def _check_sizes(plan: Reduction, tokens: PackedTokens, out: PackedTokens, causal: bool) -> None:
+    """8: rows of the result count the tokens they hold, and a merge sits at one of its sources, in causal towers the last."""
+    target, size = plan.provenance(), torch.ones_like(tokens.position) if tokens.size is None else tokens.size
     held = torch.zeros(out.layout.total, dtype=size.dtype).index_add(0, target[target >= 0], size[target >= 0])
     assert torch.equal(held, torch.ones_like(out.position) if out.size is None else out.size)
-    if plan.merge is not None:
-        instances = range(tokens.layout.batch)
-        lost = [i for i in instances if (merged & (out.layout.instance == i)).any()]
-        for i in lost:
-            assert held[out.layout.instance == i].sum() == size[tokens.layout.instance == i].sum()
-        assert out.size is not None
     assert torch.equal(target[plan.index], torch.arange(out.layout.total))
     for row in range(out.layout.total):
         sources = target == row
-        assert out.position[row] == tokens.position[sources].max()
+        assert out.position[row] in tokens.position[sources]
+        assert not causal or out.position[row] == tokens.position[sources].max()
         assert out.layout.instance[row] == tokens.layout.instance[sources].unique()
     if plan.is_affine:
         ones = torch.ones(len(target), 2)

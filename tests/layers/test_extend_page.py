@@ -6,9 +6,8 @@ import hypothesis.strategies as st
 import invariants
 import pages
 import pytest
-import torch
 from hypothesis import given
-from strategies import cases, seeds
+from strategies import cases, counted, reductions, seeds
 
 import vltprune as vp
 
@@ -36,31 +35,16 @@ def test_guide(case, seed):
     invariants.guide("cosine", {}, case, seed)
 
 
-@given(case=cases(), data=st.data())
-def test_reducer(case, data):
-    """Counts as asked, down to half of the tokens; sizes and sums of contents stay; batch mates change nothing."""
-    tokens, layout = case.tokens, case.tokens.layout
-    counts = torch.tensor([data.draw(st.integers(0, n + 1)) for n in layout.lengths])
-    out = _merged(case, counts)
-    size = torch.ones(layout.total) if out is tokens else out.size
-    for i, free in enumerate(tokens.free.split(layout.lengths)):
-        left = int(out.free[out.layout.instance == i].sum())
-        assert min(int(counts[i]), int(free.sum())) <= left
-        assert size[out.layout.instance == i].sum() == layout.lengths[i]
-        total = tokens.x[layout.instance == i].sum(0)
-        torch.testing.assert_close((out.x * size[:, None])[out.layout.instance == i].sum(0), total, atol=1e-4, rtol=0)
-        alone = _merged(case.instances([i]), counts[[i]])
-        torch.testing.assert_close(alone.x, out.x[out.layout.instance == i], **invariants.CLOSE)
-    assert torch.equal(out.x[out.protected], tokens.x[tokens.protected])
+@given(counted=counted())
+def test_selector(counted):
+    invariants.selector("even_first", {}, *counted)
 
 
-def _merged(case, counts):
-    part = vp.reducers["merge_pairs"](case.spec)
-    plan = part(case.tokens, case.scores, counts, case.stats)
-    if plan is None:
-        return case.tokens
-    assert torch.equal(plan.target()[plan.index], torch.arange(plan.layout.total))
-    return plan.tokens(case.tokens)
+@given(reduction=reductions("drop"))
+def test_reducer(reduction):
+    _, case, selection = reduction
+    invariants.reducer("into_previous", {}, case, selection)
+    invariants.reducer_has_gradients("into_previous", {}, case, selection)
 
 
 def test_scorer_and_keeper_do_what_no_built_in_does(page):

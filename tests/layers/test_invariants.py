@@ -9,10 +9,20 @@ import invariants
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import arguments, cases, seeds, values_of
+from strategies import arguments, cases, counted, reductions, seeds, values_of
 
-from vltprune import KeepRatioPredictor, Stat, TokenReducer, TokenScorer, guides, keepers, reducers, scorers
-from vltprune.layers import Codebook, Drop, Fuse, Ratio
+from vltprune import (
+    KeepRatioPredictor,
+    Stat,
+    TokenReducer,
+    TokenScorer,
+    guides,
+    keepers,
+    reducers,
+    scorers,
+    selectors,
+)
+from vltprune.layers import Codebook, Drop, Fuse, Ratio, Top
 
 TURNED = [name for name in keepers.names() if keepers[name].knob]
 
@@ -39,16 +49,10 @@ def test_keepers_are_monotone(name, data, case):
     invariants.keeper_is_monotone(name, data.draw(arguments(keepers[name], vary=False)), case, values)
 
 
-@st.composite
-def reductions(draw, name):
-    """Arguments, a case whose tokens may stand for several already, and counts from none to more than there are."""
-    case, counts = draw(cases()), []
-    for n in case.tokens.layout.lengths:
-        counts.append(draw(st.integers(0, n + 1)))
-    if draw(st.booleans()):
-        size = 1 + torch.arange(case.tokens.layout.total) % 3
-        case = dataclasses.replace(case, tokens=dataclasses.replace(case.tokens, size=size))
-    return draw(arguments(reducers[name])), case, torch.tensor(counts)
+@pytest.mark.parametrize("name", selectors.names())
+@given(data=st.data(), counted=counted())
+def test_selectors(name, data, counted):
+    invariants.selector(name, data.draw(arguments(selectors[name])), *counted)
 
 
 @pytest.mark.parametrize("name", reducers.names())
@@ -103,20 +107,35 @@ class Wrapped(TokenReducer):
         super().__init__(spec)
         self.drop, self.fuse = Drop(spec), Fuse(spec)
 
+    def forward(self, tokens, scores, selection, stats):
+        return (self.drop if tokens.layout.batch == 0 else self.fuse)(tokens, scores, selection, stats)
+
+
+class Worst(Top):
+    """A user's selector."""
+
     def forward(self, tokens, scores, counts, stats):
-        return (self.drop if tokens.layout.batch == 0 else self.fuse)(tokens, scores, counts, stats)
+        return super().forward(tokens, -scores, counts, stats)
 
 
 def test_registering_is_enough():
     """A part registered here goes through the very tests above, arguments of its own included."""
-    makers = {"scorer": KeyLength, "keeper": Half, "reducer": Wrapped, "guide": Codebook}
+    makers = {"scorer": KeyLength, "keeper": Half, "selector": Worst, "reducer": Wrapped, "guide": Codebook}
     with (
         scorers.temporarily(mine=makers["scorer"]),
         keepers.temporarily(mine=makers["keeper"]),
+        selectors.temporarily(mine=makers["selector"]),
         reducers.temporarily(mine=makers["reducer"]),
         guides.temporarily(mine=makers["guide"]),
     ):
-        for test in (test_scorers, test_keepers, test_reducers, test_reducers_have_gradients, test_guides):
+        for test in (
+            test_scorers,
+            test_keepers,
+            test_selectors,
+            test_reducers,
+            test_reducers_have_gradients,
+            test_guides,
+        ):
             test(name="mine")
 
 
@@ -153,51 +172,49 @@ class Contrary(Ratio):
         super().__init__(spec, 1 - ratio)
 
 
-class _Odd(Drop):
-    """Drop with the scores or counts tampered with."""
-
-    def tamper(self, tokens, scores, counts):
-        return tokens, scores, counts
-
+class DropsProtected(Top):
     def forward(self, tokens, scores, counts, stats):
-        return super().forward(*self.tamper(tokens, scores, counts), stats)
+        unprotected = dataclasses.replace(tokens, protected=torch.zeros_like(tokens.protected))
+        return super().forward(unprotected, scores, counts, stats)
 
 
-class DropsProtected(_Odd):
-    def tamper(self, tokens, scores, counts):
-        return dataclasses.replace(tokens, protected=torch.zeros_like(tokens.protected)), scores, counts
+class KeepsOneMore(Top):
+    def forward(self, tokens, scores, counts, stats):
+        return super().forward(tokens, scores, counts + 1, stats)
 
 
-class KeepsOneMore(_Odd):
-    def tamper(self, tokens, scores, counts):
-        return tokens, scores, counts + 1
+class MatchesItself(Top):
+    def forward(self, tokens, scores, counts, stats):
+        selection = super().forward(tokens, scores, counts, stats)
+        return dataclasses.replace(selection, match=torch.arange(len(selection.keep)))
 
 
-class KeepsTheWorst(_Odd):
-    def tamper(self, tokens, scores, counts):
-        return tokens, -scores, counts
+class KeepsTheWrongOnes(Drop):
+    def forward(self, tokens, scores, selection, stats):
+        keep = tokens.protected | ~selection.keep
+        return super().forward(tokens, scores, dataclasses.replace(selection, keep=keep), stats)
 
 
 class Reorders(Drop):
-    def forward(self, tokens, scores, counts, stats):
-        plan = super().forward(tokens, scores, counts, stats)
+    def forward(self, tokens, scores, selection, stats):
+        plan = super().forward(tokens, scores, selection, stats)
         return plan and dataclasses.replace(plan, index=plan.index.flip(0))
 
 
-class ForgetsSizes(Fuse):
-    def forward(self, tokens, scores, counts, stats):
-        plan = super().forward(tokens, scores, counts, stats)
+class ForgetsSources(Fuse):
+    def forward(self, tokens, scores, selection, stats):
+        plan = super().forward(tokens, scores, selection, stats)
         if plan is None:
             return None
-        merge = dataclasses.replace(plan.merge, sources=torch.zeros_like(plan.merge.sources))
-        return dataclasses.replace(plan, merge=merge)
+        return dataclasses.replace(plan, target=torch.full_like(plan.target, -1))
 
 
 BROKEN = [
     (scorers, test_scorers, (SeesItsBatch, BlowsUp, ReadsPlaces, ReadsUndeclared)),
     (keepers, test_keepers, (Neediest,)),
     (keepers, test_keepers_are_monotone, (Contrary,)),
-    (reducers, test_reducers, (DropsProtected, KeepsOneMore, KeepsTheWorst, Reorders, ForgetsSizes)),
+    (selectors, test_selectors, (DropsProtected, KeepsOneMore, MatchesItself)),
+    (reducers, test_reducers, (KeepsTheWrongOnes, Reorders, ForgetsSources)),
 ]
 
 

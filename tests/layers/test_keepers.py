@@ -13,7 +13,7 @@ from strategies import DIM, HEADS, cases, generator, packed, values_of
 from torch.testing import assert_close
 
 from vltprune import AttentionStats, BlockSpec, Guidance, Layout, PackedTokens, Pruner, TokenScorer, keepers
-from vltprune.layers import Distortion, Drop, Threshold
+from vltprune.layers import Distortion, Drop, Threshold, Top
 
 SPEC = BlockSpec("image", 0, 4, DIM, HEADS, has_summary=True)
 
@@ -149,7 +149,7 @@ def test_scores_that_are_equal_but_for_rounding_are_a_tie_that_prunes_nothing():
         def forward(self, tokens, stats, guidance):
             return scores.flatten()
 
-    pruner = Pruner(Told(SPEC), Threshold(SPEC), Drop(SPEC))
+    pruner = Pruner(Told(SPEC), Threshold(SPEC), Top(SPEC), Drop(SPEC))
     plan = pruner(tokens, AttentionStats(), Guidance(torch.zeros(192, 2), tokens)).plan
     assert plan.layout.lengths == (64, 64, 32)
 

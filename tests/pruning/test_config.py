@@ -17,9 +17,9 @@ from hypothesis import given
 from small_models import small
 from strategies import arguments
 
-from vltprune import Part, PruneConfig, guides, keepers, preset, presets, prune, reducers, scorers
+from vltprune import Part, PruneConfig, guides, keepers, preset, presets, prune, reducers, scorers, selectors
 
-KINDS = {"scorer": scorers, "keep": keepers, "reducer": reducers, "guide": guides}
+KINDS = {"scorer": scorers, "keep": keepers, "selector": selectors, "reducer": reducers, "guide": guides}
 EVERY = [(kind, name) for kind, registry in KINDS.items() for name in registry.names()]
 BASE = PruneConfig(scorer="random", keep="ratio", guide="codebook")
 

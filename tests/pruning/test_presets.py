@@ -20,7 +20,7 @@ from vltprune import Part, PruneConfig
 
 BASE = PruneConfig(scorer="madtp", keep="ratio(ratio=0.6)", reducer="fuse", guide="codebook(anchors=6)")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-PARTS = {"scorer": vp.scorers, "keep": vp.keepers, "reducer": vp.reducers, "guide": vp.guides}
+PARTS = {"scorer": vp.scorers, "keep": vp.keepers, "selector": vp.selectors, "reducer": vp.reducers, "guide": vp.guides}
 EVERY = [f"{kind}={name}" for kind, registry in PARTS.items() for name in registry.names()]
 # each preset on each model; each part on both kinds of towers, alone and beside another
 PAIRS = [(name, chosen) for name in NAMES for chosen in vp.presets.names()]

@@ -143,7 +143,7 @@ def test_a_cost_has_gradients_to_thresholds_and_none_to_scores():
     """Scores should say what matters, and not what is cheap; the loss has gradients to both."""
     spec = vp.BlockSpec("image", 0, 1, 4, 1, has_summary=True)
     scorer, keeper = _Learns(spec, torch.randn(6)), vp.keepers["learned"](spec)
-    pruner = vp.Pruner(scorer, keeper, vp.reducers["drop"](spec)).train()
+    pruner = vp.Pruner(scorer, keeper, vp.selectors["top"](spec), vp.reducers["drop"](spec)).train()
     pruner.soft_temperature = 0.5
     first = torch.arange(6) == 0
     decision = pruner(
@@ -169,7 +169,7 @@ def test_what_is_there_by_less_than_two_in_a_hundred_goes():
             return 0.5 * shares.logit()
 
     spec = vp.BlockSpec("image", 0, 1, 4, 1, has_summary=True)
-    parts = vp.scorers["random"](spec), Told(spec), vp.reducers["drop"](spec)
+    parts = vp.scorers["random"](spec), Told(spec), vp.selectors["top"](spec), vp.reducers["drop"](spec)
     pruner = vp.Pruner(*parts).train()
     pruner.soft_temperature = 0.5
     first = torch.arange(6) == 0

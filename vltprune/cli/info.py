@@ -68,7 +68,7 @@ def _name(host: nn.Module) -> ModelName:
 
 def _print_parts(model: PrunedModel) -> None:
     config = model.pruning.config
-    for kind in ("guide", "scorer", "keep", "reducer", "at"):
+    for kind in ("guide", "scorer", "keep", "selector", "reducer", "at"):
         part = getattr(config, kind)
         print(f"  {kind:9}{'every block' if kind == 'at' and part is None else part}")
     own = [model.pruning.guide, *(encoder.pruners for encoder in model.pruning.towers.values())]

@@ -18,6 +18,7 @@ _REGISTRIES = {
     "presets": registry.presets,
     "scorers": registry.scorers,
     "keepers": registry.keepers,
+    "selectors": registry.selectors,
     "reducers": registry.reducers,
     "guides": registry.guides,
     "tasks": tasks.tasks,

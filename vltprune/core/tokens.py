@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -104,6 +104,9 @@ class PackedTokens:
         size: [total], how many original tokens each one stands for. None for one each.
         keep_prob: [total], the probability in (0, 1] that each stays, in soft training. None for 1.
         counted_prob: [total], the same values with the gradients of the cost. None where `keep_prob` is.
+        proportional: whether the logarithm of `size` is added to the attention logits of each key (ToMe, arXiv 2210.09461,
+            equation 1).
+        columns: further values per token by name, [total, ...], which parts leave for later layers.
     """
 
     x: Tensor
@@ -114,6 +117,8 @@ class PackedTokens:
     size: Tensor | None = None
     keep_prob: Tensor | None = None
     counted_prob: Tensor | None = None
+    proportional: bool = False
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def pack(
@@ -154,15 +159,21 @@ class PackedTokens:
                 "mask or on the token ids: trace the image tower alone (model.visual, say), leave the mask out where all "
                 "instances are equally long, or run the model without tracing it"
             )
-        columns = [torch.arange(n, device=x.device).expand(batch, n), expand(protected)]
-        columns += [expand(summary)] if summary is not None else []
         lengths = (n,) * batch if valid is None else tuple(valid.sum(1).tolist())
         if valid is None or min(lengths) == n:
-            flat = [column.reshape(-1) for column in columns]
-            return cls(x.reshape(batch * n, dim), Layout(lengths, x.device), *flat)
-        if 0 in lengths:
+            rows = slice(None)
+        elif 0 in lengths:
             raise ValueError(f"instance {lengths.index(0)} has no token at all: every row of `valid` needs one")
-        return cls(x[valid], Layout(lengths, x.device), *(column[valid] for column in columns))
+        else:
+            rows = valid.reshape(-1)
+        position = torch.arange(n, device=x.device).expand(batch, n)
+        return cls(
+            x.reshape(batch * n, dim)[rows],
+            Layout(lengths, x.device),
+            position.reshape(-1)[rows],
+            expand(protected).reshape(-1)[rows],
+            None if summary is None else expand(summary).reshape(-1)[rows],
+        )
 
     @property
     def free(self) -> Tensor:
@@ -171,11 +182,15 @@ class PackedTokens:
 
     @property
     def bias(self) -> Tensor | None:
-        """[total]: log(keep_prob), which is added to the attention logits of each key. None where `keep_prob` is."""
+        """[total]: what is added to the attention logits of each key: log(keep_prob), log(size) or both. None for neither."""
+        size = None
+        if self.proportional and self.size is not None:
+            size = self.size.to(torch.promote_types(self.x.dtype, torch.float32)).log()
         if self.keep_prob is None:
-            return None
+            return size
         # where nothing is left of any key, all count alike: minus infinity for each would give NaN
-        return self.keep_prob.clamp(min=torch.finfo(self.keep_prob.dtype).tiny).log()
+        bias = self.keep_prob.clamp(min=torch.finfo(self.keep_prob.dtype).tiny).log()
+        return bias if size is None else bias + size
 
     @property
     def weight(self) -> Tensor:
@@ -218,6 +233,18 @@ class PackedTokens:
             The same tokens with these contents.
         """
         return replace(self, x=x)
+
+    def with_column(self, name: str, column: Tensor) -> PackedTokens:
+        """Adds a column, or replaces the one of this name.
+
+        Args:
+            name: the column's name.
+            column: [total, ...].
+
+        Returns:
+            The same tokens with the column, which every later reduction carries along.
+        """
+        return replace(self, columns={**self.columns, name: column})
 
     def unpack(self) -> tuple[Tensor, Tensor | None]:
         """Pads the tokens of each instance to the longest one.
@@ -285,6 +312,8 @@ class PackedTokens:
             pick(self.size),
             pick(self.keep_prob),
             pick(self.counted_prob),
+            self.proportional,
+            {name: column.index_select(0, index) for name, column in self.columns.items()},
         )
 
     def first_where(self, mask: Tensor) -> Tensor:

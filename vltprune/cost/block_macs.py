@@ -163,24 +163,22 @@ class BlockMeter:
             + macs.project * projected
             + macs.after_attention(after, memory)
         )
-        return block + self._scoring(layer) * before + self._comparing * before**2
+        parts = 0.0 if self.pruner is None else self.pruner.macs(before, after)
+        return block + self._scoring(layer) * before + self._comparing * before**2 + parts
 
     def _scoring(self, layer: LayerTrace) -> float:
         """Per token: attention statistics, the guide, the weighted sums of a merge."""
         if self.pruner is None:
             return 0.0
-        merges = layer.reduction is not None and layer.reduction.merge is not None
+        merges = layer.reduction is not None and layer.reduction.merged is not None
         summed = self.channels + (self.macs.width if layer.reduced_early else 0)
         statistics, _ = self.pruner.needs.macs(self.macs.heads, self.macs.head_dim)
         return self.guide + statistics + (summed if merges else 0)
 
     @property
     def _comparing(self) -> int:
-        """Per pair of tokens: attention statistics, and a scorer that compares tokens with each other."""
-        if self.pruner is None:
-            return 0
-        _, statistics = self.pruner.needs.macs(self.macs.heads, self.macs.head_dim)
-        return statistics + (self.channels if self.pruner.scorer.pairwise else 0)
+        """Per pair of tokens: attention statistics."""
+        return 0 if self.pruner is None else self.pruner.needs.macs(self.macs.heads, self.macs.head_dim)[1]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..pruning.config import PruneConfig
 from ..pruning.current_config import current_config
 from ..pruning.encoder import Pruning
 from ..pruning.model import find_pruning
-from ..registry import guides, keepers, reducers, scorers
+from ..pruning.part import KINDS
 from .model_files import CONFIG, CheckpointError, SavedConfig
 from .recipe import check_shared
 
@@ -105,10 +105,9 @@ def check_same_pruning(record: Pruning, path: Path) -> None:
 
 def _modules(config: PruneConfig) -> dict[str, str] | None:
     """Per part that is not this library's, such as "scorer mine", the module that registers it; None where there is none."""
-    kinds = {"guide": guides, "scorer": scorers, "keep": keepers, "reducer": reducers}
     found = {
         f"{registry.kind} {part.name}": registry[part.name].__module__
-        for kind, registry in kinds.items()
+        for kind, (registry, _) in KINDS.items()
         for part in config.parts(kind)
     }
     foreign = {part: module for part, module in found.items() if module.partition(".")[0] != "vltprune"}

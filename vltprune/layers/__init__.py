@@ -1,12 +1,14 @@
-"""The four kinds of part of a pruner: guides, scorers, keepers, reducers. They import core/ and no host."""
+"""The five kinds of part of a pruner: guides, scorers, keepers, selectors, reducers. They import core/ and no host."""
 
 from .adaptive import Distortion, Threshold
 from .block_spec import BlockSpec
 from .distinct import Distinct, DistinctAttention, DistinctMadtp
 from .guides import AlignmentGuide, Codebook, Guidance
 from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio
-from .reducers import Drop, Fuse, Reduction, TokenReducer
+from .reducers import Drop, Fuse, TokenReducer
+from .reduction import Reduction, plan_reduction
 from .scorers import Alignment, ClsAttention, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
+from .selectors import Selection, TokenSelector, Top
 
 __all__ = [
     "AlignmentGuide",
@@ -29,9 +31,13 @@ __all__ = [
     "RandomRatio",
     "Ratio",
     "Reduction",
+    "Selection",
     "SelfAttention",
     "BlockSpec",
     "Threshold",
     "TokenReducer",
+    "plan_reduction",
     "TokenScorer",
+    "TokenSelector",
+    "Top",
 ]

@@ -38,8 +38,6 @@ class Distinct(TokenScorer):
         ValueError: for a width that is not above 0.
     """
 
-    pairwise = True
-
     def __init__(self, spec: BlockSpec, width: float = 0.03):
         super().__init__(spec)
         if not width > 0:
@@ -48,6 +46,9 @@ class Distinct(TokenScorer):
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         return uniqueness(tokens, self.width)
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor:
+        return self.spec.dim * before**2
 
 
 class _Weighted(Distinct):

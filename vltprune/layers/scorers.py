@@ -28,13 +28,11 @@ class TokenScorer(PrintedPart, ABC):
     Attributes:
         needs: the attention statistics that it reads. A block that cannot compute them is refused when the model is built.
         guided: whether it reads the guidance of an alignment guide.
-        pairwise: whether it compares each pair of tokens of an instance, which is counted in its MACs.
         spec: the block that it is built for.
     """
 
     needs: ClassVar[Stat] = Stat.NONE
     guided: ClassVar[bool] = False
-    pairwise: ClassVar[bool] = False
 
     def __init__(self, spec: BlockSpec):
         super().__init__()
@@ -52,6 +50,15 @@ class TokenScorer(PrintedPart, ABC):
         Returns:
             The scores, [total]. Those of protected tokens are ignored.
         """
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        """Multiply-accumulates of the scorer's own comparisons, [batch]; by default none. Statistics are counted apart.
+
+        Args:
+            before: [batch], the tokens that enter the block.
+            after: [batch], the tokens that leave it.
+        """
+        return 0.0
 
 
 @scorers.register("self_attention")

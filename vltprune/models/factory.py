@@ -25,7 +25,7 @@ from ..utils.structure import Structure
 from .catalog import CONFIGURED, ModelName
 from .pretrained import given_weights, own_weights
 
-PARTS = ("scorer", "keep", "reducer", "guide", "at")
+PARTS = ("scorer", "keep", "selector", "reducer", "guide", "at")
 
 
 @overload
@@ -170,7 +170,7 @@ def check_same_parts(
     Raises:
         ValueError: For a part of another name.
     """
-    for kind in ("scorer", "keep", "reducer", "guide"):
+    for kind in ("scorer", "keep", "selector", "reducer", "guide"):
         preset_names, saved_names = ({part.name for part in one.parts(kind)} for one in (config, saved))
         if kind not in replaced and preset_names != saved_names:
             raise ValueError(

@@ -33,6 +33,7 @@ class Parts(TypedDict, total=False):
 
     scorer: Part | str
     keep: Part | str | Mapping[str, Part | str]
+    selector: Part | str
     reducer: Part | str
     guide: Part | str | None
     at: Depths | Mapping[str, Depths]
@@ -48,6 +49,7 @@ class PruneConfig:
         scorer: how much each token matters.
         keep: how many tokens stay: one keeper, or a mapping from tower to keeper, {"image": "ratio(0.5)", "text":
             "ratio(0.7)"}. A mapping has a keeper for every tower that is pruned.
+        selector: which ones stay; by default those of largest score.
         reducer: what becomes of the others.
         guide: what relates the tokens of all towers to shared anchors; None for none.
         at: the depths to prune: one number or any collection of them (a list, range, set, array or tensor). Whole numbers count
@@ -64,6 +66,7 @@ class PruneConfig:
     reducer: Part | str = "drop"
     guide: Part | str | None = None
     at: Depths | Mapping[str, Depths] = None
+    selector: Part | str = "top"
 
     def __post_init__(self) -> None:
         for kind in KINDS:
@@ -99,7 +102,7 @@ class PruneConfig:
         """The Part of one kind.
 
         Args:
-            kind: "scorer", "keep", "reducer" or "guide".
+            kind: "scorer", "keep", "selector", "reducer" or "guide".
             tower: the tower's name, where `keep` is given by tower.
 
         Returns:
@@ -126,7 +129,7 @@ class PruneConfig:
         """All Parts of one kind.
 
         Args:
-            kind: "scorer", "keep", "reducer" or "guide".
+            kind: "scorer", "keep", "selector", "reducer" or "guide".
 
         Returns:
             One Part; several where `keep` is given by tower; none for "guide" where the config has no guide.
@@ -138,7 +141,7 @@ class PruneConfig:
         """The part of one kind as text.
 
         Args:
-            kind: "scorer", "keep", "reducer" or "guide".
+            kind: "scorer", "keep", "selector", "reducer" or "guide".
 
         Returns:
             Its short form, such as "ratio(0.5)"; one for each tower where `keep` is given by tower; "none" without a guide.
@@ -152,7 +155,7 @@ class PruneConfig:
         """Makes a config with other parts or depths: config.replace(keep="ratio(0.5)", guide=None).
 
         Args:
-            **changes: scorer=, keep=, reducer=, guide= and at=, as PruneConfig takes them.
+            **changes: scorer=, keep=, selector=, reducer=, guide= and at=, as PruneConfig takes them.
 
         Returns:
             The new config; this one is unchanged.
@@ -185,7 +188,7 @@ class PruneConfig:
         """Converts the config to plain data that json can write.
 
         Returns:
-            A dict with the keys "scorer", "keep", "reducer", "guide" and "at", as `from_dict` takes it.
+            A dict with the keys "scorer", "keep", "selector", "reducer", "guide" and "at", as `from_dict` takes it.
         """
         return {**{kind: _plain(getattr(self, kind)) for kind in KINDS}, "at": thawed(self.at)}
 

@@ -14,7 +14,12 @@ from .config import PruneConfig
 from .encoder import PrunedEncoder
 from .part import KINDS
 
-_PARTS = {"scorer": "scorer", "keep": "keeper", "reducer": "reducer"}  # kind -> attribute of a pruner
+_PARTS = {
+    "scorer": "scorer",
+    "keep": "keeper",
+    "selector": "selector",
+    "reducer": "reducer",
+}  # kind -> attribute of a pruner
 
 
 def current_config(config: PruneConfig, towers: Mapping[str, PrunedEncoder]) -> PruneConfig:

@@ -1,4 +1,4 @@
-"""Part: a guide, scorer, keeper or reducer by registered name and arguments, as frozen data that JSON can hold."""
+"""Part: a guide, scorer, keeper, selector or reducer by registered name and arguments, as frozen data that JSON can hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..registry import Registry, bind, guides, keepers, name_arguments, parameters, reducers, scorers
+from ..registry import Registry, bind, guides, keepers, name_arguments, parameters, reducers, scorers, selectors
 from ..utils.frozen import FrozenDict, frozen, thawed
 
 # kind -> its registry, and the argument that the library itself passes
@@ -16,6 +16,7 @@ KINDS: dict[str, tuple[Registry, str]] = {
     "guide": (guides, "specs"),
     "scorer": (scorers, "spec"),
     "keep": (keepers, "spec"),
+    "selector": (selectors, "spec"),
     "reducer": (reducers, "spec"),
 }
 
@@ -60,8 +61,8 @@ class Part:
         Args:
             spec: a Part, its short form with literal values, "name", "name(value)" or "name(key=value, ...)", or a mapping
                 {"name": ..., key: value}.
-            kind: "guide", "scorer", "keep" or "reducer". With it the part must be registered and take these arguments, and
-                arguments by position get their names from its signature.
+            kind: "guide", "scorer", "keep", "selector" or "reducer". With it the part must be registered and take these
+                arguments, and arguments by position get their names from its signature.
 
         Returns:
             The Part.

@@ -1,4 +1,4 @@
-"""Pruner: the decision of one pruned layer, made by a scorer, a keeper and a reducer."""
+"""Pruner: the decision of one pruned layer, made by a scorer, a keeper, a selector and a reducer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..core import segments
 from ..core.checks import is_traced
 from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
-from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer
-from ..layers.reducers import top_tokens
-from ..registry import keepers, reducers, scorers
+from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer, TokenSelector, Top
+from ..layers.selectors import top_tokens
 from .config import PruneConfig
+from .part import KINDS
 
 M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
@@ -47,11 +47,12 @@ class PruneDecision:
 
 
 class Pruner(nn.Module):
-    """The pruning of one layer: scores tokens, counts how many stay, and plans what becomes of the others.
+    """The pruning of one layer: scores tokens, counts how many stay, selects them, and plans what becomes of the others.
 
     Args:
         scorer: how much each token matters.
         keeper: how many tokens stay.
+        selector: which ones stay.
         reducer: what becomes of the others.
 
     Attributes:
@@ -65,10 +66,10 @@ class Pruner(nn.Module):
 
     min_keep_prob = 0.02
 
-    def __init__(self, scorer: TokenScorer, keeper: KeepRatioPredictor, reducer: TokenReducer):
+    def __init__(self, scorer: TokenScorer, keeper: KeepRatioPredictor, selector: TokenSelector, reducer: TokenReducer):
         super().__init__()
-        self.scorer, self.keeper, self.reducer = scorer, keeper, reducer
-        self.needs: Stat = scorer.needs | reducer.needs
+        self.scorer, self.keeper, self.selector, self.reducer = scorer, keeper, selector, reducer
+        self.needs: Stat = scorer.needs | selector.needs | reducer.needs
         self.soft_temperature = 0.0
 
     @classmethod
@@ -85,12 +86,9 @@ class Pruner(nn.Module):
         Raises:
             ValueError: for parts that need what the block does not have.
         """
-        kinds = {"scorer": scorers, "keep": keepers, "reducer": reducers}
-        parts = []
-        for kind, registry in kinds.items():
-            part = config.part(kind, spec.tower)
-            parts.append(registry[part.name](spec, **part.args))
-        pruner = cls(*parts)
+        parts = (config.part(kind, spec.tower) for kind in ("scorer", "keep", "selector", "reducer"))
+        makers = (KINDS[kind][0] for kind in ("scorer", "keep", "selector", "reducer"))
+        pruner = cls(*(maker[part.name](spec, **part.args) for maker, part in zip(makers, parts, strict=True)))
         if pruner.needs.of_summary and not spec.has_summary:
             raise ValueError(
                 f"scorer={str(config.scorer)!r} reads the attention of a summary token ({pruner.needs.of_summary}), and the "
@@ -131,6 +129,11 @@ class Pruner(nn.Module):
     def _decide(
         self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, soft: bool, least: int
     ) -> PruneDecision:
+        if soft and not isinstance(self.selector, Top):
+            raise ValueError(
+                f"soft training keeps the tokens of largest score, and {type(self.selector).__name__} selects others: prune "
+                "with selector='top', or train with soft_temperature 0"
+            )
         scores = segments.equalize(self.scorer(tokens, stats, guidance).float(), tokens.layout)
         keep_prob = counted_prob = None
         if soft:
@@ -142,7 +145,20 @@ class Pruner(nn.Module):
         else:
             counts = self.keeper(scores, tokens, guidance)
         counts = counts.clamp(min=least)
-        return PruneDecision(self.reducer(tokens, scores, counts, stats), scores, keep_prob, counted_prob)
+        selection = self.selector(tokens, scores, counts, stats)
+        return PruneDecision(self.reducer(tokens, scores, selection, stats), scores, keep_prob, counted_prob)
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        """Multiply-accumulates of the parts' own comparisons, [batch].
+
+        Args:
+            before: [batch], the tokens that enter the block.
+            after: [batch], the tokens that leave it.
+
+        Returns:
+            The sum over the parts.
+        """
+        return sum(part.macs(before, after) for part in (self.scorer, self.selector, self.reducer))
 
     def _keep_prob(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, certain: Tensor) -> Tensor:
         """[total]: the probability that each token stays; 1 where `certain` [total] bool holds."""

@@ -133,7 +133,7 @@ class PruneTrace:
         owner = torch.arange(self.input_tokens.layout.total, device=self.input_tokens.x.device)
         for step in self.layers[: depth + 1]:
             if step.reduction is not None:
-                target = step.reduction.target()
+                target = step.reduction.provenance()
                 owner = torch.where(owner >= 0, target[owner.clamp(min=0)], owner)
         return owner
 

@@ -167,7 +167,7 @@ def _pruned(config: CompressConfig) -> list[tuple[str, str]]:
     serve = ", ".join(f"{100 * share:g} %" for share in config.serve)
     return [
         ("pruning", f"preset {config.preset}; parts that replace the preset's: {replaced}"),
-        *((f"&emsp;{name}", parts.describe(name)) for name in ("guide", "scorer", "keep", "reducer")),
+        *((f"&emsp;{name}", parts.describe(name)) for name in ("guide", "scorer", "keep", "selector", "reducer")),
         ("&emsp;where", "every block of every tower" if parts.at is None else f"blocks {parts.to_dict()['at']}"),
         (
             "MACs to save",

@@ -1,0 +1,93 @@
+"""Token selectors: each chooses which tokens stay, and what each of the others resembles."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..core import segments
+from ..core.statistics import AttentionStats, Stat
+from ..core.tokens import PackedTokens
+from ..registry import selectors
+from .block_spec import BlockSpec
+from .printing import PrintedPart
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens of a block stay.
+
+    Attributes:
+        keep: [total] bool, true for the tokens that stay; for all protected ones.
+        match: [total] int64, for a token that goes, the row of the token that it resembles, which stays and is unprotected;
+            its own row for a token that stays. None where the selector relates no tokens.
+    """
+
+    keep: Tensor
+    match: Tensor | None = None
+
+
+class TokenSelector(PrintedPart, ABC):
+    """Base class of selectors: they choose which tokens of a block stay.
+
+    Implementations take `spec` and arguments of their own.
+
+    Attributes:
+        needs: the attention statistics that it reads.
+        spec: the block that it is built for.
+    """
+
+    needs: Stat = Stat.NONE
+    spec: BlockSpec
+
+    def __init__(self, spec: BlockSpec):
+        super().__init__()
+        self.spec = spec
+
+    @abstractmethod
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+        """Selects tokens of a block.
+
+        Args:
+            tokens: the block's input, x [total, dim].
+            scores: [total], larger is kept longer; those that are equal within rounding are exactly equal.
+            counts: [batch] int64, how many unprotected tokens of each instance stay. Larger numbers than there are mean all.
+            stats: the attention statistics that `needs` declares.
+
+        Returns:
+            The selection. It may keep fewer than `counts`, never more, and one at least where `counts` is one at least.
+        """
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        """Multiply-accumulates of the selector's own comparisons, [batch]; by default none.
+
+        Args:
+            before: [batch], the tokens that enter the block.
+            after: [batch], the tokens that leave it.
+        """
+        return 0.0
+
+
+@selectors.register("top")
+class Top(TokenSelector):
+    """The `counts` tokens of largest score, ties by position."""
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+        return Selection(top_tokens(tokens, scores, counts))
+
+
+def top_tokens(tokens: PackedTokens, scores: Tensor, counts: Tensor) -> Tensor:
+    """The protected tokens and the `counts` unprotected ones of largest score, ties by position.
+
+    Args:
+        tokens: the tokens of a block.
+        scores: [total].
+        counts: [batch] int64.
+
+    Returns:
+        The mask, [total] bool.
+    """
+    rank = segments.rank(scores.detach().masked_fill(tokens.protected, float("-inf")), tokens.layout)
+    return tokens.protected | (rank < counts[tokens.layout.instance])
