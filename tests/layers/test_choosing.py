@@ -6,25 +6,30 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from choices import DIM, argbest, batches, cosines, in_order, instances, padded, slots
+from choices import DIM, Instance, argbest, batches, cosines, in_order, instances, padded, slots
 from hypothesis import given, settings
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vltprune.layers import choosing
+from vltprune.layers import choosing, sampling
 
 # each on a padded batch: features, candidates, counts, scores, windows
 CHOICES = {
     "max_min": lambda x, c, k, s, w: choosing.max_min(x, c, k),
-    "max_min, most": lambda x, c, k, s, w: choosing.max_min(x, c, k, most=12),
     "dpp": lambda x, c, k, s, w: choosing.dpp(x, c, k, s),
-    "dpp, most": lambda x, c, k, s, w: choosing.dpp(x, c, k, s, most=12),
+    "deduplicate": lambda x, c, k, s, w: choosing.deduplicate(x, c, k, s),
+    "deduplicate, all": lambda x, c, k, s, w: choosing.deduplicate(x, c, k, s, important=0.0),
+    "pivots": lambda x, c, k, s, w: choosing.pivots(x, c, k, s, number=2),
+    "sample_cdf": lambda x, c, k, s, w: sampling.sample_cdf(s, c, k),
+    "windows": lambda x, c, k, s, w: sampling.windows(s, c, k, w),
+    "windows, local scores": lambda x, c, k, s, w: sampling.windows(s, c, k, w, 1 - s, local=0.8),
+    "spread_uniform": lambda x, c, k, s, w: sampling.spread_uniform(c, k),
 }
-EXACT = [*CHOICES]
+FEWER = ["sample_cdf"]
 
 every_choice = pytest.mark.parametrize("name", CHOICES)
 
 
 @every_choice
+@settings(max_examples=10)
 @given(batch=batches, seed=st.integers(0, 99))
 def test_an_instance_alone_and_in_any_batch(name, batch, seed):
     """Alone, padded beside others, and with the batch in another order: bit for bit the same choice."""
@@ -41,12 +46,28 @@ def test_an_instance_alone_and_in_any_batch(name, batch, seed):
 
 
 @every_choice
+@settings(max_examples=10)
 @given(one=instances())
 def test_only_candidates_and_at_most_counts(name, one):
     keep = CHOICES[name](*padded([one], len(one.features)))[0]
     assert not (keep & ~one.candidates).any()
     wanted = min(one.count, int(one.candidates.sum()))
-    assert keep.sum() == wanted if name in EXACT else min(wanted, 1) <= keep.sum() <= wanted
+    assert min(wanted, 1) <= keep.sum() <= wanted
+    if name not in FEWER or one.count >= one.candidates.sum():
+        assert keep.sum() == wanted
+
+
+@settings(max_examples=10)
+@given(batch=batches)
+def test_a_known_largest_count_changes_nothing(batch):
+    features, candidates, counts, scores, _ = padded(batch, 9)
+    for most in (int(counts.max()), 12):
+        for choose, args in (
+            (choosing.max_min, (features, candidates, counts)),
+            (choosing.dpp, (features, candidates, counts, scores)),
+            (sampling.sample_cdf, (scores, candidates, counts)),
+        ):
+            assert torch.equal(choose(*args), choose(*args, most=most))
 
 
 @every_choice
@@ -61,14 +82,6 @@ def test_other_dtypes_and_autocast(name, dtype):
     single = CHOICES[name](features.float(), *rest, scores.float(), windows)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(CHOICES[name](features, *rest, scores, windows), single)
-
-
-class _NoSync(TorchDispatchMode):
-    """Refuses what makes the host wait for a device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
 
 
 @every_choice
@@ -145,8 +158,6 @@ def test_dpp_of_many_dimensions(seed):
 
 
 def instances_of(features, scores, count):
-    from choices import Instance
-
     n = len(features)
     return Instance(features, torch.ones(n, dtype=torch.bool), count, scores, torch.zeros(n).long())
 
@@ -160,3 +171,106 @@ def test_dpp_scales_scores_by_the_instance():
         features.expand(2, -1, -1), everywhere, torch.tensor([6, 6]), torch.cat([scores, 100 * scores + 7])
     )
     assert torch.equal(both[0], both[1])
+
+
+def deduplicate_of(one, important):
+    """VisPruner in its own words: lists that shrink by at most 8."""
+    similarity, candidates = cosines(one.features), slots(one.candidates)
+    candidates = [candidates[n] for n in in_order([float(one.scores[i]) for i in candidates])]
+    count = min(one.count, len(candidates))
+    by_score = int(count * important)
+    kept, rest = candidates[:by_score], candidates[by_score:]
+    while len(rest) > count - by_score:
+        a, b = rest[::2], rest[1::2]
+        best = [max((similarity[i, j] for j in b), default=-2.0) for i in a]
+        drop = min(8, len(rest) - (count - by_score), len(a))
+        rest = [a[n] for n in in_order(best)][drop:] + b
+    return sorted(kept + rest)
+
+
+@pytest.mark.parametrize("important", [0.0, 0.5, 1.0])
+@given(one=instances(longest=40))
+def test_deduplicate(important, one):
+    keep = choosing.deduplicate(*padded([one], len(one.features))[:4], important=important)[0]
+    assert slots(keep) == deduplicate_of(one, important)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@given(one=instances(longest=14))
+def test_pivots(number, one):
+    """DART: for each pivot its least similar tokens of those that are left, as many of each, the first ones of one more."""
+    similarity, candidates = cosines(one.features), slots(one.candidates)
+    count = min(one.count, len(candidates))
+    chosen = [candidates[n] for n in in_order([float(one.scores[i]) for i in candidates])][: min(number, count)]
+    pivots = list(chosen)
+    for n, pivot in enumerate(pivots):
+        left = [i for i in candidates if i not in chosen]
+        share = [len(part) for part in np.array_split(np.zeros(count - len(pivots)), len(pivots))][n]
+        chosen += [left[m] for m in in_order([-similarity[pivot, i] for i in left])][:share]
+    keep = choosing.pivots(*padded([one], len(one.features))[:4], number=number)[0]
+    assert slots(keep) == sorted(chosen)
+
+
+@given(one=instances(longest=14))
+def test_sample_cdf(one):
+    """ATS: the tokens whose cumulative score is nearest to each of `count` points."""
+    candidates = slots(one.candidates)
+    values = one.scores.double().numpy()
+    order = sorted(candidates, key=lambda i: (values[i], i))
+    weights = values[order] if values[order].sum() > 0 else np.ones(len(order))
+    expected = set(candidates) if one.count >= len(candidates) else set()
+    if candidates and 0 < one.count < len(candidates):
+        cumulative = weights.cumsum() / weights.sum()
+        points = np.linspace(cumulative[0], 1, one.count) if one.count > 1 else [(cumulative[0] + 1) / 2]
+        expected = {order[argbest(-abs(cumulative - point))] for point in points}
+    _, mask, counts, scores, _ = padded([one], len(one.features))
+    keep = sampling.sample_cdf(scores, mask, counts)[0]
+    # of tokens without score, which share one cumulative value, any one may stay
+    assert [values[i] for i in slots(keep) if values[i] > 0] == [values[i] for i in sorted(expected) if values[i] > 0]
+    assert {i for i in slots(keep) if values[i] > 0} == {i for i in expected if values[i] > 0}
+
+
+@pytest.mark.parametrize("local", [0.0, 0.5, 1.0])
+@given(one=instances(longest=20))
+def test_windows(local, one):
+    """VScan: the best of each window by its quota, and the best of all others until there are `count`."""
+    candidates, inside = slots(one.candidates), 1 - one.scores
+    windows = {int(one.windows[i]): [] for i in candidates}
+    for i in candidates:
+        windows[int(one.windows[i])].append(i)
+    count = min(one.count, len(candidates))
+    quota = int(count * local) // max(len(windows), 1)
+    chosen = []
+    for ids in windows.values():
+        chosen += [ids[n] for n in in_order([float(inside[i]) for i in ids])][:quota]
+    left = [i for i in candidates if i not in chosen]
+    chosen += [left[n] for n in in_order([float(one.scores[i]) for i in left])][: count - len(chosen)]
+    _, mask, counts, scores, ids = padded([one], len(one.features))
+    assert slots(sampling.windows(scores, mask, counts, ids, 1 - scores, local)[0]) == sorted(chosen)
+
+
+@given(one=instances(longest=20))
+def test_spread_uniform(one):
+    """VisionZip: every step-th, the first `count` of them."""
+    candidates = slots(one.candidates)
+    step = max(1, len(candidates) // max(one.count, 1))
+    _, mask, counts, *_ = padded([one], len(one.features))
+    assert slots(sampling.spread_uniform(mask, counts)[0]) == candidates[::step][: one.count]
+
+
+@given(batch=batches)
+def test_outliers(batch):
+    """PruMerge's count, of each instance by itself; equal scores have none."""
+    longest = max(len(one.features) for one in batch)
+    _, mask, _, scores, _ = padded(batch, longest)
+    expected = []
+    for one in batch:
+        values = one.scores.double().numpy()[one.candidates.numpy()]
+        q1, q3 = np.percentile(values, [25, 75]) if len(values) else (0.0, 0.0)
+        limit = q3 + 1.5 * (q3 - q1)
+        expected.append(int((values > limit + 2e-5 * abs(limit)).sum()))
+    assert sampling.outliers(scores, mask).tolist() == expected
+
+
+def test_grid_windows():
+    assert sampling.grid_windows(3, 5, 2).view(3, 5).tolist() == [[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5]]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from choices import DIM, TOLERANCE, argbest, batches, cosines, in_order, instances, padded, slots
-from hypothesis import given
+from hypothesis import given, settings
 
 from vltprune.layers import matching
 
@@ -16,6 +16,11 @@ MATCHINGS = {
     "bipartite": lambda x, c, k, s, w: matching.bipartite(x, c, k),
     "bipartite, threshold": lambda x, c, k, s, w: matching.bipartite(x, c, least_similarity=0.5),
     "bipartite, both": lambda x, c, k, s, w: matching.bipartite(x, c, k, torch.full((len(x),), 0.5)),
+    "energy": lambda x, c, k, s, w: matching.energy(x, c, k, 0.5),
+    "graph": lambda x, c, k, s, w: matching.graph(x, c, k),
+    "graph, importance": lambda x, c, k, s, w: matching.graph(x, c, k, s),
+    "local_pairs": lambda x, c, k, s, w: matching.local_pairs(x, c, w, 0.4),
+    "components": lambda x, c, k, s, w: matching.components(x, c, 0.4),
     "nearest": lambda x, c, k, s, w: matching.nearest(x, c, s > 0.3),
 }
 
@@ -23,6 +28,7 @@ every_matching = pytest.mark.parametrize("name", MATCHINGS)
 
 
 @every_matching
+@settings(max_examples=10)
 @given(batch=batches, seed=st.integers(0, 99))
 def test_an_instance_alone_and_in_any_batch(name, batch, seed):
     """Alone, padded beside others, and with the batch in another order: bit for bit the same pairs."""
@@ -41,6 +47,7 @@ def test_an_instance_alone_and_in_any_batch(name, batch, seed):
 
 
 @every_matching
+@settings(max_examples=10)
 @given(one=instances())
 def test_who_goes_goes_into_a_kept_candidate(name, one):
     keep, match = (out[0] for out in MATCHINGS[name](*padded([one], len(one.features))))
@@ -138,3 +145,103 @@ def test_nearest(one):
     for i, to in enumerate(match[0].tolist()):
         goes = bool(one.candidates[i]) and i not in targets and bool(targets)
         assert to == (targets[argbest([similarity[i, j] for j in targets])] if goes else i)
+
+
+def f(cosine, margin):
+    """PiToMe's weight of a neighbor: ELU(cos - margin)."""
+    return cosine - margin if cosine > margin else np.exp(cosine - margin) - 1
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+@given(one=instances(longest=13))
+def test_energy(margin, one):
+    """PiToMe: the 2 r tokens in the largest clusters, in turn in A and in B."""
+    similarity, candidates = cosines(one.features), slots(one.candidates)
+    others = max(len(candidates) - 1, 1)
+    energies = [sum(f(similarity[i, j], margin) for j in candidates if j != i) / others for i in candidates]
+    r = min(one.count, len(candidates) // 2)
+    mergeable = [candidates[n] for n in in_order(energies)][: 2 * r]
+    a, b = mergeable[::2], mergeable[1::2]
+    match = list(range(len(one.features)))
+    for i in a:
+        match[i] = b[argbest([similarity[i, j] for j in b])]
+    features, mask, counts, *_ = padded([one], len(one.features))
+    keep, out = matching.energy(features, mask, counts, margin)
+    assert slots(keep[0]) == [i for i in candidates if i not in a]
+    assert out[0].tolist() == match
+
+
+@pytest.mark.parametrize("important", [False, True])
+@given(one=instances(longest=13))
+def test_graph(important, one):
+    """CrossGET: sources by importance - the best edge to a token ranked later; destinations among those that stay."""
+    similarity, candidates = cosines(one.features), slots(one.candidates)
+    highest = [max((similarity[i, j] for j in candidates if j != i), default=-9.0) for i in candidates]
+    ranked = [candidates[n] for n in in_order(highest)]
+    importance = one.scores.tolist() if important else [0.0] * len(one.features)
+    cost = {
+        i: importance[i] - max((similarity[i, j] for j in ranked[n + 1 :]), default=-9.0) for n, i in enumerate(ranked)
+    }
+    r = min(one.count, len(candidates) // 2)
+    sources = [candidates[n] for n in in_order([-cost[i] for i in candidates])][:r]
+    stay = [i for i in candidates if i not in sources]
+    match = list(range(len(one.features)))
+    for i in sources:
+        match[i] = stay[argbest([similarity[i, j] for j in stay])]
+    features, mask, counts, scores, _ = padded([one], len(one.features))
+    keep, out = matching.graph(features, mask, counts, scores if important else None)
+    assert (slots(keep[0]), out[0].tolist()) == (stay, match)
+
+
+@pytest.mark.parametrize("least", [-1.0, 0.2, 1.0])
+@given(one=instances(longest=13))
+def test_local_pairs(least, one):
+    """ALGM: each window whose pairs have this mean cosine becomes its first token."""
+    similarity, match = cosines(one.features), list(range(len(one.features)))
+    for window in set(one.windows.tolist()):
+        ids = [i for i in slots(one.candidates) if one.windows[i] == window]
+        edges = [similarity[i, j] for i in ids for j in ids if i < j]
+        if edges and np.mean(edges) >= least - TOLERANCE:
+            for i in ids:
+                match[i] = ids[0]
+    features, mask, _, _, windows = padded([one], len(one.features))
+    keep, out = matching.local_pairs(features, mask, windows, least)
+    assert out[0].tolist() == match
+    assert slots(keep[0]) == [i for i in slots(one.candidates) if match[i] == i]
+
+
+def components_of(connected):
+    """The first node of each node's component, by depth-first search."""
+    first = [-1] * len(connected)
+    for start in range(len(connected)):
+        stack = [start] if first[start] < 0 else []
+        while stack:
+            node = stack.pop()
+            if first[node] < 0:
+                first[node] = start
+                stack += [j for j in range(len(connected)) if connected[node][j]]
+    return first
+
+
+@pytest.mark.parametrize("least", [-0.5, 0.0, 0.5, 1.0])
+@given(one=instances(longest=13))
+def test_components(least, one):
+    """LLaVA-Scissor: connected components of the candidates' cosines above a threshold, each into its first token."""
+    both = one.candidates.numpy()[:, None] & one.candidates.numpy()[None]
+    match = components_of((cosines(one.features) > least + TOLERANCE) & both)
+    features, mask, *_ = padded([one], len(one.features))
+    keep, out = matching.components(features, mask, least)
+    assert out[0].tolist() == match
+    assert slots(keep[0]) == [i for i in slots(one.candidates) if match[i] == i]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_components_that_are_long_paths(seed):
+    """Tokens on an arc of a circle, each connected to its two neighbors, in any order: one component of 300."""
+    angle = torch.linspace(0, 3, 300)[torch.randperm(300, generator=torch.Generator().manual_seed(seed))].double()
+    features = torch.stack([angle.cos(), angle.sin()], 1)[None]
+    everywhere = torch.ones(1, 300).bool()
+    step = float(torch.tensor(3 / 299).double().mul(1.5).cos())
+    keep, match = matching.components(features, everywhere, step)
+    assert slots(keep[0]) == [0]
+    assert not match.any()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import precision
 from ..core.checks import is_traced
-from .similarity import cosine, decides, first_best, order_by_score, ranks, unit
+from .similarity import cosine, decides, first_best, order_by_score, order_by_similarity, positions, ranks, unit
 
 _INFINITY = float("inf")
 
@@ -37,7 +37,7 @@ def max_min(features: Tensor, candidates: Tensor, counts: Tensor, most: int | No
     itself = torch.eye(candidates.shape[1], dtype=torch.bool, device=candidates.device)
     margin = distance.masked_fill(itself | ~candidates[:, None, :], _INFINITY)
     margin = margin.amin(2) if candidates.shape[1] else margin.sum(2)
-    for step in range(_choices(candidates, counts, most)):
+    for step in range(most_of(candidates, counts, most)):
         chosen = _choose(margin, candidates & ~keep)
         keep = _add(keep, chosen, candidates, counts, step)
         reached = distance.gather(1, chosen[..., None].expand(-1, -1, distance.shape[2])).squeeze(1)
@@ -68,7 +68,7 @@ def dpp(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, mo
         `keep`, [batch, n] bool.
     """
     keep = torch.zeros_like(candidates)
-    choices = _choices(candidates, counts, most)
+    choices = most_of(candidates, counts, most)
     if not choices:
         return keep
     dtype = precision.widest_float(candidates.device)
@@ -96,6 +96,117 @@ def dpp(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, mo
     return keep
 
 
+@decides
+def deduplicate(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, important: float = 0.5) -> Tensor:
+    """Keeps the tokens of largest score and, of the others, those that resemble each other least, as in VisPruner.
+
+    The part `important` of `counts` is by score (arXiv 2412.01818, version 2). The others are in a sequence, at first by
+    score. In turn they are in A and in B, and up to 8 of A that are most similar to a token of B go; the sequence is then
+    what is left of A, most similar first, and B. This repeats until `counts` are left. The reference needs an even sequence;
+    here A of an odd one has one token more.
+
+    Args:
+        features: [batch, n, dim].
+        candidates: [batch, n] bool.
+        counts: [batch] int64, how many stay. Larger numbers than there are candidates mean all.
+        scores: [batch, n], larger is more important; VisPruner has the class token's attention.
+        important: the part that is chosen by score, in 0 .. 1, rounded down.
+
+    Returns:
+        `keep`, [batch, n] bool.
+    """
+    n = candidates.shape[1]
+    if not n:
+        return candidates.clone()
+    total = candidates.sum(1)
+    counts = torch.minimum(counts, total)
+    by_score = part_of(counts, important)
+    order = order_by_score(scores, candidates)
+    rank = ranks(order)
+    goal, length = (counts - by_score)[:, None], (total - by_score)[:, None]
+
+    similarity = cosine(features, candidates)
+    # the sequence begins behind those that stay by score
+    sequence = order.gather(1, (positions(order) + by_score[:, None]) % n)
+    for _ in range(_rounds(n)):
+        if precision.surely_none(length > goal):
+            break
+        sequence, length = _thin(similarity, sequence, length, goal)
+    stays = torch.zeros_like(candidates).scatter(1, sequence, positions(sequence) < length)
+    return candidates & (stays | (rank < by_score[:, None]))
+
+
+@decides
+def pivots(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, number: int = 10) -> Tensor:
+    """Keeps pivots and the tokens that resemble them least, as in DART (arXiv 2502.11494).
+
+    The pivots are the `number` tokens of largest score. For each in turn, its least similar tokens of those not yet taken
+    stay. The tokens beside pivots are divided equally among the pivots, and what cannot be divided goes to the first ones, so
+    that exactly `counts` stay; the reference loses it, and takes pivots in the order of a set.
+
+    Args:
+        features: [batch, n, dim]; DART has the hidden states of an early layer.
+        candidates: [batch, n] bool.
+        counts: [batch] int64, how many stay, pivots included. Larger numbers than there are candidates mean all.
+        scores: [batch, n], by which pivots are chosen; DART has the L1 norm of the keys.
+        number: how many pivots; `counts` at most.
+
+    Returns:
+        `keep`, [batch, n] bool.
+    """
+    counts = torch.minimum(counts, candidates.sum(1))[:, None]
+    number = min(number, candidates.shape[1])
+    of_each = counts.clamp(max=number)
+    order = order_by_score(scores, candidates)
+    keep = candidates & (ranks(order) < of_each)
+    x = unit(features, candidates)
+    others = counts - of_each
+    for n in range(number):
+        pivot = x.gather(1, order[:, n, None, None].expand(-1, -1, x.shape[2]))
+        left = candidates & ~keep
+        rank = ranks(order_by_similarity(-(x @ pivot.mT).squeeze(2), left))
+        wanted = others // of_each.clamp(min=1) + (n < others % of_each.clamp(min=1))
+        keep = keep | (left & (rank < wanted) & (n < of_each))
+    return keep
+
+
+def part_of(counts: Tensor, part: float) -> Tensor:
+    """counts * part, rounded down: [batch] int64. A product that is whole but for rounding counts as whole.
+
+    Args:
+        counts: [batch] int64.
+        part: in 0 .. 1.
+    """
+    return (counts * part + 1e-4).floor().long()
+
+
+def _rounds(length: int) -> int:
+    """How often `_thin` shortens a sequence until none is left."""
+    rounds = 0
+    while length > 0:
+        length -= min(8, -(-length // 2))
+        rounds += 1
+    return rounds
+
+
+def _thin(similarity: Tensor, sequence: Tensor, length: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """One round of `deduplicate`: the sequence [batch, n] without up to 8 tokens, and its length [batch, 1]."""
+    batch, n = sequence.shape
+    a, b = sequence[:, ::2], sequence[:, 1::2]
+    place = positions(sequence).expand(batch, -1)
+    in_a, in_b = place[:, ::2] < length, place[:, 1::2] < length
+    edges = similarity.gather(1, a[..., None].expand(-1, -1, n)).gather(2, b[:, None].expand(-1, a.shape[1], -1))
+    # -2 is below any cosine, for a token that is alone
+    best = edges.masked_fill(~in_b[:, None], -2.0).amax(2) if b.shape[1] else edges.new_full(a.shape, -2.0)
+    a = a.gather(1, order_by_similarity(best, in_a))
+
+    removed = torch.minimum((length - goal).clamp(0, 8), in_a.sum(1, keepdim=True))
+    rank = positions(a).expand(batch, -1)
+    # what is left of A, then B, then the others
+    key = torch.cat([torch.where((rank >= removed) & in_a, 0, 2), torch.where(in_b, 1, 2)], 1)
+    return torch.cat([a, b], 1).gather(1, key.argsort(dim=1, stable=True)), length - removed
+
+
 def _relevance(scores: Tensor, candidates: Tensor) -> Tensor:
     """Scores of each instance's candidates scaled to 0 .. 1, plus 1e-6: [batch, n]. All are 1e-6 where they are equal."""
     scores = precision.single(scores)
@@ -106,8 +217,17 @@ def _relevance(scores: Tensor, candidates: Tensor) -> Tensor:
     return ((equal - low) / width).masked_fill(~candidates, 0.0) + 1e-6
 
 
-def _choices(candidates: Tensor, counts: Tensor, most: int | None) -> int:
-    """How many choices to make: the largest count where it is known without a host synchronization, else all."""
+def most_of(candidates: Tensor, counts: Tensor, most: int | None) -> int:
+    """The largest count where it is known without a host synchronization, else all.
+
+    Args:
+        candidates: [batch, n].
+        counts: [batch] int64.
+        most: the largest of `counts`. None where the caller does not know it.
+
+    Returns:
+        It, n at most.
+    """
     n = candidates.shape[1]
     if most is None and counts.device.type == "cpu" and not is_traced() and counts.numel():
         most = int(counts.max())

@@ -7,8 +7,10 @@ and `match` [batch, n] int64: for a candidate that goes, the slot of the kept on
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..core import precision
 from .similarity import (
     ROUNDING,
     cosine,
@@ -89,6 +91,141 @@ def nearest(features: Tensor, candidates: Tensor, keep: Tensor) -> tuple[Tensor,
     similarity = cosine(features, candidates).masked_fill(~keep[:, None, :], -_INFINITY)
     largest, best = first_best(similarity)
     return keep, torch.where(candidates & ~keep & (largest > -_INFINITY), best, _own(candidates))
+
+
+@decides
+def energy(
+    features: Tensor, candidates: Tensor, r: Tensor, margin: Tensor | float, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Matching of the tokens of highest energy, as in PiToMe (arXiv 2405.16148).
+
+    The energy of a token is the mean of ELU(cos - margin) over the instance's other candidates: high in a large cluster. The
+    2 r tokens of highest energy may merge. By rank they are in turn in A and in B; each of A merges into its most similar of B.
+
+    Args:
+        features: [batch, n, dim]; PiToMe has the mean of the keys over heads.
+        candidates: [batch, n] bool, false for padding and for protected tokens.
+        r: [batch] int64, how many tokens go; half of the candidates at most.
+        margin: the cosine from which tokens count as a cluster, a number or [batch]; PiToMe has .9 - .9 depth / depths.
+        alpha: the scale of ELU below the margin.
+
+    Returns:
+        `keep` [batch, n] bool and `match` [batch, n] int64.
+    """
+    if not candidates.shape[1]:
+        return candidates.clone(), _own(candidates)
+    total = candidates.sum(1, keepdim=True)
+    r = torch.minimum(r[:, None], total // 2)
+    similarity = cosine(features, candidates)
+    margin = torch.as_tensor(margin, dtype=similarity.dtype, device=similarity.device).reshape(-1, 1, 1)
+    gathered = F.elu(similarity - margin, alpha).masked_fill(~_pairs(candidates), 0.0)
+    place = ranks(order_by_similarity(gathered.sum(2) / (total - 1).clamp(min=1), candidates))
+    a, b = _halves(place, candidates & (place < 2 * r))
+    best, partner = _edges(unit(features, candidates), a, b)
+    return _merged(candidates, a, partner, best > -_INFINITY)
+
+
+@decides
+def graph(features: Tensor, candidates: Tensor, r: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Complete-graph soft matching of CrossGET (arXiv 2305.17455).
+
+    Tokens are ranked by their highest cosine to another one. The `r` sources are those for which importance - (the highest
+    cosine to a token ranked later) is smallest. Each merges into the most similar of those that are no sources.
+
+    Args:
+        features: [batch, n, dim].
+        candidates: [batch, n] bool, false for padding and for protected tokens.
+        r: [batch] int64, how many tokens go; half of the candidates at most.
+        importance: [batch, n], on the scale of cosines; CrossGET has the cosine to a learned cross token. None for none.
+
+    Returns:
+        `keep` [batch, n] bool and `match` [batch, n] int64.
+    """
+    if not candidates.shape[1]:
+        return candidates.clone(), _own(candidates)
+    similarity = cosine(features, candidates).masked_fill(~_pairs(candidates), -_INFINITY)
+    rank = ranks(order_by_similarity(similarity.amax(2), candidates))
+    is_later = rank[:, None, :] > rank[:, :, None]
+    redundancy = similarity.masked_fill(~is_later, -_INFINITY).amax(2)
+    if importance is not None:
+        redundancy = redundancy - precision.single(importance).masked_fill(~candidates, 0.0)
+
+    r = torch.minimum(r, candidates.sum(1) // 2)
+    # the token ranked last has none later: it is at the end
+    goes = candidates & (ranks(order_by_similarity(redundancy, candidates)) < r[:, None])
+    keep = candidates & ~goes
+    _, best = first_best(similarity.masked_fill(~keep[:, None], -_INFINITY))
+    return keep, torch.where(goes, best, _own(candidates))
+
+
+@decides
+def local_pairs(
+    features: Tensor, candidates: Tensor, windows: Tensor, least_similarity: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Merges each window of similar tokens into one, as the local pooling of ALGM (arXiv 2406.09936).
+
+    A window merges if it has two candidates at least, and the mean cosine of their pairs is `least_similarity` at least.
+    Its tokens merge into its first one.
+
+    Args:
+        features: [batch, n, dim].
+        candidates: [batch, n] bool, false for padding and for protected tokens.
+        windows: [batch, n] int64, the window of each token, such as `sampling.grid_windows` of size 2. Negative for none.
+        least_similarity: the mean cosine from which a window merges, a number or [batch]; ALGM has .88.
+
+    Returns:
+        `keep` [batch, n] bool and `match` [batch, n] int64.
+    """
+    own = _own(candidates)
+    if not candidates.shape[1]:
+        return candidates.clone(), own
+    among = candidates & (windows >= 0)
+    together = (windows[:, :, None] == windows[:, None, :]) & among[:, :, None] & among[:, None, :]
+    size = together.sum(2)
+    similarity = cosine(features, candidates).masked_fill(~(together & _pairs(candidates)), 0.0)
+    mean = (similarity.sum(2)[:, None] * together).sum(2) / (size * (size - 1)).clamp(min=1)
+    least = torch.as_tensor(least_similarity, dtype=mean.dtype, device=mean.device).reshape(-1, 1)
+    merges = (size > 1) & (mean >= least - ROUNDING)
+    match = torch.where(merges, together.int().argmax(2), own)
+    return candidates & (match == own), match
+
+
+@decides
+def components(features: Tensor, candidates: Tensor, least_similarity: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Merges each connected component of the graph of similar tokens into one, as in LLaVA-Scissor (arXiv 2506.21862).
+
+    Two tokens are connected where their cosine is above `least_similarity`. A component merges into its first token. The
+    reference samples some nodes at random; here the components are exact.
+
+    Args:
+        features: [batch, n, dim].
+        candidates: [batch, n] bool, false for padding and for protected tokens.
+        least_similarity: the cosine above which tokens are connected, a number or [batch].
+
+    Returns:
+        `keep` [batch, n] bool and `match` [batch, n] int64.
+    """
+    label = _own(candidates)
+    n = candidates.shape[1]
+    if not n:
+        return candidates.clone(), label
+    similarity = cosine(features, candidates)
+    least = torch.as_tensor(least_similarity, dtype=similarity.dtype, device=similarity.device).reshape(-1, 1, 1)
+    connected = (similarity - least > ROUNDING) & _pairs(candidates)
+    # minimum labels with shortcuts: the square of the logarithm many rounds (Liu and Tarjan, arXiv 1812.06177)
+    for _ in range(2 * n.bit_length() ** 2):
+        lowest = torch.where(connected, label[:, None], n).amin(2).minimum(label)
+        hooked = label.scatter_reduce(1, label, lowest, "amin").minimum(lowest)
+        previous, label = label, hooked.gather(1, hooked)
+        if precision.surely_none(label != previous):
+            break
+    return candidates & (label == _own(candidates)), label
+
+
+def _pairs(candidates: Tensor) -> Tensor:
+    """The pairs of different candidates, [batch, n, n] bool."""
+    itself = torch.eye(candidates.shape[1], dtype=torch.bool, device=candidates.device)
+    return candidates[:, :, None] & candidates[:, None, :] & ~itself
 
 
 def _own(candidates: Tensor) -> Tensor:
