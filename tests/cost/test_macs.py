@@ -152,7 +152,7 @@ def test_attention_pool_and_rotary_tower():
 
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-PICTURES = {**WIDTHS, "image_size": 64, "patch_size": 8}
+VISION = {**WIDTHS, "image_size": 64, "patch_size": 8}
 SENTENCES = {**WIDTHS, "vocab_size": 60, "max_position_embeddings": 14, "eos_token_id": 59}
 OWN_WORDS = dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 1)
 HUGGING_FACE = {
@@ -161,11 +161,11 @@ HUGGING_FACE = {
     "mpnet": lambda hf: hf.MPNetModel(hf.MPNetConfig(**{**SENTENCES, "max_position_embeddings": 16})),
     "modernbert": lambda hf: hf.ModernBertModel(hf.ModernBertConfig(**SENTENCES, **OWN_WORDS, local_attention=4)),
     "classifier": lambda hf: hf.BertForSequenceClassification(hf.BertConfig(**SENTENCES, num_labels=20)),
-    "vit": lambda hf: hf.ViTModel(hf.ViTConfig(**PICTURES)),
-    "dinov3": lambda hf: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**PICTURES)),
-    "clip": lambda hf: hf.CLIPModel(hf.CLIPConfig(text_config=SENTENCES, vision_config=PICTURES)),
-    "blip": lambda hf: hf.BlipForImageTextRetrieval(hf.BlipConfig(text_config=SENTENCES, vision_config=PICTURES)),
-    "siglip": lambda hf: hf.SiglipModel(hf.SiglipConfig(text_config=SENTENCES, vision_config=PICTURES)),
+    "vit": lambda hf: hf.ViTModel(hf.ViTConfig(**VISION)),
+    "dinov3": lambda hf: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VISION)),
+    "clip": lambda hf: hf.CLIPModel(hf.CLIPConfig(text_config=SENTENCES, vision_config=VISION)),
+    "blip": lambda hf: hf.BlipForImageTextRetrieval(hf.BlipConfig(text_config=SENTENCES, vision_config=VISION)),
+    "siglip": lambda hf: hf.SiglipModel(hf.SiglipConfig(text_config=SENTENCES, vision_config=VISION)),
 }
 
 

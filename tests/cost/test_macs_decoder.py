@@ -25,7 +25,7 @@ def _attended_alone(monkeypatch):
     monkeypatch.setattr("vltprune.core.attention._SMALL", {})
 
 
-def pictures(batch=3):
+def pixels(batch=3):
     return torch.randn(batch, 3, 96, 96)
 
 
@@ -62,16 +62,16 @@ def silent(model):
 
 
 CAPTIONS = {
-    "given": lambda model: model(pictures(), *words(3, 9)),
-    "two an image": lambda model: model(pictures(), *words(6, 9)),
-    "greedy": lambda model: model.generate(pictures(), GreedySearch(), max_length=8),
-    "beams": lambda model: model.generate(pictures(), BeamSearch(3), max_length=8),
+    "given": lambda model: model(pixels(), *words(3, 9)),
+    "two an image": lambda model: model(pixels(), *words(6, 9)),
+    "greedy": lambda model: model.generate(pixels(), GreedySearch(), max_length=8),
+    "beams": lambda model: model.generate(pixels(), BeamSearch(3), max_length=8),
 }
 ANSWERS = {
-    "given": lambda model: model(pictures(), *words(3, 11), *words(3, 5)),
-    "dealt out": lambda model: model(pictures(), *words(3, 11), *words(4, 5), torch.tensor([2, 0, 0, 1])),
-    "ranked": lambda model: model.rank(pictures(), *words(3, 11), *words(8, 5), k=4),
-    "beams": lambda model: model.generate(pictures(), *words(3, 11), BeamSearch(2), max_length=5),
+    "given": lambda model: model(pixels(), *words(3, 11), *words(3, 5)),
+    "dealt out": lambda model: model(pixels(), *words(3, 11), *words(4, 5), torch.tensor([2, 0, 0, 1])),
+    "ranked": lambda model: model.rank(pixels(), *words(3, 11), *words(8, 5), k=4),
+    "beams": lambda model: model.generate(pixels(), *words(3, 11), BeamSearch(2), max_length=5),
 }
 CALLS = {("blip_caption_tiny", name): call for name, call in CAPTIONS.items()}
 CALLS |= {("blip_vqa_tiny", name): call for name, call in ANSWERS.items()}
@@ -84,8 +84,8 @@ def test_decoders_of_our_own(name, call):
     assert_counts(dense, CALLS[name, call], "madtp", RAGGED)
 
 
-PICTURES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-WORDS = PICTURES | {
+VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+WORDS = VISION | {
     "encoder_hidden_size": 128,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 16,
@@ -100,10 +100,10 @@ LONG = {"max_new_tokens": 4, "min_new_tokens": 4}
 @pytest.mark.parametrize("how", [None, {}, {"num_beams": 2}, {"use_cache": False}])
 @pytest.mark.parametrize("kind", ["BlipForConditionalGeneration", "BlipForQuestionAnswering"])
 def test_decoders_of_transformers(kind, how):
-    config = transformers.BlipConfig(vision_config=PICTURES | {"image_size": 96, "patch_size": 8}, text_config=WORDS)
+    config = transformers.BlipConfig(vision_config=VISION | {"image_size": 96, "patch_size": 8}, text_config=WORDS)
     dense = getattr(transformers, kind)(config).eval()
     ids, mask = words(3, 9)
-    inputs = {"pixel_values": pictures(), "input_ids": ids, "attention_mask": mask}
+    inputs = {"pixel_values": pixels(), "input_ids": ids, "attention_mask": mask}
 
     def call(model):
         if how is None:
@@ -121,17 +121,17 @@ def test_what_is_said_again_is_paid_again():
     costs = []
     for longest in (8, 12, 16):
         with vp.collect() as traces:
-            model.generate(pictures(), GreedySearch(), max_length=longest)
+            model.generate(pixels(), GreedySearch(), max_length=longest)
         costs.append(vp.CostMeter(model)(traces).decoder)
     assert costs[0] < costs[1] < costs[2]
     with torch.no_grad(), vp.collect() as traces:
-        model.visual(pictures())
+        model.visual(pixels())
     assert vp.CostMeter(model)(traces).decoder == 0
 
 
 def test_a_budget_counts_the_decoder():
     model = vp.create_model("blip_caption_tiny_random", **SIZES)
-    inputs = pictures(), words(3, 9)[0]
+    inputs = pixels(), words(3, 9)[0]
     found = vp.calibrate(model, [inputs], 0.3)
     cost = vp.count_macs(model, *inputs)
     assert found.dense_macs == pytest.approx(cost.dense_total / 3)
@@ -141,7 +141,7 @@ def test_a_budget_counts_the_decoder():
 def test_a_record_pays_its_share_of_the_decoder():
     model = vp.create_model("blip_caption_tiny_random", **SIZES)
     with vp.collect() as traces:
-        model.generate(pictures(), GreedySearch(), max_length=8)
+        model.generate(pixels(), GreedySearch(), max_length=8)
     cost = vp.CostMeter(model)(traces)
     spent = SampleCostMeter(model)(traces, [1] * 3)
     assert sum(one.macs for one in spent) == pytest.approx(cost.total)
@@ -162,6 +162,6 @@ class Speech:
 def test_an_evaluator_counts_what_a_dense_model_generates():
     evaluator = Evaluator(Speech(), silent(vp.create_model("blip_caption_tiny", **SIZES)))
     short, long, again = (
-        evaluator._predict([SimpleNamespace(index=0, longest=n, images=())], pictures(1)[None])[0] for n in (8, 12, 8)
+        evaluator._predict([SimpleNamespace(index=0, longest=n, images=())], pixels(1)[None])[0] for n in (8, 12, 8)
     )
     assert short["macs"] == short["dense_macs"] == again["macs"] < long["macs"]

@@ -58,19 +58,19 @@ def text_case(images_per_sentence: int) -> Case:
 def task_case(name: str) -> Case:
     """The models of a task. What stands behind their towers, captions and answers, is not pruned, and has no padding here."""
     sizes = {key: value for key, value in SIZES.items() if key != "merge_from"}
-    pictures, ids, answers = images(3), words(), words()[:, :5]
+    pixels, ids, answers = images(3), words(), words()[:, :5]
     if name == "caption":
         sizes["text_width"] = sizes[
             "vision_width"
         ]  # else the guide maps words too, and that map learns from L_align alone
         model = BlipCaption(**sizes, prompt=(), bos_id=39, eos_id=2)
-        inputs, towers, idle = (pictures, ids), ("image",), ()
+        inputs, towers, idle = (pixels, ids), ("image",), ()
     elif name == "vqa":
         model = BlipVqa(**sizes, bos_id=39, enc_id=38, eos_id=2)
-        inputs, towers, idle = (pictures, ids, MASK, answers), ("image", "text"), ()
+        inputs, towers, idle = (pixels, ids, MASK, answers), ("image", "text"), ()
     else:
         model = BlipRetrieval(**sizes, embed_dim=24, enc_id=38)
-        inputs, towers, idle = (pictures, ids, MASK), ("image", "text"), ("projection", "temperature")
+        inputs, towers, idle = (pixels, ids, MASK), ("image", "text"), ("projection", "temperature")
 
     def alone(i):
         rows = [column[i : i + 1] for column in inputs]
@@ -93,11 +93,11 @@ def make(name: str) -> Case:
 
     model = randomize(BlipNlvr(**SIZES) if name == "nlvr" else Blip(**SIZES))
     ids, image, text = words(), {"image": [[0]] * (6 if name == "nlvr" else 3)}, {"text": [[0]] * 3}
-    pictures = images(3, 2) if name == "nlvr" else images(3)
+    pixels = images(3, 2) if name == "nlvr" else images(3)
     return Case(
         model,
-        (pictures, ids, MASK),
+        (pixels, ids, MASK),
         image | text,
-        alone=lambda i: (pictures[i : i + 1], ids[i : i + 1, : ENDS[i]]),
+        alone=lambda i: (pixels[i : i + 1], ids[i : i + 1, : ENDS[i]]),
         idle=("key.bias",),
     )

@@ -25,9 +25,9 @@ def test_large_batches(name):
 @pytest.mark.parametrize("model", [Blip, BlipNlvr])
 @torch.no_grad()
 def test_other_doors(model):
-    model, ids, pictures = randomize(model(**SIZES)), words(), images(3)
+    model, ids, pixels = randomize(model(**SIZES)), words(), images(3)
     pruned = vp.prune(model, "random", keep="ratio(ratio=1.0)")
-    same(pruned.image_features(pictures), model.image_features(pictures))
+    same(pruned.image_features(pixels), model.image_features(pixels))
     same(pruned.text_features(ids, MASK), model.text_features(ids, MASK))
     same(pruned.text_features(ids), model.text_features(ids))
 
@@ -50,11 +50,11 @@ def by_hand(text, ids, mask, memory, memory_mask, k):
 @torch.no_grad()
 def test_ragged_memory_is_padded_memory_with_a_mask(kind, k):
     model = randomize(kind(**SIZES))
-    pictures = images(3, 2).flatten(0, 1) if kind is BlipNlvr else images(3)
+    pixels = images(3, 2).flatten(0, 1) if kind is BlipNlvr else images(3)
     ids, mask = words(3 * k), MASK.repeat(k, 1)
     pruned = vp.prune(model, "madtp", guide="codebook(anchors=12)", at={"image": None})
 
-    memory = pruned.visual(pictures)
+    memory = pruned.visual(pixels)
     padded, real = memory.unpack()
     assert real is not None
     assert not real.all()
@@ -69,14 +69,14 @@ def test_ragged_memory_is_padded_memory_with_a_mask(kind, k):
 @torch.no_grad()
 def test_several_sentences_are_one_by_one(kind, preset):
     model = randomize(kind(**SIZES))
-    pictures = images(3, 2)[:2] if kind is BlipNlvr else images(3)[:2]
+    pixels = images(3, 2)[:2] if kind is BlipNlvr else images(3)[:2]
     ids, mask = words(6), MASK.repeat(2, 1)
     pruned = Case(model, (), {}).pruned(preset)
-    (together,), lengths = checks.run(pruned, (pictures, ids, mask))
+    (together,), lengths = checks.run(pruned, (pixels, ids, mask))
     each = len(lengths["image"][0]) // 2
     for i in range(6):
         group = i // 3
-        (alone,), own = checks.run(pruned, (pictures[group : group + 1], ids[i : i + 1], mask[i : i + 1]))
+        (alone,), own = checks.run(pruned, (pixels[group : group + 1], ids[i : i + 1], mask[i : i + 1]))
         same(alone[0], together[i])
         assert [depth[i] for depth in lengths["text"]] == [depth[0] for depth in own["text"]]
         assert [d[group * each : (group + 1) * each] for d in lengths["image"]] == list(own["image"])
@@ -148,10 +148,10 @@ def test_a_hidden_first_token_is_refused(name):
 @pytest.mark.parametrize("name", ["blip", "nlvr"])
 def test_sentences_that_do_not_fit_their_images_are_refused(name, sentences):
     case = make(name)
-    pictures = case.inputs[0]
+    pixels = case.inputs[0]
     for model in (case.model, case.pruned()):
         with pytest.raises(ValueError, match=f"{sentences} sentences cannot be about"):
-            model(pictures, words(sentences))
+            model(pixels, words(sentences))
 
 
 def test_a_subclass_is_not_guessed_at():

@@ -17,23 +17,23 @@ import vltprune as vp
 @torch.no_grad()
 def test_encoders_are_the_hosts(name, normalize):
     case = make(name)
-    pruned, (pictures, text) = case.pruned(keep="ratio(ratio=1.0)"), case.inputs
-    same(pruned.encode_image(pictures, normalize=normalize), case.model.encode_image(pictures, normalize=normalize))
+    pruned, (images, text) = case.pruned(keep="ratio(ratio=1.0)"), case.inputs
+    same(pruned.encode_image(images, normalize=normalize), case.model.encode_image(images, normalize=normalize))
     same(pruned.encode_text(text, normalize=normalize), case.model.encode_text(text, normalize=normalize))
-    same(list(pruned.get_logits(pictures, text)), list(case.model.get_logits(pictures, text)))
+    same(list(pruned.get_logits(images, text)), list(case.model.get_logits(images, text)))
 
 
 @pytest.mark.parametrize("name", ["clip", "custom clip"])
 @torch.no_grad()
 def test_encoders_are_what_forward_runs(name):
     case = make(name)
-    pruned, (pictures, text) = case.pruned(), case.inputs
-    image, words, scale = pruned(pictures, text)
-    assert torch.equal(image, pruned.encode_image(pictures, normalize=True))
+    pruned, (images, text) = case.pruned(), case.inputs
+    image, words, scale = pruned(images, text)
+    assert torch.equal(image, pruned.encode_image(images, normalize=True))
     assert torch.equal(words, pruned.encode_text(text, normalize=True))
     assert torch.equal(words, F.normalize(pruned.encode_text(text), dim=-1))
     assert torch.equal(scale, case.model.logit_scale.exp())
-    assert not torch.allclose(image, case.model(pictures, text)[0], atol=1e-3)
+    assert not torch.allclose(image, case.model(images, text)[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["clip, dict", "custom clip, dict"])
@@ -49,9 +49,9 @@ def test_dicts(name):
 @torch.no_grad()
 def test_one_modality_alone(name):
     case = make(name)
-    pruned, (pictures, text) = case.pruned(), case.inputs
-    both = pruned(pictures, text)
-    image, nothing, _ = pruned(image=pictures)
+    pruned, (images, text) = case.pruned(), case.inputs
+    both = pruned(images, text)
+    image, nothing, _ = pruned(image=images)
     assert nothing is None
     assert torch.equal(image, both[0])
     nothing, words, _ = pruned(text=text)
@@ -63,9 +63,9 @@ def test_one_modality_alone(name):
 @torch.no_grad()
 def test_towers_left_alone(name):
     case = make(name)
-    pruned, (pictures, text) = case.pruned(at={"image": (0,)}), case.inputs
+    pruned, (images, text) = case.pruned(at={"image": (0,)}), case.inputs
     same(pruned.encode_text(text), case.model.encode_text(text))
-    assert not torch.allclose(pruned.encode_image(pictures), case.model.encode_image(pictures), atol=1e-3)
+    assert not torch.allclose(pruned.encode_image(images), case.model.encode_image(images), atol=1e-3)
 
 
 @pytest.mark.parametrize("preset", ["evit", "random"])

@@ -153,9 +153,9 @@ def test_drop_path_draws_once_an_instance(family, keep):
     """Either branch of an instance is gone, or doubled, for all of its tokens."""
     still = {"pos_embed_rescale": None} if family == "dinov3" else {}
     case = image_case(family, "plain", num_hidden_layers=1, drop_path_rate=0.5, **still)
-    pictures = torch.randn(1, 3, 32, 32).expand(24, -1, -1, -1)
+    images = torch.randn(1, 3, 32, 32).expand(24, -1, -1, -1)
     config = case.config("random", keep=f"ratio(ratio={keep})")
-    got = vp.prune(case.model, config).train().encode(pictures)[0].unpack()[0]
+    got = vp.prune(case.model, config).train().encode(images)[0].unpack()[0]
 
     outcomes = []
     for attention, mlp in [(0, 0), (0, 2), (2, 0), (2, 2)]:
@@ -163,7 +163,7 @@ def test_drop_path_draws_once_an_instance(family, keep):
         [block] = blocks_of(vp.prune(known, config))
         block.layer_scale1.lambda1.mul_(attention)
         block.layer_scale2.lambda1.mul_(mlp)
-        outcomes.append(vp.prune(known, config).encode(pictures[:1])[0].x)
+        outcomes.append(vp.prune(known, config).encode(images[:1])[0].x)
     distance = (got[:, None] - torch.stack(outcomes)).abs().amax((2, 3)) / torch.stack(outcomes).abs().max()
     assert (distance.amin(1) < 1e-5).all()
     assert len(set(distance.argmin(1).tolist())) == 4

@@ -131,12 +131,12 @@ def test_roberta_has_fewer_positions_than_rows():
 @pytest.mark.parametrize("bad", ["size", "channels", "empty", "nan"])
 def test_wrong_images_are_refused(name, bad):
     case = make(name)
-    (pictures,) = case.inputs
+    (pixels,) = case.inputs
     broken = {
-        "size": pictures[..., :24],
-        "channels": pictures[:, :2],
-        "empty": pictures[:0],
-        "nan": torch.full_like(pictures, float("nan")),
+        "size": pixels[..., :24],
+        "channels": pixels[:, :2],
+        "empty": pixels[:0],
+        "nan": torch.full_like(pixels, float("nan")),
     }[bad]
     if bad == "size" and name.startswith("dinov2"):
         case.pruned()(broken)  # which interpolates its positions whatever the size

@@ -142,15 +142,15 @@ def blip_case(name: str) -> Case:
     text = {**BLIP_TEXT, "hidden_size": 48} if name == "blip answers" else BLIP_TEXT  # its decoder looks at sentences
     own = hf.BlipConfig(text_config=text, vision_config={**IMAGE, **WIDTHS}, image_text_hidden_size=24)
     model = randomize(kind(own))
-    ids, pictures, image = words(), images(), {"image": [[0]] * 3}
+    ids, pixels, image = words(), images(), {"image": [[0]] * 3}
     if name == "blip captions":
-        return Case(model, (pictures, ids, MASK), image, idle=IDLE)
+        return Case(model, (pixels, ids, MASK), image, idle=IDLE)
 
     def called(rows, length):
         text, mask = ids[rows, :length], MASK[rows, :length]
         if name == "blip answers":  # whose decoder sees padding of the question, where it is dense
-            return (ids[rows], pictures[rows], None, None, None, ids[rows, 3:7])
-        return (text, pictures[rows], True, mask)
+            return (ids[rows], pixels[rows], None, None, None, ids[rows, 3:7])
+        return (text, pixels[rows], True, mask)
 
     def dense(*inputs):
         out = model(*inputs)

@@ -97,9 +97,9 @@ def test_backward_may_come_when_nobody_collects_any_more(at, how):
 
 def test_a_decoder_that_fails_leaves_nothing_behind(monkeypatch):
     model = captioner()
-    pictures, (ids, mask) = images(2), sentences(2)
+    pixels, (ids, mask) = images(2), sentences(2)
     with vp.collect() as traces:
-        model(pictures, ids, mask)
+        model(pixels, ids, mask)
     right = traces[0].caption_aligned
 
     def fail(*args):
@@ -108,11 +108,11 @@ def test_a_decoder_that_fails_leaves_nothing_behind(monkeypatch):
     hook = model.decoder.body.layers[-1].register_forward_pre_hook(fail)
     last = model.decoder.body.layers[-1].fc2.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt), vp.collect():
-        model(pictures, ids, mask)
+        model(pixels, ids, mask)
     hook.remove()
     last.remove()
     with vp.collect() as traces:
-        model(pictures, ids, mask)
+        model(pixels, ids, mask)
     assert_close(traces[0].caption_aligned, right)
 
 

@@ -381,8 +381,8 @@ class TestKeepersByTower:
         with pytest.raises(ValueError, match="and the text tower, which is pruned, has none"):
             prune(small("blip").model, BASE.replace(keep={"image": "ratio"}))
         prune(small("blip").model, BASE.replace(keep={"image": "ratio"}, at={"image": None}))
-        with pytest.raises(ValueError, match=r"keep=.* names the tower 'picture'; this model has image, text"):
-            prune(small("blip").model, BASE.replace(keep={"picture": "ratio"}))
+        with pytest.raises(ValueError, match=r"keep=.* names the tower 'vision'; this model has image, text"):
+            prune(small("blip").model, BASE.replace(keep={"vision": "ratio"}))
         with pytest.raises(ValueError, match=r"name the tower, part\('keep', 'image'\)"):
             self.both.part("keep")
 

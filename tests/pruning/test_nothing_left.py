@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import vltprune as vp
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
-PICTURES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
 def vit(**options):
@@ -35,7 +35,7 @@ def exchanged(pool):
 
 
 def siglip(kind="Siglip"):
-    config = getattr(transformers, f"{kind}VisionConfig")(**PICTURES, image_size=32, patch_size=8)
+    config = getattr(transformers, f"{kind}VisionConfig")(**VISION, image_size=32, patch_size=8)
     return getattr(transformers, f"{kind}VisionModel")(config)
 
 
@@ -160,8 +160,8 @@ def test_a_token_whose_parts_are_all_lost_gives_no_nan():
 
 def test_transformers_blip_refuses_to_hand_on_parts():
     config = transformers.BlipConfig(
-        vision_config={**PICTURES, "image_size": 32, "patch_size": 8},
-        text_config={**PICTURES, "vocab_size": 40, "encoder_hidden_size": 32, "max_position_embeddings": 16},
+        vision_config={**VISION, "image_size": 32, "patch_size": 8},
+        text_config={**VISION, "vocab_size": 40, "encoder_hidden_size": 32, "max_position_embeddings": 16},
     )
     ids = torch.randint(3, 40, (2, 6))
     retrieval = transformers.BlipForImageTextRetrieval(config)

@@ -32,10 +32,10 @@ def test_one_block_by_hand():
     with torch.random.fork_rng():
         torch.manual_seed(2)
         dense = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
-    block, picture = scrambled(dense).blocks[0], images(1)
-    tokens, _ = vp.prune(dense, FUSE).encode(picture)
+    block, pixels = scrambled(dense).blocks[0], images(1)
+    tokens, _ = vp.prune(dense, FUSE).encode(pixels)
 
-    x = dense._pos_embed(dense.patch_embed(picture))[0]
+    x = dense._pos_embed(dense.patch_embed(pixels))[0]
     q, k, v = block.attn.qkv(block.norm1(x)).view(17, 3, 2, 16).permute(1, 2, 0, 3)
     probabilities = (q @ k.transpose(1, 2) * 16**-0.5).softmax(-1)
     context = probabilities @ v
@@ -223,10 +223,10 @@ def test_a_model_that_nobody_holds_is_gone_at_once(name):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_tower_has_a_record_of_its_own(copied):
     model = vp.prune(copy.deepcopy(small("vit").model), "madtp")
-    twin = copied(model)
-    record = twin.pruning
-    assert record.towers == {"image": twin} and record.host is twin.host and record.guide is twin.guide
-    assert model.pruning.towers == {"image": model} and model.host is not twin.host
+    duplicate = copied(model)
+    record = duplicate.pruning
+    assert record.towers == {"image": duplicate} and record.host is duplicate.host and record.guide is duplicate.guide
+    assert model.pruning.towers == {"image": model} and model.host is not duplicate.host
     assert record.config == model.pruning.config
     tower = vp.prune(copy.deepcopy(small("blip").model), "madtp").pruning.towers["image"]
     assert not hasattr(tower, "pruning")

@@ -67,11 +67,11 @@ def test_the_loss_reaches_thresholds_scores_and_anchors(keep, reducer):
 def test_an_instance_alone_is_as_in_its_batch():
     model = soften(pruned("learned(threshold=-0.3)", "fuse"), 0.4)
     torch.manual_seed(2)
-    pictures, (ids, mask) = images(4, 2), sentences(4)
-    together = model(pictures, ids, mask)
+    pixels, (ids, mask) = images(4, 2), sentences(4)
+    together = model(pixels, ids, mask)
     for i in range(4):
         torch.testing.assert_close(
-            model(pictures[i : i + 1], ids[i : i + 1], mask[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-4
+            model(pixels[i : i + 1], ids[i : i + 1], mask[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-4
         )
 
 

@@ -111,11 +111,11 @@ def test_what_does_not_fit_is_told_in_the_dense_model_s_names():
 @dense_models
 def test_copies_pickles_and_moves_keep_one_guide(make):
     model = vp.prune(make(), "madtp", **GUIDED)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert _equal(twin, model)
-        assert twin.pruning.guide is not model.pruning.guide
-        assert all(tower.guide is twin.pruning.guide for tower in twin.pruning.towers.values())
-        twin.load_state_dict(model.state_dict())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert _equal(copied, model)
+        assert copied.pruning.guide is not model.pruning.guide
+        assert all(tower.guide is copied.pruning.guide for tower in copied.pruning.towers.values())
+        copied.load_state_dict(model.state_dict())
     model.double()
     assert model.pruning.guide.anchors.dtype == torch.float64
     assert all(p.dtype == torch.float64 for tower in _towers(model) for p in tower.host.parameters())

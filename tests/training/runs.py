@@ -18,7 +18,7 @@ _MORE = "what color is the star red two and"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split(), *_MORE.split()]
 
 
-def pictures(folder: Path, n: int = 8) -> list[str]:
+def write_images(folder: Path, n: int = 8) -> list[str]:
     """Noise of n kinds, 40 pixels a side."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
@@ -29,7 +29,7 @@ def pictures(folder: Path, n: int = 8) -> list[str]:
 
 def annotations(task: str, folder: Path, n: int = 8) -> str:
     """The file of a task's n records, and beside it the images and the vocabulary."""
-    names, words = pictures(folder, n), WORDS.split()
+    names, words = write_images(folder, n), WORDS.split()
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
     said = [" ".join(words[(i + j) % len(words)] for j in range(1 + i % 4)) for i in range(n)]
     entries: dict[str, Any] = {

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings(
 )  # from Python 3.12 on
 
 
-def prepare(picture):
-    return torch.from_numpy(np.asarray(picture.resize((8, 8)), np.float32)).permute(2, 0, 1)
+def prepare(image):
+    return torch.from_numpy(np.asarray(image.resize((8, 8)), np.float32)).permute(2, 0, 1)
 
 
 def loader(records, seed=3, augment=True, workers=0, check=None):
@@ -57,7 +57,7 @@ def test_what_cannot_be_opened_is_replaced_and_noted_once(records, workers, tmp_
         if record.index == 3:
             raise ValueError("no words")
 
-    (tmp_path / "2.png").write_bytes(b"no picture")
+    (tmp_path / "2.png").write_bytes(b"no image")
     (tmp_path / "5.png").unlink()
     some = loader(records, seed=0, augment=False, workers=workers, check=check)
     batches = list(some.batches(0, 6))
@@ -106,8 +106,8 @@ def test_workers_survive_signals_before_they_ignore_them(records, monkeypatch):
 
 @given(width=st.integers(1, 60), height=st.integers(1, 60), seed=st.integers(0, 99))
 def test_crops_lie_in_the_image(width, height, seed):
-    picture = Image.new("RGB", (width, height))
-    crop = random_crop(picture, np.random.default_rng(seed))
+    image = Image.new("RGB", (width, height))
+    crop = random_crop(image, np.random.default_rng(seed))
     assert 1 <= crop.width <= width
     assert 1 <= crop.height <= height
     assert crop.width * crop.height >= 0.3 * width * height or min(width, height) < 8

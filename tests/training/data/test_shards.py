@@ -31,8 +31,8 @@ pytest.importorskip("webdataset", reason="shards need webdataset: pip install 'v
 N = 11
 
 
-def prepare(picture):
-    return torch.from_numpy(np.asarray(picture.resize((8, 8)), np.float32)).permute(2, 0, 1)
+def prepare(image):
+    return torch.from_numpy(np.asarray(image.resize((8, 8)), np.float32)).permute(2, 0, 1)
 
 
 def png(number: int) -> bytes:
@@ -94,9 +94,7 @@ def test_annotations_come_back_from_shards(task, tmp_path):
     ]
     assert [replace(one, images=()) for one in found] == [replace(one, images=()) for one in right]
     for one, same in zip(found, right, strict=True):
-        assert [picture.tobytes() for picture in one.load_images()] == [
-            picture.tobytes() for picture in same.load_images()
-        ]
+        assert [image.tobytes() for image in one.load_images()] == [image.tobytes() for image in same.load_images()]
 
 
 def test_what_is_written_is_told_from_what_is_not(tmp_path):
@@ -121,7 +119,7 @@ def test_forms_of_samples(tmp_path):
     (sample,) = iterate_samples(str(shard(tmp_path / "a.tar", *members)), print)
     record = Shards((), parse_statement).record(7, sample)
     assert (record.index, record.sentence, record.label) == (7, "both", 1)
-    assert [picture.getpixel((0, 0))[0] for picture in record.load_images()] == [2, 10]
+    assert [image.getpixel((0, 0))[0] for image in record.load_images()] == [2, 10]
 
     both = [("b/1.png", png(1)), ("b/1.txt", b" said \n"), ("b/1.json", b'{"width": 8}')]
     (sample,) = iterate_samples(str(shard(tmp_path / "b.tar", *both)), print)
@@ -192,7 +190,7 @@ def test_first_records_are_those_of_every_process(folder):
 
 
 def test_broken_samples_are_replaced_by_the_next_and_noted_once(tmp_path):
-    broken = [("x.png", b"no picture"), ("x.txt", b"red"), ("y.png", png(1)), ("y.json", b"{"), ("z.txt", b"red")]
+    broken = [("x.png", b"no image"), ("x.txt", b"red"), ("y.png", png(1)), ("y.json", b"{"), ("z.txt", b"red")]
     shard(tmp_path / "a.tar", *captions(0, 1, 2), *broken, ("w.png", png(1)), ("v.png", png(1)), ("v.json", b"[]"))
     shard(tmp_path / "b.tar", *captions(3, 4))
     some = loader(tmp_path / "*.tar", 4, seed=1)
@@ -230,7 +228,7 @@ def test_shards_that_end_too_early_on_the_way_are_noted(workers, tmp_path):
         shard(tmp_path / f"{place}.tar", *captions(*range(40 * place, 40 * place + 40)))
     for place in range(6):  # whichever comes last
         file = tmp_path / f"{place}.tar"
-        file.write_bytes(file.read_bytes()[: 121 * 512 + 200])  # in a picture
+        file.write_bytes(file.read_bytes()[: 121 * 512 + 200])  # in a image
     some = loader(tmp_path / "*.tar", 4, buffer=1, workers=workers)
     list(some.batches(0, 8))
     early = len(some.skipped)

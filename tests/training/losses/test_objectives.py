@@ -75,16 +75,16 @@ def test_pairs_of_one_image_are_all_right(tmp_path):
     assert isinstance(objective, MomentumObjective)
     clip = vp.create_model("clip_vit_s_32_alt").train()
     task = tasks.Retrieval.from_model(clip)
-    objective, pictures = build_objective(task, clip), torch.rand(4, 1, 3, 224, 224)
-    loss = objective(clip, records, pictures, 0)
+    objective, pixels = build_objective(task, clip), torch.rand(4, 1, 3, 224, 224)
+    loss = objective(clip, records, pixels, 0)
     texts = task.encode([objective.choose_text(record, record.captions, 0) for record in records])[0]
-    image, text = clip.encode_image(pictures[:, 0], normalize=True), clip.encode_text(texts, normalize=True)
+    image, text = clip.encode_image(pixels[:, 0], normalize=True), clip.encode_text(texts, normalize=True)
     logits = clip.logit_scale.exp() * image @ text.T
     both = sum(torch.nn.functional.cross_entropy(one, torch.arange(4)) for one in (logits, logits.T)) / 2
     torch.testing.assert_close(loss.total / loss.count, both, atol=1e-4, rtol=1e-4)
 
     twice = [records[0], records[0], *records[2:]]
-    same = objective(clip, twice, pictures[[0, 0, 2, 3]], 0)
+    same = objective(clip, twice, pixels[[0, 0, 2, 3]], 0)
     assert same.total.isfinite()
     assert same.outputs.shape == (8, 4)
 
