@@ -9,6 +9,7 @@ from .cost.calibration import BudgetError, calibrate, measure
 from .cost.guide_fit import fit_guide
 from .cost.macs import CostMeter, count_macs
 from .cost.prune import prune
+from .evaluation.ablation import Ablation, ablate
 from .io.checkpoint import CheckpointError, Recipe, UnknownHostWarning, save
 from .io.hub import from_pretrained, load, push_to_hub
 from .io.preprocessing import Preprocessing, transforms
@@ -43,6 +44,7 @@ from .utils.wrappers import unwrapped
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ablation",
     "AlignmentGuide",
     "AttentionStats",
     "BudgetError",
@@ -73,6 +75,7 @@ __all__ = [
     "TokenScorer",
     "UnknownHostWarning",
     "UntrainedGuideWarning",
+    "ablate",
     "attend",
     "attend_with_stats",
     "backbones",

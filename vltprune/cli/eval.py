@@ -38,28 +38,23 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
     parser = commands.add_parser(
         "eval", parents=parents, help="scores and cost of a model on a data set; resumes where it was stopped"
     )
-    _add_model(parser)
-    _add_data(parser)
+    add_model(parser)
+    add_data(parser)
+    most = (
+        f"for retrieval by BLIP: how many nearest its matching head judges again; 0 leaves that out (default: {K_TEST})"
+    )
+    parser.add_argument("--k-test", type=options.natural, metavar="K", help=most)
     parser.add_argument(
         "--output",
         type=options.output,
         metavar="DIR",
         help="folder for the results; one of the same settings resumes where it was stopped (default: eval/TASK/MODEL)",
     )
-    common.add_batching(parser, "records", batch_size=16)
-    parser.add_argument(
-        "--workers",
-        type=options.natural,
-        default=2,
-        metavar="N",
-        help="threads that open images (default: %(default)s)",
-    )
-    common.add_device(parser)
-    parser.add_argument("--strict", action="store_true", help="stop at what cannot be read, instead of skipping it")
     parser.set_defaults(run=run)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --model-args, --pretrained, --vocabulary, --device and --dtype."""
     parser.add_argument("--model", required=True, help=common.MODEL)
     arguments = "for the named model: vocab_size=30524, keep='ratio(ratio=0.5)'"
     parser.add_argument(
@@ -68,9 +63,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     common.add_pretrained(parser)
     vocabulary = "for BLIP: vocab.txt or tokenizer.json (default: the hub's %(default)s)"
     parser.add_argument("--vocabulary", type=options.vocabulary, default=BERT, metavar="PATH", help=vocabulary)
+    common.add_device(parser)
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add --task, --data, --images, --answers, --limit, --batch-size, --workers and --strict."""
     parser.add_argument("--task", required=True, choices=tasks.tasks.names(), help="what is asked of the model")
     parser.add_argument("--data", required=True, metavar="FILE", help="annotations, or synthetic:test (nlvr)")
     common.add_images(parser)
@@ -80,10 +77,18 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="for vqa: a list of answers to choose from (default: free words)",
     )
-    most = (
-        f"for retrieval by BLIP: how many nearest its matching head judges again; 0 leaves that out (default: {K_TEST})"
+    parser.add_argument("--limit", type=options.positive, metavar="N", help="only the first N records (default: all)")
+    parser.add_argument(
+        "--batch-size", type=options.positive, default=16, metavar="N", help="records at a time (default: %(default)s)"
     )
-    parser.add_argument("--k-test", type=options.natural, metavar="K", help=most)
+    parser.add_argument(
+        "--workers",
+        type=options.natural,
+        default=2,
+        metavar="N",
+        help="threads that open images (default: %(default)s)",
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at what cannot be read, instead of skipping it")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,9 +100,8 @@ def run(args: argparse.Namespace) -> None:
     common.use_threads(args.threads)
     kind: Any = tasks.tasks[args.task]
     records = kind.load_records(args.data, images, args.strict)
-    model = _load(args)
-    asked = {name: getattr(args, name) for name in _SETTINGS}
-    settings = {**asked, "dtype": str(common.dtype_of(model)).removeprefix("torch."), **_digests(args, model)}
+    model = load(args)
+    settings = settings_of(args, model)
     log = ResultsLog(folder, settings)
     task: tasks.Task[Any] = kind.from_model(model, tasks.Options(args.vocabulary, args.answers))
     _check_second_stage(task, args.k_test)
@@ -115,9 +119,16 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {folder / 'summary.json'}, and the answer to each record in the same folder")
 
 
-def _digests(args: argparse.Namespace, model: nn.Module) -> dict[str, str | None]:
-    """Digests of the files and weights that the settings name. Those of the images are in each row."""
+def settings_of(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """What answers depend on: options, and digests of the files and weights that they name. Those of images are in each row.
+
+    Args:
+        args: The options of `add_model` and `add_data`.
+        model: The model that they mean.
+    """
     return {
+        **{name: getattr(args, name) for name in _SETTINGS},
+        "dtype": str(common.dtype_of(model)).removeprefix("torch."),
         "version": __version__,
         "content_of_model": fingerprint.hash_model(model),
         "content_of_data": fingerprint.hash_file(args.data),
@@ -177,7 +188,8 @@ def _check_second_stage(task: object, most: int | None) -> None:
         )
 
 
-def _load(args: argparse.Namespace) -> nn.Module:
+def load(args: argparse.Namespace) -> nn.Module:
+    """The model of the options of `add_model`, on its device."""
     torch.manual_seed(0)  # random weights must be the same when a stopped run resumes
     return common.load_model(
         args.model,

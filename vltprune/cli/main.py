@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import common, compress, demo, eval, features, info, listing, macs, options, predict, prune
+from . import ablate, common, compress, demo, eval, features, info, listing, macs, options, predict, prune
 
 # what the library raises for the user to read
 _EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError, FloatingPointError)
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vltprune", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"vltprune {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for command in (demo, predict, listing, info, macs, features, prune, compress, eval):
+    for command in (demo, predict, listing, info, macs, features, prune, compress, eval, ablate):
         command.add(commands, (everywhere, compute))
     return parser
 

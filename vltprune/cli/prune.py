@@ -158,20 +158,40 @@ def _run_image_tower(model: nn.Module, images: Tensor) -> object:
 def _record_batches(args: argparse.Namespace, model: PrunedModel) -> list[tuple[int, Batch]]:
     """Calls of the model on annotated records as its task makes them, each with their number, one text a record."""
     task = _task(args, model)
-    records = [
-        _with_one_text(record)
-        for record in task.load_records(args.data, common.image_folders(args), False)[: args.limit]
-    ]
+    records = task.load_records(args.data, common.image_folders(args), False)[: args.limit]
+    return record_batches(task, records, model, args.batch_size, f"--data {args.data}")
+
+
+def record_batches(
+    task: tasks.Task[Any], records: Sequence[Record], model: nn.Module, batch_size: int, source: str
+) -> list[tuple[int, Batch]]:
+    """Calls of a model on records as its task makes them, for calibration.
+
+    Args:
+        task: The task, set to the model.
+        records: The records. Those that the model cannot read are left out, and one text of each is taken.
+        model: The model, dense or pruned, whose images are prepared for it.
+        batch_size: Records a call.
+        source: Where the records are from, for errors.
+
+    Returns:
+        The calls, each with its number of records.
+
+    Raises:
+        ValueError: Where no record can be read.
+    """
+    device = next(model.parameters()).device
+    records = [_with_one_text(record) for record in records]
     readable = [record for record in records if _is_readable(task, record)]
-    loader = Loader(readable, common.input_transform(model), args.batch_size)
+    loader = Loader(readable, common.input_transform(model), batch_size)
     batches: list[tuple[int, Batch]] = []
     for batch, images in loader:
-        texts = tuple(text.to(args.device) for text in task.tokenize(batch)[0])
-        call = partial(task.predict, records=batch, images=images.to(args.device), texts=texts)
+        texts = tuple(text.to(device) for text in task.tokenize(batch)[0])
+        call = partial(task.predict, records=batch, images=images.to(device), texts=texts)
         batches.append((len(batch), call))
     if not batches:
         reason = f": {loader.skipped[0].reason}" if loader.skipped else ", for the model does not know their words"
-        raise ValueError(f"--data {args.data}: none of the {len(records)} records could be read{reason}")
+        raise ValueError(f"{source}: none of the {len(records)} records could be read{reason}")
     return batches
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from torch import Tensor
 from .caption_metrics import caption_scores as caption_scores  # captions have a module of their own
 
 RANKS = (1, 5, 10)
+
+
+def main_score(scores: Mapping[str, Any]) -> str | None:
+    """The score to chart: the main one of its task, else the first; None where nothing was scored."""
+    main = [name for name in ("accuracy", "vqa_accuracy", "CIDEr", "mean_recall") if name in scores]
+    return next(iter([*main, *scores]), None)
 
 
 def accuracy(probabilities: Sequence[float], labels: Sequence[int]) -> float:

@@ -22,17 +22,18 @@ class ResultsLog:
         rows: The rows so far.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, object]) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, object], file: str = _ROWS) -> None:
         """Open the log of a folder, with the rows of a stopped run of the same settings.
 
         Args:
             folder: The folder of the log; it is created with the first row.
             settings: What the run depends on, plain JSON values.
+            file: The name of the file of rows.
 
         Raises:
             ValueError: If the folder holds a run of other settings, or a damaged row.
         """
-        self._file, self._settings_file, self._settings = Path(folder, _ROWS), Path(folder, _SETTINGS), settings
+        self._file, self._settings_file, self._settings = Path(folder, file), Path(folder, _SETTINGS), settings
         self.rows: list[Row] = []
         if self._settings_file.is_file():
             _compare(Path(folder), json.loads(self._settings_file.read_text(encoding="utf-8")), settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -136,9 +135,3 @@ def _curve(title: str, history: Rows, series: Mapping[str, str], zero: bool = Fa
 
 def _titled(title: str, content: str) -> str:
     return f'<div><div class="model">{title}</div>{content}</div>'
-
-
-def main_score(scores: Mapping[str, Any]) -> str | None:
-    """The score to chart: the main one of its task, else the first; None where nothing was scored."""
-    main = [name for name in ("accuracy", "vqa_accuracy", "CIDEr", "mean_recall") if name in scores]
-    return next(iter([*main, *scores]), None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cost import describe
+from ...evaluation.metrics import main_score
 from ...models.resolve import has_random_weights, is_saved_model
 from ...utils.files import write_text
 from ...viz import charts, html
@@ -132,7 +133,7 @@ def page(data: ReportData, shown: Sequence[Example], missing: str = "") -> str:
 def _lead(data: ReportData) -> str:
     """The result in a sentence."""
     dense, row = data.rows[0], data.rows[data.target_index]
-    main = curves.main_score(dense["scores"])
+    main = main_score(dense["scores"])
     macs, dense_macs = (row[name] / 1e9 for name in ("macs", "dense_macs"))
     saved = f"{row['macs_saved']:.1%} fewer MACs ({macs:.4g} G instead of {dense_macs:.4g} G)"
     if main is None:
@@ -280,7 +281,7 @@ def _missed(reduction: Any, knob: Any) -> list[str]:
 
 
 def _costs(data: ReportData) -> str:
-    main = curves.main_score(data.rows[0]["scores"])
+    main = main_score(data.rows[0]["scores"])
     chart = curves.costs(data.rows, main) if main else ""
     return chart + _tight(tables.results(data.names, data.rows))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .curves import main_score
+from ...evaluation.metrics import main_score
 from .examples import Rows
 
 
