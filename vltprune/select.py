@@ -99,10 +99,9 @@ def deduplicate(
     """
     _part(important, "important")
     features, candidates = _instance(x, protected)
-    counts, _ = _counts(x, count)
-    return _indices(
-        choosing.deduplicate(features, candidates, counts, _column(scores, x, "scores"), important), candidates
-    )
+    counts, most = _counts(x, count)
+    keep = choosing.deduplicate(features, candidates, counts, _column(scores, x, "scores"), important, most)
+    return _indices(keep, candidates)
 
 
 def pivots(x: Tensor, scores: Tensor, count: int, number: int = 10, protected: Tensor | None = None) -> Tensor:

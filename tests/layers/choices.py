@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 DIM = 5
 TOLERANCE = 2e-5
@@ -39,6 +42,23 @@ def instances(draw, longest: int = 9) -> Instance:
         draw(st.integers(0, n + 2)),
         scores,
         torch.randint(4, (n,), generator=g),
+    )
+
+
+def copies(seed: int, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Two instances of 24 tokens, copies of 7, with few scores; all but for relative noise."""
+    g = torch.Generator().manual_seed(seed)
+    features = torch.randn(7, DIM, generator=g)[torch.randint(7, (2, 24), generator=g)]
+    scores = torch.randint(5, (2, 24), generator=g) / 4
+    candidates = torch.rand(2, 24, generator=g) > 0.1
+    off = noise * torch.randn(2, 24, DIM + 1, generator=g)
+    windows = torch.arange(24).expand(2, -1) // 4
+    return (
+        features * (1 + off[..., 1:]),
+        candidates,
+        torch.tensor([5, 11]),
+        scores * (1 + off[..., 0]),
+        windows,
     )
 
 
@@ -89,3 +109,12 @@ def in_order(values: Sequence[float]) -> list[int]:
 def slots(mask: Tensor) -> list[int]:
     """The indices at which a mask [n] is true."""
     return mask.nonzero().flatten().tolist()
+
+
+def without_reading(choose: Callable[..., Any]) -> None:
+    """Calls a function with tensors of an accelerator that hold no numbers: to read one there, and so to wait, is an error."""
+    with FakeTensorMode():
+        features, candidates, counts, scores, windows = (value.to("cuda") for value in copies(0, 0.0))
+        choose(features, candidates, counts, scores, windows)
+        with pytest.raises(DataDependentOutputException):
+            counts.max().item()

@@ -6,7 +6,19 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from choices import DIM, Instance, argbest, batches, cosines, in_order, instances, padded, slots
+from choices import (
+    DIM,
+    Instance,
+    argbest,
+    batches,
+    copies,
+    cosines,
+    in_order,
+    instances,
+    padded,
+    slots,
+    without_reading,
+)
 from hypothesis import given, settings
 
 from vltprune.layers import choosing, sampling
@@ -65,9 +77,22 @@ def test_a_known_largest_count_changes_nothing(batch):
         for choose, args in (
             (choosing.max_min, (features, candidates, counts)),
             (choosing.dpp, (features, candidates, counts, scores)),
+            (choosing.deduplicate, (features, candidates, counts, scores)),
             (sampling.sample_cdf, (scores, candidates, counts)),
         ):
             assert torch.equal(choose(*args), choose(*args, most=most))
+
+
+@every_choice
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_does_not_decide(name, seed):
+    """Copies that differ in their last digits, and scores too: the same choice."""
+    assert torch.equal(CHOICES[name](*copies(seed, 1e-6)), CHOICES[name](*copies(seed, 0.0)))
+
+
+@every_choice
+def test_no_waiting_for_a_device(name):
+    without_reading(CHOICES[name])
 
 
 @every_choice

@@ -6,7 +6,19 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from choices import DIM, TOLERANCE, argbest, batches, cosines, in_order, instances, padded, slots
+from choices import (
+    DIM,
+    TOLERANCE,
+    argbest,
+    batches,
+    copies,
+    cosines,
+    in_order,
+    instances,
+    padded,
+    slots,
+    without_reading,
+)
 from hypothesis import given, settings
 
 from vltprune.layers import matching
@@ -15,7 +27,7 @@ from vltprune.layers import matching
 MATCHINGS = {
     "bipartite": lambda x, c, k, s, w: matching.bipartite(x, c, k),
     "bipartite, threshold": lambda x, c, k, s, w: matching.bipartite(x, c, least_similarity=0.5),
-    "bipartite, both": lambda x, c, k, s, w: matching.bipartite(x, c, k, torch.full((len(x),), 0.5)),
+    "bipartite, both": lambda x, c, k, s, w: matching.bipartite(x, c, k, torch.full_like(k, 0.5, dtype=torch.float32)),
     "energy": lambda x, c, k, s, w: matching.energy(x, c, k, 0.5),
     "graph": lambda x, c, k, s, w: matching.graph(x, c, k),
     "graph, importance": lambda x, c, k, s, w: matching.graph(x, c, k, s),
@@ -57,6 +69,19 @@ def test_who_goes_goes_into_a_kept_candidate(name, one):
     assert torch.equal(match[~goes], own[~goes])
     if keep.any():
         assert keep[match[goes]].all()
+
+
+@every_matching
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_does_not_decide(name, seed):
+    """Copies that differ in their last digits, and scores too: the same choice."""
+    for noisy, exact in zip(MATCHINGS[name](*copies(seed, 1e-6)), MATCHINGS[name](*copies(seed, 0.0)), strict=True):
+        assert torch.equal(noisy, exact)
+
+
+@every_matching
+def test_no_waiting_for_a_device(name):
+    without_reading(MATCHINGS[name])
 
 
 @every_matching

@@ -97,7 +97,14 @@ def dpp(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, mo
 
 
 @decides
-def deduplicate(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, important: float = 0.5) -> Tensor:
+def deduplicate(
+    features: Tensor,
+    candidates: Tensor,
+    counts: Tensor,
+    scores: Tensor,
+    important: float = 0.5,
+    most: int | None = None,
+) -> Tensor:
     """Keeps the tokens of largest score and, of the others, those that resemble each other least, as in VisPruner.
 
     The part `important` of `counts` is by score (arXiv 2412.01818, version 2). The others are in a sequence, at first by
@@ -111,6 +118,7 @@ def deduplicate(features: Tensor, candidates: Tensor, counts: Tensor, scores: Te
         counts: [batch] int64, how many stay. Larger numbers than there are candidates mean all.
         scores: [batch, n], larger is more important; VisPruner has the class token's attention.
         important: the part that is chosen by score, in 0 .. 1, rounded down.
+        most: the largest of `counts`, where the caller knows it; without it an accelerator compares longer sequences.
 
     Returns:
         `keep`, [batch, n] bool.
@@ -128,10 +136,11 @@ def deduplicate(features: Tensor, candidates: Tensor, counts: Tensor, scores: Te
     similarity = cosine(features, candidates)
     # the sequence begins behind those that stay by score
     sequence = order.gather(1, (positions(order) + by_score[:, None]) % n)
-    for _ in range(_rounds(n)):
-        if precision.surely_none(length > goal):
-            break
-        sequence, length = _thin(similarity, sequence, length, goal)
+    longest, most = n, most_of(candidates, counts, most)
+    while longest > 0 and not precision.surely_none(length > goal):
+        sequence, length = _thin(similarity, sequence[:, : max(longest, most)], length, goal)
+        # of those that are not yet as short as they should be
+        longest -= min(8, -(-longest // 2))
     stays = torch.zeros_like(candidates).scatter(1, sequence, positions(sequence) < length)
     return candidates & (stays | (rank < by_score[:, None]))
 
@@ -180,18 +189,9 @@ def part_of(counts: Tensor, part: float) -> Tensor:
     return (counts * part + 1e-4).floor().long()
 
 
-def _rounds(length: int) -> int:
-    """How often `_thin` shortens a sequence until none is left."""
-    rounds = 0
-    while length > 0:
-        length -= min(8, -(-length // 2))
-        rounds += 1
-    return rounds
-
-
 def _thin(similarity: Tensor, sequence: Tensor, length: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-    """One round of `deduplicate`: the sequence [batch, n] without up to 8 tokens, and its length [batch, 1]."""
-    batch, n = sequence.shape
+    """One round of `deduplicate`: the sequence [batch, m] without up to 8 tokens, and its length [batch, 1]."""
+    batch, n = len(sequence), similarity.shape[1]
     a, b = sequence[:, ::2], sequence[:, 1::2]
     place = positions(sequence).expand(batch, -1)
     in_a, in_b = place[:, ::2] < length, place[:, 1::2] < length

@@ -63,8 +63,7 @@ def bipartite(
 
     merges = similarity > -_INFINITY
     if least_similarity is not None:
-        least = torch.as_tensor(least_similarity, dtype=similarity.dtype, device=similarity.device)
-        merges = merges & (similarity >= least.reshape(-1, 1) - ROUNDING)
+        merges = merges & (similarity >= _of_each(least_similarity, 2) - ROUNDING)
     if r is not None:
         most = torch.minimum(r, candidates.sum(1) // 2)
         merges = merges & (ranks(order_by_similarity(similarity, merges)) < most[:, None])
@@ -117,8 +116,7 @@ def energy(
     total = candidates.sum(1, keepdim=True)
     r = torch.minimum(r[:, None], total // 2)
     similarity = cosine(features, candidates)
-    margin = torch.as_tensor(margin, dtype=similarity.dtype, device=similarity.device).reshape(-1, 1, 1)
-    gathered = F.elu(similarity - margin, alpha).masked_fill(~_pairs(candidates), 0.0)
+    gathered = F.elu(similarity - _of_each(margin, 3), alpha).masked_fill(~_pairs(candidates), 0.0)
     place = ranks(order_by_similarity(gathered.sum(2) / (total - 1).clamp(min=1), candidates))
     a, b = _halves(place, candidates & (place < 2 * r))
     best, partner = _edges(unit(features, candidates), a, b)
@@ -184,8 +182,7 @@ def local_pairs(
     size = together.sum(2)
     similarity = cosine(features, candidates).masked_fill(~(together & _pairs(candidates)), 0.0)
     mean = (similarity.sum(2)[:, None] * together).sum(2) / (size * (size - 1)).clamp(min=1)
-    least = torch.as_tensor(least_similarity, dtype=mean.dtype, device=mean.device).reshape(-1, 1)
-    merges = (size > 1) & (mean >= least - ROUNDING)
+    merges = (size > 1) & (mean >= _of_each(least_similarity, 2) - ROUNDING)
     match = torch.where(merges, together.int().argmax(2), own)
     return candidates & (match == own), match
 
@@ -210,8 +207,7 @@ def components(features: Tensor, candidates: Tensor, least_similarity: Tensor | 
     if not n:
         return candidates.clone(), label
     similarity = cosine(features, candidates)
-    least = torch.as_tensor(least_similarity, dtype=similarity.dtype, device=similarity.device).reshape(-1, 1, 1)
-    connected = (similarity - least > ROUNDING) & _pairs(candidates)
+    connected = (similarity - _of_each(least_similarity, 3) > ROUNDING) & _pairs(candidates)
     # minimum labels with shortcuts: the square of the logarithm many rounds (Liu and Tarjan, arXiv 1812.06177)
     for _ in range(2 * n.bit_length() ** 2):
         lowest = torch.where(connected, label[:, None], n).amin(2).minimum(label)
@@ -220,6 +216,11 @@ def components(features: Tensor, candidates: Tensor, least_similarity: Tensor | 
         if precision.surely_none(label != previous):
             break
     return candidates & (label == _own(candidates)), label
+
+
+def _of_each(value: Tensor | float, dims: int) -> Tensor | float:
+    """A number, or one of each instance [batch] made broadcastable to [batch, ...] of this many dimensions."""
+    return value.reshape(-1, *[1] * (dims - 1)) if isinstance(value, Tensor) else value
 
 
 def _pairs(candidates: Tensor) -> Tensor:
