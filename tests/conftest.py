@@ -67,7 +67,7 @@ _torch_random = _TorchRandom()  # hypothesis refers to it weakly
 
 # of the core, and quick: what `make test-fast` runs
 _FAST = """
-    layers/test_distinct layers/test_guides layers/test_invariants layers/test_keepers layers/test_reducers layers/test_scorers
+    layers/test_distinct layers/test_guides checks/test_invariants layers/test_keepers layers/test_reducers layers/test_scorers
     core/test_inputs core/test_segments core/test_tokens cost/test_sample_cost evaluation/test_metrics hosts/test_clip
     hosts/test_refusals pruning/test_config pruning/test_losses test_package test_registry
 """

@@ -25,6 +25,7 @@ FLOORS = (
     "models data select",
     "pruning",
     "parts",
+    "checks",
     "hosts.base",
     "pruning.tower pruning.trace pruning.encoder pruning.model pruning.current_config",
     "io",

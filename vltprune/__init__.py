@@ -1,6 +1,7 @@
 """vltprune: prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."""
 
 from . import select
+from .checks.check import CheckReport, check_part
 from .core.attention import PairBias, attend
 from .core.attention_stats import attend_with_stats
 from .core.statistics import AttentionStats, Stat
@@ -48,6 +49,7 @@ __all__ = [
     "AlignmentGuide",
     "AttentionStats",
     "BudgetError",
+    "CheckReport",
     "CheckpointError",
     "CostMeter",
     "Guidance",
@@ -80,6 +82,7 @@ __all__ = [
     "attend_with_stats",
     "backbones",
     "calibrate",
+    "check_part",
     "collect",
     "count_macs",
     "create_model",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hypothesis.strategies as st
-import invariants
 import pages
 import pytest
-from hypothesis import given
-from strategies import cases, counted, reductions, seeds
 
 import vltprune as vp
 
@@ -19,32 +15,19 @@ def page():
         yield names
 
 
-@given(case=cases(), seed=seeds)
-def test_scorer(case, seed):
-    invariants.scorer("key_novelty", {"power": 2.0}, case, seed)
-
-
-@given(case=cases(), values=st.tuples(st.floats(0, 4), st.floats(0, 4)))
-def test_keeper(case, values):
-    invariants.keeper("effective", {"scale": values[0]}, case)
-    invariants.keeper_is_monotone("effective", {}, case, values)
-
-
-@given(case=cases(), seed=seeds)
-def test_guide(case, seed):
-    invariants.guide("cosine", {}, case, seed)
-
-
-@given(counted=counted())
-def test_selector(counted):
-    invariants.selector("even_first", {}, *counted)
-
-
-@given(reduction=reductions("drop"))
-def test_reducer(reduction):
-    _, case, selection = reduction
-    invariants.reducer("into_previous", {}, case, selection)
-    invariants.reducer_has_gradients("into_previous", {}, case, selection)
+@pytest.mark.parametrize(
+    ("registry", "name"),
+    [
+        (vp.scorers, "key_novelty"),
+        (vp.keepers, "effective"),
+        (vp.selectors, "even_first"),
+        (vp.reducers, "into_previous"),
+        (vp.guides, "cosine"),
+    ],
+)
+def test_parts_keep_the_invariants(registry, name):
+    report = vp.check_part(registry[name])
+    assert report.passed, report
 
 
 def test_scorer_and_keeper_do_what_no_built_in_does(page):

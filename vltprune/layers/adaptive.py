@@ -144,7 +144,8 @@ class Learned(KeepRatioPredictor):
         middle, deviation = mean_and_deviation(scores, tokens)
         size = middle.abs() + deviation  # scores that are alike are not above their mean, whatever rounding says
         above = scores - middle - (self.threshold + self.shift) * deviation > precision.ROUNDING * size
-        return segments.count(above & tokens.free, tokens.layout).clamp(min=1)
+        available = segments.count(tokens.free, tokens.layout)
+        return segments.count(above & tokens.free, tokens.layout).clamp(min=1).minimum(available)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         mean, deviation = mean_and_deviation(scores, tokens)

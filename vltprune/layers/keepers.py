@@ -79,7 +79,7 @@ class KeepRatioPredictor(PrintedPart, ABC):
             guidance: how the tokens relate to the guide's anchors. None without a guide.
 
         Returns:
-            The number of unprotected tokens that stay in each instance, [batch] int64. Larger numbers than there are mean all.
+            The number of unprotected tokens that stay in each instance, [batch] int64, from 0 to how many there are.
         """
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
