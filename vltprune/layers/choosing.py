@@ -51,7 +51,8 @@ def dpp(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, mo
 
     The kernel is L_ij = r_i r_j cos_ij, where r are the scores of the instance's candidates scaled to 0 .. 1, plus 1e-6.
     Each choice is the token that makes the determinant of the chosen ones' kernel largest, by its Cholesky factor (Chen et
-    al., arXiv 1709.05135, algorithm 1). It computes in the widest float of the device, and costs n^2 * dim + n * counts^2 MACs.
+    al., arXiv 1709.05135, algorithm 1). It computes in the widest float of the device, and costs counts * n * (dim + counts)
+    MACs.
 
     A token in the span of the chosen ones adds nothing to the determinant but rounding. When all others are, as in an image of
     few different patches, the rest of `counts` are the tokens of largest score, ties by position. The reference scales scores
