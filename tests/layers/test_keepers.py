@@ -243,6 +243,17 @@ def test_count(case):
         assert counts.tolist() == [min(n, count) for n in free]
 
 
+@given(cases(), st.floats(0, 12) | st.integers(0, 12))
+def test_remove(case, r):
+    """As many as r on average over blocks, at most half of each instance, and half of it where r is larger."""
+    free = [int(part.sum()) for part in case.tokens.free.split(case.tokens.layout.lengths)]
+    wanted = [math.floor((i + 1) * r) - math.floor(i * r) for i in range(4)]
+    assert abs(sum(wanted) - 4 * r) <= 1 and all(abs(one - r) < 1 for one in wanted)
+    for i, removed in enumerate(wanted):
+        counts = keepers["remove"](dataclasses.replace(case.spec, before=i), r)(case.scores, case.tokens, None)
+        assert counts.tolist() == [n - min(removed, n // 2) for n in free]
+
+
 def test_random_ratio_is_uniform_in_its_range():
     """400 instances of 100 tokens: uniform in 0.5 +- 0.2, none outside."""
     layout = Layout((100,) * 400)
@@ -284,6 +295,7 @@ def test_random_ratio_of_width_zero_is_ratio():
         ("ratio", {"ratio": 1.5}, r"ratio\(ratio=1.5\) must lie in 0 .. 1"),
         ("ratio", {"ratio": float("nan")}, "must lie in 0 .. 1"),
         ("count", {"count": -1}, r"count\(count=-1\) must be 0 or more"),
+        ("remove", {"r": -1.0}, r"remove\(r=-1.0\) must be 0 or more and finite"),
         ("random_ratio", {"mean": 2.0}, "both must lie in 0 .. 1"),
         ("random_ratio", {"half_width": -0.1}, "both must lie in 0 .. 1"),
     ],

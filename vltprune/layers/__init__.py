@@ -4,10 +4,10 @@ from .adaptive import Distortion, Threshold
 from .block_spec import BlockSpec
 from .distinct import Distinct, DistinctAttention, DistinctMadtp
 from .guides import AlignmentGuide, Codebook, Guidance
-from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio
+from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio, Remove
 from .reducers import Drop, Fuse, TokenReducer
 from .reduction import Reduction, plan_reduction
-from .scorers import Alignment, ClsAttention, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
+from .scorers import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
 from .selectors import Selection, TokenSelector, Top
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Distortion",
     "Drop",
     "Fuse",
+    "Equal",
     "Guidance",
     "KeepRatioPredictor",
     "Knob",
@@ -31,6 +32,7 @@ __all__ = [
     "RandomRatio",
     "Ratio",
     "Reduction",
+    "Remove",
     "Selection",
     "SelfAttention",
     "BlockSpec",

@@ -152,6 +152,37 @@ class Count(KeepRatioPredictor):
         return segments.count(tokens.free, tokens.layout).clamp(max=self.count)
 
 
+@keepers.register("remove")
+class Remove(KeepRatioPredictor):
+    """Removes the same number of tokens of every instance, but never more than half of them, as ToMe does.
+
+    ToMe (arXiv 2210.09461), section 3. With fractions, block i of the pruned ones removes floor((i + 1) r) - floor(i r) tokens.
+
+    Args:
+        spec: the block.
+        r: the number of unprotected tokens to remove, at least 0; the mean over blocks for a fraction.
+
+    Raises:
+        ValueError: for a negative or infinite number.
+    """
+
+    fixed = True
+    knob = Knob("r", 0.0, 512.0, larger_keeps_more=False)
+
+    def __init__(self, spec: BlockSpec, r: float = 8.0):
+        super().__init__(spec)
+        if not 0 <= r < math.inf:
+            raise ValueError(
+                f"remove(r={r}) must be 0 or more and finite: the number of tokens that each block removes"
+            )
+        self.r = r
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        available, i = segments.count(tokens.free, tokens.layout), self.spec.before
+        removed = math.floor((i + 1) * self.r) - math.floor(i * self.r)
+        return available - (available // 2).clamp(max=min(removed, tokens.layout.longest))
+
+
 @keepers.register("random_ratio")
 class RandomRatio(KeepRatioPredictor):
     """Keeps a random ratio of each instance's tokens, the baseline of per-instance counts.

@@ -132,6 +132,14 @@ class Madtp(TokenScorer):
         return (received + summary + alignment) / 3
 
 
+@scorers.register("equal")
+class Equal(TokenScorer):
+    """Scores every token 1, for selectors that look at similarity alone."""
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        return precision.single(tokens.x.new_ones(tokens.layout.total))
+
+
 @scorers.register("random")
 class Random(TokenScorer):
     """Random scores in (0, 1), the baseline of every method.

@@ -1,7 +1,7 @@
 """Keepers as typed parts: prune(model, preset, keep=vltprune.keep.ratio(0.5))."""
 
 from ..layers.adaptive import Distortion, Learned, Threshold, TopP
-from ..layers.keepers import Count, RandomRatio, Ratio
+from ..layers.keepers import Count, RandomRatio, Ratio, Remove
 from .typed import typed_part
 
 count = typed_part(Count)
@@ -9,5 +9,6 @@ distortion = typed_part(Distortion)
 learned = typed_part(Learned)
 random_ratio = typed_part(RandomRatio)
 ratio = typed_part(Ratio)
+remove = typed_part(Remove)
 threshold = typed_part(Threshold)
 top_p = typed_part(TopP)
