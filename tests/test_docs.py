@@ -94,7 +94,9 @@ def test_architecture_names_every_folder():
 def test_choose_and_concepts_name_every_preset_and_part():
     choose, concepts = ((ROOT / "docs" / f"{page}.md").read_text() for page in ("choose", "concepts"))
     assert [name for name in vp.presets.names() if f"`{name}`" not in choose] == []
-    parts = [name for registry in (vp.guides, vp.scorers, vp.keepers, vp.reducers) for name in registry.names()]
+    parts = [
+        name for registry in (vp.guides, vp.scorers, vp.keepers, vp.selectors, vp.reducers) for name in registry.names()
+    ]
     assert [name for name in parts if f"`{name}`" not in concepts] == []
 
 

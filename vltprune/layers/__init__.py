@@ -3,10 +3,13 @@
 from .adaptive import Distortion, Threshold
 from .block_spec import BlockSpec
 from .distinct import Distinct, DistinctAttention, DistinctMadtp
+from .diverse_selectors import Deduplicate, Dpp, MaxMin, Pivots
+from .grid import with_grid
 from .guides import AlignmentGuide, Codebook, Guidance
 from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio, Remove
 from .reducers import Drop, Fuse, TokenReducer
 from .reduction import Reduction, plan_reduction
+from .sampling_selectors import SampleCdf, Uniform, Windows
 from .scorers import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
 from .selectors import Selection, TokenSelector, Top
 
@@ -16,10 +19,12 @@ __all__ = [
     "ClsAttention",
     "Codebook",
     "Count",
+    "Deduplicate",
     "Distinct",
     "DistinctAttention",
     "DistinctMadtp",
     "Distortion",
+    "Dpp",
     "Drop",
     "Fuse",
     "Equal",
@@ -27,12 +32,15 @@ __all__ = [
     "KeepRatioPredictor",
     "Knob",
     "Madtp",
+    "MaxMin",
     "MeanClsAttention",
+    "Pivots",
     "Random",
     "RandomRatio",
     "Ratio",
     "Reduction",
     "Remove",
+    "SampleCdf",
     "Selection",
     "SelfAttention",
     "BlockSpec",
@@ -42,4 +50,7 @@ __all__ = [
     "TokenScorer",
     "TokenSelector",
     "Top",
+    "Uniform",
+    "Windows",
+    "with_grid",
 ]

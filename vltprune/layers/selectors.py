@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -36,10 +37,14 @@ class TokenSelector(PrintedPart, ABC):
 
     Attributes:
         needs: the attention statistics that it reads.
+        fixed: whether it keeps exactly `counts` tokens, whatever they hold.
+        reads_grid: whether it reads the row and the column of patches, which the tower then gives its tokens.
         spec: the block that it is built for.
     """
 
     needs: Stat = Stat.NONE
+    fixed: ClassVar[bool] = True
+    reads_grid: ClassVar[bool] = False
     spec: BlockSpec
 
     def __init__(self, spec: BlockSpec):

@@ -17,7 +17,7 @@ from ..core.attention_stats import attend_with_stats
 from ..core.checks import is_traced
 from ..core.tokens import PackedTokens
 from ..hosts.base import Host
-from ..layers import AlignmentGuide, Guidance
+from ..layers import AlignmentGuide, Guidance, with_grid
 from ..utils.wrappers import is_sharded
 from .config import PruneConfig
 from .ddp import reach_weights
@@ -159,6 +159,7 @@ class PrunedEncoder(Tower):
         self._warn_of_noise()
         inputs = self.adapter.bind_arguments(self.host, *inputs, **named)
         tokens, block_inputs = self.adapter.embed(self.host, *inputs)
+        tokens = self._with_grid(tokens, inputs)
         # once: gradient checkpointing runs blocks again when nobody collects any more
         collecting = active_collectors()
         traces = [PruneTrace(self.tower, self, tokens, inputs, block_inputs) for _ in collecting]
@@ -227,6 +228,14 @@ class PrunedEncoder(Tower):
         It is asked at each call, because the pooling of a tower may be replaced.
         """
         return int(not pruner.scorer.spec.has_summary or self.adapter.pools_unprotected(self.host))
+
+    def _with_grid(self, tokens: PackedTokens, inputs: tuple[Any, ...]) -> PackedTokens:
+        """The tokens with the grid of their patches, where a selector reads it."""
+        pruners = map(self.pruner, map(int, self.pruners))
+        if not any(pruner is not None and pruner.selector.reads_grid for pruner in pruners):
+            return tokens
+        is_image = isinstance(inputs[0], Tensor) and inputs[0].dim() >= 4
+        return with_grid(tokens, tuple(inputs[0].shape[-2:]) if is_image else None)
 
     def _warn_of_noise(self) -> None:
         if self.training or self.guide is None or not self.pruners or is_traced() or not self.guide.is_untrained:

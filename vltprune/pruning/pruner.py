@@ -116,12 +116,13 @@ class Pruner(nn.Module):
                 contents of tokens.
         """
         soft = self.training and self.soft_temperature > 0
-        if is_traced() and (soft or not self.keeper.fixed):
+        varying = [type(part).__name__ for part in (self.keeper, self.selector) if not part.fixed]
+        if is_traced() and (soft or varying):
             raise ValueError(
                 "torch.jit.trace would keep this example's counts for every other input, and "
-                f"{'soft training' if soft else type(self.keeper).__name__} counts tokens by what they hold: prune with "
-                "keep='ratio(...)' or keep='count(...)', whose counts are the same for all inputs of one shape, or run the "
-                "model without tracing it"
+                f"{'soft training' if soft else varying[0]} counts tokens by what they hold: prune with "
+                "keep='ratio(...)' or keep='count(...)' and selector='top', whose counts are the same for all inputs of one "
+                "shape, or run the model without tracing it"
             )
         with torch.autocast(tokens.x.device.type, enabled=False):  # which would take sums of scores in half
             return self._decide(tokens, stats, guidance, soft, least)

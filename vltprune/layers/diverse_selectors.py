@@ -1,0 +1,151 @@
+"""Selectors by difference: each keeps tokens of an instance that resemble each other little."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from ..core import segments
+from ..core.statistics import AttentionStats, Stat
+from ..core.tokens import PackedTokens
+from ..registry import selectors
+from . import choosing
+from .block_spec import BlockSpec
+from .selectors import Selection, TokenSelector
+
+
+class FeatureSelector(TokenSelector):
+    """Base class of selectors that compare the features of tokens.
+
+    Args:
+        spec: the block.
+        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+
+    Raises:
+        ValueError: for other features.
+    """
+
+    def __init__(self, spec: BlockSpec, features: Literal["x", "key"] = "x"):
+        super().__init__(spec)
+        if features not in ("x", "key"):
+            raise ValueError(f"{type(self).__name__}(features={features!r}): write features='x' or features='key'")
+        self.features = features
+        self.needs = Stat.KEY if features == "key" else Stat.NONE
+
+    def padded_features(self, tokens: PackedTokens, stats: AttentionStats) -> tuple[Tensor, Tensor]:
+        """The features of a padded batch.
+
+        Args:
+            tokens: the block's input, x [total, dim].
+            stats: the attention statistics that `needs` declares.
+
+        Returns:
+            The features, [batch, longest, width], and the unprotected tokens, [batch, longest] bool.
+        """
+        features = tokens.x if self.features == "x" else stats[Stat.KEY]
+        return segments.pad(features.detach(), tokens.layout), segments.pad(tokens.free, tokens.layout, False)
+
+    @property
+    def width(self) -> int:
+        """The width of a token's features."""
+        return self.spec.dim if self.features == "x" else self.spec.dim // self.spec.heads
+
+
+@selectors.register("max_min")
+class MaxMin(FeatureSelector):
+    """The tokens that lie farthest apart, by greedy choice: DivPrune (arXiv 2503.02175). Scores are not read.
+
+    The distance is 1 - cosine. The first token is the one whose nearest other one is farthest. Each further one is the farthest
+    from its nearest chosen one. It costs n^2 * width MACs for n tokens.
+
+    Args:
+        spec: the block.
+        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+    """
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+        keep = choosing.max_min(*self.padded_features(tokens, stats), counts)
+        return Selection(tokens.protected | segments.unpad(keep, tokens.layout))
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor:
+        return self.width * before**2
+
+
+@selectors.register("dpp")
+class Dpp(FeatureSelector):
+    """Tokens of large score that differ, by greedy MAP of a determinantal point process: CDPruner (arXiv 2506.10967).
+
+    The kernel is L_ij = r_i r_j cos_ij, where r are the instance's scores scaled to 0 .. 1, plus 1e-6. With equal scores the
+    choice is by difference alone. It costs about n * k * width + n * k^2 / 2 MACs for k of n tokens.
+
+    Args:
+        spec: the block.
+        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+    """
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+        padded = segments.pad(scores.detach(), tokens.layout)
+        keep = choosing.dpp(*self.padded_features(tokens, stats), counts, padded)
+        return Selection(tokens.protected | segments.unpad(keep, tokens.layout))
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor:
+        return self.width * before * after + before * after * (after - 1).clamp(min=0) / 2
+
+
+@selectors.register("deduplicate")
+class Deduplicate(FeatureSelector):
+    """The tokens of largest score and, of the others, those that resemble each other least: VisPruner (arXiv 2412.01818).
+
+    Args:
+        spec: the block.
+        important: the part of `counts` that stays by score, in 0 .. 1.
+        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+
+    Raises:
+        ValueError: for a part outside 0 .. 1, and for other features.
+    """
+
+    def __init__(self, spec: BlockSpec, important: float = 0.5, features: Literal["x", "key"] = "x"):
+        super().__init__(spec, features)
+        if not 0 <= important <= 1:
+            raise ValueError(f"deduplicate(important={important}) must lie in 0 .. 1: the part that stays by score")
+        self.important = important
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+        padded = segments.pad(scores.detach(), tokens.layout)
+        keep = choosing.deduplicate(*self.padded_features(tokens, stats), counts, padded, self.important)
+        return Selection(tokens.protected | segments.unpad(keep, tokens.layout))
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor:
+        return self.width * before**2
+
+
+@selectors.register("pivots")
+class Pivots(FeatureSelector):
+    """Pivots of largest score, and the tokens that resemble them least: DART (arXiv 2502.11494).
+
+    It costs n * number * width MACs for n tokens.
+
+    Args:
+        spec: the block.
+        number: how many pivots, at least 1.
+        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+
+    Raises:
+        ValueError: for no pivot, and for other features.
+    """
+
+    def __init__(self, spec: BlockSpec, number: int = 8, features: Literal["x", "key"] = "x"):
+        super().__init__(spec, features)
+        if number < 1:
+            raise ValueError(f"pivots(number={number}) must be 1 or more: the tokens that the others are compared to")
+        self.number = number
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+        padded = segments.pad(scores.detach(), tokens.layout)
+        keep = choosing.pivots(*self.padded_features(tokens, stats), counts, padded, self.number)
+        return Selection(tokens.protected | segments.unpad(keep, tokens.layout))
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor:
+        return self.width * before * before.clamp(max=self.number)
