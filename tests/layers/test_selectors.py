@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from small_models import images, scrambled, small
-from strategies import counted
+from strategies import cases
 from timm.models.vision_transformer import VisionTransformer
 
 import vltprune as vp
@@ -30,19 +30,18 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-@given(counted=counted())
-def test_selectors_choose_among_the_free_tokens_of_each_instance(name, counted):
-    case, counts = counted
+@given(case=cases())
+def test_selectors_choose_among_the_free_tokens_of_each_instance(name, case):
     # drawn from -0.5 on, and attention is never negative
     scores = case.scores + 0.5
     args, chosen = CHOSEN[name]
     part = selectors[name.split()[0]](case.spec, **args)
-    selection = part(case.tokens, scores, counts, case.stats)
+    selection = part(case.tokens, scores, case.counts, case.stats)
     kept = selection.keep & case.tokens.free
     for i in range(case.batch):
         rows = ((case.tokens.layout.instance == i) & case.tokens.free).nonzero().flatten()
         columns = (case.tokens.x, case.stats[Stat.KEY], scores)
-        expected = chosen(*(column[rows] for column in columns), int(counts[i])) if len(rows) else []
+        expected = chosen(*(column[rows] for column in columns), int(case.counts[i])) if len(rows) else []
         assert sorted(kept[rows].nonzero().flatten().tolist()) == sorted(map(int, expected))
 
 
