@@ -15,7 +15,8 @@ from small_models import small
 
 import vltprune as vp
 from vltprune.evaluation.ablation_grid import FIELDS, Grid
-from vltprune.evaluation.ablation_page import _COLUMNS
+from vltprune.evaluation.ablation_page import _COLUMNS, page
+from vltprune.evaluation.ablation_table import Summary
 
 PARTS = {
     "scorer": ["random", "random(seed=3)", "self_attention"],
@@ -75,7 +76,7 @@ def test_commas_in_brackets_belong_to_a_value():
 )
 def test_bad_grids_are_refused_before_a_model_is_there(text, complaint):
     with pytest.raises((LookupError, TypeError, ValueError), match=complaint):
-        vp.ablate(None, text, None, ())  # ty: the model is never looked at
+        vp.ablate(None, text, None, ())
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +203,13 @@ class Tags(HTMLParser):
 
 
 def test_files_are_well_formed(ablation, tmp_path):
-    page = ablation.save(tmp_path / "new").read_text()
+    shown = ablation.save(tmp_path / "new").read_text()
     tags = Tags()
-    tags.feed(page)
+    tags.feed(shown)
     assert tags.open == [] and tags.external == []
-    assert page.count("<svg viewBox") == 2
-    assert "mean against time of an instance" in page and re.search(
-        r"With (29|30|31)\.\d % fewer MACs, mean ranges from", page
+    assert shown.count("<svg viewBox") == 2
+    assert "mean against time of an instance" in shown and re.search(
+        r"With (29|30|31)\.\d % fewer MACs, mean ranges from", shown
     )
 
     saved = json.loads((tmp_path / "new" / "ablation.json").read_text())
@@ -220,6 +221,12 @@ def test_files_are_well_formed(ablation, tmp_path):
     header, rule, *lines = (tmp_path / "new" / "ablation.md").read_text().partition("\n\n")[0].splitlines()
     assert {line.count("|") for line in (header, rule, *lines)} == {header.count("|")}
     assert len(lines) == 7
+
+
+def test_the_page_shows_settings_and_no_digests(ablation):
+    settings = {"model": "vit <small>", "content_of_model": "abcdef", "limit": None}
+    shown = page(Summary(ablation.grid, ablation.rows), settings)
+    assert "vit &lt;small&gt;" in shown and "abcdef" not in shown and "limit" not in shown
 
 
 def test_the_page_explains_every_field():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +20,7 @@ from ..evaluation import tasks
 from ..evaluation.ablation import Ablation, CellRunner, TaskMetric
 from ..evaluation.ablation_grid import Cell, Grid, cell_key
 from ..evaluation.results_log import ResultsLog, Row
+from ..evaluation.tasks.base import Images
 from ..models.catalog import ModelName
 from ..models.resolve import is_saved_model
 from ..utils.progress import bar
@@ -134,7 +138,7 @@ def _runner(args: argparse.Namespace, model: nn.Module) -> CellRunner:
     images = common.image_folders(args)
     task: tasks.Task[Any] = kind.from_model(model, tasks.Options(args.vocabulary, args.answers))
     records = kind.load_records(args.data, images, args.strict)
-    val = kind.load_records(args.val, images, args.strict) if args.val else records
+    val = kind.load_records(args.val, _val_images(args), args.strict) if args.val else records
     loader = Loader(
         records, common.input_transform(model), args.batch_size, args.strict, stop=args.limit, workers=args.workers
     )
@@ -142,6 +146,11 @@ def _runner(args: argparse.Namespace, model: nn.Module) -> CellRunner:
     batches = prune.record_batches(task, val[: args.val_limit], model, args.batch_size, source)
     metric = TaskMetric(task, loader, args.device)
     return CellRunner(model, metric, [batch for _, batch in batches], args.tolerance, args.repeats)
+
+
+def _val_images(args: argparse.Namespace) -> Images:
+    """The folder of --images, or that of --val itself."""
+    return common.image_folders(argparse.Namespace(images=args.images, data=args.val))
 
 
 def _complete(args: argparse.Namespace, runner: CellRunner, log: ResultsLog) -> None:
@@ -176,10 +185,12 @@ def _in_processes(args: argparse.Namespace, cells: Sequence[Cell | None], jobs: 
 
 
 def _start(args: argparse.Namespace, threads: int) -> None:
-    """Load model and data in a process of its own."""
+    """Load model and data in a process of its own. What loading says, the command has said already."""
     global _of_process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it without a traceback
     torch.set_num_threads(threads)
-    _of_process = _runner(args, eval.load(args))
+    with contextlib.redirect_stderr(io.StringIO()):
+        _of_process = _runner(args, eval.load(args))
 
 
 def _run_cell(cell: Cell | None) -> Row:

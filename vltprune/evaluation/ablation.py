@@ -6,6 +6,7 @@ import math
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,11 +156,19 @@ class TaskMetric(Generic[R]):
         self.task, self.loader, self.device = task, loader, device
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """The scores of a model, shares of 1."""
+        """The scores of a model, shares of 1. It warns of records that could not be read, and of what cannot be scored."""
         with tempfile.TemporaryDirectory() as folder:
             log = ResultsLog(folder, {})
             Evaluator(self.task, model, self.device).run(self.loader, log)
-        return summarize(self.task, log.rows)["scores"]
+        summary = summarize(self.task, log.rows)
+        if skipped := summary["skipped"]:
+            first = f"entry {skipped[0]['index']}: {skipped[0]['skipped']}"
+            warnings.warn(
+                f"{len(skipped)} of {len(log.rows)} records are not scored, the first is {first}", stacklevel=2
+            )
+        for name, reason in summary["unscored"].items():
+            warnings.warn(f"{name} is not scored: {reason}", stacklevel=2)
+        return summary["scores"]
 
 
 class CellRunner:

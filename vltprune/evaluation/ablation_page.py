@@ -13,6 +13,7 @@ from .ablation_table import Group, Summary
 from .results_log import Row
 
 _TITLE = "Ways of pruning, compared"
+_DIGEST = "content_of_"  # settings that only a program reads
 _ABOUT = (
     "Token pruning removes image patches and words that matter little between the layers of a model, so that later layers have "
     "less to compute. An ablation prunes one model in several ways and measures each. This page compares {cells} with the "
@@ -60,7 +61,10 @@ def page(summary: Summary, settings: Mapping[str, Any]) -> str:
         for group, (first, *rest) in zip(summary.groups, lines, strict=True)
     ]
     count = len(summary.grid)
-    facts = {name: str(value) for name, value in {"grid": summary.grid, **settings}.items() if value is not None}
+    facts = {"grid": str(summary.grid)}
+    facts |= {
+        name: str(value) for name, value in settings.items() if value is not None and not name.startswith(_DIGEST)
+    }
     body = [
         f"<h1>{_TITLE}</h1>",
         *(f'<p class="lead">{escape(sentence)}</p>' for sentence in _results(summary)),
