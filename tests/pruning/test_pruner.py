@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 
 import vltprune as vp
-from vltprune import BlockSpec, PruneConfig, Pruner, Stat
+from vltprune import BlockSpec, PruneConfig, Pruner
 from vltprune.pruning import encoder
 
 FUSE = PruneConfig(scorer="cls_attention", keep="ratio(ratio=0.5)", reducer="fuse")
@@ -141,7 +141,7 @@ def test_attention_computes_what_the_parts_need_and_no_more(monkeypatch):
 def test_a_summary_that_is_not_there_is_refused_by_both_names(scorer):
     spec = BlockSpec("sound", 0, 4, 32, 2, has_summary=False)
     config = FUSE.replace(scorer=scorer, guide="codebook")
-    if Stat.SUMMARY not in vp.scorers[scorer].needs:
+    if not vp.scorers[scorer].needs.of_summary:
         assert Pruner.build(config, spec).needs == vp.scorers[scorer].needs
         return
     with pytest.raises(ValueError, match=rf"scorer='{scorer}' reads .* the sound tower has none: write scorer="):

@@ -12,12 +12,23 @@ from .reduction import Reduction, plan_reduction
 from .sampling_selectors import SampleCdf, Uniform, Windows
 from .scorers import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
 from .selectors import Selection, TokenSelector, Top
+from .statistic_scorers import (
+    Ats,
+    ColumnAttention,
+    FlowCut,
+    KeyNorm,
+    PageRank,
+    ValueWeightedAttention,
+    WideClsAttention,
+)
 
 __all__ = [
     "AlignmentGuide",
     "Alignment",
+    "Ats",
     "ClsAttention",
     "Codebook",
+    "ColumnAttention",
     "Count",
     "Deduplicate",
     "Distinct",
@@ -26,14 +37,17 @@ __all__ = [
     "Distortion",
     "Dpp",
     "Drop",
+    "FlowCut",
     "Fuse",
     "Equal",
     "Guidance",
     "KeepRatioPredictor",
+    "KeyNorm",
     "Knob",
     "Madtp",
     "MaxMin",
     "MeanClsAttention",
+    "PageRank",
     "Pivots",
     "Random",
     "RandomRatio",
@@ -51,6 +65,8 @@ __all__ = [
     "TokenSelector",
     "Top",
     "Uniform",
+    "ValueWeightedAttention",
+    "WideClsAttention",
     "Windows",
     "with_grid",
 ]

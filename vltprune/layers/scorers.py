@@ -31,7 +31,7 @@ class TokenScorer(PrintedPart, ABC):
         spec: the block that it is built for.
     """
 
-    needs: ClassVar[Stat] = Stat.NONE
+    needs: Stat = Stat.NONE
     guided: ClassVar[bool] = False
 
     def __init__(self, spec: BlockSpec):

@@ -2,15 +2,31 @@
 
 from ..layers.distinct import Distinct, DistinctAttention, DistinctMadtp
 from ..layers.scorers import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention
+from ..layers.statistic_scorers import (
+    Ats,
+    ColumnAttention,
+    FlowCut,
+    KeyNorm,
+    PageRank,
+    ValueWeightedAttention,
+    WideClsAttention,
+)
 from .typed import typed_part
 
 alignment = typed_part(Alignment)
+ats = typed_part(Ats)
 cls_attention = typed_part(ClsAttention)
+column_attention = typed_part(ColumnAttention)
 distinct = typed_part(Distinct)
 distinct_attention = typed_part(DistinctAttention)
 distinct_madtp = typed_part(DistinctMadtp)
 equal = typed_part(Equal)
+flowcut = typed_part(FlowCut)
+key_norm = typed_part(KeyNorm)
 madtp = typed_part(Madtp)
 mean_cls_attention = typed_part(MeanClsAttention)
+pagerank = typed_part(PageRank)
 random = typed_part(Random)
 self_attention = typed_part(SelfAttention)
+value_weighted_attention = typed_part(ValueWeightedAttention)
+wide_cls_attention = typed_part(WideClsAttention)
