@@ -5,12 +5,15 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import subprocess
+import sys
 import threading
 
 import pytest
 
 import vltprune as vp
 from vltprune.registry import bind
+from vltprune.utils import importing
 
 
 @pytest.fixture
@@ -211,3 +214,54 @@ def test_every_part_says_what_it_is(registry):
 @pytest.mark.parametrize("name", vp.presets.names())
 def test_presets_are_configs(name):
     assert isinstance(vp.preset(name), vp.PruneConfig)
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Installs a package: its entry points in the group of parts, and its modules by name."""
+
+    def install(entry_points, **modules):
+        info = tmp_path / "fruit_salad-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fruit-salad\nVersion: 1.0\n")
+        lines = "\n".join(f"{name} = {value}" for name, value in entry_points.items())
+        (info / "entry_points.txt").write_text(f"[vltprune.parts]\n{lines}\n")
+        for name, text in modules.items():
+            (tmp_path / f"{name}.py").write_text(text)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(importing, "_failed", None)
+    yield install
+    for name in ("salad_parts", "salad_broken"):
+        sys.modules.pop(name, None)
+    for name in ("salad", "dressing"):
+        vp.keepers._makers.pop(name, None)
+
+
+REGISTERS = "import vltprune as vp\nvp.keepers.register({name!r})(vp.keepers['ratio'])\n"
+
+
+@pytest.mark.parametrize("value", ["salad_parts", "salad_parts:register"])
+def test_entry_points_of_other_packages_are_loaded_when_a_name_is_missing(value, plugin):
+    text = REGISTERS.format(name="salad")
+    body = text if ":" not in value else "def register():\n    " + text.replace("\n", "\n    ")
+    plugin({"salad": value}, salad_parts=body)
+    assert "ratio" in vp.keepers and "salad_parts" not in sys.modules
+    assert vp.Part.from_spec("salad(0.5)", "keep").args == {"ratio": 0.5}
+    assert "salad" in vp.keepers.names()
+
+
+def test_a_plugin_that_fails_is_told_and_others_are_loaded(plugin):
+    plugin(
+        {"bad": "salad_broken", "good": "salad_parts"}, salad_broken="1 / 0", salad_parts=REGISTERS.format(name="salad")
+    )
+    with pytest.warns(importing.PluginWarning, match="the parts bad of fruit-salad are missing, for ZeroDivisionError"):
+        assert "salad" in vp.keepers
+    with pytest.raises(LookupError, match=r"there is no keeper 'dressing'.*; the parts bad of fruit-salad are missing"):
+        vp.keepers["dressing"]
+
+
+def test_importing_the_package_loads_no_plugins():
+    code = "import vltprune; from vltprune.utils import importing; print(importing._failed)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"

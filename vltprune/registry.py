@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from .utils.importing import load_plugins, missing_plugins
+
 # what a maker takes and builds depends on the registry that it is in
 Maker = Callable[..., Any]
 
@@ -20,6 +22,9 @@ M = TypeVar("M", bound=Callable[..., object])
 
 class Registry:
     """Makers of one kind, by name. A maker is a class or function that builds a part.
+
+    Asked for all names, or for one that it does not have, it first imports what other packages name as entry points of the
+    group "vltprune.parts".
 
     Args:
         kind: the word for it in error messages.
@@ -49,24 +54,33 @@ class Registry:
         def add(maker: M) -> M:
             self._check_maker(name, maker)
             with self._lock:
-                if name in self:
-                    raise ValueError(f"{self.kind} {name!r} is already {_described(self[name])}: choose another name")
+                if name in self._all():
+                    raise ValueError(
+                        f"{self.kind} {name!r} is already {_described(self._all()[name])}: choose another name"
+                    )
                 self._makers[name] = maker
             return maker
 
         return add
 
     def __getitem__(self, name: str) -> Maker:
-        makers = self._all()
-        if name not in makers:
-            raise LookupError(f"there is no {self.kind} {name!r}" + nearest(str(name), makers))
-        return makers[name]
+        if name not in self:
+            raise LookupError(f"there is no {self.kind} {name!r}{nearest(str(name), self._all())}{missing_plugins()}")
+        return self._all()[name]
 
     def __contains__(self, name: object) -> bool:
+        if name in self._all():
+            return True
+        load_plugins()
         return name in self._all()
+
+    def name_of(self, maker: object) -> str | None:
+        """The first registered name of a maker, None for one that is not registered. It loads no plugins."""
+        return next((name for name, other in self._all().items() if other is maker), None)
 
     def names(self, pattern: str = "*") -> list[str]:
         """The registered names that match a shell pattern, sorted."""
+        load_plugins()
         return sorted(fnmatch.filter(self._all(), pattern))
 
     @contextlib.contextmanager

@@ -45,6 +45,10 @@ WRONG = [
     ([*PREDICT, "--output", "kept.pdf"], "--output kept.pdf", "write an image file, such as kept.png, or a folder"),
     ([*PREDICT, "--output", "FILE/below"], "--output", "a file is in its way"),
     ([*PREDICT, "--pretrained", "nowhere.pth"], "nowhere.pth", "give a folder with model.safetensors"),
+    (["list", "--import", "no_such_module"], "no_such_module", "cannot import no_such_module: ModuleNotFoundError"),
+    (["check", "scorer:random", "--examples", "0"], "--examples", WHOLE),
+    (["check", "scorer:random", "--seed", "-1"], "--seed", SEED),
+    *(([*run, "--selector", "topp"], "--selector", "did you mean top?") for run in (FEATURES, PRUNE)),
     (["list", "--library", "keras"], "--library", "choose from"),
     (["list", "--models", "--tags"], "--tags", "not allowed with argument"),
     (["info", "vit_tiny_patch16_224", "img_size"], "name=value", PAIR),
@@ -227,7 +231,8 @@ def test_every_option_is_in_the_table():
     """Options that take a value, of every command: each is tried with a wrong one above, or takes any text."""
     free = {("list", "pattern"), ("predict", "sentence"), ("predict", "right"), ("predict", "model"), ("eval", "model")}
     free |= {("compress", "model"), *((command, "model") for command in ("info", "macs", "features", "prune"))}
-    alike = {"pretrained": "predict", "threads": "demo"}  # tried with one command
+    free |= {("check", "part"), ("check", "args")}
+    alike = {"pretrained": "predict", "threads": "demo", "import": "list"}  # tried with one command
     tried = {(argv[0], option.strip("-").replace("-", "_")) for argv, name, _ in WRONG for option in (*argv, name)}
     tried |= {("info", "arguments"), ("predict", "left")}
     subparsers = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import ablate, common, compress, demo, eval, features, info, listing, macs, options, predict, prune
+from ..utils.importing import import_module
+from . import ablate, check, common, compress, demo, eval, features, info, listing, macs, options, predict, prune
 
 # what the library raises for the user to read
 _EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError, FloatingPointError)
@@ -28,12 +29,18 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. It sets `args.run`, the function to call, unless no command is given."""
     everywhere, compute = _Parser(add_help=False), _Parser(add_help=False)
     everywhere.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    everywhere.add_argument(
+        "--import",
+        action="append",
+        metavar="MODULE",
+        help="import a module, or the path of a .py file, that registers parts of your own; may be repeated",
+    )
     compute.add_argument("--threads", type=options.threads, metavar="N", help="CPU threads (default: torch's choice)")
 
     parser = _Parser(prog="vltprune", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"vltprune {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for command in (demo, predict, listing, info, macs, features, prune, compress, eval, ablate):
+    for command in (demo, predict, listing, info, macs, features, prune, compress, eval, ablate, check):
         command.add(commands, (everywhere, compute))
     return parser
 
@@ -43,19 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     As argparse does, --help, --version and unreadable arguments end in SystemExit.
     """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not hasattr(args, "run"):
-        parser.print_help()
-        return 0
+    argv = sys.argv[1:] if argv is None else argv
     with warnings.catch_warnings():
         warnings.showwarning = _warner()
-        return _run(args)
+        return _run(argv)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(argv: Sequence[str]) -> int:
     try:
-        args.run(args)
+        for module in _imports(argv):
+            import_module(module)
+        parser = build_parser()  # whose choices are the names that are registered now
+        args = parser.parse_args(argv)
+        if not hasattr(args, "run"):
+            parser.print_help()
+            return 0
+        status = args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", 130)
@@ -63,10 +73,17 @@ def _run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _EXPECTED as error:
-        if args.traceback:
+        if "--traceback" in argv:
             raise
         return _fail(f"error: {_one_line(error)}", 2)
-    return 0
+    return status or 0
+
+
+def _imports(argv: Sequence[str]) -> list[str]:
+    """The modules of --import, which are imported before other arguments are checked against registries."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="imports", action="append", default=[])
+    return parser.parse_known_args([*argv])[0].imports
 
 
 def _fail(message: str, code: int) -> int:

@@ -186,7 +186,9 @@ def part(kind: str) -> Callable[[str], Part | str]:
             return "none"
         try:
             return Part.from_spec(text, kind)
-        except (LookupError, TypeError, ValueError) as error:
+        except LookupError as error:
+            raise _Wrong(f"{error}; one of your own needs --import MODULE") from None
+        except (TypeError, ValueError) as error:
             raise _Wrong(str(error)) from None
 
     return parse

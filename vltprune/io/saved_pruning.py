@@ -70,10 +70,13 @@ def parse_pruning(saved: SavedConfig, path: Path) -> PruneConfig:
             if f" {part.partition(' ')[2]!r}" in str(error):
                 where = "the script that saved it" if module == "__main__" else f"the module {module!r}"
                 how = "register it" if module == "__main__" else f"import {module}"
+                command = "" if module == "__main__" else f", or give a command --import {module}"
                 raise CheckpointError(
-                    f"{path} is pruned by the {part}, which is registered in {where}: {how} before loading"
+                    f"{path} is pruned by the {part}, which is registered in {where}: {how} before loading{command}"
                 ) from error
-        raise
+        raise LookupError(
+            f"{path}: {error}. Import the module that registers it before loading, or give a command --import MODULE"
+        ) from error
 
 
 def check_same_pruning(record: Pruning, path: Path) -> None:

@@ -40,9 +40,9 @@ def typed_part(maker: Callable[Concatenate[Spec, P], object]) -> Callable[P, Par
 
 def _registered_name(maker: Callable[..., object]) -> tuple[str, str]:
     for kind, (registry, _) in KINDS.items():
-        for name in registry.names():
-            if registry[name] is maker:
-                return kind, name
+        name = registry.name_of(maker)
+        if name is not None:
+            return kind, name
     raise LookupError(
         f"{maker!r} is not registered: write @vltprune.keepers.register('name') above it, or as its kind is"
     )

@@ -80,7 +80,7 @@ class Part:
                 raise ValueError(f"a part needs a 'name', got {dict(spec)}")
             name, args = spec["name"], {key: value for key, value in spec.items() if key != "name"}
         elif isinstance(spec, str):
-            name, values, args = _parse(spec, positional=kind is not None)
+            name, values, args = parse_short_form(spec, positional=kind is not None)
         else:
             raise TypeError(f"a part is 'name', 'name(key=value)' or a Part, not {type(spec).__name__}: {spec!r}")
         return cls(name, args) if kind is None else registered_part(kind, name, values, args)
@@ -131,8 +131,19 @@ def registered_part(kind: str, name: str, values: Sequence[object], args: Mappin
     return part
 
 
-def _parse(text: str, positional: bool) -> tuple[str, tuple[object, ...], dict[str, object]]:
-    """Name, arguments by position and arguments by name of a short form."""
+def parse_short_form(text: str, positional: bool) -> tuple[str, tuple[object, ...], dict[str, object]]:
+    """Parses the short form of a part, "name", "name(value)" or "name(key=value)".
+
+    Args:
+        text: the short form, with literal values.
+        positional: whether it may have arguments by position.
+
+    Returns:
+        The name, the arguments by position and those by name.
+
+    Raises:
+        ValueError: for text of another form.
+    """
     wrong = ValueError(f"cannot read the part {text!r}: write name or name(key=value, ...) with literal values")
     try:
         expression = ast.parse(text, mode="eval").body
