@@ -38,6 +38,7 @@ from .pruning.model import PrunedModel, is_pruned
 from .pruning.part import Part
 from .pruning.presets import preset
 from .pruning.pruner import Pruner, UntrainedGuideWarning
+from .pruning.stage import Stage
 from .pruning.trace import PruneTrace, collect
 from .registry import Registry, backbones, guides, hosts, keepers, presets, reducers, scorers, selectors
 from .utils.wrappers import unwrapped
@@ -72,6 +73,7 @@ __all__ = [
     "TokenSelector",
     "Registry",
     "BlockSpec",
+    "Stage",
     "Stat",
     "TokenReducer",
     "TokenScorer",

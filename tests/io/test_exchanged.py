@@ -199,7 +199,7 @@ HANDMADE = {
     ),
     "a depth": (
         lambda m: m.pruning.towers["text"].pruners.pop("1"),
-        r"text tower is pruned at \[0\], and its config says",
+        r"text tower is pruned at \['0'\], and its config says",
     ),
     "out of range": (each("keeper", "ratio", 7.0), r"ratio\(ratio=7.0\)"),
 }

@@ -357,7 +357,7 @@ class TestKeepersByTower:
 
     def test_each_tower_gets_its_own(self):
         model = prune(small("blip").model, self.both)
-        kinds = {name: type(tower.pruner(0).keeper) for name, tower in model.pruning.towers.items()}
+        kinds = {name: type(tower.pruners_at(0)[0].keeper) for name, tower in model.pruning.towers.items()}
         assert kinds == {"image": keepers["ratio"], "text": keepers["top_p"]}
 
     @pytest.mark.parametrize(

@@ -94,11 +94,13 @@ def check_trace(trace):
         owners = trace.provenance(depth)
         assert step.protected[owners[speaks]].all()
         assert torch.equal(step.position[owners[speaks]], entered.position[speaks])
-        if step.reduction is not None:
-            assert sum(step.reduction.before.lengths) == sum(before)
-            assert step.reduction.layout.lengths == step.lengths
-            kept = step.reduction.index[step.protected]
-            assert torch.equal(step.reduction.values(torch.arange(sum(before)).double())[step.protected], kept.double())
+        rows = torch.arange(sum(before)).double()
+        kept = rows
+        for reduction in step.reductions:
+            assert sum(reduction.before.lengths) == len(kept)
+            rows, kept = reduction.values(rows), kept[reduction.index]
+        assert len(kept) == sum(step.lengths)
+        assert torch.equal(rows[step.protected], kept[step.protected])
         before = step.lengths
     holders = Counter(trace.provenance(len(trace.layers) - 1).tolist())
     holders.pop(-1, None)
@@ -142,7 +144,7 @@ def test_keeping_all_is_the_dense_model(name, scorer, reducer):
     with torch.no_grad():
         dense = features(small(name).model(*inputs), inputs)
     assert_close(out, dense, **CLOSE)
-    assert all(step.reduction is None for trace in traces for step in trace.layers)
+    assert all(not step.reductions for trace in traces for step in trace.layers)
 
 
 @pytest.mark.parametrize("name", ["vit", "nlvr"])

@@ -84,8 +84,8 @@ def test_provenance_follows_every_token_through_merges_and_drops():
         _, (trace,) = traced(vp.prune(small("vit").model, FUSE, reducer=reducer), images(3))
         marks = torch.eye(trace.input_tokens.layout.total, dtype=torch.float64)
         for depth, step in enumerate(trace.layers):
-            if step.reduction is not None:
-                marks = step.reduction.values(marks)
+            for reduction in step.reductions:
+                marks = reduction.values(marks)
             owners = trace.provenance(depth)
             gone = marks.abs().sum(0) == 0
             assert torch.equal(owners < 0, gone)

@@ -60,7 +60,7 @@ def test_the_loss_reaches_thresholds_scores_and_anchors(keep, reducer):
     assert guide.anchors.grad.abs().sum() > 0
     for tower, last in (("image", 4), ("text", 3)):  # what the text's last block leaves, nothing looks at any more
         for depth in range(last):
-            for parameter in model.pruning.towers[tower].pruner(depth).keeper.parameters():
+            for parameter in model.pruning.towers[tower].pruners_at(depth)[0].keeper.parameters():
                 assert parameter.grad.abs() > 0, (tower, depth)
 
 

@@ -20,6 +20,7 @@ from ..evaluation.results_log import write_json
 from ..models.factory import create_model
 from ..pruning.model import PrunedModel, check_pruned
 from ..pruning.prune import prune_towers
+from ..pruning.tower import pruned_depths
 from ..utils.files import replacing, write_text
 from ..utils.progress import bar
 from ..utils.table import table
@@ -108,7 +109,7 @@ def _random(dense: nn.Module, madtp: PrunedModel, seed: int, target: float) -> P
 
     Words stay: with random words gone the baseline would be weaker still.
     """
-    blocks = tuple(int(block) for block in madtp.pruning.towers["image"].pruners)
+    blocks = pruned_depths(madtp.pruning.towers["image"])
     model = prune_towers(dense, "random", at={"image": blocks})
     batches = [batch.inputs_for(model) for batch in generate_batches("val", _CALIBRATION_PAIRS, seed, 32)]
     common.say(f"vltprune: calibrating random pruning to {100 * target:.0f} % fewer MACs")

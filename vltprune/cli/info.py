@@ -85,7 +85,7 @@ def _print_tower(tower: str, encoder: PrunedEncoder, cost: Cost, dense: bool) ->
         name = {0: "embedding", spec.depths + 1: "norm, pooling"}.get(row, f"depth {row - 1}")
         before, after = (float(macs[tower][row].sum()) / 1e6 for macs in (cost.dense, cost.towers))
         inner = 0 < row <= spec.depths
-        where = "prunes" if inner and encoder.pruner(row - 1) is not None else ""
+        where = "prunes" if inner and encoder.pruners_at(row - 1) else ""
         rows.append([name, f"{before:.1f}"] if dense else [name, f"{before:.1f}", f"{after:.1f}", where])
     print(table(rows))
 

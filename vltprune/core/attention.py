@@ -99,7 +99,15 @@ def attend(
 
 
 def by_head(t: Tensor, layout: Layout) -> Tensor:
-    """[total, heads, head_dim] -> [batch, heads, longest, head_dim], zeros where there is no token."""
+    """Pads and moves heads before tokens.
+
+    Args:
+        t: [total, heads, head_dim].
+        layout: its instances.
+
+    Returns:
+        [batch, heads, longest, head_dim], zeros where there is no token.
+    """
     return segments.pad(t, layout).transpose(1, 2)
 
 
@@ -115,7 +123,16 @@ def is_small(q: Tensor, layout: Layout, keys: Layout) -> bool:
 def bias_per_instance(
     keys: Layout, key_bias: Tensor | None, pairs: PairBias | None
 ) -> Iterable[tuple[Tensor | None, PairBias | None]]:
-    """What is added to the logits of one instance after the other."""
+    """What is added to the logits of one instance after the other.
+
+    Args:
+        keys: the instances of the keys.
+        key_bias: [key total], as in `attend`.
+        pairs: as in `attend`.
+
+    Returns:
+        The two biases of each instance.
+    """
     biases = [None] * keys.batch if key_bias is None else key_bias.split(keys.lengths)
     return zip(biases, [None] * keys.batch if pairs is None else pairs.split(keys), strict=True)
 
@@ -123,7 +140,17 @@ def bias_per_instance(
 def own_bias(
     q: Tensor, key_bias: Tensor | None, pairs: PairBias | None, rows: slice | Tensor = slice(None)
 ) -> Tensor | None:
-    """[1, heads or 1, rows or 1, n]: what is added to these rows of one instance; None if there is nothing to add."""
+    """What is added to some rows of the logits of one instance.
+
+    Args:
+        q: for its dtype.
+        key_bias: [n] of the instance.
+        pairs: of the instance.
+        rows: the query rows.
+
+    Returns:
+        [1, heads or 1, rows or 1, n]; None if there is nothing to add.
+    """
     bias = None if key_bias is None else key_bias.view(1, 1, 1, -1)
     if pairs is None:
         return bias
@@ -132,7 +159,17 @@ def own_bias(
 
 
 def padded_bias(q: Tensor, keys: Layout, key_bias: Tensor | None, pairs: PairBias | None) -> Tensor | None:
-    """[batch, heads or 1, longest or 1, longest]: what is added, minus infinity where there is no key; None if nothing."""
+    """What is added to the logits of a padded batch.
+
+    Args:
+        q: for its dtype and device.
+        keys: the instances of the keys.
+        key_bias: [key total], as in `attend`.
+        pairs: as in `attend`.
+
+    Returns:
+        [batch, heads or 1, longest or 1, longest], minus infinity where there is no key; None if there is nothing to add.
+    """
     bias = None
     if not keys.is_uniform or key_bias is not None:
         bias = q.new_zeros(keys.total) if key_bias is None else key_bias

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..pruning.model import get_pruning
+from ..pruning.tower import pruned_depths
 from .budget_control import BudgetControl
 from .describe import percent
 
@@ -34,7 +35,7 @@ def budget_advice(model: nn.Module, control: BudgetControl, reduction: float, le
     if reduction >= most:
         ways = [f"ask for less than {percent(most)}"] if most > 0 else []
         return _either(ways + (["prune at more depths (at=...)"] if _has_dense_blocks(model, control) else []) + others)
-    several = any(len(get_pruning(model).towers[tower].pruners) > 1 for tower in control.towers)
+    several = any(len(pruned_depths(get_pruning(model).towers[tower])) > 1 for tower in control.towers)
     ways = [f"ask for more than {percent(least)}"] + (["prune at fewer depths (at=...)"] if several else [])
     return _either(ways + others)
 
@@ -43,7 +44,7 @@ def _has_dense_blocks(model: nn.Module, control: BudgetControl) -> bool:
     """Whether a tower that the target is of has a block without a pruner."""
     towers = get_pruning(model).towers
     asked = towers if control.tower is None else (control.tower,)
-    return any(len(towers[name].pruners) < len(towers[name].adapter.blocks(towers[name].host)) for name in asked)
+    return any(len(pruned_depths(towers[name])) < len(towers[name].adapter.blocks(towers[name].host)) for name in asked)
 
 
 def _either(ways: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import precision
+from ..core.statistics import Stat
 from ..core.tokens import Layout, PackedTokens
 from ..hosts.base import Host
 from ..hosts.linear_maps import uncounted_macs
 from ..pruning.pruner import Pruner
-from ..pruning.trace import LayerTrace
+from ..pruning.trace import LayerTrace, PruneStep
 from ..utils.structure import modules_of
 
 
@@ -118,17 +121,17 @@ def measure_blocks(
 
 
 class BlockMeter:
-    """MACs of one block with its pruner, from the tokens that enter and leave it.
+    """MACs of one block with its pruners, from the tokens that enter and leave it.
 
     Args:
         macs: MACs of the block's matrix products.
-        pruner: the block's pruner. None where it is not pruned.
-        guide: MACs per token of the guide that the pruner uses.
+        pruners: the block's pruners, in order; none where it is not pruned.
+        guide: MACs per token of the guide that the pruners use.
         channels: the width of a token.
     """
 
-    def __init__(self, macs: BlockMacs, pruner: Pruner | None, guide: float, channels: int):
-        self.macs, self.pruner, self.guide, self.channels = macs, pruner, guide, channels
+    def __init__(self, macs: BlockMacs, pruners: Sequence[Pruner], guide: float, channels: int):
+        self.macs, self.pruners, self.guide, self.channels = macs, pruners, guide, channels
 
     def dense(self, tokens: Tensor, memory: Memory | None) -> Tensor:
         """MACs of the dense block.
@@ -143,42 +146,46 @@ class BlockMeter:
         macs = self.macs
         return (macs.qkv + macs.project) * tokens + 2 * macs.width * tokens**2 + macs.after_attention(tokens, memory)
 
-    def pruned(self, before: Tensor, after: Tensor, memory: Memory | None, layer: LayerTrace) -> Tensor:
-        """MACs of the pruned block, its pruner's own scoring included.
+    def pruned(self, before: Tensor, memory: Memory | None, layer: LayerTrace) -> Tensor:
+        """MACs of the pruned block, its pruners' own scoring included.
 
         Args:
             before: [batch], the number of tokens of each instance that enter the block.
-            after: [batch], the number of those that leave it.
             memory: what the block cross-attends to. None for none.
-            layer: the block's trace, for what its pruner computed, and where.
+            layer: the block's trace, for what its pruners computed and left, and where.
 
         Returns:
             The MACs of each instance, [batch].
         """
-        macs = self.macs
-        projected = after if layer.reduced_early else before
+        macs, width = self.macs, self.macs.width
+        left = [step_tokens(step, before.device) for step in layer.steps]
+        inner = next((n for n, step in zip(reversed(left), reversed(layer.steps), strict=True) if step.inside), before)
+        projected = inner if layer.reduced_early else before
         block = (
-            macs.qkv * before
-            + 2 * macs.width * before**2
-            + macs.project * projected
-            + macs.after_attention(after, memory)
+            macs.qkv * before + 2 * width * before**2 + macs.project * projected + macs.after_attention(inner, memory)
         )
-        parts = 0.0 if self.pruner is None else self.pruner.macs(before, after)
-        return block + self._scoring(layer) * before + self._comparing * before**2 + parts
 
-    def _scoring(self, layer: LayerTrace) -> float:
-        """Per token: attention statistics, the guide, the weighted sums of a merge."""
-        if self.pruner is None:
-            return 0.0
-        merges = layer.reduction is not None and layer.reduction.merged is not None
-        summed = self.channels + (self.macs.width if layer.reduced_early else 0)
-        statistics, _ = self.pruner.needs.macs(self.macs.heads, self.macs.head_dim)
-        return self.guide + statistics + (summed if merges else 0)
+        needs = functools.reduce(operator.or_, (pruner.needs for pruner in self.pruners), Stat.NONE)
+        token, pair = needs.macs(macs.heads, macs.head_dim)
+        block = block + token * before + pair * before**2
+        for pruner, step, entered, leaves in zip(self.pruners, layer.steps, [before, *left], left, strict=False):
+            merges = step.reduction is not None and step.reduction.merged is not None
+            summed = self.channels + (width if step.inside and layer.reduced_early else 0) if merges else 0
+            block = block + (self.guide + summed) * entered + pruner.macs(entered, leaves)
+        return block
 
-    @property
-    def _comparing(self) -> int:
-        """Per pair of tokens: attention statistics."""
-        return 0 if self.pruner is None else self.pruner.needs.macs(self.macs.heads, self.macs.head_dim)[1]
+
+def step_tokens(step: PruneStep, device: torch.device) -> Tensor:
+    """Tokens of each instance behind a pruner.
+
+    Args:
+        step: what the pruner did.
+        device: of the result.
+
+    Returns:
+        The numbers, [batch], to compute with; in soft training, the expected ones.
+    """
+    return precision.float_tensor(step.lengths, device) if step.expected is None else step.expected
 
 
 @dataclass(frozen=True)

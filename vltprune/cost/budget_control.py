@@ -12,6 +12,7 @@ from ..layers import KeepRatioPredictor
 from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import get_pruning
 from ..pruning.part import Part
+from ..pruning.stage import Stage
 from ..registry import keepers
 from ..utils.wrappers import unwrapped
 
@@ -83,18 +84,20 @@ class BudgetControl:
         """Sets the knob, and writes its value into `model.pruning.config`, for the towers that it is of."""
         self.set(value)
         record = get_pruning(self.model)
-        config, pruned = record.config, [name for name, tower in record.towers.items() if tower.pruners]
-        if isinstance(config.keep, Part) and set(pruned) == set(self.towers):
-            keep: Part | dict[str, Part] = config.keep.replace(**{self.knob.name: value})
-        else:
-            named = config.keep if isinstance(config.keep, Mapping) else record.towers
-            keep = {tower: config.part("keep", tower) for tower in named}
-            keep |= {tower: keep[tower].replace(**{self.knob.name: value}) for tower in self.towers}
-            one = keep[self.towers[0]]
-            keep = one if all(part == one for part in keep.values()) else keep
-        object.__setattr__(
-            unwrapped(self.model), "pruning", dataclasses.replace(record, config=config.replace(keep=keep))
-        )
+        stages = tuple(self._committed(stage, record.towers, value) for stage in record.config.stages)
+        config = record.config.with_stages(stages)
+        object.__setattr__(unwrapped(self.model), "pruning", dataclasses.replace(record, config=config))
+
+    def _committed(self, stage: Stage, towers: Mapping[str, PrunedEncoder], value: float) -> Stage:
+        """A stage with the knob's value in the keepers of the towers that the knob is of."""
+        pruned = [name for name, tower in towers.items() if tower.pruners]
+        if isinstance(stage.keep, Part) and set(pruned) == set(self.towers):
+            return dataclasses.replace(stage, keep=stage.keep.replace(**{self.knob.name: value}))
+        named = stage.keep if isinstance(stage.keep, Mapping) else towers
+        keep = {tower: stage.part("keep", tower) for tower in named}
+        keep |= {tower: keep[tower].replace(**{self.knob.name: value}) for tower in self.towers}
+        one = keep[self.towers[0]]
+        return dataclasses.replace(stage, keep=one if all(part == one for part in keep.values()) else keep)
 
 
 def keepers_with_knob(guided: bool) -> list[str]:

@@ -23,13 +23,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core import precision
 from ..core.tokens import Layout, PackedTokens
 from ..hosts.find import find_composite
 from ..layers import AlignmentGuide
 from ..pruning.model import get_pruning
 from ..pruning.tower import Tower
-from ..pruning.trace import LayerTrace, PruneTrace, collect
+from ..pruning.trace import PruneTrace, collect
 from ..utils.modes import evaluating
 from .block_macs import (
     BlockMeter,
@@ -39,6 +38,7 @@ from .block_macs import (
     is_memory,
     measure_blocks,
     measure_macs,
+    step_tokens,
     token_counts,
 )
 from .savings import Cost
@@ -129,7 +129,7 @@ class _TowerMeter:
             per_token = 0.0 if guide is None else _guide_macs(guide, encoder.tower, like)
             blocks = measure_blocks(adapter, adapter.blocks(host), like, block_inputs)
             self.blocks = [
-                BlockMeter(one, encoder.pruner(d), per_token, like.x.shape[-1]) for d, one in enumerate(blocks)
+                BlockMeter(one, encoder.pruners_at(d), per_token, like.x.shape[-1]) for d, one in enumerate(blocks)
             ]
             two, three = (measure_macs(adapter.head, host, blank_tokens(like, n), block_inputs) for n in (2, 3))
         # of any instance, and of each of its tokens
@@ -141,9 +141,8 @@ class _TowerMeter:
         before = token_counts(trace.input_tokens.layout)
         rows = [self._embedding_macs(trace)]
         for block, layer, block_input in zip(self.blocks, trace.layers, trace.block_inputs, strict=True):
-            after = _tokens_after(layer, before)
-            rows.append(block.pruned(before, after, Memory.from_block_input(block_input, len(before)), layer))
-            before = after
+            rows.append(block.pruned(before, Memory.from_block_input(block_input, len(before)), layer))
+            before = step_tokens(layer.steps[-1], before.device) if layer.steps else before
         return torch.stack([*rows, self._head_macs(before)])
 
     def count_dense(self, trace: PruneTrace, lengths: Tensor, image: Layout | None) -> Tensor:
@@ -181,13 +180,6 @@ def _padded_lengths(trace: PruneTrace) -> Tensor:
     lengths = token_counts(trace.input_tokens.layout)
     padded = trace.encoder.adapter.padded_length(*trace.inputs)
     return lengths if padded is None else torch.full_like(lengths, padded)
-
-
-def _tokens_after(layer: LayerTrace, like: Tensor) -> Tensor:
-    """Tokens of each instance behind a block, [batch]; in soft training, the expected number."""
-    if layer.expected is not None:
-        return layer.expected
-    return precision.float_tensor(layer.lengths, like.device)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -24,10 +25,12 @@ class Selection:
         keep: [total] bool, true for the tokens that stay; for all protected ones.
         match: [total] int64, for a token that goes, the row of the token that it resembles, which stays and is unprotected;
             its own row for a token that stays. None where the selector relates no tokens.
+        columns: values per token by name, [total, ...], that the tokens carry to later layers.
     """
 
     keep: Tensor
     match: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class TokenSelector(PrintedPart, ABC):

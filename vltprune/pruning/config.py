@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Any, TypedDict
 
 from typing_extensions import Unpack
 
 from ..registry import bind, nearest
-from ..utils.frozen import FrozenDict, thawed
-from .depths import Depths, block_indices, freeze_depths
+from .depths import Depths
 from .part import KINDS, Part
+from .stage import PRUNER_KINDS, Place, Stage
 
 # arguments of public functions that a config does not have, for whom its own names would be a wrong suggestion
 _ELSEWHERE = {
@@ -37,125 +38,48 @@ class Parts(TypedDict, total=False):
     reducer: Part | str
     guide: Part | str | None
     at: Depths | Mapping[str, Depths]
+    place: Place
+    then: Iterable[Stage | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class PruneConfig:
-    """The parts of a pruner and the depths that it prunes at. Configs with equal parts and depths are equal.
+class PruneConfig(Stage):
+    """The guide of a model and the stages that prune it. Configs with equal parts and depths are equal.
 
-    A part is a Part, as `vltprune.keep.ratio(0.5)` returns it, or its short form, "ratio(0.5)".
+    Most configs have one stage. Its parts and its place are arguments of the config itself.
 
     Args:
-        scorer: how much each token matters.
-        keep: how many tokens stay: one keeper, or a mapping from tower to keeper, {"image": "ratio(0.5)", "text":
-            "ratio(0.7)"}. A mapping has a keeper for every tower that is pruned.
-        selector: which ones stay; by default those of largest score.
-        reducer: what becomes of the others.
+        scorer, keep, reducer, at, selector, place: the first stage, as `Stage` describes them.
         guide: what relates the tokens of all towers to shared anchors; None for none.
-        at: the depths to prune: one number or any collection of them (a list, range, set, array or tensor). Whole numbers count
-            blocks from 0, negative ones from the end (-1 is the last block). Floats are fractions of the depth in [0, 1). None
-            is every block; empty depths prune nowhere. A mapping from tower ("image", "text") gives each tower its own depths.
-            Towers that it does not name are not pruned.
+        then: further stages. At the same depth and place, each one prunes what the one before left.
 
     Raises:
         LookupError, TypeError, ValueError: for wrong names and arguments, with the nearest right one.
     """
 
-    scorer: Part | str
-    keep: Part | str | Mapping[str, Part | str]
-    reducer: Part | str = "drop"
     guide: Part | str | None = None
-    at: Depths | Mapping[str, Depths] = None
-    selector: Part | str = "top"
+    _: KW_ONLY
+    then: Iterable[Stage | Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        for kind in KINDS:
-            object.__setattr__(self, kind, self._frozen_part(kind))
-        object.__setattr__(self, "at", freeze_depths(self.at))
-        self._check_guide()
+        super().__post_init__()
+        object.__setattr__(self, "guide", None if self.guide is None else Part.from_spec(self.guide, "guide"))
+        object.__setattr__(self, "then", tuple(map(_stage, self.then)))
+        for stage in self.stages:
+            _check_guide(stage, self.guide is not None)
 
-    def _frozen_part(self, kind: str) -> Part | FrozenDict | None:
-        """The Part of a kind, or a mapping of several by tower. Errors as `Part.from_spec` has them."""
-        spec, (registry, _) = getattr(self, kind), KINDS[kind]
-        if spec is None:
-            if kind == "guide":
-                return None
-            raise TypeError(f"{kind}=None: a pruner needs a {kind}, such as {kind}={registry.names()[0]!r}")
-        if kind != "keep" or not isinstance(spec, Mapping) or "name" in spec:
-            return Part.from_spec(spec, kind)
-        if not spec:
-            raise ValueError(f"{kind}={{}}: name a {registry.kind} for each tower, such as {{'image': 'ratio'}}")
-        return FrozenDict({tower: Part.from_spec(one, kind) for tower, one in spec.items()})
-
-    def _check_guide(self) -> None:
-        if self.guide is not None:
-            return
-        for kind in ("scorer", "keep"):
-            for part in self.parts(kind):
-                if getattr(KINDS[kind][0][part.name], "guided", False):
-                    raise ValueError(
-                        f"{kind}={str(part)!r} reads the alignment guide, and guide=None: write guide='codebook', "
-                        f"or choose another {kind}"
-                    )
-
-    def part(self, kind: str, tower: str | None = None) -> Part:
-        """The Part of one kind.
-
-        Args:
-            kind: "scorer", "keep", "selector", "reducer" or "guide".
-            tower: the tower's name, where `keep` is given by tower.
-
-        Returns:
-            The Part.
-
-        Raises:
-            ValueError: where `keep` is given by tower, and no tower is named or this one has no keeper; for "guide" where
-                the config has no guide.
-        """
-        part = getattr(self, kind)
-        if isinstance(part, Mapping):
-            if tower not in part:
-                if tower is None:
-                    advice = f"name the tower, part({kind!r}, {next(iter(part))!r})"
-                else:
-                    advice = f"and the {tower} tower, which is pruned, has none: add it, or leave the tower out of at="
-                raise ValueError(f"{kind}= is given by tower, for {', '.join(part)}: {advice}")
-            part = part[tower]
-        if part is None:
-            raise ValueError(f"{kind}=None: this config has no {kind}; config.parts({kind!r}) is empty then")
-        return part
-
-    def parts(self, kind: str) -> tuple[Part, ...]:
-        """All Parts of one kind.
-
-        Args:
-            kind: "scorer", "keep", "selector", "reducer" or "guide".
-
-        Returns:
-            One Part; several where `keep` is given by tower; none for "guide" where the config has no guide.
-        """
-        part = getattr(self, kind)
-        return tuple(part.values()) if isinstance(part, Mapping) else () if part is None else (part,)
-
-    def describe(self, kind: str) -> str:
-        """The part of one kind as text.
-
-        Args:
-            kind: "scorer", "keep", "selector", "reducer" or "guide".
-
-        Returns:
-            Its short form, such as "ratio(0.5)"; one for each tower where `keep` is given by tower; "none" without a guide.
-        """
-        part = getattr(self, kind)
-        if isinstance(part, Mapping):
-            return ", ".join(f"{tower}: {one}" for tower, one in part.items())
-        return str(part or "none")
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in order, the first one included."""
+        first = Stage(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Stage)})
+        return (first, *(stage for stage in self.then if isinstance(stage, Stage)))
 
     def replace(self, **changes: Unpack[Parts]) -> PruneConfig:
         """Makes a config with other parts or depths: config.replace(keep="ratio(0.5)", guide=None).
 
         Args:
-            **changes: scorer=, keep=, selector=, reducer=, guide= and at=, as PruneConfig takes them.
+            **changes: scorer=, keep=, selector=, reducer=, at=, place=, guide= and then=, as PruneConfig takes them. All but
+                the last two replace what every stage has.
 
         Returns:
             The new config; this one is unchanged.
@@ -164,33 +88,32 @@ class PruneConfig:
             TypeError: for another name.
         """
         _check_names(changes)
-        return dataclasses.replace(self, **changes)
+        own: dict[str, Any] = {name: value for name, value in changes.items() if name not in ("guide", "then")}
+        then = changes.get("then", tuple(dataclasses.replace(stage, **own) for stage in self.stages[1:]))
+        return dataclasses.replace(self, **{**changes, "then": then})
 
-    def depths(self, tower: str, depths: int) -> tuple[int, ...]:
-        """The blocks of a tower to prune.
+    def with_stages(self, stages: Iterable[Stage]) -> PruneConfig:
+        """Makes a config with the same guide and other stages.
 
         Args:
-            tower: the tower's name.
-            depths: its number of blocks.
+            stages: the stages, at least one.
 
         Returns:
-            Their indices, ascending.
-
-        Raises:
-            ValueError: for depths that the tower does not have.
+            The new config; this one is unchanged.
         """
-        at: Any = self.at
-        if not isinstance(at, Mapping):
-            return block_indices(at, tower, depths)
-        return block_indices(at[tower], tower, depths) if tower in at else ()
+        first, *then = stages
+        own = {f.name: getattr(first, f.name) for f in dataclasses.fields(Stage)}
+        return PruneConfig(**own, guide=self.guide, then=then)
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the config to plain data that json can write.
 
         Returns:
-            A dict with the keys "scorer", "keep", "selector", "reducer", "guide" and "at", as `from_dict` takes it.
+            A dict of the arguments by name, as `from_dict` takes it; "then" where there are several stages.
         """
-        return {**{kind: _plain(getattr(self, kind)) for kind in KINDS}, "at": thawed(self.at)}
+        guide = self.part("guide").to_dict() if self.guide is not None else None
+        then = {"then": [stage.to_dict() for stage in self.stages[1:]]} if self.then else {}
+        return {**super().to_dict(), "guide": guide, **then}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruneConfig:
@@ -210,6 +133,27 @@ class PruneConfig:
         return cls(**data)
 
 
+def _stage(stage: Stage | Mapping[str, Any]) -> Stage:
+    """A stage of `then`, of which plain data have the arguments. TypeError for anything else."""
+    if isinstance(stage, Mapping):
+        bind("a stage", Stage, stage)
+        return Stage(**stage)
+    if not isinstance(stage, Stage) or isinstance(stage, PruneConfig):
+        raise TypeError(f"then=: a stage is a vltprune.Stage or a mapping of its arguments, not {stage!r}")
+    return stage
+
+
+def _check_guide(stage: Stage, guided: bool) -> None:
+    """ValueError for parts that read the guide where there is none."""
+    for kind in () if guided else PRUNER_KINDS:
+        for part in stage.parts(kind):
+            if getattr(KINDS[kind][0][part.name], "guided", False):
+                raise ValueError(
+                    f"{kind}={str(part)!r} reads the alignment guide, and guide=None: write guide='codebook', "
+                    f"or choose another {kind}"
+                )
+
+
 def _check_names(names: Iterable[str]) -> None:
     """TypeError for a name that is no part, with whose argument it is or with the nearest part."""
     known = [f.name for f in dataclasses.fields(PruneConfig)]
@@ -218,10 +162,3 @@ def _check_names(names: Iterable[str]) -> None:
             raise TypeError(f"{name}= is an argument of {_ELSEWHERE[name]}, and no part: parts are {', '.join(known)}")
         if name not in known:
             raise TypeError(f"PruneConfig has no part {name!r}{nearest(name, known)}")
-
-
-def _plain(part: Part | Mapping[str, Part] | None) -> dict[str, object] | None:
-    """A Part, several by tower, or None, as plain data."""
-    if isinstance(part, Mapping):
-        return {tower: one.to_dict() for tower, one in part.items()}
-    return None if part is None else part.to_dict()

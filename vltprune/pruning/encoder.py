@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.attention import attend
 from ..core.attention_stats import attend_with_stats
 from ..core.checks import is_traced
+from ..core.statistics import AttentionStats
 from ..core.tokens import PackedTokens
 from ..hosts.base import Host
 from ..layers import AlignmentGuide, Guidance, with_grid
@@ -23,8 +26,8 @@ from .config import PruneConfig
 from .ddp import reach_weights
 from .pruner import PruneDecision, Pruner, UntrainedGuideWarning, build_like
 from .state_dict import fqn_modifiers, use_dense_names
-from .tower import Tower
-from .trace import LayerTrace, PruneTrace, active_collectors
+from .tower import Tower, pruned_depths, pruner_key
+from .trace import LayerTrace, PruneStep, PruneTrace, active_collectors
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class PrunedEncoder(Tower):
         self._hold("host", host, is_child=host is not composite)
         self._hold("guide", guide, is_child=composite is None)
         self.pruners = self.build_pruners(config)
+        self.places = tuple(stage.place for stage in config.stages)
         use_dense_names(self)
         self.training = host.training  # not by `train`, which would change the host's own modules
         self.pruners.train(host.training)
@@ -81,9 +85,11 @@ class PrunedEncoder(Tower):
     def build_pruners(self, config: PruneConfig) -> nn.ModuleDict:
         """Builds the pruners of a config for this tower, by depth. The tower is unchanged."""
         blocks = self.adapter.blocks(self.host)
-        depths = config.depths(self.tower, len(blocks))
-        specs = [replace(self.adapter.spec(self.host, d, self.tower), before=i) for i, d in enumerate(depths)]
-        pruners = {str(spec.depth): build_like(blocks[spec.depth], Pruner.build, config, spec) for spec in specs}
+        pruners = {}
+        for number, stage in enumerate(config.stages):
+            for before, depth in enumerate(stage.depths(self.tower, len(blocks))):
+                spec = replace(self.adapter.spec(self.host, depth, self.tower), before=before)
+                pruners[pruner_key(depth, number)] = build_like(blocks[depth], Pruner.build, stage, spec)
         return nn.ModuleDict(pruners)
 
     def _hold(self, name: str, module: nn.Module | None, is_child: bool) -> None:
@@ -123,7 +129,7 @@ class PrunedEncoder(Tower):
         return super()._replicate_for_data_parallel()
 
     def extra_repr(self) -> str:
-        return f"tower={self.tower!r}, at=({', '.join(self.pruners)})"
+        return f"tower={self.tower!r}, at=({', '.join(map(str, pruned_depths(self)))})"
 
     def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         """AttributeError for a module of the dense tower, such as a new head: set here, nothing would run it."""
@@ -189,38 +195,68 @@ class PrunedEncoder(Tower):
         block_input: object,
         guide: Callable[[PackedTokens], Guidance] | None,
     ) -> tuple[PackedTokens, LayerTrace]:
-        adapter, pruner = self.adapter, self.pruner(depth)
+        adapter, inside, behind = self.adapter, self.pruners_at(depth, "attention"), self.pruners_at(depth, "block")
         q, k, v = adapter.qkv(block, tokens, block_input)
         options: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
         options |= {"key_bias": tokens.bias, "pairs": adapter.pair_bias(block, tokens, block_input)}
-        scale, relate, decision = adapter.scale(block), None, PruneDecision(None)
+        scale, relate = adapter.scale(block), None
 
-        if pruner is None:
-            context = attend(q, k, v, tokens.layout, scale, **options)
+        if not inside and not behind:
+            context, stats = attend(q, k, v, tokens.layout, scale, **options), AttentionStats()
             if guide is not None and not self.pruners and torch.is_grad_enabled():
                 # for the alignment loss with the other tower, which reads it or not
                 relate = partial(guide, tokens)
         else:
-            context, stats = attend_with_stats(q, k, v, tokens, scale, pruner.needs, **options)
-            guidance = guide(tokens) if guide is not None else None
-            relate = None if guidance is None else lambda: guidance
-            decision = pruner(tokens, stats, guidance, self._least(pruner))
-        plan = decision.plan
-        scored = (tokens, decision.scores) if decision.scores is not None and torch.is_grad_enabled() else None
+            needs = functools.reduce(operator.or_, (pruner.needs for pruner in (*inside, *behind)))
+            context, stats = attend_with_stats(q, k, v, tokens, scale, needs, **options)
+        entered = tokens
+        decisions, guidance = self._decide(inside, tokens, stats, guide)
 
         # an affine map commutes with averaging: reducing first, the output projection runs on what stays
-        early = plan is not None and plan.is_affine and adapter.projects_affinely(block)
-        if decision.keep_prob is not None:
-            tokens = tokens.with_keep_prob(decision.keep_prob, decision.counted_prob)
-        if plan is not None and early:
-            tokens, context = plan.tokens(tokens), plan.values(context)
-        tokens = adapter.project(block, tokens, context)
-        if plan is not None and not early:
-            tokens = plan.tokens(tokens)
+        plans = [decision.plan for decision in decisions if decision.plan is not None]
+        early = bool(plans) and all(plan.is_affine for plan in plans) and adapter.projects_affinely(block)
+        if early:
+            tokens, steps = _apply(decisions, tokens)
+            for plan in plans:
+                context = plan.values(context)
+            tokens = adapter.project(block, tokens, context)
+        else:
+            tokens, steps = _apply(decisions, adapter.project(block, tokens, context))
         tokens = adapter.feed_forward(block, tokens, block_input)
+
+        if behind:
+            for decision in decisions:
+                stats = decision.carry(stats)
+            others, behind_guidance = self._decide(behind, tokens, stats, guide)
+            entered, decisions = (entered, decisions) if decisions else (tokens, others)
+            guidance = behind_guidance if guidance is None else guidance
+            tokens, others_steps = _apply(others, tokens, inside=False)
+            steps += others_steps
+        relate = relate if guidance is None else lambda: guidance
+        scores = decisions[0].scores if decisions and torch.is_grad_enabled() else None
+        scored = None if scores is None else (entered, scores)
         expected = None if tokens.keep_prob is None else tokens.expected
         lengths = tokens.layout.lengths
-        return tokens, LayerTrace(tokens.position, tokens.protected, lengths, plan, early, relate, expected, scored)
+        return tokens, LayerTrace(tokens.position, tokens.protected, lengths, steps, early, relate, expected, scored)
+
+    def _decide(
+        self,
+        pruners: Sequence[Pruner],
+        tokens: PackedTokens,
+        stats: AttentionStats,
+        guide: Callable[[PackedTokens], Guidance] | None,
+    ) -> tuple[list[PruneDecision], Guidance | None]:
+        """The decisions of pruners at one place, each on what the one before leaves, and the guidance of the first."""
+        decisions: list[PruneDecision] = []
+        first = guidance = None
+        for pruner in pruners:
+            if decisions:
+                tokens, stats = decisions[-1].apply(tokens), decisions[-1].carry(stats)
+            if guide is not None and (guidance is None or decisions[-1].plan is not None):
+                guidance = guide(tokens)
+                first = guidance if first is None else first
+            decisions.append(pruner(tokens, stats, guidance, self._least(pruner)))
+        return decisions, first
 
     def _least(self, pruner: Pruner) -> int:
         """How many unprotected tokens must stay: one, where the tower's output is computed from them alone.
@@ -246,3 +282,15 @@ class PrunedEncoder(Tower):
             UntrainedGuideWarning,
             stacklevel=3,
         )
+
+
+def _apply(
+    decisions: Iterable[PruneDecision], tokens: PackedTokens, inside: bool = True
+) -> tuple[PackedTokens, tuple[PruneStep, ...]]:
+    """The tokens that decisions leave, and the record of each."""
+    steps = []
+    for decision in decisions:
+        tokens = decision.apply(tokens)
+        expected = None if tokens.keep_prob is None else tokens.expected
+        steps.append(PruneStep(tokens.layout.lengths, decision.plan, expected, inside))
+    return tokens, tuple(steps)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import ParamSpec, TypeVar
 
@@ -16,8 +16,8 @@ from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer, TokenSelector, Top
 from ..layers.selectors import top_tokens
-from .config import PruneConfig
 from .part import KINDS
+from .stage import PRUNER_KINDS, Stage
 
 M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
@@ -38,12 +38,27 @@ class PruneDecision:
         scores: [total], in single precision; those that are equal within rounding are equal.
         keep_prob: [total], in soft training: the probability to stay, with gradients to scores and threshold.
         counted_prob: [total]: the same values, with gradients to the threshold alone.
+        columns: values per token by name, [total, ...], that the tokens carry to later layers.
     """
 
     plan: Reduction | None
     scores: Tensor | None = None
     keep_prob: Tensor | None = None
     counted_prob: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def apply(self, tokens: PackedTokens) -> PackedTokens:
+        """The tokens that the decision leaves, with their keep probabilities and columns."""
+        if self.keep_prob is not None:
+            tokens = tokens.with_keep_prob(self.keep_prob, self.counted_prob)
+        if self.columns:
+            tokens = replace(tokens, columns={**tokens.columns, **self.columns})
+        return tokens if self.plan is None else self.plan.tokens(tokens)
+
+    def carry(self, stats: AttentionStats) -> AttentionStats:
+        """The statistics of the tokens that the decision leaves; of a merged token, those at the row where it stands."""
+        plan = self.plan
+        return stats if plan is None else stats.mapped(lambda values: values.index_select(0, plan.index))
 
 
 class Pruner(nn.Module):
@@ -73,11 +88,11 @@ class Pruner(nn.Module):
         self.soft_temperature = 0.0
 
     @classmethod
-    def build(cls, config: PruneConfig, spec: BlockSpec) -> Pruner:
-        """Builds the parts of a config for one block.
+    def build(cls, stage: Stage, spec: BlockSpec) -> Pruner:
+        """Builds the parts of a stage for one block.
 
         Args:
-            config: the scorer, keeper and reducer.
+            stage: the scorer, keeper, selector and reducer.
             spec: the block. Its tower selects the keeper, where `keep` is given by tower.
 
         Returns:
@@ -86,12 +101,11 @@ class Pruner(nn.Module):
         Raises:
             ValueError: for parts that need what the block does not have.
         """
-        parts = (config.part(kind, spec.tower) for kind in ("scorer", "keep", "selector", "reducer"))
-        makers = (KINDS[kind][0] for kind in ("scorer", "keep", "selector", "reducer"))
-        pruner = cls(*(maker[part.name](spec, **part.args) for maker, part in zip(makers, parts, strict=True)))
+        parts = {kind: stage.part(kind, spec.tower) for kind in PRUNER_KINDS}
+        pruner = cls(*(KINDS[kind][0][part.name](spec, **part.args) for kind, part in parts.items()))
         if pruner.needs.of_summary and not spec.has_summary:
             raise ValueError(
-                f"scorer={str(config.scorer)!r} reads the attention of a summary token ({pruner.needs.of_summary}), and the "
+                f"scorer={str(stage.scorer)!r} reads the attention of a summary token ({pruner.needs.of_summary}), and the "
                 f"{spec.tower} tower has none: write scorer='self_attention' or scorer='alignment', "
                 "or leave the tower alone with at={'other tower': None}"
             )
@@ -147,7 +161,11 @@ class Pruner(nn.Module):
             counts = self.keeper(scores, tokens, guidance)
         counts = counts.clamp(min=least)
         selection = self.selector(tokens, scores, counts, stats)
-        return PruneDecision(self.reducer(tokens, scores, selection, stats), scores, keep_prob, counted_prob)
+        columns = dict(selection.columns)
+        if self.scorer.remembers is not None:
+            columns[self.scorer.remembers] = scores
+        plan = self.reducer(tokens, scores, selection, stats)
+        return PruneDecision(plan, scores, keep_prob, counted_prob, columns)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
         """Multiply-accumulates of the parts' own comparisons, [batch].

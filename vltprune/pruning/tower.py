@@ -7,6 +7,7 @@ from torch import nn
 from ..hosts.base import Host
 from ..layers import AlignmentGuide
 from .pruner import Pruner
+from .stage import Place
 
 
 class Tower(nn.Module):
@@ -17,7 +18,8 @@ class Tower(nn.Module):
         host: the dense tower.
         adapter: the `Host` that runs it.
         guide: the alignment guide that the towers of a model share; None without one.
-        pruners: the pruners by depth, written as a string.
+        pruners: the pruners by depth and stage, as `pruner_key` names them.
+        places: the place of each stage.
     """
 
     tower: str
@@ -25,9 +27,47 @@ class Tower(nn.Module):
     adapter: Host
     guide: AlignmentGuide | None
     pruners: nn.ModuleDict
+    places: tuple[Place, ...]
 
-    def pruner(self, depth: int) -> Pruner | None:
-        """The pruner at a depth, None where nothing is pruned."""
-        pruner = self.pruners[str(depth)] if str(depth) in self.pruners else None  # noqa: SIM401 (ModuleDict has no get)
-        assert pruner is None or isinstance(pruner, Pruner)
-        return pruner
+    def pruners_at(self, depth: int, place: Place | None = None) -> list[Pruner]:
+        """The pruners of a block, in the order in which they prune.
+
+        Args:
+            depth: the index of the block.
+            place: "attention", or "block" for those behind the block, those of the tower's output included. None for both.
+
+        Returns:
+            The pruners; none where nothing is pruned.
+        """
+        if place is None:
+            return [*self.pruners_at(depth, "attention"), *self.pruners_at(depth, "block")]
+        found = []
+        for number, where in enumerate(self.places):
+            key = pruner_key(depth, number)
+            pruner = self.pruners[key] if key in self.pruners else None  # noqa: SIM401 (ModuleDict has no get)
+            if isinstance(pruner, Pruner) and (where == "attention") == (place == "attention"):
+                found.append(pruner)
+        return found
+
+
+def pruner_key(depth: int, stage: int) -> str:
+    """The name of a pruner in its tower.
+
+    Args:
+        depth: the index of its block.
+        stage: the number of its stage.
+
+    Returns:
+        The depth, with the number of the stage where it is not the first: "3", "3:1".
+    """
+    return f"{depth}:{stage}" if stage else str(depth)
+
+
+def stage_number(key: str) -> int:
+    """The number of the stage of a pruner, from its name."""
+    return int(key.partition(":")[2] or 0)
+
+
+def pruned_depths(tower: Tower) -> tuple[int, ...]:
+    """The depths at which a tower is pruned, ascending, each once."""
+    return tuple(sorted({int(key.partition(":")[0]) for key in tower.pruners}))

@@ -21,6 +21,23 @@ from .tower import Tower
 
 
 @dataclass(frozen=True)
+class PruneStep:
+    """What one pruner did in one call.
+
+    Attributes:
+        lengths: how many tokens each instance had behind it.
+        reduction: the plan that was applied. None where all tokens stayed.
+        expected: [batch], the expected number of tokens behind it in soft training. None otherwise.
+        inside: whether it stood between attention and MLP, and not behind the block.
+    """
+
+    lengths: tuple[int, ...]
+    reduction: Reduction | None
+    expected: Tensor | None
+    inside: bool
+
+
+@dataclass(frozen=True)
 class LayerTrace:
     """What one block of a tower did in one call.
 
@@ -28,8 +45,8 @@ class LayerTrace:
         position: [total] int64, the original positions of the tokens that left the block.
         protected: [total] bool, which of them are protected.
         lengths: how many of them each instance has.
-        reduction: the plan that was applied. None where all tokens stayed.
-        reduced_early: whether it was applied before the output projection.
+        steps: what the pruners of the block did, in order; none in a block that is not pruned.
+        reduced_early: whether the plans inside the block were applied before the output projection.
         guide: computes the guidance. None without a guide.
         expected: [batch], the expected number of tokens in soft training. None otherwise.
         scored: the tokens that entered a pruned block, and their scores [total], for losses. None without gradients.
@@ -39,12 +56,17 @@ class LayerTrace:
     position: Tensor
     protected: Tensor
     lengths: tuple[int, ...]
-    reduction: Reduction | None
+    steps: tuple[PruneStep, ...]
     reduced_early: bool
     guide: Callable[[], Guidance] | None
     expected: Tensor | None = None
     scored: tuple[PackedTokens, Tensor] | None = None
     tokens: PackedTokens | None = None
+
+    @property
+    def reductions(self) -> tuple[Reduction, ...]:
+        """The plans that were applied, in order; none where all tokens stayed."""
+        return tuple(step.reduction for step in self.steps if step.reduction is not None)
 
     @cached_property
     def guidance(self) -> Guidance | None:
@@ -132,8 +154,8 @@ class PruneTrace:
         """
         owner = torch.arange(self.input_tokens.layout.total, device=self.input_tokens.x.device)
         for step in self.layers[: depth + 1]:
-            if step.reduction is not None:
-                target = step.reduction.provenance()
+            for reduction in step.reductions:
+                target = reduction.provenance()
                 owner = torch.where(owner >= 0, target[owner.clamp(min=0)], owner)
         return owner
 

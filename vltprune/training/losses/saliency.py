@@ -11,6 +11,7 @@ from ...core import segments
 from ...core.tokens import PackedTokens
 from ...pruning.model import get_pruning
 from ...pruning.prune import prune_towers
+from ...pruning.tower import pruned_depths
 from ...pruning.trace import PruneTrace
 
 _EPS = 1e-12
@@ -64,7 +65,7 @@ def saliency_teacher(dense: nn.Module, like: nn.Module) -> nn.Module:
     Returns:
         The teacher; it keeps all tokens, and gives the dense model's answers.
     """
-    at = {name: tuple(map(int, tower.pruners)) for name, tower in get_pruning(like).towers.items()}
+    at = {name: pruned_depths(tower) for name, tower in get_pruning(like).towers.items()}
     return prune_towers(dense, "random", keep="ratio(ratio=1.0)", at=at)
 
 

@@ -1,0 +1,148 @@
+"""Configs of several stages: where each prunes, what the next one sees, and that they come back from plain data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small_models import small
+from torch.testing import assert_close
+
+import vltprune as vp
+from vltprune import PruneConfig, Stage
+
+VIT = small("vit")
+IMAGES = VIT.draw(3)
+
+
+def lengths(config):
+    model = vp.prune(VIT.model, config)
+    with torch.no_grad(), vp.collect() as traces:
+        out = model(*IMAGES)
+    return traces[0], out
+
+
+def entered(trace):
+    return trace.input_tokens.layout.lengths[0]
+
+
+def config(**changes):
+    return PruneConfig("mean_cls_attention", "count(count=9)", at=1).replace(**changes)
+
+
+def test_stages_prune_where_they_say():
+    two = config(then=[Stage("mean_cls_attention", "count(count=5)", "fuse", at=-1)])
+    trace, _ = lengths(two)
+    assert [step[0] for step in trace.lengths] == [entered(trace), *[10] * (len(trace.layers) - 2), 7]
+    assert [len(layer.steps) for layer in trace.layers] == [0, 1, *[0] * (len(trace.layers) - 3), 1]
+
+
+def test_stages_at_the_same_place_prune_what_the_former_left():
+    """Two stages keep what the second alone keeps, if both score alike: 9 best, then the 4 best of these."""
+    both, out_both = lengths(config(then=[Stage("mean_cls_attention", "count(count=4)", at=1)]))
+    once, out_once = lengths(config(keep="count(count=4)"))
+    assert both.lengths == once.lengths
+    assert torch.equal(both.layers[1].position, once.layers[1].position)
+    assert_close(out_both, out_once)
+    assert [step.lengths[0] for step in both.layers[1].steps] == [10, 5]
+
+
+def test_merging_after_dropping_sums_only_what_was_left():
+    trace, _ = lengths(config(then=[Stage("mean_cls_attention", "count(count=4)", "fuse", at=1)]))
+    owners = trace.provenance(1).view(3, -1)
+    assert ((owners >= 0).sum(1) == 10).all()
+    assert trace.output_tokens.size.sum() == 3 * 10
+
+
+@pytest.mark.parametrize("place", ["block", "output"])
+def test_behind_a_block_the_block_itself_costs_what_it_did(place):
+    """The feed-forward of the pruned block runs on all tokens, and the next block on those that stay."""
+    at = len(VIT.model.blocks) - 1 if place == "block" else None
+    behind = vp.prune(VIT.model, config(place=place, at=at))
+    cost = vp.count_macs(behind, *IMAGES)
+    assert cost.towers["image"][1:-2].sum() == cost.dense["image"][1:-2].sum()
+    scoring = cost.towers["image"][-2].sum() - cost.dense["image"][-2].sum()
+    assert 0 < scoring < 0.05 * cost.dense["image"][-2].sum()
+    trace, _ = lengths(config(place=place, at=at))
+    assert trace.lengths[-1] == (10, 10, 10)
+    assert not trace.layers[-1].steps[0].inside
+
+
+def test_the_output_of_a_class_token_is_that_of_the_dense_model():
+    """Pruned behind the last block, a tower that reads its class token gives what it gave."""
+    _, out = lengths(config(place="output", at=None))
+    with torch.no_grad():
+        assert_close(out, VIT.model(*IMAGES))
+
+
+def test_a_column_travels_to_a_later_layer():
+    """Scores that one stage remembers are there for the next, at the rows of the tokens that stayed."""
+
+    class Remembers(vp.scorers["random"]):
+        remembers = "seen"
+
+    class Recalls(vp.TokenScorer):
+        def forward(self, tokens, stats, guidance):
+            return tokens.columns["seen"]
+
+    with vp.scorers.temporarily(remembering=Remembers, recalling=Recalls):
+        two = PruneConfig("remembering", "count(count=9)", at=0, then=[Stage("recalling", "count(count=4)", at=2)])
+        trace, _ = lengths(two)
+        one = PruneConfig("remembering", "count(count=4)", at=0)
+        expected, _ = lengths(one)
+    assert torch.equal(trace.layers[2].position, expected.layers[2].position)
+
+
+def test_stages_come_back_from_plain_data(tmp_path):
+    several = config(
+        then=[
+            Stage("random", "ratio(ratio=0.5)", "fuse", at=2, place="block"),
+            Stage("random", "ratio", place="output"),
+        ]
+    )
+    again = PruneConfig.from_dict(json.loads(json.dumps(several.to_dict())))
+    assert again == several
+    assert again.stages[1].place == "block"
+    assert PruneConfig("random", "ratio").to_dict().get("then") is None
+
+
+def test_parts_are_replaced_in_every_stage():
+    several = config(then=[Stage("random", "ratio(ratio=0.5)", at=2)]).replace(keep="ratio(ratio=0.25)")
+    assert {str(stage.keep) for stage in several.stages} == {"ratio(ratio=0.25)"}
+    assert [stage.at for stage in several.stages] == [(1,), (2,)]
+
+
+def test_calibration_sets_the_knob_of_every_stage():
+    model = vp.prune(VIT.model, "random", at=0, then=[Stage("mean_cls_attention", "ratio", "fuse", at=2)])
+    found = vp.calibrate(model, [IMAGES], 0.3, tolerance=0.03)
+    first, second = (stage.keep.args["ratio"] for stage in model.pruning.config.stages)
+    assert first == second == found.value
+    assert str(model.pruning.config.stages[1].scorer) == "mean_cls_attention"
+    assert vp.measure(model, [IMAGES]).reduction == pytest.approx(found.reduction)
+
+
+def test_a_model_of_several_stages_comes_back_from_its_folder(tmp_path):
+    model = vp.create_model("blip_nlvr_tiny_evit", then=[Stage("random", "ratio(ratio=0.8)", at=1)])
+    for tower in model.pruning.towers.values():
+        for pruner in tower.pruners_at(1):
+            pruner.keeper.ratio = 0.7
+    vp.save(model, tmp_path / "model")
+    again = vp.load(tmp_path / "model")
+    assert str(again.pruning.config.stages[1].keep) == "ratio(ratio=0.7)"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"place": "mlp"}, "place='mlp'"),
+        ({"place": "output"}, "place='output' is behind the last block"),
+        ({"then": ["evit"]}, "then=: a stage is a vltprune.Stage"),
+        ({"then": [{"scorer": "random"}]}, "keep"),
+        ({"then": [{"scorer": "alignment", "keep": "ratio"}]}, "reads the alignment guide"),
+    ],
+    ids=str,
+)
+def test_wrong_stages_are_refused_when_the_config_is_made(wrong, says):
+    with pytest.raises((TypeError, ValueError), match=says):
+        config(**wrong)
