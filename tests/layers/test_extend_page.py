@@ -33,7 +33,7 @@ def test_parts_keep_the_invariants(registry, name):
 def test_scorer_and_keeper_do_what_no_built_in_does(page):
     """On one tower and one batch, other tokens stay than under any built-in scorer, and other counts than under any keeper."""
     config = vp.preset("evit").replace(guide="codebook(anchors=8)", at=2)
-    mine = {"key_novelty": {"scorer": "key_novelty"}, "effective": {"keep": "effective(scale=0.5)"}}
+    mine = {"key_novelty": {"scorer": "key_novelty"}, "effective": {"keep": "effective(scale=0.4)"}}
     for name, parts in mine.items():
         (kind, _) = next(iter(parts.items()))
         registry = vp.scorers if kind == "scorer" else vp.keepers
