@@ -120,7 +120,7 @@ class FlowCut(TokenScorer):
     """
 
     needs = Stat.SUMMARY | Stat.VALUE_MEAN
-    remembers = "flowcut"
+    remembers: str = "flowcut"
 
     def __init__(self, spec: BlockSpec, momentum: float = 0.5):
         super().__init__(spec)

@@ -267,8 +267,8 @@ class PrunedEncoder(Tower):
 
     def _with_grid(self, tokens: PackedTokens, inputs: tuple[Any, ...]) -> PackedTokens:
         """The tokens with the grid of their patches, where a selector reads it."""
-        pruners = map(self.pruner, map(int, self.pruners))
-        if not any(pruner is not None and pruner.selector.reads_grid for pruner in pruners):
+        pruners = self.pruners.values()
+        if not any(isinstance(pruner, Pruner) and pruner.selector.reads_grid for pruner in pruners):
             return tokens
         is_image = isinstance(inputs[0], Tensor) and inputs[0].dim() >= 4
         return with_grid(tokens, tuple(inputs[0].shape[-2:]) if is_image else None)
