@@ -101,7 +101,7 @@ def test_the_dual_encoder_keeps_its_weights_at_another_size():
 def test_the_model_that_answers_sees_and_reads_as_both_encoders(vit, bert, words):
     model = TOWERS["vqa_model"](ROOM)
     want = vit.forward_features(photographs(vp.transforms(vit)))
-    assert_near(model.visual(photographs(vp.transforms(model))), want)  # of the same pictures, as each wants them
+    assert_near(model.visual(photographs(vp.transforms(model))), want)  # of the same images, as each wants them
 
     ids, mask = words
     want = bert(ids, attention_mask=mask).last_hidden_state

@@ -257,8 +257,8 @@ class TestTowers:
 
     def test_bad_targets(self, dense, words):
         model = vp.prune(dense, "random", at={"image": None})
-        with pytest.raises(ValueError, match="names the tower 'picture'; this model has image, text"):
-            vp.calibrate(model, [words], {"picture": 0.5})
+        with pytest.raises(ValueError, match="names the tower 'vision'; this model has image, text"):
+            vp.calibrate(model, [words], {"vision": 0.5})
         with pytest.raises(ValueError, match="the text tower is pruned nowhere"):
             vp.calibrate(model, [words], {"text": 0.5})
         for wrong in ({"image": 0.5, "text": 0}, {"image": 1}, {}):

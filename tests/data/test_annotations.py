@@ -34,10 +34,10 @@ def write(tmp_path):
 
 def test_nlvr2(write):
     file = write(STATEMENT, STATEMENT | {"label": "False"}, STATEMENT | {"label": True})
-    records = data.nlvr2(file, "pictures")
+    records = data.nlvr2(file, "images")
     assert [record.label for record in records] == [1, 0, 1]
     assert (len(records), records[2].index, records.skipped) == (3, 2, ())
-    assert records[0].images == (Path("pictures/dev/a-img0.png"), Path("pictures/dev/a-img1.png"))
+    assert records[0].images == (Path("images/dev/a-img0.png"), Path("images/dev/a-img1.png"))
     assert records[1].sentence == "Both are dogs."
 
 
@@ -67,7 +67,7 @@ def test_captions(write):
             {"image": "val2014/f.jpg", "caption": ["a cat", "cats"]},
             {"image": "images/g.jpg", "captions": ["x", "y", "z"]},
         ),
-        "pictures",
+        "images",
     )
     assert (coco.id, coco.captions) == ("coco_1", ("a dog",))
     assert (several.id, several.captions) == ("val2014/f.jpg", ("a cat", "cats"))
@@ -96,12 +96,12 @@ def test_answer_list(write):
 def test_entries_that_cannot_be_read(read, entry, reason, write):
     good = {data.nlvr2: STATEMENT, data.vqa: QUESTION, data.captions: {"image": "a.jpg", "caption": "a dog"}}[read]
     file = write(good, entry, good)
-    records = read(file, "pictures")
+    records = read(file, "images")
     assert [record.index for record in records] == [0, 2]
     assert [skipped.index for skipped in records.skipped] == [1]
     assert str(records.skipped[0]).startswith("entry 1: ") and reason in str(records.skipped[0])
     with pytest.raises(ValueError, match=r"annotations.json, entry 1: "):
-        read(file, "pictures", strict=True)
+        read(file, "images", strict=True)
 
 
 def test_files_that_cannot_be_read(write, tmp_path):

@@ -20,7 +20,7 @@ def read(tmp_path, *entries: str):
     """The captions of a file of these JSON texts, between two good entries."""
     texts = [json.dumps(GOOD), *entries, json.dumps(GOOD)]
     (tmp_path / "a.json").write_text(f"[{', '.join(texts)}]", encoding="utf-8", errors="surrogateescape")
-    return data.captions(tmp_path / "a.json", "pictures")
+    return data.captions(tmp_path / "a.json", "images")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from PIL import Image
 from vltprune.data import Loader, Statement, SyntheticNLVR, SyntheticPairs, normalize
 
 
-def prepare(picture):
-    return torch.from_numpy(normalize(np.asarray(picture)))
+def prepare(image):
+    return torch.from_numpy(normalize(np.asarray(image)))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 import vltprune as vp
 from vltprune.data import SyntheticPairs, normalize
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8))
 
 
 def test_blip_resizes_the_whole_image_and_normalizes_as_clip():
@@ -18,8 +18,8 @@ def test_blip_resizes_the_whole_image_and_normalizes_as_clip():
     white = prepare(Image.new("RGB", (70, 20), (255, 255, 255)))
     assert white.shape == (3, 32, 32)
     torch.testing.assert_close(white[:, 5, 7], torch.tensor([1.9303, 2.0749, 2.1459]), atol=1e-4, rtol=0)
-    squeezed = PICTURE.resize((32, 32), Image.Resampling.BICUBIC)
-    assert (np.asarray(prepare.to_image(prepare(PICTURE))) == np.asarray(squeezed)).all()
+    squeezed = IMAGE.resize((32, 32), Image.Resampling.BICUBIC)
+    assert (np.asarray(prepare.to_image(prepare(IMAGE))) == np.asarray(squeezed)).all()
 
 
 @pytest.mark.parametrize("name", ["blip_nlvr_tiny", "blip_nlvr_tiny_madtp"])
@@ -42,11 +42,11 @@ def test_timm(name):
     model = vp.create_model(name)
     dense = model.pruning.host if hasattr(model, "pruning") else model
     own = create_transform(**resolve_data_config({}, model=dense))
-    torch.testing.assert_close(vp.transforms(model)(PICTURE), own(PICTURE))
+    torch.testing.assert_close(vp.transforms(model)(IMAGE), own(IMAGE))
 
 
 def test_timm_at_another_size():
-    assert vp.transforms(vp.create_model("vit_tiny_patch16_224", img_size=64, depth=1))(PICTURE).shape == (3, 64, 64)
+    assert vp.transforms(vp.create_model("vit_tiny_patch16_224", img_size=64, depth=1))(IMAGE).shape == (3, 64, 64)
 
 
 @pytest.mark.parametrize("name", ["clip_vit_s_32_alt", "clip_vit_s_32_alt_random"])
@@ -54,7 +54,7 @@ def test_open_clip(name):
     import open_clip
 
     _, _, own = open_clip.create_model_and_transforms("ViT-S-32-alt")
-    torch.testing.assert_close(vp.transforms(vp.create_model(name))(PICTURE), own(PICTURE))
+    torch.testing.assert_close(vp.transforms(vp.create_model(name))(IMAGE), own(IMAGE))
 
 
 def test_a_model_without_images_is_refused():

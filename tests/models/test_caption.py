@@ -29,45 +29,45 @@ def pruned(model):
 
 @torch.no_grad()
 def test_no_word_sees_what_follows(model):
-    pictures, (ids, _) = small.images(3), small.words(3)
-    before = model(pictures, ids)
+    pixels, (ids, _) = small.images(3), small.words(3)
+    before = model(pixels, ids)
     for place in range(1, ids.shape[1]):
         other = ids.clone()
         other[:, place] = (other[:, place] + 1) % 30 + 3
-        after = model(pictures, other)
+        after = model(pixels, other)
         assert torch.equal(after[:, :place], before[:, :place])
         assert not torch.allclose(after[:, place], before[:, place], atol=1e-3)
 
 
 @torch.no_grad()
 def test_padding_never_matters(model):
-    pictures, (ids, mask) = small.images(3), small.words(3)
-    logits, loss = model(pictures, ids, mask), model.loss(pictures, ids, mask)
+    pixels, (ids, mask) = small.images(3), small.words(3)
+    logits, loss = model(pixels, ids, mask), model.loss(pixels, ids, mask)
     other = torch.where(mask.bool(), ids, 17)
-    assert_close(model(pictures, other, mask)[mask.bool()], logits[mask.bool()], rtol=0, atol=1e-5)
-    assert_close(model.loss(pictures, other, mask), loss)
+    assert_close(model(pixels, other, mask)[mask.bool()], logits[mask.bool()], rtol=0, atol=1e-5)
+    assert_close(model.loss(pixels, other, mask), loss)
     for i, length in enumerate(mask.sum(1).tolist()):
-        alone = model(pictures[i : i + 1], ids[i : i + 1, :length])
+        alone = model(pixels[i : i + 1], ids[i : i + 1, :length])
         assert_close(alone[0], logits[i, :length], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_loss_is_the_mean_over_what_is_asked(model):
-    pictures, (ids, mask) = small.images(3), small.words(3)
-    chances = model(pictures, ids, mask).log_softmax(-1)
+    pixels, (ids, mask) = small.images(3), small.words(3)
+    chances = model(pixels, ids, mask).log_softmax(-1)
     costs = []
     for i, length in enumerate(mask.sum(1).tolist()):
         for t in range(len(model.prompt), length):
             costs.append(-0.9 * chances[i, t - 1, ids[i, t]] - 0.1 * chances[i, t - 1].mean())
-    assert_close(model.loss(pictures, ids, mask), torch.stack(costs).mean())
+    assert_close(model.loss(pixels, ids, mask), torch.stack(costs).mean())
 
 
 @torch.no_grad()
 def test_the_first_token_is_the_models_own(model):
-    pictures, (ids, mask) = small.images(3), small.words(3)
+    pixels, (ids, mask) = small.images(3), small.words(3)
     other = ids.clone()
     other[:, 0] = 9
-    assert torch.equal(model(pictures, ids, mask), model(pictures, other, mask))
+    assert torch.equal(model(pixels, ids, mask), model(pixels, other, mask))
 
 
 @torch.no_grad()
@@ -85,12 +85,12 @@ def test_word_by_word_is_all_at_once(model):
 
 @torch.no_grad()
 def test_several_captions_are_one_by_one(model):
-    pictures, (ids, mask) = small.images(3), small.words(6)
-    together = model(pictures, ids, mask)
-    assert_close(model(pictures.repeat_interleave(2, 0), ids, mask), together, rtol=0, atol=1e-5)
+    pixels, (ids, mask) = small.images(3), small.words(6)
+    together = model(pixels, ids, mask)
+    assert_close(model(pixels.repeat_interleave(2, 0), ids, mask), together, rtol=0, atol=1e-5)
     order, ids[:, 0] = torch.tensor([2, 0, 0]), small.BOS
-    cache = model.decoder.start(model.visual(pictures)).select_groups(order)
-    assert_close(model.decoder(ids, cache)[0], model(pictures[order], ids), rtol=0, atol=1e-5)
+    cache = model.decoder.start(model.visual(pixels)).select_groups(order)
+    assert_close(model.decoder(ids, cache)[0], model(pixels[order], ids), rtol=0, atol=1e-5)
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class History:
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_generation_remembers_rightly(model, strategy):
     """What was generated with a cache is what the whole sentence, read at once, says."""
-    pictures = small.images(6)
-    generated = model.generate(pictures, strategy, min_length=0, max_length=14)
+    pixels = small.images(6)
+    generated = model.generate(pixels, strategy, min_length=0, max_length=14)
     assert generated[:, :4].tolist() == [[small.BOS, *small.PROMPT]] * 6
 
     def forgetful(ids, state):
         history = torch.cat([state.generated, ids], 1) if state is not None else ids
-        cache = model.decoder.start(model.visual(pictures))
+        cache = model.decoder.start(model.visual(pixels))
         return model.decoder(history, cache)[0][:, -1], History(history)
 
     prompt = torch.tensor([model.prompt]).expand(6, -1)
@@ -122,14 +122,14 @@ def test_generation_remembers_rightly(model, strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_packed_is_unpacked_and_masked(pruned, strategy):
-    pictures, decoder = small.images(6), pruned.decoder
+    pixels, decoder = small.images(6), pruned.decoder
     with torch.no_grad():
-        memory = pruned.visual(pictures)
+        memory = pruned.visual(pixels)
     padded, real = memory.unpack()
     assert not real.all()
 
     rules = {"min_length": 0, "max_length": 12}
-    generated = pruned.generate(pictures, strategy, **rules)
+    generated = pruned.generate(pixels, strategy, **rules)
     junk = torch.where(real[..., None], padded, 100.0)
     prompt = torch.tensor([pruned.prompt]).expand(6, -1)
     with torch.no_grad():
@@ -141,10 +141,10 @@ def test_packed_is_unpacked_and_masked(pruned, strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_batch_mates_do_not_matter(pruned, strategy):
-    pictures = small.images(6)
-    together = pruned.generate(pictures, strategy, 0, 12)
+    pixels = small.images(6)
+    together = pruned.generate(pixels, strategy, 0, 12)
     for i in range(6):
-        alone = pruned.generate(pictures[i : i + 1], strategy, 0, 12)
+        alone = pruned.generate(pixels[i : i + 1], strategy, 0, 12)
         assert torch.equal(F.pad(alone[0], (0, together.shape[1] - alone.shape[1])), together[i])
 
 
@@ -169,22 +169,21 @@ def test_names(size):
 
 
 def test_refusals(model):
-    pictures, (ids, mask) = small.images(2), small.words(2)
+    pixels, (ids, mask) = small.images(2), small.words(2)
     with pytest.raises(ValueError, match="3 sentences cannot be about 2 images"):
-        model(pictures, small.words(3)[0])
+        model(pixels, small.words(3)[0])
     with pytest.raises(ValueError, match="pad on the right"):
-        model(pictures, ids, mask.flip(1) * (torch.arange(9) > 0))
+        model(pixels, ids, mask.flip(1) * (torch.arange(9) > 0))
     with pytest.raises(ValueError, match="max_length=17 is past the decoder's max_positions=16"):
-        model.generate(pictures, max_length=17)
+        model.generate(pixels, max_length=17)
     with pytest.raises(ValueError, match="18 tokens, the text tower has max_positions=16"):
-        model(pictures, torch.ones(2, 18, dtype=torch.int64))
+        model(pixels, torch.ones(2, 18, dtype=torch.int64))
 
 
 def test_generation_can_be_drawn(model):
-    pictures, rules = small.images(3), {"max_length": 14, "repetition_penalty": 1.1}
+    pixels, rules = small.images(3), {"max_length": 14, "repetition_penalty": 1.1}
     one, two, other = (
-        model.generate(pictures, NucleusSampling(0.9, torch.Generator().manual_seed(seed)), **rules)
-        for seed in (1, 1, 2)
+        model.generate(pixels, NucleusSampling(0.9, torch.Generator().manual_seed(seed)), **rules) for seed in (1, 1, 2)
     )
     assert torch.equal(one, two)
     assert one.tolist() != other.tolist()

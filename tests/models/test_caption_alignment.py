@@ -18,10 +18,10 @@ def pruned(request):
     return vp.prune(model, "madtp", guide="codebook(anchors=6)")
 
 
-def by_hand(pruned, pictures, ids, mask):
+def by_hand(pruned, pixels, ids, mask):
     """[captions, anchors, dim]: of each caption alone, without padding and its first token, summed over blocks."""
     decoder, guide = pruned.decoder, pruned.pruning.guide
-    cache = decoder.start(pruned.visual(pictures))
+    cache = decoder.start(pruned.visual(pixels))
     x, seen = decoder.body.embed(ids), None
     gathered = torch.zeros(len(ids), 6, guide.anchors.shape[1])
     seen = _causal_mask(x, 0, mask)
@@ -35,21 +35,21 @@ def by_hand(pruned, pictures, ids, mask):
 
 
 def test_what_is_heard(pruned):
-    pictures, (ids, mask) = small.images(3), small.words(3)
+    pixels, (ids, mask) = small.images(3), small.words(3)
     ids[:, 0] = small.BOS
     with vp.collect() as traces:
-        pruned.loss(pictures, ids, mask)
+        pruned.loss(pixels, ids, mask)
     (trace,) = traces
     assert trace.tower == "image"
-    assert_close(trace.caption_aligned, by_hand(pruned, pictures, ids, mask), rtol=1e-4, atol=1e-4)
+    assert_close(trace.caption_aligned, by_hand(pruned, pixels, ids, mask), rtol=1e-4, atol=1e-4)
     assert trace.caption_aligned.shape == trace.aligned.shape
 
 
 def test_alignment_trains_the_guide_and_both_sides(pruned):
-    pictures, (ids, mask) = small.images(2), small.words(6)
+    pixels, (ids, mask) = small.images(2), small.words(6)
     pruned.train()
     with vp.collect() as traces:
-        pruned.loss(pictures, ids, mask)
+        pruned.loss(pixels, ids, mask)
     vp.losses.alignment(traces[0].aligned, traces[0].caption_aligned).backward()
     assert all(parameter.grad.any() for parameter in pruned.pruning.guide.parameters())
     assert pruned.visual.host.patch_embed.proj.weight.grad.any()
@@ -57,23 +57,23 @@ def test_alignment_trains_the_guide_and_both_sides(pruned):
 
 
 def test_it_changes_no_caption_and_no_dense_model(pruned):
-    pictures, (ids, mask) = small.images(3), small.words(3)
-    loss = pruned.loss(pictures, ids, mask)
+    pixels, (ids, mask) = small.images(3), small.words(3)
+    loss = pruned.loss(pixels, ids, mask)
     with vp.collect() as traces:
-        assert torch.equal(pruned.loss(pictures, ids, mask), loss)
-        dense = pruned.host.loss(pictures, ids, mask)
+        assert torch.equal(pruned.loss(pixels, ids, mask), loss)
+        dense = pruned.host.loss(pixels, ids, mask)
     assert len(traces) == 1
-    assert torch.equal(dense, pruned.host.loss(pictures, ids, mask))
+    assert torch.equal(dense, pruned.host.loss(pixels, ids, mask))
 
 
 def test_nobody_listens_without_training_or_guide(pruned):
-    pictures, (ids, mask) = small.images(3), small.words(3)
+    pixels, (ids, mask) = small.images(3), small.words(3)
     unguided = vp.prune(pruned.host, "random")
     with vp.collect() as traces:
-        unguided.loss(pictures, ids, mask)
-        pruned.generate(pictures, GreedySearch(), max_length=9)
+        unguided.loss(pixels, ids, mask)
+        pruned.generate(pixels, GreedySearch(), max_length=9)
         with torch.no_grad():
-            pruned.loss(pictures, ids, mask)
+            pruned.loss(pixels, ids, mask)
     assert len(traces) == 3
     for trace in traces:
         with pytest.raises(LookupError, match="pruned BlipCaption with gradients"):

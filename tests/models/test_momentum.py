@@ -61,20 +61,20 @@ def test_contrast_is_the_papers(model, alpha):
     model.image_projection.weight.mul_(1.5)
     contrast, _ = distillation(model, *now, alpha=alpha)
 
-    pictures, ids, mask, _ = now
+    pixels, ids, mask, _ = now
     t, others = model.temperature, torch.cat([IDS, IDS])
     total = 0.0
     for own, ema_own, ema_other, queue in (
         (
-            model.image_features(pictures),
-            distillation.ema_model.image_features(pictures),
+            model.image_features(pixels),
+            distillation.ema_model.image_features(pixels),
             distillation.ema_model.text_features(ids, mask),
             stored[1],
         ),
         (
             model.text_features(ids, mask),
             distillation.ema_model.text_features(ids, mask),
-            distillation.ema_model.image_features(pictures),
+            distillation.ema_model.image_features(pixels),
             stored[0],
         ),
     ):
@@ -102,11 +102,11 @@ def test_negatives_are_never_of_the_same_image_and_mostly_hard():
 
 @torch.no_grad()
 def test_matching_asks_for_pairs_and_negatives(model):
-    pictures, ids, mask, _ = batch()
+    pixels, ids, mask, _ = batch()
     texts, others = torch.tensor([2, 3, 0, 1]), torch.tensor([3, 2, 1, 0])
-    got = momentum._matching_loss(model, model.visual(pictures), ids, mask, texts, others)
+    got = momentum._matching_loss(model, model.visual(pixels), ids, mask, texts, others)
     logits = torch.cat(
-        [model(pictures, ids, mask), model(pictures, ids[texts], mask[texts]), model(pictures[others], ids, mask)]
+        [model(pixels, ids, mask), model(pixels, ids[texts], mask[texts]), model(pixels[others], ids, mask)]
     )
     assert_close(got, F.cross_entropy(logits, torch.tensor([1] * 4 + [0] * 8)))
 
@@ -155,19 +155,19 @@ def on_one_of_two_ranks(rank, folder):
     """What each rank sees: all features, packed image tokens of both, gradients from both, one queue."""
     model = small.build("retrieval")
     pruned = vp.prune(model, "random", keep="random_ratio(mean=0.5, half_width=0.5)")
-    pictures, ids, mask = small.images(4), *small.words(4)
+    pixels, ids, mask = small.images(4), *small.words(4)
     mine = slice(2 * rank, 2 * rank + 2)
 
     x = torch.full((2, 1), float(rank), requires_grad=True)
     (momentum.gather_ranks(x) * torch.arange(1.0, 5.0)[:, None]).sum().backward()
     with torch.no_grad():
-        whole = pruned.visual(pictures)
-        gathered = momentum._gather_memory(pruned.visual(pictures[mine]))
+        whole = pruned.visual(pixels)
+        gathered = momentum._gather_memory(pruned.visual(pixels[mine]))
         logits = pruned.match(gathered, ids, mask)
     soft = soften(vp.prune(model, "random", keep="learned(threshold=-0.3)"), 0.5)
-    parts = soft.visual(pictures), momentum._gather_memory(soft.visual(pictures[mine]))
+    parts = soft.visual(pixels), momentum._gather_memory(soft.visual(pixels[mine]))
     distillation = MomentumDistillation(pruned, queue_size=8)
-    losses = distillation(pruned, pictures[mine], ids[mine], mask[mine], torch.arange(4)[mine])
+    losses = distillation(pruned, pixels[mine], ids[mine], mask[mine], torch.arange(4)[mine])
     torch.stack(losses).sum().backward()
     torch.save(
         {

@@ -33,31 +33,31 @@ def test_features_have_length_one_and_padding_no_say(model):
 
 @torch.no_grad()
 def test_keep_all_is_the_host_through_every_door(model):
-    pictures, (ids, mask) = small.images(3), small.words(6)
+    pixels, (ids, mask) = small.images(3), small.words(6)
     pruned = vp.prune(model, "random", keep="ratio(ratio=1.0)")
-    near(pruned.image_features(pictures), model.image_features(pictures))
+    near(pruned.image_features(pixels), model.image_features(pixels))
     near(pruned.text_features(ids, mask), model.text_features(ids, mask))
-    near(pruned(pictures, ids, mask), model(pictures, ids, mask))
-    near(pruned.match(pruned.visual(pictures), ids, mask), model(pictures, ids, mask))
+    near(pruned(pixels, ids, mask), model(pixels, ids, mask))
+    near(pruned.match(pruned.visual(pixels), ids, mask), model(pixels, ids, mask))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
 def test_one_memory_serves_features_and_matching(model, kind):
     net = model if kind == "dense" else vp.prune(model, "random", keep="random_ratio(mean=0.5, half_width=0.5)")
-    pictures, (ids, mask) = small.images(3), small.words(6)
-    memory = net.visual(pictures)
+    pixels, (ids, mask) = small.images(3), small.words(6)
+    memory = net.visual(pixels)
     assert isinstance(memory, vp.PackedTokens) == (kind == "pruned")
-    near(net.project_image_tokens(memory), net.image_features(pictures))
-    near(net.match(memory, ids, mask), net(pictures, ids, mask))
+    near(net.project_image_tokens(memory), net.image_features(pixels))
+    near(net.match(memory, ids, mask), net(pixels, ids, mask))
 
 
 @torch.no_grad()
 def test_matching_reads_enc_first_and_features_do_not(model):
-    pictures, (ids, mask) = small.images(3), small.words(3)
+    pixels, (ids, mask) = small.images(3), small.words(3)
     asked = ids.clone()
     asked[:, 0] = small.ENC
-    assert torch.equal(model(pictures, ids, mask), model(pictures, asked, mask))
+    assert torch.equal(model(pixels, ids, mask), model(pixels, asked, mask))
     assert not torch.allclose(model.text_features(ids, mask), model.text_features(asked, mask), atol=1e-3)
 
 

@@ -124,12 +124,12 @@ def test_a_run_resumes_only_on_the_same_content(no_final_evaluation, tmp_path):
     assert compress(settings, tmp_path / "run") is not None
     assert compress(settings, tmp_path / "run") is not None
     file = Path(settings.data)
-    whole, picture = file.read_text(), tmp_path / "data" / "3.png"
+    whole, image = file.read_text(), tmp_path / "data" / "3.png"
     file.write_text(whole.replace("True", "False", 1))
     with pytest.raises(ValueError, match="has changed since it began: data and val had other content"):
         compress(settings, tmp_path / "run")
     file.write_text(whole)
-    picture.write_bytes(picture.read_bytes() + b"0")
+    image.write_bytes(image.read_bytes() + b"0")
     with pytest.raises(ValueError, match="began: images of data and images of val had other content"):
         compress(settings, tmp_path / "run")
     folder = vp.save(load_dense_model(settings), tmp_path / "model")

@@ -177,7 +177,7 @@ def test_towers_that_cannot_have_a_target_are_refused_before_training(task, redu
 
 def test_images_that_cannot_be_opened_are_reported(tmp_path):
     settings = config("nlvr", tmp_path / "data", steps=2, saliency=0.0)  # each record once
-    (tmp_path / "data" / "0.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "0.png").write_bytes(b"no image")
     done = compress(settings, tmp_path / "run")
     assert [len(row["skipped"]) for row in done.rows] == [2, 2]  # the records that show it
     rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
@@ -190,7 +190,7 @@ def test_images_that_cannot_be_opened_are_reported(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # from Python 3.12 on
 def test_workers_change_nothing(no_final_evaluation, tmp_path):
     settings = config("nlvr", tmp_path / "data", **{**SHORT, "steps": 3, "augment": True})
-    (tmp_path / "data" / "0.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "0.png").write_bytes(b"no image")
     alone, by_two = (compress(settings.replace(workers=n), tmp_path / f"run{n}").state_dict() for n in (0, 2))
     assert all(torch.equal(value, by_two[name]) for name, value in alone.items())
 

@@ -197,6 +197,6 @@ CLIP = {
 def test_transforms_travel_to_other_processes(make):
     """Spawned workers get them by pickle."""
     prepare = vp.transforms(make())
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
     again = pickle.loads(pickle.dumps(prepare))
-    assert torch.equal(again(picture), prepare(picture))
+    assert torch.equal(again(image), prepare(image))

@@ -67,9 +67,9 @@ def test_grid_refuses_what_does_not_tile():
 
 
 def test_overlay_shows_each_state():
-    picture = Image.new("RGB", (40, 40), (200, 100, 50))
+    image = Image.new("RGB", (40, 40), (200, 100, 50))
     pixels = np.asarray(
-        overlay(picture, np.array([TokenState.KEPT, TokenState.MERGED, TokenState.DROPPED, TokenState.KEPT]))
+        overlay(image, np.array([TokenState.KEPT, TokenState.MERGED, TokenState.DROPPED, TokenState.KEPT]))
     )
     kept, merged, dropped = pixels[5, 5].astype(int), pixels[5, 25].astype(int), pixels[25, 5].astype(int)
     assert kept.tolist() == pixels[30, 30].tolist() == [200, 100, 50]
@@ -90,4 +90,4 @@ def test_stacked_strips_have_space_for_titles_and_legend():
     strip = Image.new("RGB", (900, 30))
     assert stack_strips([strip, strip], legend=False).size == (900, 60)
     assert stack_strips([strip, strip], ["a title"]).height > 90
-    assert stack_strips([Image.new("RGB", (9, 9))], ["a title much wider than the picture"]).width > 100
+    assert stack_strips([Image.new("RGB", (9, 9))], ["a title much wider than the image"]).width > 100

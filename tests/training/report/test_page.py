@@ -252,7 +252,7 @@ def test_texts_are_escaped(made):
 def test_bands_are_of_records():
     """Ten records, the last far off: the mean follows it, the band does not."""
     rows = [{"kept": {"image": [10.0, float(n)]}} for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 1000)]
-    rows.append({"skipped": "no picture"})
+    rows.append({"skipped": "no image"})
     drawn = curves.tokens([[{"kept": {}}], rows], ["dense", "half"])
     low, high = np.percentile([*range(1, 10), 1000], curves.SPREAD)
     assert f"104.5 ({low:g}&ndash;{high:g})" in drawn
