@@ -297,7 +297,8 @@ def graph(
     """
     features, candidates = _instance(x, protected)
     weights = None if importance is None else _column(importance, x, "importance")
-    keep, match = matching.graph(features, candidates, _counts(x, r, "r")[0], weights)
+    removed = torch.minimum(_counts(x, r, "r")[0], candidates.sum(1) // 2)
+    keep, match = matching.graph(features, candidates, removed, weights)
     return _indices(keep, candidates), match[0]
 
 

@@ -207,11 +207,10 @@ def test_graph(important, one):
     cost = {
         i: importance[i] - max((similarity[i, j] for j in ranked[n + 1 :]), default=-9.0) for n, i in enumerate(ranked)
     }
-    r = min(one.count, len(candidates) // 2)
-    sources = [candidates[n] for n in in_order([-cost[i] for i in candidates])][:r]
+    sources = [candidates[n] for n in in_order([-cost[i] for i in candidates])][: one.count]
     stay = [i for i in candidates if i not in sources]
     match = list(range(len(one.features)))
-    for i in sources:
+    for i in sources if stay else ():
         match[i] = stay[argbest([similarity[i, j] for j in stay])]
     features, mask, counts, scores, _ = padded([one], len(one.features))
     keep, out = matching.graph(features, mask, counts, scores if important else None)

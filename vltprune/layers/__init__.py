@@ -7,6 +7,8 @@ from .diverse_selectors import Deduplicate, Dpp, MaxMin, Pivots
 from .grid import with_grid
 from .guides import AlignmentGuide, Codebook, Guidance
 from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio, Remove
+from .matching_selectors import Bipartite, MatchingSelector
+from .merging_reducers import Merge
 from .reducers import Drop, Fuse, TokenReducer
 from .reduction import Reduction, plan_reduction
 from .sampling_selectors import SampleCdf, Uniform, Windows
@@ -26,6 +28,7 @@ __all__ = [
     "AlignmentGuide",
     "Alignment",
     "Ats",
+    "Bipartite",
     "ClsAttention",
     "Codebook",
     "ColumnAttention",
@@ -49,6 +52,8 @@ __all__ = [
     "MeanClsAttention",
     "PageRank",
     "Pivots",
+    "MatchingSelector",
+    "Merge",
     "Random",
     "RandomRatio",
     "Ratio",

@@ -55,19 +55,57 @@ def bipartite(
         raise ValueError(
             "bipartite needs r, how many tokens merge, or least_similarity, the cosine from which they merge"
         )
+    place = candidates.cumsum(1) - 1
+    return bipartite_in_order(features, candidates, place, r, least_similarity, ROUNDING)[:2]
+
+
+@decides
+def bipartite_in_order(
+    features: Tensor,
+    candidates: Tensor,
+    place: Tensor,
+    r: Tensor | None,
+    least_similarity: Tensor | float | None = None,
+    within: float = 2e-7,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`bipartite` of candidates that stand in another order than their slots, as in ToMe's blocks behind the first.
+
+    ToMe's output is in the order [unmerged A, B]. A keeps its order behind a protected token, and otherwise is in descending
+    order of similarity.
+
+    Args:
+        features: [batch, n, dim].
+        candidates: [batch, n] bool.
+        place: [batch, n] int64, the place of each candidate among those of its instance, from 0 on.
+        r: as in `bipartite`.
+        least_similarity: as in `bipartite`.
+        within: the absolute tolerance within which similarities tie. By default it is what products of equal keys leave in
+            doubt, so that near ties are decided as ToMe decides them.
+
+    Returns:
+        `keep` [batch, n] bool; `match` [batch, n] int64; and numbers [batch, n] int64 that ascend in the order of ToMe's
+        output. A token that goes has that of its match.
+    """
     if not candidates.shape[1]:
-        return candidates.clone(), _own(candidates)
+        return candidates.clone(), _own(candidates), _own(candidates)
     before = candidates.int().argmax(1, keepdim=True)
-    a, b = _halves(candidates.cumsum(1) - 1 + before % 2, candidates)
-    similarity, partner = _edges(unit(features, candidates), a, b)
+    parity = place + before % 2
+    a, b = _halves(parity, candidates)
+    similarity, partner = _edges(unit(features, candidates), a, b, within)
 
     merges = similarity > -_INFINITY
+    rank = ranks(order_by_similarity(similarity, merges, within))
     if least_similarity is not None:
-        merges = merges & (similarity >= _of_each(least_similarity, 2) - ROUNDING)
+        merges = merges & (similarity >= _of_each(least_similarity, 2) - within)
     if r is not None:
-        most = torch.minimum(r, candidates.sum(1) // 2)
-        merges = merges & (ranks(order_by_similarity(similarity, merges)) < most[:, None])
-    return _merged(candidates, a, partner, merges)
+        merges = merges & (rank < torch.minimum(r, candidates.sum(1) // 2)[:, None])
+    keep, match = _merged(candidates, a, partner, merges)
+
+    # one more column, for the places where A is empty
+    rank_of_slot = torch.zeros_like(F.pad(place, (0, 1))).scatter(1, a, rank)[:, :-1]
+    in_a = torch.where(before > 0, place, rank_of_slot)
+    in_b = candidates.sum(1, keepdim=True) + place
+    return keep, match, torch.where(parity % 2 == 0, in_a, in_b).gather(1, match)
 
 
 @decides
@@ -133,7 +171,7 @@ def graph(features: Tensor, candidates: Tensor, r: Tensor, importance: Tensor | 
     Args:
         features: [batch, n, dim].
         candidates: [batch, n] bool, false for padding and for protected tokens.
-        r: [batch] int64, how many tokens go; half of the candidates at most.
+        r: [batch] int64, how many tokens go. CrossGET removes half of them at most.
         importance: [batch, n], on the scale of cosines; CrossGET has the cosine to a learned cross token. None for none.
 
     Returns:
@@ -148,12 +186,12 @@ def graph(features: Tensor, candidates: Tensor, r: Tensor, importance: Tensor | 
     if importance is not None:
         redundancy = redundancy - precision.single(importance).masked_fill(~candidates, 0.0)
 
-    r = torch.minimum(r, candidates.sum(1) // 2)
-    # the token ranked last has none later: it is at the end
+    # the token ranked last has none later: it is at the end of the candidates
+    redundancy = torch.where(candidates, redundancy.clamp(min=torch.finfo(redundancy.dtype).min), -_INFINITY)
     goes = candidates & (ranks(order_by_similarity(redundancy, candidates)) < r[:, None])
     keep = candidates & ~goes
-    _, best = first_best(similarity.masked_fill(~keep[:, None], -_INFINITY))
-    return keep, torch.where(goes, best, _own(candidates))
+    largest, best = first_best(similarity.masked_fill(~keep[:, None], -_INFINITY))
+    return keep, torch.where(goes & (largest > -_INFINITY), best, _own(candidates))
 
 
 @decides
@@ -248,12 +286,12 @@ def _halves(order: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
     return sequence[:, 0 : 2 * m : 2], sequence[:, 1 : 2 * m : 2]
 
 
-def _edges(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _edges(x: Tensor, a: Tensor, b: Tensor, within: float = ROUNDING) -> tuple[Tensor, Tensor]:
     """The best edge of each token of A: its cosine [batch, m], minus infinity where none is, and the slot of its partner."""
     n = x.shape[1]
     rows = [x.gather(1, slots.clamp(max=n - 1)[..., None].expand(-1, -1, x.shape[2])) for slots in (a, b)]
     similarity = (rows[0] @ rows[1].mT).masked_fill(((a == n)[:, :, None]) | (b == n)[:, None, :], -_INFINITY)
-    largest, best = first_best(similarity)
+    largest, best = first_best(similarity, within)
     return largest, b.gather(1, best)
 
 

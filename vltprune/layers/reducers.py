@@ -55,6 +55,8 @@ class TokenReducer(PrintedPart, ABC):
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
         """Multiply-accumulates of the reducer's own comparisons, [batch]; by default none. A plan's sums are counted apart.
 
+        They are not counted behind a selector that matches.
+
         Args:
             before: [batch], the tokens that enter the block.
             after: [batch], the tokens that leave it.

@@ -42,12 +42,14 @@ class TokenSelector(PrintedPart, ABC):
         needs: the attention statistics that it reads.
         fixed: whether it keeps exactly `counts` tokens, whatever they hold.
         reads_grid: whether it reads the row and the column of patches, which the tower then gives its tokens.
+        matches: whether its selections have a match for every token that goes, so that no reducer compares tokens.
         spec: the block that it is built for.
     """
 
     needs: Stat = Stat.NONE
     fixed: ClassVar[bool] = True
     reads_grid: ClassVar[bool] = False
+    matches: ClassVar[bool] = False
     spec: BlockSpec
 
     def __init__(self, spec: BlockSpec):

@@ -80,18 +80,19 @@ def first_best(values: Tensor, within: Tensor | float = ROUNDING) -> tuple[Tenso
     return largest.squeeze(-1), (values >= largest - within).int().argmax(-1)
 
 
-def order_by_similarity(values: Tensor, among: Tensor) -> Tensor:
-    """Slots in descending order of a similarity or of a sum of few; neighbors within `ROUNDING` tie, and ties go by position.
+def order_by_similarity(values: Tensor, among: Tensor, within: float = ROUNDING) -> Tensor:
+    """Slots in descending order of a similarity or of a sum of few; neighbors within rounding tie, and ties go by position.
 
     Args:
         values: [batch, n].
         among: [batch, n] bool. The others come last.
+        within: the absolute tolerance.
 
     Returns:
         The order, [batch, n] int64.
     """
     ordered, order = values.masked_fill(~among, -_INFINITY).sort(dim=1, descending=True, stable=True)
-    apart = ordered[:, :-1] - ordered[:, 1:] > ROUNDING
+    apart = ordered[:, :-1] - ordered[:, 1:] > within
     group = torch.zeros_like(order)
     group[:, 1:] = apart.cumsum(1)
     return torch.empty_like(order).scatter_(1, order, group).argsort(dim=1, stable=True)

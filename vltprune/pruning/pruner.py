@@ -177,7 +177,10 @@ class Pruner(nn.Module):
         Returns:
             The sum over the parts.
         """
-        return sum(part.macs(before, after) for part in (self.scorer, self.selector, self.reducer))
+        comparing = (
+            (self.scorer, self.selector) if self.selector.matches else (self.scorer, self.selector, self.reducer)
+        )
+        return sum(part.macs(before, after) for part in comparing)
 
     def _keep_prob(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, certain: Tensor) -> Tensor:
         """[total]: the probability that each token stays; 1 where `certain` [total] bool holds."""

@@ -1,24 +1,9 @@
-"""Presets: named PruneConfigs for use without training and with it, and published methods with their papers."""
+"""Presets that keep tokens by their scores: for use without training and with it, and published methods with their papers."""
 
 from __future__ import annotations
 
-from ..registry import presets
-from .config import PruneConfig
-
-
-def preset(name: str) -> PruneConfig:
-    """The PruneConfig of a registered preset.
-
-    Args:
-        name: the registered name, as `vltprune.presets.names()` lists them.
-
-    Returns:
-        The config, with which `vltprune.prune` prunes any model.
-
-    Raises:
-        LookupError: for another name, with the nearest ones.
-    """
-    return presets[name]()
+from ...registry import presets
+from ..config import PruneConfig
 
 
 @presets.register("attention")
