@@ -110,7 +110,7 @@ def test_backbone_arguments_reach_it():
         (
             lambda: vp.create_model("vit_tiny_patch16_224_xyzzy"),
             LookupError,
-            "'vit_tiny_patch16_224' is one, and the presets that may follow it are attention, evit, madtp",
+            "'vit_tiny_patch16_224' is one, and the presets that may follow it are ats, attention, ",
         ),
         (
             lambda: vp.create_model("timm/vit_tiny_patch16_224.augreg"),

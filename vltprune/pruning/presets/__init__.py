@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...registry import presets
 from ..config import PruneConfig
-from . import merging, scoring
+from . import choosing, merging, scoring, vlm
 
-__all__ = ["merging", "preset", "scoring"]
+__all__ = ["choosing", "merging", "preset", "scoring", "vlm"]
 
 
 def preset(name: str) -> PruneConfig:
