@@ -339,3 +339,9 @@ def test_what_is_saved_is_a_share_of_the_dense_macs_of_the_same_run(monkeypatch)
 
     monkeypatch.setattr("vltprune.cost.calibration._measured", measured)
     assert vp.calibrate(model, [()], 0.35).reduction == pytest.approx(0.35, abs=0.0065)
+
+
+def test_measuring_nothing_is_refused():
+    model = vp.prune(small("vit").model, "evit")
+    with pytest.raises(ValueError, match="at least one batch"):
+        vp.measure(model, [])

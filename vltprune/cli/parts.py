@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from ..models.catalog import ModelName
 from ..models.factory import PARTS
 from ..models.resolve import is_saved_model
 from ..pruning.part import KINDS
+from ..pruning.stage import Place
 from . import options
 
 PRESET = "attention"  # for use without training
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """--preset, --scorer, --keep, --reducer, --guide and --at."""
+    """--preset, an option for each kind of part, --at and --place."""
     group = parser.add_argument_group(
         "pruning", "A model that has a preset in its name, or was saved pruned, keeps that pruning."
     )
@@ -39,11 +40,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="DEPTHS",
         help="blocks to prune at, such as 3,6,9, or --at=-1 for the last (default: the preset's)",
     )
+    group.add_argument(
+        "--place",
+        choices=get_args(Place),
+        help="between attention and MLP of these blocks, behind them, or behind the tower (default: the preset's)",
+    )
 
 
 def replaced_parts(args: argparse.Namespace) -> dict[str, Any]:
     """The parts that the options replace, as `prune` takes them."""
-    parts = {name: getattr(args, name) for name in PARTS if getattr(args, name) is not None}
+    parts = {name: getattr(args, name) for name in PARTS if getattr(args, name, None) is not None}
     if parts.get("guide") == "none":
         parts["guide"] = None
     return parts

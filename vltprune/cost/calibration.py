@@ -160,7 +160,7 @@ def measure(
         The Calibration at this value.
 
     Raises:
-        ValueError: for a tower that the model lacks or does not prune, and for a keeper without a knob.
+        ValueError: for a tower that the model lacks or does not prune, a keeper without a knob, and no batches.
         TypeError: for a dense model, and for batches that the model does not take.
     """
     control = BudgetControl(model, tower)
@@ -262,6 +262,8 @@ def _measured(model: nn.Module, meter: CostMeter, control: BudgetControl, batche
         for tower in cost.towers:
             spent = [float(one[tower].sum()) for one in (cost.towers, cost.dense, cost.padding)]
             towers[tower] = [sum(pair) for pair in zip(towers.get(tower, [0.0] * 3), spent, strict=True)]
+    if not instances:
+        raise ValueError("measuring needs at least one batch of inputs")
     encoders = get_pruning(model).towers
     tower_calibrations = {}
     for tower, sums in towers.items():

@@ -17,10 +17,11 @@ from ..pruning.config import PruneConfig
 from ..pruning.depths import freeze_depths
 from ..pruning.part import KINDS, Part
 from ..pruning.presets import preset as preset_config
+from ..pruning.stage import check_place
 from ..registry import nearest, parameters, presets
 from ..utils.frozen import FrozenDict, thawed
 
-PARTS = (*KINDS, "at")
+PARTS = (*KINDS, "at", "place")
 FIELDS = ("preset", *PARTS, "reduction", "seed")
 _EXAMPLE = "preset=attention,evit; reduction=0.3,0.5"
 _OPENING, _CLOSING = "([{", ")]}"
@@ -185,6 +186,9 @@ def _checked(field: str, value: Any) -> Any:
         return preset_config(value) and value
     if field == "at":
         return freeze_depths(value)
+    if field == "place":
+        check_place(value)
+        return value
     if field in KINDS:
         return _part(field, value)
     if field == "seed":

@@ -51,9 +51,7 @@ class Stage:
         for kind in PRUNER_KINDS:
             object.__setattr__(self, kind, self._frozen_part(kind))
         object.__setattr__(self, "at", freeze_depths(self.at))
-        places = get_args(Place)
-        if self.place not in places:
-            raise ValueError(f"place={self.place!r}{nearest(str(self.place), places) or f': write one of {places}'}")
+        check_place(self.place)
         depths = self.at.values() if isinstance(self.at, Mapping) else (self.at,)
         if self.place == "output" and any(one is not None for one in depths):
             raise ValueError(
@@ -159,6 +157,12 @@ class Stage:
             "at": thawed(self.at),
             "place": self.place,
         }
+
+
+def check_place(place: object) -> None:
+    """ValueError for what is no place of a stage, with the nearest one."""
+    if place not in get_args(Place):
+        raise ValueError(f"place={place!r} is no place{nearest(str(place), get_args(Place))}")
 
 
 def _plain(part: Part | Mapping[str, Part] | None) -> dict[str, object] | None:
