@@ -20,6 +20,7 @@ from vltprune.models.caption import BlipCaption
 
 KEEPERS = [
     "learned(threshold=-0.3)",
+    "rising_threshold(final=1.2)",
     "threshold(temperature=20.0)",
     "threshold(temperature=20.0, power=0.7)",
     "threshold(temperature=20.0, decay=0.5)",
@@ -122,9 +123,7 @@ def test_expected_macs_have_gradients_and_end_at_the_counted_ones():
 
 
 def test_keepers_without_a_threshold_say_so():
-    with pytest.raises(
-        ValueError, match="Ratio has no threshold to learn softly: use keep='threshold' or keep='learned'"
-    ):
+    with pytest.raises(ValueError, match="Ratio has no threshold to learn softly: use keep='threshold', 'learned',"):
         run(soften(pruned("ratio(ratio=0.5)"), 0.3))
 
 

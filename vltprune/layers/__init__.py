@@ -23,8 +23,11 @@ from .statistic_scorers import (
     ValueWeightedAttention,
     WideClsAttention,
 )
+from .trained_keepers import Above, RisingThreshold, SampledRatio
+from .trained_scorers import Halting, Predictor
 
 __all__ = [
+    "Above",
     "AlignmentGuide",
     "Alignment",
     "Ats",
@@ -44,6 +47,7 @@ __all__ = [
     "Fuse",
     "Equal",
     "Guidance",
+    "Halting",
     "KeepRatioPredictor",
     "KeyNorm",
     "Knob",
@@ -54,12 +58,15 @@ __all__ = [
     "Pivots",
     "MatchingSelector",
     "Merge",
+    "Predictor",
     "Random",
     "RandomRatio",
     "Ratio",
     "Reduction",
     "Remove",
+    "RisingThreshold",
     "SampleCdf",
+    "SampledRatio",
     "Selection",
     "SelfAttention",
     "BlockSpec",

@@ -57,12 +57,14 @@ class KeepRatioPredictor(PrintedPart, ABC):
     Attributes:
         guided: whether it reads the guidance of an alignment guide.
         fixed: whether its counts depend on the number of tokens alone, and not on their contents.
+        cost_trains_scores: whether the cost has gradients to the scores in soft training, and not to a threshold alone.
         knob: the argument that sets its cost, None for none. An instance may have another one than its class.
         spec: the block that it is built for.
     """
 
     guided: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
+    cost_trains_scores: ClassVar[bool] = False
     knob: Knob | None = None
 
     def __init__(self, spec: BlockSpec):
@@ -97,7 +99,8 @@ class KeepRatioPredictor(PrintedPart, ABC):
             ValueError: for a keeper without a threshold.
         """
         raise ValueError(
-            f"{type(self).__name__} has no threshold to learn softly: use keep='threshold' or keep='learned'"
+            f"{type(self).__name__} has no threshold to learn softly: use keep='threshold', 'learned', 'rising_threshold', "
+            "'above' or 'sampled_ratio'"
         )
 
 

@@ -2,13 +2,17 @@
 
 from ..layers.adaptive import Distortion, Learned, Threshold, TopP
 from ..layers.keepers import Count, RandomRatio, Ratio, Remove
+from ..layers.trained_keepers import Above, RisingThreshold, SampledRatio
 from .typed import typed_part
 
+above = typed_part(Above)
 count = typed_part(Count)
 distortion = typed_part(Distortion)
 learned = typed_part(Learned)
 random_ratio = typed_part(RandomRatio)
 ratio = typed_part(Ratio)
 remove = typed_part(Remove)
+rising_threshold = typed_part(RisingThreshold)
+sampled_ratio = typed_part(SampledRatio)
 threshold = typed_part(Threshold)
 top_p = typed_part(TopP)

@@ -11,6 +11,7 @@ from ..layers.statistic_scorers import (
     ValueWeightedAttention,
     WideClsAttention,
 )
+from ..layers.trained_scorers import Halting, Predictor
 from .typed import typed_part
 
 alignment = typed_part(Alignment)
@@ -22,10 +23,12 @@ distinct_attention = typed_part(DistinctAttention)
 distinct_madtp = typed_part(DistinctMadtp)
 equal = typed_part(Equal)
 flowcut = typed_part(FlowCut)
+halting = typed_part(Halting)
 key_norm = typed_part(KeyNorm)
 madtp = typed_part(Madtp)
 mean_cls_attention = typed_part(MeanClsAttention)
 pagerank = typed_part(PageRank)
+predictor = typed_part(Predictor)
 random = typed_part(Random)
 self_attention = typed_part(SelfAttention)
 value_weighted_attention = typed_part(ValueWeightedAttention)

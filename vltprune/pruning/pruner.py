@@ -37,7 +37,7 @@ class PruneDecision:
         plan: what becomes of the tokens; None where all stay.
         scores: [total], in single precision; those that are equal within rounding are equal.
         keep_prob: [total], in soft training: the probability to stay, with gradients to scores and threshold.
-        counted_prob: [total]: the same values, with gradients to the threshold alone.
+        counted_prob: [total]: the same values, with gradients to the threshold alone where there is one.
         columns: values per token by name, [total, ...], that the tokens carry to later layers.
     """
 
@@ -75,7 +75,8 @@ class Pruner(nn.Module):
         soft_temperature: above 0, training decides softly. A token then stays with a probability, the sigmoid of its keeper's
             margin over this temperature. Its logarithm is a bias on the token's attention logits, so that the loss has
             gradients to scores and thresholds. The cost has them to thresholds alone: scores should say what matters, not
-            what is cheap. At 0, and in evaluation, tokens stay or go.
+            what is cheap. Keepers without a threshold say otherwise (`cost_trains_scores`). At 0, and in evaluation, tokens
+            stay or go.
         min_keep_prob: a token whose probability to stay is not above this goes, in soft training too.
     """
 
@@ -153,14 +154,15 @@ class Pruner(nn.Module):
         keep_prob = counted_prob = None
         if soft:
             certain = top_tokens(tokens, scores, tokens.layout.sizes.new_full((tokens.layout.batch,), least))
-            keep_prob, counted_prob = (
-                self._keep_prob(one, tokens, guidance, certain) for one in (scores, scores.detach())
-            )
+            keep_prob = counted_prob = self._keep_prob(scores, tokens, guidance, certain)
+            if not self.keeper.cost_trains_scores:
+                counted_prob = self._keep_prob(scores.detach(), tokens, guidance, certain)
             counts = segments.count((keep_prob > self.min_keep_prob) & tokens.free, tokens.layout)
         else:
             counts = self.keeper(scores, tokens, guidance)
         counts = counts.clamp(min=least)
-        selection = self.selector(tokens, scores, counts, stats)
+        # a keeper that samples does not order tokens as their scores do
+        selection = self.selector(tokens, scores if keep_prob is None else keep_prob, counts, stats)
         columns = dict(selection.columns)
         if self.scorer.remembers is not None:
             columns[self.scorer.remembers] = scores

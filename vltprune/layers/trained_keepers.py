@@ -1,0 +1,134 @@
+"""Keepers of trained methods: a learned threshold that rises with depth, a fixed threshold, and a sampled ratio."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..core import precision, segments
+from ..core.tokens import PackedTokens
+from ..registry import keepers
+from .adaptive import mean_and_deviation
+from .block_spec import BlockSpec
+from .guides import Guidance
+from .keepers import KeepRatioPredictor, Knob, Ratio
+
+_CERTAIN = 1e-6  # a probability that is nearer to 0 or 1 than this has the logit of this distance
+
+
+@keepers.register("rising_threshold")
+class RisingThreshold(KeepRatioPredictor):
+    """Keeps tokens that score above a threshold, which rises linearly over the blocks and learns a shift at each.
+
+    LTP (Kim et al., arXiv 2107.00910): at block l of L, counted from 1, theta_l = final * l / L + learned.
+
+    **Departs**: the paper's threshold is one of mean attention, which is 1 / n on average over n tokens. By default it is here
+    in units of 1 / n, so that it fits towers and inputs of any length. With `relative=False` it is the paper's. Soft training
+    measures the distance to the threshold in standard deviations of the instance's scores, as all keepers do.
+
+    Args:
+        spec: the block.
+        final: the threshold at the last block before training, at least 0. Larger values prune more.
+        relative: whether the threshold is in units of 1 / n, with n the tokens of the instance, protected ones included.
+
+    Raises:
+        ValueError: for a threshold that is negative or infinite.
+    """
+
+    knob = Knob("final", 0.0, 16.0, larger_keeps_more=False)
+
+    def __init__(self, spec: BlockSpec, final: float = 1.0, relative: bool = True):
+        super().__init__(spec)
+        if not 0 <= final < math.inf:
+            raise ValueError(
+                f"rising_threshold(final={final}) must be 0 or more and finite: the threshold at the last block"
+            )
+        self.final, self.relative = final, relative
+        self.learned = nn.Parameter(torch.zeros(()))
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        return _count_above(scores, self._threshold(scores, tokens), tokens)
+
+    def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        return (scores - self._threshold(scores, tokens)) / _deviation(scores, tokens)
+
+    def _threshold(self, scores: Tensor, tokens: PackedTokens) -> Tensor:
+        """[total]: the threshold of each token's instance."""
+        threshold = self.final * (self.spec.depth + 1) / self.spec.depths + self.learned.to(scores.dtype)
+        if not self.relative:
+            return threshold.expand_as(scores)
+        return threshold / tokens.layout.sizes[tokens.layout.instance]
+
+
+@keepers.register("above")
+class Above(KeepRatioPredictor):
+    """Keeps the tokens that score above a fixed threshold. None may stay.
+
+    With the scorer `halting` and the threshold 0 it is the rule of A-ViT (arXiv 2112.07658).
+
+    Args:
+        spec: the block.
+        threshold: the threshold, in the units of the scores.
+
+    Raises:
+        ValueError: for a threshold that is not finite.
+    """
+
+    knob = Knob("threshold", -16.0, 1.0, larger_keeps_more=False)
+
+    def __init__(self, spec: BlockSpec, threshold: float = 0.0):
+        super().__init__(spec)
+        if not math.isfinite(threshold):
+            raise ValueError(f"above(threshold={threshold}) must be finite: the score above which tokens stay")
+        self.threshold = threshold
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        return _count_above(scores, scores.new_full((), self.threshold), tokens)
+
+    def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        return (scores - self.threshold) / _deviation(scores, tokens)
+
+
+@keepers.register("sampled_ratio")
+class SampledRatio(Ratio):
+    """Keeps the same ratio of every instance's tokens, and samples which ones stay in soft training.
+
+    DynamicViT (Rao et al., arXiv 2106.02034), section 3.2. Scores are probabilities to stay, as the scorer `predictor` gives
+    them. Soft training adds logistic noise to their logits, which is the Gumbel softmax of two classes. The cost then has
+    gradients to the scores too: they alone decide how many tokens stay.
+
+    **Departs**: a sample is the relaxed one, a probability that hardens with the temperature. The paper's is 0 or 1, with a
+    straight-through gradient. Tokens with little of it leave the batch, so that training is faster too; the reference masks
+    them. In evaluation the ratio is one of the tokens that enter the block, rounded up. The reference rounds rho^s n down.
+
+    Args:
+        spec: the block.
+        ratio: the kept ratio, in [0, 1].
+        decay: above 0. After i earlier pruned blocks the ratio is ratio^(decay^i).
+
+    Raises:
+        ValueError: for arguments outside their range.
+    """
+
+    cost_trains_scores = True
+
+    def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        logit = torch.logit(scores, _CERTAIN)
+        if not self.training:
+            return logit
+        # the difference of two Gumbel variables is logistic
+        return logit + torch.logit(torch.rand_like(scores), _CERTAIN)
+
+
+def _count_above(scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Tensor:
+    """[batch] int64: the unprotected tokens of each instance whose scores are above a threshold by more than rounding."""
+    size = scores.abs() + threshold.abs()
+    above = scores - threshold > precision.ROUNDING * size
+    return segments.count(above & tokens.free, tokens.layout)
+
+
+def _deviation(scores: Tensor, tokens: PackedTokens) -> Tensor:
+    """[total]: the standard deviation of the scores of each token's instance, without gradients."""
+    return mean_and_deviation(scores.detach(), tokens)[1]
