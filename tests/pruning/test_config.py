@@ -267,7 +267,7 @@ class TestHash:
     @pytest.mark.parametrize("name", presets.names())
     def test_equal_configs_have_the_same(self, name):
         assert hash(preset(name)) == hash(preset(name)) == hash(there_and_back(preset(name)))
-        assert len({preset(name), preset(name), preset(name).replace(at=())}) == 2
+        assert len({preset(name), preset(name), preset(name).replace(at=(), place="attention")}) == 2
 
     @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
     def test_copies_are_equal_and_as_fixed(self, copied):
