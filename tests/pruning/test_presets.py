@@ -26,7 +26,12 @@ EVERY = [f"{kind}={name}" for kind, registry in PARTS.items() for name in regist
 PAIRS = [(name, chosen) for name in NAMES for chosen in vp.presets.names()]
 PAIRS += [(name, chosen) for name in ("vit", "nlvr") for chosen in EVERY]
 # arguments with which keepers prune whose defaults do not, or that have none
-PRUNING = {"count": "count(count=4)", "learned": "learned(threshold=0.0)", "above": "above(threshold=0.05)"}
+PRUNING = {
+    "count": "count(count=4)",
+    "counts": "counts(counts=(4, 4, 4, 4))",
+    "learned": "learned(threshold=0.0)",
+    "above": "above(threshold=0.05)",
+}
 # whose parts learn in soft training alone: from what stays with a probability, and from its cost
 SOFT = {"keep=learned", "keep=rising_threshold", "ltp", "asvit", "dynamicvit"}
 few = settings(max_examples=max(1, settings.default.max_examples // 12))  # of each part on each model: many in all

@@ -6,9 +6,11 @@ from .distinct import Distinct, DistinctAttention, DistinctMadtp
 from .diverse_selectors import Deduplicate, Dpp, MaxMin, Pivots
 from .grid import with_grid
 from .guides import AlignmentGuide, Codebook, Guidance
-from .keepers import Count, KeepRatioPredictor, Knob, RandomRatio, Ratio, Remove
-from .matching_selectors import Bipartite, MatchingSelector
-from .merging_reducers import Merge
+from .keepers import Count, Counts, KeepRatioPredictor, Knob, RandomRatio, Ratio, Remove
+from .matching_selectors import Bipartite, Energy, Graph, MatchingSelector, Window
+from .mctf import Mctf
+from .merging_reducers import Merge, Tofu
+from .pair_scorers import PairDistance, WindowDistance
 from .reducers import Drop, Fuse, TokenReducer
 from .reduction import Reduction, plan_reduction
 from .sampling_selectors import SampleCdf, Uniform, Windows
@@ -28,6 +30,14 @@ from .trained_scorers import Halting, Predictor
 
 __all__ = [
     "Above",
+    "Counts",
+    "Energy",
+    "Graph",
+    "Mctf",
+    "PairDistance",
+    "Tofu",
+    "Window",
+    "WindowDistance",
     "AlignmentGuide",
     "Alignment",
     "Ats",

@@ -67,3 +67,22 @@ def window_ids(tokens: PackedTokens, size: int) -> Tensor:
     row, column = grid(tokens)
     # no image has so many columns of windows
     return torch.where(row < 0, column // size**2, row // size * 2**20 + column // size)
+
+
+def first_of_window(tokens: PackedTokens, size: int) -> tuple[Tensor, Tensor]:
+    """The first token, by position, of the window of each unprotected token.
+
+    Args:
+        tokens: the tokens of a block.
+        size: rows and columns of a window, in patches.
+
+    Returns:
+        The unprotected tokens [batch, n] bool, and the slots [batch, n] int64; the own slot for other tokens.
+    """
+    layout = tokens.layout
+    candidates, window = segments.pad(tokens.free, layout), segments.pad(window_ids(tokens, size), layout)
+    position = segments.pad(tokens.position, layout)
+    own = torch.arange(layout.longest, device=position.device).expand_as(position)
+    together = (window[:, :, None] == window[:, None, :]) & candidates[:, None, :]
+    first = position[:, None].masked_fill(~together, torch.iinfo(torch.int64).max).argmin(2)
+    return candidates, torch.where(candidates, first, own)

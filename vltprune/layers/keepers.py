@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -184,6 +185,32 @@ class Remove(KeepRatioPredictor):
         available, i = segments.count(tokens.free, tokens.layout), self.spec.before
         removed = math.floor((i + 1) * self.r) - math.floor(i * self.r)
         return available - (available // 2).clamp(max=min(removed, tokens.layout.longest))
+
+
+@keepers.register("counts")
+class Counts(KeepRatioPredictor):
+    """Keeps a number of tokens for each block of a tower, as published schedules list them; all where there are fewer.
+
+    Args:
+        spec: the block.
+        counts: the number of unprotected tokens behind each block, the first block first. Further blocks keep all.
+
+    Raises:
+        ValueError: for a negative count.
+    """
+
+    fixed = True
+
+    def __init__(self, spec: BlockSpec, counts: Sequence[int] = ()):
+        super().__init__(spec)
+        if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
+            raise ValueError(f"counts(counts={tuple(counts)}) must be whole numbers of 0 or more: tokens kept by block")
+        self.counts = tuple(counts)
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        available = segments.count(tokens.free, tokens.layout)
+        depth = self.spec.depth
+        return available.clamp(max=self.counts[depth]) if depth < len(self.counts) else available
 
 
 @keepers.register("random_ratio")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import precision
 from .similarity import (
+    NEAR,
     ROUNDING,
     cosine,
     decides,
@@ -55,18 +56,21 @@ def bipartite(
         raise ValueError(
             "bipartite needs r, how many tokens merge, or least_similarity, the cosine from which they merge"
         )
-    place = candidates.cumsum(1) - 1
-    return bipartite_in_order(features, candidates, place, r, least_similarity, ROUNDING)[:2]
+    if not candidates.shape[1]:
+        return candidates.clone(), own_slots(candidates)
+    before, place = candidates.int().argmax(1), candidates.cumsum(1) - 1
+    return bipartite_in_order(features, candidates, before, place, r, least_similarity, ROUNDING)[:2]
 
 
 @decides
 def bipartite_in_order(
     features: Tensor,
     candidates: Tensor,
+    before: Tensor,
     place: Tensor,
     r: Tensor | None,
     least_similarity: Tensor | float | None = None,
-    within: float = 2e-7,
+    within: float = NEAR,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`bipartite` of candidates that stand in another order than their slots, as in ToMe's blocks behind the first.
 
@@ -76,21 +80,20 @@ def bipartite_in_order(
     Args:
         features: [batch, n, dim].
         candidates: [batch, n] bool.
+        before: [batch] int64, the number of protected tokens before the first candidate.
         place: [batch, n] int64, the place of each candidate among those of its instance, from 0 on.
         r: as in `bipartite`.
         least_similarity: as in `bipartite`.
-        within: the absolute tolerance within which similarities tie. By default it is what products of equal keys leave in
-            doubt, so that near ties are decided as ToMe decides them.
+        within: the absolute tolerance within which similarities tie.
 
     Returns:
         `keep` [batch, n] bool; `match` [batch, n] int64; and numbers [batch, n] int64 that ascend in the order of ToMe's
         output. A token that goes has that of its match.
     """
     if not candidates.shape[1]:
-        return candidates.clone(), _own(candidates), _own(candidates)
-    before = candidates.int().argmax(1, keepdim=True)
-    parity = place + before % 2
-    a, b = _halves(parity, candidates)
+        return candidates.clone(), own_slots(candidates), own_slots(candidates)
+    parity = place + before[:, None] % 2
+    a, b = halves(parity, candidates)
     similarity, partner = _edges(unit(features, candidates), a, b, within)
 
     merges = similarity > -_INFINITY
@@ -101,11 +104,33 @@ def bipartite_in_order(
         merges = merges & (rank < torch.minimum(r, candidates.sum(1) // 2)[:, None])
     keep, match = _merged(candidates, a, partner, merges)
 
-    # one more column, for the places where A is empty
+    # one more column, for the empty places of A
     rank_of_slot = torch.zeros_like(F.pad(place, (0, 1))).scatter(1, a, rank)[:, :-1]
-    in_a = torch.where(before > 0, place, rank_of_slot)
+    in_a = torch.where(before[:, None] > 0, place, rank_of_slot)
     in_b = candidates.sum(1, keepdim=True) + place
     return keep, match, torch.where(parity % 2 == 0, in_a, in_b).gather(1, match)
+
+
+@decides
+def best_edges(features: Tensor, candidates: Tensor, before: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """The best edge of each token of A, which `bipartite_in_order` merges by.
+
+    Args:
+        features: [batch, n, dim].
+        candidates: [batch, n] bool.
+        before: [batch] int64, the number of protected tokens before the first candidate.
+        place: [batch, n] int64, the place of each candidate among those of its instance, from 0 on.
+
+    Returns:
+        Its cosine [batch, n], and where there is one, [batch, n] bool.
+    """
+    if not candidates.shape[1]:
+        return features.sum(2), candidates
+    a, b = halves(place + before[:, None] % 2, candidates)
+    similarity, _ = _edges(unit(features, candidates), a, b, NEAR)
+    of_slot = F.pad(torch.zeros_like(candidates, dtype=similarity.dtype), (0, 1), value=-_INFINITY)
+    of_slot = torch.full_like(of_slot, -_INFINITY).scatter(1, a, similarity)[:, :-1]
+    return of_slot, of_slot > -_INFINITY
 
 
 @decides
@@ -124,15 +149,20 @@ def nearest(features: Tensor, candidates: Tensor, keep: Tensor) -> tuple[Tensor,
     """
     keep = keep & candidates
     if not candidates.shape[1]:
-        return keep, _own(candidates)
+        return keep, own_slots(candidates)
     similarity = cosine(features, candidates).masked_fill(~keep[:, None, :], -_INFINITY)
     largest, best = first_best(similarity)
-    return keep, torch.where(candidates & ~keep & (largest > -_INFINITY), best, _own(candidates))
+    return keep, torch.where(candidates & ~keep & (largest > -_INFINITY), best, own_slots(candidates))
 
 
 @decides
 def energy(
-    features: Tensor, candidates: Tensor, r: Tensor, margin: Tensor | float, alpha: float = 1.0
+    features: Tensor,
+    candidates: Tensor,
+    r: Tensor,
+    margin: Tensor | float,
+    alpha: float = 1.0,
+    within: float = ROUNDING,
 ) -> tuple[Tensor, Tensor]:
     """Matching of the tokens of highest energy, as in PiToMe (arXiv 2405.16148).
 
@@ -145,19 +175,20 @@ def energy(
         r: [batch] int64, how many tokens go; half of the candidates at most.
         margin: the cosine from which tokens count as a cluster, a number or [batch]; PiToMe has .9 - .9 depth / depths.
         alpha: the scale of ELU below the margin.
+        within: the absolute tolerance within which energies and similarities tie.
 
     Returns:
         `keep` [batch, n] bool and `match` [batch, n] int64.
     """
     if not candidates.shape[1]:
-        return candidates.clone(), _own(candidates)
+        return candidates.clone(), own_slots(candidates)
     total = candidates.sum(1, keepdim=True)
     r = torch.minimum(r[:, None], total // 2)
     similarity = cosine(features, candidates)
     gathered = F.elu(similarity - _of_each(margin, 3), alpha).masked_fill(~_pairs(candidates), 0.0)
-    place = ranks(order_by_similarity(gathered.sum(2) / (total - 1).clamp(min=1), candidates))
-    a, b = _halves(place, candidates & (place < 2 * r))
-    best, partner = _edges(unit(features, candidates), a, b)
+    place = ranks(order_by_similarity(gathered.sum(2) / (total - 1).clamp(min=1), candidates, within))
+    a, b = halves(place, candidates & (place < 2 * r))
+    best, partner = _edges(unit(features, candidates), a, b, within)
     return _merged(candidates, a, partner, best > -_INFINITY)
 
 
@@ -178,7 +209,7 @@ def graph(features: Tensor, candidates: Tensor, r: Tensor, importance: Tensor | 
         `keep` [batch, n] bool and `match` [batch, n] int64.
     """
     if not candidates.shape[1]:
-        return candidates.clone(), _own(candidates)
+        return candidates.clone(), own_slots(candidates)
     similarity = cosine(features, candidates).masked_fill(~_pairs(candidates), -_INFINITY)
     rank = ranks(order_by_similarity(similarity.amax(2), candidates))
     is_later = rank[:, None, :] > rank[:, :, None]
@@ -191,7 +222,7 @@ def graph(features: Tensor, candidates: Tensor, r: Tensor, importance: Tensor | 
     goes = candidates & (ranks(order_by_similarity(redundancy, candidates)) < r[:, None])
     keep = candidates & ~goes
     largest, best = first_best(similarity.masked_fill(~keep[:, None], -_INFINITY))
-    return keep, torch.where(goes & (largest > -_INFINITY), best, _own(candidates))
+    return keep, torch.where(goes & (largest > -_INFINITY), best, own_slots(candidates))
 
 
 @decides
@@ -212,7 +243,7 @@ def local_pairs(
     Returns:
         `keep` [batch, n] bool and `match` [batch, n] int64.
     """
-    own = _own(candidates)
+    own = own_slots(candidates)
     if not candidates.shape[1]:
         return candidates.clone(), own
     among = candidates & (windows >= 0)
@@ -240,7 +271,7 @@ def components(features: Tensor, candidates: Tensor, least_similarity: Tensor | 
     Returns:
         `keep` [batch, n] bool and `match` [batch, n] int64.
     """
-    label = _own(candidates)
+    label = own_slots(candidates)
     n = candidates.shape[1]
     if not n:
         return candidates.clone(), label
@@ -253,7 +284,7 @@ def components(features: Tensor, candidates: Tensor, least_similarity: Tensor | 
         previous, label = label, hooked.gather(1, hooked)
         if precision.surely_none(label != previous):
             break
-    return candidates & (label == _own(candidates)), label
+    return candidates & (label == own_slots(candidates)), label
 
 
 def _of_each(value: Tensor | float, dims: int) -> Tensor | float:
@@ -267,15 +298,20 @@ def _pairs(candidates: Tensor) -> Tensor:
     return candidates[:, :, None] & candidates[:, None, :] & ~itself
 
 
-def _own(candidates: Tensor) -> Tensor:
+def own_slots(candidates: Tensor) -> Tensor:
     """Each token matched to itself: [batch, n] int64."""
     return positions(candidates).expand_as(candidates).clone()
 
 
-def _halves(order: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-    """The slots at even and at odd places of a sequence, [batch, m] int64 each, n where a place is empty.
+def halves(order: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots at even and at odd places of a sequence.
 
-    Each instance has as many places as are needed: `order` [batch, n] int64 is the place of each `taken` token.
+    Args:
+        order: [batch, n] int64, the place of each token, in 0 .. n.
+        taken: [batch, n] bool, the tokens that have a place.
+
+    Returns:
+        The slots, [batch, n // 2 + 1] int64 each; n where a place is empty.
     """
     batch, n = order.shape
     m = n // 2 + 1

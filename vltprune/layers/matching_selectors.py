@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,28 +13,98 @@ from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..registry import selectors
 from . import matching
+from .block_spec import BlockSpec
+from .grid import first_of_window
 from .selectors import Selection, TokenSelector
-from .similarity import ranks
+from .similarity import NEAR, order_by_score, ranks
+
+By = Literal["key", "content"]
+_LAST = torch.iinfo(torch.int64).max
+
+
+def check_by(by: str, name: str) -> Stat:
+    """The statistic that features are read from.
+
+    Args:
+        by: "key" or "content".
+        name: the registered name of the part, for the error.
+
+    Raises:
+        ValueError: for other features.
+    """
+    if by not in ("key", "content"):
+        raise ValueError(f"{name}(by={by!r}): write by='key', the mean of keys over heads, or by='content'")
+    return Stat.KEY if by == "key" else Stat.NONE
+
+
+def features_of(tokens: PackedTokens, stats: AttentionStats, by: By) -> Tensor:
+    """The features that tokens are compared by: the mean of their keys over heads, or their contents.
+
+    Args:
+        tokens: the block's input.
+        stats: statistics with `Stat.KEY`, where it is read.
+        by: "key" or "content".
+
+    Returns:
+        The features, [batch, longest, dim].
+    """
+    return segments.pad(stats[Stat.KEY] if by == "key" else tokens.x.detach(), tokens.layout)
+
+
+def feature_width(spec: BlockSpec, by: By) -> int:
+    """The width of the features that tokens are compared by.
+
+    Args:
+        spec: the block.
+        by: "key" or "content".
+    """
+    return spec.dim // spec.heads if by == "key" else spec.dim
+
+
+def in_sequence(tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
+    """The order in which ToMe's block would get the tokens: that of the column "bipartite_order", or of the positions.
+
+    Args:
+        tokens: the tokens of a block.
+
+    Returns:
+        The unprotected tokens [batch, n] bool; the number of protected ones before the first of them, [batch] int64; and the
+        place of each among those of its instance, [batch, n] int64.
+    """
+    layout = tokens.layout
+    candidates, protected = segments.pad(tokens.free, layout), segments.pad(tokens.protected, layout)
+    position = segments.pad(tokens.position, layout)
+    first = position.masked_fill(~candidates, _LAST).amin(1, keepdim=True)
+    order = segments.pad(tokens.columns.get("bipartite_order", tokens.position), layout)
+    place = ranks(order.masked_fill(~candidates, _LAST).argsort(dim=1, stable=True))
+    return candidates, (protected & (position < first)).sum(1), place
 
 
 class MatchingSelector(TokenSelector):
-    """Base class of selectors that match tokens by the cosine of their keys, the mean over heads.
+    """Base class of selectors that match tokens by the cosine of features.
 
     A matching removes half of the unprotected tokens at most. Where `counts` ask for fewer tokens, further ones go by
-    complete-graph matching (`matching.graph`), one after the other into the most similar of those that stay.
+    complete-graph matching (`matching.graph`), each into the most similar of those that stay.
+
+    Args:
+        spec: the block.
+        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
     """
 
-    needs = Stat.KEY
     matches = True
+
+    def __init__(self, spec: BlockSpec, by: By = "key"):
+        super().__init__(spec)
+        self.needs, self.by = check_by(by, type(self).__name__.lower()), by
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
         layout = tokens.layout
-        keys, candidates = segments.pad(stats[Stat.KEY], layout), segments.pad(tokens.free, layout)
+        features, candidates = features_of(tokens, stats, self.by), segments.pad(tokens.free, layout)
         removed = (candidates.sum(1) - counts).clamp(min=0)
-        keep, match, columns = self._match(tokens, keys, candidates, scores, removed)
+        keep, match, columns = self._match(tokens, features, scores, removed, stats)
         left = removed - candidates.sum(1) + keep.sum(1)
         if not precision.surely_none(left > 0):
-            keep, onto = matching.graph(keys, keep, left.clamp(min=0))
+            keep, onto = matching.graph(features, keep, left.clamp(min=0))
             match = onto.gather(1, match)
         row = segments.unpad(match + layout.offsets[:-1, None], layout)
         columns = {name: segments.unpad(column.gather(1, match), layout) for name, column in columns.items()}
@@ -41,29 +112,29 @@ class MatchingSelector(TokenSelector):
 
     @abstractmethod
     def _match(
-        self, tokens: PackedTokens, keys: Tensor, candidates: Tensor, scores: Tensor, removed: Tensor
+        self, tokens: PackedTokens, features: Tensor, scores: Tensor, removed: Tensor, stats: AttentionStats
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The matching of the padded batch.
 
         Args:
             tokens: the block's input.
-            keys: [batch, n, head_dim].
-            candidates: [batch, n] bool.
+            features: [batch, n, dim].
             scores: [total].
             removed: [batch] int64, how many tokens go.
+            stats: the attention statistics.
 
         Returns:
             `keep` [batch, n] bool, `match` [batch, n] int64, and columns [batch, n].
         """
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
-        dim = self.spec.dim // self.spec.heads
+        width = feature_width(self.spec, self.by)
         more = before - after > before // 2
-        return self._pairs(before) * dim + more * before**2 * dim
+        return self._pairs(before) * width + more * before**2 * width
 
-    @abstractmethod
     def _pairs(self, tokens: Tensor) -> Tensor:
         """How many pairs of so many tokens [batch] the matching compares, [batch]."""
+        return torch.zeros_like(tokens)
 
 
 @selectors.register("bipartite")
@@ -75,16 +146,132 @@ class Bipartite(MatchingSelector):
 
     ToMe's output has another order than the sequence: [unmerged A, B]. It decides who is in A at the next block, and the
     column "bipartite_order" carries it there. The tokens stay in the order of the sequence.
+
+    Args:
+        spec: the block.
+        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
     """
 
     def _match(
-        self, tokens: PackedTokens, keys: Tensor, candidates: Tensor, scores: Tensor, removed: Tensor
+        self, tokens: PackedTokens, features: Tensor, scores: Tensor, removed: Tensor, stats: AttentionStats
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        order = tokens.columns.get("bipartite_order", tokens.layout.slot)
-        place = segments.pad(order, tokens.layout).masked_fill(~candidates, torch.iinfo(torch.int64).max)
-        place = ranks(place.argsort(dim=1, stable=True))
-        keep, match, order = matching.bipartite_in_order(keys, candidates, place, removed)
+        keep, match, order = matching.bipartite_in_order(features, *in_sequence(tokens), removed)
         return keep, match, {"bipartite_order": order}
 
     def _pairs(self, tokens: Tensor) -> Tensor:
         return (tokens // 2 + 1) ** 2
+
+
+@selectors.register("energy")
+class Energy(MatchingSelector):
+    """Matching of the tokens of highest energy: PiToMe (arXiv 2405.16148), equations 3 and 4.
+
+    The energy of a token is the mean of f(cos) to the instance's other tokens, with f(c) = ELU(c - margin): high in a large
+    group of similar tokens. Where r tokens go, the 2 r of highest energy take part. By rank they are in turn in A and in B, and
+    each of A goes into its most similar one of B. Scores are not read.
+
+    Args:
+        spec: the block.
+        margin: the cosine from which tokens are of a group, at the first block. It falls linearly over the blocks, to 0 behind
+            the last.
+        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
+    """
+
+    def __init__(self, spec: BlockSpec, margin: float = 0.9, by: By = "key"):
+        super().__init__(spec, by)
+        self.margin = margin
+
+    def _match(
+        self, tokens: PackedTokens, features: Tensor, scores: Tensor, removed: Tensor, stats: AttentionStats
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        margin = self.margin * (1 - self.spec.depth / self.spec.depths)
+        candidates = segments.pad(tokens.free, tokens.layout)
+        return *matching.energy(features, candidates, removed, margin, within=NEAR), {}
+
+    def _pairs(self, tokens: Tensor) -> Tensor:
+        return tokens**2 + (tokens // 2 + 1) ** 2
+
+
+@selectors.register("graph")
+class Graph(MatchingSelector):
+    """Complete-graph soft matching of CrossGET (arXiv 2305.17455), section 3.3.
+
+    Tokens are ranked by their highest cosine to another one. Those go for which importance - (the highest cosine to a token
+    ranked later) is smallest, each into the most similar of those that stay. Importance is `weight` times the scores, scaled to
+    0 .. 1 over the instance.
+
+    Args:
+        spec: the block.
+        weight: the weight of importance beside cosines. 0 looks at similarity alone.
+        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
+    """
+
+    def __init__(self, spec: BlockSpec, weight: float = 1.0, by: By = "key"):
+        super().__init__(spec, by)
+        self.weight = weight
+
+    def _match(
+        self, tokens: PackedTokens, features: Tensor, scores: Tensor, removed: Tensor, stats: AttentionStats
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        candidates = segments.pad(tokens.free, tokens.layout)
+        importance = self.weight * scaled(segments.pad(scores.detach(), tokens.layout), candidates)
+        return *matching.graph(features, candidates, removed, importance), {}
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        return self._pairs(before) * feature_width(self.spec, self.by)
+
+    def _pairs(self, tokens: Tensor) -> Tensor:
+        return tokens**2
+
+
+@selectors.register("window")
+class Window(MatchingSelector):
+    """Merges tokens into the first one of their window: the local merging of ALGM (arXiv 2406.09936), section 3.2.
+
+    The tokens of smallest score go, except the first one of each window. Windows are squares of the patch grid, and
+    consecutive tokens where there is no grid.
+
+    Args:
+        spec: the block.
+        size: rows and columns of a window, in patches.
+
+    Raises:
+        ValueError: for a size below 1.
+    """
+
+    reads_grid = True
+
+    def __init__(self, spec: BlockSpec, size: int = 2):
+        super().__init__(spec, "content")
+        if size < 1:
+            raise ValueError(f"window(size={size}) must be 1 or more: rows and columns of a window, in patches")
+        self.size = size
+
+    def _match(
+        self, tokens: PackedTokens, features: Tensor, scores: Tensor, removed: Tensor, stats: AttentionStats
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        candidates, first = first_of_window(tokens, self.size)
+        own = torch.arange(first.shape[1], device=first.device).expand_as(first)
+        others = candidates & (first != own)
+        order = order_by_score(segments.pad(scores.detach(), tokens.layout), others, descending=False)
+        goes = others & (ranks(order) < removed[:, None])
+        return candidates & ~goes, torch.where(goes, first, own), {}
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        return (before - after > before * (1 - self.size**-2)) * before**2 * self.spec.dim
+
+
+def scaled(scores: Tensor, candidates: Tensor) -> Tensor:
+    """Scales scores to 0 .. 1 over the candidates of each instance.
+
+    Args:
+        scores: [batch, n].
+        candidates: [batch, n] bool.
+
+    Returns:
+        The scaled scores, [batch, n]; 0 where all are equal, and for others than candidates.
+    """
+    low = scores.masked_fill(~candidates, float("inf")).amin(1, keepdim=True)
+    high = scores.masked_fill(~candidates, float("-inf")).amax(1, keepdim=True)
+    width = (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
+    return ((scores - low) / width).masked_fill(~candidates, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,71 +13,131 @@ from ..core.tokens import PackedTokens
 from ..registry import reducers
 from . import matching
 from .block_spec import BlockSpec
+from .matching_selectors import By, check_by, feature_width, features_of
 from .reducers import TokenReducer
 from .reduction import Reduction, plan_reduction
 from .selectors import Selection
+
+Weights = Literal["size", "equal", "attention", "score"]
 
 
 @reducers.register("merge")
 class Merge(TokenReducer):
     """Merges each token that goes into the one that the selector matched it with, by a weighted mean.
 
-    Where the selector matches none, it is the most similar unprotected token that stays, by the cosine of keys. Tokens of an
-    instance that keeps no unprotected token are dropped.
+    Where the selector matches none, it is the most similar unprotected token that stays, by cosine. Tokens of an instance that
+    keeps no unprotected token are dropped.
 
     ToMe (arXiv 2210.09461), section 3: sum_i s_i x_i / sum_i s_i over the tokens i that become one, with sizes s; the size of
     the result is sum_i s_i. Equation 1, with `proportional`: later attention is softmax(q k^T / sqrt(d) + log s).
 
     Args:
         spec: the block.
-        weights: "size" weighs a token by the number of original tokens that it stands for; "equal" weighs all alike.
+        weights: "size" weighs a token by the number of original tokens that it stands for, and "equal" weighs all alike.
+            "attention" weighs by size times the mean attention that a token receives: MCTF (arXiv 2403.10030), equation 8.
+            "score" weighs by size times exp(score): CrossGET (arXiv 2305.17455), section 3.3.
         proportional: whether later layers add log(size) of a token to its attention logits.
+        by: what the most similar token is found by: "key", the mean of the keys over heads, or "content", the tokens.
     """
 
-    needs = Stat.KEY
-
-    def __init__(self, spec: BlockSpec, weights: Literal["size", "equal"] = "size", proportional: bool = False):
+    def __init__(self, spec: BlockSpec, weights: Weights = "size", proportional: bool = False, by: By = "key"):
         super().__init__(spec)
-        if weights not in ("size", "equal"):
-            raise ValueError(f"merge(weights={weights!r}): write weights='size' or weights='equal'")
-        self.weights, self.proportional = weights, proportional
+        if weights not in get_args(Weights):
+            raise ValueError(f"merge(weights={weights!r}): write one of {', '.join(map(repr, get_args(Weights)))}")
+        self.needs = check_by(by, "merge") | (Stat.COLUMN if weights == "attention" else Stat.NONE)
+        self.weights, self.proportional, self.by = weights, proportional, by
 
     def forward(
         self, tokens: PackedTokens, scores: Tensor, selection: Selection, stats: AttentionStats
     ) -> Reduction | None:
-        layout, keep = tokens.layout, selection.keep
-        match = selection.match if selection.match is not None else nearest_kept(tokens, keep, stats)
-        row = torch.arange(layout.total, device=match.device)
-        leader = torch.where(keep, row, torch.where(match == row, -1, match))
-        weight = torch.ones_like(scores) if self.weights == "equal" or tokens.size is None else tokens.size.to(scores)
+        leader = leaders(tokens, selection, stats, self.by)
+        weight = divided_by_sums(self._weight(tokens, scores, stats), leader)
         return plan_reduction(
-            layout,
-            keep,
+            tokens.layout, selection.keep, leader, weight, at_last=self.spec.causal, proportional=self.proportional
+        )
+
+    def _weight(self, tokens: PackedTokens, scores: Tensor, stats: AttentionStats) -> Tensor:
+        """[total]: the weight of each token among those that it merges with."""
+        one = torch.ones_like(scores)
+        if self.weights == "equal":
+            return one
+        size = one if tokens.size is None else tokens.size.to(scores)
+        if self.weights == "attention":
+            return size * stats[Stat.COLUMN].clamp(min=1e-12)
+        if self.weights == "score":
+            highest = segments.pad(scores.detach(), tokens.layout, float("-inf")).amax(1)
+            return size * (scores - highest[tokens.layout.instance]).clamp(min=-60).exp()
+        return size
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        return before**2 * feature_width(self.spec, self.by)
+
+
+@reducers.register("tofu")
+class Tofu(TokenReducer):
+    """Drops tokens in early blocks and merges them in later ones, with their norm preserved: ToFu (arXiv 2312.01026).
+
+    In later blocks, MLERP: the mean of the tokens that become one, scaled to the largest of their norms. Each token goes into
+    the one that the selector matched it with, or into the most similar unprotected one that stays, by the cosine of keys.
+
+    Args:
+        spec: the block.
+        merge_from: the fraction of the depth, in 0 .. 1, from which tokens merge. Before it they are dropped.
+        proportional: whether later layers add log(size) of a token to its attention logits.
+
+    Raises:
+        ValueError: for a fraction outside its range.
+    """
+
+    needs = Stat.KEY
+
+    def __init__(self, spec: BlockSpec, merge_from: float = 0.5, proportional: bool = True):
+        super().__init__(spec)
+        if not 0 <= merge_from <= 1:
+            raise ValueError(f"tofu(merge_from={merge_from}) must lie in 0 .. 1: the fraction of the depth")
+        self.merges, self.proportional = spec.depth >= merge_from * spec.depths, proportional
+
+    def forward(
+        self, tokens: PackedTokens, scores: Tensor, selection: Selection, stats: AttentionStats
+    ) -> Reduction | None:
+        row = torch.arange(tokens.layout.total, device=scores.device)
+        if not self.merges:
+            return plan_reduction(tokens.layout, selection.keep, torch.where(selection.keep, row, -1))
+        leader = leaders(tokens, selection, stats, "key")
+        return plan_reduction(
+            tokens.layout,
+            selection.keep,
             leader,
-            divided_by_sums(weight, leader),
+            divided_by_sums(torch.ones_like(scores), leader),
+            is_affine=False,
             at_last=self.spec.causal,
             proportional=self.proportional,
+            keeps_norm=True,
         )
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
-        return before**2 * (self.spec.dim // self.spec.heads)
+        return self.merges * before**2 * feature_width(self.spec, "key")
 
 
-def nearest_kept(tokens: PackedTokens, keep: Tensor, stats: AttentionStats) -> Tensor:
-    """The most similar unprotected token that stays, by the cosine of keys, for each token that goes.
+def leaders(tokens: PackedTokens, selection: Selection, stats: AttentionStats, by: By) -> Tensor:
+    """The token that each one goes into: the match of the selector, or the most similar unprotected one that stays.
 
     Args:
         tokens: the tokens of a block.
-        keep: [total] bool, the tokens that stay.
-        stats: statistics with `Stat.KEY`.
+        selection: which tokens stay, and what the others resemble.
+        stats: the attention statistics.
+        by: what tokens are compared by where the selector matches none.
 
     Returns:
-        Its row, [total] int64; the own row for a token that stays, and where no unprotected token does.
+        Its row, [total] int64: the own row for a token that stays, -1 where an instance keeps no unprotected token.
     """
-    layout = tokens.layout
-    padded = (segments.pad(column, layout) for column in (stats[Stat.KEY], tokens.free, keep))
-    _, match = matching.nearest(*padded)
-    return segments.unpad(match + layout.offsets[:-1, None], layout)
+    layout, keep, match = tokens.layout, selection.keep, selection.match
+    if match is None:
+        candidates, kept = (segments.pad(mask, layout) for mask in (tokens.free, keep))
+        _, match = matching.nearest(features_of(tokens, stats, by), candidates, kept)
+        match = segments.unpad(match + layout.offsets[:-1, None], layout)
+    row = torch.arange(layout.total, device=match.device)
+    return torch.where(keep, row, torch.where(match == row, -1, match))
 
 
 def divided_by_sums(weight: Tensor, leader: Tensor) -> Tensor:

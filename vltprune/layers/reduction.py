@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Reduction:
         is_affine: whether the weights of every result row sum to one, so that the plan commutes with every affine map and may
             be applied before one.
         proportional: whether later layers add the logarithm of a token's size to its attention logits.
+        keeps_norm: whether a sum is scaled to the largest norm of its sources, as in MLERP (arXiv 2312.01026).
     """
 
     before: Layout
@@ -37,12 +39,14 @@ class Reduction:
     merged: Tensor | None = None
     is_affine: bool = True
     proportional: bool = False
+    keeps_norm: bool = False
 
     def values(self, values: Tensor) -> Tensor:
         """Applies the plan to values per token: [total, ...] -> [new total, ...]."""
         if self.weight is None:
             return values.index_select(0, self.index)
-        return self._sums(values, self.weight)
+        sums = self._sums(values, self.weight)
+        return self._scaled(sums, values) if self.keeps_norm else sums
 
     def tokens(self, tokens: PackedTokens) -> PackedTokens:
         """Applies the plan to tokens and to all their columns.
@@ -101,6 +105,17 @@ class Reduction:
         sums = weighted.new_zeros(len(rows), *values.shape[1:]).index_add(0, number, weighted).to(values.dtype)
         return values.index_select(0, self.index).index_copy(0, rows, sums)
 
+    def _scaled(self, sums: Tensor, values: Tensor) -> Tensor:
+        """The merged rows of sums [new total, ...], scaled to the largest norm of their sources in values [total, ...]."""
+        assert self.merged is not None
+        width = prod(values.shape[1:])
+        sources, results = (precision.single(one).reshape(len(one), width).norm(dim=1) for one in (values, sums))
+        largest = sources.new_zeros(self.layout.total + 1).scatter_reduce(0, self._filled_target, sources, "amax")[:-1]
+        # where sources cancel each other, there is no direction to scale
+        factor = largest / results.clamp(min=torch.finfo(results.dtype).tiny).maximum(1e-6 * largest)
+        factor = torch.where(self.merged, factor, 1.0)
+        return (sums * factor.view(-1, *[1] * (sums.dim() - 1))).to(sums.dtype)
+
 
 def plan_reduction(
     layout: Layout,
@@ -111,6 +126,7 @@ def plan_reduction(
     is_affine: bool = True,
     at_last: bool = False,
     proportional: bool = False,
+    keeps_norm: bool = False,
 ) -> Reduction | None:
     """Builds the plan that sums each token into its leader.
 
@@ -125,6 +141,7 @@ def plan_reduction(
         at_last: whether a merged token stands at its last source and not at its leader, so that in a causal tower no token
             attends to a later one.
         proportional: as `Reduction` has it.
+        keeps_norm: as `Reduction` has it.
 
     Returns:
         The plan, or None where all tokens stay.
@@ -148,7 +165,7 @@ def plan_reduction(
     merged = gains.index_select(0, group.index_select(0, index))
     number = is_result.cumsum(0) - 1
     target = torch.where(stands < 0, -1, number.index_select(0, stands.clamp(min=0)))
-    return Reduction(layout, reduced, index, target, weight, merged, is_affine, proportional)
+    return Reduction(layout, reduced, index, target, weight, merged, is_affine, proportional, keeps_norm)
 
 
 def true_rows(mask: Tensor, total: int) -> Tensor:

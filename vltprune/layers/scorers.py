@@ -28,12 +28,14 @@ class TokenScorer(PrintedPart, ABC):
     Attributes:
         needs: the attention statistics that it reads. A block that cannot compute them is refused when the model is built.
         guided: whether it reads the guidance of an alignment guide.
+        reads_grid: whether it reads the row and the column of patches, which the tower then gives its tokens.
         remembers: the column of the tokens in which later layers find its scores. None for none.
         spec: the block that it is built for.
     """
 
     needs: Stat = Stat.NONE
     guided: ClassVar[bool] = False
+    reads_grid: ClassVar[bool] = False
     remembers: str | None = None
 
     def __init__(self, spec: BlockSpec):

@@ -16,6 +16,8 @@ from ..core import precision
 
 # absolute: within what two cosines count as equal
 ROUNDING = precision.ROUNDING
+# absolute: what products of equal features leave in doubt. Nearer ties are decided as a published algorithm decides them
+NEAR = 2e-7
 _INFINITY = float("inf")
 
 P = ParamSpec("P")

@@ -1,6 +1,7 @@
 """Scorers as typed parts: prune(model, preset, scorer=vltprune.score.self_attention())."""
 
 from ..layers.distinct import Distinct, DistinctAttention, DistinctMadtp
+from ..layers.pair_scorers import PairDistance, WindowDistance
 from ..layers.scorers import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention
 from ..layers.statistic_scorers import (
     Ats,
@@ -33,3 +34,5 @@ random = typed_part(Random)
 self_attention = typed_part(SelfAttention)
 value_weighted_attention = typed_part(ValueWeightedAttention)
 wide_cls_attention = typed_part(WideClsAttention)
+pair_distance = typed_part(PairDistance)
+window_distance = typed_part(WindowDistance)

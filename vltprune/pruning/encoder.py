@@ -266,9 +266,9 @@ class PrunedEncoder(Tower):
         return int(not pruner.scorer.spec.has_summary or self.adapter.pools_unprotected(self.host))
 
     def _with_grid(self, tokens: PackedTokens, inputs: tuple[Any, ...]) -> PackedTokens:
-        """The tokens with the grid of their patches, where a selector reads it."""
+        """The tokens with the grid of their patches, where a scorer or a selector reads it."""
         pruners = self.pruners.values()
-        if not any(isinstance(pruner, Pruner) and pruner.selector.reads_grid for pruner in pruners):
+        if not any(isinstance(pruner, Pruner) and pruner.reads_grid for pruner in pruners):
             return tokens
         is_image = isinstance(inputs[0], Tensor) and inputs[0].dim() >= 4
         return with_grid(tokens, tuple(inputs[0].shape[-2:]) if is_image else None)

@@ -72,6 +72,7 @@ class Pruner(nn.Module):
 
     Attributes:
         needs: the attention statistics that its parts read.
+        reads_grid: whether a part reads the grid of patches.
         soft_temperature: above 0, training decides softly. A token then stays with a probability, the sigmoid of its keeper's
             margin over this temperature. Its logarithm is a bias on the token's attention logits, so that the loss has
             gradients to scores and thresholds. The cost has them to thresholds alone: scores should say what matters, not
@@ -86,6 +87,7 @@ class Pruner(nn.Module):
         super().__init__()
         self.scorer, self.keeper, self.selector, self.reducer = scorer, keeper, selector, reducer
         self.needs: Stat = scorer.needs | selector.needs | reducer.needs
+        self.reads_grid = scorer.reads_grid or selector.reads_grid
         self.soft_temperature = 0.0
 
     @classmethod
