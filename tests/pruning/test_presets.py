@@ -34,6 +34,9 @@ PRUNING = {
 }
 # whose parts learn in soft training alone: from what stays with a probability, and from its cost
 SOFT = {"keep=learned", "keep=rising_threshold", "ltp", "asvit", "dynamicvit"}
+# each preset in both dtypes, and parts in turn in one of them
+HALF = [(name, dtype) for name in vp.presets.names() for dtype in (torch.bfloat16, torch.float16)]
+HALF += [(name, (torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(EVERY)]
 few = settings(max_examples=max(1, settings.default.max_examples // 12))  # of each part on each model: many in all
 
 
@@ -129,8 +132,7 @@ def test_presets_do_prune(name, chosen):
         assert len(set(traces[0].lengths[-1])) > 1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("chosen", [*vp.presets.names(), *EVERY])
+@pytest.mark.parametrize(("chosen", "dtype"), HALF)
 def test_models_in_half_precision(chosen, dtype):
     """2, 3, 8, 9, in both towers; what an instance alone keeps may differ where half the digits make tokens tie."""
     kind, _, name = chosen.partition("=")
@@ -146,11 +148,14 @@ def test_models_in_half_precision(chosen, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scorer", vp.scorers.names())
-@pytest.mark.parametrize("reducer", vp.reducers.names())
-def test_keeping_all_is_the_dense_model(name, scorer, reducer):
+@pytest.mark.parametrize(
+    "chosen", [*vp.presets.names(), *(one for one in EVERY if not one.startswith(("guide", "keep")))]
+)
+def test_keeping_all_is_the_dense_model(name, chosen):
     """7, with every statistic computed on the way."""
-    model = pruned(name, BASE.replace(scorer=scorer, reducer=reducer, keep="ratio(ratio=1.0)"))
+    kind, _, part = chosen.partition("=")
+    config = BASE.replace(**{kind: part}) if part else vp.preset(chosen)
+    model = pruned(name, config.replace(keep="ratio(ratio=1.0)"))
     inputs = small(name).draw(3)
     out, traces = run(model, inputs)
     with torch.no_grad():
