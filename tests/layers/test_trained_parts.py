@@ -57,6 +57,7 @@ def test_above(case, threshold):
         scores = case.scores[rows][case.tokens.free[rows]]
         if not (scores - threshold).abs().lt(1e-4).any():
             assert int(counts[i]) == int((scores > threshold).sum())
+    assert_close(keepers["above"](case.spec, threshold).margin(case.scores, case.tokens, None), case.scores - threshold)
 
 
 def test_a_sample_stays_as_often_as_its_probability_says():

@@ -156,6 +156,24 @@ def test_a_cost_has_gradients_to_thresholds_and_none_to_scores():
     assert all(gradient.abs().sum() > 0 for gradient in of_loss)
 
 
+def test_a_sampled_ratio_keeps_what_was_drawn_and_trains_scores_by_the_cost():
+    """The tokens that stay are those of the sample, whatever their order by score; noise is drawn once for loss and cost."""
+    spec = vp.BlockSpec("image", 0, 1, 4, 1, has_summary=True)
+    scorer, keeper = _Learns(spec, torch.linspace(0.3, 0.7, 400)), vp.keepers["sampled_ratio"](spec)
+    pruner = vp.Pruner(scorer, keeper, vp.selectors["top"](spec), vp.reducers["drop"](spec)).train()
+    pruner.soft_temperature = 0.2
+    first = torch.arange(400) == 0
+    tokens = vp.PackedTokens.pack(torch.randn(1, 400, 4), protected=first, summary=first)
+    decision = pruner(tokens, vp.AttentionStats(), None)
+    kept = decision.apply(tokens)
+    assert torch.equal(decision.keep_prob, decision.counted_prob)
+    assert sorted(kept.position.tolist()) == (decision.keep_prob > pruner.min_keep_prob).nonzero().flatten().tolist()
+    best = decision.scores.argsort(descending=True)[: len(kept.position)]
+    assert set(best.tolist()) != set(kept.position.tolist())
+    (gradient,) = torch.autograd.grad(kept.expected.sum(), [scorer.scores])
+    assert (gradient[1:] >= 0).all() and gradient.sum() > 0
+
+
 def test_what_is_there_by_less_than_two_in_a_hundred_goes():
     """A token leaves where its probability to stay, the sigmoid of its margin over the temperature, is below."""
     shares = torch.tensor([0.5, 0.019, 0.021, 0.9, 0.0001, 0.05])

@@ -200,6 +200,11 @@ class PackedTokens:
         return weight if self.keep_prob is None else weight * self.keep_prob
 
     @property
+    def identity(self) -> Tensor:
+        """[total] int64, one number for each position of each instance; ascending where tokens are in their original order."""
+        return self.layout.instance * 2**32 + self.position
+
+    @property
     def expected(self) -> Tensor:
         """[batch]: the expected number of tokens of each instance, the sum of counted_prob."""
         dtype = precision.widest_float(self.x.device)

@@ -86,7 +86,7 @@ class KeepRatioPredictor(PrintedPart, ABC):
         """
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        """The distance of each score above the threshold, in standard deviations of its instance's scores.
+        """The distance of each score above the threshold, in standard deviations of its instance's scores or in other units.
 
         Args:
             scores: [total].
@@ -129,7 +129,12 @@ class Ratio(KeepRatioPredictor):
         self.ratio, self._decay_factor = ratio, decay_factor(spec, decay, "ratio")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return keep_count(segments.count(tokens.free, tokens.layout), self.ratio**self._decay_factor)
+        return keep_count(segments.count(tokens.free, tokens.layout), self.block_ratio)
+
+    @property
+    def block_ratio(self) -> float:
+        """The ratio of the tokens that enter this block, with the decay."""
+        return self.ratio**self._decay_factor
 
 
 @keepers.register("count")

@@ -52,7 +52,7 @@ class RisingThreshold(KeepRatioPredictor):
         return _count_above(scores, self._threshold(scores, tokens), tokens)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return (scores - self._threshold(scores, tokens)) / _deviation(scores, tokens)
+        return (scores - self._threshold(scores, tokens)) / mean_and_deviation(scores.detach(), tokens)[1]
 
     def _threshold(self, scores: Tensor, tokens: PackedTokens) -> Tensor:
         """[total]: the threshold of each token's instance."""
@@ -66,7 +66,8 @@ class RisingThreshold(KeepRatioPredictor):
 class Above(KeepRatioPredictor):
     """Keeps the tokens that score above a fixed threshold. None may stay.
 
-    With the scorer `halting` and the threshold 0 it is the rule of A-ViT (arXiv 2112.07658).
+    With the scorer `halting` and the threshold 0 it is the rule of A-ViT (arXiv 2112.07658). Nothing is learned here. So the
+    cost has gradients to the scores in soft training, which measures the distance to the threshold in the scores' own units.
 
     Args:
         spec: the block.
@@ -77,6 +78,7 @@ class Above(KeepRatioPredictor):
     """
 
     knob = Knob("threshold", -16.0, 1.0, larger_keeps_more=False)
+    cost_trains_scores = True
 
     def __init__(self, spec: BlockSpec, threshold: float = 0.0):
         super().__init__(spec)
@@ -88,7 +90,7 @@ class Above(KeepRatioPredictor):
         return _count_above(scores, scores.new_full((), self.threshold), tokens)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return (scores - self.threshold) / _deviation(scores, tokens)
+        return scores - self.threshold
 
 
 @keepers.register("sampled_ratio")
@@ -127,8 +129,3 @@ def _count_above(scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Ten
     size = scores.abs() + threshold.abs()
     above = scores - threshold > precision.ROUNDING * size
     return segments.count(above & tokens.free, tokens.layout)
-
-
-def _deviation(scores: Tensor, tokens: PackedTokens) -> Tensor:
-    """[total]: the standard deviation of the scores of each token's instance, without gradients."""
-    return mean_and_deviation(scores.detach(), tokens)[1]

@@ -64,6 +64,13 @@ class LayerTrace:
     tokens: PackedTokens | None = None
 
     @property
+    def identity(self) -> Tensor:
+        """[total] int64 of the tokens that left the block: `PackedTokens.identity`."""
+        sizes = torch.tensor(self.lengths, device=self.position.device)
+        instance = torch.arange(len(self.lengths), device=self.position.device)
+        return torch.repeat_interleave(instance, sizes, output_size=len(self.position)) * 2**32 + self.position
+
+    @property
     def reductions(self) -> tuple[Reduction, ...]:
         """The plans that were applied, in order; none where all tokens stayed."""
         return tuple(step.reduction for step in self.steps if step.reduction is not None)

@@ -70,7 +70,7 @@ def _compress(config: CompressConfig, folder: Path, extra: ExtraLoss | None, sho
     with announced(f"loading {config.model}", show):
         dense = load_dense_model(config)
     model_hash = fingerprint.hash_model(dense)
-    distills = config.distill or config.distill_summaries or config.saliency_weight
+    distills = config.distill or config.distill_summaries or config.distill_tokens or config.saliency_weight
     dense_copy = copy.deepcopy(dense) if distills else None
     model = prune_towers(dense, config.pruning)
     if config.reduction:

@@ -16,8 +16,9 @@ from ..evaluation.results_log import write_json
 from ..evaluation.tasks.matching import K_TEST
 from ..models.wordpiece import BERT
 from ..pruning.config import PruneConfig
+from ..pruning.losses import TRACE_LOSSES
 from ..pruning.presets import preset
-from ..registry import bind, tasks
+from ..registry import bind, nearest, tasks
 from ..utils.frozen import FrozenDict, thawed
 from .fields import parse_fields
 
@@ -48,6 +49,9 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 _AT_LEAST_ONE = ("val_limit", "steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "max_bad")
+
+_NOT_NEGATIVE = ("k_test", "seed", "workers", "weight_decay", "align")
+_NOT_NEGATIVE += ("distill", "distill_summaries", "distill_tokens", "saliency")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,9 @@ class CompressConfig:
         align: weight of L_align.
         distill: weight of distillation of the dense model's logits (0: none).
         distill_summaries: weight of distillation of its towers' summary tokens (0: none).
+        distill_tokens: weight of distillation of its towers' tokens, those that are kept (0: none).
+        losses: weights of further losses of what is kept, by name: keep_ratio, kept_share, ponder, halting_prior, as
+            `vltprune.losses` has them.
         saliency: weight of teaching the scores which tokens the dense model's answers depend on (0: none, as in MADTP).
         max_grad_norm: norm that gradients are clipped to.
         augment: whether images are cropped and flipped at random.
@@ -141,6 +148,8 @@ class CompressConfig:
     align: float = 0.1
     distill: float = 0.0
     distill_summaries: float = 0.0
+    distill_tokens: float = 0.0
+    losses: Mapping[str, float] = field(default_factory=FrozenDict)
     saliency: float = 0.5
     max_grad_norm: float = 1.0
     augment: bool = False
@@ -169,6 +178,7 @@ class CompressConfig:
             self.pruning  # noqa: B018  (wrong parts fail here)
         except (LookupError, TypeError, ValueError) as error:
             raise type(error)(f"parts={thawed(self.parts)}: {error}" if self.parts else str(error)) from None
+        self._check_losses()
 
     def _check_ranges(self) -> None:
         self._check_target()
@@ -192,7 +202,7 @@ class CompressConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
-        for name in ("k_test", "seed", "workers", "align", "distill", "distill_summaries", "saliency", "weight_decay"):
+        for name in _NOT_NEGATIVE:
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.budget not in ("controller", "learned"):
@@ -221,6 +231,20 @@ class CompressConfig:
                 f"budget='learned' has one Lagrange multiplier for the cost of all towers: write budget='controller' with "
                 f"{asked}, or one number, such as reduction=0.5"
             )
+
+    def _check_losses(self) -> None:
+        """ValueError for a loss that is not there, or that this config's parts give nothing to."""
+        for name in self.losses:
+            if name not in TRACE_LOSSES:
+                raise ValueError(f"losses: there is no {name!r}{nearest(name, TRACE_LOSSES)}")
+            stages = self.pruning.stages
+            if name in ("ponder", "halting_prior") and stages[0].part("scorer").name != "halting":
+                raise ValueError(f"losses: {name} is of halting probabilities: write preset='avit', or leave it out")
+            keepers = {part.name for stage in stages for part in stage.parts("keep")}
+            if name == "keep_ratio" and keepers != {"sampled_ratio"}:
+                raise ValueError("losses: keep_ratio is of a sampled ratio: write preset='dynamicvit', or leave it out")
+            if name in ("keep_ratio", "kept_share") and self.budget != "learned":
+                raise ValueError(f"losses: {name} is of soft training: write budget='learned'")
 
     @property
     def pruning(self) -> PruneConfig:

@@ -22,7 +22,7 @@ _INTEGERS = {
 }
 _INTEGERS |= {"checkpoint_every": 500, "log_every": 50, "max_bad": 10}
 _NUMBERS = {"ramp": 0.5, "epochs": 2, "lr": 1e-4, "weight_decay": 0.05, "warmup": 0.1, "align": 0.1}
-_NUMBERS |= {"distill": 1.0, "distill_summaries": 1.0, "saliency": 0.5, "max_grad_norm": 1.0}
+_NUMBERS |= {"distill": 1.0, "distill_summaries": 1.0, "distill_tokens": 0.5, "saliency": 0.5, "max_grad_norm": 1.0}
 _TEXTS = {"task": "nlvr", "model": "blip_nlvr_base", "data": "train.json", "val": "dev.json", "images": "images/"}
 _TEXTS |= {"val_images": "images/", "vocabulary": "vocab.txt", "answers": "answer_list.json", "start": "run/model"}
 _TEXTS |= {"preset": "madtp", "budget": "controller", "dtype": "bfloat16"}
@@ -68,6 +68,8 @@ def _parse(name: str, value: Any) -> Any:
         return tuple(_number(name, share, 0.5) for share in _items(value))
     if name == "freeze":
         return tuple(_text(name, pattern, "text.*") for pattern in _items(value))
+    if name == "losses":
+        return _losses(value)
     if name in ("model_args", "parts"):
         return _mapping(name, value)
     return plain
@@ -114,6 +116,17 @@ def _text(name: str, value: object, example: str) -> str:
 def _items(value: object) -> Iterable[object]:
     """A collection, or one value that stands for itself."""
     return value if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else (value,)
+
+
+def _losses(value: Any) -> Any:
+    """Weights by name."""
+    weights = list(map(_scalar, value.values())) if isinstance(value, Mapping) else None
+    if weights is None or not all(_is_finite(one) and one >= 0 for one in weights):
+        raise TypeError(
+            f"losses={thawed(value)!r} must be a mapping from loss to a weight of 0 or more, such as "
+            "losses={'keep_ratio': 2.0}"
+        )
+    return frozen(dict(zip(value, weights, strict=True)), "losses")
 
 
 def _mapping(name: str, given: Any) -> Any:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import small
+from small_models import small, soften
 
 import vltprune as vp
 from vltprune.pruning import losses
@@ -111,6 +111,23 @@ def test_summaries_are_distilled_relative_to_their_norm(step):
         apart = (own.embedding - other.embedding).square().mean()
         wanted += 0.6 * (apart / other.embedding.square().mean()).item()
     assert found["distill"].item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_tokens_are_distilled_and_losses_of_what_is_kept_are_added_with_their_weights(step):
+    weights = DistillWeights(tokens=0.6)
+    found = metrics(step, align=0.0, teacher=step.teacher, distill=weights, trace_losses={"kept_share": 0.2})
+    with collect() as ours:
+        step.model(*step.inputs)
+    with collect() as theirs:
+        step.teacher(*step.inputs)
+    wanted = sum(0.6 * losses.token_distillation(*pair).item() for pair in zip(ours, theirs, strict=True))
+    assert found["distill"].item() == pytest.approx(wanted, rel=1e-4)
+    assert found["kept_share"] == 0  # not in soft training
+    soften(step.model, 0.5)
+    with collect() as traces:
+        step.model(*step.inputs)
+    shares = [losses.kept_share(trace).item() for trace in traces]
+    assert metrics(step, trace_losses={"kept_share": 0.2})["kept_share"].item() == pytest.approx(0.1 * sum(shares))
 
 
 def test_a_teacher_learns_nothing(step):

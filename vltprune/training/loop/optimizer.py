@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-# how much faster thresholds, and the guide, learn than weights that were trained before
-_KEEPER_LR, _GUIDE_LR = 50.0, 20.0
+# how much faster thresholds, and the guide and networks of scorers, learn than weights that were trained before
+_KEEPER_LR, _NEW_LR = 50.0, 20.0
 
 
 def lr_factor(step: int, steps: int, warmup: float) -> float:
@@ -63,24 +63,25 @@ def freeze(host: nn.Module, patterns: Sequence[str]) -> None:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups, each with its multiple of the learning rate, `lr_multiple`.
 
-    Matrices decay. Vectors, the guide and thresholds do not.
+    Matrices decay. Vectors, the guide, networks of scorers, and thresholds do not.
 
     Args:
         module: whose parameters are taken, without those that are frozen.
         weight_decay: of the matrices.
 
     Returns:
-        The groups that have parameters, at most four: matrices, vectors, keepers, the guide.
+        The groups that have parameters, at most four: matrices, vectors, keepers, the guide and scorers.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay, "lr_multiple": 1.0},
         {"params": [], "weight_decay": 0.0, "lr_multiple": 1.0},
         {"params": [], "weight_decay": 0.0, "lr_multiple": _KEEPER_LR},
-        {"params": [], "weight_decay": 0.0, "lr_multiple": _GUIDE_LR},
+        {"params": [], "weight_decay": 0.0, "lr_multiple": _NEW_LR},
     ]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            group = 2 if ".keeper." in name else 3 if ".guide." in name else 1 if parameter.ndim < 2 else 0
+            is_new = ".guide." in name or ".scorer." in name
+            group = 2 if ".keeper." in name else 3 if is_new else 1 if parameter.ndim < 2 else 0
             groups[group]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 

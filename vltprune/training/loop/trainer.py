@@ -84,8 +84,10 @@ class Trainer:
         self.loader = self._build_loader(objective)
         self.steps = config.steps or self.loader.steps(float(config.epochs or 1))
         teacher = None if self.teacher is None else self.teacher.to(device).eval()
-        distill = DistillWeights(config.distill, config.distill_summaries, config.saliency_weight)
-        module = TrainModule(self.model, objective, config.align, teacher, distill, self.extra)
+        distill = DistillWeights(
+            config.distill, config.distill_summaries, config.saliency_weight, config.distill_tokens
+        )
+        module = TrainModule(self.model, objective, config.align, teacher, distill, self.extra, config.losses)
         self.cost_meter = module.cost_meter
         groups = parameter_groups(module, float(config.weight_decay or 0))
         optimizer = torch.optim.AdamW(groups, lr=float(config.lr or 0))

@@ -92,12 +92,7 @@ def curvature_probe(logits: Tensor, seed: int, before: int = 0) -> Tensor:
 
 def _gradient_norms(gradient: Tensor, dense: PackedTokens, tokens: PackedTokens) -> Tensor:
     """[total] of `tokens`: the norm of the gradient of the dense model's token at each token's position."""
-    return gradient.float().norm(dim=-1)[torch.searchsorted(_key(dense), _key(tokens))]
-
-
-def _key(tokens: PackedTokens) -> Tensor:
-    """[total] int64, one for each position of each instance; ascending where nothing was reordered."""
-    return tokens.layout.instance * 2**32 + tokens.position
+    return gradient.float().norm(dim=-1)[torch.searchsorted(dense.identity, tokens.identity)]
 
 
 def _distance(tokens: PackedTokens, scores: Tensor, salient: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from ...models.momentum import gather_ranks
 from ...pruning import losses
 from ...pruning.model import get_pruning
 from ...pruning.trace import PruneTrace, collect
+from ...utils.frozen import FrozenDict
 from .decoding import DecodeWork
 from .objectives import Loss, Objective
 from .saliency import saliency_loss
@@ -43,11 +44,13 @@ class DistillWeights:
         summaries: of the squared error of each tower's summary, relative to its size. MADTP++ has both, the error absolute,
             with a weight for each tower.
         saliency: of the scores' distance from what its answers depend on; the teacher is a `saliency_teacher` then.
+        tokens: of the squared error of each tower's kept tokens, as `losses.token_distillation`.
     """
 
     logits: float = 0.0
     summaries: float = 0.0
     saliency: float = 0.0
+    tokens: float = 0.0
 
 
 class TrainModule(nn.Module):
@@ -60,6 +63,7 @@ class TrainModule(nn.Module):
         teacher: a dense model that is not trained.
         distill: weights of what it teaches.
         extra: a further loss.
+        trace_losses: weights of losses of the pruned towers' traces, by name, as `CompressConfig.losses`.
     """
 
     def __init__(
@@ -70,10 +74,11 @@ class TrainModule(nn.Module):
         teacher: nn.Module | None = None,
         distill: DistillWeights = DistillWeights(),
         extra: ExtraLoss | None = None,
+        trace_losses: Mapping[str, float] = FrozenDict(),
     ):
         super().__init__()
         self.model, self.objective, self.align, self.distill = model, objective, align, distill
-        self.extra = extra
+        self.extra, self.trace_losses = extra, trace_losses
         self.__dict__["teacher"] = teacher  # no child: it is neither trained nor kept in checkpoints
         self.cost_meter = SampleCostMeter(model)
 
@@ -100,9 +105,9 @@ class TrainModule(nn.Module):
 
         Returns:
             `loss`, [] with gradients, and without gradients scalars of those parts that there are: task, align, distill,
-            saliency, budget, extra. With `target_reduction` also `violation`, the share of the dense MACs that is too much.
-            With `measure_cost` also macs and dense_macs of an instance, and per tower kept, [1 + depths] tokens, and towers,
-            [2] its MACs and dense MACs.
+            saliency, budget, those of `trace_losses`, extra. With `target_reduction` also `violation`, the share of the dense
+            MACs that is too much. With `measure_cost` also macs and dense_macs of an instance, and per tower kept, [1 + depths]
+            tokens, and towers, [2] its MACs and dense MACs.
         """
         with collect(threads=False) as traces:
             loss = self.objective(self.model, records, images, step)
@@ -121,6 +126,7 @@ class TrainModule(nn.Module):
             violation = self._expected_share(costed, len(records)) - (1 - target_reduction)
             parts["budget"] = multiplier * violation + _VIOLATION_WEIGHT * violation**2
             metrics["violation"] = violation.detach()
+        parts |= self._trace_losses(student)
         if self.extra is not None:
             parts["extra"] = self.extra(records, student)
         metrics |= {name: part.detach() for name, part in parts.items()}
@@ -134,6 +140,15 @@ class TrainModule(nn.Module):
             if towers.get(trace.tower) is trace.encoder:
                 student.setdefault(trace.tower, trace)
         return student
+
+    def _trace_losses(self, student: dict[str, PruneTrace]) -> dict[str, Tensor]:
+        """The losses of traces, each the mean over the towers that are pruned, times its weight."""
+        pruned = [trace for trace in student.values() if len(trace.encoder.pruners)]
+        return {
+            name: weight * torch.stack([losses.TRACE_LOSSES[name](trace) for trace in pruned]).mean()
+            for name, weight in self.trace_losses.items()
+            if pruned
+        }
 
     def _alignment(self, student: dict[str, PruneTrace]) -> Tensor:
         image = student["image"]
@@ -155,7 +170,7 @@ class TrainModule(nn.Module):
             parts["saliency"] = weights.saliency * saliency_loss(
                 student, teacher, softened, step, _rows_before(outputs)
             )
-        if weights.logits or weights.summaries:
+        if weights.logits or weights.summaries or weights.tokens:
             parts["distill"] = self._distill(loss, student, teacher, None if outputs is None else outputs.detach())
         return parts
 
@@ -166,6 +181,8 @@ class TrainModule(nn.Module):
         for tower, trace in student.items() if weights.summaries else ():
             summary = teacher[tower].embedding.detach()
             total = total + weights.summaries * F.mse_loss(trace.embedding, summary) / summary.square().mean()
+        for tower, trace in student.items() if weights.tokens else ():
+            total = total + weights.tokens * losses.token_distillation(trace, teacher[tower])
         if weights.logits and outputs is not None and loss.outputs is not None:
             ours, target = ((logits / _TEMPERATURE).log_softmax(-1) for logits in (loss.outputs, outputs))
             divergence = F.kl_div(ours, target, reduction="batchmean", log_target=True)

@@ -147,7 +147,9 @@ def _done(data: ReportData) -> list[tuple[str, str]]:
     config, parts = data.config, data.config.pruning
     align = config.align if parts.guide is not None else 0.0
     distillation = f"distillation of logits x {config.distill:g}, of summaries x {config.distill_summaries:g}"
-    losses = f"the task's, L_align x {align:g}, {distillation}, of scores x {config.saliency_weight:g}"
+    distillation += f", of tokens x {config.distill_tokens:g}, of scores x {config.saliency_weight:g}"
+    others = [f"{name} x {weight:g}" for name, weight in config.losses.items()]
+    losses = ", ".join(["the task's", f"L_align x {align:g}", distillation, *others])
     return [
         ("task", config.task),
         ("dense model", f"{config.model}, weights: {_weights(config)}"),
