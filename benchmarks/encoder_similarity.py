@@ -22,9 +22,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,12 @@ import timm
 import torch
 import torch.nn.functional as F
 import variants
+from embeddings import hits, mean_pooled, of_one_length, shared_neighbors
 from torch import Tensor, nn
 
 import vltprune as vp
 from vltprune.data import captions
 from vltprune.data.images import list_images, load_image
-from vltprune.hosts.ops import weighted_mean
 from vltprune.layers import ClsAttention, SelfAttention
 
 GUIDE, RATIO = "codebook(anchors=100)", "ratio(ratio=0.5)"
@@ -90,7 +89,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     subject = {"text": sentences, "image": photographs}[options.kind](options)
     dense = torch.cat([embedded(subject, subject.dense, batch) for batch in subject.batches])
-    print(f"{len(dense)} inputs" + ("" if subject.owners is None else f", dense R@1 {hits(dense, subject.owners):.1%}"))
+    print(
+        f"{len(dense)} inputs"
+        + ("" if subject.owners is None else f", dense R@1 {hits(dense, subject.owners).mean():.1%}")
+    )
     name = "sentences" if options.kind == "text" else f"photographs, {options.size} px"
     for reduction in options.reductions:
         for method in options.methods:
@@ -114,8 +116,8 @@ def sentences(options: argparse.Namespace) -> Subject:
     texts = texts[: options.count + held_out]
     owned = [(owner, ids) for (owner, _), ids in zip(texts, tokenizer([t for _, t in texts]).input_ids, strict=True)]
 
-    batches = list(_of_one_length(owned[: options.count], options.batch))
-    calibration = [ids for _, ids in _of_one_length(owned[options.count :], options.batch)]
+    batches = list(of_one_length(owned[: options.count], options.batch))
+    calibration = [ids for _, ids in of_one_length(owned[options.count :], options.batch)]
     owners = torch.cat([owners for owners, _ in batches])
     return Subject(dense.eval(), calibration, [ids for _, ids in batches], mean_pooled, owners)
 
@@ -131,14 +133,6 @@ def photographs(options: argparse.Namespace) -> Subject:
     return Subject(
         dense, list(images[options.count :].split(options.batch)), batches, lambda model, batch: model(batch)
     )
-
-
-def mean_pooled(model: nn.Module, ids: Tensor) -> Tensor:
-    """ids [batch, n] without padding -> [batch, dim]: the mean over tokens, a merged one counted as often as it merged."""
-    if not isinstance(model, vp.PrunedEncoder):
-        return model(ids).last_hidden_state.mean(1)
-    tokens, _ = model.encode(ids)
-    return weighted_mean(tokens, torch.ones_like(tokens.protected))
 
 
 @torch.inference_mode()
@@ -182,25 +176,8 @@ def compared(subject: Subject, model: nn.Module, dense: Tensor) -> dict[str, flo
         "cosine": cosine.mean().item(),
         "cosine_p5": cosine.quantile(0.05).item(),
     }
-    row["neighbors"] = shared_neighbors(dense, pruned)
-    return row if subject.owners is None else {**row, "recall": hits(pruned, subject.owners)}
-
-
-def nearest(embeddings: Tensor, count: int) -> Tensor:
-    """[inputs, count]: which others lie nearest, best first."""
-    similarity = embeddings @ embeddings.T
-    return similarity.fill_diagonal_(-1).topk(count).indices
-
-
-def shared_neighbors(dense: Tensor, pruned: Tensor, count: int = 10) -> float:
-    """The share of each input's nearest that stay among its nearest, mean over inputs."""
-    before, after = nearest(dense, count), nearest(pruned, count)
-    return (before[:, :, None] == after[:, None]).any(-1).float().mean().item()
-
-
-def hits(embeddings: Tensor, owners: Tensor) -> float:
-    """R@1: how often the nearest other input has the same owner."""
-    return (owners[nearest(embeddings, 1)[:, 0]] == owners).float().mean().item()
+    row["neighbors"] = shared_neighbors(dense, pruned).mean().item()
+    return row if subject.owners is None else {**row, "recall": hits(pruned, subject.owners).mean().item()}
 
 
 def relative_time(subject: Subject, model: nn.Module, repeats: int = 5) -> float:
@@ -215,17 +192,6 @@ def relative_time(subject: Subject, model: nn.Module, repeats: int = 5) -> float
     seconds(subject.dense), seconds(model)  # the first runs are slower
     pairs = [(seconds(subject.dense), seconds(model)) for _ in range(repeats)]
     return statistics.median(pruned / dense for dense, pruned in pairs)
-
-
-def _of_one_length(owned: Sequence[tuple[int, list[int]]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Owners [batch] and ids [batch, n], at most `size` sentences of one length at a time."""
-
-    def length(pair: tuple[int, list[int]]) -> int:
-        return len(pair[1])
-
-    for _, group in groupby(sorted(owned, key=length), length):
-        owners, ids = zip(*group, strict=True)
-        yield from zip(torch.tensor(owners).split(size), torch.tensor(ids).split(size), strict=True)
 
 
 def _options() -> argparse.Namespace:
