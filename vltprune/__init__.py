@@ -11,6 +11,7 @@ from .cost.guide_fit import fit_guide
 from .cost.macs import CostMeter, count_macs
 from .cost.prune import prune
 from .evaluation.ablation import Ablation, ablate
+from .hosts.resized import resized
 from .io.checkpoint import CheckpointError, Recipe, UnknownHostWarning, save
 from .io.hub import from_pretrained, load, push_to_hub
 from .io.preprocessing import Preprocessing, transforms
@@ -108,6 +109,7 @@ __all__ = [
     "push_to_hub",
     "reduce",
     "reducers",
+    "resized",
     "selectors",
     "save",
     "score",

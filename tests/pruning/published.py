@@ -87,7 +87,7 @@ def published(
         if place != "attention":
             x = x + block.mlp(block.norm2(x))
         state = Block(depth, x, maps, q, k, v, places, model.num_prefix_tokens, memory)
-        groups = decide(state) if place != "output" or depth == len(model.blocks) - 1 else None
+        groups = decide(state)
         if groups is not None:
             x = torch.stack([sum(w * x[i] for i, w in zip(rows, weights, strict=True)) for _, rows, weights in groups])
             places = [places[i] for i, _, _ in groups]

@@ -105,3 +105,52 @@ def evit(ratio):
 @summarized
 def test_evit(kind, patches):
     check("evit", evit(0.6), kind, patches, keep="ratio(ratio=0.6)")
+
+
+def zero_tprune(ratio):
+    """The two stages as one decision: importance is of all tokens of the block, as the statistics of those that stay."""
+
+    def decide(block):
+        steps = torch.stack([torch.linalg.matrix_power(one, 30).mean(0) for one in block.maps])
+        importance, keys = steps.square().mean(0).sqrt(), block.k.mean(1)
+        ranked = best(importance, block.free, 99)
+        half = (len(ranked) + 1) // 2
+        important, others = ranked[:half], ranked[half:]
+
+        def likeness(i):
+            # rounded, because cosines that differ by less than rounding go by position
+            return round(max(float(torch.cosine_similarity(keys[i], keys[j], dim=0)) for j in important), 4)
+
+        goes = best({i: likeness(i) for i in others}, sorted(others), len(ranked) - ceil(ratio * len(ranked) - 1e-6))
+        left = [i for i in block.free if i not in goes]
+        return block.kept(best(importance, left, ceil(ratio * len(left) - 1e-6)))
+
+    return decide
+
+
+@everywhere
+@pytest.mark.parametrize("kind", ["class token", "registers", "no class token"])
+def test_zero_tprune(kind, patches):
+    check("zero_tprune", zero_tprune(0.8), kind, patches, keep="ratio(ratio=0.8)")
+
+
+@pytest.mark.parametrize(
+    ("patches", "ratio", "rows", "columns"), [(4, 0.25, 2, 2), (4, 0.5, 2, 4), (5, 0.25, 2, 3), (5, 0.5, 3, 4)]
+)
+@pytest.mark.parametrize("kind", ["class token", "registers", "no class token"])
+def test_pooling(kind, patches, ratio, rows, columns):
+    def decide(block):
+        if block.depth:
+            return None
+        groups = block.kept([])
+        for r in range(rows):
+            for c in range(columns):
+                cell = [(y, x) for y in range(patches) for x in range(patches)]
+                cell = [(y, x) for y, x in cell if y * rows // patches == r and x * columns // patches == c]
+                at = [block.protected + y * patches + x for y, x in cell]
+                groups.append((at[0], at, [1 / len(at)] * len(at)))
+        return groups
+
+    assert set(check("pooling", decide, kind, patches, keep=f"ratio(ratio={ratio})")) == {
+        vit(kind, patches).num_prefix_tokens + rows * columns
+    }

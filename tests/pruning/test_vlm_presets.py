@@ -6,6 +6,7 @@ from math import ceil
 
 import numpy as np
 import pytest
+import torch
 from published import Block, check
 
 everywhere = pytest.mark.parametrize("patches", [4, 5])
@@ -15,16 +16,17 @@ any_kind = pytest.mark.parametrize("kind", ["class token", "registers", "no clas
 places = pytest.mark.parametrize("where", [{}, {"place": "block", "at": (1, 2)}], ids=["output", "block"])
 
 
-def run(preset, choose, kind, patches, where, ratio=0.4):
+def run(preset, choose, kind, patches, where, ratio=0.4, observe=lambda block: None, **parts):
     """A preset at a ratio against `choose(block, count)`, which gives the free indices that stay, or groups."""
 
     def decide(block: Block):
-        if where and block.depth not in where["at"]:
+        observe(block)
+        if block.depth not in where.get("at", (3,)):
             return None
         chosen = choose(block, ceil(ratio * len(block.free) - 1e-6))
         return chosen if chosen and isinstance(chosen[0], tuple) else block.kept(chosen)
 
-    check(preset, decide, kind, patches, where.get("place", "output"), keep=f"ratio(ratio={ratio})", **where)
+    check(preset, decide, kind, patches, where.get("place", "output"), keep=f"ratio(ratio={ratio})", **where, **parts)
 
 
 def cosines(x) -> np.ndarray:
@@ -114,3 +116,164 @@ def dart(block, count):
 @places
 def test_dart(kind, patches, where):
     run("dart", dart, kind, patches, where, ratio=0.7)
+
+
+def nearest(x, i, among):
+    similarity = cosines(x)
+    return max(among, key=lambda j: similarity[i, j])
+
+
+def gathered(block, stay, homes, weight):
+    """Groups of the tokens that stay and of those whose home each is, by weights of the group [n] -> [n]."""
+    protected = [i for i, place in enumerate(block.place) if place < block.protected]
+    groups = []
+    for k in sorted([*protected, *stay]):
+        members = [i for i, home in homes.items() if home == k]
+        groups.append((k, [k, *members], weight(k, members) if members else [1.0]))
+    return groups
+
+
+def visionzip(block, count):
+    dominant = by_attention(block, block.free, int(count * 54 / 64))
+    rest = [i for i in block.free if i not in dominant]
+    number = count - len(dominant)
+    targets = rest[:: max(1, len(rest) // number)][:number]
+    keys = block.k.mean(1)
+    homes = {i: nearest(keys, i, targets) for i in rest if i not in targets}
+    return gathered(block, dominant + targets, homes, lambda k, members: [1.0] + [1 / len(members)] * len(members))
+
+
+@everywhere
+@summarized
+@places
+def test_visionzip(kind, patches, where):
+    run("visionzip", visionzip, kind, patches, where)
+
+
+def prumerge(block, count):
+    wide = (block.q[0].flatten() @ block.k.flatten(1).T / block.q[0].numel() ** 0.5).softmax(-1)
+    stay = sorted(block.free, key=lambda i: -float(wide[i]))[:count]
+    homes = {i: nearest(block.k.mean(1), i, stay) for i in block.free if i not in stay}
+    return gathered(block, stay, homes, lambda k, members: [1.0] + [float(wide[i]) for i in members])
+
+
+@everywhere
+@summarized
+@places
+def test_prumerge(kind, patches, where):
+    """At a ratio; how many stay by outliers has a test of its own."""
+    run("prumerge", prumerge, kind, patches, where)
+
+
+@everywhere
+@summarized
+def test_prumerge_keeps_as_many_as_have_outlying_attention(kind, patches):
+    def decide(block):
+        if block.depth < 3:
+            return None
+        wide = (block.q[0].flatten() @ block.k.flatten(1).T / block.q[0].numel() ** 0.5).softmax(-1)
+        values = wide[block.free].numpy()
+        low, high = np.percentile(values, [25, 75])
+        return prumerge(block, max(1, int((values > high + 1.5 * (high - low)).sum())))
+
+    check("prumerge", decide, kind, patches, "output")
+
+
+def hiprune(patches):
+    def choose(block, count):
+        received = {i: float(block.maps[:, :, i].mean()) for i in block.free}
+        middle = {i: block.memory["middle"][block.place[i]] for i in block.free}
+        anchors = sorted(block.free, key=lambda i: -middle[i])[: round(count * 0.5 / 5)]
+        cells = {i: divmod(block.place[i] - block.protected, patches) for i in block.free}
+
+        def group(i):
+            steps = [abs(cells[i][0] - cells[a][0]) + abs(cells[i][1] - cells[a][1]) for a in anchors]
+            return 0 if i in anchors else 1 if 1 in steps else 2
+
+        return sorted(block.free, key=lambda i: (group(i), -received[i]))[:count]
+
+    def observe(block):
+        if block.depth == 1:
+            scores = block.maps.mean((0, 1))
+            block.memory["middle"] = {place: float(scores[i]) for i, place in enumerate(block.place)}
+
+    return choose, observe
+
+
+@everywhere
+@any_kind
+@places
+def test_hiprune(kind, patches, where):
+    choose, observe = hiprune(patches)
+    run("hiprune", choose, kind, patches, where, 0.6, observe, selector="anchors(part=0.5)")
+
+
+def vscan(patches):
+    def choose(block, count):
+        early = {i: block.memory["early"][block.place[i]] for i in block.free}
+        windows = {}
+        for i in block.free:
+            row, column = divmod(block.place[i] - block.protected, patches)
+            windows.setdefault((row // 2, column // 2), []).append(i)
+        quota, stay = count // 2 // len(windows), []
+        for window in windows.values():
+            stay += sorted(window, key=lambda i: -early[i])[:quota]
+        stay += by_attention(block, [i for i in block.free if i not in stay], count - len(stay))
+        homes = {i: nearest(block.k.mean(1), i, stay) for i in block.free if i not in stay}
+        return gathered(block, stay, homes, lambda k, members: [1 / (1 + len(members))] * (1 + len(members)))
+
+    def observe(block):
+        if block.depth == 0:
+            scores = block.maps[:, 0].mean(0)
+            block.memory["early"] = {place: float(scores[i]) for i, place in enumerate(block.place)}
+
+    return choose, observe
+
+
+@everywhere
+@summarized
+@places
+def test_vscan(kind, patches, where):
+    choose, observe = vscan(patches)
+    run("vscan", choose, kind, patches, where, 0.6, observe, selector="windows(size=2)")
+
+
+def flowcut(block, count):
+    value, attention = block.v.mean(1), block.maps[:, 0].mean(0)
+    likeness = torch.stack([(value[0] @ one).exp() for one in value])
+    own = attention / attention[block.free].sum() + likeness / likeness[block.free].sum()
+    own = {block.place[i]: float(own[i] * value[i].abs().sum()) for i in block.free}
+    before = block.memory.get("flowcut", own)
+    block.memory["flowcut"] = scores = {place: 0.5 * before[place] + 0.5 * score for place, score in own.items()}
+    return sorted(block.free, key=lambda i: -scores[block.place[i]])[:count]
+
+
+@everywhere
+@summarized
+def test_flowcut(kind, patches):
+    run("flowcut", flowcut, kind, patches, {"place": "block", "at": (0, 1, 2, 3)}, 0.8)
+
+
+def scissor(block, count):
+    if count == len(block.free):
+        return block.free
+    similarity, home = cosines(block.x), {i: i for i in block.free}
+    for i in block.free:
+        for j in block.free:
+            if similarity[i, j] > 0.3 and home[i] != home[j]:
+                low, high = sorted((home[i], home[j]))
+                home = {k: low if one == high else one for k, one in home.items()}
+    first = sorted(set(home.values()))
+    stay = sorted(first, key=lambda k: -list(home.values()).count(k))[:count]
+    home = {i: k if k in stay else nearest(block.x, k, stay) for i, k in home.items()}
+    homes = {i: k for i, k in home.items() if i not in stay}
+    return gathered(block, stay, homes, lambda k, members: [1 / (1 + len(members))] * (1 + len(members)))
+
+
+@everywhere
+@any_kind
+@places
+@pytest.mark.parametrize("ratio", [0.8, 0.2])
+def test_scissor(kind, patches, where, ratio):
+    """With room for all components, and for the largest alone."""
+    run("scissor", scissor, kind, patches, where, ratio, selector="components(least_similarity=0.3)")

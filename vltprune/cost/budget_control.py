@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from ..layers import KeepRatioPredictor
+from ..layers import All, KeepRatioPredictor
 from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import get_pruning
 from ..pruning.part import Part
@@ -89,7 +89,9 @@ class BudgetControl:
         object.__setattr__(unwrapped(self.model), "pruning", dataclasses.replace(record, config=config))
 
     def _committed(self, stage: Stage, towers: Mapping[str, PrunedEncoder], value: float) -> Stage:
-        """A stage with the knob's value in the keepers of the towers that the knob is of."""
+        """A stage with the knob's value in the keepers of the towers that the knob is of; as it is, where it keeps all."""
+        if stage.keep == Part("all"):
+            return stage
         pruned = [name for name, tower in towers.items() if tower.pruners]
         if isinstance(stage.keep, Part) and set(pruned) == set(self.towers):
             return dataclasses.replace(stage, keep=stage.keep.replace(**{self.knob.name: value}))
@@ -111,5 +113,6 @@ def keepers_with_knob(guided: bool) -> list[str]:
 
 
 def keepers_of(tower: PrunedEncoder) -> list[KeepRatioPredictor]:
-    """The keepers of a pruned tower, one a depth."""
-    return [module for module in tower.pruners.modules() if isinstance(module, KeepRatioPredictor)]
+    """The keepers of a pruned tower, one a depth and stage, without those that keep all."""
+    modules = tower.pruners.modules()
+    return [module for module in modules if isinstance(module, KeepRatioPredictor) and not isinstance(module, All)]

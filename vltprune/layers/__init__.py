@@ -1,12 +1,15 @@
 """The five kinds of part of a pruner: guides, scorers, keepers, selectors, reducers. They import core/ and no host."""
 
 from .adaptive import Distortion, Threshold
+from .adding_reducers import Add
+from .assigning_selectors import Components, Dominant
 from .block_spec import BlockSpec
 from .distinct import Distinct, DistinctAttention, DistinctMadtp
-from .diverse_selectors import Deduplicate, Dpp, MaxMin, Pivots
+from .diverse_selectors import Deduplicate, Dpp, MaxMin, Pivots, UnlikeImportant
 from .grid import with_grid
+from .grid_selectors import Anchors, Pool
 from .guides import AlignmentGuide, Codebook, Guidance
-from .keepers import Count, Counts, KeepRatioPredictor, Knob, RandomRatio, Ratio, Remove
+from .keepers import All, Count, Counts, KeepRatioPredictor, Knob, Outliers, RandomRatio, Ratio, Remove
 from .matching_selectors import Bipartite, Energy, Graph, MatchingSelector, Window
 from .mctf import Mctf
 from .merging_reducers import Merge, Tofu
@@ -22,6 +25,7 @@ from .statistic_scorers import (
     FlowCut,
     KeyNorm,
     PageRank,
+    Remember,
     ValueWeightedAttention,
     WideClsAttention,
 )
@@ -29,6 +33,15 @@ from .trained_keepers import Above, RisingThreshold, SampledRatio
 from .trained_scorers import Halting, Predictor
 
 __all__ = [
+    "UnlikeImportant",
+    "Remember",
+    "Pool",
+    "Outliers",
+    "Dominant",
+    "Components",
+    "Anchors",
+    "All",
+    "Add",
     "Above",
     "Counts",
     "Energy",

@@ -13,6 +13,7 @@ from ..registry import selectors
 from . import choosing
 from .block_spec import BlockSpec
 from .selectors import Selection, TokenSelector
+from .similarity import cosine, order_by_score, order_by_similarity, ranks
 
 
 class FeatureSelector(TokenSelector):
@@ -149,3 +150,35 @@ class Pivots(FeatureSelector):
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.width * before * before.clamp(max=self.number)
+
+
+@selectors.register("unlike_important")
+class UnlikeImportant(FeatureSelector):
+    """Removes the less important tokens that resemble an important one most: the S-stage of Zero-TPrune (arXiv 2305.17328).
+
+    The half of smaller scores is compared with the other half by cosine, each token with its most similar. Those of largest
+    similarity go, at most the half; where more are to go, the tokens of smallest score that are left go too.
+
+    Args:
+        spec: the block.
+        features: what is compared: "key", the mean of the block's keys over heads, or "x", the block's input.
+    """
+
+    def __init__(self, spec: BlockSpec, features: Literal["x", "key"] = "key"):
+        super().__init__(spec, features)
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+        features, candidates = self.padded_features(tokens, stats)
+        padded, total = segments.pad(scores.detach(), tokens.layout), candidates.sum(1)
+        removed = (total - counts).clamp(min=0)
+        rank = ranks(order_by_score(padded, candidates))
+        important = candidates & (rank < ((total + 1) // 2)[:, None])
+        others = candidates & ~important
+        similarity = cosine(features, candidates).masked_fill(~important[:, None], float("-inf")).amax(2)
+        goes = others & (ranks(order_by_similarity(similarity, others)) < removed[:, None])
+        left = removed - goes.sum(1)
+        goes = goes | (candidates & ~others & (rank >= (total - goes.sum(1) - left)[:, None]))
+        return Selection(tokens.protected | segments.unpad(candidates & ~goes, tokens.layout))
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor:
+        return self.width * before**2

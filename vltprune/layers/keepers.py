@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core import precision, segments
 from ..core.tokens import PackedTokens
 from ..registry import keepers
+from . import sampling
 from .block_spec import BlockSpec
 from .guides import Guidance
 from .printing import PrintedPart
@@ -135,6 +136,32 @@ class Ratio(KeepRatioPredictor):
     def block_ratio(self) -> float:
         """The ratio of the tokens that enter this block, with the decay."""
         return self.ratio**self._decay_factor
+
+
+@keepers.register("all")
+class All(KeepRatioPredictor):
+    """Keeps all tokens: a stage that only leaves scores for later ones. Replacing parts of a config leaves such a stage."""
+
+    fixed = True
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        return segments.count(tokens.free, tokens.layout)
+
+
+@keepers.register("outliers")
+class Outliers(KeepRatioPredictor):
+    """Keeps as many tokens as have an outlying score, at least one: LLaVA-PruMerge (arXiv 2403.15388).
+
+    Outliers are above Q3 + 1.5 (Q3 - Q1), where Q1 and Q3 are the quartiles of the instance's scores. The reference takes
+    quartiles over the batch.
+    """
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        padded, candidates = (
+            segments.pad(scores.detach(), tokens.layout),
+            segments.pad(tokens.free, tokens.layout, False),
+        )
+        return torch.maximum(sampling.outliers(padded, candidates), candidates.any(1).long())
 
 
 @keepers.register("count")

@@ -41,6 +41,8 @@ class Windows(TokenSelector):
         spec: the block.
         size: rows and columns of a window, in patches. Windows at the right and lower end may be smaller.
         local: the part of `counts` that is divided equally among the windows, in 0 .. 1.
+        column: the column of the tokens in which an earlier stage left the scores inside windows, as scorer `remember` does.
+            Without it they are the scores themselves.
 
     Raises:
         ValueError: for arguments outside their range.
@@ -48,19 +50,20 @@ class Windows(TokenSelector):
 
     reads_grid = True
 
-    def __init__(self, spec: BlockSpec, size: int = 6, local: float = 0.5):
+    def __init__(self, spec: BlockSpec, size: int = 6, local: float = 0.5, column: str = "remembered"):
         super().__init__(spec)
         if size < 1:
             raise ValueError(f"windows(size={size}) must be 1 or more: rows and columns of a window, in patches")
         if not 0 <= local <= 1:
             raise ValueError(f"windows(local={local}) must lie in 0 .. 1: the part that stays by window")
-        self.size, self.local = size, local
+        self.size, self.local, self.column = size, local, column
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
         layout = tokens.layout
         padded, candidates = segments.pad(scores.detach(), layout), segments.pad(tokens.free, layout, False)
         ids = segments.pad(window_ids(tokens, self.size), layout, 0)
-        keep = sampling.windows(padded, candidates, counts, ids, local=self.local)
+        inside = segments.pad(tokens.columns.get(self.column, scores).detach(), layout)
+        keep = sampling.windows(padded, candidates, counts, ids, inside, self.local)
         return Selection(tokens.protected | segments.unpad(keep, layout))
 
 

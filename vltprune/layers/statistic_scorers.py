@@ -11,7 +11,7 @@ from ..core.tokens import PackedTokens
 from ..registry import scorers
 from .block_spec import BlockSpec
 from .guides import Guidance
-from .scorers import TokenScorer, normalize
+from .scorers import MeanClsAttention, TokenScorer, normalize
 
 
 @scorers.register("column_attention")
@@ -139,3 +139,35 @@ class FlowCut(TokenScorer):
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.spec.dim // self.spec.heads * before
+
+
+@scorers.register("remember")
+class Remember(TokenScorer):
+    """The scores of another scorer, which later stages find in a column of the tokens.
+
+    A stage that keeps all tokens, `Stage("remember(...)", "all", at=9)`, only leaves its scores.
+
+    Args:
+        spec: the block.
+        scorer: the name of a registered scorer.
+        column: the name of the column.
+
+    Raises:
+        LookupError: for a scorer that is not registered.
+        ValueError: for a scorer that reads a guide.
+    """
+
+    needs = MeanClsAttention.needs
+
+    def __init__(self, spec: BlockSpec, scorer: str = "mean_cls_attention", column: str = "remembered"):
+        super().__init__(spec)
+        self.base: TokenScorer = scorers[scorer](spec)
+        if self.base.guided:
+            raise ValueError(f"remember(scorer={scorer!r}) cannot give it the alignment guide: choose another scorer")
+        self.needs, self.remembers = self.base.needs, column
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        return self.base(tokens, stats, guidance)
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        return self.base.macs(before, after)

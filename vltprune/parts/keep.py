@@ -1,15 +1,17 @@
 """Keepers as typed parts: prune(model, preset, keep=vltprune.keep.ratio(0.5))."""
 
 from ..layers.adaptive import Distortion, Learned, Threshold, TopP
-from ..layers.keepers import Count, Counts, RandomRatio, Ratio, Remove
+from ..layers.keepers import All, Count, Counts, Outliers, RandomRatio, Ratio, Remove
 from ..layers.trained_keepers import Above, RisingThreshold, SampledRatio
 from .typed import typed_part
 
 above = typed_part(Above)
+all = typed_part(All)
 count = typed_part(Count)
 counts = typed_part(Counts)
 distortion = typed_part(Distortion)
 learned = typed_part(Learned)
+outliers = typed_part(Outliers)
 random_ratio = typed_part(RandomRatio)
 ratio = typed_part(Ratio)
 remove = typed_part(Remove)

@@ -9,6 +9,7 @@ from ..layers.statistic_scorers import (
     FlowCut,
     KeyNorm,
     PageRank,
+    Remember,
     ValueWeightedAttention,
     WideClsAttention,
 )
@@ -31,6 +32,7 @@ mean_cls_attention = typed_part(MeanClsAttention)
 pagerank = typed_part(PageRank)
 predictor = typed_part(Predictor)
 random = typed_part(Random)
+remember = typed_part(Remember)
 self_attention = typed_part(SelfAttention)
 value_weighted_attention = typed_part(ValueWeightedAttention)
 wide_cls_attention = typed_part(WideClsAttention)

@@ -79,7 +79,7 @@ class PruneConfig(Stage):
 
         Args:
             **changes: scorer=, keep=, selector=, reducer=, at=, place=, guide= and then=, as PruneConfig takes them. All but
-                the last two replace what every stage has.
+                the last two replace what every stage has, except in stages of `then` with keep="all".
 
         Returns:
             The new config; this one is unchanged.
@@ -89,7 +89,7 @@ class PruneConfig(Stage):
         """
         _check_names(changes)
         own: dict[str, Any] = {name: value for name, value in changes.items() if name not in ("guide", "then")}
-        then = changes.get("then", tuple(dataclasses.replace(stage, **own) for stage in self.stages[1:]))
+        then = changes.get("then", tuple(_replaced(stage, own) for stage in self.stages[1:]))
         return dataclasses.replace(self, **{**changes, "then": then})
 
     def with_stages(self, stages: Iterable[Stage]) -> PruneConfig:
@@ -141,6 +141,11 @@ def _stage(stage: Stage | Mapping[str, Any]) -> Stage:
     if not isinstance(stage, Stage) or isinstance(stage, PruneConfig):
         raise TypeError(f"then=: a stage is a vltprune.Stage or a mapping of its arguments, not {stage!r}")
     return stage
+
+
+def _replaced(stage: Stage, changes: dict[str, Any]) -> Stage:
+    """A stage with other parts; one that keeps all tokens, and only leaves scores for others, as it is."""
+    return stage if stage.keep == Part("all") else dataclasses.replace(stage, **changes)
 
 
 def _check_guide(stage: Stage, guided: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...registry import presets
 from ..config import PruneConfig
+from ..stage import Stage
 
 
 @presets.register("ats")
@@ -33,3 +34,30 @@ def powerbert() -> PruneConfig:
     block by soft extraction. A ratio is of the tokens that a text has; the reference counts its padding too.
     """
     return PruneConfig(scorer="column_attention(diagonal=False)", keep="ratio(ratio=0.7, decay=0.8)", reducer="drop")
+
+
+@presets.register("zero_tprune")
+def zero_tprune() -> PruneConfig:
+    """Zero-TPrune (arXiv 2305.17328): removes unimportant tokens that resemble important ones, then the least important.
+
+    Importance is PageRank on the graph of attention. At five of twelve blocks a ratio passes each of two stages: by
+    similarity of keys between the less and the more important half, then by importance.
+
+    **Departs**: there is no reference code; blocks and ratios are not the paper's. The order of the first stage is that of
+    full PageRank, for which the paper has a single step. Heads count alike: its filter of heads by variance is left out.
+    """
+    blocks = (1 / 12, 3 / 12, 6 / 12, 9 / 12, 11 / 12)
+    second = Stage("pagerank", "ratio(ratio=0.85)", "drop", at=blocks)
+    return PruneConfig("pagerank", "ratio(ratio=0.85)", "drop", at=blocks, selector="unlike_important", then=(second,))
+
+
+@presets.register("pooling")
+def pooling() -> PruneConfig:
+    """The baseline: patches are averaged in cells of a coarser grid once, at the first block; a quarter is 2 x 2 pooling.
+
+    Means are taken behind the attention of the first block, whose attention therefore costs what it did. Sides that do not
+    divide have cells of unequal size.
+    """
+    return PruneConfig(
+        scorer="equal", keep="ratio(ratio=0.25)", reducer="merge(weights='equal')", selector="pool", at=0
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ...registry import presets
 from ..config import PruneConfig
+from ..stage import Stage
 
 
 @presets.register("fastervlm")
@@ -71,4 +72,109 @@ def dart() -> PruneConfig:
     """
     return PruneConfig(
         scorer="key_norm", keep="ratio(ratio=0.25)", reducer="drop", selector="pivots(number=8)", place="output"
+    )
+
+
+@presets.register("visionzip")
+def visionzip() -> PruneConfig:
+    """VisionZip (arXiv 2412.04467): dominant patches by class attention, and the rest added to evenly chosen others.
+
+    Of 64 patches 54 are dominant, of other counts the same part. Each other one goes to the most similar of the evenly chosen
+    ones by its keys: x_target + mean of what it gathers, a sum of both.
+
+    **Departs**: as `fastervlm` does. Keys are means over heads, as in the original; LightCompress has them whole. Tokens stay
+    in spatial order, where the reference puts the evenly chosen ones last.
+    """
+    return PruneConfig(
+        scorer="mean_cls_attention",
+        keep="ratio(ratio=0.25)",
+        reducer="add(weights='mean')",
+        selector="dominant(part=0.84375)",
+        place="output",
+    )
+
+
+@presets.register("prumerge")
+def prumerge() -> PruneConfig:
+    """LLaVA-PruMerge (arXiv 2403.15388): as many patches as have outlying class attention, to which the others are added.
+
+    Attention is that of all heads as one. A patch that stays gains sum_j a_j x_j over the others that go to it.
+
+    **Departs**: each other patch goes to the most similar one that stays. In the reference each one that stays gains its 32
+    most similar patches, which may be others that stay or that several share, and one more token holds what is left over.
+    Keys are means over heads. Quartiles are of an image, where the reference has those of the batch. Tokens stay in spatial
+    order. Features and attention are those of the same last block. Evenly chosen patches ("+") are left out.
+    """
+    return PruneConfig(scorer="wide_cls_attention", keep="outliers", reducer="add(weights='score')", place="output")
+
+
+@presets.register("hiprune")
+def hiprune() -> PruneConfig:
+    """HiPrune (arXiv 2508.00553): anchors by attention received in a middle block with their neighbors, then by the last block.
+
+    Attention received is the mean over heads and queries. The middle block is at three eighths of the depth, CLIP's 10th of
+    24.
+
+    **Departs**: the last block's attention is that of the tower's last block; the reference has the last but one. Neighbors
+    are in the grid; the reference does not look where a row ends. Class token and registers are protected.
+    """
+    return PruneConfig(
+        scorer="column_attention",
+        keep="ratio(ratio=0.25)",
+        reducer="drop",
+        selector="anchors(part=0.1)",
+        place="output",
+        then=(Stage("remember(scorer='column_attention')", "all", at=0.375),),
+    )
+
+
+@presets.register("vscan")
+def vscan() -> PruneConfig:
+    """VScan (arXiv 2505.22654), the stage in the vision tower: half by class attention, half by window, the rest merged.
+
+    Windows of 6 x 6 patches have equal quotas, by the class attention of an early block, CLIP's 6th of 24. Each patch that
+    goes becomes part of the most similar one that stays, by a mean.
+
+    **Departs**: as `fastervlm` does. Similarity is of keys; the reference has projected tokens. What cannot be divided among
+    windows is chosen by score, where the reference loses it. Its second stage, in the language model, is left out.
+    """
+    return PruneConfig(
+        scorer="mean_cls_attention",
+        keep="ratio(ratio=0.25)",
+        reducer="merge(weights='equal')",
+        selector="windows(size=6, local=0.5)",
+        place="output",
+        then=(Stage("remember(scorer='mean_cls_attention')", "all", at=0.21),),
+    )
+
+
+@presets.register("flowcut")
+def flowcut() -> PruneConfig:
+    """FlowCut (arXiv 2505.19536): class attention and likeness to the class token's value, smoothed over the blocks that prune.
+
+    It prunes inside the tower, behind every block, so that later blocks cost less.
+
+    **Departs**: a ratio stays at every block. The reference prunes at every second one, by how even the attention is, to a
+    given number at the last but one; it smooths over all blocks.
+    """
+    return PruneConfig(scorer="flowcut", keep="ratio(ratio=0.85)", reducer="drop", place="block")
+
+
+@presets.register("scissor")
+def scissor() -> PruneConfig:
+    """LLaVA-Scissor (arXiv 2506.21862) for one image: the mean of each connected component of similar patches.
+
+    Components are of patches whose cosine is above 0.9. At most half of the patches stay: the largest components, with which
+    others are merged.
+
+    **Departs**: components are exact, where the reference samples nodes. It assigns all tokens once more to the most similar
+    mean; here each stays in its component. Frames are separate images, so that nothing is merged over time. The keeper limits
+    the number.
+    """
+    return PruneConfig(
+        scorer="equal",
+        keep="ratio(ratio=0.5)",
+        reducer="merge(weights='equal')",
+        selector="components(least_similarity=0.9)",
+        place="output",
     )
