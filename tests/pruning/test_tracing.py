@@ -19,7 +19,7 @@ from vltprune.layers.scorers import normalize
 from vltprune.models.blip import Blip
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
-FIXED = {"ratio": "ratio(ratio=0.5)", "count": "count(count=3)"}
+FIXED = {"ratio": "ratio(ratio=0.5)", "count": "count(count=3)", "remove": "remove(r=3)"}
 EVERY = {**dict.fromkeys(vp.keepers.names()), **FIXED}
 
 
@@ -63,7 +63,7 @@ def test_scores_that_need_no_equalizing_do_not_leave_it_out_of_the_record():
 @pytest.mark.parametrize("keep", EVERY)
 def test_counts_of_an_instances_own_are_refused(keep):
     model = vp.prune(vit(), "madtp", guide="codebook(anchors=5)", keep=EVERY[keep] or keep).eval()
-    if keep in FIXED:
+    if vp.keepers[keep].fixed:
         traced(model, images(2))
         return
     with pytest.raises(ValueError, match=r"keep this example's counts.*keep='ratio\(\.\.\.\)' or keep='count"):

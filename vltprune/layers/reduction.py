@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import precision, segments
+from ..core.checks import is_traced
 from ..core.tokens import Layout, PackedTokens
 
 
@@ -92,8 +93,8 @@ class Reduction:
     def _sums(self, values: Tensor, weight: Tensor) -> Tensor:
         """Weighted sums by result row: values [total, ...] and weight [total] -> [new total, ...]."""
         shape = (-1, *[1] * (values.dim() - 1))
-        if values.device.type != "cpu":
-            # without a synchronization
+        if values.device.type != "cpu" or is_traced():
+            # without a synchronization, and without the number of sums of one input
             weighted = precision.single(values) * weight.view(shape)
             sums = weighted.new_zeros(self.layout.total + 1, *values.shape[1:]).index_add(
                 0, self._filled_target, weighted
