@@ -184,7 +184,12 @@ class Board:
         title, metric = TITLES[task]
         whole = self.score(task, DENSE, 0.0)
         present = [p for p in self.presets if any(self.score(task, p, r) is not None for r in self.reductions)]
-        present.sort(key=lambda p: -statistics.fmean(filter(None, (self.score(task, p, r) for r in self.reductions))))
+
+        def first(preset: str) -> float:
+            known = [self.score(task, preset, reduction) for reduction in self.reductions]
+            return -statistics.fmean(score for score in known if score is not None)
+
+        present.sort(key=first)
         scores = [self.score(task, p, r) for p in present for r in self.reductions]
         low = min([whole, *(one for one in scores if one is not None)])
         bottom = _HEAD + _ROW * len(present)

@@ -26,9 +26,9 @@ from vltprune.data import captions
 from vltprune.evaluation.tasks import Nlvr
 
 SIZE = 112  # of photographs, in pixels
-_PAIRS, _PHOTOGRAPHS, _CAPTIONS = 120, 120, 400  # measured
-_CALIBRATED = 12  # pairs and photographs that set the cost, the first two alone where these suffice
-_CALIBRATED_CAPTIONS = 40
+_PAIRS, _PHOTOGRAPHS, _CAPTIONS = 80, 64, 250  # measured
+_CALIBRATED = 10  # pairs and photographs that set the cost, the first two alone where these suffice
+_CALIBRATED_CAPTIONS = 25
 _WIDTH, _TRAIN_PHOTOGRAPHS, _TRAIN_CAPTIONS = 256, 3000, 2
 _EPOCHS, _PER_STEP, _LR = 10, 100, 3e-3
 
@@ -61,7 +61,7 @@ def nlvr(options: argparse.Namespace) -> Task:
     def batch(part: Sequence[Any]) -> tuple[Tensor, ...]:
         return torch.stack([record.load_tensor(prepare) for record in part]), *task.tokenize(part)[0]
 
-    batches, rest = [batch(part) for part in _batched(records[:_PAIRS], 24)], records[_PAIRS:]
+    batches, rest = [batch(part) for part in _batched(records[:_PAIRS], 20)], records[_PAIRS:]
     calibration = [batch(rest[:2]), batch(rest[2:])]
     labels = torch.tensor([record.label for record in records[:_PAIRS]])
 
@@ -116,6 +116,7 @@ def sentences(options: argparse.Namespace) -> Task:
     owned = [(owner, ids) for (owner, _), ids in zip(texts, tokenizer([t for _, t in texts]).input_ids, strict=True)]
     batches = list(of_one_length(owned[:_CAPTIONS], 64))
     calibration = [ids for _, ids in of_one_length(owned[_CAPTIONS:], 64)]
+    calibration.sort(key=lambda ids: -len(ids))  # of the commonest length first
     owners, ids = torch.cat([owners for owners, _ in batches]), [ids for _, ids in batches]
     before = _outputs(dense, ids, _pooled)
 
