@@ -51,7 +51,11 @@ CALL = r"write vltprune\.prune\(model, 'attention', reduction=0\.5, data=\[image
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ({"reduction": 0.5}, TypeError, f"prune needs a preset, one of attention, .*: {CALL}"),
+        (
+            {"reduction": 0.5},
+            TypeError,
+            rf"prune needs a preset, one of (\w+, )*evit, (\w+, )+or a PruneConfig: {CALL}",
+        ),
         ({"data": []}, TypeError, f"prune needs a preset.*: {CALL}"),
         ({}, TypeError, f"prune needs a preset.*: {CALL}"),
         ({"scorer": "random"}, TypeError, f"prune needs a preset.*: {CALL}"),
@@ -77,8 +81,12 @@ def test_a_reduction_is_refused_before_the_guide_is_placed():
         vp.prune(small("nlvr").model, "madtp", reduction=1.5, data=[run])
 
 
-@pytest.mark.parametrize("name", vp.presets.names())
-@pytest.mark.parametrize("model", ["vit", "text", "blip", "nlvr"])
+# each on an image tower, and those of a guide on both towers of a model, which share it
+ON_MODELS = [("nlvr" if vp.preset(name).guide is not None else "vit", name) for name in vp.presets.names()]
+ON_MODELS += [("text", "evit"), ("blip", "attention")]
+
+
+@pytest.mark.parametrize(("model", "name"), ON_MODELS)
 def test_every_preset_can_be_brought_to_a_cost(model, name):
     dense, inputs = small(model).model, small(model).draw(6)
     parts = {"guide": "codebook(anchors=5)"} if vp.preset(name).guide is not None else {}

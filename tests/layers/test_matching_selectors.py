@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +34,18 @@ def test_macs_of_comparisons(name, removed, n):
     part, (tokens, stats) = selectors[name](SPEC), inputs(n)
     counts = torch.tensor([n - removed])
     found = counted(lambda: part(tokens, torch.rand(n), counts, stats))
-    assert found == part.macs(torch.tensor([float(n)]), torch.tensor([float(n - removed)])).item()
+    assert found == float(part.macs(torch.tensor([float(n)]), torch.tensor([float(n - removed)])))
+
+
+def test_every_part_that_compares_features_names_them_alike():
+    """By one argument, `by`; other values are refused with the part's name and what to write."""
+    for registry in (scorers, selectors, reducers):
+        for name in registry.names():
+            taken = inspect.signature(registry[name]).parameters
+            assert "features" not in taken
+            if "by" in taken:
+                with pytest.raises(ValueError, match=rf"{name}\(by='x'\): write by='content'.*, or by='key'"):
+                    registry[name](SPEC, by="x")
 
 
 @pytest.mark.parametrize("by", ["key", "content"])

@@ -19,8 +19,8 @@ SPEC = BlockSpec("image", 0, 4, 8, 2, True)
 # the arguments of each selector, and the indices of the free tokens [n, ...] of one instance that it must choose
 CHOSEN = {
     "max_min": ({}, lambda x, key, scores, count: select.max_min(x, count)),
-    "max_min of keys": ({"features": "key"}, lambda x, key, scores, count: select.max_min(key, count)),
-    "dpp": ({"features": "key"}, lambda x, key, scores, count: select.dpp(key, scores, count)),
+    "max_min of keys": ({"by": "key"}, lambda x, key, scores, count: select.max_min(key, count)),
+    "dpp": ({"by": "key"}, lambda x, key, scores, count: select.dpp(key, scores, count)),
     "deduplicate": ({"important": 0.3}, lambda x, key, scores, count: select.deduplicate(x, scores, count, 0.3)),
     "pivots": ({"number": 2}, lambda x, key, scores, count: select.pivots(x, scores, count, 2)),
     "sample_cdf": ({}, lambda x, key, scores, count: select.sample_cdf(scores, count)),
@@ -105,7 +105,7 @@ def test_nobody_else_pays_for_the_grid():
 @pytest.mark.parametrize(
     ("name", "args", "match"),
     [
-        ("max_min", {"features": "values"}, "write features='x' or features='key'"),
+        ("max_min", {"by": "values"}, r"max_min\(by='values'\): write by='content'.* or by='key'"),
         ("deduplicate", {"important": 1.5}, "must lie in 0 .. 1"),
         ("pivots", {"number": 0}, "must be 1 or more"),
         ("windows", {"size": 0}, "must be 1 or more"),
@@ -122,8 +122,8 @@ def test_comparisons_cost_what_torch_counts(name):
     """Of one instance without protected tokens, for features of both widths."""
     tokens, scores = PackedTokens.pack(torch.randn(1, 30, 8)), torch.rand(30)
     stats = AttentionStats(Stat.KEY, {Stat.KEY: torch.randn(30, 4)})
-    for features in ("x", "key"):
-        part = selectors[name](SPEC, features=features)
+    for by in ("content", "key"):
+        part = selectors[name](SPEC, by=by)
         counted = measure_macs(part, tokens, scores, torch.tensor([12]), stats)
         # sums of products of rows, which torch's counter does not see: t of them for the choice t
         counted += 30 * sum(range(12)) if name == "dpp" else 0

@@ -110,7 +110,7 @@ def test_backbone_arguments_reach_it():
         (
             lambda: vp.create_model("vit_tiny_patch16_224_xyzzy"),
             LookupError,
-            "'vit_tiny_patch16_224' is one, and the presets that may follow it are algm, asvit, ats, ",
+            r"'vit_tiny_patch16_224' is one, and the presets that may follow it are (\w+, )*evit(, \w+)+",
         ),
         (
             lambda: vp.create_model("timm/vit_tiny_patch16_224.augreg"),
@@ -118,7 +118,7 @@ def test_backbone_arguments_reach_it():
             "write 'vit_tiny_patch16_224.augreg'",
         ),
         (lambda: vp.create_model("blip_tiny", preset="madpt"), LookupError, "no preset 'madpt'; did you mean madtp"),
-        (lambda: vp.create_model("blip_tiny", preset=3), TypeError, "preset=3: give the name of a preset, algm"),
+        (lambda: vp.create_model("blip_tiny", preset=3), TypeError, r"preset=3: .* a preset, (\w+, )+or a PruneConfig"),
         (lambda: vp.create_model("blip_tiny_evit", preset="evit"), ValueError, "or name the model 'blip_tiny'"),
         (lambda: vp.create_model("vit_tiny_patch16_224", imgsize=96), TypeError, "imgsize=96.*did you mean img_size"),
         (lambda: vp.create_model("ViT-B-32", force_size=96), TypeError, "did you mean force_image_size"),

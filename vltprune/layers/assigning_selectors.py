@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from ..registry import selectors
 from . import matching, sampling
 from .block_spec import BlockSpec
 from .choosing import part_of
-from .diverse_selectors import FeatureSelector
+from .features import By, FeatureSelector
 from .selectors import Selection
 from .similarity import order_by_score, positions, ranks
 
@@ -28,7 +26,7 @@ class Dominant(FeatureSelector):
     Args:
         spec: the block.
         part: the part of `counts` that is dominant, in [0, 1), rounded down. VisionZip has 54 of 64.
-        features: what is compared: "key", the mean of the block's keys over heads, or "x", the block's input.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
 
     Raises:
         ValueError: for a part outside its range, and for other features.
@@ -36,8 +34,8 @@ class Dominant(FeatureSelector):
 
     matches = True
 
-    def __init__(self, spec: BlockSpec, part: float = 0.84375, features: Literal["x", "key"] = "key"):
-        super().__init__(spec, features)
+    def __init__(self, spec: BlockSpec, part: float = 0.84375, by: By = "key"):
+        super().__init__(spec, by)
         if not 0 <= part < 1:
             raise ValueError(f"dominant(part={part}) must lie in [0, 1): the part of the counts that stays by score")
         self.part = part
@@ -70,14 +68,14 @@ class Components(FeatureSelector):
     Args:
         spec: the block.
         least_similarity: the cosine above which two tokens are connected.
-        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
     fixed = False
     matches = True
 
-    def __init__(self, spec: BlockSpec, least_similarity: float = 0.9, features: Literal["x", "key"] = "x"):
-        super().__init__(spec, features)
+    def __init__(self, spec: BlockSpec, least_similarity: float = 0.9, by: By = "content"):
+        super().__init__(spec, by)
         self.least_similarity = least_similarity
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:

@@ -2,55 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from ..core import segments
-from ..core.statistics import AttentionStats, Stat
+from ..core.statistics import AttentionStats
 from ..core.tokens import PackedTokens
 from ..registry import selectors
 from . import choosing
 from .block_spec import BlockSpec
-from .selectors import Selection, TokenSelector
+from .features import By, FeatureSelector
+from .selectors import Selection
 from .similarity import cosine, order_by_score, order_by_similarity, ranks
-
-
-class FeatureSelector(TokenSelector):
-    """Base class of selectors that compare the features of tokens.
-
-    Args:
-        spec: the block.
-        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
-
-    Raises:
-        ValueError: for other features.
-    """
-
-    def __init__(self, spec: BlockSpec, features: Literal["x", "key"] = "x"):
-        super().__init__(spec)
-        if features not in ("x", "key"):
-            raise ValueError(f"{type(self).__name__}(features={features!r}): write features='x' or features='key'")
-        self.features = features
-        self.needs = Stat.KEY if features == "key" else Stat.NONE
-
-    def padded_features(self, tokens: PackedTokens, stats: AttentionStats) -> tuple[Tensor, Tensor]:
-        """The features of a padded batch.
-
-        Args:
-            tokens: the block's input, x [total, dim].
-            stats: the attention statistics that `needs` declares.
-
-        Returns:
-            The features, [batch, longest, width], and the unprotected tokens, [batch, longest] bool.
-        """
-        features = tokens.x if self.features == "x" else stats[Stat.KEY]
-        return segments.pad(features.detach(), tokens.layout), segments.pad(tokens.free, tokens.layout, False)
-
-    @property
-    def width(self) -> int:
-        """The width of a token's features."""
-        return self.spec.dim if self.features == "x" else self.spec.dim // self.spec.heads
 
 
 @selectors.register("max_min")
@@ -62,7 +24,7 @@ class MaxMin(FeatureSelector):
 
     Args:
         spec: the block.
-        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
@@ -82,7 +44,7 @@ class Dpp(FeatureSelector):
 
     Args:
         spec: the block.
-        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
@@ -101,14 +63,14 @@ class Deduplicate(FeatureSelector):
     Args:
         spec: the block.
         important: the part of `counts` that stays by score, in 0 .. 1.
-        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
 
     Raises:
         ValueError: for a part outside 0 .. 1, and for other features.
     """
 
-    def __init__(self, spec: BlockSpec, important: float = 0.5, features: Literal["x", "key"] = "x"):
-        super().__init__(spec, features)
+    def __init__(self, spec: BlockSpec, important: float = 0.5, by: By = "content"):
+        super().__init__(spec, by)
         if not 0 <= important <= 1:
             raise ValueError(f"deduplicate(important={important}) must lie in 0 .. 1: the part that stays by score")
         self.important = important
@@ -131,14 +93,14 @@ class Pivots(FeatureSelector):
     Args:
         spec: the block.
         number: how many pivots, at least 1.
-        features: what is compared: "x", the block's input, or "key", the mean of the block's keys over heads.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
 
     Raises:
         ValueError: for no pivot, and for other features.
     """
 
-    def __init__(self, spec: BlockSpec, number: int = 8, features: Literal["x", "key"] = "x"):
-        super().__init__(spec, features)
+    def __init__(self, spec: BlockSpec, number: int = 8, by: By = "content"):
+        super().__init__(spec, by)
         if number < 1:
             raise ValueError(f"pivots(number={number}) must be 1 or more: the tokens that the others are compared to")
         self.number = number
@@ -161,11 +123,11 @@ class UnlikeImportant(FeatureSelector):
 
     Args:
         spec: the block.
-        features: what is compared: "key", the mean of the block's keys over heads, or "x", the block's input.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
-    def __init__(self, spec: BlockSpec, features: Literal["x", "key"] = "key"):
-        super().__init__(spec, features)
+    def __init__(self, spec: BlockSpec, by: By = "key"):
+        super().__init__(spec, by)
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
         features, candidates = self.padded_features(tokens, stats)

@@ -3,62 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..core import precision, segments
-from ..core.statistics import AttentionStats, Stat
+from ..core.statistics import AttentionStats
 from ..core.tokens import PackedTokens
 from ..registry import selectors
 from . import matching
 from .block_spec import BlockSpec
+from .features import By, FeatureSelector
 from .grid import first_of_window
-from .selectors import Selection, TokenSelector
+from .selectors import Selection
 from .similarity import NEAR, order_by_score, ranks
 
-By = Literal["key", "content"]
 _LAST = torch.iinfo(torch.int64).max
-
-
-def check_by(by: str, name: str) -> Stat:
-    """The statistic that features are read from.
-
-    Args:
-        by: "key" or "content".
-        name: the registered name of the part, for the error.
-
-    Raises:
-        ValueError: for other features.
-    """
-    if by not in ("key", "content"):
-        raise ValueError(f"{name}(by={by!r}): write by='key', the mean of keys over heads, or by='content'")
-    return Stat.KEY if by == "key" else Stat.NONE
-
-
-def features_of(tokens: PackedTokens, stats: AttentionStats, by: By) -> Tensor:
-    """The features that tokens are compared by: the mean of their keys over heads, or their contents.
-
-    Args:
-        tokens: the block's input.
-        stats: statistics with `Stat.KEY`, where it is read.
-        by: "key" or "content".
-
-    Returns:
-        The features, [batch, longest, dim].
-    """
-    return segments.pad(stats[Stat.KEY] if by == "key" else tokens.x.detach(), tokens.layout)
-
-
-def feature_width(spec: BlockSpec, by: By) -> int:
-    """The width of the features that tokens are compared by.
-
-    Args:
-        spec: the block.
-        by: "key" or "content".
-    """
-    return spec.dim // spec.heads if by == "key" else spec.dim
 
 
 def in_sequence(tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +40,7 @@ def in_sequence(tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
     return candidates, (protected & (position < first)).sum(1), place
 
 
-class MatchingSelector(TokenSelector):
+class MatchingSelector(FeatureSelector):
     """Base class of selectors that match tokens by the cosine of features.
 
     A matching removes half of the unprotected tokens at most. Where `counts` ask for fewer tokens, further ones go by
@@ -88,18 +48,16 @@ class MatchingSelector(TokenSelector):
 
     Args:
         spec: the block.
-        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
     matches = True
 
     def __init__(self, spec: BlockSpec, by: By = "key"):
-        super().__init__(spec)
-        self.needs, self.by = check_by(by, type(self).__name__.lower()), by
+        super().__init__(spec, by)
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
-        layout = tokens.layout
-        features, candidates = features_of(tokens, stats, self.by), segments.pad(tokens.free, layout)
+        layout, (features, candidates) = tokens.layout, self.padded_features(tokens, stats)
         removed = (candidates.sum(1) - counts).clamp(min=0)
         keep, match, columns = self._match(tokens, features, scores, removed, stats)
         left = removed - candidates.sum(1) + keep.sum(1)
@@ -128,9 +86,8 @@ class MatchingSelector(TokenSelector):
         """
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
-        width = feature_width(self.spec, self.by)
         more = before - after > before // 2
-        return self._pairs(before) * width + more * before**2 * width
+        return self._pairs(before) * self.width + more * before**2 * self.width
 
     def _pairs(self, tokens: Tensor) -> Tensor:
         """How many pairs of so many tokens [batch] the matching compares, [batch]."""
@@ -149,7 +106,7 @@ class Bipartite(MatchingSelector):
 
     Args:
         spec: the block.
-        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
     def _match(
@@ -174,7 +131,7 @@ class Energy(MatchingSelector):
         spec: the block.
         margin: the cosine from which tokens are of a group, at the first block. It falls linearly over the blocks, to 0 behind
             the last.
-        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
     def __init__(self, spec: BlockSpec, margin: float = 0.9, by: By = "key"):
@@ -203,7 +160,7 @@ class Graph(MatchingSelector):
     Args:
         spec: the block.
         weight: the weight of importance beside cosines. 0 looks at similarity alone.
-        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
     def __init__(self, spec: BlockSpec, weight: float = 1.0, by: By = "key"):
@@ -218,7 +175,7 @@ class Graph(MatchingSelector):
         return *matching.graph(features, candidates, removed, importance), {}
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
-        return self._pairs(before) * feature_width(self.spec, self.by)
+        return self._pairs(before) * self.width
 
     def _pairs(self, tokens: Tensor) -> Tensor:
         return tokens**2

@@ -10,8 +10,9 @@ from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..registry import selectors
 from .block_spec import BlockSpec
+from .features import By
 from .matching import halves, own_slots
-from .matching_selectors import By, MatchingSelector, in_sequence
+from .matching_selectors import MatchingSelector, in_sequence
 from .similarity import NEAR, decides, first_best, order_by_similarity, ranks, unit
 
 _INFINITY = float("inf")
@@ -33,7 +34,7 @@ class Mctf(MatchingSelector):
         t_similarity: above 0, the temperature of similarity.
         t_information: above 0, that of attention received.
         t_size: above 0, that of sizes.
-        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
 
     Raises:
         ValueError: for a temperature that is not above 0.

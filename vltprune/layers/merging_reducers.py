@@ -13,7 +13,7 @@ from ..core.tokens import PackedTokens
 from ..registry import reducers
 from . import matching
 from .block_spec import BlockSpec
-from .matching_selectors import By, check_by, feature_width, features_of
+from .features import By, check_by, feature_width, features_of
 from .reducers import TokenReducer
 from .reduction import Reduction, plan_reduction
 from .selectors import Selection
@@ -37,7 +37,7 @@ class Merge(TokenReducer):
             "attention" weighs by size times the mean attention that a token receives: MCTF (arXiv 2403.10030), equation 8.
             "score" weighs by size times exp(score): CrossGET (arXiv 2305.17455), section 3.3.
         proportional: whether later layers add log(size) of a token to its attention logits.
-        by: what the most similar token is found by: "key", the mean of the keys over heads, or "content", the tokens.
+        by: what the most similar token is found by: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
     def __init__(self, spec: BlockSpec, weights: Weights = "size", proportional: bool = False, by: By = "key"):

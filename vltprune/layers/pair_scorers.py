@@ -11,9 +11,10 @@ from ..core.tokens import PackedTokens
 from ..registry import scorers
 from . import matching
 from .block_spec import BlockSpec
+from .features import By, check_by, feature_width, features_of
 from .grid import first_of_window
 from .guides import Guidance
-from .matching_selectors import By, check_by, feature_width, features_of, in_sequence
+from .matching_selectors import in_sequence
 from .scorers import TokenScorer
 from .similarity import unit
 
@@ -30,7 +31,7 @@ class PairDistance(TokenScorer):
 
     Args:
         spec: the block.
-        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
         standardize: whether distances are in standard deviations from their mean over the instance's edges, as ALGM (arXiv
             2406.09936) sets its threshold.
     """
@@ -64,7 +65,7 @@ class WindowDistance(TokenScorer):
     Args:
         spec: the block.
         size: rows and columns of a window, in patches.
-        by: "key" compares the mean of the keys over heads, "content" the tokens themselves.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
 
     Raises:
         ValueError: for a size below 1.
