@@ -141,7 +141,7 @@ def test_bad_requests(dense, inputs):
     with pytest.raises(ValueError, match="at least one batch"):
         vp.calibrate(model, [], 0.5)
     with pytest.raises(
-        ValueError, match=r"keep='count\(count=5\)' has no knob .*: use one of 'distortion', .*'ratio'.*'threshold'"
+        ValueError, match=r"keep='count\(count=5\)' has no knob .*: use one of .*'distortion', .*'ratio'.*'threshold'"
     ):
         vp.calibrate(vp.prune(dense, "madtp", keep="count(count=5)"), [inputs], 0.5)
     with pytest.raises(TypeError, match="not pruned"):

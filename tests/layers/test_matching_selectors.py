@@ -53,8 +53,8 @@ def test_macs_of_the_nearest_and_of_edges(by):
     (tokens, stats), n = inputs(13), torch.tensor([13.0])
     merge, scorer = reducers["merge"](SPEC, by=by), scorers["pair_distance"](SPEC, by=by)
     selection = Selection(torch.arange(13) < 8)
-    assert counted(lambda: merge(tokens, torch.rand(13), selection, stats)) == merge.macs(n, n - 5).item()
-    assert counted(lambda: scorer(tokens, stats, None)) == scorer.macs(n, n).item()
+    assert counted(lambda: merge(tokens, torch.rand(13), selection, stats)) == float(merge.macs(n, n - 5))
+    assert counted(lambda: scorer(tokens, stats, None)) == float(scorer.macs(n, n))
 
 
 @pytest.mark.parametrize("name", MATCHING)

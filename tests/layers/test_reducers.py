@@ -8,6 +8,7 @@ from strategies import DIM, HEADS, generator
 from torch.testing import assert_close
 
 from vltprune import AttentionStats, BlockSpec, PackedTokens, reducers
+from vltprune.checks.cases import random_stats
 from vltprune.layers import Top
 
 SPEC = BlockSpec("image", 0, 4, DIM, HEADS, has_summary=True)
@@ -79,7 +80,8 @@ def test_fuse_does_not_care_for_the_scale_of_scores(scale):
 
 def plan_of(name, tokens, scores, counts):
     selection = Top(SPEC)(tokens, scores, torch.tensor(counts), AttentionStats())
-    return reducers[name](SPEC)(tokens, scores, selection, AttentionStats())
+    reducer, stats = reducers[name](SPEC), random_stats(tokens.layout.total, 1000, generator(0))
+    return reducer(tokens, scores, selection, AttentionStats(reducer.needs, stats.values))
 
 
 def test_fuse_sends_gradients_to_the_scores():

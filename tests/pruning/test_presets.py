@@ -36,7 +36,7 @@ PRUNING = {
 SOFT = {"keep=learned", "keep=rising_threshold", "ltp", "asvit", "dynamicvit"}
 # each preset in both dtypes, and parts in turn in one of them
 HALF = [(name, dtype) for name in vp.presets.names() for dtype in (torch.bfloat16, torch.float16)]
-HALF += [(name, (torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(EVERY)]
+HALF += [(name, (torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(EVERY) if name != "keep=all"]
 few = settings(max_examples=max(1, settings.default.max_examples // 12))  # of each part on each model: many in all
 
 

@@ -132,8 +132,9 @@ def test_attention_computes_what_the_parts_need_and_no_more(monkeypatch):
     plain = encoder.attend_with_stats
     monkeypatch.setattr(encoder, "attend_with_stats", lambda *a, **k: asked.append(a[5]) or plain(*a, **k))
     for scorer in vp.scorers.names():
-        traced(vp.prune(small("vit").model, FUSE.replace(scorer=scorer, guide="codebook", at=(1,))), images(1))
-        assert asked.pop() == vp.scorers[scorer].needs
+        model = vp.prune(small("vit").model, FUSE.replace(scorer=scorer, guide="codebook", at=(1,)))
+        traced(model, images(1))
+        assert asked.pop() == model.pruners_at(1)[0].scorer.needs
         assert asked == []
 
 
@@ -141,8 +142,8 @@ def test_attention_computes_what_the_parts_need_and_no_more(monkeypatch):
 def test_a_summary_that_is_not_there_is_refused_by_both_names(scorer):
     spec = BlockSpec("sound", 0, 4, 32, 2, has_summary=False)
     config = FUSE.replace(scorer=scorer, guide="codebook")
-    if not vp.scorers[scorer].needs.of_summary:
-        assert Pruner.build(config, spec).needs == vp.scorers[scorer].needs
+    if not vp.scorers[scorer](spec).needs.of_summary:
+        assert Pruner.build(config, spec).needs == vp.scorers[scorer](spec).needs
         return
     with pytest.raises(ValueError, match=rf"scorer='{scorer}' reads .* the sound tower has none: write scorer="):
         Pruner.build(config, spec)

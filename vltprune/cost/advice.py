@@ -33,6 +33,8 @@ def budget_advice(model: nn.Module, control: BudgetControl, reduction: float, le
         return _either([*more, "ask for what is nearest", "pass a larger tolerance=", *others])
     others = [] if names & {*_REACH_ANY} else [f"use keep={name!r}" for name in _REACH_ANY]
     if reduction >= most:
+        if all(stage.place == "output" for stage in get_pruning(model).config.stages):
+            return "Nothing is saved in a tower that is pruned behind its last block: write place='block', at=0.25, say"
         ways = [f"ask for less than {percent(most)}"] if most > 0 else []
         return _either(ways + (["prune at more depths (at=...)"] if _has_dense_blocks(model, control) else []) + others)
     several = any(len(pruned_depths(get_pruning(model).towers[tower])) > 1 for tower in control.towers)

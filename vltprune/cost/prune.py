@@ -76,7 +76,8 @@ def _check_arguments(preset: object, reduction: object, data: object, parts: Map
     for name in parts:
         if name not in names:
             known = [*names, "preset", "reduction", "data", "tolerance", "inputs", "progress"]
-            raise TypeError(f"prune takes no argument {name!r}{nearest(name, known)}: write {_CALL}")
+            hint = "; batches are data=" if name == "batches" else nearest(name, known)
+            raise TypeError(f"prune takes no argument {name!r}{hint}: write {_CALL}")
     if preset is None:
         raise TypeError(f"prune needs a preset, one of {', '.join(presets.names())}, or a PruneConfig: write {_CALL}")
     if reduction is not None and data is None:
