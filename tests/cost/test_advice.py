@@ -76,7 +76,7 @@ def test_a_keeper_without_a_knob_is_told_which_have_one():
     with pytest.raises(ValueError, match=r"no knob that a budget can set: use one of .*'ratio'.*'threshold'"):
         BudgetControl(model_with("count(count=3)"))
     unguided = vp.prune(small("nlvr").model, "evit", keep="count(count=3)")
-    with pytest.raises(ValueError, match="use one of .*'distortion'") as caught:
+    with pytest.raises(ValueError, match=r"use one of .*'distortion'") as caught:
         BudgetControl(unguided)
     assert "'threshold'" not in str(caught.value)
     with pytest.raises(ValueError, match=r"no block is pruned, .* \(at=\.\.\.\)"):
