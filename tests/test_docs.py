@@ -100,6 +100,12 @@ def test_choose_and_concepts_name_every_preset_and_part():
     assert [name for name in parts if f"`{name}`" not in concepts] == []
 
 
+def test_extend_lists_every_statistic_with_its_cost():
+    page = (ROOT / "docs" / "extend.md").read_text()
+    rows = re.findall(r"^\| (`[A-Z_`, ]+) \|.*\| \S[^|]* \|$", page, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"\w+", row)} == {stat.name for stat in vp.Stat}
+
+
 @pytest.mark.parametrize("library", ["timm", "open_clip", "open_clip_hf", "blip", "transformers"])
 def test_supported_names_every_type_that_a_host_runs(library):
     importlib.import_module(f"vltprune.hosts.{library}")

@@ -99,8 +99,7 @@ def test_widths_of_clip_vit_b_32(reducer):
     assert_counts(dense, vp.prune(dense, "madtp", reducer=reducer), torch.randn(2, 3, 224, 224), text)
 
 
-@pytest.mark.parametrize("preset", vp.presets.names())
-@pytest.mark.parametrize("sentences", [1, 3])
+@pytest.mark.parametrize(("preset", "sentences"), [("madtp", 1), *((preset, 3) for preset in vp.presets.names())])
 def test_blip_nlvr_tiny_with_padding_and_shared_images(preset, sentences, monkeypatch):
     # short instances are attended to padded, which torch counts and an instance alone would not pay
     monkeypatch.setattr("vltprune.core.attention._SMALL", {})
