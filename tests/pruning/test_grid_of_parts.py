@@ -30,7 +30,7 @@ REGISTRIES = {
     "reducer": vp.reducers,
 }
 # what a config or a build may say of parts that do not go together
-REASONS = ("reads the alignment guide", "needs", "reads the attention of a summary token", "grid")
+REASONS = ("reads the alignment guide, and guide=None", "reads the attention of a summary token")
 
 
 def covering():

@@ -95,7 +95,7 @@ def check_part(
     """Holds a part to the invariants of its kind on random batches.
 
     Args:
-        part: a class or function that makes a guide, scorer, keeper or reducer. It need not be registered.
+        part: a class or function that makes a guide, scorer, keeper, selector or reducer. It need not be registered.
         examples: how many batches.
         first_seed: the seed of the first batch; each further one has the next. A report names the seed of each failure.
         **args: the part's own arguments.

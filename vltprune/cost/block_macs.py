@@ -168,10 +168,16 @@ class BlockMeter:
         needs = functools.reduce(operator.or_, (pruner.needs for pruner in self.pruners), Stat.NONE)
         token, pair = needs.macs(macs.heads, macs.head_dim)
         block = block + token * before + pair * before**2
+        former = None
         for pruner, step, entered, leaves in zip(self.pruners, layer.steps, [before, *left], left, strict=False):
+            # a pruner at the same place as the one before reads its guidance, unless that one changed the tokens
+            guide = (
+                self.guide if former is None or former.inside != step.inside or former.reduction is not None else 0.0
+            )
             merges = step.reduction is not None and step.reduction.merged is not None
             summed = self.channels + (width if step.inside and layer.reduced_early else 0) if merges else 0
-            block = block + (self.guide + summed) * entered + pruner.macs(entered, leaves)
+            block = block + (guide + summed) * entered + pruner.macs(entered, leaves)
+            former = step
         return block
 
 

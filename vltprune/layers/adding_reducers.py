@@ -11,6 +11,7 @@ from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..registry import reducers
 from .block_spec import BlockSpec
+from .features import feature_width
 from .merging_reducers import leaders
 from .reducers import TokenReducer
 from .reduction import Reduction, plan_reduction
@@ -57,4 +58,4 @@ class Add(TokenReducer):
         return plan_reduction(layout, keep, leader, weight, is_affine=False, at_last=self.spec.causal)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
-        return before**2 * (self.spec.dim // self.spec.heads)
+        return before**2 * feature_width(self.spec, "key")

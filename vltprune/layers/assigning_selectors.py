@@ -13,7 +13,7 @@ from . import matching, sampling
 from .block_spec import BlockSpec
 from .choosing import part_of
 from .features import By, FeatureSelector
-from .selectors import Selection
+from .selectors import Selection, padded_selection
 from .similarity import order_by_score, positions, ranks
 
 
@@ -50,8 +50,7 @@ class Dominant(FeatureSelector):
         others = candidates & ~dominant
         targets = sampling.spread_uniform(others, counts - by_score)
         _, match = matching.nearest(features, others, targets)
-        row = segments.unpad(match + layout.offsets[:-1, None], layout)
-        return Selection(tokens.protected | segments.unpad(dominant | targets, layout), row)
+        return padded_selection(tokens, dominant | targets, match)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.width * before**2
@@ -79,7 +78,6 @@ class Components(FeatureSelector):
         self.least_similarity = least_similarity
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
-        layout = tokens.layout
         features, candidates = self.padded_features(tokens, stats)
         first, match = matching.components(features, candidates, self.least_similarity)
         size = torch.zeros_like(match).scatter_add(1, match, candidates.long())
@@ -90,8 +88,7 @@ class Components(FeatureSelector):
         everything = (counts >= candidates.sum(1))[:, None]
         keep = torch.where(everything, candidates, keep)
         match = torch.where(everything, positions(match), onto.gather(1, match))
-        row = segments.unpad(match + layout.offsets[:-1, None], layout)
-        return Selection(tokens.protected | segments.unpad(keep, layout), row)
+        return padded_selection(tokens, keep, match)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return 2 * self.width * before**2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import precision
 from ..core.checks import is_traced
-from .similarity import cosine, decides, first_best, order_by_score, order_by_similarity, positions, ranks, unit
+from .similarity import cosine, decides, first_best, order_by_score, order_by_similarity, positions, ranks, scaled, unit
 
 _INFINITY = float("inf")
 
@@ -73,7 +73,7 @@ def dpp(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, mo
     if not choices:
         return keep
     dtype = precision.widest_float(candidates.device)
-    relevance = _relevance(scores, candidates).to(dtype)
+    relevance = (scaled(scores, candidates) + 1e-6).to(dtype)
     x = unit(features, candidates, dtype) * relevance[..., None]
     # by what part of its own kernel entry a token may stand out and still count as spanned
     spanned_below = (1e-8 if dtype == torch.float64 else 1e-4) * x.square().sum(2)
@@ -206,16 +206,6 @@ def _thin(similarity: Tensor, sequence: Tensor, length: Tensor, goal: Tensor) ->
     # what is left of A, then B, then the others
     key = torch.cat([torch.where((rank >= removed) & in_a, 0, 2), torch.where(in_b, 1, 2)], 1)
     return torch.cat([a, b], 1).gather(1, key.argsort(dim=1, stable=True)), length - removed
-
-
-def _relevance(scores: Tensor, candidates: Tensor) -> Tensor:
-    """Scores of each instance's candidates scaled to 0 .. 1, plus 1e-6: [batch, n]. All are 1e-6 where they are equal."""
-    scores = precision.single(scores)
-    equal = precision.equalize(scores.masked_fill(~candidates, -_INFINITY))
-    low = equal.masked_fill(~candidates, _INFINITY).amin(1, keepdim=True)
-    high = equal.amax(1, keepdim=True)
-    width = (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
-    return ((equal - low) / width).masked_fill(~candidates, 0.0) + 1e-6
 
 
 def most_of(candidates: Tensor, counts: Tensor, most: int | None) -> int:

@@ -11,7 +11,7 @@ from ..registry import selectors
 from . import choosing
 from .block_spec import BlockSpec
 from .features import By, FeatureSelector
-from .selectors import Selection
+from .selectors import Selection, padded_selection
 from .similarity import cosine, order_by_score, order_by_similarity, ranks
 
 
@@ -29,7 +29,7 @@ class MaxMin(FeatureSelector):
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
         keep = choosing.max_min(*self.padded_features(tokens, stats), counts)
-        return Selection(tokens.protected | segments.unpad(keep, tokens.layout))
+        return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.width * before**2
@@ -50,7 +50,7 @@ class Dpp(FeatureSelector):
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
         padded = segments.pad(scores.detach(), tokens.layout)
         keep = choosing.dpp(*self.padded_features(tokens, stats), counts, padded)
-        return Selection(tokens.protected | segments.unpad(keep, tokens.layout))
+        return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.width * before * after + before * after * (after - 1).clamp(min=0) / 2
@@ -78,7 +78,7 @@ class Deduplicate(FeatureSelector):
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
         padded = segments.pad(scores.detach(), tokens.layout)
         keep = choosing.deduplicate(*self.padded_features(tokens, stats), counts, padded, self.important)
-        return Selection(tokens.protected | segments.unpad(keep, tokens.layout))
+        return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.width * before**2
@@ -108,7 +108,7 @@ class Pivots(FeatureSelector):
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
         padded = segments.pad(scores.detach(), tokens.layout)
         keep = choosing.pivots(*self.padded_features(tokens, stats), counts, padded, self.number)
-        return Selection(tokens.protected | segments.unpad(keep, tokens.layout))
+        return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.width * before * before.clamp(max=self.number)
@@ -140,7 +140,7 @@ class UnlikeImportant(FeatureSelector):
         goes = others & (ranks(order_by_similarity(similarity, others)) < removed[:, None])
         left = removed - goes.sum(1)
         goes = goes | (candidates & ~others & (rank >= (total - goes.sum(1) - left)[:, None]))
-        return Selection(tokens.protected | segments.unpad(candidates & ~goes, tokens.layout))
+        return padded_selection(tokens, candidates & ~goes)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.width * before**2

@@ -11,7 +11,7 @@ from ..core.tokens import PackedTokens
 from ..registry import selectors
 from .block_spec import BlockSpec
 from .grid import grid
-from .selectors import Selection, TokenSelector
+from .selectors import Selection, TokenSelector, padded_selection
 from .similarity import order_by_score, positions, ranks
 
 
@@ -51,8 +51,7 @@ class Pool(TokenSelector):
         first = torch.where(wanted >= total, positions(candidates), first)
         first = torch.where(candidates, first, positions(candidates))
         keep = candidates & (first == positions(candidates)) & (wanted > 0)
-        match = segments.unpad(first + layout.offsets[:-1, None], layout)
-        return Selection(tokens.protected | segments.unpad(keep, layout), match)
+        return padded_selection(tokens, keep, first)
 
 
 @selectors.register("anchors")
@@ -96,4 +95,4 @@ class Anchors(TokenSelector):
         order = order_by_score(segments.pad(scores.detach(), layout), candidates)
         order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
         keep = candidates & (ranks(order) < wanted[:, None])
-        return Selection(tokens.protected | segments.unpad(keep, layout))
+        return padded_selection(tokens, keep)

@@ -248,12 +248,34 @@ def local_pairs(
         return candidates.clone(), own
     among = candidates & (windows >= 0)
     together = (windows[:, :, None] == windows[:, None, :]) & among[:, :, None] & among[:, None, :]
-    size = together.sum(2)
-    similarity = cosine(features, candidates).masked_fill(~(together & _pairs(candidates)), 0.0)
-    mean = (similarity.sum(2)[:, None] * together).sum(2) / (size * (size - 1)).clamp(min=1)
-    merges = (size > 1) & (mean >= _of_each(least_similarity, 2) - ROUNDING)
-    match = torch.where(merges, together.int().argmax(2), own)
+    first = torch.where(among, together.int().argmax(2), own)
+    merges = (together.sum(2) > 1) & (
+        window_cosine(features, candidates, first) >= _of_each(least_similarity, 2) - ROUNDING
+    )
+    match = torch.where(merges, first, own)
     return candidates & (match == own), match
+
+
+def window_cosine(features: Tensor, candidates: Tensor, first: Tensor) -> Tensor:
+    """The mean cosine of the pairs of each token's window: ALGM (arXiv 2406.09936), section 3.2.
+
+    Of unit vectors it is (||sum_i x_i||^2 - sum_i ||x_i||^2) / (m (m - 1)) over the m tokens i of a window, which compares no
+    pair.
+
+    Args:
+        features: [batch, n, dim].
+        candidates: [batch, n] bool, false for padding and for protected tokens.
+        first: [batch, n] int64, the slot of the first token of each one's window; the own slot for a token in none.
+
+    Returns:
+        The mean, [batch, n]; 0 for a token alone.
+    """
+    x = unit(features, candidates)
+    total = torch.zeros_like(x).scatter_add(1, first[..., None].expand_as(x), x)
+    lengths = x.square().sum(2)
+    members, lengths = (torch.zeros_like(lengths).scatter_add(1, first, one) for one in (candidates.to(x), lengths))
+    mean = (total.square().sum(2) - lengths) / (members * (members - 1)).clamp(min=1)
+    return mean.masked_fill(members < 2, 0.0).gather(1, first)
 
 
 @decides

@@ -15,8 +15,8 @@ from . import matching
 from .block_spec import BlockSpec
 from .features import By, FeatureSelector
 from .grid import first_of_window
-from .selectors import Selection
-from .similarity import NEAR, order_by_score, ranks
+from .selectors import Selection, padded_selection
+from .similarity import NEAR, order_by_score, ranks, scaled
 
 _LAST = torch.iinfo(torch.int64).max
 
@@ -57,16 +57,15 @@ class MatchingSelector(FeatureSelector):
         super().__init__(spec, by)
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
-        layout, (features, candidates) = tokens.layout, self.padded_features(tokens, stats)
+        features, candidates = self.padded_features(tokens, stats)
         removed = (candidates.sum(1) - counts).clamp(min=0)
         keep, match, columns = self._match(tokens, features, scores, removed, stats)
         left = removed - candidates.sum(1) + keep.sum(1)
         if not precision.surely_none(left > 0):
             keep, onto = matching.graph(features, keep, left.clamp(min=0))
             match = onto.gather(1, match)
-        row = segments.unpad(match + layout.offsets[:-1, None], layout)
-        columns = {name: segments.unpad(column.gather(1, match), layout) for name, column in columns.items()}
-        return Selection(tokens.protected | segments.unpad(keep, layout), row, columns)
+        columns = {name: column.gather(1, match) for name, column in columns.items()}
+        return padded_selection(tokens, keep, match, columns)
 
     @abstractmethod
     def _match(
@@ -216,19 +215,3 @@ class Window(MatchingSelector):
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
         return (before - after > before * (1 - self.size**-2)) * before**2 * self.spec.dim
-
-
-def scaled(scores: Tensor, candidates: Tensor) -> Tensor:
-    """Scales scores to 0 .. 1 over the candidates of each instance.
-
-    Args:
-        scores: [batch, n].
-        candidates: [batch, n] bool.
-
-    Returns:
-        The scaled scores, [batch, n]; 0 where all are equal, and for others than candidates.
-    """
-    low = scores.masked_fill(~candidates, float("inf")).amin(1, keepdim=True)
-    high = scores.masked_fill(~candidates, float("-inf")).amax(1, keepdim=True)
-    width = (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
-    return ((scores - low) / width).masked_fill(~candidates, 0.0)

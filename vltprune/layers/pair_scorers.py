@@ -16,7 +16,6 @@ from .grid import first_of_window
 from .guides import Guidance
 from .matching_selectors import in_sequence
 from .scorers import TokenScorer
-from .similarity import unit
 
 # above every distance, so that a token that merges into none is kept
 STAYS = 4.0
@@ -84,12 +83,6 @@ class WindowDistance(TokenScorer):
     @torch.no_grad()
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         candidates, first = first_of_window(tokens, self.size)
-        x = unit(features_of(tokens, stats, self.by), candidates)
-        index = first[..., None]
-        total = torch.zeros_like(x).scatter_add(1, index.expand_as(x), x)
-        # of each window, at its first token: how many it has, and their squared lengths
-        alone = x.square().sum(2)
-        members, lengths = (torch.zeros_like(alone).scatter_add(1, first, one) for one in (candidates.to(x), alone))
-        cosine = (total.square().sum(2) - lengths) / (members * (members - 1)).clamp(min=1)
-        goes = candidates & (first != torch.arange(first.shape[1], device=first.device))
-        return segments.unpad(torch.where(goes, 1 - cosine.gather(1, first), STAYS), tokens.layout)
+        cosine = matching.window_cosine(features_of(tokens, stats, self.by), candidates, first)
+        goes = candidates & (first != matching.own_slots(candidates))
+        return segments.unpad(torch.where(goes, 1 - cosine, STAYS), tokens.layout)

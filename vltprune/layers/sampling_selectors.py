@@ -11,7 +11,7 @@ from ..registry import selectors
 from . import sampling
 from .block_spec import BlockSpec
 from .grid import window_ids
-from .selectors import Selection, TokenSelector
+from .selectors import Selection, TokenSelector, padded_selection
 
 
 @selectors.register("sample_cdf")
@@ -28,7 +28,7 @@ class SampleCdf(TokenSelector):
         layout = tokens.layout
         candidates = segments.pad(tokens.free, layout, False)
         keep = sampling.sample_cdf(segments.pad(scores.detach(), layout), candidates, counts)
-        return Selection(tokens.protected | segments.unpad(keep, layout))
+        return padded_selection(tokens, keep)
 
 
 @selectors.register("windows")
@@ -64,7 +64,7 @@ class Windows(TokenSelector):
         ids = segments.pad(window_ids(tokens, self.size), layout, 0)
         inside = segments.pad(tokens.columns.get(self.column, scores).detach(), layout)
         keep = sampling.windows(padded, candidates, counts, ids, inside, self.local)
-        return Selection(tokens.protected | segments.unpad(keep, layout))
+        return padded_selection(tokens, keep)
 
 
 @selectors.register("uniform")
@@ -76,4 +76,4 @@ class Uniform(TokenSelector):
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
         keep = sampling.spread_uniform(segments.pad(tokens.free, tokens.layout, False), counts)
-        return Selection(tokens.protected | segments.unpad(keep, tokens.layout))
+        return padded_selection(tokens, keep)

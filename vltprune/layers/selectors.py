@@ -80,6 +80,28 @@ class TokenSelector(PrintedPart, ABC):
         return 0.0
 
 
+def padded_selection(
+    tokens: PackedTokens, keep: Tensor, match: Tensor | None = None, columns: Mapping[str, Tensor] | None = None
+) -> Selection:
+    """Makes a selection of what algorithms on the padded batch returned.
+
+    Args:
+        tokens: the tokens of a block.
+        keep: [batch, longest] bool, the unprotected tokens that stay.
+        match: [batch, longest] int64, the slot of the token that each one resembles. None where tokens are not related.
+        columns: further columns by name, [batch, longest, ...]. None for none.
+
+    Returns:
+        The selection, with all protected tokens.
+    """
+    layout = tokens.layout
+    return Selection(
+        tokens.protected | segments.unpad(keep, layout),
+        None if match is None else segments.unpad(match + layout.offsets[:-1, None], layout),
+        {name: segments.unpad(column, layout) for name, column in (columns or {}).items()},
+    )
+
+
 @selectors.register("top")
 class Top(TokenSelector):
     """The `counts` tokens of largest score, ties by position."""

@@ -116,6 +116,23 @@ def order_by_score(scores: Tensor, among: Tensor, descending: bool = True) -> Te
     return key.argsort(dim=1, stable=True)
 
 
+def scaled(scores: Tensor, candidates: Tensor) -> Tensor:
+    """Scales scores to 0 .. 1 over the candidates of each instance.
+
+    Args:
+        scores: [batch, n], of any scale.
+        candidates: [batch, n] bool.
+
+    Returns:
+        The scaled scores, [batch, n], in single precision at least; 0 where all are equal within rounding, and for others than
+        candidates.
+    """
+    equal = precision.equalize(precision.single(scores).masked_fill(~candidates, -_INFINITY))
+    low = equal.masked_fill(~candidates, _INFINITY).amin(1, keepdim=True)
+    width = (equal.amax(1, keepdim=True) - low).clamp(min=torch.finfo(equal.dtype).tiny)
+    return ((equal - low) / width).masked_fill(~candidates, 0.0)
+
+
 def ranks(order: Tensor) -> Tensor:
     """The inverse of an order: the rank of each slot, [batch, n] int64 -> [batch, n] int64."""
     return torch.empty_like(order).scatter_(1, order, positions(order).expand_as(order))

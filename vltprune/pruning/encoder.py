@@ -235,7 +235,7 @@ class PrunedEncoder(Tower):
         relate = relate if guidance is None else lambda: guidance
         scores = decisions[0].scores if decisions and torch.is_grad_enabled() else None
         scored = None if scores is None else (entered, scores)
-        expected = None if tokens.keep_prob is None else tokens.expected
+        expected = steps[-1].expected if steps else None if tokens.keep_prob is None else tokens.expected
         lengths = tokens.layout.lengths
         return tokens, LayerTrace(tokens.position, tokens.protected, lengths, steps, early, relate, expected, scored)
 

@@ -105,14 +105,16 @@ class Pruner(nn.Module):
             ValueError: for parts that need what the block does not have.
         """
         parts = {kind: stage.part(kind, spec.tower) for kind in PRUNER_KINDS}
-        pruner = cls(*(KINDS[kind][0][part.name](spec, **part.args) for kind, part in parts.items()))
-        if pruner.needs.of_summary and not spec.has_summary:
-            raise ValueError(
-                f"scorer={str(stage.scorer)!r} reads the attention of a summary token ({pruner.needs.of_summary}), and the "
-                f"{spec.tower} tower has none: write scorer='self_attention' or scorer='alignment', "
-                "or leave the tower alone with at={'other tower': None}"
-            )
-        return pruner
+        built = {kind: KINDS[kind][0][part.name](spec, **part.args) for kind, part in parts.items()}
+        for kind, part in built.items():
+            missing = getattr(part, "needs", Stat.NONE).of_summary
+            if missing and not spec.has_summary:
+                instead = "scorer='self_attention' or scorer='alignment'" if kind == "scorer" else f"another {kind}"
+                raise ValueError(
+                    f"{kind}={str(parts[kind])!r} reads the attention of a summary token ({missing}), and the {spec.tower} "
+                    f"tower has none: write {instead}, or leave the tower alone with at={{'other tower': None}}"
+                )
+        return cls(*built.values())
 
     def forward(
         self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, least: int = 0
