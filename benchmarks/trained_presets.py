@@ -85,6 +85,8 @@ def run(options: argparse.Namespace) -> None:
         return
     for row, called in zip(done.rows, ["dense", name], strict=True):
         line = {"name": called, "seed": options.seed if called == name else 0, "reduction": row["reduction"]}
+        if row["kept"]:  # tokens that enter each image block, and that leave the last one
+            line["tokens"] = [round(count, 1) for count in row["kept"]["image"]]
         line |= {"macs_saved": row["macs_saved"], "macs": row["macs"], "accuracy": row["scores"]["accuracy"]}
         variants.record(RESULTS, ("name", "seed", "reduction"), line)
 

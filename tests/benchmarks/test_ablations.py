@@ -127,6 +127,18 @@ def test_each_row_of_results_says_once_how_it_was_measured(file):
         assert any(re.fullmatch(pattern, name) for name in names), pattern
 
 
+def test_the_page_on_compressing_has_the_results_of_presets_that_are_trained():
+    rows = {row["name"]: row for row in json.loads((FOLDER / "results" / "trained_presets.json").read_text())}
+    page = (FOLDER.parent / "docs" / "compress.md").read_text()
+    presets = [name.removesuffix(", untrained") for name in rows if name.endswith(", untrained")]
+    assert len(presets) == 5 and f"{rows['dense']['accuracy']:.1%}".replace("%", " %") in page.replace("\n", " ")
+    for preset in presets:
+        before, trained = rows[f"{preset}, untrained"], rows[f"{preset}, 200 steps"]
+        accuracy = " | ".join(f"{100 * row['accuracy']:.1f}" for row in (before, trained))
+        tokens = ", ".join(map(str, trained["tokens"][1:4]))
+        assert re.search(rf"^\| `{preset}`[^|]*\| {re.escape(accuracy)} \| {tokens} \|$", page, re.MULTILINE)
+
+
 def test_another_keeper_takes_the_place_of_the_variants_own(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     script = runpy.run_path(str(FOLDER / "compress_nlvr_tiny.py"))

@@ -12,6 +12,7 @@ from small_models import small
 
 import vltprune as vp
 from vltprune.cost.budget_control import BudgetControl, keepers_of
+from vltprune.cost.macs import CostMeter
 from vltprune.cost.savings import Calibration
 
 
@@ -266,7 +267,8 @@ class TestTowers:
                 vp.calibrate(model, [words], wrong)
         two = vp.prune(dense, "random", keep={"image": "ratio", "text": "top_p"})
         with pytest.raises(
-            ValueError, match=r"different knobs.* a target for each, reduction=\{'image': 0.5, 'text': 0.5\}"
+            ValueError,
+            match=r"several knobs, p, ratio, .* a target for each tower, reduction=\{'image': 0.5, 'text': 0.5\}",
         ):
             vp.calibrate(two, [words], 0.5)
         pair = vp.prune(vp.create_model("blip_retrieval_tiny"), "random")
@@ -274,6 +276,23 @@ class TestTowers:
             vp.calibrate(pair, [lambda model: model.image_features(words[0][:, 0])], {"text": 0.5})
         with pytest.raises(ValueError, match="has no knob that a budget can set"):
             vp.calibrate(vp.prune(dense, "random", keep={"image": "count(count=3)", "text": "ratio"}), [words], 0.5)
+
+    def test_stages_with_different_knobs_are_refused(self, dense):
+        several = vp.prune(dense, "random", at={"image": 0}, then=[vp.Stage("random", "top_p", at={"image": 1})])
+        with pytest.raises(ValueError, match=r"several knobs, p, ratio, .*: give all stages the same keeper"):
+            vp.calibrate(several, [], 0.5)
+
+
+@pytest.mark.parametrize("keep", ["count(count=5)", {"image": "count(count=3)", "text": "ratio(ratio=0.5)"}], ids=str)
+def test_what_a_keeper_without_a_knob_costs_is_measured(dense, inputs, keep):
+    model = vp.prune(dense, "random", keep=keep)
+    with torch.no_grad(), vp.collect() as traces:
+        model(*inputs)
+    found = vp.measure(model, [inputs])
+    assert (found.knob, found.value) == (None, None)
+    assert found.macs == pytest.approx(CostMeter(model)(traces).total / len(inputs[-1]))
+    with pytest.raises(ValueError, match="no knob"):
+        vp.measure(model, [inputs], value=0.5)
 
 
 class TestFitGuide:
@@ -333,7 +352,8 @@ def test_what_is_saved_is_a_share_of_the_dense_macs_of_the_same_run(monkeypatch)
     """A decoder says more words, and the dense one with it, the fewer tokens it sees."""
     model = vp.create_model("blip_nlvr_tiny", preset="random")
 
-    def measured(model, meter, dial, batches):
+    def measured(model, meter, batches):
+        dial = BudgetControl(model)
         dense = 300 - 200 * dial.value
         return Calibration(dial.knob.name, dial.value, dense * (0.3 + 0.7 * dial.value), dense)
 

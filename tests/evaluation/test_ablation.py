@@ -155,6 +155,16 @@ def test_seeds_reach_guides_and_parts_without_one_of_their_own():
     assert (first.part("keep").args["seed"], second.part("keep").args["seed"]) == (4, 9)
 
 
+@pytest.mark.parametrize("name", vp.presets.names())
+def test_a_cell_has_every_stage_of_its_preset(name):
+    (cell,) = Grid.from_text(f"preset={name}")
+
+    def without_seeds(config):
+        return re.sub(r"seed=0(, )?|\(seed=0\)", "", repr(config.to_dict()).replace("'seed': 0", ""))
+
+    assert without_seeds(cell.config) == without_seeds(vp.preset(name))
+
+
 def test_guides_are_fitted_by_the_seed_whatever_ran_before(vit):
     dense, batches = vit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -151,13 +152,17 @@ def test_a_dense_file_fills_the_host_of_a_pruned_model(tmp_path, model):
 
 @pytest.mark.parametrize("module", ["my.parts", "__main__"])
 @pytest.mark.parametrize("only", [None, "pruning"])
-def test_somebody_s_own_part_says_what_to_import(tmp_path, module, only):
+@pytest.mark.parametrize("where", ["first", "later"])
+def test_somebody_s_own_part_says_what_to_import(tmp_path, module, only, where):
     class Mine(vp.keepers["ratio"]):
         """A keeper of one's own."""
 
     Mine.__module__ = module
     with vp.keepers.temporarily(mine=Mine):
-        model = vp.create_model("blip_nlvr_tiny_evit", keep="mine(ratio=0.4)", **TINY)
+        stages = vp.preset("evit").stages + (vp.Stage("random", "ratio", at=1),)
+        first, later = (dataclasses.replace(stage, keep="mine(ratio=0.4)") for stage in stages)
+        config = vp.preset("evit").with_stages((first, stages[1]) if where == "first" else (stages[0], later))
+        model = vp.create_model("blip_nlvr_tiny", preset=config, **TINY)
         again = vp.load(vp.save(model, tmp_path, only=only), host=vp.create_model("blip_nlvr_tiny", **TINY))
         assert again.pruning.config == model.pruning.config
     says = "import my.parts before" if module == "my.parts" else "the script that saved it: register it before"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -111,6 +112,45 @@ def test_parts_are_replaced_in_every_stage():
     several = config(then=[Stage("random", "ratio(ratio=0.5)", at=2)]).replace(keep="ratio(ratio=0.25)")
     assert {str(stage.keep) for stage in several.stages} == {"ratio(ratio=0.25)"}
     assert [stage.at for stage in several.stages] == [(1,), (2,)]
+
+
+def test_a_config_lists_the_parts_and_depths_of_all_stages():
+    several = config(
+        then=[Stage("random", "ratio(ratio=0.5)", "fuse", at=(1, 3), place="block"), Stage("random", "all")]
+    )
+    assert [str(part) for part in several.parts("scorer")] == ["mean_cls_attention", "random"]
+    assert several.describe("keep") == "count(count=9), then ratio(ratio=0.5), then all"
+    assert several.describe("selector") == "top"
+    assert several.parts("guide") == ()
+    assert several.depths("image", 5) == (0, 1, 2, 3, 4)
+    assert several.with_stages(several.stages[:2]).depths("image", 5) == (1, 3)
+
+
+def test_stages_can_be_confined_to_a_tower():
+    several = config(
+        then=[Stage("random", "ratio", at={"image": 2, "text": 1}), Stage("random", "ratio", place="output")]
+    )
+    assert [stage.at for stage in several.in_tower("image").stages] == [
+        {"image": (1,)},
+        {"image": (2,)},
+        {"image": None},
+    ]
+    assert [stage.at for stage in several.in_tower("text").stages] == [{"text": (1,)}, {"text": (1,)}, {"text": None}]
+
+
+@pytest.mark.parametrize("changes", [{"at": {"vision": 1}}, {"keep": {"image": "ratio", "vision": "ratio"}}], ids=str)
+def test_a_later_stage_names_no_unknown_tower(changes):
+    wrong = dataclasses.replace(Stage("random", "ratio", at={"image": 2}), **changes)
+    with pytest.raises(ValueError, match="names the tower 'vision'; this model has image"):
+        vp.prune(VIT.model, config(then=[wrong]))
+
+
+def test_a_guide_that_two_stages_read_is_counted_once():
+    one = vp.preset("madtp").replace(at=1, keep="ratio(ratio=0.5)", guide="codebook(anchors=5)")
+    first = dataclasses.replace(one.stages[0], keep="count(count=1000)")
+    two = one.with_stages([first, *one.stages])
+    costs = [vp.count_macs(vp.prune(VIT.model, config), *IMAGES) for config in (one, two)]
+    assert costs[0].total == costs[1].total
 
 
 def test_calibration_sets_the_knob_of_every_stage():

@@ -13,6 +13,7 @@ from ..io.recipe import original_recipe
 from ..models.catalog import ModelName
 from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import PrunedModel, is_pruned
+from ..pruning.stage import PRUNER_KINDS
 from ..utils.table import table
 from . import common, macs, options, parts
 
@@ -68,9 +69,12 @@ def _name(host: nn.Module) -> ModelName:
 
 def _print_parts(model: PrunedModel) -> None:
     config = model.pruning.config
-    for kind in ("guide", "scorer", "keep", "selector", "reducer", "at"):
-        part = getattr(config, kind)
-        print(f"  {kind:9}{'every block' if kind == 'at' and part is None else part}")
+    print(f"  {'guide':9}{config.describe('guide')}")
+    for stage in config.stages:
+        for kind in PRUNER_KINDS:
+            print(f"  {kind:9}{stage.describe(kind)}")
+        everywhere = "every block" if stage.place != "output" else "behind the last block"
+        print(f"  {'at':9}{everywhere if stage.at is None else stage.at}")
     own = [model.pruning.guide, *(encoder.pruners for encoder in model.pruning.towers.values())]
     print(f"  parameters of the pruning: {sum(p.numel() for m in own if m is not None for p in m.parameters()):,}")
 

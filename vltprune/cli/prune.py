@@ -123,8 +123,7 @@ def _load(args: argparse.Namespace, images_only: bool) -> PrunedModel:
     replaced = parts.replaced_parts(args)
     config = preset(args.preset or parts.PRESET)
     if images_only:
-        depths: Any = config.at
-        config = config.replace(at={"image": depths})
+        config = config.in_tower("image")
         if "at" in replaced:
             replaced["at"] = {"image": replaced["at"]}
     parts.check_preset(args)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from torch import nn
 
 from ..pruning.model import get_pruning
+from ..pruning.part import Part
+from ..pruning.stage import Stage
 from ..pruning.tower import pruned_depths
 from .budget_control import BudgetControl
 from .describe import percent
@@ -25,7 +29,7 @@ def budget_advice(model: nn.Module, control: BudgetControl, reduction: float, le
     Returns:
         One sentence, without a period.
     """
-    names = {get_pruning(model).config.part("keep", tower).name for tower in control.towers}
+    names = {part.name for stage in get_pruning(model).config.stages for part in _keepers(stage, control.towers)}
     if least < reduction < most:
         # counts that follow from lengths alone are the same in more batches
         more = [] if all(keeper.fixed for keeper in control.keepers) else ["give more batches"]
@@ -40,6 +44,12 @@ def budget_advice(model: nn.Module, control: BudgetControl, reduction: float, le
     several = any(len(pruned_depths(get_pruning(model).towers[tower])) > 1 for tower in control.towers)
     ways = [f"ask for more than {percent(least)}"] + (["prune at fewer depths (at=...)"] if several else [])
     return _either(ways + others)
+
+
+def _keepers(stage: Stage, towers: Iterable[str]) -> list[Part]:
+    """A stage's keepers of some towers."""
+    keep = stage.keep
+    return [stage.part("keep", tower) for tower in towers if not isinstance(keep, Mapping) or tower in keep]
 
 
 def _has_dense_blocks(model: nn.Module, control: BudgetControl) -> bool:

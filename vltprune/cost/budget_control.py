@@ -47,10 +47,13 @@ class BudgetControl:
                 f"keep={config.describe('keep')!r} has no knob that a budget can set{whose}: use one of {others}"
             )
         if len(knobs) > 1:
-            targets = dict.fromkeys(self.towers, 0.5)
+            if len(self.towers) == 1:
+                advice = 'give all stages the same keeper, such as keep="ratio"'
+            else:
+                advice = f"give a target for each tower, reduction={dict.fromkeys(self.towers, 0.5)}"
+            names = ", ".join(sorted(knob.name for knob in knobs))
             raise ValueError(
-                f"keep={config.describe('keep')!r}: the towers have different knobs, which one value cannot set: give a "
-                f"target for each, reduction={targets}"
+                f"keep={config.describe('keep')!r} has several knobs, {names}, which one value cannot set{whose}: {advice}"
             )
         self.knob = knobs.pop()
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..pruning.encoder import PrunedEncoder
+from ..layers.keepers import KeepRatioPredictor
 from ..pruning.model import get_pruning
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
@@ -146,7 +146,7 @@ def measure(
     *,
     inputs: Inputs = None,
 ) -> Calibration:
-    """Measures the mean MACs per instance of a pruned model over batches, at a value of its keepers' knob.
+    """Measures the mean MACs per instance of a pruned model over batches, as it is or at a value of its keepers' knob.
 
     Args:
         model: a pruned model, wrapped or not.
@@ -160,14 +160,17 @@ def measure(
         The Calibration at this value.
 
     Raises:
-        ValueError: for a tower that the model lacks or does not prune, a keeper without a knob, and no batches.
+        ValueError: for no batches; with a value, for a tower that the model lacks or does not prune, and for keepers without a
+            knob.
         TypeError: for a dense model, and for batches that the model does not take.
     """
+    meter = meter or CostMeter(model)
+    if value is None:
+        return _measured(model, meter, model_inputs(batches, inputs))
     control = BudgetControl(model, tower)
     with control.unless_done():
-        if value is not None:
-            control.set(value)
-        return _measured(model, meter or CostMeter(model), control, model_inputs(batches, inputs))
+        control.set(value)
+        return _measured(model, meter, model_inputs(batches, inputs))
 
 
 class _Search:
@@ -180,7 +183,7 @@ class _Search:
 
     def measure(self, value: float) -> Calibration:
         self.control.set(value)
-        found = _measured(self.model, self.meter, self.control, counted(self.batches, self.shown))
+        found = _measured(self.model, self.meter, counted(self.batches, self.shown))
         self.shown.set_postfix_str(f"{percent(self.saved(found))} at {self.knob.name}={value:.4g}")
         return found
 
@@ -250,7 +253,7 @@ class _Search:
         return f"{reason}. {budget_advice(self.model, self.control, reduction, least, most)}"
 
 
-def _measured(model: nn.Module, meter: CostMeter, control: BudgetControl, batches: Iterable[Batch]) -> Calibration:
+def _measured(model: nn.Module, meter: CostMeter, batches: Iterable[Batch]) -> Calibration:
     macs = dense = padding = instances = 0.0
     towers: dict[str, list[float]] = {}
     for batch in batches:
@@ -268,18 +271,16 @@ def _measured(model: nn.Module, meter: CostMeter, control: BudgetControl, batche
     tower_calibrations = {}
     for tower, sums in towers.items():
         pruned, full, padded = (one / instances for one in sums)
-        tower_calibrations[tower] = TowerCalibration(pruned, full, padded, *_set_to(encoders[tower]))
-    value = control.value if len(set(control.values)) == 1 else None
-    return Calibration(
-        control.knob.name, value, macs / instances, dense / instances, padding / instances, tower_calibrations
-    )
+        tower_calibrations[tower] = TowerCalibration(pruned, full, padded, *_set_to(keepers_of(encoders[tower])))
+    knob, value = _set_to(keeper for encoder in encoders.values() for keeper in keepers_of(encoder))
+    return Calibration(knob, value, macs / instances, dense / instances, padding / instances, tower_calibrations)
 
 
-def _set_to(tower: PrunedEncoder) -> tuple[str | None, float | None]:
-    """The knob of a tower's keepers, and its value; None for none, and for values that differ by depth."""
-    keepers = keepers_of(tower)
-    if not keepers or keepers[0].knob is None:
-        return None, None
-    name = keepers[0].knob.name
-    values = {getattr(keeper, name) for keeper in keepers}
-    return name, values.pop() if len(values) == 1 else None
+def _set_to(keepers: Iterable[KeepRatioPredictor]) -> tuple[str | None, float | None]:
+    """The knob that all keepers have, and the value that all have; None for none in common."""
+    settings = {
+        (keeper.knob.name, getattr(keeper, keeper.knob.name)) if keeper.knob else (None, None) for keeper in keepers
+    }
+    names = {name for name, _ in settings}
+    value = settings.pop()[1] if len(settings) == 1 else None
+    return (names.pop() if len(names) == 1 else None), value

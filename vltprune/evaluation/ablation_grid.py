@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import itertools
 import json
 import numbers
@@ -17,7 +18,7 @@ from ..pruning.config import PruneConfig
 from ..pruning.depths import freeze_depths
 from ..pruning.part import KINDS, Part
 from ..pruning.presets import preset as preset_config
-from ..pruning.stage import check_place
+from ..pruning.stage import PRUNER_KINDS, check_place
 from ..registry import nearest, parameters, presets
 from ..utils.frozen import FrozenDict, thawed
 
@@ -49,8 +50,13 @@ class Cell:
     def config(self) -> PruneConfig:
         """The cell's pruning. A part that takes a seed gets the cell's, unless the grid gives one in its arguments."""
         config = preset_config(self.preset).replace(**self.parts)
-        seeded = {kind: _seeded(getattr(config, kind), kind, self.seed) for kind in KINDS}
-        return config.replace(**seeded)
+        stages = [
+            dataclasses.replace(
+                stage, **{kind: _seeded(getattr(stage, kind), kind, self.seed) for kind in PRUNER_KINDS}
+            )
+            for stage in config.stages
+        ]
+        return config.replace(guide=_seeded(config.guide, "guide", self.seed)).with_stages(stages)
 
     def to_dict(self) -> dict[str, Any]:
         """The cell as plain data that JSON can hold, parts in their short form."""
@@ -237,7 +243,7 @@ def _check_cell(cell: Cell) -> None:
         return
     known = keepers_with_knob(guided=config.guide is not None)
     for part in config.parts("keep"):
-        if part.name not in known:
+        if part.name not in known and part.name != "all":
             raise ValueError(
                 f"the grid's cell {named} cannot be built: keep={str(part)!r} has no knob that a reduction can set: use "
                 f"one of {', '.join(known)}, or leave reduction out"

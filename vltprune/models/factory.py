@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -184,7 +185,10 @@ def _as_stored(config: PruneConfig, path: Path | None) -> PruneConfig:
     """The config, with the threshold's temperature that a file of the MADTP reference was trained at."""
     keep = config.part("keep")
     temperature = saved_temperature(path) if path is not None and keep.name == "threshold" else None
-    return config if temperature is None else config.replace(keep=keep.replace(temperature=temperature))
+    if temperature is None:
+        return config
+    first, *others = config.stages
+    return config.with_stages([dataclasses.replace(first, keep=keep.replace(temperature=temperature)), *others])
 
 
 def _build(name: ModelName, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:

@@ -46,7 +46,8 @@ class Parts(TypedDict, total=False):
 class PruneConfig(Stage):
     """The guide of a model and the stages that prune it. Configs with equal parts and depths are equal.
 
-    Most configs have one stage. Its parts and its place are arguments of the config itself.
+    Most configs have one stage. Its parts and its place are arguments of the config itself. Of several stages, attributes and
+    `part` are those of the first one; `parts`, `describe` and `depths` are of all.
 
     Args:
         scorer, keep, reducer, at, selector, place: the first stage, as `Stage` describes them.
@@ -74,6 +75,47 @@ class PruneConfig(Stage):
         first = Stage(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Stage)})
         return (first, *(stage for stage in self.then if isinstance(stage, Stage)))
 
+    def parts(self, kind: str) -> tuple[Part, ...]:
+        """All Parts of one kind, of all stages and towers, each once.
+
+        Args:
+            kind: "scorer", "keep", "selector", "reducer" or "guide".
+
+        Returns:
+            The Parts; none for "guide" where the config has no guide.
+        """
+        if kind == "guide":
+            return super().parts(kind)
+        return tuple(dict.fromkeys(part for stage in self.stages for part in stage.parts(kind)))
+
+    def describe(self, kind: str) -> str:
+        """The parts of one kind as text.
+
+        Args:
+            kind: "scorer", "keep", "selector", "reducer" or "guide".
+
+        Returns:
+            What `Stage.describe` says of each stage, once where all are alike; "none" without a guide.
+        """
+        if kind == "guide":
+            return super().describe(kind)
+        return ", then ".join(dict.fromkeys(stage.describe(kind) for stage in self.stages))
+
+    def depths(self, tower: str, depths: int) -> tuple[int, ...]:
+        """The blocks of a tower that any stage prunes.
+
+        Args:
+            tower: the tower's name.
+            depths: its number of blocks.
+
+        Returns:
+            Their indices, ascending.
+
+        Raises:
+            ValueError: for depths that the tower does not have.
+        """
+        return tuple(sorted({depth for stage in self.stages for depth in stage.depths(tower, depths)}))
+
     def replace(self, **changes: Unpack[Parts]) -> PruneConfig:
         """Makes a config with other parts or depths: config.replace(keep="ratio(0.5)", guide=None).
 
@@ -91,6 +133,21 @@ class PruneConfig(Stage):
         own: dict[str, Any] = {name: value for name, value in changes.items() if name not in ("guide", "then")}
         then = changes.get("then", tuple(_replaced(stage, own) for stage in self.stages[1:]))
         return dataclasses.replace(self, **{**changes, "then": then})
+
+    def in_tower(self, tower: str) -> PruneConfig:
+        """Makes a config that prunes one tower alone, where this one prunes it.
+
+        Args:
+            tower: the tower's name.
+
+        Returns:
+            The new config; this one is unchanged.
+        """
+
+        def alone(at: Any) -> dict[str, Any]:
+            return {tower: at} if not isinstance(at, Mapping) else {name: at[name] for name in at if name == tower}
+
+        return self.with_stages(dataclasses.replace(stage, at=alone(stage.at)) for stage in self.stages)
 
     def with_stages(self, stages: Iterable[Stage]) -> PruneConfig:
         """Makes a config with the same guide and other stages.

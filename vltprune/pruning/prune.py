@@ -105,8 +105,9 @@ def build_guide(config: PruneConfig, specs: Mapping[str, BlockSpec], model: nn.M
 
 def _check_towers(config: PruneConfig, towers: tuple[str, ...]) -> None:
     """ValueError for a tower that the config names and the model lacks."""
-    for name, given in (("at", config.at), ("keep", config.keep)):
-        unknown = [tower for tower in given if tower not in towers] if isinstance(given, Mapping) else []
-        if unknown:
-            asked = f"{name}={config.to_dict()[name]!r}"
-            raise ValueError(f"{asked} names the tower {unknown[0]!r}; this model has {', '.join(towers)}")
+    for stage in config.stages:
+        for name, given in (("at", stage.at), ("keep", stage.keep)):
+            unknown = [tower for tower in given if tower not in towers] if isinstance(given, Mapping) else []
+            if unknown:
+                asked = f"{name}={stage.to_dict()[name]!r}"
+                raise ValueError(f"{asked} names the tower {unknown[0]!r}; this model has {', '.join(towers)}")
