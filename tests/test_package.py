@@ -97,7 +97,9 @@ def test_public_names_exist_and_are_documented():
             assert inspect.getdoc(thing), name
 
 
-@pytest.mark.parametrize("registry", [vp.guides, vp.scorers, vp.keepers, vp.reducers, vp.presets], ids=lambda r: r.kind)
+@pytest.mark.parametrize(
+    "registry", [vp.guides, vp.scorers, vp.keepers, vp.selectors, vp.reducers, vp.presets], ids=lambda r: r.kind
+)
 def test_every_registered_part_is_documented(registry):
     for name in registry.names():
         assert inspect.getdoc(registry[name]), name

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vltprune as vp
 from vltprune import scorers
 from vltprune.core import precision
-from vltprune.layers.keepers import keep_count
+from vltprune.layers.keepers.base import keep_count
 from vltprune.models.med import MedEncoder
 from vltprune.pruning import losses
 from vltprune.utils.modes import on_meta

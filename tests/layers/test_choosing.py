@@ -21,7 +21,7 @@ from choices import (
 )
 from hypothesis import given, settings
 
-from vltprune.layers import choosing, sampling
+from vltprune.layers.algorithms import choosing, sampling
 
 # each on a padded batch: features, candidates, counts, scores, windows
 CHOICES = {

@@ -21,7 +21,7 @@ from choices import (
 )
 from hypothesis import given, settings
 
-from vltprune.layers import matching
+from vltprune.layers.algorithms import matching
 
 # each on a padded batch: features, candidates, counts, scores, windows
 MATCHINGS = {

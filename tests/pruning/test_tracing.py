@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import vltprune as vp
 from vltprune import PackedTokens
 from vltprune.core import precision
-from vltprune.layers.scorers import normalize
+from vltprune.layers.scorers.base import normalize
 from vltprune.models.blip import Blip
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..layers.keepers import KeepRatioPredictor
+from ..layers import KeepRatioPredictor
 from ..pruning.model import get_pruning
 from ..pruning.trace import collect
 from ..utils.modes import evaluating

@@ -1,25 +1,19 @@
 """The five kinds of part of a pruner: guides, scorers, keepers, selectors, reducers. They import core/ and no host."""
 
-from .adaptive import Distortion, Threshold
-from .adding_reducers import Add
-from .assigning_selectors import Components, Dominant
 from .block_spec import BlockSpec
-from .distinct import Distinct, DistinctAttention, DistinctMadtp
-from .diverse_selectors import Deduplicate, Dpp, MaxMin, Pivots, UnlikeImportant
 from .grid import with_grid
-from .grid_selectors import Anchors, Pool
 from .guides import AlignmentGuide, Codebook, Guidance
-from .keepers import All, Count, Counts, KeepRatioPredictor, Knob, Outliers, RandomRatio, Ratio, Remove
-from .matching_selectors import Bipartite, Energy, Graph, MatchingSelector, Window
-from .mctf import Mctf
-from .merging_reducers import Merge, Tofu
-from .pair_scorers import PairDistance, WindowDistance
-from .reducers import Drop, Fuse, TokenReducer
-from .reduction import Reduction, plan_reduction
-from .sampling_selectors import SampleCdf, Uniform, Windows
-from .scorers import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
-from .selectors import Selection, TokenSelector, Top
-from .statistic_scorers import (
+from .keepers.adaptive import Distortion, Threshold
+from .keepers.base import All, Count, Counts, KeepRatioPredictor, Knob, Outliers, RandomRatio, Ratio, Remove
+from .keepers.trained import Above, RisingThreshold, SampledRatio
+from .reducers.adding import Add
+from .reducers.base import Drop, Fuse, TokenReducer
+from .reducers.merging import Merge, Tofu
+from .reducers.reduction import Reduction, plan_reduction
+from .scorers.base import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
+from .scorers.distinct import Distinct, DistinctAttention, DistinctMadtp
+from .scorers.pairs import PairDistance, WindowDistance
+from .scorers.statistics import (
     Ats,
     ColumnAttention,
     FlowCut,
@@ -29,8 +23,14 @@ from .statistic_scorers import (
     ValueWeightedAttention,
     WideClsAttention,
 )
-from .trained_keepers import Above, RisingThreshold, SampledRatio
-from .trained_scorers import Halting, Predictor
+from .scorers.trained import Halting, Predictor
+from .selectors.assigning import Components, Dominant
+from .selectors.base import Selection, TokenSelector, Top
+from .selectors.diverse import Deduplicate, Dpp, MaxMin, Pivots, UnlikeImportant
+from .selectors.grid import Anchors, Pool
+from .selectors.matching import Bipartite, Energy, Graph, MatchingSelector, Window
+from .selectors.mctf import Mctf
+from .selectors.sampling import SampleCdf, Uniform, Windows
 
 __all__ = [
     "UnlikeImportant",

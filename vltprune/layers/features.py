@@ -11,7 +11,7 @@ from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..registry import selectors
 from .block_spec import BlockSpec
-from .selectors import TokenSelector
+from .selectors.base import TokenSelector
 
 By = Literal["content", "key"]
 

@@ -1,8 +1,8 @@
 """Keepers as typed parts: prune(model, preset, keep=vltprune.keep.ratio(0.5))."""
 
-from ..layers.adaptive import Distortion, Learned, Threshold, TopP
-from ..layers.keepers import All, Count, Counts, Outliers, RandomRatio, Ratio, Remove
-from ..layers.trained_keepers import Above, RisingThreshold, SampledRatio
+from ..layers.keepers.adaptive import Distortion, Learned, Threshold, TopP
+from ..layers.keepers.base import All, Count, Counts, Outliers, RandomRatio, Ratio, Remove
+from ..layers.keepers.trained import Above, RisingThreshold, SampledRatio
 from .typed import typed_part
 
 above = typed_part(Above)

@@ -1,8 +1,8 @@
 """Reducers as typed parts: prune(model, preset, reducer=vltprune.reduce.fuse())."""
 
-from ..layers.adding_reducers import Add
-from ..layers.merging_reducers import Merge, Tofu
-from ..layers.reducers import Drop, Fuse
+from ..layers.reducers.adding import Add
+from ..layers.reducers.base import Drop, Fuse
+from ..layers.reducers.merging import Merge, Tofu
 from .typed import typed_part
 
 add = typed_part(Add)

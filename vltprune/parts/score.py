@@ -1,9 +1,9 @@
 """Scorers as typed parts: prune(model, preset, scorer=vltprune.score.self_attention())."""
 
-from ..layers.distinct import Distinct, DistinctAttention, DistinctMadtp
-from ..layers.pair_scorers import PairDistance, WindowDistance
-from ..layers.scorers import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention
-from ..layers.statistic_scorers import (
+from ..layers.scorers.base import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention
+from ..layers.scorers.distinct import Distinct, DistinctAttention, DistinctMadtp
+from ..layers.scorers.pairs import PairDistance, WindowDistance
+from ..layers.scorers.statistics import (
     Ats,
     ColumnAttention,
     FlowCut,
@@ -13,7 +13,7 @@ from ..layers.statistic_scorers import (
     ValueWeightedAttention,
     WideClsAttention,
 )
-from ..layers.trained_scorers import Halting, Predictor
+from ..layers.scorers.trained import Halting, Predictor
 from .typed import typed_part
 
 alignment = typed_part(Alignment)

@@ -1,12 +1,12 @@
 """Selectors as typed parts: prune(model, preset, selector=vltprune.selector.top())."""
 
-from ..layers.assigning_selectors import Components, Dominant
-from ..layers.diverse_selectors import Deduplicate, Dpp, MaxMin, Pivots, UnlikeImportant
-from ..layers.grid_selectors import Anchors, Pool
-from ..layers.matching_selectors import Bipartite, Energy, Graph, Window
-from ..layers.mctf import Mctf
-from ..layers.sampling_selectors import SampleCdf, Uniform, Windows
-from ..layers.selectors import Top
+from ..layers.selectors.assigning import Components, Dominant
+from ..layers.selectors.base import Top
+from ..layers.selectors.diverse import Deduplicate, Dpp, MaxMin, Pivots, UnlikeImportant
+from ..layers.selectors.grid import Anchors, Pool
+from ..layers.selectors.matching import Bipartite, Energy, Graph, Window
+from ..layers.selectors.mctf import Mctf
+from ..layers.selectors.sampling import SampleCdf, Uniform, Windows
 from .typed import typed_part
 
 anchors = typed_part(Anchors)

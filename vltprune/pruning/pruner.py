@@ -15,7 +15,7 @@ from ..core.checks import is_traced
 from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer, TokenSelector, Top
-from ..layers.selectors import top_tokens
+from ..layers.selectors.base import top_tokens
 from .part import KINDS
 from .stage import PRUNER_KINDS, Stage
 

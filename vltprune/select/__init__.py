@@ -5,7 +5,7 @@ Features may have any floating-point dtype and be on any device; everything is c
 Similarities and scores that are equal within rounding tie, and ties go by position.
 """
 
-from ..layers.sampling import grid_windows
+from ..layers.algorithms.sampling import grid_windows
 from .choosing import deduplicate, dpp, max_min, outliers, pivots, sample_cdf, spread_uniform, windows
 from .matching import bipartite, components, energy, graph, local_pairs, nearest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..layers import choosing, sampling
+from ..layers.algorithms import choosing, sampling
 from .instance import check_part_of_count, column, count_of, indices, instance, scored, window_ids
 
 

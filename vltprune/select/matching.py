@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers import matching
+from ..layers.algorithms import matching
 from .instance import column, count_of, indices, instance, mask_of, window_ids
 
 

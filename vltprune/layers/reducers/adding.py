@@ -7,15 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import PackedTokens
-from ..registry import reducers
-from .block_spec import BlockSpec
-from .features import feature_width
-from .merging_reducers import leaders
-from .reducers import TokenReducer
+from ...core.statistics import AttentionStats, Stat
+from ...core.tokens import PackedTokens
+from ...registry import reducers
+from ..block_spec import BlockSpec
+from ..features import feature_width
+from ..selectors.base import Selection
+from .base import TokenReducer
+from .merging import leaders
 from .reduction import Reduction, plan_reduction
-from .selectors import Selection
 
 
 @reducers.register("add")

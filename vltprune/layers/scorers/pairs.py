@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats
-from ..core.tokens import PackedTokens
-from ..registry import scorers
-from . import matching
-from .block_spec import BlockSpec
-from .features import By, check_by, feature_width, features_of
-from .grid import first_of_window
-from .guides import Guidance
-from .matching_selectors import in_sequence
-from .scorers import TokenScorer
+from ...core import segments
+from ...core.statistics import AttentionStats
+from ...core.tokens import PackedTokens
+from ...registry import scorers
+from ..algorithms import matching
+from ..block_spec import BlockSpec
+from ..features import By, check_by, feature_width, features_of
+from ..grid import first_of_window
+from ..guides import Guidance
+from ..selectors.matching import in_sequence
+from .base import TokenScorer
 
 # above every distance, so that a token that merges into none is kept
 STAYS = 4.0

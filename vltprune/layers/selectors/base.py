@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import PackedTokens
-from ..registry import selectors
-from .block_spec import BlockSpec
-from .printing import PrintedPart
+from ...core import segments
+from ...core.statistics import AttentionStats, Stat
+from ...core.tokens import PackedTokens
+from ...registry import selectors
+from ..block_spec import BlockSpec
+from ..printing import PrintedPart
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats
-from ..core.tokens import PackedTokens
-from ..registry import selectors
-from . import sampling
-from .block_spec import BlockSpec
-from .grid import window_ids
-from .selectors import Selection, TokenSelector, padded_selection
+from ...core import segments
+from ...core.statistics import AttentionStats
+from ...core.tokens import PackedTokens
+from ...registry import selectors
+from ..algorithms import sampling
+from ..block_spec import BlockSpec
+from ..grid import window_ids
+from .base import Selection, TokenSelector, padded_selection
 
 
 @selectors.register("sample_cdf")

@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..core import precision, segments
-from ..core.statistics import AttentionStats
-from ..core.tokens import PackedTokens
-from ..registry import scorers
-from .block_spec import BlockSpec
-from .guides import Guidance
-from .scorers import TokenScorer
+from ...core import precision, segments
+from ...core.statistics import AttentionStats
+from ...core.tokens import PackedTokens
+from ...registry import scorers
+from ..block_spec import BlockSpec
+from ..guides import Guidance
+from .base import TokenScorer
 
 
 @scorers.register("predictor")

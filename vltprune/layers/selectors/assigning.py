@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats
-from ..core.tokens import PackedTokens
-from ..registry import selectors
-from . import matching, sampling
-from .block_spec import BlockSpec
-from .choosing import part_of
-from .features import By, FeatureSelector
-from .selectors import Selection, padded_selection
-from .similarity import order_by_score, positions, ranks
+from ...core import segments
+from ...core.statistics import AttentionStats
+from ...core.tokens import PackedTokens
+from ...registry import selectors
+from ..algorithms import matching, sampling
+from ..algorithms.choosing import part_of
+from ..algorithms.similarity import order_by_score, positions, ranks
+from ..block_spec import BlockSpec
+from ..features import By, FeatureSelector
+from .base import Selection, padded_selection
 
 
 @selectors.register("dominant")

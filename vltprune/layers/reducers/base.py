@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import Layout, PackedTokens
-from ..registry import reducers
-from .block_spec import BlockSpec
-from .printing import PrintedPart
+from ...core import segments
+from ...core.statistics import AttentionStats, Stat
+from ...core.tokens import Layout, PackedTokens
+from ...registry import reducers
+from ..block_spec import BlockSpec
+from ..printing import PrintedPart
+from ..selectors.base import Selection
 from .reduction import Reduction, plan_reduction
-from .selectors import Selection
 
 _EPS = 1e-8
 

@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..core import precision, segments
-from ..core.tokens import PackedTokens
-from ..registry import keepers
+from ...core import precision, segments
+from ...core.tokens import PackedTokens
+from ...registry import keepers
+from ..block_spec import BlockSpec
+from ..guides import Guidance
 from .adaptive import mean_and_deviation
-from .block_spec import BlockSpec
-from .guides import Guidance
-from .keepers import KeepRatioPredictor, Knob, Ratio
+from .base import KeepRatioPredictor, Knob, Ratio
 
 _CERTAIN = 1e-6  # a probability that is nearer to 0 or 1 than this has the logit of this distance
 

@@ -7,16 +7,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import PackedTokens
-from ..registry import reducers
-from . import matching
-from .block_spec import BlockSpec
-from .features import By, check_by, feature_width, features_of
-from .reducers import TokenReducer
+from ...core import segments
+from ...core.statistics import AttentionStats, Stat
+from ...core.tokens import PackedTokens
+from ...registry import reducers
+from ..algorithms import matching
+from ..block_spec import BlockSpec
+from ..features import By, check_by, feature_width, features_of
+from ..selectors.base import Selection
+from .base import TokenReducer
 from .reduction import Reduction, plan_reduction
-from .selectors import Selection
 
 Weights = Literal["size", "equal", "attention", "score"]
 

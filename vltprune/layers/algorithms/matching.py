@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import precision
+from ...core import precision
 from .similarity import (
     NEAR,
     ROUNDING,

@@ -7,16 +7,16 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ..core import precision, segments
-from ..core.statistics import AttentionStats
-from ..core.tokens import PackedTokens
-from ..registry import selectors
-from . import matching
-from .block_spec import BlockSpec
-from .features import By, FeatureSelector
-from .grid import first_of_window
-from .selectors import Selection, padded_selection
-from .similarity import NEAR, order_by_score, ranks, scaled
+from ...core import precision, segments
+from ...core.statistics import AttentionStats
+from ...core.tokens import PackedTokens
+from ...registry import selectors
+from ..algorithms import matching
+from ..algorithms.similarity import NEAR, order_by_score, ranks, scaled
+from ..block_spec import BlockSpec
+from ..features import By, FeatureSelector
+from ..grid import first_of_window
+from .base import Selection, padded_selection
 
 _LAST = torch.iinfo(torch.int64).max
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import precision, segments
-from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import PackedTokens
-from ..registry import scorers
-from .block_spec import BlockSpec
-from .guides import Guidance
-from .printing import PrintedPart
+from ...core import precision, segments
+from ...core.statistics import AttentionStats, Stat
+from ...core.tokens import PackedTokens
+from ...registry import scorers
+from ..block_spec import BlockSpec
+from ..guides import Guidance
+from ..printing import PrintedPart
 
 _EPS = 1e-8
 

@@ -7,13 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats
-from ..core.tokens import PackedTokens
-from ..registry import scorers
-from .block_spec import BlockSpec
-from .guides import Guidance
-from .scorers import Madtp, SelfAttention, TokenScorer, normalize, unit
+from ...core import segments
+from ...core.statistics import AttentionStats
+from ...core.tokens import PackedTokens
+from ...registry import scorers
+from ..block_spec import BlockSpec
+from ..guides import Guidance
+from .base import Madtp, SelfAttention, TokenScorer, normalize, unit
 
 _LITTLE = 1e-3  # a resemblance that counts as none, and one that is short of a whole one by as much counts as whole
 _ROUNDING = 1e-4  # relative: rounding of products, divided by the width, leaves this much of a count in doubt

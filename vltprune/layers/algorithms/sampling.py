@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import precision
+from ...core import precision
 from .choosing import most_of, part_of
 from .similarity import ROUNDING, decides, order_by_score, positions, ranks
 

@@ -12,7 +12,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..core import precision
+from ...core import precision
 
 # absolute: within what two cosines count as equal
 ROUNDING = precision.ROUNDING

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import PackedTokens
-from ..registry import scorers
-from .block_spec import BlockSpec
-from .guides import Guidance
-from .scorers import MeanClsAttention, TokenScorer, normalize
+from ...core import segments
+from ...core.statistics import AttentionStats, Stat
+from ...core.tokens import PackedTokens
+from ...registry import scorers
+from ..block_spec import BlockSpec
+from ..guides import Guidance
+from .base import MeanClsAttention, TokenScorer, normalize
 
 
 @scorers.register("column_attention")

@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import precision, segments
-from ..core.tokens import PackedTokens
-from ..registry import keepers
-from . import sampling
-from .block_spec import BlockSpec
-from .guides import Guidance
-from .printing import PrintedPart
-from .scorers import hash_integers
+from ...core import precision, segments
+from ...core.tokens import PackedTokens
+from ...registry import keepers
+from ..algorithms import sampling
+from ..block_spec import BlockSpec
+from ..guides import Guidance
+from ..printing import PrintedPart
+from ..scorers.base import hash_integers
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import PackedTokens
-from ..registry import selectors
-from .block_spec import BlockSpec
-from .features import By
-from .matching import halves, own_slots
-from .matching_selectors import MatchingSelector, in_sequence
-from .similarity import NEAR, decides, first_best, order_by_similarity, ranks, unit
+from ...core import segments
+from ...core.statistics import AttentionStats, Stat
+from ...core.tokens import PackedTokens
+from ...registry import selectors
+from ..algorithms.matching import halves, own_slots
+from ..algorithms.similarity import NEAR, decides, first_best, order_by_similarity, ranks, unit
+from ..block_spec import BlockSpec
+from ..features import By
+from .matching import MatchingSelector, in_sequence
 
 _INFINITY = float("inf")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import precision
-from ..core.checks import is_traced
+from ...core import precision
+from ...core.checks import is_traced
 from .similarity import cosine, decides, first_best, order_by_score, order_by_similarity, positions, ranks, scaled, unit
 
 _INFINITY = float("inf")

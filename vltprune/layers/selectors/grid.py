@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import precision, segments
-from ..core.statistics import AttentionStats
-from ..core.tokens import PackedTokens
-from ..registry import selectors
-from .block_spec import BlockSpec
-from .grid import grid
-from .selectors import Selection, TokenSelector, padded_selection
-from .similarity import order_by_score, positions, ranks
+from ...core import precision, segments
+from ...core.statistics import AttentionStats
+from ...core.tokens import PackedTokens
+from ...registry import selectors
+from ..algorithms.similarity import order_by_score, positions, ranks
+from ..block_spec import BlockSpec
+from ..grid import grid
+from .base import Selection, TokenSelector, padded_selection
 
 
 @selectors.register("pool")

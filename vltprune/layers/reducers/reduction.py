@@ -9,9 +9,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..core import precision, segments
-from ..core.checks import is_traced
-from ..core.tokens import Layout, PackedTokens
+from ...core import precision, segments
+from ...core.checks import is_traced
+from ...core.tokens import Layout, PackedTokens
 
 
 @dataclass(frozen=True)

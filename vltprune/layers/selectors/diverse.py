@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..core import segments
-from ..core.statistics import AttentionStats
-from ..core.tokens import PackedTokens
-from ..registry import selectors
-from . import choosing
-from .block_spec import BlockSpec
-from .features import By, FeatureSelector
-from .selectors import Selection, padded_selection
-from .similarity import cosine, order_by_score, order_by_similarity, ranks
+from ...core import segments
+from ...core.statistics import AttentionStats
+from ...core.tokens import PackedTokens
+from ...registry import selectors
+from ..algorithms import choosing
+from ..algorithms.similarity import cosine, order_by_score, order_by_similarity, ranks
+from ..block_spec import BlockSpec
+from ..features import By, FeatureSelector
+from .base import Selection, padded_selection
 
 
 @selectors.register("max_min")

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core import precision, segments
-from ..core.tokens import Layout, PackedTokens
-from ..registry import keepers
-from .block_spec import BlockSpec
-from .guides import Guidance
-from .keepers import KeepRatioPredictor, Knob, decay_factor, keep_count
-from .scorers import unit
+from ...core import precision, segments
+from ...core.tokens import Layout, PackedTokens
+from ...registry import keepers
+from ..block_spec import BlockSpec
+from ..guides import Guidance
+from ..scorers.base import unit
+from .base import KeepRatioPredictor, Knob, decay_factor, keep_count
 
 _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
 _EQUAL = 5e-5  # relative: sums of scores, or of what tokens take with them, that rounding may make of equal ones

@@ -1,0 +1,1 @@
+"""Keepers (keep-ratio predictors): how many tokens of an instance stay."""

@@ -1,0 +1,1 @@
+"""Reducers: what becomes of the tokens that go."""
