@@ -159,7 +159,7 @@ def test_a_cost_has_gradients_to_thresholds_and_none_to_scores():
 def test_a_sampled_ratio_keeps_what_was_drawn_and_trains_scores_by_the_cost():
     """The tokens that stay are those of the sample, whatever their order by score; noise is drawn once for loss and cost."""
     spec = vp.BlockSpec("image", 0, 1, 4, 1, has_summary=True)
-    scorer, keeper = _Learns(spec, torch.linspace(0.3, 0.7, 400)), vp.keepers["sampled_ratio"](spec)
+    scorer, keeper = _Learns(spec, torch.linspace(0.3, 0.7, 400)), vp.keepers["sampled_ratio"](spec, hard=False)
     pruner = vp.Pruner(scorer, keeper, vp.selectors["top"](spec), vp.reducers["drop"](spec)).train()
     pruner.soft_temperature = 0.2
     first = torch.arange(400) == 0

@@ -13,6 +13,8 @@ from torch import Tensor
 from . import precision
 from .checks import is_traced
 
+MASKED = 1e-9  # the probability to stay of a token that is masked: for 0, whose logarithm has no gradient
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -198,6 +200,11 @@ class PackedTokens:
         weight = torch.ones_like(precision.single(self.x[:, 0]))
         weight = weight if self.size is None else self.size.to(weight.dtype)
         return weight if self.keep_prob is None else weight * self.keep_prob
+
+    @property
+    def present(self) -> Tensor:
+        """[total] bool: the tokens that are not masked. Soft training may mask tokens that go, and remove none."""
+        return torch.ones_like(self.protected) if self.keep_prob is None else self.keep_prob > MASKED * 1.5
 
     @property
     def identity(self) -> Tensor:

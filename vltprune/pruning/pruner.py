@@ -73,12 +73,12 @@ class Pruner(nn.Module):
     Attributes:
         needs: the attention statistics that its parts read.
         reads_grid: whether a part reads the grid of patches.
-        soft_temperature: above 0, training decides softly. A token then stays with a probability, the sigmoid of its keeper's
-            margin over this temperature. Its logarithm is a bias on the token's attention logits, so that the loss has
+        soft_temperature: above 0, training decides softly. A token then stays with a probability, that of its keeper at this
+            temperature. Its logarithm is a bias on the token's attention logits, so that the loss has
             gradients to scores and thresholds. The cost has them to thresholds alone: scores should say what matters, not
             what is cheap. Keepers without a threshold say otherwise (`cost_trains_scores`). At 0, and in evaluation, tokens
             stay or go.
-        min_keep_prob: a token whose probability to stay is not above this goes, in soft training too.
+        min_keep_prob: a token whose probability to stay is not above this goes, in soft training too. A `hard` keeper masks it.
     """
 
     min_keep_prob = 0.02
@@ -157,11 +157,12 @@ class Pruner(nn.Module):
         scores = segments.equalize(self.scorer(tokens, stats, guidance).float(), tokens.layout)
         keep_prob = counted_prob = None
         if soft:
-            certain = top_tokens(tokens, scores, tokens.layout.sizes.new_full((tokens.layout.batch,), least))
+            certain = self._certain(tokens, scores, least)
             keep_prob = counted_prob = self._keep_prob(scores, tokens, guidance, certain)
             if not self.keeper.cost_trains_scores:
                 counted_prob = self._keep_prob(scores.detach(), tokens, guidance, certain)
-            counts = segments.count((keep_prob > self.min_keep_prob) & tokens.free, tokens.layout)
+            stays = tokens.free if self.keeper.hard else (keep_prob > self.min_keep_prob) & tokens.free
+            counts = segments.count(stays, tokens.layout)
         else:
             counts = self.keeper(scores, tokens, guidance)
         counts = counts.clamp(min=least)
@@ -188,10 +189,15 @@ class Pruner(nn.Module):
         )
         return sum(part.macs(before, after) for part in comparing)
 
+    def _certain(self, tokens: PackedTokens, scores: Tensor, least: int) -> Tensor:
+        """[total] bool: protected tokens, and the `least` of largest score in each instance that are not masked."""
+        counts = tokens.layout.sizes.new_full((tokens.layout.batch,), least)
+        return top_tokens(tokens, scores.masked_fill(~tokens.present, float("-inf")), counts)
+
     def _keep_prob(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, certain: Tensor) -> Tensor:
         """[total]: the probability that each token stays; 1 where `certain` [total] bool holds."""
-        margin = self.keeper.margin(scores, tokens, guidance)
-        return (margin / self.soft_temperature).sigmoid().to(scores.dtype).masked_fill(certain, 1.0)
+        keep_prob = self.keeper.keep_prob(scores, tokens, guidance, self.soft_temperature)
+        return keep_prob.to(scores.dtype).masked_fill(certain, 1.0)
 
 
 def build_like(host: nn.Module, build: Callable[P, M], *args: P.args, **named: P.kwargs) -> M:

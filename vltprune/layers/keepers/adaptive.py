@@ -126,6 +126,8 @@ class Learned(KeepRatioPredictor):
         spec: the block.
         threshold: the initial threshold, in standard deviations above the mean.
         shift: the knob of calibration, added to all thresholds.
+        hard: whether soft training keeps a token or masks it, with the gradient of its probability, as AS-ViT does (arXiv
+            2209.13802). Otherwise tokens stay in part.
 
     Raises:
         ValueError: for arguments that are not finite.
@@ -133,12 +135,12 @@ class Learned(KeepRatioPredictor):
 
     knob = Knob("shift", -8.0, 8.0, larger_keeps_more=False)
 
-    def __init__(self, spec: BlockSpec, threshold: float = -2.0, shift: float = 0.0):
+    def __init__(self, spec: BlockSpec, threshold: float = -2.0, shift: float = 0.0, hard: bool = False):
         super().__init__(spec)
         if not math.isfinite(threshold) or not math.isfinite(shift):
             raise ValueError(f"learned(threshold={threshold}, shift={shift}): both must be finite")
         self.threshold = nn.Parameter(torch.tensor(float(threshold)))
-        self.shift = shift
+        self.shift, self.hard = shift, hard
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         middle, deviation = mean_and_deviation(scores, tokens)
@@ -243,7 +245,7 @@ def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
 
 
 def mean_and_deviation(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the unprotected scores of each token's instance.
+    """Mean and standard deviation of the scores of each token's instance, without protected and masked tokens.
 
     The deviation is at least a thousandth of the scores' magnitude, so that equal scores are equally far from any threshold.
 
@@ -254,7 +256,7 @@ def mean_and_deviation(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Te
     Returns:
         The mean and the deviation, [total] each: one value an instance, repeated for each of its tokens.
     """
-    layout, free = tokens.layout, tokens.free
+    layout, free = tokens.layout, tokens.free & tokens.present
     available = segments.count(free, layout).clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core import precision, segments
-from ...core.tokens import PackedTokens
+from ...core.tokens import MASKED, PackedTokens
 from ...registry import keepers
 from ..algorithms import sampling
 from ..block_spec import BlockSpec
@@ -60,6 +60,9 @@ class KeepRatioPredictor(PrintedPart, ABC):
         guided: whether it reads the guidance of an alignment guide.
         fixed: whether its counts depend on the number of tokens alone, and not on their contents.
         cost_trains_scores: whether the cost has gradients to the scores in soft training, and not to a threshold alone.
+        hard: whether soft training keeps a token for certain or masks it, with the gradient of its probability (`keep_prob`).
+            Masked tokens stay in the batch, so that the loss can want them back, and no reducer acts on them. An instance may
+            say otherwise than its class.
         knob: the argument that sets its cost, None for none. An instance may have another one than its class.
         spec: the block that it is built for.
     """
@@ -67,6 +70,7 @@ class KeepRatioPredictor(PrintedPart, ABC):
     guided: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
     cost_trains_scores: ClassVar[bool] = False
+    hard: bool = False
     knob: Knob | None = None
 
     def __init__(self, spec: BlockSpec):
@@ -104,6 +108,27 @@ class KeepRatioPredictor(PrintedPart, ABC):
             f"{type(self).__name__} has no threshold to learn softly: use keep='threshold', 'learned', 'rising_threshold', "
             "'above' or 'sampled_ratio'"
         )
+
+    def keep_prob(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, temperature: float) -> Tensor:
+        """The probability that each token stays in soft training: the sigmoid of its margin over a temperature.
+
+        Where `hard`, it is 1 for a probability above one half and `tokens.MASKED` for others, in place of 0. Its gradient is
+        that of the probability (straight-through, Bengio et al., arXiv 1308.3432).
+
+        Args:
+            scores: [total].
+            tokens: the block's input, x [total, dim].
+            guidance: as in `forward`.
+            temperature: above 0.
+
+        Returns:
+            The probabilities, [total].
+        """
+        prob = (self.margin(scores, tokens, guidance) / temperature).sigmoid()
+        if not self.hard:
+            return prob
+        # the difference is exactly 0, and is not added to what would round it
+        return torch.where(prob > 0.5, 1.0, MASKED) + (prob - prob.detach())
 
 
 @keepers.register("ratio")

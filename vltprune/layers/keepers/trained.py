@@ -98,17 +98,19 @@ class SampledRatio(Ratio):
     """Keeps the same ratio of every instance's tokens, and samples which ones stay in soft training.
 
     DynamicViT (Rao et al., arXiv 2106.02034), section 3.2. Scores are probabilities to stay, as the scorer `predictor` gives
-    them. Soft training adds logistic noise to their logits, which is the Gumbel softmax of two classes. The cost then has
-    gradients to the scores too: they alone decide how many tokens stay.
+    them. Soft training adds logistic noise to their logits, which is the Gumbel softmax of two classes. A token stays or is
+    masked by the sign of the sum, with the gradient of its sigmoid. The cost has gradients to the scores too: they alone
+    decide how many tokens stay.
 
-    **Departs**: a sample is the relaxed one, a probability that hardens with the temperature. The paper's is 0 or 1, with a
-    straight-through gradient. Tokens with little of it leave the batch, so that training is faster too; the reference masks
-    them. In evaluation the ratio is one of the tokens that enter the block, rounded up. The reference rounds rho^s n down.
+    **Departs**: a masked token does not attend to itself, as it does in the reference. No other token reads what it then is. In
+    evaluation the ratio is one of the tokens that enter the block, rounded up. The reference rounds rho^s n down.
 
     Args:
         spec: the block.
         ratio: the kept ratio, in [0, 1].
         decay: above 0. After i earlier pruned blocks the ratio is ratio^(decay^i).
+        hard: whether a sample is 0 or 1, at temperature 1 as in the paper. Otherwise it is the relaxed one, a probability that
+            hardens as training's temperature falls. Tokens with little of it then leave the batch, so that training is faster.
 
     Raises:
         ValueError: for arguments outside their range.
@@ -116,12 +118,19 @@ class SampledRatio(Ratio):
 
     cost_trains_scores = True
 
+    def __init__(self, spec: BlockSpec, ratio: float = 0.7, decay: float = 1.0, hard: bool = True):
+        super().__init__(spec, ratio, decay)
+        self.hard = hard
+
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         logit = torch.logit(scores, _CERTAIN)
         if not self.training:
             return logit
         # the difference of two Gumbel variables is logistic
         return logit + torch.logit(torch.rand_like(scores), _CERTAIN)
+
+    def keep_prob(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, temperature: float) -> Tensor:
+        return super().keep_prob(scores, tokens, guidance, 1.0 if self.hard else temperature)
 
 
 def _count_above(scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Tensor:

@@ -26,10 +26,10 @@ def asvit() -> PruneConfig:
     Train it with `budget="learned"` (docs/compress.md), which has AS-ViT's loss on the MACs.
 
     **Departs**: counts are per instance in any batch; the reference keeps the batch's mean count of every image. Thresholds are
-    in standard deviations of an instance's scores. Soft training weighs tokens by a sigmoid that hardens. The paper passes its
-    gradient straight through a hard mask. The three blocks are EViT's and DynamicViT's; AS-ViT's own were not at hand.
+    in standard deviations of an instance's scores, and so is the temperature of their gradient, which falls in training. The
+    three blocks are EViT's and DynamicViT's; AS-ViT's own were not at hand.
     """
-    return PruneConfig(scorer="cls_attention", keep="learned(threshold=-0.5)", at=(0.25, 0.5, 0.75))
+    return PruneConfig(scorer="cls_attention", keep="learned(threshold=-0.5, hard=True)", at=(0.25, 0.5, 0.75))
 
 
 @presets.register("dynamicvit")
@@ -39,8 +39,9 @@ def dynamicvit() -> PruneConfig:
     The network is random until it is trained: without training it is no better than `random`. Train it with
     `budget="learned"`, `losses={"keep_ratio": 2.0}`, `distill=0.5` and `distill_tokens=0.5` (docs/compress.md).
 
-    **Departs**: it prunes behind the block before, which is the same place. Kept tokens stay in the order of the sequence.
-    `sampled_ratio` says how sampling differs. Networks of text towers are trained alike; the paper has images alone.
+    **Departs**: it prunes behind the block before, which is the same place. Kept tokens stay in the order of the sequence. In
+    training, a masked token does not attend to itself. Counts are ceil(.7 n) of the tokens that enter. Networks of text towers
+    are trained alike; the paper has images alone.
     """
     # a little less than 1/4, 1/2 and 3/4 of the depth: the block before
     return PruneConfig(scorer="predictor", keep="sampled_ratio(ratio=0.7)", at=(0.24, 0.49, 0.74), place="block")
