@@ -223,7 +223,7 @@ def ratios(depth: int, n: int) -> tuple[int, int]:
         ("tofu", {"keep": "remove(r=3)"}, tofu(3)),
         ("pitome", {}, pitome(0.85)),
         ("pitome", {"keep": "ratio(ratio=0.6)"}, pitome(0.6)),
-        ("dymu", {"keep": "above(threshold=0.4)"}, dymu(0.4)),
+        ("dymu", {"keep": "fitted_threshold(threshold=0.4)"}, dymu(0.4)),
         ("mctf", {"keep": "remove(r=4)"}, mctf(4)),
         ("mctf", {"keep": "remove(r=3)"}, mctf(3)),
         ("crossget", {"scorer": "mean_cls_attention", "guide": None}, crossget(0.85)),
@@ -256,7 +256,7 @@ def test_algm_is_its_formula():
     assert len(set(traces[0].lengths[0])) > 1 or len(set(traces[0].lengths[-1])) > 1
 
 
-KEEP = ("above(threshold=0.3)", "above(threshold=-0.2)")
+KEEP = ("fitted_threshold(threshold=0.3)", "fitted_threshold(threshold=-0.2)")
 
 
 def test_published_counts_of_diffrate():

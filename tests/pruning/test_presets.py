@@ -31,6 +31,7 @@ PRUNING = {
     "counts": "counts(counts=(4, 4, 4, 4))",
     "learned": "learned(threshold=0.0)",
     "above": "above(threshold=0.05)",
+    "fitted_threshold": "fitted_threshold(threshold=0.05)",
 }
 # whose parts learn in soft training alone: from what stays with a probability, and from its cost
 SOFT = {"keep=learned", "keep=rising_threshold", "ltp", "asvit", "dynamicvit"}

@@ -74,13 +74,15 @@ class BudgetControl:
 
     @contextlib.contextmanager
     def unless_done(self) -> Iterator[None]:
-        """Restores the value of every depth where the `with` block fails."""
+        """Restores the value of every depth, and what was fitted to data, where the `with` block fails."""
         before = self.values
+        fitted = [{name: buffer.clone() for name, buffer in keeper.named_buffers()} for keeper in self.keepers]
         try:
             yield
         except BaseException:
-            for keeper, value in zip(self.keepers, before, strict=True):
+            for keeper, value, buffers in zip(self.keepers, before, fitted, strict=True):
                 setattr(keeper, self.knob.name, value)
+                keeper.load_state_dict(buffers, strict=False)
             raise
 
     def commit(self, value: float) -> None:

@@ -151,7 +151,8 @@ def measure(
     Args:
         model: a pruned model, wrapped or not.
         batches: a DataLoader or a list of batches, as `calibrate` takes them. They are run once.
-        value: what the knob is set to. It stays there, unless measuring fails. None leaves the knob as it is.
+        value: what the knob is set to. It stays there, unless measuring fails. Keepers that fit data are fitted to the batches.
+            None leaves the knob as it is.
         tower: the tower whose knob is set. None for the knob of all towers.
         meter: the model's CostMeter, where it is measured again and again.
         inputs: which part of a batch the model takes, as in `calibrate`.
@@ -168,9 +169,35 @@ def measure(
     if value is None:
         return _measured(model, meter, model_inputs(batches, inputs))
     control = BudgetControl(model, tower)
+    held = list(model_inputs(batches, inputs))
     with control.unless_done():
         control.set(value)
-        return _measured(model, meter, model_inputs(batches, inputs))
+        fit_keepers(model, control, held)
+        return _measured(model, meter, held)
+
+
+def fit_keepers(model: nn.Module, control: BudgetControl, batches: Iterable[Batch]) -> None:
+    """Fits the keepers that `fits_data` to the mean of batches, at the knob's value; without any, nothing is run.
+
+    Args:
+        model: a pruned model.
+        control: its knob.
+        batches: what the model takes, as it takes it.
+    """
+    fitted = [keeper for keeper in control.keepers if keeper.fits_data]
+    if not fitted:
+        return
+    with evaluating(model), torch.no_grad(), collect(threads=False):
+        for keeper in fitted:
+            keeper.train()
+        try:
+            for number, batch in enumerate(batches, 1):
+                for keeper in fitted:
+                    keeper.batch_weight = 1 / number
+                run_batch(model, batch)
+        finally:
+            for keeper in fitted:
+                keeper.__dict__.pop("batch_weight", None)
 
 
 class _Search:
@@ -182,10 +209,15 @@ class _Search:
         self.knob = self.control.knob
 
     def measure(self, value: float) -> Calibration:
-        self.control.set(value)
+        self.set(value)
         found = _measured(self.model, self.meter, counted(self.batches, self.shown))
         self.shown.set_postfix_str(f"{percent(self.saved(found))} at {self.knob.name}={value:.4g}")
         return found
+
+    def set(self, value: float) -> None:
+        """Sets the knob, and fits what follows from it and from the batches."""
+        self.control.set(value)
+        fit_keepers(self.model, self.control, self.batches)
 
     def value(self, found: Calibration) -> float:
         """The knob's value where it was measured."""
@@ -221,7 +253,7 @@ class _Search:
         best = min(tried, key=off)
         if off(best) > tolerance * (1 - reduction):
             raise BudgetError(self._missed(reduction, tolerance, tried, best), best)
-        self.control.set(self.value(best))  # as the next tower's search must find it
+        self.set(self.value(best))  # as the next tower's search must find it
         return best
 
     def _crossing(self, reduction: float, tried: list[Calibration]) -> tuple[float, float] | None:

@@ -2,7 +2,7 @@
 
 from ..layers.keepers.adaptive import Distortion, Learned, Threshold, TopP
 from ..layers.keepers.base import All, Count, Counts, Outliers, RandomRatio, Ratio, Remove
-from ..layers.keepers.trained import Above, RisingThreshold, SampledRatio
+from ..layers.keepers.trained import Above, FittedThreshold, RisingThreshold, SampledRatio
 from .typed import typed_part
 
 above = typed_part(Above)
@@ -10,6 +10,7 @@ all = typed_part(All)
 count = typed_part(Count)
 counts = typed_part(Counts)
 distortion = typed_part(Distortion)
+fitted_threshold = typed_part(FittedThreshold)
 learned = typed_part(Learned)
 outliers = typed_part(Outliers)
 random_ratio = typed_part(RandomRatio)

@@ -63,6 +63,9 @@ class KeepRatioPredictor(PrintedPart, ABC):
         hard: whether soft training keeps a token for certain or masks it, with the gradient of its probability (`keep_prob`).
             Masked tokens stay in the batch, so that the loss can want them back, and no reducer acts on them. An instance may
             say otherwise than its class.
+        fits_data: whether its counts follow from data that it was fitted to, and not from the knob alone. Calibration then runs
+            its batches with the keeper in training mode, once for each value of the knob.
+        batch_weight: of a keeper that fits data, the weight of a batch in its running mean in training mode, in (0, 1].
         knob: the argument that sets its cost, None for none. An instance may have another one than its class.
         spec: the block that it is built for.
     """
@@ -71,6 +74,8 @@ class KeepRatioPredictor(PrintedPart, ABC):
     fixed: ClassVar[bool] = False
     cost_trains_scores: ClassVar[bool] = False
     hard: bool = False
+    fits_data: ClassVar[bool] = False
+    batch_weight: float = 0.1
     knob: Knob | None = None
 
     def __init__(self, spec: BlockSpec):

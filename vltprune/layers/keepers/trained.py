@@ -1,4 +1,4 @@
-"""Keepers of trained methods: a learned threshold that rises with depth, a fixed threshold, and a sampled ratio."""
+"""Keepers of trained methods: a learned threshold that rises with depth, a fixed or fitted one, a sampled ratio."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...registry import keepers
 from ..block_spec import BlockSpec
 from ..guides import Guidance
 from .adaptive import mean_and_deviation
-from .base import KeepRatioPredictor, Knob, Ratio
+from .base import KeepRatioPredictor, Knob, Ratio, keep_count
 
 _CERTAIN = 1e-6  # a probability that is nearer to 0 or 1 than this has the logit of this distance
 
@@ -91,6 +91,61 @@ class Above(KeepRatioPredictor):
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         return scores - self.threshold
+
+
+@keepers.register("fitted_threshold")
+class FittedThreshold(KeepRatioPredictor):
+    """Keeps the tokens that score above a threshold, which is fitted so that a ratio of all tokens of a batch stays.
+
+    DyMU (arXiv 2504.17040), section 3.1: at each block the threshold is where the r B edges of highest similarity of a batch of
+    B images end, averaged over batches. So every image has its own count, and the ratio is that of the mean. Tokens that score
+    the same as the first that stays do too.
+
+    In training mode the threshold is the batch's own, and its running mean is what evaluation takes, as in batch
+    normalization. `vltprune.calibrate` takes the mean over its batches for each ratio that it tries. Thresholds are saved with
+    the weights; a config alone has them not.
+
+    Args:
+        spec: the block.
+        threshold: the threshold before it is fitted, in the units of the scores.
+        ratio: the kept ratio, in [0, 1], of all tokens of a batch. 1 keeps all.
+
+    Raises:
+        ValueError: for a threshold that is not finite, and for a ratio outside its range.
+    """
+
+    knob = Knob("ratio", 0.0, 1.0)
+    fits_data = True
+    threshold: Tensor
+
+    def __init__(self, spec: BlockSpec, threshold: float = 0.0, ratio: float = 0.85):
+        super().__init__(spec)
+        if not math.isfinite(threshold) or not 0 <= ratio <= 1:
+            raise ValueError(
+                f"fitted_threshold(threshold={threshold}, ratio={ratio}): the threshold must be finite, and the ratio of "
+                "tokens that stay lie in 0 .. 1"
+            )
+        self.ratio = ratio
+        self.register_buffer("threshold", torch.tensor(float(threshold)))
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        if self.ratio == 1:
+            return segments.count(tokens.free, tokens.layout)
+        if not self.training or not tokens.layout.total:
+            return _count_above(scores, self.threshold.to(scores.dtype), tokens)
+        threshold = self._of_batch(scores.detach(), tokens)
+        with torch.no_grad():
+            self.threshold.lerp_(threshold.to(self.threshold.dtype), self.batch_weight)
+        return _count_above(scores, threshold, tokens)
+
+    def _of_batch(self, scores: Tensor, tokens: PackedTokens) -> Tensor:
+        """The threshold of a batch, a scalar: halfway between the first score that stays and the next lower one."""
+        ranked, number = scores.masked_fill(tokens.protected, math.inf).sort().values, tokens.free.sum()
+        goes = number - keep_count(number, self.ratio)
+        first = ranked[torch.minimum(goes, number - 1).clamp(min=0)]
+        below = ranked.masked_fill(ranked >= first, -math.inf).amax()
+        threshold = torch.where(below.isfinite(), (first + below) / 2, first)
+        return torch.where(number > 0, threshold, self.threshold.to(threshold.dtype))
 
 
 @keepers.register("sampled_ratio")

@@ -25,8 +25,8 @@ STAYS = 4.0
 class PairDistance(TokenScorer):
     """Distance of a token of A to its most similar token of B, 1 - cosine, with the halves A and B of `bipartite`.
 
-    Tokens of B score 4, above every distance. With keeper `above` and selector `bipartite`, each instance merges the edges
-    below a distance: DyMU (arXiv 2504.17040), section 3.1.
+    Tokens of B score 4, above every distance. With keeper `fitted_threshold` and selector `bipartite`, each instance merges the
+    edges below a distance: DyMU (arXiv 2504.17040), section 3.1.
 
     Args:
         spec: the block.

@@ -48,15 +48,17 @@ def pitome() -> PruneConfig:
 
 @presets.register("dymu")
 def dymu() -> PruneConfig:
-    """DyMU's token merging (arXiv 2504.17040): at every block, each image merges its pairs nearer than a level.
+    """DyMU's token merging (arXiv 2504.17040): at every block, each image merges its pairs nearer than the block's threshold.
 
-    A budget sets the level on images. So every image has its own count, and simple ones are cheaper.
+    Calibration fits the thresholds to images, so that a ratio of all their tokens stays at each block: .1 until then. So
+    every image has its own count, and simple ones are cheaper.
 
-    **Departs**: one level for all blocks, where the paper has one for each. Virtual unmerging for language models is not done.
+    **Departs**: the ratio is that of the tokens that enter a block, where the paper removes as many at each on average. Virtual
+    unmerging for language models is not done.
     """
     return PruneConfig(
         scorer="pair_distance",
-        keep="above(threshold=0.1)",
+        keep="fitted_threshold(threshold=0.1)",
         selector="bipartite",
         reducer="merge(weights='size', proportional=True)",
     )
@@ -99,21 +101,21 @@ def algm() -> PruneConfig:
     """ALGM (arXiv 2406.09936): windows of similar patches merge in the first block, similar pairs in the fifth of twelve.
 
     A window of 2 x 2 patches merges where its mean cosine is .88 at least. Later, pairs merge whose cosine is above the mean by
-    a fifth of a standard deviation.
+    a fifth of a standard deviation. Calibration fits both thresholds to images, so that the same ratio of tokens stays at each.
 
     **Departs**: thresholds and counts are those of each image; the reference takes the mean threshold of the batch, and merges
     as many pairs as the image with the fewest. Contents are those that enter a block. Tokens are not copied back to patches.
     """
     return PruneConfig(
         scorer="window_distance(size=2)",
-        keep="above(threshold=0.12)",
+        keep="fitted_threshold(threshold=0.12)",
         selector="window(size=2)",
         reducer="merge(weights='size')",
         at=0,
         then=(
             Stage(
                 scorer="pair_distance(by='content', standardize=True)",
-                keep="above(threshold=-0.2)",
+                keep="fitted_threshold(threshold=-0.2)",
                 selector="bipartite(by='content')",
                 reducer="merge(weights='size')",
                 at=(1 / 3,),
