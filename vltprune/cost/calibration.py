@@ -150,7 +150,8 @@ def measure(
 
     Args:
         model: a pruned model, wrapped or not.
-        batches: a DataLoader or a list of batches, as `calibrate` takes them. They are run once.
+        batches: a DataLoader or a list of batches, as `calibrate` takes them. They are run once,
+            and once more where keepers fit data.
         value: what the knob is set to. It stays there, unless measuring fails. Keepers that fit data are fitted to the batches.
             None leaves the knob as it is.
         tower: the tower whose knob is set. None for the knob of all towers.
@@ -168,12 +169,13 @@ def measure(
     meter = meter or CostMeter(model)
     if value is None:
         return _measured(model, meter, model_inputs(batches, inputs))
-    control = BudgetControl(model, tower)
-    held = list(model_inputs(batches, inputs))
+    control, wanted = BudgetControl(model, tower), model_inputs(batches, inputs)
+    if any(keeper.fits_data for keeper in control.keepers):
+        wanted = list(wanted)
     with control.unless_done():
         control.set(value)
-        fit_keepers(model, control, held)
-        return _measured(model, meter, held)
+        fit_keepers(model, control, wanted)
+        return _measured(model, meter, wanted)
 
 
 def fit_keepers(model: nn.Module, control: BudgetControl, batches: Iterable[Batch]) -> None:
