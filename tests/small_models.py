@@ -11,6 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+import vltprune as vp
 from vltprune.models.blip import Blip, BlipNlvr
 from vltprune.pruning.pruner import Pruner
 
@@ -73,9 +74,32 @@ def soften(model: nn.Module, soft_temperature: float) -> nn.Module:
     return model
 
 
+def pairs(batch: int) -> tuple[Tensor, ...]:
+    """What ViLT reads: input_ids, attention_mask, token_type_ids, pixel_values [batch, 3, 32, 40] and pixel_mask.
+
+    Images are from one patch to all 20, each in the upper left of its padding.
+    """
+    ids, mask = sentences(batch)
+    rows, columns = torch.randint(1, 5, (batch, 1)), torch.randint(1, 6, (batch, 1))
+    real = (torch.arange(32) < 8 * rows)[:, :, None] & (torch.arange(40) < 8 * columns)[:, None]
+    contrast = torch.rand(batch, 1, 4, 5).repeat_interleave(8, -1).repeat_interleave(8, -2) ** 3
+    pixels = 3 * torch.randn(batch, 3, 32, 40) * contrast * real[:, None]
+    return ids, mask, torch.zeros_like(ids), pixels, real.long()
+
+
+def vilt(depth: int = 4, **options: Any) -> nn.Module:
+    """A random ViltForImageAndTextRetrieval without dropout; `options` of its configuration."""
+    import transformers as hf
+
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"image_size": 32, "patch_size": 8, "max_position_embeddings": 16, "num_hidden_layers": depth}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return scrambled(hf.ViltForImageAndTextRetrieval(hf.ViltConfig(**sizes, **still, **options)))
+
+
 @functools.cache
 def small(name: str) -> Small:
-    """ "vit", "text", "blip", "nlvr": always the same random model."""
+    """ "vit", "text", "blip", "nlvr", "vilt": always the same random model."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         if name == "vit":
@@ -85,7 +109,14 @@ def small(name: str) -> Small:
             return Small(scrambled(Blip(**BLIP)).text, sentences)
         if name == "blip":
             return Small(scrambled(Blip(**BLIP)), lambda n: (images(n), *sentences(n)))
+        if name == "vilt":
+            return Small(vilt(), pairs)
         return Small(scrambled(BlipNlvr(**BLIP)), lambda n: (images(n, 2), *sentences(n)))
 
 
 NAMES = ("vit", "text", "blip", "nlvr")
+# what prunes towers of one modality; "vilt" has both in one sequence, and takes the others too
+
+
+PRESETS = tuple(name for name in vp.presets.names() if not vp.preset(name).needs_modalities)
+SCORERS = tuple(name for name in vp.scorers.names() if not getattr(vp.scorers[name], "needs", vp.Stat.NONE).of_text)

@@ -8,19 +8,27 @@ from operator import or_
 
 import hypothesis.strategies as st
 import pytest
+import strategies
 import torch
 from hypothesis import given
-from strategies import generator, packed, seeds, shares
+from strategies import generator, seeds, shares
 from torch.testing import assert_close
 from whole_maps import FAR, HEAD_DIM, HEADS, SCALE, TIGHT, Apart, heads, naive, whole_maps
 
 from vltprune import AttentionStats, Layout, Stat, attend, attend_with_stats
 from vltprune.core import attention, attention_stats
 from vltprune.core.attention_stats import attention_from_queries
+from vltprune.core.modality import with_modality
 
 EVERY = reduce(or_, Stat)
 # of the map and of each token's own; SUMMARY_WIDE has a test of its own
 EVERY_ONE = [stat for stat in Stat if stat and stat is not Stat.SUMMARY_WIDE]
+
+
+def packed(*settings):
+    """Random tokens of a text and an image, each at places that are drawn; an instance may have one of them alone."""
+    tokens = strategies.packed(*settings)
+    return with_modality(tokens, torch.rand(tokens.layout.total, generator=generator(9)) < 0.5)
 
 
 @pytest.fixture(params=["padded", "rows", "short rows"], autouse=True)
@@ -31,7 +39,7 @@ def path(request, monkeypatch):
     monkeypatch.setattr(attention_stats, "_ROWS", 2 if request.param == "short rows" else 128)
 
 
-def written_out(stat, p, k, v, free, speaks):
+def written_out(stat, p, k, v, free, speaks, kind):
     """A statistic of one instance from its map p [heads, n, n]."""
     every = {
         Stat.SUMMARY: lambda: p[:, speaks].squeeze(1).t(),
@@ -45,6 +53,7 @@ def written_out(stat, p, k, v, free, speaks):
         Stat.KEY_NORM: lambda: k.flatten(1).norm(p=1, dim=1),
         Stat.LAST: lambda: p[:, -1].t(),
         Stat.PAGERANK: lambda: (p.matrix_power(30).mean(1) ** 2).mean(0).sqrt(),
+        Stat.FROM_TEXT: lambda: p.mean(0)[kind == 0].sum(0) / max(int((kind == 0).sum()), 1),
     }
     return every[stat]()
 
@@ -57,7 +66,7 @@ def test_statistics(drawn, protect, causal, seed):
     out, stats = attend_with_stats(q, k, v, tokens, SCALE, EVERY, **room)
 
     maps = whole_maps(q, k, layout, layout, causal=causal, bias=bias, apart=apart)
-    columns = (t.split(layout.lengths) for t in (k, v, tokens.free, tokens.summary))
+    columns = (t.split(layout.lengths) for t in (k, v, tokens.free, tokens.summary, tokens.columns["modality"]))
     instances = list(zip(maps, *columns, strict=True))
     assert_close(out, naive(q, k, v, layout, layout, causal=causal, bias=bias, apart=apart), **TIGHT)
     for stat in EVERY_ONE:
@@ -126,7 +135,10 @@ def test_large_instances_in_single_precision():
     stats = attend_with_stats(q, k, v, tokens, SCALE, EVERY)[1]
     exact = attend_with_stats(q.double(), k.double(), v.double(), tokens, SCALE, EVERY)[1]
     maps = whole_maps(q.double(), k.double(), layout, layout)
-    columns = (t.split(layout.lengths) for t in (k.double(), v.double(), tokens.free, tokens.summary))
+    columns = (
+        t.split(layout.lengths)
+        for t in (k.double(), v.double(), tokens.free, tokens.summary, tokens.columns["modality"])
+    )
     instances = list(zip(maps, *columns, strict=True))
     for stat in EVERY_ONE:
         expected = torch.cat([written_out(stat, *instance) for instance in instances])
@@ -213,9 +225,10 @@ def test_statistics_of_what_a_plan_leaves():
 
 
 def test_macs_are_those_of_rows_and_of_steps():
-    assert (Stat.KEY | Stat.RECEIVED | Stat.COLUMN).macs(12, 64) == (0, 0)
-    assert (Stat.SUMMARY | Stat.LAST).macs(12, 64) == (2 * 12 * 64, 0)
-    assert (Stat.SUMMARY_WIDE | Stat.PAGERANK).macs(12, 64) == (12 * 64, 30 * 12)
+    assert (Stat.KEY | Stat.RECEIVED | Stat.COLUMN).macs(12, 64) == (0, 0, 0)
+    assert (Stat.SUMMARY | Stat.LAST).macs(12, 64) == (2 * 12 * 64, 0, 0)
+    assert (Stat.SUMMARY_WIDE | Stat.PAGERANK).macs(12, 64) == (12 * 64, 30 * 12, 0)
+    assert (Stat.FROM_TEXT | Stat.VALUE).macs(12, 64) == (0, 0, 12 * 64)
 
 
 def test_nothing_asked_nothing_computed():
@@ -229,6 +242,13 @@ def test_summary_needs_a_summary_token(stat):
     q = torch.randn(5, HEADS, HEAD_DIM)
     with pytest.raises(ValueError, match=f"Stat.{stat.name} needs a summary token"):
         attend_with_stats(q, q, q, tokens, SCALE, stat)
+
+
+def test_attention_from_a_text_needs_tokens_of_both_modalities():
+    tokens = strategies.packed(Layout((2, 3)), 2, 0.0, False, False, 1.0, generator(0))
+    q = torch.randn(5, HEADS, HEAD_DIM)
+    with pytest.raises(LookupError, match="of one modality"):
+        attend_with_stats(q, q, q, tokens, SCALE, Stat.FROM_TEXT)
 
 
 @pytest.mark.parametrize("needs", [Stat.NONE, Stat.RECEIVED | Stat.COLUMN | Stat.DIAGONAL | Stat.PAGERANK])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from small_models import PRESETS
 
 import vltprune as vp
 
@@ -31,13 +32,13 @@ class TestDegenerate:
             image, _ = lengths(model, torch.randn(1, 2, 3, 8, 8), IDS)
             assert set(image) == {(2, 2)}
 
-    @pytest.mark.parametrize("preset", vp.presets.names())
+    @pytest.mark.parametrize("preset", PRESETS)
     def test_one_word_and_none(self, preset):
         model = vp.create_model(f"blip_nlvr_tiny_{preset}")
         lengths(model, IMAGES, IDS[:, :2])
         lengths(model, IMAGES, IDS[:, :1])
 
-    @pytest.mark.parametrize("preset", vp.presets.names())
+    @pytest.mark.parametrize("preset", PRESETS)
     @pytest.mark.parametrize("value", [0.0, 1.0, -3.5])
     def test_all_patches_equal(self, preset, value):
         lengths(vp.create_model(f"blip_nlvr_tiny_{preset}"), torch.full((1, 2, 3, 96, 96), value), IDS)

@@ -9,13 +9,12 @@ import pytest
 import timm
 import torch
 from hypothesis import example, given, settings
-from small_models import NAMES, scrambled, sentences, small, soften
+from small_models import NAMES, SCORERS, scrambled, sentences, small, soften
 from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vltprune as vp
-from vltprune import scorers
 from vltprune.core import precision
 from vltprune.layers.keepers.base import keep_count
 from vltprune.models.med import MedEncoder
@@ -72,7 +71,7 @@ def test_parts_are_born_in_the_host_s_type(name, dtype):
 TIED = ("distinct", "equal", "pair_distance", "window_distance", "halting", "predictor")
 
 
-@pytest.mark.parametrize("scorer", scorers.names())
+@pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_scores_are_single_whatever_the_model_is(scorer, dtype):
     """In half some hundred tokens would tie, or their sums overflow; gradients reach the weights all the same."""
@@ -249,7 +248,7 @@ def plain_batches(draw):
         return model, (ids % draw(st.integers(1, 4)) + 1, mask)
 
 
-@pytest.mark.parametrize("scorer", scorers.names())
+@pytest.mark.parametrize("scorer", SCORERS)
 @given(batch=plain_batches(), keep=st.sampled_from(TYING), reducer=st.sampled_from(["fuse", "drop"]))
 @settings(max_examples=settings.default.max_examples // 2)
 @torch.no_grad()

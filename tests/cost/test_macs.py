@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
-from small_models import images, small
+from small_models import PRESETS, images, small
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -99,7 +99,7 @@ def test_widths_of_clip_vit_b_32(reducer):
     assert_counts(dense, vp.prune(dense, "madtp", reducer=reducer), torch.randn(2, 3, 224, 224), text)
 
 
-@pytest.mark.parametrize(("preset", "sentences"), [("madtp", 1), *((preset, 3) for preset in vp.presets.names())])
+@pytest.mark.parametrize(("preset", "sentences"), [("madtp", 1), *((preset, 3) for preset in PRESETS)])
 def test_blip_nlvr_tiny_with_padding_and_shared_images(preset, sentences, monkeypatch):
     # short instances are attended to padded, which torch counts and an instance alone would not pay
     monkeypatch.setattr("vltprune.core.attention._SMALL", {})
@@ -164,6 +164,9 @@ HUGGING_FACE = {
     "dinov3": lambda hf: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VISION)),
     "clip": lambda hf: hf.CLIPModel(hf.CLIPConfig(text_config=SENTENCES, vision_config=VISION)),
     "blip": lambda hf: hf.BlipForImageTextRetrieval(hf.BlipConfig(text_config=SENTENCES, vision_config=VISION)),
+    "vilt": lambda hf: hf.ViltForQuestionAnswering(
+        hf.ViltConfig(**SENTENCES, image_size=64, patch_size=8, num_labels=9)
+    ),
     "siglip": lambda hf: hf.SiglipModel(hf.SiglipConfig(text_config=SENTENCES, vision_config=VISION)),
 }
 
@@ -181,7 +184,23 @@ def test_transformers(name, monkeypatch):
     alone = dict.fromkeys(("bert", "distilbert", "mpnet", "modernbert", "classifier"), text)
     alone |= {"vit": larger, "dinov3": image}
     inputs = alone.get(name, text | image)
-    assert_counts(dense, vp.prune(dense, "random" if name == "siglip" else "madtp"), **inputs)
+    preset = {"siglip": "random", "vilt": "pumer"}.get(name, "madtp")
+    if name == "vilt":  # of two sizes, the smaller one padded
+        real = torch.ones(2, 64, 64, dtype=torch.int64)
+        real[1, 40:], real[1, :, 24:] = 0, 0
+        inputs |= {"pixel_mask": real}
+    assert_counts(dense, vp.prune(dense, preset), **inputs)
+
+
+def test_attention_from_the_text_costs_a_product_for_each_word_and_token():
+    dense, inputs = small("vilt").model, small("vilt").draw(5)
+    costs = [
+        vp.count_macs(vp.prune(dense, "random", scorer=scorer, keep="ratio(1.0)", at=(1, 3)), *inputs)
+        for scorer in ("text_attention", "random")
+    ]
+    words, patches = inputs[1].sum(1), inputs[4][:, ::8, ::8].sum((1, 2)) + 1
+    more = (costs[0].towers["fusion"] - costs[1].towers["fusion"])[2]
+    assert more.tolist() == (DIM * words * (words + patches)).tolist()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from small_models import small
+from small_models import PRESETS, small
 
 import vltprune as vp
 
@@ -84,7 +84,7 @@ def test_a_reduction_is_refused_before_the_guide_is_placed():
 
 
 # each on an image tower, and those of a guide on both towers of a model, which share it
-ON_MODELS = [("nlvr" if vp.preset(name).guide is not None else "vit", name) for name in vp.presets.names()]
+ON_MODELS = [("nlvr" if vp.preset(name).guide is not None else "vit", name) for name in PRESETS]
 ON_MODELS += [("text", "evit"), ("blip", "attention")]
 
 

@@ -9,6 +9,7 @@ import transformers as hf
 from checks import Case, randomize
 from transformers_pairs import blip_case, blip_text_case, clip_image_case, clip_text_case, two_towers_case
 from transformers_parts import ENDS, IDLE, IMAGE, LENGTH, MASK, SPECIAL, STILL, TEXT, WIDTHS, hiding, images, words
+from transformers_vilt import VILT, two_images_case, vilt_case
 
 BERT = {
     "plain": {},
@@ -67,6 +68,7 @@ NAMES += [
     "blip text: one image",
 ]
 NAMES += ["blip retrieval", "blip answers", "blip captions"]
+NAMES += [f"vilt: {name}" for name in VILT] + ["vilt two images"]
 HEADED = {  # a model with a head, and the case whose tower it has
     "BertForSequenceClassification": "bert: plain",
     "RobertaForSequenceClassification": "roberta: plain",
@@ -79,6 +81,8 @@ HEADED = {  # a model with a head, and the case whose tower it has
     "DeiTForImageClassificationWithTeacher": "deit: no pooler",
     "CLIPTextModelWithProjection": "clip text: masked",
     "CLIPVisionModelWithProjection": "clip image: plain",
+    "ViltForQuestionAnswering": "vilt: plain",
+    "ViltForImageAndTextRetrieval": "vilt: plain",
 }
 NAMES += [f"headed: {name}" for name in HEADED]
 # one of each family
@@ -179,6 +183,8 @@ def headed_case(name: str) -> Case:
 
 def make(name: str) -> Case:
     family, _, option = name.partition(": ")
+    if family.startswith("vilt"):
+        return vilt_case(option) if option else two_images_case()
     if not option:
         return blip_case(name) if family.startswith("blip") else two_towers_case(name)
     if family == "headed":

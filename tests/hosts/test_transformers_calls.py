@@ -25,7 +25,10 @@ def named(case):
     return {name: value for name, value in given.items() if value is not None}
 
 
-@pytest.mark.parametrize("name", [*TEXTS, *IMAGES, "vit: interpolated", "bert: types and positions", "clip", "siglip2"])
+KEYWORDS = [*TEXTS, *IMAGES, "vit: interpolated", "bert: types and positions", "clip", "siglip2", "vilt: types"]
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
 @torch.no_grad()
 def test_keywords_are_positions(name):
     case = make(name)
@@ -41,7 +44,18 @@ def test_keywords_are_positions(name):
 
 
 @pytest.mark.parametrize(
-    "name", [*TEXTS, *IMAGES, "bert: no pooler", "mpnet: no pooler", "vit: no pooler", "siglip image: no head", "clip"]
+    "name",
+    [
+        *TEXTS,
+        *IMAGES,
+        "bert: no pooler",
+        "mpnet: no pooler",
+        "vit: no pooler",
+        "siglip image: no head",
+        "clip",
+        "vilt: plain",
+        "vilt: no pooler",
+    ],
 )
 @torch.no_grad()
 def test_answers_in_the_hosts_classes(name):
@@ -57,7 +71,7 @@ def test_answers_in_the_hosts_classes(name):
         assert isinstance(pruned(*case.inputs), tuple)
 
 
-@pytest.mark.parametrize("name", [*TEXTS, *IMAGES])
+@pytest.mark.parametrize("name", [*TEXTS, *IMAGES, "vilt: plain"])
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "config", "bool_masked_pos"])
 def test_what_pruning_cannot_give_is_refused(name, asked):
     case = make(name)

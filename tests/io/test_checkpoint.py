@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import PRESETS
 
 import vltprune as vp
 from vltprune.cost.budget_control import BudgetControl
@@ -37,7 +38,7 @@ def same(a, b):
         return torch.equal(a(*INPUTS), b(*INPUTS))
 
 
-@pytest.mark.parametrize("preset", [None, *vp.presets.names()])
+@pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_round_trip(tmp_path, preset):
     model = vp.create_model("blip_nlvr_tiny", preset=preset, **TINY)
     again = vp.load(vp.save(model, tmp_path / "m"))

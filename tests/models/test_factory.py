@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from small_models import PRESETS
 
 import vltprune as vp
 from vltprune.models import catalog, factory, zoo
@@ -17,7 +18,7 @@ from vltprune.utils.modes import on_meta
 
 
 @pytest.mark.parametrize("name", ["blip_tiny", "blip_nlvr_tiny"])
-@pytest.mark.parametrize("preset", [None, *vp.presets.names()])
+@pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_own_backbones(name, preset):
     model = vp.create_model(f"{name}_{preset}" if preset else name)
     assert isinstance(model, BlipNlvr if "nlvr" in name else Blip)

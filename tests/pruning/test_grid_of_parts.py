@@ -21,7 +21,7 @@ KINDS = {
     "selector": tuple(vp.selectors.names()),
     "reducer": tuple(vp.reducers.names()),
 }
-TOWERS = ("vit", "causal", "bert", "blip")
+TOWERS = ("vit", "causal", "bert", "blip", "vilt")
 REGISTRIES = {
     "guide": vp.guides,
     "scorer": vp.scorers,
@@ -31,6 +31,7 @@ REGISTRIES = {
 }
 # what a config or a build may say of parts that do not go together
 REASONS = ("reads the alignment guide, and guide=None", "reads the attention of a summary token")
+REASONS += ("reads the attention of text tokens",)
 
 
 def covering():
@@ -63,7 +64,7 @@ ROWS = list(covering())
 
 
 def towers():
-    """A ViT, a causal text tower, a BERT and BLIP's pair of towers: names, models and what draws their inputs."""
+    """A ViT, a causal text tower, a BERT, BLIP's pair of towers and ViLT: names, models and what draws their inputs."""
     import open_clip
     import transformers
 
@@ -81,6 +82,7 @@ def towers():
         "causal": (causal, lambda n: (torch.randint(1, 40, (n, 12)),)),
         "bert": (bert, sentences),
         "blip": (small("blip").model, small("blip").draw),
+        "vilt": (small("vilt").model.vilt, small("vilt").draw),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections import Counter
 
@@ -10,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from small_models import BLIP, NAMES, small, soften
+from small_models import BLIP, NAMES, PRESETS, SCORERS, small, soften
 from strategies import arguments, seeds
 from torch import Tensor
 from torch.testing import assert_close
@@ -21,10 +22,14 @@ from vltprune import Part, PruneConfig
 BASE = PruneConfig(scorer="madtp", keep="ratio(ratio=0.6)", reducer="fuse", guide="codebook(anchors=6)")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 PARTS = {"scorer": vp.scorers, "keep": vp.keepers, "selector": vp.selectors, "reducer": vp.reducers, "guide": vp.guides}
-EVERY = [f"{kind}={name}" for kind, registry in PARTS.items() for name in registry.names()]
+NEED_BOTH = set(vp.scorers.names()) - set(SCORERS)
+EVERY = [f"{kind}={name}" for kind, registry in PARTS.items() for name in registry.names() if name not in NEED_BOTH]
+# what needs a text and an image in one sequence, and one that does not
+FUSED = [*(name for name in vp.presets.names() if name not in PRESETS), *(f"scorer={name}" for name in NEED_BOTH)]
 # each preset on each model; each part on both kinds of towers, alone and beside another
-PAIRS = [(name, chosen) for name in NAMES for chosen in vp.presets.names()]
+PAIRS = [(name, chosen) for name in NAMES for chosen in PRESETS]
 PAIRS += [(name, chosen) for name in ("vit", "nlvr") for chosen in EVERY]
+PAIRS += [("vilt", chosen) for chosen in (*FUSED, "madtp", "tome")]
 # arguments with which keepers prune whose defaults do not, or that have none
 PRUNING = {
     "count": "count(count=4)",
@@ -36,7 +41,7 @@ PRUNING = {
 # whose parts learn in soft training alone: from what stays with a probability, and from its cost
 SOFT = {"keep=learned", "keep=rising_threshold", "ltp", "asvit", "dynamicvit"}
 # each preset in both dtypes, and parts in turn in one of them
-HALF = [(name, dtype) for name in vp.presets.names() for dtype in (torch.bfloat16, torch.float16)]
+HALF = [(name, dtype) for name in (*PRESETS, *FUSED) for dtype in (torch.bfloat16, torch.float16)]
 HALF += [(name, (torch.bfloat16, torch.float16)[i % 2]) for i, name in enumerate(EVERY) if name != "keep=all"]
 few = settings(max_examples=max(1, settings.default.max_examples // 12))  # of each part on each model: many in all
 
@@ -61,8 +66,14 @@ def pruned(name: str, config: PruneConfig):
     return model
 
 
-def features(out: Tensor, inputs) -> Tensor:
+def tensor(out) -> Tensor:
+    """The output itself; of transformers' classes the logits."""
+    return getattr(out, "logits", out)
+
+
+def features(out, inputs) -> Tensor:
     """[batch, *]: of a text tower, whose tokens are padded, the first."""
+    out = tensor(out)
     return out[:, 0] if out.dim() == 3 else out
 
 
@@ -120,8 +131,7 @@ def check_trace(trace):
     assert sorted(holders) == list(range(sum(before)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("chosen", vp.presets.names())
+@pytest.mark.parametrize(("name", "chosen"), [pair for pair in PAIRS if "=" not in pair[1]])
 def test_presets_do_prune(name, chosen):
     """None of the above would mean anything if nothing were pruned, or everybody alike where counts are per instance."""
     config = vp.preset(chosen)
@@ -139,18 +149,22 @@ def test_models_in_half_precision(chosen, dtype):
     kind, _, name = chosen.partition("=")
     part = PRUNING.get(name, name)
     config = BASE.replace(**{kind: part}) if name else vp.preset(chosen)
-    model = vp.prune(copy.deepcopy(small("nlvr").model).to(dtype), config)
-    images, *words = small("nlvr").draw(4)
-    out, traces = run(model, (images.to(dtype), *words))
+    source = small("vilt" if chosen in FUSED else "nlvr")
+    model = vp.prune(copy.deepcopy(source.model).to(dtype), config)
+    inputs = source.draw(4)
+    out, traces = run(model, tuple(one.to(dtype) if one.is_floating_point() else one for one in inputs))
     assert out.dtype == dtype and out.isfinite().all()
     assert any(sum(trace.lengths[-1]) < trace.input_tokens.layout.total for trace in traces)
     for trace in traces:
         check_trace(trace)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "chosen", [*vp.presets.names(), *(one for one in EVERY if not one.startswith(("guide", "keep")))]
+    ("name", "chosen"),
+    [
+        *itertools.product(NAMES, (*PRESETS, *(one for one in EVERY if not one.startswith(("guide", "keep"))))),
+        *(("vilt", chosen) for chosen in (*FUSED, "madtp")),
+    ],
 )
 def test_keeping_all_is_the_dense_model(name, chosen):
     """7, with every statistic computed on the way."""
@@ -165,8 +179,9 @@ def test_keeping_all_is_the_dense_model(name, chosen):
     assert all(not step.reductions for trace in traces for step in trace.layers)
 
 
-@pytest.mark.parametrize("name", ["vit", "nlvr"])
-@pytest.mark.parametrize("chosen", [*vp.presets.names(), *EVERY])
+@pytest.mark.parametrize(
+    ("name", "chosen"), [*itertools.product(("vit", "nlvr"), (*PRESETS, *EVERY)), *(("vilt", one) for one in FUSED)]
+)
 @given(data=st.data())
 @settings(max_examples=2)
 def test_gradients_reach_every_parameter(name, chosen, data):
@@ -191,15 +206,15 @@ def test_gradients_reach_every_parameter(name, chosen, data):
     soft = chosen in SOFT
     soften(model, 0.5 if soft else 0.0)
     with vp.collect() as traces:
-        loss = model(*inputs).square().sum()
+        loss = tensor(model(*inputs)).square().sum()
     aligned = [trace.aligned.square().sum() for trace in traces if config.guide is not None]
     costs = [step.expected.sum() for trace in traces for step in trace.layers if step.expected is not None]
     own = {key for key, _ in parts(model).named_parameters()}
     assert reached(parts(model), loss + sum(aligned) + sum(costs)) == own
     if soft:
         soften(model, 0.0)
-        loss = model(*inputs).square().sum()
-    dense = reached(source.model, source.model(*inputs).square().sum())
+        loss = tensor(model(*inputs)).square().sum()
+    dense = reached(source.model, tensor(source.model(*inputs)).square().sum())
     if config.depths("image", 4) and chosen != "keep=count":
         assert dense - reached(source.model, loss) == set()
 
@@ -212,7 +227,7 @@ def parts(model) -> torch.nn.ModuleDict:
     return torch.nn.ModuleDict(added)
 
 
-@pytest.mark.parametrize("chosen", [*vp.presets.names(), *EVERY])
+@pytest.mark.parametrize("chosen", [*PRESETS, *EVERY])
 @given(data=st.data())
 @settings(max_examples=2)
 def test_config_and_checkpoint_round_trips(tmp_path_factory, chosen, data):

@@ -6,10 +6,11 @@ import copy
 import gc
 import pickle
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from small_models import NAMES, images, scrambled, small
+from small_models import NAMES, SCORERS, images, scrambled, small
 from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 
@@ -131,14 +132,14 @@ def test_attention_computes_what_the_parts_need_and_no_more(monkeypatch):
     asked = []
     plain = encoder.attend_with_stats
     monkeypatch.setattr(encoder, "attend_with_stats", lambda *a, **k: asked.append(a[5]) or plain(*a, **k))
-    for scorer in vp.scorers.names():
+    for scorer in SCORERS:
         model = vp.prune(small("vit").model, FUSE.replace(scorer=scorer, guide="codebook", at=(1,)))
         traced(model, images(1))
         assert asked.pop() == model.pruners_at(1)[0].scorer.needs
         assert asked == []
 
 
-@pytest.mark.parametrize("scorer", vp.scorers.names())
+@pytest.mark.parametrize("scorer", SCORERS)
 def test_a_summary_that_is_not_there_is_refused_by_both_names(scorer):
     spec = BlockSpec("sound", 0, 4, 32, 2, has_summary=False)
     config = FUSE.replace(scorer=scorer, guide="codebook")
@@ -147,6 +148,17 @@ def test_a_summary_that_is_not_there_is_refused_by_both_names(scorer):
         return
     with pytest.raises(ValueError, match=rf"scorer='{scorer}' reads .* the sound tower has none: write scorer="):
         Pruner.build(config, spec)
+
+
+@pytest.mark.parametrize("modality", [None, "text"])
+def test_tokens_of_a_modality_that_is_not_there_are_refused_by_both_names(modality):
+    spec = BlockSpec("sound", 0, 4, 32, 2, has_summary=True)
+    scorer = "random" if modality else "text_attention"
+    config = FUSE.replace(scorer=scorer, modality=modality)
+    name = f"modality={modality!r} prunes" if modality else "scorer='text_attention' reads"
+    with pytest.raises(ValueError, match=rf"{name} .* the sound tower has tokens of one modality: write {name[:8]}"):
+        Pruner.build(config, spec)
+    assert Pruner.build(config, replace(spec, modalities=("text", "image"))).modality == modality
 
 
 def test_the_last_token_stays_where_nothing_is_protected():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import precision, segments
 from .attention import PairBias, attend, bias_per_instance, by_head, is_small, own_bias, padded_bias
+from .modality import is_of
 from .statistics import PAGERANK_STEPS, AttentionStats, Stat
 from .tokens import Layout, PackedTokens
 
@@ -65,6 +66,7 @@ def attend_with_stats(
 
     Raises:
         ValueError: for SUMMARY or SUMMARY_WIDE where the tokens have no summary token.
+        LookupError: for FROM_TEXT where the tokens are of one modality.
     """
     if needs.of_summary and tokens.summary is None:
         raise ValueError(f"{needs.of_summary} needs a summary token, and these tokens have none")
@@ -79,6 +81,10 @@ def attend_with_stats(
             with_map = _attend_padded if is_small(q, tokens.layout, tokens.layout) else _attend_by_rows
             out, values = with_map(query, keys, v, tokens, rules, needs.of_map)
         values |= _rows_of_the_map(query, keys, tokens, rules, needs)
+        if Stat.FROM_TEXT in needs:
+            values[Stat.FROM_TEXT] = attention_from_queries(
+                query, keys, tokens, is_of(tokens, "text"), scale, causal=causal, key_bias=key_bias, pairs=pairs
+            )
         values |= _per_token(keys, precision.single(v), out, needs)
     return out, AttentionStats(needs, values)
 

@@ -37,6 +37,8 @@ class Stat(enum.Flag):
         PAGERANK: [total], importance on the graph of attention (Zero-TPrune, Wang et al., arXiv 2305.17328, algorithm 1):
             s <- A^T s per head, 30 times from s = 1 / n, and the root mean square over heads. It sums to about one. A
             causal map sends everything to the first token. It keeps the maps of one instance at a time, heads * n^2 numbers.
+        FROM_TEXT: [total], attention that each token receives from the text tokens of its instance, its class token included:
+            the mean over heads and over these tokens. Only where a text and an image are one sequence.
     """
 
     NONE = 0
@@ -52,6 +54,7 @@ class Stat(enum.Flag):
     SUMMARY_WIDE = enum.auto()
     LAST = enum.auto()
     PAGERANK = enum.auto()
+    FROM_TEXT = enum.auto()
 
     @property
     def of_map(self) -> Stat:
@@ -63,27 +66,35 @@ class Stat(enum.Flag):
         """Those of these statistics that need a summary token."""
         return self & (Stat.SUMMARY | Stat.SUMMARY_WIDE)
 
-    def macs(self, heads: int, head_dim: int) -> tuple[int, int]:
+    @property
+    def of_text(self) -> Stat:
+        """Those of these statistics that need text and image tokens in one sequence."""
+        return self & Stat.FROM_TEXT
+
+    def macs(self, heads: int, head_dim: int) -> tuple[int, int, int]:
         """MACs of these statistics beyond those of attention.
 
         The map is computed once, for the output and for all statistics of it. Sums, maxima and norms count as nothing, as
         softmax does.
 
-        | statistic | per token | per pair of tokens |
-        |---|---|---|
-        | SUMMARY, SUMMARY_WIDE, LAST, each | heads * head_dim | 0 |
-        | PAGERANK | 0 | 30 * heads |
-        | all others | 0 | 0 |
+        | statistic | per token | per pair of tokens | per pair of a text token and a token |
+        |---|---|---|---|
+        | SUMMARY, SUMMARY_WIDE, LAST, each | heads * head_dim | 0 | 0 |
+        | PAGERANK | 0 | 30 * heads | 0 |
+        | FROM_TEXT | 0 | 0 | heads * head_dim |
+        | all others | 0 | 0 | 0 |
 
         Args:
             heads: the number of heads.
             head_dim: the width of a head.
 
         Returns:
-            MACs per token, and per pair of query and key.
+            MACs per token, per pair of query and key, and per pair of a query of the text and a key.
         """
+        width = heads * head_dim
         rows = sum(stat in self for stat in (Stat.SUMMARY, Stat.SUMMARY_WIDE, Stat.LAST))
-        return rows * heads * head_dim, PAGERANK_STEPS * heads if Stat.PAGERANK in self else 0
+        pair = PAGERANK_STEPS * heads if Stat.PAGERANK in self else 0
+        return rows * width, pair, width if Stat.FROM_TEXT in self else 0
 
 
 @dataclass(frozen=True)

@@ -146,11 +146,12 @@ class BlockMeter:
         macs = self.macs
         return (macs.qkv + macs.project) * tokens + 2 * macs.width * tokens**2 + macs.after_attention(tokens, memory)
 
-    def pruned(self, before: Tensor, memory: Memory | None, layer: LayerTrace) -> Tensor:
+    def pruned(self, before: Tensor, text: Tensor | float, memory: Memory | None, layer: LayerTrace) -> Tensor:
         """MACs of the pruned block, its pruners' own scoring included.
 
         Args:
             before: [batch], the number of tokens of each instance that enter the block.
+            text: [batch], how many of them are of a text, where text and image are one sequence. 0 elsewhere.
             memory: what the block cross-attends to. None for none.
             layer: the block's trace, for what its pruners computed and left, and where.
 
@@ -166,8 +167,8 @@ class BlockMeter:
         )
 
         needs = functools.reduce(operator.or_, (pruner.needs for pruner in self.pruners), Stat.NONE)
-        token, pair = needs.macs(macs.heads, macs.head_dim)
-        block = block + token * before + pair * before**2
+        token, pair, text_pair = needs.macs(macs.heads, macs.head_dim)
+        block = block + (token + pair * before + text_pair * text) * before
         former = None
         for pruner, step, entered, leaves in zip(self.pruners, layer.steps, [before, *left], left, strict=False):
             # a pruner at the same place as the one before reads its guidance, unless that one changed the tokens

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -91,22 +92,29 @@ class CostMeter:
         """The Cost of one call, of which `traces` were collected. ValueError for no traces."""
         if not traces:
             raise ValueError("no traces: call the model inside `with vltprune.collect() as traces:`")
-        towers, dense, padding, entered = {}, {}, {}, None
+        towers: dict[str, list[Tensor]] = defaultdict(list)
+        dense: dict[str, list[Tensor]] = defaultdict(list)
+        padding: dict[str, list[Tensor]] = defaultdict(list)
+        entered = None
         for trace in traces:
             looks = tuple(map(is_memory, trace.block_inputs))  # a block costs more where it is called with a memory
             if (trace.tower, looks) not in self._towers:
                 self._towers[trace.tower, looks] = _TowerMeter(trace)
             meter = self._towers[trace.tower, looks]
-            towers[trace.tower] = meter.count(trace)
-            dense[trace.tower] = meter.count_dense(trace, token_counts(trace.input_tokens.layout), entered)
-            padding[trace.tower] = meter.count_dense(trace, _padded_lengths(trace), entered) - dense[trace.tower]
+            whole = meter.count_dense(trace, token_counts(trace.input_tokens.layout), entered)
+            towers[trace.tower].append(meter.count(trace))
+            dense[trace.tower].append(whole)
+            padding[trace.tower].append(meter.count_dense(trace, _padded_lengths(trace), entered) - whole)
             entered = trace.input_tokens.layout
         decoder = self._decoder(traces, [max(trace.lengths[-1]) for trace in traces])
         dense_decoder = self._decoder(traces, [trace.input_tokens.layout.longest for trace in traces])
         padded_decoder = self._decoder(traces, [int(_padded_lengths(trace).max()) for trace in traces])
         instances = traces[-1].input_tokens.layout.batch
         decoder_padding = padded_decoder - dense_decoder
-        return Cost(towers, dense, self.head, instances, decoder, dense_decoder, padding, decoder_padding)
+        # a tower that ran several times, as ViLT does for two images, had the instances of all its calls
+        joined = ({tower: torch.cat(calls, 1) for tower, calls in one.items()} for one in (towers, dense, padding))
+        counted, whole, padded = joined
+        return Cost(counted, whole, self.head, instances, decoder, dense_decoder, padded, decoder_padding)
 
     def _decoder(self, traces: Sequence[PruneTrace], memories: Sequence[int]) -> float:
         """MACs of what a decoder did, looking at so many tokens an instance of each trace's tower."""
@@ -134,14 +142,15 @@ class _TowerMeter:
             two, three = (measure_macs(adapter.head, host, blank_tokens(like, n), block_inputs) for n in (2, 3))
         # of any instance, and of each of its tokens
         self._head = 3 * two - 2 * three, three - two
-        self._embedding: dict[tuple[int, ...], float] = {}
+        self._embedding: dict[tuple[tuple[int, ...], ...], float] = {}
 
     def count(self, trace: PruneTrace) -> Tensor:
         """MACs [depths + 2, batch] of the pruned tower."""
         before = token_counts(trace.input_tokens.layout)
         rows = [self._embedding_macs(trace)]
-        for block, layer, block_input in zip(self.blocks, trace.layers, trace.block_inputs, strict=True):
-            rows.append(block.pruned(before, Memory.from_block_input(block_input, len(before)), layer))
+        steps = zip(self.blocks, trace.layers, trace.block_inputs, trace.text_counts, strict=True)
+        for block, layer, block_input, text in steps:
+            rows.append(block.pruned(before, text, Memory.from_block_input(block_input, len(before)), layer))
             before = step_tokens(layer.steps[-1], before.device) if layer.steps else before
         return torch.stack([*rows, self._head_macs(before)])
 
@@ -156,7 +165,7 @@ class _TowerMeter:
         return torch.stack([*rows, self._head_macs(lengths)])
 
     def _embedding_macs(self, trace: PruneTrace) -> Tensor:
-        shape = tuple(trace.inputs[0].shape[1:])
+        shape = tuple(tuple(given.shape[1:]) for given in trace.inputs if isinstance(given, Tensor))
         if shape not in self._embedding:
             adapter, host = self.encoder.adapter, self.encoder.host
             with _evaluating(self.encoder):
@@ -178,7 +187,7 @@ def _guide_macs(guide: AlignmentGuide, tower: str, like: PackedTokens) -> float:
 def _padded_lengths(trace: PruneTrace) -> Tensor:
     """Tokens of each instance that the dense tower computes on, padding included: [batch]."""
     lengths = token_counts(trace.input_tokens.layout)
-    padded = trace.encoder.adapter.padded_length(*trace.inputs)
+    padded = trace.encoder.adapter.padded_length(trace.input_tokens, *trace.inputs)
     return lengths if padded is None else torch.full_like(lengths, padded)
 
 

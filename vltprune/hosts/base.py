@@ -25,7 +25,7 @@ class Host(ABC):
     A host has no state of its own. Register it by the tower's type, `hosts.register("package.module.Class")`.
 
     Attributes:
-        tower: Name of the tower where it is a model by itself: "image" or "text".
+        tower: Name of the tower where it is a model by itself: "image", "text", or "fusion" for both in one sequence.
         pruned_class: A subclass of PrunedEncoder with the attributes that the library expects of such a tower; None for
             PrunedEncoder itself.
     """
@@ -98,7 +98,7 @@ class Host(ABC):
         Args:
             tower: The dense tower.
             depth: Index of the block, from 0.
-            name: The tower's name in its model: "image" or "text".
+            name: The tower's name in its model, such as "image".
 
         Returns:
             Position, width and heads of the block, and what kind of tower it is in.
@@ -194,8 +194,16 @@ class Host(ABC):
             ValueError: In soft training, for a pooling that cannot weigh tokens that are kept in part.
         """
 
-    def padded_length(self, *inputs: Any) -> int | None:
-        """Tokens per instance that the dense tower computes on, for inputs with padding; None for those without."""
+    def padded_length(self, tokens: PackedTokens, *inputs: Any) -> int | None:
+        """The number of tokens per instance that the dense tower computes on, padding included.
+
+        Args:
+            tokens: What `embed` returned for the inputs.
+            *inputs: As `embed` takes them.
+
+        Returns:
+            The number; None for inputs without padding.
+        """
         return None
 
     def causal(self, tower: nn.Module) -> bool:

@@ -75,7 +75,7 @@ class MedHost(Host):
         tower.check_memory(len(input_ids), packed.layout.batch)
         return tokens, (_by_image(packed, tower.images),) * len(tower.layers)
 
-    def padded_length(self, *inputs: Any) -> int:
+    def padded_length(self, tokens: PackedTokens, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
     def qkv(self, block: MedLayer, tokens: PackedTokens, block_input: Memory | None) -> tuple[Tensor, Tensor, Tensor]:

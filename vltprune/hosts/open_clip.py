@@ -180,7 +180,7 @@ class _TextHost(_ClipHost):
             )
         return real
 
-    def padded_length(self, *inputs: Any) -> int:
+    def padded_length(self, tokens: PackedTokens, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
     def head(

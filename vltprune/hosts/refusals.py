@@ -10,8 +10,8 @@ from ..registry import hosts
 
 _LIST = "docs/supported.md lists all"
 _SUPPORTED = (
-    "VisionTransformer and Eva of timm, CLIP of open_clip, BERT, ViT, DINO, CLIP, SigLIP and BLIP of transformers, BLIP of "
-    f"this library; {_LIST}"
+    "VisionTransformer and Eva of timm, CLIP of open_clip, BERT, ViT, DINO, CLIP, SigLIP, BLIP and ViLT of transformers, "
+    f"BLIP of this library; {_LIST}"
 )
 
 

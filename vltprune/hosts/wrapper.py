@@ -61,8 +61,8 @@ class WrapperHost(Host):
     def feed_forward(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PackedTokens:
         return self.inner.feed_forward(block, tokens, block_input)
 
-    def padded_length(self, *inputs: Any) -> int | None:
-        return self.inner.padded_length(*inputs)
+    def padded_length(self, tokens: PackedTokens, *inputs: Any) -> int | None:
+        return self.inner.padded_length(tokens, *inputs)
 
     def causal(self, tower: nn.Module) -> bool:
         return self.inner.causal(self.inner_tower(tower))

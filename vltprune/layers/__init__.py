@@ -20,6 +20,7 @@ from .scorers.statistics import (
     KeyNorm,
     PageRank,
     Remember,
+    TextAttention,
     ValueWeightedAttention,
     WideClsAttention,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "Selection",
     "SelfAttention",
     "BlockSpec",
+    "TextAttention",
     "Threshold",
     "TokenReducer",
     "plan_reduction",

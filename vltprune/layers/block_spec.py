@@ -10,7 +10,7 @@ class BlockSpec:
     """Description of the block that a part is built for.
 
     Attributes:
-        tower: the tower's name, such as "image" or "text".
+        tower: the tower's name, such as "image", "text" or "fusion".
         depth: the index of the block.
         depths: the number of blocks of the tower.
         dim: the width of a token.
@@ -18,6 +18,8 @@ class BlockSpec:
         has_summary: whether a protected token (CLS, EOT) represents its instance.
         causal: whether a token attends to itself and earlier tokens only.
         before: how many earlier blocks of the tower are pruned.
+        modalities: the modalities whose tokens are in one sequence, ("text", "image") in a single-stream transformer such as
+            ViLT. Empty for a tower of one modality.
     """
 
     tower: str
@@ -28,3 +30,4 @@ class BlockSpec:
     has_summary: bool
     causal: bool = False
     before: int = 0
+    modalities: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ def with_grid(tokens: PackedTokens, image: tuple[int, int] | None) -> PackedToke
 
     Unprotected tokens are square patches in rows. Where they fill no grid of the image's proportions, or there is no image, the
     row of each is -1 and its column counts the unprotected tokens of its instance. Protected tokens have what comes last.
+    Tokens whose host gave them a grid keep it.
 
     Args:
         tokens: the tokens before the first block.
@@ -24,6 +25,8 @@ def with_grid(tokens: PackedTokens, image: tuple[int, int] | None) -> PackedToke
     Returns:
         The same tokens with the column.
     """
+    if COLUMN in tokens.columns:
+        return tokens
     layout = tokens.layout
     number = segments.unpad(segments.pad(tokens.free.long(), layout, 0).cumsum(1), layout) - 1
     number = number.clamp(min=0)

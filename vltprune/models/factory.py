@@ -26,7 +26,7 @@ from ..utils.structure import Structure
 from .catalog import CONFIGURED, ModelName
 from .pretrained import given_weights, own_weights
 
-PARTS = ("scorer", "keep", "selector", "reducer", "guide", "at", "place", "then")
+PARTS = ("scorer", "keep", "selector", "reducer", "guide", "at", "place", "modality", "then")
 
 
 @overload

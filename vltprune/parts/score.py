@@ -10,6 +10,7 @@ from ..layers.scorers.statistics import (
     KeyNorm,
     PageRank,
     Remember,
+    TextAttention,
     ValueWeightedAttention,
     WideClsAttention,
 )
@@ -34,6 +35,7 @@ predictor = typed_part(Predictor)
 random = typed_part(Random)
 remember = typed_part(Remember)
 self_attention = typed_part(SelfAttention)
+text_attention = typed_part(TextAttention)
 value_weighted_attention = typed_part(ValueWeightedAttention)
 wide_cls_attention = typed_part(WideClsAttention)
 pair_distance = typed_part(PairDistance)

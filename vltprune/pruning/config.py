@@ -10,6 +10,8 @@ from typing import Any, TypedDict
 
 from typing_extensions import Unpack
 
+from ..core.modality import Modality
+from ..core.statistics import Stat
 from ..registry import bind, nearest
 from .depths import Depths
 from .part import KINDS, Part
@@ -39,6 +41,7 @@ class Parts(TypedDict, total=False):
     guide: Part | str | None
     at: Depths | Mapping[str, Depths]
     place: Place
+    modality: Modality | None
     then: Iterable[Stage | Mapping[str, Any]]
 
 
@@ -50,7 +53,7 @@ class PruneConfig(Stage):
     `part` are those of the first one; `parts`, `describe` and `depths` are of all.
 
     Args:
-        scorer, keep, reducer, at, selector, place: the first stage, as `Stage` describes them.
+        scorer, keep, reducer, at, selector, place, modality: the first stage, as `Stage` describes them.
         guide: what relates the tokens of all towers to shared anchors; None for none.
         then: further stages. At the same depth and place, each one prunes what the one before left.
 
@@ -116,12 +119,19 @@ class PruneConfig(Stage):
         """
         return tuple(sorted({depth for stage in self.stages for depth in stage.depths(tower, depths)}))
 
+    @property
+    def needs_modalities(self) -> bool:
+        """Whether it prunes single-stream transformers alone, where text and image tokens are in one sequence."""
+        makers = (KINDS[kind][0][part.name] for kind in PRUNER_KINDS for part in self.parts(kind))
+        reads_text = any(getattr(maker, "needs", Stat.NONE).of_text for maker in makers)
+        return reads_text or any(stage.modality is not None for stage in self.stages)
+
     def replace(self, **changes: Unpack[Parts]) -> PruneConfig:
         """Makes a config with other parts or depths: config.replace(keep="ratio(0.5)", guide=None).
 
         Args:
-            **changes: scorer=, keep=, selector=, reducer=, at=, place=, guide= and then=, as PruneConfig takes them. All but
-                the last two replace what every stage has, except in stages of `then` with keep="all".
+            **changes: scorer=, keep=, selector=, reducer=, at=, place=, modality=, guide= and then=, as PruneConfig takes
+                them. All but the last two replace what every stage has, except in stages of `then` with keep="all".
 
         Returns:
             The new config; this one is unchanged.

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.attention import attend
 from ..core.attention_stats import attend_with_stats
 from ..core.checks import is_traced
+from ..core.modality import COLUMN
 from ..core.statistics import AttentionStats
 from ..core.tokens import PackedTokens
 from ..hosts.base import Host
@@ -237,7 +238,8 @@ class PrunedEncoder(Tower):
         scored = None if scores is None else (entered, scores)
         expected = steps[-1].expected if steps else None if tokens.keep_prob is None else tokens.expected
         lengths = tokens.layout.lengths
-        return tokens, LayerTrace(tokens.position, tokens.protected, lengths, steps, early, relate, expected, scored)
+        trace = LayerTrace(tokens.position, tokens.protected, lengths, steps, early, relate, expected, scored)
+        return tokens, replace(trace, modality=tokens.columns.get(COLUMN))
 
     def _decide(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..core import segments
 from ..core.checks import is_traced
+from ..core.modality import Modality, is_of
 from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer, TokenSelector, Top
@@ -69,6 +70,7 @@ class Pruner(nn.Module):
         keeper: how many tokens stay.
         selector: which ones stay.
         reducer: what becomes of the others.
+        modality: the modality of the tokens that it prunes; the others stay. None for tokens of any.
 
     Attributes:
         needs: the attention statistics that its parts read.
@@ -83,8 +85,16 @@ class Pruner(nn.Module):
 
     min_keep_prob = 0.02
 
-    def __init__(self, scorer: TokenScorer, keeper: KeepRatioPredictor, selector: TokenSelector, reducer: TokenReducer):
+    def __init__(
+        self,
+        scorer: TokenScorer,
+        keeper: KeepRatioPredictor,
+        selector: TokenSelector,
+        reducer: TokenReducer,
+        modality: Modality | None = None,
+    ):
         super().__init__()
+        self.modality: Modality | None = modality
         self.scorer, self.keeper, self.selector, self.reducer = scorer, keeper, selector, reducer
         self.needs: Stat = scorer.needs | selector.needs | reducer.needs
         self.reads_grid = scorer.reads_grid or selector.reads_grid
@@ -107,14 +117,14 @@ class Pruner(nn.Module):
         parts = {kind: stage.part(kind, spec.tower) for kind in PRUNER_KINDS}
         built = {kind: KINDS[kind][0][part.name](spec, **part.args) for kind, part in parts.items()}
         for kind, part in built.items():
-            missing = getattr(part, "needs", Stat.NONE).of_summary
-            if missing and not spec.has_summary:
-                instead = "scorer='self_attention' or scorer='alignment'" if kind == "scorer" else f"another {kind}"
-                raise ValueError(
-                    f"{kind}={str(parts[kind])!r} reads the attention of a summary token ({missing}), and the {spec.tower} "
-                    f"tower has none: write {instead}, or leave the tower alone with at={{'other tower': None}}"
-                )
-        return cls(*built.values())
+            _check_needs(kind, str(parts[kind]), getattr(part, "needs", Stat.NONE), spec)
+        if stage.modality is not None and not spec.modalities:
+            raise ValueError(
+                f"modality={stage.modality!r} prunes the {stage.modality} tokens of a text and an image in one sequence, and "
+                f"the {spec.tower} tower has tokens of one modality: write modality=None, or prune a single-stream "
+                "transformer such as transformers.ViltModel"
+            )
+        return cls(*built.values(), modality=stage.modality)
 
     def forward(
         self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, least: int = 0
@@ -149,6 +159,9 @@ class Pruner(nn.Module):
     def _decide(
         self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None, soft: bool, least: int
     ) -> PruneDecision:
+        if self.modality is not None:
+            others = ~is_of(tokens, self.modality)
+            tokens = replace(tokens, protected=tokens.protected | others)
         if soft and not isinstance(self.selector, Top):
             raise ValueError(
                 f"soft training keeps the tokens of largest score, and {type(self.selector).__name__} selects others: prune "
@@ -170,9 +183,16 @@ class Pruner(nn.Module):
         selection = self.selector(tokens, scores if keep_prob is None else keep_prob, counts, stats)
         columns = dict(selection.columns)
         if self.scorer.remembers is not None:
-            columns[self.scorer.remembers] = scores
+            columns[self.scorer.remembers] = self._remembered(scores, tokens)
         plan = self.reducer(tokens, scores, selection, stats)
         return PruneDecision(plan, scores, keep_prob, counted_prob, columns)
+
+    def _remembered(self, scores: Tensor, tokens: PackedTokens) -> Tensor:
+        """[total]: the scores to leave to later layers. Tokens of another modality keep those that a former stage left."""
+        former = tokens.columns.get(self.scorer.remembers or "")
+        if self.modality is None or former is None:
+            return scores
+        return torch.where(is_of(tokens, self.modality), scores, former)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
         """Multiply-accumulates of the parts' own comparisons, [batch].
@@ -198,6 +218,23 @@ class Pruner(nn.Module):
         """[total]: the probability that each token stays; 1 where `certain` [total] bool holds."""
         keep_prob = self.keeper.keep_prob(scores, tokens, guidance, self.soft_temperature)
         return keep_prob.to(scores.dtype).masked_fill(certain, 1.0)
+
+
+def _check_needs(kind: str, part: str, needs: Stat, spec: BlockSpec) -> None:
+    """ValueError for a part whose statistics need what the block does not have."""
+    alone = "leave the tower alone with at={'other tower': None}"
+    if needs.of_summary and not spec.has_summary:
+        instead = "scorer='self_attention' or scorer='alignment'" if kind == "scorer" else f"another {kind}"
+        raise ValueError(
+            f"{kind}={part!r} reads the attention of a summary token ({needs.of_summary}), and the {spec.tower} "
+            f"tower has none: write {instead}, or {alone}"
+        )
+    if needs.of_text and not spec.modalities:
+        instead = "scorer='self_attention'" if kind == "scorer" else f"another {kind}"
+        raise ValueError(
+            f"{kind}={part!r} reads the attention of text tokens ({needs.of_text}), and the {spec.tower} tower has tokens of "
+            f"one modality: write {instead}, or prune a single-stream transformer such as transformers.ViltModel"
+        )
 
 
 def build_like(host: nn.Module, build: Callable[P, M], *args: P.args, **named: P.kwargs) -> M:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
+from ..core.modality import Modality
 from ..registry import nearest
 from ..utils.frozen import FrozenDict, thawed
 from .depths import Depths, block_indices, freeze_depths
@@ -34,6 +35,8 @@ class Stage:
         selector: which ones stay; by default those of largest score.
         place: "attention", between a block's attention and its MLP; "block", behind the block; "output", behind the last block
             of every tower, before its head, where `at` must be None or name towers alone, {"image": None}.
+        modality: "text" or "image": the tokens to prune where a text and an image are one sequence, as in ViLT; all others
+            stay. A keeper then counts these tokens alone. None prunes tokens of any modality.
 
     Raises:
         LookupError, TypeError, ValueError: for wrong names and arguments, with the nearest right one.
@@ -46,12 +49,14 @@ class Stage:
     at: Depths | Mapping[str, Depths] = None
     selector: Part | str = "top"
     place: Place = "attention"
+    modality: Modality | None = None
 
     def __post_init__(self) -> None:
         for kind in PRUNER_KINDS:
             object.__setattr__(self, kind, self._frozen_part(kind))
         object.__setattr__(self, "at", freeze_depths(self.at))
         check_place(self.place)
+        check_modality(self.modality)
         depths = self.at.values() if isinstance(self.at, Mapping) else (self.at,)
         if self.place == "output" and any(one is not None for one in depths):
             raise ValueError(
@@ -150,12 +155,13 @@ class Stage:
         """Converts the stage to plain data that json can write.
 
         Returns:
-            A dict with the keys "scorer", "keep", "selector", "reducer", "at" and "place".
+            A dict with the keys "scorer", "keep", "selector", "reducer", "at" and "place"; "modality" where there is one.
         """
         return {
             **{kind: _plain(getattr(self, kind)) for kind in PRUNER_KINDS},
             "at": thawed(self.at),
             "place": self.place,
+            **({} if self.modality is None else {"modality": self.modality}),
         }
 
 
@@ -163,6 +169,12 @@ def check_place(place: object) -> None:
     """ValueError for what is no place of a stage, with the nearest one."""
     if place not in get_args(Place):
         raise ValueError(f"place={place!r} is no place{nearest(str(place), get_args(Place))}")
+
+
+def check_modality(modality: object) -> None:
+    """ValueError for what is no modality of a stage, with the nearest one."""
+    if modality is not None and modality not in get_args(Modality):
+        raise ValueError(f"modality={modality!r} is no modality{nearest(str(modality), get_args(Modality))}")
 
 
 def _plain(part: Part | Mapping[str, Part] | None) -> dict[str, object] | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core import precision, segments
+from ..core.modality import COLUMN, text_counts
 from ..core.tokens import PackedTokens
 from ..layers import Guidance, Reduction
 from .decode_stats import DecodeStats
@@ -51,6 +52,8 @@ class LayerTrace:
         expected: [batch], the expected number of tokens in soft training. None otherwise.
         scored: the tokens that entered a pruned block, and their scores [total], for losses. None without gradients.
         tokens: the tokens that left the block, in `collect(tokens=True)`. None otherwise.
+        modality: [total] int64, the modality of the tokens that left the block, where text and image are one sequence. None
+            elsewhere.
     """
 
     position: Tensor
@@ -62,6 +65,7 @@ class LayerTrace:
     expected: Tensor | None = None
     scored: tuple[PackedTokens, Tensor] | None = None
     tokens: PackedTokens | None = None
+    modality: Tensor | None = None
 
     @property
     def identity(self) -> Tensor:
@@ -112,6 +116,13 @@ class PruneTrace:
     def lengths(self) -> tuple[tuple[int, ...], ...]:
         """Tokens that left each block, per instance, protected ones included: lengths[depth][instance]."""
         return tuple(step.lengths for step in self.layers)
+
+    @property
+    def text_counts(self) -> list[Tensor | float]:
+        """How many tokens of a text entered each block, [batch] each; 0 where text and image are not one sequence."""
+        columns = [self.input_tokens.columns.get(COLUMN), *(step.modality for step in self.layers)]
+        lengths = [self.input_tokens.layout.lengths, *self.lengths]
+        return [text_counts(column, each) for column, each in zip(columns[:-1], lengths[:-1], strict=True)]
 
     @property
     def aligned(self) -> Tensor:

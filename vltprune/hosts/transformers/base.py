@@ -315,7 +315,7 @@ class TextHost(TransformersHost):
         x = embed(input_ids, **embedding)
         return self.pack(x, attention_mask, self.summary_position(tower, input_ids)), (None,) * len(self.blocks(tower))
 
-    def padded_length(self, *inputs: Any) -> int:
+    def padded_length(self, tokens: PackedTokens, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
     def pack(self, x: Tensor, attention_mask: Tensor | None, summary_position: Tensor | int) -> PackedTokens:

@@ -91,7 +91,7 @@ class Siglip2VisionHost(SiglipVisionHost):
         tokens = self.pack(tower, tower.embeddings(pixel_values, spatial_shapes), valid)
         return tokens, (None,) * len(self.blocks(tower))
 
-    def padded_length(self, *inputs: Any) -> int:
+    def padded_length(self, tokens: PackedTokens, *inputs: Any) -> int:
         return inputs[0].shape[1]
 
 

@@ -26,6 +26,9 @@ from .saving import with_pruning_saved
 @hosts.register("transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher")
 @hosts.register("transformers.models.clip.modeling_clip.CLIPTextModelWithProjection")
 @hosts.register("transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection")
+@hosts.register("transformers.models.vilt.modeling_vilt.ViltForQuestionAnswering")
+@hosts.register("transformers.models.vilt.modeling_vilt.ViltForImageAndTextRetrieval")
+@hosts.register("transformers.models.vilt.modeling_vilt.ViltForImagesAndTextClassification")
 class HeadComposite(Composite):
     """Composite of the model's base tower (`base_model_prefix`); its other children are the head."""
 

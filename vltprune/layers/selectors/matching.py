@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import precision, segments
+from ...core.modality import kind_of
 from ...core.statistics import AttentionStats
 from ...core.tokens import PackedTokens
 from ...registry import selectors
@@ -28,16 +29,32 @@ def in_sequence(tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
         tokens: the tokens of a block.
 
     Returns:
-        The unprotected tokens [batch, n] bool; the number of protected ones before the first of them, [batch] int64; and the
-        place of each among those of its instance, [batch, n] int64.
+        The unprotected tokens [batch, n] bool; the number of protected ones of the same modality before the first of them,
+        [batch] int64; and the place of each among those of its instance, [batch, n] int64.
     """
     layout = tokens.layout
     candidates, protected = segments.pad(tokens.free, layout), segments.pad(tokens.protected, layout)
-    position = segments.pad(tokens.position, layout)
-    first = position.masked_fill(~candidates, _LAST).amin(1, keepdim=True)
+    position, kind = segments.pad(tokens.position, layout), segments.pad(kind_of(tokens), layout)
+    first, slot = position.masked_fill(~candidates, _LAST).min(1, keepdim=True)
+    is_before = protected & (position < first) & (kind == kind.gather(1, slot))
     order = segments.pad(tokens.columns.get("bipartite_order", tokens.position), layout)
     place = ranks(order.masked_fill(~candidates, _LAST).argsort(dim=1, stable=True))
-    return candidates, (protected & (position < first)).sum(1), place
+    return candidates, is_before.sum(1), place
+
+
+def order_column(tokens: PackedTokens, order: Tensor) -> dict[str, Tensor]:
+    """The column "bipartite_order" of padded tokens. Protected ones keep their number: another stage may prune them.
+
+    Args:
+        tokens: the tokens of a block.
+        order: [batch, n] int64, numbers that ascend in the order of ToMe's output.
+
+    Returns:
+        The column by name, [batch, n] int64.
+    """
+    former = tokens.columns.get("bipartite_order", tokens.position)
+    candidates, former = segments.pad(tokens.free, tokens.layout), segments.pad(former, tokens.layout)
+    return {"bipartite_order": torch.where(candidates, order, former)}
 
 
 class MatchingSelector(FeatureSelector):
@@ -112,7 +129,7 @@ class Bipartite(MatchingSelector):
         self, tokens: PackedTokens, features: Tensor, scores: Tensor, removed: Tensor, stats: AttentionStats
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         keep, match, order = matching.bipartite_in_order(features, *in_sequence(tokens), removed)
-        return keep, match, {"bipartite_order": order}
+        return keep, match, order_column(tokens, order)
 
     def _pairs(self, tokens: Tensor) -> Tensor:
         return (tokens // 2 + 1) ** 2

@@ -13,7 +13,7 @@ from ..algorithms.matching import halves, own_slots
 from ..algorithms.similarity import NEAR, decides, first_best, order_by_similarity, ranks, unit
 from ..block_spec import BlockSpec
 from ..features import By
-from .matching import MatchingSelector, in_sequence
+from .matching import MatchingSelector, in_sequence, order_column
 
 _INFINITY = float("inf")
 
@@ -65,7 +65,7 @@ class Mctf(MatchingSelector):
             1 / self.t_size
         )
         keep, match, order = match_both_ways(features, candidates, before, place, removed, factor, self.t_similarity)
-        return keep, match, {"bipartite_order": order}
+        return keep, match, order_column(tokens, order)
 
     def _pairs(self, tokens: Tensor) -> Tensor:
         return (tokens // 2 + 1) ** 2
