@@ -36,7 +36,11 @@ def packed(lengths, seed):
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.8, 1.0])
 def test_the_threshold_is_a_quantile_of_the_batch_and_its_running_mean_serves_evaluation(lengths, ratio):
     keeper = vp.keepers["fitted_threshold"](SPEC, threshold=0.4, ratio=ratio).train()
-    running, tokens, scores = 0.4, *packed(lengths, 0)
+    tokens, scores = packed(lengths, 3)
+    assert torch.equal(keeper(scores, tokens, None), keeper.eval()(scores, tokens, None))
+    assert_close(float(keeper.threshold), 0.4)
+    keeper.train().batch_weight = 0.1
+    running = 0.4
     for seed in (1, 2):
         tokens, scores = packed(lengths, seed)
         free = scores[tokens.free].tolist()
@@ -69,7 +73,7 @@ def test_calibration_fits_each_block_to_the_mean_of_batches(preset):
         wanted = [threshold_of(scores[tokens.free].tolist(), 0.7) for scores, tokens in calls]
         assert len(wanted) == 2 and wanted[0] != wanted[1]
         assert_close(float(keeper.threshold), sum(wanted) / 2, rtol=1e-5, atol=1e-6)
-        assert not keeper.training and keeper.batch_weight == 0.1
+        assert not keeper.training and keeper.batch_weight == 0
     assert len({round(float(keeper.threshold), 6) for keeper in control.keepers}) == len(control.keepers)
 
 

@@ -283,8 +283,8 @@ def test_spread_uniform(one):
     assert slots(sampling.spread_uniform(mask, counts)[0]) == candidates[::step][: one.count]
 
 
-@given(batch=batches)
-def test_outliers(batch):
+@given(batch=batches, multiplier=st.sampled_from([1.5, 0.0, -1.25, 4.0]))
+def test_outliers(batch, multiplier):
     """PruMerge's count, of each instance by itself; equal scores have none."""
     longest = max(len(one.features) for one in batch)
     _, mask, _, scores, _ = padded(batch, longest)
@@ -292,9 +292,9 @@ def test_outliers(batch):
     for one in batch:
         values = one.scores.double().numpy()[one.candidates.numpy()]
         q1, q3 = np.percentile(values, [25, 75]) if len(values) else (0.0, 0.0)
-        limit = q3 + 1.5 * (q3 - q1)
-        expected.append(int((values > limit + 2e-5 * abs(limit)).sum()))
-    assert sampling.outliers(scores, mask).tolist() == expected
+        limit = q3 + multiplier * (q3 - q1)
+        expected.append(int((values > limit + 2e-5 * max(abs(limit), abs(q3))).sum()))
+    assert sampling.outliers(scores, mask, multiplier).tolist() == expected
 
 
 def test_grid_windows():

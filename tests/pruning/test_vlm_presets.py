@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, log, sqrt
 
 import numpy as np
 import pytest
 import torch
-from published import Block, check
+from published import Block, check, images, vit
+
+import vltprune as vp
 
 everywhere = pytest.mark.parametrize("patches", [4, 5])
 summarized = pytest.mark.parametrize("kind", ["class token", "registers"])
@@ -150,33 +152,77 @@ def test_visionzip(kind, patches, where):
     run("visionzip", visionzip, kind, patches, where)
 
 
-def prumerge(block, count):
-    wide = (block.q[0].flatten() @ block.k.flatten(1).T / block.q[0].numel() ** 0.5).softmax(-1)
-    stay = sorted(block.free, key=lambda i: -float(wide[i]))[:count]
-    homes = {i: nearest(block.k.mean(1), i, stay) for i in block.free if i not in stay}
-    return gathered(block, stay, homes, lambda k, members: [1.0] + [float(wide[i]) for i in members])
+def wide_attention(block):
+    return (block.q[0].flatten() @ block.k.flatten(1).T / block.q[0].numel() ** 0.5).softmax(-1)
+
+
+def prumerge(number, choose=None):
+    """Each patch that stays with its nearest others, which may stay too, and one token of all that go."""
+
+    def groups(block, count):
+        wide, similarity = wide_attention(block), cosines(block.k.mean(1))
+        stay = sorted(block.free, key=lambda i: -float(wide[i]))[:count] if choose is None else choose(block, count)
+        gone = [i for i in block.free if i not in stay]
+        if not gone:
+            return block.kept(stay)
+        found = [(i, [i], [1.0]) for i in range(len(block.place)) if i not in block.free]
+        for k in stay:
+            near = sorted((i for i in block.free if i != k), key=lambda i: -similarity[k, i])[:number]
+            found.append((k, [k, *near], [1.0, *(float(wide[i]) for i in near)]))
+        return sorted([*found, (gone[-1], gone, [float(wide[i]) for i in gone])])
+
+    return groups
 
 
 @everywhere
 @summarized
 @places
-def test_prumerge(kind, patches, where):
+@pytest.mark.parametrize("number", [32, 6])
+def test_prumerge(kind, patches, where, number):
     """At a ratio; how many stay by outliers has a test of its own."""
-    run("prumerge", prumerge, kind, patches, where)
+    run("prumerge", prumerge(number), kind, patches, where, reducer=f"add_neighbors(number={number})")
+
+
+def outlying(block, multiplier):
+    values = wide_attention(block)[block.free].numpy()
+    low, high = np.percentile(values, [25, 75])
+    return max(1, int((values > high + multiplier * (high - low)).sum()))
 
 
 @everywhere
 @summarized
-def test_prumerge_keeps_as_many_as_have_outlying_attention(kind, patches):
+@pytest.mark.parametrize("multiplier", [1.5, 0.3])
+def test_prumerge_keeps_as_many_as_have_outlying_attention(kind, patches, multiplier):
     def decide(block):
-        if block.depth < 3:
-            return None
-        wide = (block.q[0].flatten() @ block.k.flatten(1).T / block.q[0].numel() ** 0.5).softmax(-1)
-        values = wide[block.free].numpy()
-        low, high = np.percentile(values, [25, 75])
-        return prumerge(block, max(1, int((values > high + 1.5 * (high - low)).sum())))
+        return prumerge(32)(block, outlying(block, multiplier)) if block.depth == 3 else None
 
-    check("prumerge", decide, kind, patches, "output")
+    parts = {} if multiplier == 1.5 else {"keep": f"outliers(multiplier={multiplier})"}
+    check("prumerge", decide, kind, patches, "output", **parts)
+
+
+@everywhere
+@summarized
+def test_prumerge_plus_keeps_evenly_chosen_patches_besides(kind, patches):
+    """Three for each outlier, every so many-th of the others."""
+
+    def evenly(block, count):
+        best = sorted(block.free, key=lambda i: -float(wide_attention(block)[i]))[: count // 4]
+        rest = [i for i in block.free if i not in best]
+        return best + rest[:: max(1, len(rest) // (count - len(best)))][: count - len(best)]
+
+    def decide(block):
+        count = min(4 * outlying(block, 0.8), len(block.free))
+        return prumerge(32, evenly)(block, count) if block.depth == 3 else None
+
+    check("prumerge", decide, kind, patches, "output", keep="outliers(multiplier=0.8, samples=3.0)", selector="evenly")
+
+
+@pytest.mark.parametrize("reduction", [0.1, 0.3, 0.5])
+def test_prumerge_can_be_brought_to_a_cost(reduction):
+    """Inside the tower, where it saves something."""
+    data = [images(5, 8)]
+    model = vp.prune(vit("class token", 5), "prumerge", place="block", at=(0, 1), reduction=reduction, data=data)
+    assert vp.measure(model, data).reduction == pytest.approx(reduction, abs=0.02)
 
 
 def hiprune(patches):
@@ -238,20 +284,39 @@ def test_vscan(kind, patches, where):
     run("vscan", choose, kind, patches, where, 0.6, observe, selector="windows(size=2)")
 
 
-def flowcut(block, count):
-    value, attention = block.v.mean(1), block.maps[:, 0].mean(0)
-    likeness = torch.stack([(value[0] @ one).exp() for one in value])
-    own = attention / attention[block.free].sum() + likeness / likeness[block.free].sum()
-    own = {block.place[i]: float(own[i] * value[i].abs().sum()) for i in block.free}
-    before = block.memory.get("flowcut", own)
-    block.memory["flowcut"] = scores = {place: 0.5 * before[place] + 0.5 * score for place, score in own.items()}
-    return sorted(block.free, key=lambda i: -scores[block.place[i]])[:count]
+def flowcut(least, seen):
+    """FlowCut: the smoothed scores of every block, and at every second one as many as the entropy of attention leaves."""
+
+    def choose(block):
+        value, attention = block.v.mean(1), block.maps[:, 0].mean(0)
+        likeness = torch.stack([(value[0] @ one).exp() for one in value])
+        attention = attention / attention[block.free].sum()
+        own = attention + likeness / likeness[block.free].sum()
+        own = {block.place[i]: float(own[i] * value[i].abs().sum()) for i in block.free}
+        before = block.memory.get("flowcut", own)
+        block.memory["flowcut"] = scores = {place: 0.5 * before[place] + 0.5 * score for place, score in own.items()}
+
+        n, left = len(block.free), 3 - block.depth
+        if left % 2:
+            return None
+        entropy = -sum(p * log(p) for p in map(float, attention[block.free]))
+        goes = round((n - least) / sqrt(left) * (1 - (entropy / log(n)) ** 2)) if left and n > 1 else n - least
+        count = max(n - max(goes, 0), min(least, n))
+        if left:
+            seen.append((n, count))
+        return block.kept(sorted(block.free, key=lambda i: -scores[block.place[i]])[:count])
+
+    return choose
 
 
 @everywhere
 @summarized
-def test_flowcut(kind, patches):
-    run("flowcut", flowcut, kind, patches, {"place": "block", "at": (0, 1, 2, 3)}, 0.8)
+@pytest.mark.parametrize("least", [1, 5, 30])
+def test_flowcut(kind, patches, least):
+    seen = []
+    kept = check("flowcut", flowcut(least, seen), kind, patches, "block", keep=f"entropy(count={least})")
+    assert set(kept) == {min(least, patches**2) + (1 if kind == "class token" else 3)}
+    assert least == 30 or any(least < count < n for n, count in seen)
 
 
 def scissor(block, count):
@@ -266,8 +331,16 @@ def scissor(block, count):
     first = sorted(set(home.values()))
     stay = sorted(first, key=lambda k: -list(home.values()).count(k))[:count]
     home = {i: k if k in stay else nearest(block.x, k, stay) for i, k in home.items()}
-    homes = {i: k for i, k in home.items() if i not in stay}
-    return gathered(block, stay, homes, lambda k, members: [1 / (1 + len(members))] * (1 + len(members)))
+    groups = {k: [i for i in block.free if home[i] == k] for k in stay}
+    means = torch.stack([block.x[groups[k]].mean(0) for k in stay])
+    similarity = cosines(torch.cat([block.x, means]))[: len(block.x), len(block.x) :]
+    added = {k: [i for i in block.free if similarity[i].argmax() == n] for n, k in enumerate(stay)}
+    result = block.kept([])
+    for k in stay:
+        parts = len(added[k]) + 1
+        weights = [1 / (len(groups[k]) * parts)] * len(groups[k]) + [1 / parts] * len(added[k])
+        result.append((k, groups[k] + added[k], weights))
+    return sorted(result)
 
 
 @everywhere
@@ -275,5 +348,5 @@ def scissor(block, count):
 @places
 @pytest.mark.parametrize("ratio", [0.8, 0.2])
 def test_scissor(kind, patches, where, ratio):
-    """With room for all components, and for the largest alone."""
+    """With room for all components, and for the largest alone: a mean each, to which every patch is added once more."""
     run("scissor", scissor, kind, patches, where, ratio, selector="components(least_similarity=0.3)")

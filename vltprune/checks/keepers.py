@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import registry
 from ..layers import KeepRatioPredictor
+from ..layers.keepers.base import with_statistics
 from .cases import Case
 from .invariant import Broken, CheckedPart, Kind, Results, expect, first_where, invariant, shown
 
@@ -72,7 +73,8 @@ class Keepers(Kind):
     own = (counts, knob)
 
     def call(self, part: KeepRatioPredictor, case: Case, everything: bool = False) -> Tensor:
-        return part(case.scores, case.tokens, case.guidance if everything or part.guided else None)
+        tokens = with_statistics(case.tokens, case.stats, part.needs)
+        return part(case.scores, tokens, case.guidance if everything or part.guided else None)
 
     def results(self, returned: Tensor, case: Case) -> Results:
         return [{"count": count} for count in returned]

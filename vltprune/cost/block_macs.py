@@ -20,6 +20,7 @@ from ..core.statistics import Stat
 from ..core.tokens import Layout, PackedTokens
 from ..hosts.base import Host
 from ..hosts.linear_maps import uncounted_macs
+from ..layers import Reduction
 from ..pruning.pruner import Pruner
 from ..pruning.trace import LayerTrace, PruneStep
 from ..utils.structure import modules_of
@@ -175,11 +176,21 @@ class BlockMeter:
             guide = (
                 self.guide if former is None or former.inside != step.inside or former.reduction is not None else 0.0
             )
-            merges = step.reduction is not None and step.reduction.merged is not None
-            summed = self.channels + (width if step.inside and layer.reduced_early else 0) if merges else 0
-            block = block + (guide + summed) * entered + pruner.macs(entered, leaves)
+            block = block + guide * entered + pruner.macs(entered, leaves)
+            if step.reduction is not None and step.reduction.merged is not None:
+                summed = self.channels + (width if step.inside and layer.reduced_early else 0)
+                block = block + summed * (entered + _terms(step.reduction))
             former = step
         return block
+
+
+def _terms(plan: Reduction) -> Tensor | int:
+    """[batch]: the number of further terms in a plan's sums."""
+    if plan.terms is None:
+        return 0
+    number = (plan.terms.weight != 0).to(precision.widest_float(plan.index.device))
+    instance = plan.layout.instance.index_select(0, plan.terms.result)
+    return number.new_zeros(plan.layout.batch).index_add(0, instance, number)
 
 
 def step_tokens(step: PruneStep, device: torch.device) -> Tensor:

@@ -189,6 +189,7 @@ def fit_keepers(model: nn.Module, control: BudgetControl, batches: Iterable[Batc
     fitted = [keeper for keeper in control.keepers if keeper.fits_data]
     if not fitted:
         return
+    weights = [keeper.batch_weight for keeper in fitted]
     with evaluating(model), torch.no_grad(), collect(threads=False):
         for keeper in fitted:
             keeper.train()
@@ -198,8 +199,8 @@ def fit_keepers(model: nn.Module, control: BudgetControl, batches: Iterable[Batc
                     keeper.batch_weight = 1 / number
                 run_batch(model, batch)
         finally:
-            for keeper in fitted:
-                keeper.__dict__.pop("batch_weight", None)
+            for keeper, weight in zip(fitted, weights, strict=True):
+                keeper.batch_weight = weight
 
 
 class _Search:

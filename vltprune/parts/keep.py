@@ -1,6 +1,6 @@
 """Keepers as typed parts: prune(model, preset, keep=vltprune.keep.ratio(0.5))."""
 
-from ..layers.keepers.adaptive import Distortion, Learned, Threshold, TopP
+from ..layers.keepers.adaptive import Distortion, Entropy, Learned, Threshold, TopP
 from ..layers.keepers.base import All, Count, Counts, Outliers, RandomRatio, Ratio, Remove
 from ..layers.keepers.trained import Above, FittedThreshold, RisingThreshold, SampledRatio
 from .typed import typed_part
@@ -10,6 +10,7 @@ all = typed_part(All)
 count = typed_part(Count)
 counts = typed_part(Counts)
 distortion = typed_part(Distortion)
+entropy = typed_part(Entropy)
 fitted_threshold = typed_part(FittedThreshold)
 learned = typed_part(Learned)
 outliers = typed_part(Outliers)

@@ -1,6 +1,6 @@
 """Selectors as typed parts: prune(model, preset, selector=vltprune.selector.top())."""
 
-from ..layers.selectors.assigning import Components, Dominant
+from ..layers.selectors.assigning import Components, Dominant, Evenly
 from ..layers.selectors.base import Top
 from ..layers.selectors.diverse import Deduplicate, Dpp, MaxMin, Pivots, UnlikeImportant
 from ..layers.selectors.grid import Anchors, Pool
@@ -16,6 +16,7 @@ deduplicate = typed_part(Deduplicate)
 dominant = typed_part(Dominant)
 dpp = typed_part(Dpp)
 energy = typed_part(Energy)
+evenly = typed_part(Evenly)
 graph = typed_part(Graph)
 max_min = typed_part(MaxMin)
 mctf = typed_part(Mctf)

@@ -16,6 +16,7 @@ from ..core.modality import Modality, is_of
 from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer, TokenSelector, Top
+from ..layers.keepers.base import with_statistics
 from ..layers.selectors.base import top_tokens
 from .part import KINDS
 from .stage import PRUNER_KINDS, Stage
@@ -96,7 +97,7 @@ class Pruner(nn.Module):
         super().__init__()
         self.modality: Modality | None = modality
         self.scorer, self.keeper, self.selector, self.reducer = scorer, keeper, selector, reducer
-        self.needs: Stat = scorer.needs | selector.needs | reducer.needs
+        self.needs: Stat = scorer.needs | keeper.needs | selector.needs | reducer.needs
         self.reads_grid = scorer.reads_grid or selector.reads_grid
         self.soft_temperature = 0.0
 
@@ -177,7 +178,7 @@ class Pruner(nn.Module):
             stays = tokens.free if self.keeper.hard else (keep_prob > self.min_keep_prob) & tokens.free
             counts = segments.count(stays, tokens.layout)
         else:
-            counts = self.keeper(scores, tokens, guidance)
+            counts = self.keeper(scores, with_statistics(tokens, stats, self.keeper.needs), guidance)
         counts = counts.clamp(min=least)
         # a keeper that samples does not order tokens as their scores do
         selection = self.selector(tokens, scores if keep_prob is None else keep_prob, counts, stats)
@@ -204,10 +205,9 @@ class Pruner(nn.Module):
         Returns:
             The sum over the parts.
         """
-        comparing = (
-            (self.scorer, self.selector) if self.selector.matches else (self.scorer, self.selector, self.reducer)
-        )
-        return sum(part.macs(before, after) for part in comparing)
+        macs = self.scorer.macs(before, after) + self.selector.macs(before, after)
+        matching = 0.0 if self.selector.matches else self.reducer.macs(before, after)
+        return macs + matching + self.reducer.further_macs(before, after)
 
     def _certain(self, tokens: PackedTokens, scores: Tensor, least: int) -> Tensor:
         """[total] bool: protected tokens, and the `least` of largest score in each instance that are not masked."""

@@ -156,6 +156,51 @@ def nearest(features: Tensor, candidates: Tensor, keep: Tensor) -> tuple[Tensor,
 
 
 @decides
+def most_similar(features: Tensor, candidates: Tensor, others: Tensor, among: Tensor) -> Tensor:
+    """The most similar of other vectors to each candidate, by cosine, such as the means of clusters.
+
+    Args:
+        features: [batch, n, dim].
+        candidates: [batch, n] bool.
+        others: [batch, m, dim].
+        among: [batch, m] bool, which of them there are; at least one where there are candidates.
+
+    Returns:
+        Its index, [batch, n] int64; of several that are equal within rounding, the first.
+    """
+    if not features.shape[1]:
+        return torch.zeros_like(candidates, dtype=torch.int64)
+    similarity = unit(features, candidates) @ unit(others, among).mT
+    return first_best(similarity.masked_fill(~among[:, None, :], -_INFINITY))[1]
+
+
+@decides
+def neighbors(features: Tensor, candidates: Tensor, number: int, earlier: bool = False) -> tuple[Tensor, Tensor]:
+    """The candidates that are most similar to each token, by cosine, as LLaVA-PruMerge (arXiv 2403.15388) adds them.
+
+    Args:
+        features: [batch, n, dim].
+        candidates: [batch, n] bool. Others are nobody's neighbors and have none.
+        number: how many, at least 1.
+        earlier: whether neighbors are among the tokens before each one alone.
+
+    Returns:
+        The slots [batch, n, k] int64, the most similar first, with k the smaller of `number` and n, and which of them are
+        neighbors [batch, n, k] bool: where there are fewer than k, the others are the own slot.
+    """
+    batch, n = candidates.shape
+    if not n:
+        return torch.zeros(batch, 0, 0, dtype=torch.int64, device=candidates.device), candidates[:, :, None]
+    among = candidates[:, None, :] & candidates[:, :, None]
+    slot = torch.arange(n, device=candidates.device)
+    among = among & ((slot < slot[:, None]) if earlier else (slot != slot[:, None]))
+    order = order_by_similarity(cosine(features, candidates).flatten(0, 1), among.flatten(0, 1)).view(batch, n, n)
+    order = order[:, :, :number]
+    found = among.gather(2, order)
+    return torch.where(found, order, slot[:, None]), found
+
+
+@decides
 def energy(
     features: Tensor,
     candidates: Tensor,

@@ -129,15 +129,16 @@ def spread_uniform(candidates: Tensor, counts: Tensor) -> Tensor:
 
 
 @decides
-def outliers(scores: Tensor, candidates: Tensor) -> Tensor:
+def outliers(scores: Tensor, candidates: Tensor, multiplier: float = 1.5) -> Tensor:
     """The number of tokens of outlying score, by which LLaVA-PruMerge (arXiv 2403.15388) chooses how many stay.
 
-    Outliers are above Q3 + 1.5 (Q3 - Q1), where Q1 and Q3 are the quartiles of an instance's scores, interpolated linearly.
-    The reference takes quartiles over the whole batch.
+    Outliers are above Q3 + multiplier (Q3 - Q1), where Q1 and Q3 are the quartiles of an instance's scores, interpolated
+    linearly. The reference takes quartiles over the whole batch.
 
     Args:
         scores: [batch, n].
         candidates: [batch, n] bool.
+        multiplier: how many quartile ranges above the third quartile outliers begin.
 
     Returns:
         The counts, [batch] int64.
@@ -148,7 +149,7 @@ def outliers(scores: Tensor, candidates: Tensor) -> Tensor:
     ordered = equal.masked_fill(~candidates, _INFINITY).sort(1).values
     last = (candidates.sum(1, keepdim=True) - 1).clamp(min=0)
     q1, q3 = (_quantile(ordered, last, part) for part in (0.25, 0.75))
-    limit = q3 + 1.5 * (q3 - q1)
+    limit = q3 + multiplier * (q3 - q1)
     within = ROUNDING * torch.maximum(q3.abs(), limit.abs())
     return (candidates & (equal - limit > within)).sum(1)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import precision, segments
+from ...core.statistics import Stat
 from ...core.tokens import Layout, PackedTokens
 from ...registry import keepers
 from ..block_spec import BlockSpec
@@ -20,6 +21,7 @@ _ENTIRELY = 1e6  # a margin at which no sigmoid is below 1
 _EQUAL = 5e-5  # relative: sums of scores, or of what tokens take with them, that rounding may make of equal ones
 _TIE = 1e-8  # relative: a score that is nearer to a threshold does not count as above it
 _ALIKE = 1e-9  # a squared distance, of unit vectors, that rounding may make of none
+_LEAST = 1e-30  # attention below has no part in an entropy
 _TEMPERATURE = Knob("temperature", 1e-6, 1e6, log=True, larger_keeps_more=False)
 
 
@@ -223,6 +225,46 @@ class Distortion(KeepRatioPredictor):
         behind = ranked.flip(1).cumsum(1).flip(1)
         allowed = max(self.error * self._decay_factor * (1 + _EQUAL), _ALIKE)
         return (behind > allowed).sum(1).clamp(min=1).minimum(available)
+
+
+@keepers.register("entropy")
+class Entropy(KeepRatioPredictor):
+    """Prunes at every second block down to a number at the last, most where class attention is least even.
+
+    FlowCut (arXiv 2505.19536): where m blocks follow, of n tokens round((n - count) / sqrt(m) * (1 - (H(a) / log n)^2)) go,
+    for even m. H is the entropy of the summary token's attention a, the mean over heads, normalized over unprotected tokens.
+    Where m is odd all stay, so that scores are smoothed over all blocks. Behind the last block exactly `count` stay, and
+    nowhere fewer.
+
+    Args:
+        spec: the block.
+        count: the unprotected tokens that stay at the last block, all where there are fewer. A fraction counts in earlier
+            blocks. Below 1 a single one stays, and earlier blocks prune more than a published count can.
+
+    Raises:
+        ValueError: for a count that is not finite.
+    """
+
+    needs = Stat.SUMMARY
+    knob = Knob("count", -4096.0, 4096.0)
+
+    def __init__(self, spec: BlockSpec, count: float = 64.0):
+        super().__init__(spec)
+        if not math.isfinite(count):
+            raise ValueError(f"entropy(count={count}) must be finite: the tokens that stay at the last block")
+        self.count = count
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        layout, available = tokens.layout, segments.count(tokens.free, tokens.layout)
+        left, most = self.spec.depths - 1 - self.spec.depth, available.clamp(max=max(round(self.count), 1))
+        if left == 0 or left % 2:
+            return available if left else most
+        attention = tokens.columns["SUMMARY"].detach().mean(-1).masked_fill(tokens.protected, 0.0)
+        attention = attention / segments.sum(attention, layout).clamp(min=_LEAST)[layout.instance]
+        entropy = -segments.sum(attention * attention.clamp(min=_LEAST).log(), layout)
+        evenness = entropy / available.clamp(min=2).log()
+        goes = (available - self.count).clamp(min=0) / math.sqrt(left) * (1 - evenness**2).clamp(min=0)
+        return torch.maximum(available - goes.round().long(), most)
 
 
 @torch.no_grad()

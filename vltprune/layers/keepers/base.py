@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...core import precision, segments
+from ...core.statistics import AttentionStats, Stat
 from ...core.tokens import MASKED, PackedTokens
 from ...registry import keepers
 from ..algorithms import sampling
@@ -58,24 +59,27 @@ class KeepRatioPredictor(PrintedPart, ABC):
 
     Attributes:
         guided: whether it reads the guidance of an alignment guide.
+        needs: the attention statistics that it reads, which are columns of its `tokens` by their names (`with_statistics`).
         fixed: whether its counts depend on the number of tokens alone, and not on their contents.
         cost_trains_scores: whether the cost has gradients to the scores in soft training, and not to a threshold alone.
         hard: whether soft training keeps a token for certain or masks it, with the gradient of its probability (`keep_prob`).
             Masked tokens stay in the batch, so that the loss can want them back, and no reducer acts on them. An instance may
             say otherwise than its class.
-        fits_data: whether its counts follow from data that it was fitted to, and not from the knob alone. Calibration then runs
-            its batches with the keeper in training mode, once for each value of the knob.
-        batch_weight: of a keeper that fits data, the weight of a batch in its running mean in training mode, in (0, 1].
+        fits_data: whether its counts follow from data that it was fitted to, and not from the knob alone. Calibration fits it
+            anew for each value of the knob.
+        batch_weight: of a keeper that fits data, the weight in [0, 1] that a batch in training mode has in its running mean. 0,
+            the default, fits nothing.
         knob: the argument that sets its cost, None for none. An instance may have another one than its class.
         spec: the block that it is built for.
     """
 
     guided: ClassVar[bool] = False
+    needs: Stat = Stat.NONE
     fixed: ClassVar[bool] = False
     cost_trains_scores: ClassVar[bool] = False
     hard: bool = False
     fits_data: ClassVar[bool] = False
-    batch_weight: float = 0.1
+    batch_weight: float = 0.0
     knob: Knob | None = None
 
     def __init__(self, spec: BlockSpec):
@@ -136,6 +140,21 @@ class KeepRatioPredictor(PrintedPart, ABC):
         return torch.where(prob > 0.5, 1.0, MASKED) + (prob - prob.detach())
 
 
+def with_statistics(tokens: PackedTokens, stats: AttentionStats, needs: Stat) -> PackedTokens:
+    """The tokens with statistics as columns, by the name of each, as a keeper reads them.
+
+    Args:
+        tokens: the tokens of a block.
+        stats: their statistics.
+        needs: which of them.
+
+    Returns:
+        The tokens with these columns.
+    """
+    named = {str(stat.name): stats[stat] for stat in Stat if stat & needs}
+    return replace(tokens, columns={**tokens.columns, **named}) if named else tokens
+
+
 @keepers.register("ratio")
 class Ratio(KeepRatioPredictor):
     """Keeps the same ratio of every instance's tokens: ceil(ratio * n).
@@ -182,16 +201,38 @@ class All(KeepRatioPredictor):
 class Outliers(KeepRatioPredictor):
     """Keeps as many tokens as have an outlying score, at least one: LLaVA-PruMerge (arXiv 2403.15388).
 
-    Outliers are above Q3 + 1.5 (Q3 - Q1), where Q1 and Q3 are the quartiles of the instance's scores. The reference takes
-    quartiles over the batch.
+    Outliers are above Q3 + multiplier (Q3 - Q1), where Q1 and Q3 are the quartiles of the instance's scores. The reference
+    takes quartiles over the batch.
+
+    Args:
+        spec: the block.
+        multiplier: how many quartile ranges above the third quartile outliers begin. 1.5 is PruMerge. Below about -1 -
+            (Q1 - least) / (Q3 - Q1) all tokens stay, and above the largest score one does.
+        samples: how many more tokens stay for each outlier, at least 0, as PruMerge+ adds them (3). The selector `evenly`
+            chooses them.
+
+    Raises:
+        ValueError: for a multiplier that is not finite, and for a negative number of samples.
     """
+
+    knob = Knob("multiplier", -8.0, 32.0, larger_keeps_more=False)
+
+    def __init__(self, spec: BlockSpec, multiplier: float = 1.5, samples: float = 0.0):
+        super().__init__(spec)
+        if not math.isfinite(multiplier) or not 0 <= samples < math.inf:
+            raise ValueError(
+                f"outliers(multiplier={multiplier}, samples={samples}): the multiplier must be finite, and the samples for "
+                "each outlier 0 or more"
+            )
+        self.multiplier, self.samples = multiplier, samples
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         padded, candidates = (
             segments.pad(scores.detach(), tokens.layout),
             segments.pad(tokens.free, tokens.layout, False),
         )
-        return torch.maximum(sampling.outliers(padded, candidates), candidates.any(1).long())
+        found = sampling.outliers(padded, candidates, self.multiplier).clamp(min=1)
+        return torch.minimum(found + (found * self.samples).long(), candidates.sum(1))
 
 
 @keepers.register("count")

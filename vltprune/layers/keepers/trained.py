@@ -101,9 +101,9 @@ class FittedThreshold(KeepRatioPredictor):
     B images end, averaged over batches. So every image has its own count, and the ratio is that of the mean. Tokens that score
     the same as the first that stays do too.
 
-    In training mode the threshold is the batch's own, and its running mean is what evaluation takes, as in batch
-    normalization. `vltprune.calibrate` takes the mean over its batches for each ratio that it tries. Thresholds are saved with
-    the weights; a config alone has them not.
+    `vltprune.calibrate` takes the mean over its batches for each ratio that it tries. `vltprune.training` has a running mean,
+    and the batch's own threshold in training, as in batch normalization. Elsewhere the threshold is fixed (`batch_weight` 0).
+    Thresholds are saved with the weights; a config alone has them not.
 
     Args:
         spec: the block.
@@ -131,7 +131,7 @@ class FittedThreshold(KeepRatioPredictor):
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         if self.ratio == 1:
             return segments.count(tokens.free, tokens.layout)
-        if not self.training or not tokens.layout.total:
+        if not (self.training and self.batch_weight) or not tokens.layout.total:
             return _count_above(scores, self.threshold.to(scores.dtype), tokens)
         threshold = self._of_batch(scores.detach(), tokens)
         with torch.no_grad():

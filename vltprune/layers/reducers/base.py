@@ -53,9 +53,18 @@ class TokenReducer(PrintedPart, ABC):
         """
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
-        """Multiply-accumulates of the reducer's own comparisons, [batch]; by default none. A plan's sums are counted apart.
+        """Multiply-accumulates of matching tokens, [batch]; by default none. A plan's sums are counted apart.
 
         They are not counted behind a selector that matches.
+
+        Args:
+            before: [batch], the tokens that enter the block.
+            after: [batch], the tokens that leave it.
+        """
+        return 0.0
+
+    def further_macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        """Multiply-accumulates of comparisons that it makes behind any selector, [batch]; by default none.
 
         Args:
             before: [batch], the tokens that enter the block.

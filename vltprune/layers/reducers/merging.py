@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...core import segments
+from ...core import precision, segments
 from ...core.statistics import AttentionStats, Stat
 from ...core.tokens import PackedTokens
 from ...registry import reducers
@@ -16,7 +16,7 @@ from ..block_spec import BlockSpec
 from ..features import By, check_by, feature_width, features_of
 from ..selectors.base import Selection
 from .base import TokenReducer
-from .reduction import Reduction, plan_reduction
+from .reduction import Reduction, Terms, plan_reduction
 
 Weights = Literal["size", "equal", "attention", "score"]
 
@@ -117,6 +117,62 @@ class Tofu(TokenReducer):
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
         return self.merges * before**2 * feature_width(self.spec, "key")
+
+
+@reducers.register("reassign")
+class Reassign(TokenReducer):
+    """Averages what the selector matched, and adds each token to the most similar average: LLaVA-Scissor (arXiv 2506.21862).
+
+    m_k is the mean of a token that stays and of those matched with it. The n_k tokens of the instance that are most similar to
+    m_k among these means, by the cosine of contents, are added: (m_k + sum_i x_i) / (n_k + 1). A token may so be a part of two
+    results: of its group's mean, and where it is added. For size and provenance it counts where it is added, and a token that
+    stays at its own row.
+
+    In causal towers tokens stay in their group, since a result would hold later tokens than the one that it stands at. Where an
+    instance keeps all its tokens, they stay as they are.
+    """
+
+    def forward(
+        self, tokens: PackedTokens, scores: Tensor, selection: Selection, stats: AttentionStats
+    ) -> Reduction | None:
+        layout, keep, free = tokens.layout, selection.keep, tokens.free
+        group = leaders(tokens, selection, stats, "content")
+        of_mean = divided_by_sums(torch.ones_like(scores), group)
+        home = group if self.spec.causal else self._most_similar_mean(tokens, keep, group, of_mean)
+        added = free & (home >= 0) & (segments.count(~keep, layout) > 0)[layout.instance]
+        number = torch.zeros_like(scores).index_add(0, home.clamp(min=0), added.to(scores.dtype))
+        # of each token, the part in its group's mean, and the part where it is added
+        of_mean = of_mean / (number[group.clamp(min=0)] + 1)
+        of_sum = torch.where(added, 1 / (number[home.clamp(min=0)] + 1), 0.0)
+
+        same = group == home
+        # a token that stays counts at its own row, whether it is added there or not
+        leader = torch.where(keep, group, home)
+        weight = torch.where(keep, of_mean + of_sum * same, of_sum + of_mean * same)
+        plan = plan_reduction(layout, keep, leader, weight, at_last=self.spec.causal)
+        if plan is None or plan.target is None:
+            return plan
+        row = torch.arange(layout.total, device=keep.device)
+        other, part = torch.where(keep, home, group), torch.where(keep, of_sum, of_mean)
+        result = plan.target.index_select(0, other.clamp(min=0)).clamp(min=0)
+        return plan.adding(Terms(row, result, part.masked_fill(same | (other < 0), 0.0)))
+
+    @torch.no_grad()
+    def _most_similar_mean(self, tokens: PackedTokens, keep: Tensor, group: Tensor, of_mean: Tensor) -> Tensor:
+        """[total] int64: the row of the most similar mean; the own row for protected tokens and where all stay."""
+        layout, x = tokens.layout, precision.single(tokens.x)
+        means = torch.zeros_like(x).index_add(0, group.clamp(min=0), x * of_mean[:, None].to(x.dtype))
+        candidates, kept = (segments.pad(mask, layout) for mask in (tokens.free, keep & tokens.free))
+        home = matching.most_similar(segments.pad(x, layout), candidates, segments.pad(means, layout), kept)
+        home = segments.unpad(home + layout.offsets[:-1, None], layout)
+        moves = tokens.free & (group >= 0) & (segments.count(~keep, layout) > 0)[layout.instance]
+        return torch.where(moves, home, group)
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        return before**2 * self.spec.dim
+
+    def further_macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        return 0.0 if self.spec.causal else before * after * self.spec.dim
 
 
 def leaders(tokens: PackedTokens, selection: Selection, stats: AttentionStats, by: By) -> Tensor:

@@ -15,6 +15,27 @@ from ...core.tokens import Layout, PackedTokens
 
 
 @dataclass(frozen=True)
+class Terms:
+    """Further terms of a plan's sums: a token may so go into several result rows.
+
+    Attributes:
+        source: [terms] int64, the row before the reduction.
+        result: [terms] int64, the result row that it is added to.
+        weight: [terms], its weight there. 0 for a term that is none.
+    """
+
+    source: Tensor
+    result: Tensor
+    weight: Tensor
+
+    def add(self, sums: Tensor, values: Tensor) -> Tensor:
+        """Adds the terms of values [total, ...] to sums [new total, ...]."""
+        weight = self.weight.view(-1, *[1] * (values.dim() - 1))
+        weighted = precision.single(values.index_select(0, self.source)) * weight
+        return precision.single(sums).index_add(0, self.result, weighted).to(values.dtype)
+
+
+@dataclass(frozen=True)
 class Reduction:
     """A plan for all values per token: each result row is a weighted sum of rows, or one row as it is.
 
@@ -23,13 +44,14 @@ class Reduction:
         layout: the layout after it.
         index: [new total] int64, ascending: the row that each result row stands at. A merged token has its position.
         target: [total] int64, the result row that each token goes into, -1 for dropped tokens. None where tokens are only
-            dropped.
+            dropped. It counts there for size and provenance.
         weight: [total], the weight of each token in the sum of its result row. None with `target` None.
         merged: [new total] bool, the result rows that are sums. None with `target` None.
         is_affine: whether the weights of every result row sum to one, so that the plan commutes with every affine map and may
             be applied before one.
         proportional: whether later layers add the logarithm of a token's size to its attention logits.
         keeps_norm: whether a sum is scaled to the largest norm of its sources, as in MLERP (arXiv 2312.01026).
+        terms: further terms of the sums, of tokens that go into several result rows. None for none.
     """
 
     before: Layout
@@ -41,12 +63,31 @@ class Reduction:
     is_affine: bool = True
     proportional: bool = False
     keeps_norm: bool = False
+    terms: Terms | None = None
+
+    def adding(self, terms: Terms) -> Reduction:
+        """The plan with further terms. It must have sums, and not keep norms.
+
+        Args:
+            terms: the terms, whose results are then sums.
+
+        Returns:
+            The plan.
+        """
+        assert self.merged is not None and not self.keeps_norm
+        if not self.layout.total:
+            return self
+        number = torch.zeros(self.layout.total, device=terms.weight.device)
+        number = number.index_add(0, terms.result, (terms.weight != 0).to(number.dtype))
+        return replace(self, merged=self.merged | (number > 0), terms=terms)
 
     def values(self, values: Tensor) -> Tensor:
         """Applies the plan to values per token: [total, ...] -> [new total, ...]."""
         if self.weight is None:
             return values.index_select(0, self.index)
         sums = self._sums(values, self.weight)
+        if self.terms is not None:
+            return self.terms.add(sums, values)
         return self._scaled(sums, values) if self.keeps_norm else sums
 
     def tokens(self, tokens: PackedTokens) -> PackedTokens:

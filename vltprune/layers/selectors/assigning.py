@@ -14,7 +14,7 @@ from ..algorithms.choosing import part_of
 from ..algorithms.similarity import order_by_score, positions, ranks
 from ..block_spec import BlockSpec
 from ..features import By, FeatureSelector
-from .base import Selection, padded_selection
+from .base import Selection, TokenSelector, padded_selection
 
 
 @selectors.register("dominant")
@@ -41,19 +41,64 @@ class Dominant(FeatureSelector):
         self.part = part
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
-        layout = tokens.layout
         features, candidates = self.padded_features(tokens, stats)
-        counts = torch.minimum(counts, candidates.sum(1))
-        by_score = part_of(counts, self.part)
-        rank = ranks(order_by_score(segments.pad(scores.detach(), layout), candidates))
-        dominant = candidates & (rank < by_score[:, None])
-        others = candidates & ~dominant
-        targets = sampling.spread_uniform(others, counts - by_score)
-        _, match = matching.nearest(features, others, targets)
+        dominant, targets = best_and_even(tokens, scores, candidates, counts, self.part)
+        _, match = matching.nearest(features, candidates & ~dominant, targets)
         return padded_selection(tokens, dominant | targets, match)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.width * before**2
+
+
+@selectors.register("evenly")
+class Evenly(TokenSelector):
+    """The tokens of largest score, and of the others every so many-th: LLaVA-PruMerge+ (arXiv 2403.15388).
+
+    With the keeper `outliers(samples=3.0)`, a quarter of the tokens that stay are outliers, and the others samples.
+
+    **Departs**: samples are of the tokens that are no outliers. The reference takes them of all tokens, and counts those that
+    are outliers once.
+
+    Args:
+        spec: the block.
+        part: the part of `counts` that stays by score, in [0, 1], rounded down.
+
+    Raises:
+        ValueError: for a part outside its range.
+    """
+
+    def __init__(self, spec: BlockSpec, part: float = 0.25):
+        super().__init__(spec)
+        if not 0 <= part <= 1:
+            raise ValueError(f"evenly(part={part}) must lie in [0, 1]: the part of the counts that stays by score")
+        self.part = part
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+        candidates = segments.pad(tokens.free, tokens.layout)
+        best, even = best_and_even(tokens, scores, candidates, counts, self.part)
+        return padded_selection(tokens, best | even)
+
+
+def best_and_even(
+    tokens: PackedTokens, scores: Tensor, candidates: Tensor, counts: Tensor, part: float
+) -> tuple[Tensor, Tensor]:
+    """The candidates of largest score, and of the others every so many-th.
+
+    Args:
+        tokens: the tokens of a block.
+        scores: [total].
+        candidates: [batch, longest] bool.
+        counts: [batch] int64, how many there are in all.
+        part: the part of them that is of largest score, rounded down.
+
+    Returns:
+        Both, [batch, longest] bool each.
+    """
+    counts = torch.minimum(counts, candidates.sum(1))
+    by_score = part_of(counts, part)
+    rank = ranks(order_by_score(segments.pad(scores.detach(), tokens.layout), candidates))
+    best = candidates & (rank < by_score[:, None])
+    return best, sampling.spread_uniform(candidates & ~best, counts - by_score)
 
 
 @selectors.register("components")

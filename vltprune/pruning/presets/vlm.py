@@ -88,7 +88,7 @@ def visionzip() -> PruneConfig:
     return PruneConfig(
         scorer="mean_cls_attention",
         keep="ratio(ratio=0.25)",
-        reducer="add(weights='mean')",
+        reducer="add",
         selector="dominant(part=0.84375)",
         place="output",
     )
@@ -96,16 +96,17 @@ def visionzip() -> PruneConfig:
 
 @presets.register("prumerge")
 def prumerge() -> PruneConfig:
-    """LLaVA-PruMerge (arXiv 2403.15388): as many patches as have outlying class attention, to which the others are added.
+    """LLaVA-PruMerge (arXiv 2403.15388): as many patches as have outlying class attention, to which similar ones are added.
 
-    Attention is that of all heads as one. A patch that stays gains sum_j a_j x_j over the others that go to it.
+    Attention is that of all heads as one. A patch that stays gains sum_j a_j x_j over the 32 patches of most similar keys, and
+    all patches that go become one more token. PruMerge+ keeps evenly chosen patches besides: write
+    keep="outliers(samples=3.0)", selector="evenly". A budget sets how outlying attention must be, from one patch to all.
 
-    **Departs**: each other patch goes to the most similar one that stays. In the reference each one that stays gains its 32
-    most similar patches, which may be others that stay or that several share, and one more token holds what is left over.
-    Keys are means over heads. Quartiles are of an image, where the reference has those of the batch. Tokens stay in spatial
-    order. Features and attention are those of the same last block. Evenly chosen patches ("+") are left out.
+    **Departs**: keys are means over heads. Quartiles are of an image, where the reference has those of the batch. Tokens stay
+    in spatial order, and the one more stands at the last patch that goes. Features and attention are those of the same last
+    block. An image that keeps all its patches is left as it is.
     """
-    return PruneConfig(scorer="wide_cls_attention", keep="outliers", reducer="add(weights='score')", place="output")
+    return PruneConfig(scorer="wide_cls_attention", keep="outliers", reducer="add_neighbors", place="output")
 
 
 @presets.register("hiprune")
@@ -150,14 +151,15 @@ def vscan() -> PruneConfig:
 
 @presets.register("flowcut")
 def flowcut() -> PruneConfig:
-    """FlowCut (arXiv 2505.19536): class attention and likeness to the class token's value, smoothed over the blocks that prune.
+    """FlowCut (arXiv 2505.19536): class attention and likeness to the class token's value, smoothed over all blocks.
 
-    It prunes inside the tower, behind every block, so that later blocks cost less.
+    It prunes inside the tower, behind every second block, so that later blocks cost less: more where class attention is less
+    even, and to 64 patches behind the last block.
 
-    **Departs**: a ratio stays at every block. The reference prunes at every second one, by how even the attention is, to a
-    given number at the last but one; it smooths over all blocks.
+    **Departs**: the reference's last block is the tower's last but one: give it a tower without its last block. Every image has
+    its own counts, where the reference removes as many of each image of a batch as of the one that loses most.
     """
-    return PruneConfig(scorer="flowcut", keep="ratio(ratio=0.85)", reducer="drop", place="block")
+    return PruneConfig(scorer="flowcut", keep="entropy(count=64.0)", reducer="drop", place="block")
 
 
 @presets.register("scissor")
@@ -167,14 +169,15 @@ def scissor() -> PruneConfig:
     Components are of patches whose cosine is above 0.9. At most half of the patches stay: the largest components, with which
     others are merged.
 
-    **Departs**: components are exact, where the reference samples nodes. It assigns all tokens once more to the most similar
-    mean; here each stays in its component. Frames are separate images, so that nothing is merged over time. The keeper limits
-    the number.
+    All patches are then added to the most similar of these means, as there.
+
+    **Departs**: components are exact, where the reference samples nodes. Frames are separate images, so that nothing is merged
+    over time. The keeper limits the number.
     """
     return PruneConfig(
         scorer="equal",
         keep="ratio(ratio=0.5)",
-        reducer="merge(weights='equal')",
+        reducer="reassign",
         selector="components(least_similarity=0.9)",
         place="output",
     )

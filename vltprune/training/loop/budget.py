@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from ...cost.budget_control import keepers_of
 from ...cost.calibration import Batch
 from ...cost.macs import CostMeter
+from ...layers import KeepRatioPredictor
 from ...pruning.model import get_pruning
 from ...pruning.pruner import Pruner
 from ..config import CompressConfig
@@ -18,6 +20,7 @@ from .metrics import tower_metrics
 # MACs are measured, and the knob is adjusted, every so many steps; so often in a run, at least
 _MEASURE_EVERY, _LEAST_MEASUREMENTS = 5, 200
 _FIRST_TEMPERATURE, _LAST_TEMPERATURE = 0.5, 0.01  # of soft thresholds, in standard deviations of the scores
+_BATCH_WEIGHT = 0.1  # of a batch in the running mean of what keepers fit to data
 _SOFT_SHARE = 0.5  # of the steps; after them tokens stay or go, as in evaluation
 _MULTIPLIER_RATE = 0.05  # how much a step adds to the multiplier for each 100 % of the dense MACs too much
 
@@ -37,6 +40,8 @@ class TrainBudget:
         self.model, self.config, self.steps = model, config, steps
         self.multiplier = 0.0
         costs = dict.fromkeys((config.reduction, *config.serve))
+        for keeper in _keepers(model):
+            keeper.batch_weight = _BATCH_WEIGHT
         self.rotation = CostRotation(model, tuple(costs)) if config.reduction else None
 
     def initialize(self, batches: Iterable[Batch], tick: Callable[[], object], meter: CostMeter) -> None:
@@ -128,3 +133,9 @@ class TrainBudget:
     def _index(self, step: int) -> int:
         """Index of the cost that a step learns; thresholds learn softly at the first alone."""
         return 0 if self.rotation is None or self.is_soft(step) else self.rotation.index(step)
+
+
+def _keepers(model: nn.Module) -> list[KeepRatioPredictor]:
+    """The keepers of a pruned model that fit data."""
+    towers = get_pruning(model).towers.values()
+    return [keeper for tower in towers for keeper in keepers_of(tower) if keeper.fits_data]
