@@ -119,8 +119,17 @@ def test_halting_sums_over_the_layers():
         tokens = tokens if remembered is None else tokens.with_column("halting", remembered)
         remembered = part(tokens, AttentionStats(), None)
         sums = [sum(1 / (1 + math.exp(4.5 - 2 * layers[k, j, 0].item())) for k in range(layer + 1)) for j in range(9)]
-        assert_close(remembered, torch.tensor([0.98 - one for one in sums]), rtol=1e-4, atol=1e-5)
+        assert_close(remembered, torch.tensor([math.log(0.98 / one) for one in sums]), rtol=1e-4, atol=1e-5)
         assert keeper(remembered, tokens, None).tolist() == [sum(one < 0.98 for one in sums)]
+        assert_close(part.remaining(tokens.with_column("halting", remembered)), 0.98 - torch.tensor(sums))
+
+
+def test_halting_probabilities_far_below_1_are_told_apart():
+    """In single precision 0.99 - exp(-30) is 0.99."""
+    x = torch.zeros(1, 3, DIM)
+    x[0, :, 0] = torch.tensor([-4.0, -3.9, -20.0])
+    scores = scorers["halting"](SPEC)(PackedTokens.pack(x), AttentionStats(), None)
+    assert_close(scores, math.log(0.99) + torch.tensor([30.0, 29.5, 110.0]))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ PRUNING = {
     "fitted_threshold": "fitted_threshold(threshold=0.05)",
 }
 # keepers of presets whose own ones prune nothing in small random towers: halting probabilities are small, and patches few
-IN_SMALL = {"avit": "above(threshold=0.985)", "flowcut": "entropy(count=4.0)"}
+IN_SMALL = {"avit": "above(threshold=7.0)", "flowcut": "entropy(count=4.0)"}
 # whose parts learn in soft training alone: from what stays with a probability, and from its cost
 SOFT = {"keep=learned", "keep=rising_threshold", "ltp", "asvit", "dynamicvit"}
 # each preset in both dtypes, and parts in turn in one of them

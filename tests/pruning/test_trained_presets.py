@@ -70,6 +70,14 @@ def test_avit(kind, patches):
     assert max(kept) < KINDS[kind] + patches**2
 
 
+@pytest.mark.parametrize("reduction", [0.2, 0.4, 0.6])
+def test_avit_reaches_costs_without_training(reduction):
+    """Halting probabilities of random towers are small, and their sums differ."""
+    data = [images(5, 8)]
+    model = vp.prune(vit("class token", 5), "avit", reduction=reduction, data=data)
+    assert vp.measure(model, data).reduction == pytest.approx(reduction, abs=0.01)
+
+
 def test_dynamicvit_prunes_before_the_published_blocks():
     config = vp.preset("dynamicvit")
     assert config.place == "block"

@@ -194,10 +194,10 @@ def _halting_layers(trace: PruneTrace) -> Iterator[_HaltingLayer]:
             continue
         if layer.scored is None:
             raise ValueError(f"the {trace.tower} tower was traced without gradients, which this loss needs")
-        found, (tokens, scores) = True, layer.scored
-        before = scorer.remaining(tokens)
+        found, (tokens, _) = True, layer.scored
         stays = torch.isin(tokens.identity, layer.identity)
-        yield _HaltingLayer(depth, tokens, before, before - scores, tokens.free & ~stays, scorer.eps)
+        before, halting = scorer.remaining(tokens), scorer.halting(tokens)
+        yield _HaltingLayer(depth, tokens, before, halting, tokens.free & ~stays, scorer.eps)
     if not found:
         raise ValueError(
             f"the {trace.tower} tower is not pruned by scorer='halting', whose probabilities this loss is of: use preset 'avit'"

@@ -77,7 +77,7 @@ class Above(KeepRatioPredictor):
         ValueError: for a threshold that is not finite.
     """
 
-    knob = Knob("threshold", -16.0, 1.0, larger_keeps_more=False)
+    knob = Knob("threshold", -16.0, 128.0, larger_keeps_more=False)
     cost_trains_scores = True
 
     def __init__(self, spec: BlockSpec, threshold: float = 0.0):

@@ -59,11 +59,12 @@ class Predictor(TokenScorer):
 
 @scorers.register("halting")
 class Halting(TokenScorer):
-    """What a token's halting probabilities, summed over the layers so far, leave of 1 - eps.
+    """How far a token is from halting: the logarithm of 1 - eps over the sum of its halting probabilities.
 
     A-ViT (Yin et al., arXiv 2112.07658): h = sigmoid(gain * x_0 - center), with x_0 the first entry of the token. A token halts
-    at the first layer where the sum of h reaches 1 - eps: there this score is no longer above 0. The column "halting" carries
-    the score from layer to layer.
+    at the first layer where the sum of h over the layers so far reaches 1 - eps: there this score is no longer above 0. As a
+    logarithm it also tells sums apart that are far below 1, so that a budget can halt tokens at another sum. The column
+    "halting" carries the score from layer to layer.
 
     **Departs**: gain and center are constants, as in the reference code. Only layers that score tokens take part in the sum.
 
@@ -88,8 +89,22 @@ class Halting(TokenScorer):
         self.gain, self.center, self.eps = gain, center, eps
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        halting = torch.sigmoid(self.gain * precision.single(tokens.x[:, 0]) - self.center)
-        return self.remaining(tokens) - halting
+        total = torch.nn.functional.logsigmoid(self._logit(tokens))
+        before = tokens.columns.get(self.remembers)
+        if before is not None:
+            total = torch.logaddexp(total, math.log(1 - self.eps) - before)
+        return math.log(1 - self.eps) - total
+
+    def halting(self, tokens: PackedTokens) -> Tensor:
+        """The halting probabilities at this layer.
+
+        Args:
+            tokens: the tokens that enter the layer.
+
+        Returns:
+            The probabilities, [total].
+        """
+        return self._logit(tokens).sigmoid()
 
     def remaining(self, tokens: PackedTokens) -> Tensor:
         """What the layers before left of 1 - eps.
@@ -101,7 +116,13 @@ class Halting(TokenScorer):
             The remainders, [total].
         """
         before = tokens.columns.get(self.remembers)
-        return precision.single(tokens.x.new_full((tokens.layout.total,), 1 - self.eps)) if before is None else before
+        if before is None:
+            return precision.single(tokens.x.new_full((tokens.layout.total,), 1 - self.eps))
+        return (1 - self.eps) * (1 - (-before).exp())
+
+    def _logit(self, tokens: PackedTokens) -> Tensor:
+        """[total]: the logit of the halting probabilities."""
+        return self.gain * precision.single(tokens.x[:, 0]) - self.center
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return before

@@ -52,7 +52,8 @@ def avit() -> PruneConfig:
     """A-ViT (arXiv 2112.07658): behind every block a token leaves where its halting probabilities sum to 1.
 
     The probabilities read the first entry of a token, which training shapes: `budget="learned"` and
-    `losses={"ponder": 5e-4, "halting_prior": 0.1}` (docs/compress.md). Without training they are arbitrary.
+    `losses={"ponder": 5e-4, "halting_prior": 0.1}` (docs/compress.md). Without training they are arbitrary. A budget moves the
+    sum at which tokens halt: a threshold t makes it (1 - eps) exp(-t).
 
     **Departs**: tokens leave, where the reference masks them. The output is that of the class token behind the last block. The
     paper sums its states over the layers, weighted by their halting probabilities. So the class token does not halt, and the
