@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +96,20 @@ def vilt(depth: int = 4, **options: Any) -> nn.Module:
     sizes |= {"image_size": 32, "patch_size": 8, "max_position_embeddings": 16, "num_hidden_layers": depth}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return scrambled(hf.ViltForImageAndTextRetrieval(hf.ViltConfig(**sizes, **still, **options)))
+
+
+def guide_for(scorer: str, guide: str = "codebook") -> str:
+    """The guide that a scorer reads: a text where it needs one, else the one given."""
+    return "text_query" if scorer == "query_attention" else guide
+
+
+def asked(model: nn.Module, *inputs: Tensor) -> contextlib.AbstractContextManager[None]:
+    """The text of each image, read off its pixels so that it goes where the image goes; nothing where no text is read."""
+    guide, pixels = model.pruning.guide, [one for one in inputs if one.dim() >= 4]
+    if guide is None or not guide.queried or not pixels:
+        return contextlib.nullcontext()
+    images = pixels[0]
+    return vp.query(images.reshape(-1, *images.shape[-3:]).flatten(1)[:, : guide.query_dim])
 
 
 @functools.cache

@@ -193,7 +193,7 @@ def test_bind_reads_makers_that_cannot_be_hashed(maker):
 @pytest.mark.parametrize(
     ("registry", "names"),
     [
-        (vp.guides, {"codebook"}),
+        (vp.guides, {"codebook", "text_query", "text_embedding"}),
         (vp.scorers, {"madtp", "self_attention", "cls_attention", "mean_cls_attention", "alignment", "random"}),
         (vp.scorers, {"distinct", "distinct_attention", "distinct_madtp"}),
         (vp.keepers, {"threshold", "ratio", "count", "random_ratio"}),

@@ -27,6 +27,7 @@ from .layers import (
     TokenScorer,
     TokenSelector,
     plan_reduction,
+    query,
 )
 from .models.catalog import list_models, list_pretrained
 from .models.factory import create_model
@@ -107,6 +108,7 @@ __all__ = [
     "prune",
     "plan_reduction",
     "push_to_hub",
+    "query",
     "reduce",
     "reducers",
     "resized",

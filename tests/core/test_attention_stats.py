@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import reduce
 from operator import or_
 
@@ -20,9 +21,9 @@ from vltprune.core import attention, attention_stats
 from vltprune.core.attention_stats import attention_from_queries
 from vltprune.core.modality import with_modality
 
-EVERY = reduce(or_, Stat)
-# of the map and of each token's own; SUMMARY_WIDE has a test of its own
-EVERY_ONE = [stat for stat in Stat if stat and stat is not Stat.SUMMARY_WIDE]
+EVERY = reduce(or_, Stat) & ~Stat.FROM_QUERY
+# of the map and of each token's own; SUMMARY_WIDE and FROM_QUERY have tests of their own
+EVERY_ONE = [stat for stat in Stat if stat in EVERY and stat is not Stat.SUMMARY_WIDE]
 
 
 def packed(*settings):
@@ -209,7 +210,7 @@ def test_only_what_was_asked_for_is_there(stat):
     layout = Layout((2, 3))
     tokens = packed(layout, 2, 0.0, True, False, 1.0, generator(0))
     q = torch.randn(5, HEADS, HEAD_DIM)
-    _, stats = attend_with_stats(q, q, q, tokens, SCALE, stat)
+    _, stats = attend_with_stats(q, q, q, tokens, SCALE, stat, text=q[:2])
     assert list(stats.values) == [stat]
     other = next(s for s in Stat if s is not stat)
     with pytest.raises(LookupError, match=f"Stat.{other.name} was not computed: add it to the part's `needs`"):
@@ -224,11 +225,56 @@ def test_statistics_of_what_a_plan_leaves():
     assert fewer[Stat.COLUMN].tolist() == [2, 2]
 
 
+@given(heads(), shares, st.booleans(), seeds)
+def test_text(drawn, protect, half, seed):
+    """A softmax over the unprotected tokens of the instance, head by head, and the same for an instance alone."""
+    layout, _, k, _, bias, _ = drawn
+    tokens, g = packed(layout, 2, protect, False, False, 1.0, generator(seed)), generator(seed)
+    text = torch.randn(layout.batch, HEADS, HEAD_DIM, generator=g, dtype=torch.float64)
+    if half:
+        k, text = k.half().double(), text.half().double()
+
+    def run(text, k, tokens, bias, dtype=torch.float64):
+        given = {"text": text.to(dtype), "key_bias": bias}
+        return attend_with_stats(k.to(dtype), k.to(dtype), k.to(dtype), tokens, SCALE, Stat.FROM_QUERY, **given)[1][
+            Stat.FROM_QUERY
+        ]
+
+    found = run(text, k, tokens, bias)
+    rows = torch.arange(layout.total).split(layout.lengths)
+    for i, row in enumerate(rows):
+        free = [j for j in row.tolist() if not tokens.protected[j]]
+        for h in range(HEADS):
+            logits = [
+                math.exp(SCALE * float(k[j, h] @ text[i, h]) + (0 if bias is None else float(bias[j]))) for j in free
+            ]
+            expected = {j: logit / sum(logits) for j, logit in zip(free, logits, strict=True)}
+            assert_close(
+                found[row, h], torch.tensor([expected.get(j, 0.0) for j in row.tolist()], dtype=torch.float64), **TIGHT
+            )
+        alone = run(text[i : i + 1], k[row], tokens.select_instances([i]), None if bias is None else bias[row])
+        assert_close(alone, found[row], **TIGHT)
+    if half:
+        assert_close(run(text, k, tokens, bias, torch.float16).double(), found, rtol=1e-4, atol=1e-6)
+
+
+def test_text_has_gradients_and_is_needed():
+    tokens, g = packed(Layout((4, 3)), 2, 0.2, True, False, 1.0, generator(0)), generator(1)
+    k, text = (torch.randn(n, HEADS, HEAD_DIM, generator=g, dtype=torch.float64, requires_grad=True) for n in (7, 2))
+    assert torch.autograd.gradcheck(
+        lambda text, k: attend_with_stats(k, k, k, tokens, SCALE, Stat.FROM_QUERY, text=text)[1][Stat.FROM_QUERY],
+        (text, k),
+    )
+    with pytest.raises(ValueError, match=r"Stat.FROM_QUERY is the attention of a text, and there is none: .* text="):
+        attend_with_stats(k, k, k, tokens, SCALE, Stat.FROM_QUERY)
+
+
 def test_macs_are_those_of_rows_and_of_steps():
     assert (Stat.KEY | Stat.RECEIVED | Stat.COLUMN).macs(12, 64) == (0, 0, 0)
     assert (Stat.SUMMARY | Stat.LAST).macs(12, 64) == (2 * 12 * 64, 0, 0)
     assert (Stat.SUMMARY_WIDE | Stat.PAGERANK).macs(12, 64) == (12 * 64, 30 * 12, 0)
     assert (Stat.FROM_TEXT | Stat.VALUE).macs(12, 64) == (0, 0, 12 * 64)
+    assert (Stat.FROM_QUERY | Stat.VALUE).macs(12, 64) == (12 * 64, 0, 0)
 
 
 def test_nothing_asked_nothing_computed():

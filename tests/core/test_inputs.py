@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from small_models import PRESETS
+from small_models import PRESETS, asked
 
 import vltprune as vp
 
@@ -19,7 +19,7 @@ def nlvr(**parts):
 
 
 def lengths(model, *inputs):
-    with torch.no_grad(), vp.collect() as traces:
+    with torch.no_grad(), asked(model, inputs[0]), vp.collect() as traces:
         out = model(*inputs)
     assert out.isfinite().all()
     return [trace.lengths for trace in traces]

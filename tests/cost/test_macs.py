@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
-from small_models import PRESETS, images, small
+from small_models import PRESETS, asked, images, small
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,7 +107,9 @@ def test_blip_nlvr_tiny_with_padding_and_shared_images(preset, sentences, monkey
     ids = torch.randint(4, 57, (2 * sentences, 14))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    assert_counts(dense, vp.prune(dense, preset), torch.randn(2, 2, 3, 96, 96), ids, mask)
+    pruned, pixels = vp.prune(dense, preset), torch.randn(2, 2, 3, 96, 96)
+    with asked(pruned, pixels):
+        assert_counts(dense, pruned, pixels, ids, mask)
 
 
 def test_blip_retrieval_has_nothing_behind_its_towers_that_is_not_counted(monkeypatch):
@@ -318,3 +320,23 @@ def test_counting_leaves_the_mode_alone():
     model = vp.create_model("vit_tiny_patch16_224_madtp", depth=2).train()
     vp.count_macs(model, torch.randn(1, 3, 224, 224))
     assert model.training
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("preset", ["trips", "cdpruner"])
+def test_a_text_costs_its_projection_once_and_its_comparison_with_each_token(preset, segments):
+    """One meter for texts of several lengths."""
+    dense, pixels = timm.create_model("vit_tiny_patch16_224", img_size=128, depth=4).eval(), torch.randn(2, 3, 128, 128)
+    inside = {"place": "block", "at": (1, 2), "selector": "top"} if preset == "cdpruner" else {}
+    guide = vp.preset(preset).part("guide")
+    pruned = vp.prune(dense, preset, guide=vp.Part(guide.name, {**guide.args, "dim": 500}), **inside)
+    meter, totals = vp.CostMeter(pruned), []
+    for number in (segments, 2 * segments):
+        with vp.query(torch.randn(2, number, 500)), vp.collect() as traces, torch.no_grad():
+            pruned(pixels)
+        totals.append(meter(traces).total)
+        with vp.query(torch.randn(2, number, 500)):
+            # torch does not see the dot products of the text's row of the map, and the sums of what fuses, before projection
+            unseen = 3 * 2 * 192 * (65 + 47) if preset == "trips" else 0
+            assert totals[-1] == pytest.approx(counted(pruned, pixels) + unseen, rel=1e-6)
+    assert totals[0] < totals[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ class Block:
     """One block of one image: x [n, dim] behind attention (or behind the block), maps [heads, n, n], q, k, v [n, heads, dim].
 
     `place` is each token's position at the input, `free` the indices of unprotected tokens, `memory` what earlier blocks left.
+    `text` [segments, dim] is the text of the image, where there is one.
     """
 
     depth: int
@@ -36,6 +38,7 @@ class Block:
     place: list[int]
     protected: int
     memory: dict[str, dict[int, float]] = field(default_factory=dict)
+    text: Tensor | None = None
 
     @property
     def free(self) -> list[int]:
@@ -73,7 +76,7 @@ def images(patches: int, batch: int = 3) -> Tensor:
 
 
 def published(
-    model: VisionTransformer, image: Tensor, decide: Decide, place: str = "attention"
+    model: VisionTransformer, image: Tensor, decide: Decide, place: str = "attention", text: Tensor | None = None
 ) -> tuple[Tensor, list[int]]:
     """The tokens [n, dim] behind the last block and their places, with decisions at `place` of every block."""
     x = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
@@ -86,7 +89,7 @@ def published(
         x = x + attn.proj(context.flatten(1))
         if place != "attention":
             x = x + block.mlp(block.norm2(x))
-        state = Block(depth, x, maps, q, k, v, places, model.num_prefix_tokens, memory)
+        state = Block(depth, x, maps, q, k, v, places, model.num_prefix_tokens, memory, text)
         groups = decide(state)
         if groups is not None:
             x = torch.stack([sum(w * x[i] for i, w in zip(rows, weights, strict=True)) for _, rows, weights in groups])
@@ -98,19 +101,36 @@ def published(
 
 @torch.no_grad()
 def check(
-    preset: str, decide: Decide, kind: str, patches: int, behind: str = "attention", /, **parts: Any
+    preset: str,
+    decide: Decide,
+    kind: str,
+    patches: int,
+    behind: str = "attention",
+    /,
+    text: Tensor | None = None,
+    prepare: Callable[[Any], None] = lambda model: None,
+    **parts: Any,
 ) -> list[int]:
-    """A pruned tower against the published method, for a batch, and for each image alone; how many tokens each keeps."""
+    """A pruned tower against the published method, for a batch, and for each image alone; how many tokens each keeps.
+
+    `text` [batch, segments, dim] is what `vp.query` gives, and `prepare` is called with the pruned model.
+    """
     dense, batch = vit(kind, patches), images(patches)
     model = vp.prune(dense, preset, **parts)
+    prepare(model)
+
+    def run(rows: slice) -> Tensor:
+        with contextlib.nullcontext() if text is None else vp.query(text[rows]):
+            return model(batch[rows])
+
     with vp.collect() as traces:
-        out = model(batch)
-        alone = torch.cat([model(image[None]) for image in batch])
+        out = run(slice(None))
+        alone = torch.cat([run(slice(i, i + 1)) for i in range(len(batch))])
     assert_close(alone, out, rtol=1e-5, atol=1e-5)
     tokens, kept = traces[0].output_tokens, []
     pieces = zip(tokens.x.split(tokens.layout.lengths), tokens.position.split(tokens.layout.lengths), strict=True)
-    for image, (x, position) in zip(batch, pieces, strict=True):
-        expected, places = published(dense, image, decide, behind)
+    for i, (x, position) in enumerate(pieces):
+        expected, places = published(dense, batch[i], decide, behind, None if text is None else text[i])
         assert position.tolist() == sorted(places)
         assert_close(x, expected[torch.tensor(places).argsort()], **CLOSE)
         kept.append(len(places))

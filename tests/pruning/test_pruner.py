@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import NAMES, SCORERS, images, scrambled, small
+from small_models import NAMES, SCORERS, asked, guide_for, images, scrambled, small
 from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 
@@ -118,7 +118,7 @@ def test_a_tower_that_is_pruned_nowhere_is_aligned_all_the_same(monkeypatch):
 
     def bound(tower):
         guide = bind(tower)
-        return lambda tokens: seen.append(tower) or guide(tokens)
+        return replace(guide, relate=lambda tokens: seen.append(tower) or guide(tokens))
 
     monkeypatch.setattr(model.pruning.guide, "bind", bound)
     model(*inputs)  # nobody collects
@@ -129,19 +129,21 @@ def test_a_tower_that_is_pruned_nowhere_is_aligned_all_the_same(monkeypatch):
 
 
 def test_attention_computes_what_the_parts_need_and_no_more(monkeypatch):
-    asked = []
+    needs = []
     plain = encoder.attend_with_stats
-    monkeypatch.setattr(encoder, "attend_with_stats", lambda *a, **k: asked.append(a[5]) or plain(*a, **k))
+    monkeypatch.setattr(encoder, "attend_with_stats", lambda *a, **k: needs.append(a[5]) or plain(*a, **k))
     for scorer in SCORERS:
-        model = vp.prune(small("vit").model, FUSE.replace(scorer=scorer, guide="codebook", at=(1,)))
-        traced(model, images(1))
-        assert asked.pop() == model.pruners_at(1)[0].scorer.needs
-        assert asked == []
+        model = vp.prune(small("vit").model, FUSE.replace(scorer=scorer, guide=guide_for(scorer), at=(1,)))
+        inputs = images(1)
+        with asked(model, inputs):
+            traced(model, inputs)
+        assert needs.pop() == model.pruners_at(1)[0].scorer.needs
+        assert needs == []
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_a_summary_that_is_not_there_is_refused_by_both_names(scorer):
-    spec = BlockSpec("sound", 0, 4, 32, 2, has_summary=False)
+    spec = BlockSpec("sound", 0, 4, 32, 2, has_summary=False, has_query=True)
     config = FUSE.replace(scorer=scorer, guide="codebook")
     if not vp.scorers[scorer](spec).needs.of_summary:
         assert Pruner.build(config, spec).needs == vp.scorers[scorer](spec).needs

@@ -17,6 +17,7 @@ from ..core.tokens import Layout, PackedTokens
 from ..layers import BlockSpec, Guidance, Selection
 
 DIM, HEADS, HEAD_DIM, ANCHORS, DEPTHS = 8, 2, 4, 3, 4
+SEGMENTS = 2  # of a text
 MOST_TOKENS, MOST_INSTANCES = 9, 4  # small batches have every edge, and a failure that a reader can follow
 SHARES = (0.0, 0.2, 1.0)  # of protected tokens, all of them included
 LEVELS = (1, 3, 1000)  # distinct values that scores take: ties are where a selection goes wrong
@@ -85,6 +86,7 @@ class CaseSettings:
             few(layout.total, choose.choice(LEVELS), g) - choose.choice((0.0, 0.5)),
             torch.tensor([choose.randint(0, n + 1) for n in self.lengths]),
             random_selection(tokens, choose.choice(KEPT), choose.random() < 0.5, g),
+            torch.randn(layout.batch, SEGMENTS, DIM, generator=g),
         )
 
 
@@ -101,6 +103,7 @@ class Case:
         scores: [total], in single precision.
         counts: [batch] int64, how many unprotected tokens are to stay; some are larger than there are.
         selection: tokens that are to stay, whatever the counts are.
+        query: the text of each instance, [batch, segments, DIM].
     """
 
     settings: CaseSettings
@@ -111,6 +114,7 @@ class Case:
     scores: Tensor
     counts: Tensor
     selection: Selection
+    query: Tensor
 
     @property
     def batch(self) -> int:
@@ -161,7 +165,8 @@ class Case:
             order: their indices, in the order that they get.
         """
         rows = torch.arange(self.tokens.layout.total).split(self.tokens.layout.lengths)
-        return self.take(torch.cat([rows[i] for i in order]), [len(rows[i]) for i in order], self.counts[[*order]])
+        index, sizes = torch.cat([rows[i] for i in order]), [len(rows[i]) for i in order]
+        return dataclasses.replace(self.take(index, sizes, self.counts[[*order]]), query=self.query[[*order]])
 
     def shuffled(self) -> tuple[Case, Tensor]:
         """The tokens of each instance in another order, and the index [total] that gives it."""
@@ -223,7 +228,7 @@ def random_stats(total: int, distinct: int, g: torch.Generator) -> AttentionStat
         distinct: how many different values there are.
         g: draws them.
     """
-    by_head = dict.fromkeys((Stat.SUMMARY, Stat.CONTEXT, Stat.VALUE, Stat.LAST), (HEADS,))
+    by_head = dict.fromkeys((Stat.SUMMARY, Stat.CONTEXT, Stat.VALUE, Stat.LAST, Stat.FROM_QUERY), (HEADS,))
     widths = by_head | dict.fromkeys((Stat.KEY, Stat.VALUE_MEAN), (HEAD_DIM,))
     values = {stat: few(total, distinct, g, *widths.get(stat, ())) for stat in Stat if stat}
     return AttentionStats(reduce(or_, values), values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from .. import registry
 from ..core.tokens import PackedTokens
-from ..layers import AlignmentGuide, BlockSpec, Guidance
-from .cases import Case
+from ..layers import AlignmentGuide, BlockSpec, Guidance, TextGuide, set_query
+from .cases import DIM, Case
 from .invariant import CheckedPart, Kind, Results, expect, expect_same, invariant
 
 
@@ -70,6 +71,9 @@ def protected(part: CheckedPart, case: Case) -> None:
 def untrained(part: CheckedPart, case: Case) -> None:
     """A guide is untrained when it is built, and no longer after `fit`."""
     built = part.build(case.spec, part.args)
+    if built.queried:
+        # its anchors are the text
+        return
     expect(built.is_untrained, "is_untrained of a guide that was just built", False)
     tokens = PackedTokens.pack(
         torch.randn(1, 200, case.spec.dim, generator=torch.Generator().manual_seed(0)).to(part.dtype)
@@ -91,7 +95,8 @@ class Guides(Kind):
         return maker({"image": spec, "text": replace(spec, tower="text")}, **args)
 
     def call(self, part: AlignmentGuide, case: Case, everything: bool = False) -> Guidance:
-        return part(case.tokens, case.spec.tower)
+        with _asking(part, case):
+            return part(case.tokens, case.spec.tower)
 
     def results(self, returned: Guidance, case: Case) -> Results:
         affinities = returned.affinity.split(case.tokens.layout.lengths)
@@ -100,6 +105,15 @@ class Guides(Kind):
     def loss(self, part: AlignmentGuide, case: Case) -> Tensor:
         loss = case.tokens.x.new_zeros(())
         for tower in ("image", "text"):
-            guidance = part(case.tokens, tower)
+            with _asking(part, case):
+                guidance = part(case.tokens, tower)
             loss = loss + guidance.pooled.square().sum() + guidance.affinity.square().mean()
         return loss
+
+
+def _asking(part: AlignmentGuide, case: Case) -> contextlib.AbstractContextManager[None]:
+    """The context in which a guide is called: where it reads a text, that of the case, as wide as the guide takes it."""
+    if not part.queried:
+        return contextlib.nullcontext()
+    width = part.query_dim if isinstance(part, TextGuide) else DIM
+    return set_query(case.query[..., torch.arange(width) % DIM])

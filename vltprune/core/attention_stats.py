@@ -43,6 +43,7 @@ def attend_with_stats(
     key_bias: Tensor | None = None,
     pairs: PairBias | None = None,
     dropout: float = 0.0,
+    text: Tensor | None = None,
 ) -> tuple[Tensor, AttentionStats]:
     """Self-attention that also computes the statistics in `needs`, exactly, and no others.
 
@@ -60,16 +61,19 @@ def attend_with_stats(
         key_bias: as in `attend`.
         pairs: as in `attend`.
         dropout: as in `attend`. Statistics are of the weights before dropout.
+        text: the query of each instance's text, [batch, heads, head_dim], for FROM_QUERY. None for none.
 
     Returns:
         The context of each query, [total, heads, head_dim], and the statistics.
 
     Raises:
-        ValueError: for SUMMARY or SUMMARY_WIDE where the tokens have no summary token.
+        ValueError: for SUMMARY or SUMMARY_WIDE where the tokens have no summary token, and for FROM_QUERY without `text`.
         LookupError: for FROM_TEXT where the tokens are of one modality.
     """
     if needs.of_summary and tokens.summary is None:
         raise ValueError(f"{needs.of_summary} needs a summary token, and these tokens have none")
+    if Stat.FROM_QUERY in needs and text is None:
+        raise ValueError(f"{Stat.FROM_QUERY} is the attention of a text, and there is none: give its queries as text=")
 
     rules, values, out = _Logits(scale, causal, key_bias, pairs, dropout), {}, None
     if not needs.of_map:
@@ -85,6 +89,8 @@ def attend_with_stats(
             values[Stat.FROM_TEXT] = attention_from_queries(
                 query, keys, tokens, is_of(tokens, "text"), scale, causal=causal, key_bias=key_bias, pairs=pairs
             )
+        if Stat.FROM_QUERY in needs and text is not None:
+            values[Stat.FROM_QUERY] = _text_row(precision.single(text), keys, tokens, rules)
         values |= _per_token(keys, precision.single(v), out, needs)
     return out, AttentionStats(needs, values)
 
@@ -181,6 +187,14 @@ def _row(q: Tensor, k: Tensor, index: Tensor, layout: Layout, rules: _Logits) ->
     if rules.causal:
         seen = layout.slot <= layout.slot[index][layout.instance]
     return segments.softmax(logits, layout, seen)
+
+
+def _text_row(text: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits) -> Tensor:
+    """[total, heads]: attention of each instance's text [batch, heads, head_dim] to its unprotected tokens."""
+    logits = (k * text[tokens.layout.instance]).sum(-1) * rules.scale
+    if rules.key_bias is not None:
+        logits = logits + rules.key_bias[:, None]
+    return segments.softmax(logits, tokens.layout, tokens.free)
 
 
 def _as_one_head(rules: _Logits, wide: Tensor) -> _Logits:

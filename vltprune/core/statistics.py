@@ -39,6 +39,8 @@ class Stat(enum.Flag):
             causal map sends everything to the first token. It keeps the maps of one instance at a time, heads * n^2 numbers.
         FROM_TEXT: [total], attention that each token receives from the text tokens of its instance, its class token included:
             the mean over heads and over these tokens. Only where a text and an image are one sequence.
+        FROM_QUERY: [total, heads], attention that a text query pays to each unprotected token. The block's own query projection
+            makes a query of the text (TRIPS, Jiang et al., arXiv 2403.07883).
     """
 
     NONE = 0
@@ -55,6 +57,7 @@ class Stat(enum.Flag):
     LAST = enum.auto()
     PAGERANK = enum.auto()
     FROM_TEXT = enum.auto()
+    FROM_QUERY = enum.auto()
 
     @property
     def of_map(self) -> Stat:
@@ -79,10 +82,12 @@ class Stat(enum.Flag):
 
         | statistic | per token | per pair of tokens | per pair of a text token and a token |
         |---|---|---|---|
-        | SUMMARY, SUMMARY_WIDE, LAST, each | heads * head_dim | 0 | 0 |
+        | SUMMARY, SUMMARY_WIDE, LAST, FROM_QUERY, each | heads * head_dim | 0 | 0 |
         | PAGERANK | 0 | 30 * heads | 0 |
         | FROM_TEXT | 0 | 0 | heads * head_dim |
         | all others | 0 | 0 | 0 |
+
+        What makes a query of the text, one token's query projection an instance, is counted apart.
 
         Args:
             heads: the number of heads.
@@ -92,7 +97,7 @@ class Stat(enum.Flag):
             MACs per token, per pair of query and key, and per pair of a query of the text and a key.
         """
         width = heads * head_dim
-        rows = sum(stat in self for stat in (Stat.SUMMARY, Stat.SUMMARY_WIDE, Stat.LAST))
+        rows = sum(stat in self for stat in (Stat.SUMMARY, Stat.SUMMARY_WIDE, Stat.LAST, Stat.FROM_QUERY))
         pair = PAGERANK_STEPS * heads if Stat.PAGERANK in self else 0
         return rows * width, pair, width if Stat.FROM_TEXT in self else 0
 

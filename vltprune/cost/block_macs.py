@@ -170,6 +170,9 @@ class BlockMeter:
         needs = functools.reduce(operator.or_, (pruner.needs for pruner in self.pruners), Stat.NONE)
         token, pair, text_pair = needs.macs(macs.heads, macs.head_dim)
         block = block + (token + pair * before + text_pair * text) * before
+        if Stat.FROM_QUERY in needs:
+            # the text passes the projections as one token more
+            block = block + macs.qkv
         former = None
         for pruner, step, entered, leaves in zip(self.pruners, layer.steps, [before, *left], left, strict=False):
             # a pruner at the same place as the one before reads its guidance, unless that one changed the tokens

@@ -47,6 +47,11 @@ def fit_guide(
     guide = get_pruning(model).guide
     if guide is None:
         raise ValueError("this model has no guide to fit: prune it with guide='codebook'")
+    if guide.queried:
+        raise ValueError(
+            f"{type(guide).__name__} has no anchors to fit, because they are the text that vltprune.query gives: leave out "
+            "fit_guide"
+        )
     generator, points_per_tower = torch.Generator("cpu").manual_seed(seed), points // len(get_pruning(model).towers)
     sampled: dict[str, Tensor] = {}
     total = len(batches) if isinstance(batches, Sized) else None

@@ -24,9 +24,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.tokens import Layout, PackedTokens
+from ..core.tokens import Layout
 from ..hosts.find import find_composite
-from ..layers import AlignmentGuide
+from ..layers import AlignmentGuide, set_query
 from ..pruning.model import get_pruning
 from ..pruning.tower import Tower
 from ..pruning.trace import PruneTrace, collect
@@ -86,7 +86,7 @@ class CostMeter:
         self.host = get_pruning(model).host
         self.composite = find_composite(self.host)
         self.head = self.composite.head_macs(self.host) if self.composite is not None else 0.0
-        self._towers: dict[tuple[str, tuple[bool, ...]], _TowerMeter] = {}
+        self._towers: dict[tuple[object, ...], _TowerMeter] = {}
 
     def __call__(self, traces: Sequence[PruneTrace]) -> Cost:
         """The Cost of one call, of which `traces` were collected. ValueError for no traces."""
@@ -98,9 +98,10 @@ class CostMeter:
         entered = None
         for trace in traces:
             looks = tuple(map(is_memory, trace.block_inputs))  # a block costs more where it is called with a memory
-            if (trace.tower, looks) not in self._towers:
-                self._towers[trace.tower, looks] = _TowerMeter(trace)
-            meter = self._towers[trace.tower, looks]
+            kind = (trace.tower, looks, None if trace.query is None else trace.query.shape[1])
+            if kind not in self._towers:
+                self._towers[kind] = _TowerMeter(trace)
+            meter = self._towers[kind]
             whole = meter.count_dense(trace, token_counts(trace.input_tokens.layout), entered)
             towers[trace.tower].append(meter.count(trace))
             dense[trace.tower].append(whole)
@@ -134,7 +135,7 @@ class _TowerMeter:
         with _evaluating(encoder):
             # no pruner asks the guide of a tower that is pruned nowhere
             guide = encoder.guide if len(encoder.pruners) else None
-            per_token = 0.0 if guide is None else _guide_macs(guide, encoder.tower, like)
+            self._guide, per_token = (0.0, 0.0) if guide is None else _guide_macs(guide, trace)
             blocks = measure_blocks(adapter, adapter.blocks(host), like, block_inputs)
             self.blocks = [
                 BlockMeter(one, encoder.pruners_at(d), per_token, like.x.shape[-1]) for d, one in enumerate(blocks)
@@ -147,7 +148,7 @@ class _TowerMeter:
     def count(self, trace: PruneTrace) -> Tensor:
         """MACs [depths + 2, batch] of the pruned tower."""
         before = token_counts(trace.input_tokens.layout)
-        rows = [self._embedding_macs(trace)]
+        rows = [self._embedding_macs(trace) + self._guide]
         steps = zip(self.blocks, trace.layers, trace.block_inputs, trace.text_counts, strict=True)
         for block, layer, block_input, text in steps:
             rows.append(block.pruned(before, text, Memory.from_block_input(block_input, len(before)), layer))
@@ -178,10 +179,14 @@ class _TowerMeter:
         return each + token * lengths
 
 
-def _guide_macs(guide: AlignmentGuide, tower: str, like: PackedTokens) -> float:
-    """MACs of a guide per token: what it costs once, whatever the tokens, is of no instance."""
-    one, two = (measure_macs(guide, blank_tokens(like, n), tower) for n in (1, 2))
-    return two - one
+def _guide_macs(guide: AlignmentGuide, trace: PruneTrace) -> tuple[float, float]:
+    """MACs of a guide per instance, of its text, and per token. What weights cost once a call is of no instance."""
+    with set_query(None if trace.query is None else torch.zeros_like(trace.query[:1])):
+        if guide.queried and trace.query is None:
+            # all tokens are alike
+            return 0.0, 0.0
+        one, two = (measure_macs(guide, blank_tokens(trace.input_tokens, n), trace.tower) for n in (1, 2))
+    return 2 * one - two if guide.queried else 0.0, two - one
 
 
 def _padded_lengths(trace: PruneTrace) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.attention import PairBias
 from ..core.tokens import PackedTokens
 from ..layers.block_spec import BlockSpec
+from ..layers.guides.base import TokenProjection
 from ..pruning.decode_stats import DecodeStats
 
 
@@ -194,6 +195,10 @@ class Host(ABC):
             ValueError: In soft training, for a pooling that cannot weigh tokens that are kept in part.
         """
 
+    def projection(self, tower: nn.Module) -> TokenProjection | None:
+        """What maps the tower's tokens to embeddings that it shares with other towers; None where the host knows of none."""
+        return None
+
     def padded_length(self, tokens: PackedTokens, *inputs: Any) -> int | None:
         """The number of tokens per instance that the dense tower computes on, padding included.
 
@@ -250,6 +255,10 @@ class Composite(ABC):
         Returns:
             The copy.
         """
+
+    def projections(self, model: nn.Module) -> dict[str, TokenProjection]:
+        """What maps tokens to embeddings that the towers share, by tower, where modules outside of the towers do."""
+        return {}
 
     def guide_specs(self, model: nn.Module) -> dict[str, BlockSpec]:
         """Modules that the guide aligns with the towers and that are not pruned, by name; one spec each."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core.attention import attend
 from ..core.tokens import Layout, PackedTokens
 from ..layers.block_spec import BlockSpec
+from ..layers.guides.base import TokenProjection
 from ..models.blip import BlipVision
 from ..models.caption import BlipCaption
 from ..models.decoder import DecoderCache, MedDecoder
@@ -23,6 +24,7 @@ from .caption_alignment import CaptionAlignment
 from .composites import ImageAndText
 from .decoder import WithDecoder
 from .linear_maps import linear_macs
+from .ops import image_projection
 from .timm import VisionTransformerHost
 
 # for each image of a sentence its tokens, one instance a group
@@ -118,6 +120,9 @@ class BlipComposite(ImageAndText):
 
     def head_macs(self, model: nn.Module) -> float:
         return linear_macs(model.get_submodule("head"))
+
+    def projections(self, model: Any) -> dict[str, TokenProjection]:
+        return image_projection(model.visual.norm, getattr(model, "image_projection", None))
 
 
 class _DecoderComposite(WithDecoder):

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from ..core.checks import check_ids, check_images
 from ..core.tokens import PackedTokens
 from ..layers.block_spec import BlockSpec
+from ..layers.guides.base import TokenProjection
 from ..registry import hosts
 from .base import Composite, Host
 from .composites import ImageAndText
 from .find import find_host
 from .graft import with_submodule
-from .ops import by_tiles, check_blocks, is_affine, weighted_mean
+from .ops import by_tiles, check_blocks, is_affine, token_projection, weighted_mean
 from .pruned_open_clip import PrunedClip, PrunedClipOwnText, PrunedClipText, PrunedClipVision, PrunedTimmModel
 from .refusals import dotted
 from .soft import refuse_soft_tokens
@@ -109,6 +110,9 @@ class VisionTransformerHost(_ClipHost):
         x = tower._embeds(images)
         first = torch.arange(x.shape[1], device=x.device) == 0
         return PackedTokens.pack(x, protected=first, summary=first), (None,) * len(tower.transformer.resblocks)
+
+    def projection(self, tower: VisionTransformer) -> TokenProjection | None:
+        return token_projection(tower.ln_post, tower.proj) if tower.attn_pool is None else None
 
     def pools_unprotected(self, tower: VisionTransformer) -> bool:
         return tower.attn_pool is None and tower.pool_type == "avg"

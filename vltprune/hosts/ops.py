@@ -12,7 +12,43 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core import precision, segments
 from ..core.tokens import Layout, PackedTokens
+from ..layers.guides.base import TokenProjection
 from .refusals import dotted
+
+
+def token_projection(norm: object, projection: object) -> TokenProjection | None:
+    """Build a TokenProjection of a tower's final norm and the projection behind it.
+
+    Args:
+        norm: The final norm.
+        projection: A linear layer, or a weight [dim of the tower, embed_dim].
+
+    Returns:
+        The projection; None for other layers, and for weights that are quantized or sharded.
+    """
+    weight, bias = projection, None
+    if type(projection) is nn.Linear:
+        weight, bias = projection.weight, projection.bias
+    elif isinstance(projection, Tensor):
+        weight = projection.mT
+    plain = type(weight) in (nn.Parameter, Tensor) and isinstance(weight, Tensor) and weight.is_floating_point()
+    if not plain or not isinstance(norm, nn.LayerNorm) or weight.shape[1:] != norm.normalized_shape:
+        return None
+    return TokenProjection(norm, weight, bias)
+
+
+def image_projection(norm: object, projection: object) -> dict[str, TokenProjection]:
+    """Build the TokenProjection of an image tower.
+
+    Args:
+        norm: The final norm.
+        projection: As in `token_projection`.
+
+    Returns:
+        The projection by the tower's name; empty where there is none.
+    """
+    found = token_projection(norm, projection)
+    return {} if found is None else {"image": found}
 
 
 def check_blocks(

@@ -2,7 +2,9 @@
 
 from .block_spec import BlockSpec
 from .grid import with_grid
-from .guides import AlignmentGuide, Codebook, Guidance
+from .guides.base import AlignmentGuide, BoundGuide, Codebook, Guidance, TokenProjection
+from .guides.query import current_query, query, set_query
+from .guides.text import TextEmbedding, TextGuide, TextQuery, check_batch
 from .keepers.adaptive import Distortion, Threshold
 from .keepers.base import All, Count, Counts, KeepRatioPredictor, Knob, Outliers, RandomRatio, Ratio, Remove
 from .keepers.trained import Above, RisingThreshold, SampledRatio
@@ -13,6 +15,7 @@ from .reducers.reduction import Reduction, plan_reduction
 from .scorers.base import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
 from .scorers.distinct import Distinct, DistinctAttention, DistinctMadtp
 from .scorers.pairs import PairDistance, WindowDistance
+from .scorers.queries import QueryAttention, QueryRelevance
 from .scorers.statistics import (
     Ats,
     ColumnAttention,
@@ -56,6 +59,16 @@ __all__ = [
     "Alignment",
     "Ats",
     "Bipartite",
+    "BoundGuide",
+    "QueryAttention",
+    "TextEmbedding",
+    "TextGuide",
+    "TextQuery",
+    "QueryRelevance",
+    "check_batch",
+    "current_query",
+    "query",
+    "set_query",
     "ClsAttention",
     "Codebook",
     "ColumnAttention",
@@ -96,6 +109,7 @@ __all__ = [
     "BlockSpec",
     "TextAttention",
     "Threshold",
+    "TokenProjection",
     "TokenReducer",
     "plan_reduction",
     "TokenScorer",

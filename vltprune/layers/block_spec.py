@@ -20,6 +20,8 @@ class BlockSpec:
         before: how many earlier blocks of the tower are pruned.
         modalities: the modalities whose tokens are in one sequence, ("text", "image") in a single-stream transformer such as
             ViLT. Empty for a tower of one modality.
+        has_query: whether a text query attends to the tokens (guide="text_query").
+        embed_dim: the width of the embeddings that the model's towers share. None where the host knows of none.
     """
 
     tower: str
@@ -31,3 +33,5 @@ class BlockSpec:
     causal: bool = False
     before: int = 0
     modalities: tuple[str, ...] = ()
+    has_query: bool = False
+    embed_dim: int | None = None

@@ -3,6 +3,7 @@
 from ..layers.scorers.base import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention
 from ..layers.scorers.distinct import Distinct, DistinctAttention, DistinctMadtp
 from ..layers.scorers.pairs import PairDistance, WindowDistance
+from ..layers.scorers.queries import QueryAttention, QueryRelevance
 from ..layers.scorers.statistics import (
     Ats,
     ColumnAttention,
@@ -32,6 +33,8 @@ madtp = typed_part(Madtp)
 mean_cls_attention = typed_part(MeanClsAttention)
 pagerank = typed_part(PageRank)
 predictor = typed_part(Predictor)
+query_attention = typed_part(QueryAttention)
+query_relevance = typed_part(QueryRelevance)
 random = typed_part(Random)
 remember = typed_part(Remember)
 self_attention = typed_part(SelfAttention)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,10 +18,10 @@ from ..core.attention import attend
 from ..core.attention_stats import attend_with_stats
 from ..core.checks import is_traced
 from ..core.modality import COLUMN
-from ..core.statistics import AttentionStats
+from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..hosts.base import Host
-from ..layers import AlignmentGuide, Guidance, with_grid
+from ..layers import AlignmentGuide, BoundGuide, Guidance, check_batch, with_grid
 from ..utils.wrappers import is_sharded
 from .config import PruneConfig
 from .ddp import reach_weights
@@ -86,10 +86,11 @@ class PrunedEncoder(Tower):
     def build_pruners(self, config: PruneConfig) -> nn.ModuleDict:
         """Builds the pruners of a config for this tower, by depth. The tower is unchanged."""
         blocks = self.adapter.blocks(self.host)
+        has_query = self.guide is not None and self.guide.gives_query(self.tower)
         pruners = {}
         for number, stage in enumerate(config.stages):
             for before, depth in enumerate(stage.depths(self.tower, len(blocks))):
-                spec = replace(self.adapter.spec(self.host, depth, self.tower), before=before)
+                spec = replace(self.adapter.spec(self.host, depth, self.tower), before=before, has_query=has_query)
                 pruners[pruner_key(depth, number)] = build_like(blocks[depth], Pruner.build, stage, spec)
         return nn.ModuleDict(pruners)
 
@@ -161,18 +162,21 @@ class PrunedEncoder(Tower):
         Raises:
             RuntimeError: for a block that FSDP sharded by itself.
             TypeError: for arguments that the dense tower does not take.
-            ValueError: for inputs that the dense tower cannot take.
+            ValueError: for inputs that the dense tower cannot take, and for a text query that is missing or does not fit.
         """
         self._warn_of_noise()
         inputs = self.adapter.bind_arguments(self.host, *inputs, **named)
+        guide = self._bind_guide()
         tokens, block_inputs = self.adapter.embed(self.host, *inputs)
+        if guide is not None:
+            check_batch(guide, tokens, self.tower)
         tokens = self._with_grid(tokens, inputs)
         # once: gradient checkpointing runs blocks again when nobody collects any more
         collecting = active_collectors()
-        traces = [PruneTrace(self.tower, self, tokens, inputs, block_inputs) for _ in collecting]
+        query = None if guide is None else guide.query
+        traces = [PruneTrace(self.tower, self, tokens, inputs, block_inputs, query=query) for _ in collecting]
         recompute = self.training and torch.is_grad_enabled() and self.adapter.gradient_checkpointing(self.host)
         run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
-        guide = self.guide.bind(self.tower) if self.guide is not None else None
         for depth, block in enumerate(self.adapter.blocks(self.host)):
             if is_sharded(block):
                 raise RuntimeError(
@@ -188,13 +192,19 @@ class PrunedEncoder(Tower):
             collector.add(replace(trace, output_tokens=tokens))
         return tokens, block_inputs
 
+    def _bind_guide(self) -> BoundGuide | None:
+        """The guide for one call. None without one, and for a text query where this tower is not pruned."""
+        if self.guide is None or (self.guide.queried and not self.pruners):
+            return None
+        return self.guide.bind(self.tower)
+
     def _block(
         self,
         depth: int,
         block: nn.Module,
         tokens: PackedTokens,
         block_input: object,
-        guide: Callable[[PackedTokens], Guidance] | None,
+        guide: BoundGuide | None,
     ) -> tuple[PackedTokens, LayerTrace]:
         adapter, inside, behind = self.adapter, self.pruners_at(depth, "attention"), self.pruners_at(depth, "block")
         q, k, v = adapter.qkv(block, tokens, block_input)
@@ -209,6 +219,10 @@ class PrunedEncoder(Tower):
                 relate = partial(guide, tokens)
         else:
             needs = functools.reduce(operator.or_, (pruner.needs for pruner in (*inside, *behind)))
+            if Stat.FROM_QUERY in needs and guide is not None and guide.text is not None:
+                # as a token of its own, by the block's own norm and query projection
+                text = PackedTokens.pack(guide.text[:, None].to(tokens.x.dtype))
+                options["text"] = adapter.qkv(block, text, block_input)[0]
             context, stats = attend_with_stats(q, k, v, tokens, scale, needs, **options)
         entered = tokens
         decisions, guidance = self._decide(inside, tokens, stats, guide)
@@ -246,7 +260,7 @@ class PrunedEncoder(Tower):
         pruners: Sequence[Pruner],
         tokens: PackedTokens,
         stats: AttentionStats,
-        guide: Callable[[PackedTokens], Guidance] | None,
+        guide: BoundGuide | None,
     ) -> tuple[list[PruneDecision], Guidance | None]:
         """The decisions of pruners at one place, each on what the one before leaves, and the guidance of the first."""
         decisions: list[PruneDecision] = []

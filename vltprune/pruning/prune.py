@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 from typing_extensions import Unpack
 
-from ..hosts.base import Composite
+from ..hosts.base import Composite, Host
 from ..hosts.find import find_composite, find_host
-from ..layers import AlignmentGuide, BlockSpec
+from ..layers import AlignmentGuide, BlockSpec, TokenProjection
 from ..registry import guides
 from ..utils.wrappers import unwrapped
 from . import presets
@@ -57,8 +58,13 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     _check_towers(config, tuple(towers))
 
     specs = {name: host.spec(tower, 0, name) for name, (tower, host) in towers.items()}
+    projections = _projections(towers, {} if composite is None else composite.projections(model))
+    for name, projection in projections.items():
+        specs[name] = replace(specs[name], embed_dim=len(projection.weight))
     guide = build_guide(config, specs | (composite.guide_specs(model) if composite is not None else {}), model)
     if guide is not None:
+        for name, projection in projections.items():
+            guide.start_from(name, projection)
         guide.train(model.training)
     owner = model if composite is not None else None
     pruned: dict[str, PrunedEncoder] = {}
@@ -72,6 +78,14 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     result = pruned[next(iter(pruned))] if composite is None else _assemble(model, composite, pruned, guide)
     object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
     return check_pruned(result)
+
+
+def _projections(
+    towers: Mapping[str, tuple[nn.Module, Host]], outside: Mapping[str, TokenProjection]
+) -> dict[str, TokenProjection]:
+    """What maps the tokens of towers to embeddings, by tower: their own projections, and those outside of them."""
+    own = {name: host.projection(tower) for name, (tower, host) in towers.items()}
+    return {name: one for name, one in own.items() if one is not None} | dict(outside)
 
 
 def _assemble(

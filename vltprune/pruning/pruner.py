@@ -229,6 +229,11 @@ def _check_needs(kind: str, part: str, needs: Stat, spec: BlockSpec) -> None:
             f"{kind}={part!r} reads the attention of a summary token ({needs.of_summary}), and the {spec.tower} "
             f"tower has none: write {instead}, or {alone}"
         )
+    if Stat.FROM_QUERY in needs and not spec.has_query:
+        raise ValueError(
+            f"{kind}={part!r} reads the attention of a text query ({Stat.FROM_QUERY}), and no guide gives the {spec.tower} "
+            f"tower one: write guide='text_query' and at={{'image': ...}}, or choose another {kind}"
+        )
     if needs.of_text and not spec.modalities:
         instead = "scorer='self_attention'" if kind == "scorer" else f"another {kind}"
         raise ValueError(

@@ -101,6 +101,7 @@ class PruneTrace:
         layers: one LayerTrace per block.
         decode_stats: what decoders that attend to the tower's output did afterwards, in order.
         output_tokens: the tokens that left the last block, before the host's final norm. None while the tower runs.
+        query: the text that `vltprune.query` gave, [batch, segments, dim]. None where the tower reads none.
     """
 
     tower: str
@@ -111,6 +112,7 @@ class PruneTrace:
     layers: list[LayerTrace] = field(default_factory=list)
     decode_stats: list[DecodeStats] = field(default_factory=list)
     output_tokens: PackedTokens | None = None
+    query: Tensor | None = None
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:

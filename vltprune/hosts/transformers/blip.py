@@ -23,12 +23,14 @@ from transformers.models.blip.modeling_blip_text import (
 
 from ...core.attention import attend
 from ...core.tokens import PackedTokens
+from ...layers.guides.base import TokenProjection
 from ...pruning.decode_stats import DecodeStats
 from ...pruning.trace import report_decode_stats
 from ...registry import hosts
 from ..base import Host
 from ..decoder import WithDecoder
 from ..linear_maps import linear_macs
+from ..ops import image_projection
 from ..soft import refuse_soft_tokens
 from .base import ImageHost, PreNormHost, TransformersComposite
 from .text import PostNormHost
@@ -127,6 +129,9 @@ class BlipRetrievalComposite(TransformersComposite):
 
     def head_macs(self, model: nn.Module) -> float:
         return linear_macs(model.get_submodule("itm_head"))
+
+    def projections(self, model: Any) -> dict[str, TokenProjection]:
+        return image_projection(model.vision_model.post_layernorm, model.vision_proj)
 
 
 class _DecoderComposite(TransformersComposite, WithDecoder):

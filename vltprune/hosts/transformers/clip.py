@@ -22,8 +22,10 @@ from transformers.models.siglip2.modeling_siglip2 import (
 )
 
 from ...core.tokens import PackedTokens
+from ...layers.guides.base import TokenProjection
 from ...registry import hosts
 from ..linear_maps import linear_macs
+from ..ops import image_projection
 from ..soft import padded_bias
 from .base import ImageHost, PreNormHost, TextHost, TransformersComposite
 
@@ -144,6 +146,11 @@ class TwoTowersComposite(TransformersComposite):
     def head_macs(self, model: nn.Module) -> float:
         projections = [getattr(model, name, nn.Identity()) for name in ("visual_projection", "text_projection")]
         return sum(map(linear_macs, projections))
+
+    def projections(self, model: Any) -> dict[str, TokenProjection]:
+        return image_projection(
+            getattr(model.vision_model, "post_layernorm", None), getattr(model, "visual_projection", None)
+        )
 
 
 def _pool(head: Any, tokens: PackedTokens) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...layers.guides.base import TokenProjection
 from ...registry import hosts
 from ..base import Composite, Host
 from ..find import find_host
 from ..graft import with_submodule
 from ..linear_maps import linear_macs
+from ..ops import image_projection
 from .saving import with_pruning_saved
 
 
@@ -46,6 +49,10 @@ class HeadComposite(Composite):
     def assemble(self, model: PreTrainedModel, towers: Mapping[str, nn.Module]) -> nn.Module:
         [tower] = towers.values()
         return with_pruning_saved(with_submodule(model, model.base_model_prefix, tower))
+
+    def projections(self, model: Any) -> dict[str, TokenProjection]:
+        tower = getattr(model, model.base_model_prefix)
+        return image_projection(getattr(tower, "post_layernorm", None), getattr(model, "visual_projection", None))
 
     def head_macs(self, model: PreTrainedModel) -> float:
         heads = [child for name, child in model.named_children() if name != model.base_model_prefix]

@@ -13,7 +13,7 @@ from ...core.statistics import Stat
 from ...core.tokens import Layout, PackedTokens
 from ...registry import keepers
 from ..block_spec import BlockSpec
-from ..guides import Guidance
+from ..guides.base import Guidance
 from ..scorers.base import unit
 from .base import KeepRatioPredictor, Knob, decay_factor, keep_count
 

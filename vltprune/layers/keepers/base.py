@@ -17,7 +17,7 @@ from ...core.tokens import MASKED, PackedTokens
 from ...registry import keepers
 from ..algorithms import sampling
 from ..block_spec import BlockSpec
-from ..guides import Guidance
+from ..guides.base import Guidance
 from ..printing import PrintedPart
 from ..scorers.base import hash_integers
 

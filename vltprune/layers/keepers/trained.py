@@ -11,7 +11,7 @@ from ...core import precision, segments
 from ...core.tokens import PackedTokens
 from ...registry import keepers
 from ..block_spec import BlockSpec
-from ..guides import Guidance
+from ..guides.base import Guidance
 from .adaptive import mean_and_deviation
 from .base import KeepRatioPredictor, Knob, Ratio, keep_count
 

@@ -14,7 +14,7 @@ from ...core.statistics import AttentionStats, Stat
 from ...core.tokens import PackedTokens
 from ...registry import scorers
 from ..block_spec import BlockSpec
-from ..guides import Guidance
+from ..guides.base import Guidance
 from ..printing import PrintedPart
 
 _EPS = 1e-8

@@ -12,7 +12,7 @@ from ...core.statistics import AttentionStats
 from ...core.tokens import PackedTokens
 from ...registry import scorers
 from ..block_spec import BlockSpec
-from ..guides import Guidance
+from ..guides.base import Guidance
 from .base import Madtp, SelfAttention, TokenScorer, normalize, unit
 
 _LITTLE = 1e-3  # a resemblance that counts as none, and one that is short of a whole one by as much counts as whole

@@ -13,7 +13,7 @@ from ..algorithms import matching
 from ..block_spec import BlockSpec
 from ..features import By, check_by, feature_width, features_of
 from ..grid import first_of_window
-from ..guides import Guidance
+from ..guides.base import Guidance
 from ..selectors.matching import in_sequence
 from .base import TokenScorer
 

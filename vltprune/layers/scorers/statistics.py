@@ -10,7 +10,7 @@ from ...core.statistics import AttentionStats, Stat
 from ...core.tokens import PackedTokens
 from ...registry import scorers
 from ..block_spec import BlockSpec
-from ..guides import Guidance
+from ..guides.base import Guidance
 from .base import MeanClsAttention, TokenScorer, normalize
 
 

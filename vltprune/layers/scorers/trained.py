@@ -12,7 +12,7 @@ from ...core.statistics import AttentionStats
 from ...core.tokens import PackedTokens
 from ...registry import scorers
 from ..block_spec import BlockSpec
-from ..guides import Guidance
+from ..guides.base import Guidance
 from .base import TokenScorer
 
 

@@ -49,6 +49,27 @@ def evit() -> PruneConfig:
     )
 
 
+@presets.register("trips")
+def trips() -> PruneConfig:
+    """TRIPS (arXiv 2403.07883): a text's attention keeps 70 % of the patches at two of twelve blocks; the rest is fused.
+
+    They are the 5th and the 10th. The text's class token becomes a query by the block's own projection, and attends to the
+    keys of the patches. So the text runs first: `with vltprune.query(model.encode_text(texts)): model.encode_image(images)`.
+    Text towers are not pruned.
+
+    **Departs**: there is no reference code. A linear layer (`text_query`) lets the text have another width than the tower. It
+    begins as the identity between equal widths, and has to be trained between others. The text passes the block's norm as
+    patches do. Attention is the mean over heads. The weights of the fused token sum to one.
+    """
+    return PruneConfig(
+        scorer="query_attention",
+        keep="ratio(ratio=0.7)",
+        reducer="fuse",
+        guide="text_query",
+        at={"image": (1 / 3, 0.75)},
+    )
+
+
 @presets.register("random")
 def random() -> PruneConfig:
     """The baseline: at every block 85 % of the tokens stay, chosen at random; the rest is dropped."""

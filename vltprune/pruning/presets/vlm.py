@@ -48,17 +48,23 @@ def divprune() -> PruneConfig:
 
 @presets.register("cdpruner")
 def cdpruner() -> PruneConfig:
-    """CDPruner (arXiv 2506.10967) without its text: diverse patches by greedy MAP of a determinantal point process.
+    """CDPruner (arXiv 2506.10967): diverse patches that are relevant to a text, by greedy MAP of a determinantal point process.
 
-    The kernel is the cosine of tokens times the relevance of both, which is equal here. For relevance choose a scorer:
-    `scorer="alignment"` with a guide, or `scorer="mean_cls_attention"`.
+    The kernel is the cosine of patches times the relevance of both: minus the mean cosine of a patch's embedding to those of
+    the text. The text is what `vltprune.query` gives; without one all patches are equally relevant.
 
-    **Departs**: relevance in the paper is minus the mean cosine of CLIP's patch embedding and its embeddings of the question,
-    which a tower does not know. Scores are scaled within an image, not over the batch. Cosines are of the tokens behind the
-    last block, the paper's are of projected ones. Where the chosen patches span all others, the rest is chosen by score and
-    not by rounding.
+    **Departs**: relevance is scaled within an image, not over the batch. Similarity of patches is of the tokens behind the
+    last block, the paper's is of projected ones. Where the chosen patches span all others, the rest is chosen by score and not
+    by rounding. Towers whose host knows no projection to the text's space (`text_embedding`) have to learn one.
     """
-    return PruneConfig(scorer="equal", keep="ratio(ratio=0.25)", reducer="drop", selector="dpp", place="output")
+    return PruneConfig(
+        scorer="query_relevance(negate=True)",
+        keep="ratio(ratio=0.25)",
+        reducer="drop",
+        guide="text_embedding(required=False)",
+        selector="dpp",
+        place="output",
+    )
 
 
 @presets.register("dart")

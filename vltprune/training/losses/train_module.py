@@ -219,8 +219,9 @@ class TrainModule(nn.Module):
 
 
 def _is_guided(trace: PruneTrace) -> bool:
-    """Whether the tower has a guide, and prunes somewhere: alignment needs both towers' anchors."""
-    return any(step.guidance is not None for step in trace.layers)
+    """Whether the tower has a guide with anchors of its own, and prunes somewhere: alignment needs both towers' anchors."""
+    guide = trace.encoder.guide
+    return guide is not None and not guide.queried and any(step.guidance is not None for step in trace.layers)
 
 
 def _rows_before(outputs: Tensor) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from ...cost import describe
 from ...evaluation.metrics import main_score
 from ...models.resolve import has_random_weights, is_saved_model
+from ...registry import guides
 from ...utils.files import write_text
 from ...viz import charts, html
 from ..config import CompressConfig
@@ -145,7 +146,8 @@ def _lead(data: ReportData) -> str:
 def _done(data: ReportData) -> list[tuple[str, str]]:
     """The config in words."""
     config, parts = data.config, data.config.pruning
-    align = config.align if parts.guide is not None else 0.0
+    has_anchors = parts.guide is not None and not getattr(guides[parts.part("guide").name], "queried", False)
+    align = config.align if has_anchors else 0.0
     distillation = f"distillation of logits x {config.distill:g}, of summaries x {config.distill_summaries:g}"
     distillation += f", of tokens x {config.distill_tokens:g}, of scores x {config.saliency_weight:g}"
     others = [f"{name} x {weight:g}" for name, weight in config.losses.items()]

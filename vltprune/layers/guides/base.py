@@ -6,17 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import precision, segments
-from ..core.tokens import PackedTokens
-from ..registry import guides
-from .block_spec import BlockSpec
-from .printing import PrintedPart
+from ...core import precision, segments
+from ...core.tokens import PackedTokens
+from ...registry import guides
+from ..block_spec import BlockSpec
+from ..printing import PrintedPart
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,49 @@ class Guidance:
             return segments.weighted_sum(self.attention(x.shape[-1] ** 0.5), x, self.mapped.layout)
 
 
+@dataclass(frozen=True)
+class TokenProjection:
+    """What a dense model makes of a tower's tokens behind its last block, to compare them with those of other towers (CLIP).
+
+    Attributes:
+        norm: the final norm.
+        weight: the projection behind it, [embed_dim, dim of the tower].
+        bias: [embed_dim]. None without one.
+    """
+
+    norm: nn.LayerNorm
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BoundGuide:
+    """A guide for one call of one tower.
+
+    Attributes:
+        relate: computes the guidance of a block's tokens.
+        query: the text that the tokens are compared with, [batch, segments, dim]. None without one.
+        text: the text in the tower's space, [batch, dim of the tower], for `Stat.FROM_QUERY`. None where it does not enter it.
+    """
+
+    relate: Callable[[PackedTokens], Guidance]
+    query: Tensor | None = None
+    text: Tensor | None = None
+
+    def __call__(self, tokens: PackedTokens) -> Guidance:
+        return self.relate(tokens)
+
+
 class AlignmentGuide(PrintedPart, ABC):
     """Base class of guides: they relate the tokens of all towers of a model to the same anchors.
 
     Implementations take `specs`, one BlockSpec per tower name, and arguments of their own.
+
+    Attributes:
+        queried: whether the anchors are the text that `vltprune.query` gives, and not weights of the guide.
     """
+
+    queried: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, tokens: PackedTokens, tower: str) -> Guidance:
@@ -81,9 +119,21 @@ class AlignmentGuide(PrintedPart, ABC):
             The affinity of each token to each anchor.
         """
 
-    def bind(self, tower: str) -> Callable[[PackedTokens], Guidance]:
+    def bind(self, tower: str) -> BoundGuide:
         """`forward` for one call of a tower. What does not depend on the tokens may be computed here, once for all blocks."""
-        return partial(self, tower=tower)
+        return BoundGuide(partial(self, tower=tower))
+
+    def gives_query(self, tower: str) -> bool:
+        """Whether it gives a tower a text in the tower's own space, which `Stat.FROM_QUERY` needs."""
+        return False
+
+    def start_from(self, tower: str, projection: TokenProjection) -> None:
+        """Initializes the guide from what maps a tower's tokens to embeddings; by default it does nothing.
+
+        Args:
+            tower: the tower's name.
+            projection: the tower's final norm and projection.
+        """
 
     @property
     @abstractmethod
@@ -155,7 +205,7 @@ class Codebook(AlignmentGuide):
 
         self.attend: Literal["softmax", "sparsemax"] = attend
         self.anchors = nn.Parameter(_noise(anchors, width))
-        self.maps = nn.ModuleDict({tower: _map(w, width) for tower, w in widths.items()} if project else {})
+        self.maps = nn.ModuleDict({tower: linear_map(w, width) for tower, w in widths.items()} if project else {})
         self.register_buffer("birth", _fingerprint(self.anchors))
 
     def map(self, x: Tensor, tower: str) -> Tensor:
@@ -164,16 +214,16 @@ class Codebook(AlignmentGuide):
     def forward(self, tokens: PackedTokens, tower: str) -> Guidance:
         return self.bind(tower)(tokens)
 
-    def bind(self, tower: str) -> Callable[[PackedTokens], Guidance]:
+    def bind(self, tower: str) -> BoundGuide:
         layer = self.maps[tower] if self.maps else None
         if layer is not None and not _is_plain(layer):
-            return partial(self._guidance_of_mapped, tower=tower)
+            return BoundGuide(partial(self._guidance_of_mapped, tower=tower))
         with torch.autocast(self.anchors.device.type, enabled=False):
             anchors, offset = precision.single(self.anchors), None
             if isinstance(layer, nn.Linear):
                 offset = None if layer.bias is None else anchors @ precision.single(layer.bias)
                 anchors = anchors @ precision.single(layer.weight)
-        return partial(self._guidance_of_tokens, tower=tower, anchors=anchors, offset=offset)
+        return BoundGuide(partial(self._guidance_of_tokens, tower=tower, anchors=anchors, offset=offset))
 
     def _guidance_of_tokens(self, tokens: PackedTokens, tower: str, anchors: Tensor, offset: Tensor | None) -> Guidance:
         """Guidance by anchors that the tower's map is folded into: anchors [anchors, dim of the tower], offset [anchors]."""
@@ -208,8 +258,16 @@ class Codebook(AlignmentGuide):
         self.anchors.copy_(_kmeans(mapped.float(), len(self.anchors), seed))
 
 
-def _map(dim: int, width: int) -> nn.Module:
-    """A linear map of a tower, [dim] -> [width]. Between equal widths it is the identity, and draws no random numbers."""
+def linear_map(dim: int, width: int) -> nn.Module:
+    """Builds a linear layer. Between equal widths it begins as the identity, and draws no random numbers.
+
+    Args:
+        dim: the width of what it takes.
+        width: the width of what it returns.
+
+    Returns:
+        The layer, [dim] -> [width].
+    """
     if dim != width:
         return nn.Linear(dim, width)
     layer = nn.utils.skip_init(nn.Linear, dim, width)
