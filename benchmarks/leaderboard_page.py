@@ -1,37 +1,26 @@
-"""Page of the leaderboard: tables in docs/leaderboard.md and the chart docs/leaderboard.svg, from lines of results."""
+"""Page of the leaderboard: findings and tables in docs/leaderboard.md, with charts beside it, from lines of results."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
-import statistics
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+
+import leaderboard_chart
+from leaderboard_board import BASELINE, DENSE, RESIZE, TITLES, Board, Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "leaderboard.md"
 MARKER = "<!-- Written by `python benchmarks/leaderboard.py page` from here on. -->\n"
-TITLES = {  # of tasks, in the page's order: heading, name of the score that ranks
-    "nlvr": ("Synthetic pairs", "accuracy"),
-    "retrieval": ("Retrieval", "R@10"),
-    "neighbors": ("Neighbors", "neighbors"),
-    "sentences": ("Sentences", "R@1"),
-}
-SEVERAL = {"photographs": {"retrieval": "r10", "neighbors": "neighbors"}}  # tasks of one measurement, and their scores
-BASELINE, DENSE = "random", "dense"
 WORSE = "▼"
 _OTHERS = ("neighbors", "cosine")
-_REASON = 150  # characters
-_COLORS = {0.3: "#9cc3ee", 0.5: "#1f6fd6", 0.7: "#0b2f63"}
-_PANEL, _LABEL, _ROW, _HEAD = 470, 96, 15, 44  # pixels
-
-Row = dict[str, Any]
+_BEST = 3
+_COARSER = "pooling"
+_REASON = 200  # characters
 
 
 def write(rows: Sequence[Row], page: Path) -> None:
-    """Writes the tables behind the page's marker, and the chart beside the page.
+    """Writes what follows the page's marker, and the charts beside the page.
 
     Args:
         rows: lines of results.
@@ -39,220 +28,209 @@ def write(rows: Sequence[Row], page: Path) -> None:
     """
     board = Board(rows)
     head, _, _ = page.read_text().partition(MARKER)
-    page.write_text(head + MARKER + board.markdown())
-    page.with_suffix(".svg").write_text(board.svg())
+    page.write_text(head + MARKER + markdown(board))
+    for file, chart in charts(board, page).items():
+        file.write_text(chart)
 
 
-class Board:
-    """The results by task, preset and reduction; a preset with several seeds has their mean."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        """Groups the lines; of equal cells the last one counts.
-
-        Args:
-            rows: lines of results.
-        """
-        rows = [one for row in rows for one in _by_task(row)]
-        last = {(row["task"], row["preset"], row["reduction"], row["seed"]): row for row in rows}
-        grouped: dict[tuple[str, str, float], list[Row]] = {}
-        for (task, preset, reduction, _), row in last.items():
-            grouped.setdefault((task, preset, reduction), []).append(row)
-        self.rows = {key: _mean(several) for key, several in grouped.items()}
-        self.tasks = [task for task in TITLES if any(key[0] == task for key in self.rows)]
-        self.presets = sorted({preset for _, preset, _ in self.rows} - {DENSE})
-        self.reductions = sorted({reduction for _, _, reduction in self.rows} - {0.0})
-
-    def score(self, task: str, preset: str, reduction: float) -> float | None:
-        """The first score, in %; None where the cell did not run."""
-        row = self.rows.get((task, preset, reduction))
-        return None if row is None or "error" in row else 100 * next(iter(row["scores"].values()))
-
-    def is_worse(self, task: str, preset: str, reduction: float) -> bool:
-        """Whether a score is below random choice by more than its standard error."""
-        score, chance = self.score(task, preset, reduction), self.score(task, BASELINE, reduction)
-        if score is None or chance is None or preset == BASELINE:
-            return False
-        return score < chance - self.standard_error(task, preset, reduction)
-
-    def standard_error(self, task: str, preset: str, reduction: float) -> float:
-        """Of the first score, in points."""
-        return 100 * next(iter(self.rows[task, preset, reduction]["errors"].values()))
-
-    def markdown(self) -> str:
-        """The overview and one table a task."""
-        return "\n".join([self.overview(), *map(self.table, self.tasks)])
-
-    def overview(self) -> str:
-        """One line a preset, the scores of all tasks; the best of a column is bold."""
-        columns = list(itertools.product(self.tasks, self.reductions))
-        best = {
-            column: max(filter(None, (self.score(column[0], p, column[1]) for p in self.presets)), default=None)
-            for column in columns
-        }
-        heads = [f"{TITLES[task][0]} {reduction:.0%}" for task, reduction in columns]
-        dense = [f"{self.score(task, DENSE, 0.0):.1f}" for task, _ in columns]
-        lines = [["preset", *heads], ["---"] * (1 + len(columns)), ["dense", *dense]]
-        for preset in sorted(self.presets, key=self._rank):
-            cells = [self._cell(task, preset, reduction, best[task, reduction]) for task, reduction in columns]
-            lines.append([f"`{preset}`", *cells])
-        return "## All tasks\n\n" + _table(lines)
-
-    def _rank(self, preset: str) -> tuple[bool, float]:
-        """Presets that ran everywhere first, by their mean distance to random choice at all costs."""
-        pairs = [(self.score(t, preset, r), self.score(t, BASELINE, r)) for t in self.tasks for r in self.reductions]
-        apart = [mine - chance for mine, chance in pairs if mine is not None and chance is not None]
-        return not apart, -statistics.fmean(apart) if apart else 0.0
-
-    def _cell(self, task: str, preset: str, reduction: float, best: float | None) -> str:
-        score = self.score(task, preset, reduction)
-        if score is None:
-            return "-"
-        text = f"**{score:.1f}**" if score == best else f"{score:.1f}"
-        return text + f" {WORSE}" * self.is_worse(task, preset, reduction)
-
-    def table(self, task: str) -> str:
-        """All cells of a task, best at half of the MACs first."""
-        title, metric = TITLES[task]
-        dense = self.rows[task, DENSE, 0.0]
-        whole = self.score(task, DENSE, 0.0)
-        others = [name for name in [*dense["scores"]][1:] if name in _OTHERS]
-        heads = [
-            "preset",
-            "asked",
-            f"{metric} %",
-            "to dense",
-            "to `random`",
-            *others,
-            "tokens that enter each layer → leave",
-        ]
-        lines = [[*heads, "M MACs", "saved", "time"], ["---"] * (len(heads) + 3)]
-        extra = [f"{dense['scores'][name]:.2f}" for name in others]
-        lines.append(["dense", "", f"{whole:.1f}", "", "", *extra, _tokens(dense), _mega(dense), "", "1.00"])
-        middle = 0.5 if 0.5 in self.reductions else self.reductions[0]
-        for preset in sorted(self.presets, key=lambda one: -(self.score(task, one, middle) or 0)):
-            for reduction in self.reductions:
-                lines += self._lines(task, preset, reduction, others)
-        errors = [
-            self.standard_error(task, *key[1:])
-            for key, row in self.rows.items()
-            if key[0] == task and "error" not in row
-        ]
-        intro = f"Standard error of {metric}: up to {max(errors):.1f} points."
-        return f"## {title}\n\n{intro}\n\n" + _table(lines) + self._reasons(task)
-
-    def _lines(self, task: str, preset: str, reduction: float, others: Sequence[str]) -> list[list[str]]:
-        """The line of a cell that ran, or none."""
-        score = self.score(task, preset, reduction)
-        if score is None:
-            return []
-        row, chance = self.rows[task, preset, reduction], self.score(task, BASELINE, reduction)
-        apart = "" if chance is None or preset == BASELINE else f"{score - chance:+.1f}"
-        apart += f" {WORSE}" * self.is_worse(task, preset, reduction)
-        extra = [f"{row['scores'][name]:.2f}" for name in others]
-        name = f"`{preset}`" + " *m*" * row["moved"]
-        to_dense = f"{score - self.score(task, DENSE, 0.0):+.1f}"
-        costs = [_tokens(row), _mega(row), f"{row['macs_saved']:.0%}", f"{row['time']:.2f}"]
-        return [[name, f"{reduction:.0%}", f"{score:.1f}", to_dense, apart, *extra, *costs]]
-
-    def _reasons(self, task: str) -> str:
-        """Why cells of a task did not run; costs with one reason share a line."""
-        lines = []
-        for preset in self.presets:
-            reasons: dict[str, list[float]] = {}
-            for reduction in self.reductions:
-                row = self.rows.get((task, preset, reduction), {"error": "not run"})
-                if "error" in row:
-                    reasons.setdefault(_short(row["error"]), []).append(reduction)
-            for reason, costs in reasons.items():
-                lines.append(f"- `{preset}` at {', '.join(f'{cost:.0%}' for cost in costs)}: {reason}")
-        return "\nWithout a number:\n\n" + "\n".join(lines) + "\n" if lines else ""
-
-    def svg(self) -> str:
-        """A panel a task: a line a preset with a dot a cost, and vertical lines where random choice is."""
-        height = _HEAD + _ROW * (1 + len(self.presets)) + 24
-        width, rows = 2 * _PANEL, math.ceil(len(self.tasks) / 2)
-        parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {rows * height}" font-family="sans-serif" '
-            f'font-size="11"><rect width="{width}" height="{rows * height}" fill="white"/>'
-        ]
-        for index, task in enumerate(self.tasks):
-            x, y = index % 2 * _PANEL, index // 2 * height
-            parts.append(f'<g transform="translate({x} {y})">{self._panel(task)}</g>')
-        return "\n".join([*parts, "</svg>\n"])
-
-    def _panel(self, task: str) -> str:
-        title, metric = TITLES[task]
-        whole = self.score(task, DENSE, 0.0)
-        present = [p for p in self.presets if any(self.score(task, p, r) is not None for r in self.reductions)]
-
-        def first(preset: str) -> float:
-            known = [self.score(task, preset, reduction) for reduction in self.reductions]
-            return -statistics.fmean(score for score in known if score is not None)
-
-        present.sort(key=first)
-        scores = [self.score(task, p, r) for p in present for r in self.reductions]
-        low = min([whole, *(one for one in scores if one is not None)])
-        bottom = _HEAD + _ROW * len(present)
-
-        def across(score: float) -> float:
-            return _LABEL + (score - low) / (whole - low or 1) * (_PANEL - _LABEL - 24)
-
-        parts = [
-            f'<text x="8" y="16" font-weight="bold">{title}: {metric}, % (dense {whole:.1f})</text>',
-            _vertical(across(whole), bottom, "black"),
-        ]
-        for at, reduction in enumerate(self.reductions):
-            color, chance = _COLORS.get(reduction, "gray"), self.score(task, BASELINE, reduction)
-            legend = f'<text x="{8 + 120 * at}" y="32" fill="{color}">● {reduction:.0%} fewer MACs</text>'
-            parts += [legend] + ([_vertical(across(chance), bottom, color, 'stroke-dasharray="3 3"')] if chance else [])
-        for line, preset in enumerate(present):
-            y = _HEAD + _ROW * line + 6
-            parts.append(f'<text x="8" y="{y + 4}">{escape(preset)}</text>')
-            for reduction in self.reductions:
-                score = self.score(task, preset, reduction)
-                if score is not None:
-                    parts.append(
-                        f'<circle cx="{across(score):.1f}" cy="{y}" r="4" fill="{_COLORS.get(reduction, "gray")}"/>'
-                    )
-        ends = [
-            f'<text x="{across(one):.0f}" y="{bottom + 14}" text-anchor="middle">{one:.0f}</text>'
-            for one in (low, whole)
-        ]
-        return "".join([*parts, *ends])
-
-
-def _vertical(x: float, bottom: float, color: str, style: str = "") -> str:
-    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_HEAD - 4}" y2="{bottom}" stroke="{color}" {style}/>'
-
-
-def _by_task(row: Row) -> list[Row]:
-    """One row a task of what was measured, the score that ranks first."""
-    tasks = SEVERAL.get(row["task"])
-    if tasks is None or "error" in row:
-        return [{**row, "task": task} for task in tasks or (row["task"],)]
-    return [
-        {**row, "task": task} | {kind: {first: row[kind][first], **row[kind]} for kind in ("scores", "errors")}
-        for task, first in tasks.items()
-    ]
-
-
-def _mean(several: Sequence[Row]) -> Row:
-    """One row of the seeds of a cell; a seed that failed is the cell's error."""
-    failed = [row for row in several if "error" in row]
-    first = failed[0] if failed else several[0]
-    if failed or len(several) == 1:
-        return first
-
-    def mean(value: Callable[[Row], float]) -> float:
-        return statistics.fmean(map(value, several))
-
-    scores = {name: mean(lambda row, name=name: row["scores"][name]) for name in first["scores"]}
-    tokens = {
-        tower: [statistics.fmean(column) for column in zip(*(row["tokens"][tower] for row in several), strict=True)]
-        for tower in first["tokens"]
+def charts(board: Board, page: Path) -> dict[Path, str]:
+    """The charts by their files, which lie beside the page."""
+    return {
+        page.with_suffix(".svg"): leaderboard_chart.scores(board),
+        page.with_name(f"{page.stem}_time.svg"): leaderboard_chart.times(board),
     }
-    numbers = {name: mean(lambda row, name=name: row[name]) for name in ("macs", "dense_macs", "macs_saved", "time")}
-    return {**first, "scores": scores, "tokens": tokens, **numbers}
+
+
+def markdown(board: Board) -> str:
+    """The findings, the overview and one table a task."""
+    parts = [_samples(board), _findings(board), _overview(board), *(_table_of(board, task) for task in board.tasks)]
+    return "\n".join(parts)
+
+
+def _samples(board: Board) -> str:
+    """What each task's dense model scores and costs, and how sure the scores are."""
+    heads = [
+        "task",
+        "instances",
+        "dense score, %",
+        "standard error of a score",
+        "of a difference to `random`",
+        "M MACs, dense",
+    ]
+    lines = [heads, ["---"] * len(heads)]
+    for task in board.tasks:
+        row = board.rows[task, DENSE, 0.0]
+        keys = [key for key in board.rows if key[0] == task and board.ran(*key)]
+        largest = max(board.standard_error(*key) for key in keys)
+        paired = max((one[1] for key in keys if (one := board.difference(*key)) is not None), default=0.0)
+        title, metric = TITLES[task]
+        score = f"{metric} {board.score(task, DENSE, 0.0):.1f}"
+        lines.append([title, str(row["count"]), score, f"≤ {largest:.1f}", f"≤ {paired:.1f}", _mega(row)])
+    return "## Samples\n\n" + _table(lines) + "\n" + _coverage(board)
+
+
+def _coverage(board: Board) -> str:
+    """Which cells of which costs have numbers."""
+    parts = []
+    for task in board.tasks:
+        costs = []
+        for cost in board.costs(task):
+            rows = [board.rows.get((task, one, cost)) for one in board.presets]
+            run = sum(row is not None for row in rows)
+            numbers = sum(row is not None and "error" not in row for row in rows)
+            missing = f", {len(rows) - run} not run yet" if run < len(rows) else ""
+            costs.append(f"{cost:.0%} ({numbers} with a number, {run - numbers} with a reason{missing})")
+        parts.append(f"{TITLES[task][0]} at {', '.join(costs)}")
+    return f"Measured, of {len(board.presets)} rows: {'; '.join(parts)}.\n"
+
+
+def _findings(board: Board) -> str:
+    """The best of each column beside the baselines, and which presets are above or below random choice."""
+    heads = ["task", "fewer MACs", "best three", f"`{BASELINE}`", f"`{_COARSER}`", f"`{RESIZE}`"]
+    heads += [f"above `{BASELINE}`", f"below `{BASELINE}`", f"above `{RESIZE}`"]
+    lines = [heads, ["---"] * len(heads)]
+    for task, reduction in board.columns:
+        rivals = [one for one in _rivals(board) if board.ran(task, one, reduction)]
+        best = sorted(rivals, key=lambda one: -(board.score(task, one, reduction) or 0.0))[:_BEST]
+        cells = [TITLES[task][0], f"{reduction:.0%}"]
+        cells.append(", ".join(f"`{one}` {board.score(task, one, reduction):.1f}" for one in best))
+        cells += [_score(board, task, name, reduction) for name in (BASELINE, _COARSER, RESIZE)]
+        for other, sign in ((BASELINE, 1), (BASELINE, -1), (RESIZE, 1)):
+            if board.ran(task, other, reduction):
+                count = sum(board.verdict(task, one, reduction, other) == sign for one in rivals)
+                cells.append(f"{count} of {len(rivals)}")
+            else:
+                cells.append("-")
+        lines.append(cells)
+    return "## Findings\n\n" + _table(lines) + "\n" + "\n".join(_sentences(board)) + "\n"
+
+
+def _sentences(board: Board) -> list[str]:
+    """Which presets stand out, by task and over all of them."""
+    lines = []
+    complete = [one for one in _rivals(board) if all(board.ran(task, one, cost) for task, cost in board.columns)]
+    counts = {one: _verdicts(board, one) for one in _rivals(board)}
+    total = len(board.columns)
+    sure = [one for one in complete if counts[one].count(1) == total]
+    never = [one for one in complete if counts[one].count(-1) == 0]
+    worst = sorted(
+        (one for one in counts if 2 * counts[one].count(-1) >= total), key=lambda one: -counts[one].count(-1)
+    )
+    lines.append(f"- **Above `{BASELINE}` in all {total} columns**: {_named(sure)}. Never below it: {_named(never)}.")
+    worst = [f"`{one}` ({counts[one].count(-1)})" for one in worst]
+    lines.append(f"- **Below `{BASELINE}` in half of the columns or more** (how many): {', '.join(worst) or 'none'}.")
+    for task in board.tasks:
+        costs = board.costs(task)
+        below = [f"{cost:.0%}: {_named(_with(board, task, cost, BASELINE, -1))}" for cost in costs]
+        lines.append(f"- **{TITLES[task][0]}, below `{BASELINE}`**. {'. '.join(below)}.")
+        resized = [cost for cost in costs if board.ran(task, RESIZE, cost)]
+        above = [f"{cost:.0%}: {_named(_with(board, task, cost, RESIZE, 1))}" for cost in resized]
+        if above:
+            lines.append(f"- **{TITLES[task][0]}, above `{RESIZE}`**. {'. '.join(above)}.")
+    for cost in board.reductions:
+        slow = [
+            f"`{preset}` on {TITLES[task][0].lower()} ({board.rows[task, preset, cost]['time']:.2f})"
+            for task, preset in itertools.product(board.tasks, board.presets)
+            if board.ran(task, preset, cost) and board.rows[task, preset, cost]["time"] >= 1
+        ]
+        lines.append(f"- **No faster than dense at {cost:.0%} fewer MACs**: {', '.join(slow) or 'none'}.")
+    return lines
+
+
+def _with(board: Board, task: str, reduction: float, other: str, verdict: int) -> list[str]:
+    """Presets with a verdict, those of the largest difference first."""
+    several = [one for one in _rivals(board) if board.verdict(task, one, reduction, other) == verdict]
+
+    def order(preset: str) -> float:
+        apart = board.difference(task, preset, reduction, other)
+        return 0.0 if apart is None else -verdict * apart[0]
+
+    return sorted(several, key=order)
+
+
+def _presets(board: Board) -> list[str]:
+    return [one for one in board.presets if one != RESIZE]
+
+
+def _rivals(board: Board) -> list[str]:
+    """Presets that are compared with random choice."""
+    return [one for one in _presets(board) if one != BASELINE]
+
+
+def _verdicts(board: Board, preset: str) -> list[int]:
+    return [board.verdict(task, preset, reduction) for task, reduction in board.columns]
+
+
+def _overview(board: Board) -> str:
+    """One line a preset, the scores of all tasks; the best of a column is bold."""
+    columns = board.columns
+    best = {
+        (task, cost): max((board.score(task, one, cost) or 0.0 for one in _presets(board)), default=0.0)
+        for task, cost in columns
+    }
+    heads = ["preset", *(f"{TITLES[task][0]} {cost:.0%}" for task, cost in columns), f"▲ / {WORSE}"]
+    dense = [f"{board.score(task, DENSE, 0.0):.1f}" for task, _ in columns]
+    lines = [heads, ["---"] * len(heads), [DENSE, *dense, ""]]
+    apart = {one: board.mean_difference(one) for one in board.presets}
+    apart[BASELINE] = 0.0
+    ranked = sorted(board.presets, key=lambda one: (apart[one] is None, -(apart[one] or 0.0)))
+    for preset in ranked:
+        cells = []
+        for task, cost in columns:
+            text, score = _score(board, task, preset, cost), board.score(task, preset, cost)
+            text = f"**{text}**" if score == best[task, cost] else text
+            cells.append(text + f" {WORSE}" * (board.verdict(task, preset, cost) < 0))
+        signs = _verdicts(board, preset)
+        counts = "" if preset == BASELINE else f"{signs.count(1)} / {signs.count(-1)}"
+        lines.append([_name(preset), *cells, counts])
+    return "## All tasks\n\n" + _table(lines)
+
+
+def _table_of(board: Board, task: str) -> str:
+    """All cells of a task, best at half of the MACs first; a cell without a number has the reason."""
+    title, metric = TITLES[task]
+    dense = board.rows[task, DENSE, 0.0]
+    others = [name for name in [*dense["scores"]][1:] if name in _OTHERS]
+    heads = ["preset", "asked", f"{metric} %", "to dense", f"to `{BASELINE}`", *others]
+    heads += ["tokens that enter each layer → leave", "M MACs", "saved", "time"]
+    extra = [f"{dense['scores'][name]:.2f}" for name in others]
+    score = f"{board.score(task, DENSE, 0.0):.1f} ± {board.standard_error(task, DENSE, 0.0):.1f}"
+    lines = [heads, ["---"] * len(heads)]
+    lines.append([DENSE, "", score, "", "", *extra, _tokens(dense), _mega(dense), "", "1.00"])
+    middle = 0.5 if 0.5 in board.costs(task) else board.costs(task)[0]
+    for preset in sorted(board.presets, key=lambda one: -(board.score(task, one, middle) or 0.0)):
+        lines += [_line(board, task, preset, reduction, others) for reduction in board.costs(task)]
+    return f"## {title}\n\n" + _table(lines)
+
+
+def _line(board: Board, task: str, preset: str, reduction: float, others: Sequence[str]) -> list[str]:
+    """The line of a cell."""
+    score = board.score(task, preset, reduction)
+    row = board.rows.get((task, preset, reduction), {"error": "not run yet"})
+    if score is None:
+        return [_name(preset), f"{reduction:.0%}", "-", "", "", *("" for _ in others), _short(row["error"]), "", "", ""]
+    difference = board.difference(task, preset, reduction)
+    apart = "" if difference is None else f"{difference[0]:+.1f} ± {difference[1]:.1f}"
+    apart += f" {WORSE}" * (board.verdict(task, preset, reduction) < 0)
+    name = _name(preset) + " *m*" * row["moved"]
+    shown = f"{score:.1f} ± {board.standard_error(task, preset, reduction):.1f}"
+    to_dense = f"{score - (board.score(task, DENSE, 0.0) or 0.0):+.1f}"
+    extra = [f"{row['scores'][name]:.2f}" for name in others]
+    costs = [_tokens(row), _mega(row), f"{row['macs_saved']:.0%}", f"{row['time']:.2f}"]
+    return [name, f"{reduction:.0%}", shown, to_dense, apart, *extra, *costs]
+
+
+def _score(board: Board, task: str, preset: str, reduction: float) -> str:
+    score = board.score(task, preset, reduction)
+    return "-" if score is None else f"{score:.1f}"
+
+
+def _name(preset: str) -> str:
+    return f"*{preset}*" if preset == RESIZE else f"`{preset}`"
+
+
+def _named(presets: Iterable[str]) -> str:
+    return ", ".join(f"`{one}`" for one in presets) or "none"
 
 
 def _tokens(row: Row) -> str:
@@ -266,14 +244,15 @@ def _runs(counts: Sequence[int]) -> str:
 
 
 def _mega(row: Row) -> str:
-    return f"{row['macs'] / 1e6:,.1f}"
+    return f"{row['macs'] / 1e6:,.3f}"
 
 
 def _short(reason: str) -> str:
     """The head of an error, up to a sentence's end."""
     kind, _, text = reason.partition(": ")
-    text = re.split(r"(?<=[a-z)%])[.:;] ", text or kind)[0]
-    return text if len(text) <= _REASON else text[:_REASON].rsplit(" ", 1)[0] + " …"
+    text = re.split(r"(?<=[a-z)%\d])[.;] |: use ", text or kind)[0]
+    text = text if len(text) <= _REASON else text[:_REASON].rsplit(" ", 1)[0] + " …"
+    return text.replace("|", "\\|")
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

@@ -3,15 +3,18 @@
     from leaderboard_tasks import TASKS        # beside this file; `leaderboard.py` describes the folders
 
 `train_retrieval` makes the model of the retrieval task: two projections, of the frozen image encoder and of frozen sentence
-embeddings, are trained contrastively. The features that they project are computed once.
+embeddings, are trained contrastively. The features that they project, and those that the k-nearest-neighbor classifier
+compares with, are computed once.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,19 @@ from torch import Tensor, nn
 
 import vltprune as vp
 from vltprune.data import captions
+from vltprune.data.images import list_images, load_tensor
 from vltprune.evaluation.tasks import Nlvr
 
-SIZE = 112  # of photographs, in pixels
-_PAIRS, _PHOTOGRAPHS, _CAPTIONS = 80, 64, 250  # measured
+SIZE = 98  # of photographs, in pixels: a grid of 7 x 7 patches
+NEIGHBORS, _SHARPNESS = (
+    20,
+    1 / 0.07,
+)  # votes of the k-nearest-neighbor classifier, weighted by exp(similarity * sharpness)
+_PAIRS, _PHOTOGRAPHS, _PER_CLASS = 200, 150, 20  # measured
+_DESCRIBED, _TEXTS = 200, 3  # photographs, and captions of each, that are measured as sentences
+_BATCH = 10  # pairs or photographs
+_LENGTHS = 6  # of captions that set the cost, the commonest ones
 _CALIBRATED = 10  # pairs and photographs that set the cost, the first two alone where these suffice
-_CALIBRATED_CAPTIONS = 25
 _WIDTH, _TRAIN_PHOTOGRAPHS, _TRAIN_CAPTIONS = 256, 3000, 2
 _EPOCHS, _PER_STEP, _LR = 10, 100, 3e-3
 
@@ -43,6 +53,7 @@ class Task:
         batches: Inputs that are measured.
         embed: A dense or pruned model and one batch to outputs [batch, width].
         score: Outputs of all measured inputs to scores by name, one share of 1 for each instance; the first one ranks.
+        resized: The part of the patches that enters to a dense model for smaller images, and what it measures; None for texts.
     """
 
     dense: nn.Module
@@ -50,6 +61,7 @@ class Task:
     batches: Sequence[Any]
     embed: Callable[[nn.Module, Any], Tensor]
     score: Callable[[Tensor], dict[str, Tensor]]
+    resized: Callable[[float], tuple[nn.Module, Sequence[Any]]] | None = None
 
 
 def nlvr(options: argparse.Namespace) -> Task:
@@ -61,22 +73,27 @@ def nlvr(options: argparse.Namespace) -> Task:
     def batch(part: Sequence[Any]) -> tuple[Tensor, ...]:
         return torch.stack([record.load_tensor(prepare) for record in part]), *task.tokenize(part)[0]
 
-    batches, rest = [batch(part) for part in _batched(records[:_PAIRS], 20)], records[_PAIRS:]
+    batches, rest = [batch(part) for part in _batched(records[:_PAIRS], _BATCH)], records[_PAIRS:]
     calibration = [batch(rest[:2]), batch(rest[2:])]
     labels = torch.tensor([record.label for record in records[:_PAIRS]])
 
     def accuracy(logits: Tensor) -> dict[str, Tensor]:
         return {"accuracy": logits.argmax(-1) == labels}
 
-    return Task(dense, calibration, batches, lambda model, batch: model(*batch), accuracy)
+    def resized(ratio: float) -> tuple[nn.Module, Sequence[Any]]:
+        small: Any = copy.deepcopy(dense)
+        small.visual = vp.resized(small.visual, ratio)
+        return small, [(_shrunk(images, small.visual.patch_embed.img_size), *text) for images, *text in batches]
+
+    return Task(dense, calibration, batches, lambda model, batch: model(*batch), accuracy, resized)
 
 
-def photographs(options: argparse.Namespace) -> Task:
-    """Flickr8k's dev split by the ViT-S/14: retrieval with fixed embeddings of captions, and neighbors in a dense gallery.
+def retrieval(options: argparse.Namespace) -> Task:
+    """Flickr8k's dev split by the ViT-S/14: retrieval with fixed embeddings of captions.
 
-    Recall is of trained projections of the image encoder and of sentence embeddings. Neighbors are ten of the photographs that
-    the projections were trained on, by features without projection.
+    Recall is of trained projections of the image encoder and of sentence embeddings.
     """
+    train_retrieval(options)
     dense, heads = image_encoder(options.real, SIZE), _heads()
     heads.load_state_dict(torch.load(_trained(options.work), weights_only=True))
     records = captions(options.flickr / "dev.json", options.flickr)[: _PHOTOGRAPHS + _CALIBRATED]
@@ -87,22 +104,48 @@ def photographs(options: argparse.Namespace) -> Task:
         texts = F.normalize(heads["text"](texts), dim=-1)
     owners = torch.tensor([owner for owner, record in enumerate(measured) for _ in record.captions])
 
-    gallery, _ = (F.normalize(features, dim=-1) for features in _training_data(options))
-    batches = images[:_PHOTOGRAPHS].split(8)
-    before = _outputs(dense, batches, _normalized)
-    near = (before @ gallery.T).topk(10).indices
-
-    def scores(features: Tensor) -> dict[str, Tensor]:
+    def recall(features: Tensor) -> dict[str, Tensor]:
         similarity = F.normalize(heads["image"](features), dim=-1) @ texts.T
         own = torch.arange(len(features))
         by_text = _by_owner((similarity.topk(10, 0).indices == owners).any(0), owners)
         by_image = (owners[similarity.topk(10, 1).indices] == own[:, None]).any(1)
-        found = (features @ gallery.T).topk(10).indices
-        neighbors = (near[:, :, None] == found[:, None]).any(-1).float().mean(-1)
-        return {"r10": (by_text + by_image) / 2, "neighbors": neighbors, "cosine": (before * features).sum(-1)}
+        return {"r10": (by_text + by_image) / 2}
 
-    rest = images[_PHOTOGRAPHS:]
-    return Task(dense, [rest[:2], rest[2:]], batches, _normalized, scores)
+    return _of_photographs(dense, images[:_PHOTOGRAPHS], images[_PHOTOGRAPHS:], recall)
+
+
+def neighbors(options: argparse.Namespace) -> Task:
+    """CIFAR-10 by the ViT-S/14: classes by a vote of the nearest training images, which the dense model embedded."""
+    dense = image_encoder(options.real, SIZE)
+    gallery = _cached(options.work / "gallery.pt", lambda: _class_tokens(dense, _by_class(options.cifar / "train")[0]))
+    gallery = F.normalize(gallery, dim=-1)
+    classes = F.one_hot(_by_class(options.cifar / "train")[1]).float()
+    loaders, labels = _by_class(options.cifar / "dev", _PER_CLASS + 1)
+    images = _photographs(dense, loaders).unflatten(0, (-1, _PER_CLASS + 1))
+    labels = labels.unflatten(0, (-1, _PER_CLASS + 1))[:, :-1].flatten()
+
+    def accuracy(features: Tensor) -> dict[str, Tensor]:
+        similarity, nearest = (features @ gallery.T).topk(NEIGHBORS)
+        votes = ((similarity * _SHARPNESS).exp()[..., None] * classes[nearest]).sum(1)
+        return {"accuracy": votes.argmax(-1) == labels}
+
+    return _of_photographs(dense, images[:, :-1].flatten(0, 1), images[:, -1], accuracy)
+
+
+def _of_photographs(
+    dense: nn.Module, images: Tensor, rest: Tensor, score: Callable[[Tensor], dict[str, Tensor]]
+) -> Task:
+    """A task of an image encoder of timm: a score of normalized class tokens, and their cosine to the dense model's."""
+    batches = images.split(_BATCH)
+    before = _outputs(dense, batches, _normalized)
+
+    def scores(features: Tensor) -> dict[str, Tensor]:
+        return {**score(features), "cosine": (before * features).sum(-1)}
+
+    def resized(ratio: float) -> tuple[nn.Module, Sequence[Any]]:
+        return vp.resized(dense, ratio), batches
+
+    return Task(dense, [rest[:2], rest[2:]], batches, _normalized, scores, resized)
 
 
 def sentences(options: argparse.Namespace) -> Task:
@@ -110,13 +153,12 @@ def sentences(options: argparse.Namespace) -> Task:
     from transformers import AutoTokenizer
 
     tokenizer, dense = AutoTokenizer.from_pretrained(options.real / MINILM), sentence_encoder(options.real)
-    records = captions(options.flickr / "dev.json", options.flickr)
-    texts = [(owner, text) for owner, record in enumerate(records) for text in record.captions]
-    texts = texts[: _CAPTIONS + _CALIBRATED_CAPTIONS]
+    records = captions(options.flickr / "dev.json", options.flickr)[: _DESCRIBED + _CALIBRATED]
+    texts = [(owner, text) for owner, record in enumerate(records) for text in record.captions[:_TEXTS]]
     owned = [(owner, ids) for (owner, _), ids in zip(texts, tokenizer([t for _, t in texts]).input_ids, strict=True)]
-    batches = list(of_one_length(owned[:_CAPTIONS], 64))
-    calibration = [ids for _, ids in of_one_length(owned[_CAPTIONS:], 64)]
-    calibration.sort(key=lambda ids: -len(ids))  # of the commonest length first
+    batches = list(of_one_length(owned[: _DESCRIBED * _TEXTS], 64))
+    calibration = [ids for _, ids in of_one_length(owned[_DESCRIBED * _TEXTS :], 64)]
+    calibration = sorted(calibration, key=lambda ids: -len(ids))[:_LENGTHS]
     owners, ids = torch.cat([owners for owners, _ in batches]), [ids for _, ids in batches]
     before = _outputs(dense, ids, _pooled)
 
@@ -129,8 +171,9 @@ def sentences(options: argparse.Namespace) -> Task:
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
-    "photographs": photographs,
     "nlvr": nlvr,
+    "retrieval": retrieval,
+    "neighbors": neighbors,
     "sentences": sentences,
 }
 
@@ -175,9 +218,7 @@ def _training_data(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     records = captions(options.flickr / "train.json", options.flickr)[:_TRAIN_PHOTOGRAPHS]
 
     def images() -> Tensor:
-        model = image_encoder(options.real, SIZE)
-        parts = [_photographs(model, [record.load_tensor for record in part]) for part in _batched(records, 50)]
-        return _outputs(model, parts, lambda model, batch: model(batch))
+        return _class_tokens(image_encoder(options.real, SIZE), [record.load_tensor for record in records])
 
     def texts() -> Tensor:
         several = [text for record in records for text in record.captions[:_TRAIN_CAPTIONS]]
@@ -207,6 +248,31 @@ def _sentence_features(real: Path, texts: Sequence[str]) -> Tensor:
     return features
 
 
+def _by_class(folder: Path, count: int | None = None) -> tuple[list[Callable[[Any], Tensor]], Tensor]:
+    """Images of a folder that has one folder a class, the first `count` of each, and their classes [images]."""
+    folders = sorted(one for one in folder.iterdir() if one.is_dir())
+    files = [(label, file) for label, one in enumerate(folders) for file in list_images(one)[:count]]
+    loaders = [partial(_loaded, file) for _, file in files]
+    return loaders, torch.tensor([label for label, _ in files])
+
+
+def _loaded(file: Path, prepare: Any) -> Tensor:
+    """[1, 3, height, width], as records of photographs load it."""
+    return load_tensor(file, prepare)[None]
+
+
+def _class_tokens(model: nn.Module, loaders: Sequence[Callable[[Any], Tensor]]) -> Tensor:
+    """[photographs, dim]: class tokens of many photographs, without normalization."""
+    parts = (_photographs(model, part) for part in _batched(loaders, 50))
+    return _outputs(model, parts, lambda model, batch: model(batch))
+
+
+def _shrunk(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Images [..., channels, height, width] resized to a smaller height and width, bicubic and antialiased."""
+    small = F.interpolate(images.flatten(0, -4), tuple(size), mode="bicubic", antialias=True)
+    return small.unflatten(0, images.shape[:-3])
+
+
 def _photographs(model: nn.Module, loaders: Sequence[Callable[[Any], Tensor]]) -> Tensor:
     """[photographs, 3, height, width], preprocessed as the model wants them."""
     prepare = vp.transforms(model)
@@ -214,7 +280,7 @@ def _photographs(model: nn.Module, loaders: Sequence[Callable[[Any], Tensor]]) -
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batches: Sequence[Any], embed: Callable[[Any, Any], Tensor]) -> Tensor:
+def _outputs(model: nn.Module, batches: Iterable[Any], embed: Callable[[Any, Any], Tensor]) -> Tensor:
     return torch.cat([embed(model, batch) for batch in batches])
 
 
