@@ -63,6 +63,6 @@ def text_counts(column: Tensor | None, lengths: Sequence[int]) -> Tensor | float
     return torch.stack([(one == _NUMBERS["text"]).sum() for one in column.split(tuple(lengths))])
 
 
-def kind_of(tokens: PackedTokens) -> Tensor:
-    """The modality of each token as a number, [total] int64: 0 for all where there is one."""
+def modality_of(tokens: PackedTokens) -> Tensor:
+    """The modality of each token, [total] int64: 0 for text and 1 for image; 0 for all tokens of a tower of one modality."""
     return tokens.columns.get(COLUMN, torch.zeros_like(tokens.position))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import precision, segments
-from ...core.modality import kind_of
+from ...core.modality import modality_of
 from ...core.statistics import AttentionStats
 from ...core.tokens import PackedTokens
 from ...registry import selectors
@@ -34,9 +34,9 @@ def in_sequence(tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
     """
     layout = tokens.layout
     candidates, protected = segments.pad(tokens.free, layout), segments.pad(tokens.protected, layout)
-    position, kind = segments.pad(tokens.position, layout), segments.pad(kind_of(tokens), layout)
+    position, modality = segments.pad(tokens.position, layout), segments.pad(modality_of(tokens), layout)
     first, slot = position.masked_fill(~candidates, _LAST).min(1, keepdim=True)
-    is_before = protected & (position < first) & (kind == kind.gather(1, slot))
+    is_before = protected & (position < first) & (modality == modality.gather(1, slot))
     order = segments.pad(tokens.columns.get("bipartite_order", tokens.position), layout)
     place = ranks(order.masked_fill(~candidates, _LAST).argsort(dim=1, stable=True))
     return candidates, is_before.sum(1), place
