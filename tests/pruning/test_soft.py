@@ -14,6 +14,7 @@ from small_models import BLIP, images, scrambled, sentences, soften
 import vltprune as vp
 from vltprune.core.attention import attend
 from vltprune.core.attention_stats import attend_with_stats
+from vltprune.core.modality import with_modality
 from vltprune.core.statistics import Stat
 from vltprune.models.blip import BlipNlvr
 from vltprune.models.caption import BlipCaption
@@ -84,6 +85,8 @@ def test_what_is_there_in_no_part_is_as_if_gone(data):
     first = layout.slot == 0
     gone &= ~first
     tokens = vp.PackedTokens(torch.randn(layout.total, 8), layout, layout.slot, first, first)
+    # a text of two words, and an image behind it
+    tokens = with_modality(tokens, layout.slot > 1)
     q, k, v = torch.randn(3, layout.total, 2, 4)
     faded = tokens.with_keep_prob(torch.where(gone, 1e-30, 1.0))
     kept = tokens.select(~gone)
