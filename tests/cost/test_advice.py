@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from small_models import small
 
 import vltprune as vp
@@ -81,3 +82,19 @@ def test_a_keeper_without_a_knob_is_told_which_have_one():
     assert "'threshold'" not in str(caught.value)
     with pytest.raises(ValueError, match=r"no block is pruned, .* \(at=\.\.\.\)"):
         BudgetControl(vp.prune(small("nlvr").model, "evit", at=()))
+
+
+def test_a_temperature_that_reaches_more_is_advised_where_few_instances_prune():
+    """Scores above a low threshold are all, or all but one: then nothing goes at any power."""
+    data = [small("text").draw(6)]
+    low, high = (f"threshold(temperature={temperature})" for temperature in (1e-3, 100.0))
+    models = {}
+    for keep in (low, high):
+        torch.manual_seed(0)
+        models[keep] = vp.prune(small("text").model, "madtp", keep=keep, guide="codebook(anchors=5)")
+        vp.fit_guide(models[keep], data)
+    with pytest.raises(
+        vp.BudgetError, match=r"raise the temperature, keep='threshold\(temperature=100\.0\)'"
+    ) as caught:
+        vp.calibrate(models[low], data, 0.6)
+    assert vp.measure(models[high], data, 64.0).reduction > caught.value.nearest.reduction + 0.1

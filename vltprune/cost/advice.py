@@ -40,6 +40,9 @@ def budget_advice(model: nn.Module, control: BudgetControl, reduction: float, le
         if all(stage.place == "output" for stage in get_pruning(model).config.stages):
             return "Nothing is saved in a tower that is pruned behind its last block: write place='block', at=0.25, say"
         ways = [f"ask for less than {percent(most)}"] if most > 0 else []
+        if "threshold" in names and control.knob.name == "power":
+            # its threshold is then near the mean of the scores, and no power moves instances that keep all their tokens
+            ways.append("raise the temperature, keep='threshold(temperature=100.0)'")
         return _either(ways + (["prune at more depths (at=...)"] if _has_dense_blocks(model, control) else []) + others)
     several = any(len(pruned_depths(get_pruning(model).towers[tower])) > 1 for tower in control.towers)
     ways = [f"ask for more than {percent(least)}"] + (["prune at fewer depths (at=...)"] if several else [])

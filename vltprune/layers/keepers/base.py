@@ -122,7 +122,7 @@ class KeepRatioPredictor(PrintedPart, ABC):
         """The probability that each token stays in soft training: the sigmoid of its margin over a temperature.
 
         Where `hard`, it is 1 for a probability above one half and `tokens.MASKED` for others, in place of 0. Its gradient is
-        that of the probability (straight-through, Bengio et al., arXiv 1308.3432).
+        that of the probability at temperature 1 (straight-through, Bengio et al., arXiv 1308.3432): it need not harden.
 
         Args:
             scores: [total].
@@ -133,7 +133,7 @@ class KeepRatioPredictor(PrintedPart, ABC):
         Returns:
             The probabilities, [total].
         """
-        prob = (self.margin(scores, tokens, guidance) / temperature).sigmoid()
+        prob = (self.margin(scores, tokens, guidance) / (1.0 if self.hard else temperature)).sigmoid()
         if not self.hard:
             return prob
         # the difference is exactly 0, and is not added to what would round it

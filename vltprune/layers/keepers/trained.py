@@ -184,9 +184,6 @@ class SampledRatio(Ratio):
         # the difference of two Gumbel variables is logistic
         return logit + torch.logit(torch.rand_like(scores), _CERTAIN)
 
-    def keep_prob(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None, temperature: float) -> Tensor:
-        return super().keep_prob(scores, tokens, guidance, 1.0 if self.hard else temperature)
-
 
 def _count_above(scores: Tensor, threshold: Tensor, tokens: PackedTokens) -> Tensor:
     """[batch] int64: the unprotected tokens of each instance whose scores are above a threshold by more than rounding."""

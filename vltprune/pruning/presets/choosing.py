@@ -44,7 +44,8 @@ def zero_tprune() -> PruneConfig:
     similarity of keys between the less and the more important half, then by importance.
 
     **Departs**: there is no reference code; blocks and ratios are not the paper's. The order of the first stage is that of
-    full PageRank, for which the paper has a single step. Heads count alike: its filter of heads by variance is left out.
+    full PageRank, for which the paper has a single step, and it is divided into halves, not in turn. The number of steps is 30
+    at every depth. Heads count alike: the paper's filter of heads by variance is left out.
     """
     blocks = (1 / 12, 3 / 12, 6 / 12, 9 / 12, 11 / 12)
     second = Stage("pagerank", "ratio(ratio=0.85)", "drop", at=blocks)

@@ -26,8 +26,8 @@ def asvit() -> PruneConfig:
     Train it with `budget="learned"` (docs/compress.md), which has AS-ViT's loss on the MACs.
 
     **Departs**: counts are per instance in any batch; the reference keeps the batch's mean count of every image. Thresholds are
-    in standard deviations of an instance's scores, and so is the temperature of their gradient, which falls in training. The
-    three blocks are EViT's and DynamicViT's; AS-ViT's own were not at hand.
+    in standard deviations of an instance's scores, and so is the temperature of their gradient, which is 1. The three
+    blocks are EViT's and DynamicViT's; AS-ViT's own were not at hand.
     """
     return PruneConfig(scorer="cls_attention", keep="learned(threshold=-0.5, hard=True)", at=(0.25, 0.5, 0.75))
 
