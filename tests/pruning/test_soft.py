@@ -93,8 +93,9 @@ def test_what_is_there_in_no_part_is_as_if_gone(data):
 
     # the last token may be gone itself, and there is no text beside
     every = reduce(or_, Stat) & ~Stat.LAST & ~Stat.FROM_TEXT
-    out, stats = attend_with_stats(q, k, v, faded, 0.5, every, key_bias=faded.bias)
-    fewer, right = attend_with_stats(q[~gone], k[~gone], v[~gone], kept, 0.5, every)
+    text = torch.randn(layout.batch, 2, 4)
+    out, stats = attend_with_stats(q, k, v, faded, 0.5, every, key_bias=faded.bias, text=text)
+    fewer, right = attend_with_stats(q[~gone], k[~gone], v[~gone], kept, 0.5, every, text=text)
     torch.testing.assert_close(out[~gone], fewer)
     for stat in right.values:
         torch.testing.assert_close(stats[stat][~gone], right[stat])

@@ -172,7 +172,7 @@ class Reassign(TokenReducer):
         return before**2 * self.spec.dim
 
     def further_macs(self, before: Tensor, after: Tensor) -> Tensor | float:
-        return 0.0 if self.spec.causal else before * after * self.spec.dim
+        return 0.0 if self.spec.causal else before**2 * self.spec.dim
 
 
 def leaders(tokens: PackedTokens, selection: Selection, stats: AttentionStats, by: By) -> Tensor:

@@ -29,7 +29,15 @@ class Terms:
     weight: Tensor
 
     def add(self, sums: Tensor, values: Tensor) -> Tensor:
-        """Adds the terms of values [total, ...] to sums [new total, ...]."""
+        """Adds the terms of a plan to its sums.
+
+        Args:
+            sums: the sums so far, [new total, ...].
+            values: values per token, [total, ...].
+
+        Returns:
+            The sums, [new total, ...].
+        """
         weight = self.weight.view(-1, *[1] * (values.dim() - 1))
         weighted = precision.single(values.index_select(0, self.source)) * weight
         return precision.single(sums).index_add(0, self.result, weighted).to(values.dtype)
