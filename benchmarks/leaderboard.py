@@ -49,8 +49,6 @@ _TIMED = 2  # batches
 _INSIDE = 0.25  # of the depth, where presets prune that are published for a tower's output
 _SIZES = 7  # that the search for a cost tries
 
-# the tasks' models have towers of one modality
-_PRESETS = [name for name in vp.presets.names() if not vp.preset(name).needs_modalities]
 
 Row = dict[str, Any]
 
@@ -63,7 +61,7 @@ def main() -> None:
     tasks = {name: TASKS[name](options) for name in options.tasks}
     for reduction in options.reductions:
         for name, task in tasks.items():
-            run(name, task, options.presets or _PRESETS, [reduction], RESULTS)
+            run(name, task, options.presets or vp.presets.names(), [reduction], RESULTS)
 
 
 def run(name: str, task: Task, presets: Sequence[str], reductions: Sequence[float], file: Path) -> None:
