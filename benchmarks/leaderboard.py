@@ -145,7 +145,8 @@ def measured(task: Task, config: vp.PruneConfig, cell: Cell | Whole, dense_macs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", vp.UntrainedGuideWarning)
             model = vp.prune(task.dense, config)
-        if config.guide is not None:
+        guide = model.pruning.guide
+        if guide is not None and guide.is_untrained:
             vp.fit_guide(model, task.calibration, seed=cell.seed, progress=False)
         if isinstance(cell, Cell):
             calibrated(task, model, cell.reduction)

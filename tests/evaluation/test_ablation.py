@@ -48,6 +48,11 @@ def test_a_grid_is_its_text(fields):
     assert len({cell.key for cell in grid}) == len(grid) == size
 
 
+def test_a_grid_takes_all_that_a_stage_has():
+    (cell,) = Grid.from_text("preset=random; place=block; modality=image; at=-1")
+    assert (cell.config.place, cell.config.modality, cell.config.at) == ("block", "image", (-1,))
+
+
 def test_commas_in_brackets_belong_to_a_value():
     grid = Grid.from_text("preset = random; keep=ratio(ratio=0.5, decay=0.25),distortion(error=0.1); at=(1, 2),3;")
     assert [cell.labels["keep"] for cell in grid][::2] == ["ratio(ratio=0.5, decay=0.25)", "distortion(error=0.1)"]
@@ -64,6 +69,8 @@ def test_commas_in_brackets_belong_to_a_value():
         ("preset=evit; reduction=0.5,1.5", "reduction=1.5 must lie between 0 and 1"),
         ("preset=evit; reduction=much", "cannot read reduction=much"),
         ("preset=evit; seed=-1", "seed=-1 is no seed"),
+        ("preset=evit; place=attnetion", "place='attnetion' is no place; did you mean attention"),
+        ("preset=evit; modality=images", "modality='images' is no modality; did you mean image"),
         ("reduction=0.5", "names no preset"),
         ("preset=evit; preset=madtp", "preset= twice"),
         ("preset=evit,evit", "preset=evit twice"),

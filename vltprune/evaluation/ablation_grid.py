@@ -18,11 +18,11 @@ from ..pruning.config import PruneConfig
 from ..pruning.depths import freeze_depths
 from ..pruning.part import KINDS, Part
 from ..pruning.presets import preset as preset_config
-from ..pruning.stage import PRUNER_KINDS, check_place
+from ..pruning.stage import PRUNER_KINDS, check_modality, check_place
 from ..registry import nearest, parameters, presets
 from ..utils.frozen import FrozenDict, thawed
 
-PARTS = (*KINDS, "at", "place")
+PARTS = (*KINDS, "at", "place", "modality")
 FIELDS = ("preset", *PARTS, "reduction", "seed")
 _EXAMPLE = "preset=attention,evit; reduction=0.3,0.5"
 _OPENING, _CLOSING = "([{", ")]}"
@@ -195,6 +195,9 @@ def _checked(field: str, value: Any) -> Any:
     if field == "place":
         check_place(value)
         return value
+    if field == "modality":
+        check_modality(value)
+        return value
     if field in KINDS:
         return _part(field, value)
     if field == "seed":
@@ -263,6 +266,8 @@ def _seeded(part: Any, kind: str, seed: int) -> Any:
 def _parse(field: str, text: str) -> object:
     """A value of a field from its text."""
     if field == "preset" or (field in KINDS and not text.startswith("{")):
+        return text
+    if field in ("place", "modality") and text.isidentifier() and text.lower() != "none":
         return text
     try:
         return None if text.lower() == "none" else ast.literal_eval(text)

@@ -37,6 +37,7 @@ _COLUMNS = {
     "reducer": "What becomes of the other tokens.",
     "at": "The layers that prune, counted from 0; fractions are of the depth.",
     "place": "Where in these layers: between attention and MLP, behind the layer (block), or behind the tower (output).",
+    "modality": "Whose tokens are pruned where text and image are one sequence.",
     "reduction": "The fraction of the dense model's MACs that was asked to be saved.",
     "seeds": "How many seeds the row is the mean of; ± is the standard deviation over them.",
     "MACs": "Mean multiply-accumulates of an instance, the pruning itself included, padding not.",
