@@ -30,6 +30,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ltp": {**LEARNED, "parts": AT},
     "asvit": {**LEARNED, "parts": AT, "distill": 0.5, "distill_tokens": 0.5},
     "dynamicvit": {**LEARNED, "parts": AT, "losses": {"keep_ratio": 2.0}, "distill": 0.5, "distill_tokens": 0.5},
+    # tokens stay in part in training, where the papers mask them
+    "asvit relaxed": {
+        **LEARNED,
+        "parts": {**AT, "keep": "learned(threshold=-0.5, hard=False)"},
+        "distill": 0.5,
+        "distill_tokens": 0.5,
+    },
+    "dynamicvit relaxed": {
+        **LEARNED,
+        "parts": {**AT, "keep": "sampled_ratio(ratio=0.7, hard=False)"},
+        "losses": {"keep_ratio": 2.0},
+        "distill": 0.5,
+        "distill_tokens": 0.5,
+    },
     # in random towers halting probabilities are small: the gain and center of A-ViT are for DeiT
     "avit": {
         **LEARNED,
@@ -64,7 +78,7 @@ def config_of(preset: str, steps: int, rate: float, seed: int) -> CompressConfig
         pretrained=True,
         data="synthetic:train:1600x8",
         val="synthetic:val:480",
-        preset=preset,
+        preset=preset.partition(" ")[0],
         reduction=0.6,
         steps=steps,
         batch_size=8,

@@ -137,6 +137,10 @@ def test_the_page_on_compressing_has_the_results_of_presets_that_are_trained():
         accuracy = " | ".join(f"{100 * row['accuracy']:.1f}" for row in (before, trained))
         tokens = ", ".join(map(str, trained["tokens"][1:4]))
         assert re.search(rf"^\| `{preset}`[^|]*\| {re.escape(accuracy)} \| {tokens} \|$", page, re.MULTILINE)
+    for preset in ("asvit", "dynamicvit"):
+        relaxed = rows[f"{preset} relaxed, 200 steps"]
+        tokens = ", ".join(map(str, relaxed["tokens"][1:4]))
+        assert f"| `{preset}`, relaxed | | {100 * relaxed['accuracy']:.1f} | {tokens} |" in page
 
 
 def test_another_keeper_takes_the_place_of_the_variants_own(monkeypatch):
