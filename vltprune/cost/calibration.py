@@ -162,20 +162,21 @@ def measure(
         The Calibration at this value.
 
     Raises:
-        ValueError: for no batches; with a value, for a tower that the model lacks or does not prune, and for keepers without a
-            knob.
+        ValueError: for no batches; with a value or a tower, for a tower that the model lacks or does not prune, and for keepers
+            without a knob.
         TypeError: for a dense model, and for batches that the model does not take.
     """
     meter = meter or CostMeter(model)
-    if value is None:
+    if value is None and tower is None:
         return _measured(model, meter, model_inputs(batches, inputs))
     control, wanted = BudgetControl(model, tower), model_inputs(batches, inputs)
     if any(keeper.fits_data for keeper in control.keepers):
         wanted = list(wanted)
     with control.unless_done():
-        control.set(value)
-        fit_keepers(model, control, wanted)
-        return _measured(model, meter, wanted)
+        if value is not None:
+            control.set(value)
+            fit_keepers(model, control, wanted)
+        return _measured(model, meter, wanted, tower)
 
 
 def fit_keepers(model: nn.Module, control: BudgetControl, batches: Iterable[Batch]) -> None:
@@ -213,7 +214,7 @@ class _Search:
 
     def measure(self, value: float) -> Calibration:
         self.set(value)
-        found = _measured(self.model, self.meter, counted(self.batches, self.shown))
+        found = _measured(self.model, self.meter, counted(self.batches, self.shown), self.tower)
         self.shown.set_postfix_str(f"{percent(self.saved(found))} at {self.knob.name}={value:.4g}")
         return found
 
@@ -288,7 +289,8 @@ class _Search:
         return f"{reason}. {budget_advice(self.model, self.control, reduction, least, most)}"
 
 
-def _measured(model: nn.Module, meter: CostMeter, batches: Iterable[Batch]) -> Calibration:
+def _measured(model: nn.Module, meter: CostMeter, batches: Iterable[Batch], tower: str | None = None) -> Calibration:
+    """The mean cost of batches, with the knob of all towers, or of one."""
     macs = dense = padding = instances = 0.0
     towers: dict[str, list[float]] = {}
     for batch in batches:
@@ -297,17 +299,18 @@ def _measured(model: nn.Module, meter: CostMeter, batches: Iterable[Batch]) -> C
         cost = meter(traces)
         macs, dense, padding = macs + cost.total, dense + cost.dense_total, padding + cost.padding_total
         instances += cost.instances
-        for tower in cost.towers:
-            spent = [float(one[tower].sum()) for one in (cost.towers, cost.dense, cost.padding)]
-            towers[tower] = [sum(pair) for pair in zip(towers.get(tower, [0.0] * 3), spent, strict=True)]
+        for name in cost.towers:
+            spent = [float(one[name].sum()) for one in (cost.towers, cost.dense, cost.padding)]
+            towers[name] = [sum(pair) for pair in zip(towers.get(name, [0.0] * 3), spent, strict=True)]
     if not instances:
         raise ValueError("measuring needs at least one batch of inputs")
     encoders = get_pruning(model).towers
     tower_calibrations = {}
-    for tower, sums in towers.items():
+    for name, sums in towers.items():
         pruned, full, padded = (one / instances for one in sums)
-        tower_calibrations[tower] = TowerCalibration(pruned, full, padded, *_set_to(keepers_of(encoders[tower])))
-    knob, value = _set_to(keeper for encoder in encoders.values() for keeper in keepers_of(encoder))
+        tower_calibrations[name] = TowerCalibration(pruned, full, padded, *_set_to(keepers_of(encoders[name])))
+    asked = encoders if tower is None else (tower,)
+    knob, value = _set_to(keeper for name in asked for keeper in keepers_of(encoders[name]))
     return Calibration(knob, value, macs / instances, dense / instances, padding / instances, tower_calibrations)
 
 
