@@ -61,8 +61,3 @@ def text_counts(column: Tensor | None, lengths: Sequence[int]) -> Tensor | float
     if column is None:
         return 0.0
     return torch.stack([(one == _NUMBERS["text"]).sum() for one in column.split(tuple(lengths))])
-
-
-def modality_of(tokens: PackedTokens) -> Tensor:
-    """The modality of each token, [total] int64: 0 for text and 1 for image; 0 for all tokens of a tower of one modality."""
-    return tokens.columns.get(COLUMN, torch.zeros_like(tokens.position))

@@ -252,8 +252,11 @@ class PrunedEncoder(Tower):
         scored = None if scores is None else (entered, scores)
         expected = steps[-1].expected if steps else None if tokens.keep_prob is None else tokens.expected
         lengths = tokens.layout.lengths
-        trace = LayerTrace(tokens.position, tokens.protected, lengths, steps, early, relate, expected, scored)
-        return tokens, replace(trace, modality=tokens.columns.get(COLUMN))
+        modality, position = tokens.columns.get(COLUMN), tokens.position
+        trace = LayerTrace(
+            position, tokens.protected, lengths, steps, early, relate, expected, scored, modality=modality
+        )
+        return tokens, trace
 
     def _decide(
         self,

@@ -151,8 +151,10 @@ def with_statistics(tokens: PackedTokens, stats: AttentionStats, needs: Stat) ->
     Returns:
         The tokens with these columns.
     """
+    if not needs:
+        return tokens
     named = {str(stat.name): stats[stat] for stat in Stat if stat & needs}
-    return replace(tokens, columns={**tokens.columns, **named}) if named else tokens
+    return replace(tokens, columns={**tokens.columns, **named})
 
 
 @keepers.register("ratio")

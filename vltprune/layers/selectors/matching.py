@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import precision, segments
-from ...core.modality import modality_of
+from ...core.modality import COLUMN
 from ...core.statistics import AttentionStats
 from ...core.tokens import PackedTokens
 from ...registry import selectors
@@ -34,16 +34,19 @@ def in_sequence(tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
     """
     layout = tokens.layout
     candidates, protected = segments.pad(tokens.free, layout), segments.pad(tokens.protected, layout)
-    position, modality = segments.pad(tokens.position, layout), segments.pad(modality_of(tokens), layout)
+    position = segments.pad(tokens.position, layout)
     first, slot = position.masked_fill(~candidates, _LAST).min(1, keepdim=True)
-    is_before = protected & (position < first) & (modality == modality.gather(1, slot))
+    is_before = protected & (position < first)
+    if COLUMN in tokens.columns:
+        modality = segments.pad(tokens.columns[COLUMN], layout)
+        is_before &= modality == modality.gather(1, slot)
     order = segments.pad(tokens.columns.get("bipartite_order", tokens.position), layout)
     place = ranks(order.masked_fill(~candidates, _LAST).argsort(dim=1, stable=True))
     return candidates, is_before.sum(1), place
 
 
 def order_column(tokens: PackedTokens, order: Tensor) -> dict[str, Tensor]:
-    """The column "bipartite_order" of padded tokens. Protected ones keep their number: another stage may prune them.
+    """The column "bipartite_order" of padded tokens. Beside another modality protected ones keep theirs for its own stage.
 
     Args:
         tokens: the tokens of a block.
@@ -52,6 +55,8 @@ def order_column(tokens: PackedTokens, order: Tensor) -> dict[str, Tensor]:
     Returns:
         The column by name, [batch, n] int64.
     """
+    if COLUMN not in tokens.columns:
+        return {"bipartite_order": order}
     former = tokens.columns.get("bipartite_order", tokens.position)
     candidates, former = segments.pad(tokens.free, tokens.layout), segments.pad(former, tokens.layout)
     return {"bipartite_order": torch.where(candidates, order, former)}
