@@ -33,6 +33,7 @@ FLOORS = (
     "pruning.prune",
     "cost",
     "io.preprocessing io.hub models.catalog models.sources models.pretrained models.factory models.resolve",
+    "deploy",
     "viz evaluation",
     "demo training",
     "cli",

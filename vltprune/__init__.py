@@ -10,6 +10,7 @@ from .cost.calibration import BudgetError, calibrate, measure
 from .cost.guide_fit import fit_guide
 from .cost.macs import CostMeter, count_macs
 from .cost.prune import prune
+from .deploy.freeze import FixedCounts, freeze
 from .evaluation.ablation import Ablation, ablate
 from .hosts.resized import resized
 from .io.checkpoint import CheckpointError, Recipe, UnknownHostWarning, save
@@ -55,6 +56,7 @@ __all__ = [
     "CheckReport",
     "CheckpointError",
     "CostMeter",
+    "FixedCounts",
     "Guidance",
     "KeepRatioPredictor",
     "Knob",
@@ -91,6 +93,7 @@ __all__ = [
     "count_macs",
     "create_model",
     "fit_guide",
+    "freeze",
     "from_pretrained",
     "guide",
     "guides",

@@ -1,0 +1,1 @@
+"""Deployment of pruned models: fixed counts, and files for other engines."""
