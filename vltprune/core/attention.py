@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import segments
+from .kernels import varlen
 from .tokens import Layout
 
 # padded, an instance of up to so many logits costs less than a call of its own (cpu: measured; cuda: to be measured)
@@ -83,6 +84,10 @@ def attend(
     if pairs is not None and key_layout is not None:
         raise ValueError("pairs are of one sequence and key_layout makes two: leave either of them out")
     keys = key_layout or layout
+    is_plain = key_bias is None and pairs is None and not dropout
+    if is_plain and varlen.applies(q, k, v, layout, keys, causal):
+        return varlen.attend(q, k, v, layout, keys, scale, causal)
+
     # what pairs add is as large as the map, so that long instances, uniform or not, take turns
     if (layout.is_uniform and keys.is_uniform and pairs is None) or is_small(q, layout, keys):
         padded_q, padded_k, padded_v = by_head(q, layout), by_head(k, keys), by_head(v, keys)

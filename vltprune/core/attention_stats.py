@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import precision, segments
 from .attention import PairBias, attend, bias_per_instance, by_head, is_small, own_bias, padded_bias
+from .kernels import column_stats
 from .modality import is_of
 from .statistics import PAGERANK_STEPS, AttentionStats, Stat
 from .tokens import Layout, PackedTokens
@@ -48,7 +49,8 @@ def attend_with_stats(
     """Self-attention that also computes the statistics in `needs`, exactly, and no others.
 
     Statistics of the whole attention map (`Stat.of_map`) share one pass: its probabilities are computed once, a block of
-    query rows at a time, and give the output too. The others run beside fused attention.
+    query rows at a time, and give the output too. The others run beside fused attention. On CUDA so do RECEIVED and COLUMN,
+    by a kernel of their own, where nothing is added to the logits and no gradient is wanted.
 
     Args:
         q: queries, [total, heads, head_dim].
@@ -76,7 +78,8 @@ def attend_with_stats(
         raise ValueError(f"{Stat.FROM_QUERY} is the attention of a text, and there is none: give its queries as text=")
 
     rules, values, out = _Logits(scale, causal, key_bias, pairs, dropout), {}, None
-    if not needs.of_map:
+    by_kernel = key_bias is None and pairs is None and column_stats.applies(q, k, needs.of_map)
+    if by_kernel or not needs.of_map:
         out = attend(q, k, v, tokens.layout, scale, causal=causal, key_bias=key_bias, pairs=pairs, dropout=dropout)
 
     with torch.autocast(q.device.type, enabled=False):  # which would take the products of statistics in half again
@@ -84,6 +87,9 @@ def attend_with_stats(
         if out is None:
             with_map = _attend_padded if is_small(q, tokens.layout, tokens.layout) else _attend_by_rows
             out, values = with_map(query, keys, v, tokens, rules, needs.of_map)
+        if by_kernel:
+            counts = _query_weights(tokens, query)
+            values = column_stats.column_statistics(q, k, tokens.layout, scale, needs.of_map, *counts, causal=causal)
         values |= _rows_of_the_map(query, keys, tokens, rules, needs)
         if Stat.FROM_TEXT in needs:
             values[Stat.FROM_TEXT] = attention_from_queries(

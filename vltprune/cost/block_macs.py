@@ -13,7 +13,6 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..core import precision
 from ..core.statistics import Stat
@@ -260,6 +259,8 @@ def measure_macs(run: Callable[..., object], *inputs: object) -> float:
     Returns:
         The MACs, half of the counter's FLOPs.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton where that is installed
+
     counter = FlopCounterMode(display=False)
     # the counter fails on views made without gradients
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter, uncounted_macs(counter) as uncounted:
