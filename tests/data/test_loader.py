@@ -39,6 +39,14 @@ def test_batches_and_what_they_skip(records, tmp_path, workers):
     assert f"there is no image {tmp_path / 'gone.png'}" in loader.skipped[1].reason
 
 
+def test_parts_take_turns_at_the_batches(records):
+    parts = [Loader(records, prepare, batch_size=1, start=1, part=part, parts=3) for part in range(3)]
+    assert [part.batches for part in parts] == [[range(1, 2), range(4, 5)], [range(2, 3)], [range(3, 4)]]
+    assert [len(part) for part in parts] == [2, 1, 1]
+    assert [[record.index for some, _ in part for record in some] for part in parts] == [[4], [2], []]
+    assert [[skipped.index for skipped in part.skipped] for part in parts] == [[1], [], [3]]
+
+
 def test_batches_that_lost_all(records):
     loader = Loader([records[3]], prepare)
     assert list(loader) == []

@@ -42,3 +42,11 @@ def test_nothing_is_written_before_the_first_row(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"index": "of a run whose settings are lost"}\n')
     ResultsLog(tmp_path, SETTINGS).add([{"index": 0}])
     assert ResultsLog(tmp_path, SETTINGS).rows == [{"index": 0}]
+
+
+def test_a_log_without_a_folder_is_in_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log = ResultsLog(None, SETTINGS)
+    log.add([{"index": 0}])
+    log.add([{"index": 1}])
+    assert [row["index"] for row in log.rows] == [0, 1] and not list(tmp_path.iterdir())

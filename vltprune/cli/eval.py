@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .. import __version__
 from ..cost import describe
-from ..data import Loader, Record, fingerprint
+from ..data import Loader, fingerprint
 from ..data.records import R
 from ..evaluation import tasks
 from ..evaluation.evaluator import Evaluator, summarize, summarize_matching
+from ..evaluation.processes import Processes
 from ..evaluation.results_log import ResultsLog, Row, write_json
 from ..evaluation.tasks.matching import K_TEST
 from ..models.wordpiece import BERT
@@ -91,32 +95,141 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at what cannot be read, instead of skipping it")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Runs `vltprune eval` with its parsed arguments."""
-    _check_options(args)
-    common.check_annotations("--data", args.data)
-    images = common.image_folders(args)
-    folder = common.output_folder(args.output or common.default_output(f"eval/{args.task}", args.model))
-    common.use_threads(args.threads)
-    kind: Any = tasks.tasks[args.task]
-    records = kind.load_records(args.data, images, args.strict)
-    model = load(args)
-    settings = settings_of(args, model)
-    log = ResultsLog(folder, settings)
-    task: tasks.Task[Any] = kind.from_model(model, tasks.Options(args.vocabulary, args.answers))
-    _check_second_stage(task, args.k_test)
+def run(args: argparse.Namespace) -> int:
+    """Runs `vltprune eval` with its parsed arguments, and returns the exit code. Of several processes the first one prints."""
+    if _launched_as()[0] == 0:
+        _run(args)
+        return 0
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            _run(args)
+        except KeyboardInterrupt:
+            return 130
+        except Exception:  # which the first process prints
+            if args.traceback:
+                raise
+            return 2
+    return 0
 
-    loader = Loader(
-        records, common.input_transform(model), args.batch_size, args.strict, stop=args.limit, workers=args.workers
-    )
-    rows = _evaluate("answering", Evaluator(task, model, args.device), loader, log)[: len(loader)]
-    summary = _summarize(task, rows, settings, records, folder)
-    if isinstance(task, tasks.Retrieval) and task.has_head and args.k_test != 0:
-        matching = task.matching(records, rows, args.k_test or K_TEST)
-        summary["matching"] = _second_stage(matching, model, settings, loader, folder)
-        write_json(folder / "summary.json", summary)
+
+def _run(args: argparse.Namespace) -> None:
+    with _group(args.device) as (processes, device):
+        job = _prepare(args, processes, device)
+        rows = job.answer("answering", job.task, job.loader, job.folder, job.settings)[: len(job.loader)]
+        matching, pairs, summary = None, [], {}
+        if isinstance(job.task, tasks.Retrieval) and job.task.has_head and args.k_test != 0:
+            with processes.together():
+                if processes.is_main:
+                    summary = _summarize(job, rows)
+                matching = job.task.matching(job.loader.records, rows, args.k_test or K_TEST)
+            pairs = _second_stage(job, matching)
+    if not processes.is_main:
+        return
+    if matching is None:
+        _summarize(job, rows)
+    else:
+        summary["matching"] = summarize_matching(matching, pairs)
+        write_json(job.folder / "summary.json", summary)
         _print_matching(summary["matching"])
-    print(f"wrote {folder / 'summary.json'}, and the answer to each record in the same folder")
+    print(f"wrote {job.folder / 'summary.json'}, and the answer to each record in the same folder")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An evaluation that is ready to run, in one process of those that share it.
+
+    Attributes:
+        task: The task, set to the model.
+        model: The model, on the process's device.
+        loader: The records and their images.
+        folder: The folder of the results.
+        settings: What the answers depend on.
+        processes: The processes.
+        device: The process's device.
+    """
+
+    task: Any
+    model: nn.Module
+    loader: Loader[Any]
+    folder: Path
+    settings: Mapping[str, Any]
+    processes: Processes
+    device: str
+
+    def answer(
+        self,
+        what: str,
+        stage: tasks.EvaluationStage[R],
+        loader: Loader[R],
+        folder: Path,
+        settings: Mapping[str, object],
+    ) -> list[Row]:
+        """Answer the records that a folder's log lacks, under a progress bar, and return all its rows."""
+        with self.processes.together():
+            log = ResultsLog(folder if self.processes.is_main else None, settings)
+        rows = self.processes.broadcast(log.rows)
+        if not self.processes.is_main:
+            log.add(rows)
+        evaluator = Evaluator(stage, self.model, self.device, processes=self.processes)
+        with bar(what, len(loader)) as shown:
+            shown.update(min(len(log.rows), len(loader)))
+            evaluator.run(loader, log, shown.update)
+        return log.rows
+
+
+def _prepare(args: argparse.Namespace, processes: Processes, device: str) -> _Job:
+    """Check the options, and load what they name."""
+    with processes.together():
+        _check_options(args)
+        common.check_annotations("--data", args.data)
+        images = common.image_folders(args)
+        folder = args.output or common.default_output(f"eval/{args.task}", args.model)
+        if processes.is_main:
+            folder = common.output_folder(folder)
+        common.use_threads(args.threads)
+        kind: Any = tasks.tasks[args.task]
+        records = kind.load_records(args.data, images, args.strict)
+        model = load(args, device)
+        settings = settings_of(args, model)
+        task: tasks.Task[Any] = kind.from_model(model, tasks.Options(args.vocabulary, args.answers))
+        _check_second_stage(task, args.k_test)
+        loader = Loader(
+            records, common.input_transform(model), args.batch_size, args.strict, stop=args.limit, workers=args.workers
+        )
+    _check_alike(processes, settings)
+    return _Job(task, model, loader, Path(folder), settings, processes, device)
+
+
+def _launched_as() -> tuple[int, int]:
+    """The rank of this process and the number of all, as a launcher such as `accelerate launch` or torchrun has set them."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ.get("RANK", 0)), count) if count > 1 else (0, 1)
+
+
+@contextmanager
+def _group(device: str) -> Iterator[tuple[Processes, str]]:
+    """The processes that a launcher has started, and this one's device; without a launcher this process alone."""
+    if _launched_as()[1] == 1:
+        yield Processes(), device
+        return
+    from ..training.accelerate_state import accelerate_state  # accelerate is of the extra `train`
+
+    had_group = dist.is_initialized()
+    with accelerate_state("float32", device) as state:
+        yield Processes(state.process_index, state.num_processes), str(state.device)
+    if not had_group:
+        dist.destroy_process_group()
+
+
+def _check_alike(processes: Processes, settings: Mapping[str, object]) -> None:
+    """ValueError where a process has other files or weights than the first: their answers would be of two models."""
+    first = processes.broadcast(settings)
+    with processes.together():
+        for key, value in settings.items():
+            if value != first[key]:
+                raise ValueError(
+                    f"{key} is {value!r} here, and {first[key]!r} in process 0: give all processes the same files"
+                )
 
 
 def settings_of(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
@@ -137,38 +250,28 @@ def settings_of(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _evaluate(what: str, evaluator: Evaluator[R], loader: Loader[R], log: ResultsLog) -> list[Row]:
-    """Answer the records that the log lacks, under a progress bar, and return all its rows."""
-    with bar(what, len(loader)) as shown:
-        shown.update(min(len(log.rows), len(loader)))
-        evaluator.run(loader, log, shown.update)
-    return log.rows
-
-
-def _summarize(
-    task: tasks.Task[R], rows: Sequence[Row], settings: Mapping[str, object], records: Sequence[Record], folder: Path
-) -> dict[str, Any]:
+def _summarize(job: _Job, rows: Sequence[Row]) -> dict[str, Any]:
     """Summarize a task's rows: print, write summary.json, and the file of answers where a server takes one."""
+    task: Any = job.task
     if isinstance(task, tasks.SupportsSubmission):  # before the scorer, which may fail
         results = task.submission([row for row in rows if "skipped" not in row])
-        write_json(folder / f"{settings['task']}_result.json", results)
-    summary: dict[str, Any] = {**settings, **summarize(task, rows)}
-    summary["skipped"] += [{"index": one.index, "skipped": one.reason} for one in getattr(records, "skipped", ())]
-    write_json(folder / "summary.json", summary)
+        write_json(job.folder / f"{job.settings['task']}_result.json", results)
+    summary: dict[str, Any] = {**job.settings, **summarize(job.task, rows)}
+    unreadable = getattr(job.loader.records, "skipped", ())
+    summary["skipped"] += [{"index": one.index, "skipped": one.reason} for one in unreadable]
+    write_json(job.folder / "summary.json", summary)
     _print(summary)
     return summary
 
 
-def _second_stage(
-    matching: tasks.Matching, model: nn.Module, settings: Mapping[str, Any], like: Loader[Any], folder: Path
-) -> dict[str, Any]:
-    """Run BLIP's second stage, and summarize it. Its log is for these images and texts: another --limit has another."""
-    loader = replace(like, records=matching.pairs(), batch_size=1, stop=None)
+def _second_stage(job: _Job, matching: tasks.Matching) -> list[Row]:
+    """The rows of BLIP's second stage. Its log is for these images and texts: another --limit has another."""
+    # the pairs follow from the similarity, whose rounding may differ by machine
+    matching = replace(matching, similarity=job.processes.broadcast(matching.similarity))
+    loader = replace(job.loader, records=matching.pairs(), batch_size=1, stop=None)
     images, texts = matching.similarity.shape
-    settings = {**settings, "content_of_features": matching.fingerprint}
-    log = ResultsLog(folder / f"matching_{images}x{texts}_k{matching.k}", settings)
-    rows = _evaluate("matching", Evaluator(matching, model, settings["device"]), loader, log)
-    return summarize_matching(matching, rows)
+    settings = {**job.settings, "content_of_features": matching.fingerprint}
+    return job.answer("matching", matching, loader, job.folder / f"matching_{images}x{texts}_k{matching.k}", settings)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -188,14 +291,19 @@ def _check_second_stage(task: object, most: int | None) -> None:
         )
 
 
-def load(args: argparse.Namespace) -> nn.Module:
-    """The model of the options of `add_model`, on its device."""
+def load(args: argparse.Namespace, device: str | None = None) -> nn.Module:
+    """The model of the options of `add_model`.
+
+    Args:
+        args: The options.
+        device: Where it runs; None for the options' device.
+    """
     torch.manual_seed(0)  # random weights must be the same when a stopped run resumes
     return common.load_model(
         args.model,
         args.pretrained,
         warn_if_dense=True,
-        device=args.device,
+        device=device or args.device,
         dtype=args.dtype,
         **common.keywords(args.model_args),
     )

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__
+from ..evaluation.processes import ProcessError
 from ..utils.importing import import_module
 from . import ablate, check, common, compress, demo, eval, features, info, listing, macs, options, predict, prune
 
 # what the library raises for the user to read
-_EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError, FloatingPointError)
+_EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError, FloatingPointError, ProcessError)
 _ABOUT = "Prune tokens of vision-language transformers, per instance and per layer, guided by both modalities."
 
 

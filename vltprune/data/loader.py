@@ -31,6 +31,8 @@ class Loader(Generic[R]):
         stop: The record to stop before; None for the end.
         workers: Threads that decode images ahead of their use; 0 for none.
         skipped: The records that were skipped, each once.
+        part: Which of `parts` to load: every `parts`-th batch, from this one.
+        parts: How many loaders share the batches; 1 for all of them.
     """
 
     # Threads, not the processes of torch.utils.data.DataLoader: decoders release the GIL, and records and transforms need
@@ -44,14 +46,15 @@ class Loader(Generic[R]):
     stop: int | None = None
     workers: int = 0
     skipped: list[Skipped] = field(default_factory=list)
+    part: int = 0
+    parts: int = 1
 
     def __len__(self) -> int:
         """The number of records to load."""
-        return len(self._indices)
+        return sum(map(len, self.batches))
 
     def __iter__(self) -> Iterator[tuple[list[R], Tensor]]:
-        indices = self._indices
-        batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        batches = self.batches
         for loaded in self._prefetch(batches) if self.workers else (list(map(self._load, batch)) for batch in batches):
             kept = [(record, images) for record, images in loaded if isinstance(images, Tensor)]
             self._list_skipped([images for _, images in loaded if isinstance(images, Skipped)])
@@ -60,8 +63,11 @@ class Loader(Generic[R]):
                 yield list(records), torch.stack(images)
 
     @property
-    def _indices(self) -> range:
-        return range(len(self.records))[self.start : self.stop]
+    def batches(self) -> list[range]:
+        """The indices of the records of each batch."""
+        indices = range(len(self.records))[self.start : self.stop]
+        batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        return batches[self.part :: self.parts]
 
     def _prefetch(self, batches: Sequence[range]) -> Iterator[list[tuple[R, Tensor | Skipped]]]:
         """The batches in their order, each begun while those before it are in use."""

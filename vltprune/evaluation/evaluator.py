@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Generic
 
@@ -18,8 +19,11 @@ from ..data import Loader, Skipped, fingerprint
 from ..data.records import R
 from ..pruning.trace import collect
 from ..utils.modes import evaluating
+from .processes import Processes
 from .results_log import ResultsLog, Row
 from .tasks import EvaluationStage, Matching, SupportsUnscored
+
+ALONE = Processes()
 
 
 class Evaluator(Generic[R]):
@@ -30,6 +34,7 @@ class Evaluator(Generic[R]):
         model: The model, dense or pruned; it is evaluated in evaluation mode, whatever mode it is in.
         device: The device that it runs on.
         cost_meter: What measures the cost of each record.
+        processes: The processes that share the records; each has an evaluator of its own, with the same model.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class Evaluator(Generic[R]):
         model: nn.Module,
         device: str = "cpu",
         cost_meter: SampleCostMeter | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """Move the model to the device.
 
@@ -46,41 +52,63 @@ class Evaluator(Generic[R]):
             model: As of the class.
             device: As of the class.
             cost_meter: The model's cost meter, where there is one already.
+            processes: As of the class.
         """
         self.task = task
         self.model = model.to(device)
         self.device = device
         self.cost_meter = cost_meter or SampleCostMeter(model)
+        self.processes = processes
         self._dense_costs: dict[tuple[object, ...], list[SampleCost]] = {}
 
     @torch.no_grad()
     def run(self, loader: Loader[R], log: ResultsLog, tick: Callable[[int], object] | None = None) -> None:
         """Evaluate the loader's records in order, from the first that has no row in the log.
 
-        A record whose images cannot be decoded, or whose texts the model cannot read, gets a row with the reason.
+        A record whose images cannot be decoded, or whose texts the model cannot read, gets a row with the reason. Several
+        processes take turns at the batches that one alone would have, and each of them gets all rows.
 
         Args:
-            loader: The records and their images.
-            log: The log; it gets one row a record.
+            loader: The records and their images; the same in all processes.
+            log: The log; it gets one row a record. All processes begin with the same rows.
             tick: Called with the number of rows just written.
 
         Raises:
             OSError, ValueError: If the loader is strict, for a record that cannot be evaluated.
             ValueError: If the log is of an earlier version, or if a row's images have changed since.
+            ProcessError: If another process failed.
         """
-        if any("macs" in row and "instances" not in row for row in log.rows):
-            raise ValueError(
-                "these results are of an earlier version, which did not record padding and savings by tower: remove their "
-                "folder, or choose another --output"
-            )
-        _check_images(loader, log)
-        loader = replace(loader, start=len(log.rows), skipped=[])
+        with self.processes.together():
+            if self.processes.is_main:
+                _check_log(loader, log)
+        answered = self._answer(
+            replace(loader, start=len(log.rows), skipped=[], part=self.processes.rank, parts=self.processes.count)
+        )
         with evaluating(self.model, self.cost_meter.model):
-            for records, images in loader:
-                valid = self._tokenizable(records, loader)
-                rows = self._predict([records[i] for i in valid], images[valid].to(self.device)) if valid else []
-                _write(rows, loader, log, tick)
-            _write([], loader, log, tick)
+            while True:
+                with self.processes.together():
+                    batch = next(answered, [])
+                rows = [row for part in self.processes.gather(batch) for row in part]
+                if not rows:
+                    return
+                log.add(rows)
+                if tick is not None:
+                    tick(len(rows))
+
+    def _answer(self, loader: Loader[R]) -> Iterator[list[dict[str, Any]]]:
+        """The rows of each batch of the loader, skipped records included, in the records' order."""
+        places = itertools.chain.from_iterable(loader.batches)
+        size, rows = loader.batch_size, []
+        for records, images in loader:
+            valid = self._tokenizable(records, loader)
+            answers = self._predict([records[i] for i in valid], images[valid].to(self.device)) if valid else []
+            rows += _with_skipped(answers, loader, places)
+            # more than one batch where the loader left out some, all of whose records are skipped
+            while len(rows) >= size:
+                yield rows[:size]
+                rows = rows[size:]
+        rows += _with_skipped([], loader, places)
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
     def _tokenizable(self, records: Sequence[R], loader: Loader[R]) -> list[int]:
         """The batch indices of the records whose texts can be tokenized; the others are listed as skipped."""
@@ -149,8 +177,13 @@ class Evaluator(Generic[R]):
             torch.cuda.synchronize(self.device)
 
 
-def _check_images(loader: Loader[R], log: ResultsLog) -> None:
-    """ValueError where a row's image files have changed; where the loader is strict, OSError for a row that was skipped."""
+def _check_log(loader: Loader[R], log: ResultsLog) -> None:
+    """ValueError for rows of an earlier version or of other images; OSError for a skipped one where the loader is strict."""
+    if any("macs" in row and "instances" not in row for row in log.rows):
+        raise ValueError(
+            "these results are of an earlier version, which did not record padding and savings by tower: remove their "
+            "folder, or choose another --output"
+        )
     for i, row in enumerate(log.rows[: len(loader.records)]):
         if row.get("image_hash") is not None:
             record = loader.records[i]
@@ -163,21 +196,15 @@ def _check_images(loader: Loader[R], log: ResultsLog) -> None:
             raise OSError(f"entry {row['index']}: {row['skipped']}")
 
 
-def _write(
-    rows: list[dict[str, Any]], loader: Loader[R], log: ResultsLog, tick: Callable[[int], object] | None
-) -> None:
-    """Log rows and skipped records in the records' order: their number says where a stopped run resumes."""
-    rows = sorted(
-        [*rows, *({"index": one.index, "skipped": one.reason} for one in loader.skipped)], key=lambda row: row["index"]
-    )
+def _with_skipped(answers: list[dict[str, Any]], loader: Loader[R], places: Iterator[int]) -> list[dict[str, Any]]:
+    """The rows of the next records, answered or skipped by the loader, in order. places: Where those records stand."""
+    skipped: list[dict[str, Any]] = [{"index": one.index, "skipped": one.reason} for one in loader.skipped]
     loader.skipped.clear()
-    for i, row in enumerate(rows, start=len(log.rows)):
-        if "image_hash" not in row:
-            row["image_hash"] = fingerprint.hash_images(loader.records[i])
-    if rows:
-        log.add(rows)
-    if tick is not None:
-        tick(len(rows))
+    rows = sorted([*answers, *skipped], key=lambda row: row["index"])
+    for row, place in zip(rows, places, strict=False):
+        if "skipped" in row:
+            row["image_hash"] = fingerprint.hash_images(loader.records[place])
+    return rows
 
 
 def summarize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +22,36 @@ class ResultsLog:
         rows: The rows so far.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, object], file: str = _ROWS) -> None:
+    def __init__(self, folder: str | Path | None, settings: Mapping[str, object], file: str = _ROWS) -> None:
         """Open the log of a folder, with the rows of a stopped run of the same settings.
 
         Args:
-            folder: The folder of the log; it is created with the first row.
+            folder: The folder of the log; it is created with the first row. None keeps the rows in memory alone.
             settings: What the run depends on, plain JSON values.
             file: The name of the file of rows.
 
         Raises:
             ValueError: If the folder holds a run of other settings, or a damaged row.
         """
-        self._file, self._settings_file, self._settings = Path(folder, file), Path(folder, _SETTINGS), settings
+        self._file, self._settings = None if folder is None else Path(folder, file), settings
         self.rows: list[Row] = []
-        if self._settings_file.is_file():
-            _compare(Path(folder), json.loads(self._settings_file.read_text(encoding="utf-8")), settings)
-            self.rows += self._whole()
+        if self._file is not None and (saved := self._file.with_name(_SETTINGS)).is_file():
+            _compare(self._file.parent, json.loads(saved.read_text(encoding="utf-8")), settings)
+            self.rows += _read(self._file)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows, which are written at once. Nothing is written before the first of them."""
         added = [dict(row) for row in rows]
-        if not self.rows:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._settings_file, self._settings)
-        with self._file.open("a" if self.rows else "w", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in added))
+        if self._file is not None:
+            self._write(self._file, added)
         self.rows += added
 
-    def _whole(self) -> list[Row]:
-        """The rows on disk; a last one that was cut short is cut off the file."""
-        text = self._file.read_bytes() if self._file.is_file() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            self._file.write_bytes(whole)
-        return [self._row(number, line) for number, line in enumerate(whole.splitlines(), start=1)]
-
-    def _row(self, number: int, line: bytes) -> Row:
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{self._file}, line {number}, is damaged: remove the folder, or choose another --output"
-            ) from error
+    def _write(self, file: Path, rows: Sequence[Row]) -> None:
+        if not self.rows:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file.with_name(_SETTINGS), self._settings)
+        with file.open("a" if self.rows else "w", encoding="utf-8") as lines:
+            lines.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_json(file: Path, value: object) -> None:
@@ -78,6 +66,22 @@ def write_json(file: Path, value: object) -> None:
         TypeError: If json cannot write the value.
     """
     write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+def _read(file: Path) -> list[Row]:
+    """The rows of a file; a last one that was cut short is cut off it."""
+    text = file.read_bytes() if file.is_file() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        file.write_bytes(whole)
+    return [_row(file, number, line) for number, line in enumerate(whole.splitlines(), start=1)]
+
+
+def _row(file: Path, number: int, line: bytes) -> Row:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{file}, line {number}, is damaged: remove the folder, or choose another --output") from error
 
 
 def _compare(folder: Path, saved: Mapping[str, object], current: Mapping[str, object]) -> None:
