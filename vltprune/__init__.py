@@ -10,7 +10,9 @@ from .cost.calibration import BudgetError, calibrate, measure
 from .cost.guide_fit import fit_guide
 from .cost.macs import CostMeter, count_macs
 from .cost.prune import prune
+from .deploy.export import ExportedModel, export
 from .deploy.freeze import FixedCounts, freeze
+from .deploy.graph import ExportError
 from .evaluation.ablation import Ablation, ablate
 from .hosts.resized import resized
 from .io.checkpoint import CheckpointError, Recipe, UnknownHostWarning, save
@@ -56,6 +58,8 @@ __all__ = [
     "CheckReport",
     "CheckpointError",
     "CostMeter",
+    "ExportError",
+    "ExportedModel",
     "FixedCounts",
     "Guidance",
     "KeepRatioPredictor",
@@ -92,6 +96,7 @@ __all__ = [
     "collect",
     "count_macs",
     "create_model",
+    "export",
     "fit_guide",
     "freeze",
     "from_pretrained",

@@ -12,7 +12,22 @@ from typing import NoReturn
 from .. import __version__
 from ..evaluation.processes import ProcessError
 from ..utils.importing import import_module
-from . import ablate, check, common, compress, demo, eval, features, info, listing, macs, options, predict, prune
+from . import (
+    ablate,
+    check,
+    common,
+    compress,
+    demo,
+    eval,
+    export,
+    features,
+    info,
+    listing,
+    macs,
+    options,
+    predict,
+    prune,
+)
 
 # what the library raises for the user to read
 _EXPECTED = (ValueError, LookupError, TypeError, OSError, ImportError, FloatingPointError, ProcessError)
@@ -41,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vltprune", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"vltprune {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for command in (demo, predict, listing, info, macs, features, prune, compress, eval, ablate, check):
+    for command in (demo, predict, listing, info, macs, features, prune, export, compress, eval, ablate, check):
         command.add(commands, (everywhere, compute))
     return parser
 

@@ -65,6 +65,14 @@ def fraction_or_zero(text: str) -> float:
     return 0.0 if _number(text) == 0 else fraction(text)
 
 
+def quantile(text: str) -> float:
+    """A number from 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise _Wrong(f"{text!r} is no quantile: write a number from 0 to 1, such as 0.9")
+    return value
+
+
 def target(text: str) -> float | dict[str, float]:
     """A fraction of the MACs to save, 0 included, or one for each tower: "0.5", "image=0.5,text=0.3"."""
     if "=" not in text:

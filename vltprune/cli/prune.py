@@ -83,7 +83,9 @@ def run(args: argparse.Namespace) -> None:
     if files is not None and len(model.pruning.towers) > 1 and not isinstance(reduction, Mapping):
         reduction = {"image": reduction}
     check_targets(model, reduction)
-    batches = _record_batches(args, model) if files is None else _image_batches(args, model, files)
+    batches = (
+        _record_batches(args, model) if files is None else image_batches(model, files, args.batch_size, args.device)
+    )
     number = f"{sum(count for count, _ in batches)} {'records' if files is None else 'images'}"
     inputs = [batch for _, batch in batches]
 
@@ -136,12 +138,23 @@ def _load(args: argparse.Namespace, images_only: bool) -> PrunedModel:
     return model
 
 
-def _image_batches(args: argparse.Namespace, model: PrunedModel, files: Sequence[Path]) -> list[tuple[int, Batch]]:
-    """Batches of images, each with their number, for the image tower. OSError where none can be read."""
-    loader = Loader(
-        [Record(i, (file,)) for i, file in enumerate(files)], common.input_transform(model), args.batch_size
-    )
-    tensors = [images[:, 0].to(args.device) for _, images in loader]
+def image_batches(model: PrunedModel, files: Sequence[Path], batch_size: int, device: str) -> list[tuple[int, Batch]]:
+    """Batches of images for the image tower of a model.
+
+    Args:
+        model: The pruned model, whose evaluation transform prepares the images.
+        files: The images. Those that cannot be read are left out, and it is said.
+        batch_size: Images a batch.
+        device: Where the model is.
+
+    Returns:
+        The batches, each with its number of images.
+
+    Raises:
+        OSError: Where none can be read.
+    """
+    loader = Loader([Record(i, (file,)) for i, file in enumerate(files)], common.input_transform(model), batch_size)
+    tensors = [images[:, 0].to(device) for _, images in loader]
     if not tensors:
         raise OSError(f"none of the {len(files)} images could be read: {loader.skipped[0].reason}")
     for one in loader.skipped:

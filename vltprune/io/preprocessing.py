@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,14 @@ class Preprocessing:
     Attributes:
         transform: from the image to the pixels.
         mean, std: [3], which pixels in 0 .. 1 are normalized by.
+        config: the same as plain data, in the names of the library that "library" says: those of timm's data config
+            (`timm.data.create_transform`), or of open_clip's `PreprocessCfg`, which this library's own models share.
     """
 
     transform: Transform
     mean: Tensor
     std: Tensor
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.transform(image)
@@ -99,21 +102,25 @@ def _timm(tower: Any) -> Preprocessing:
     data = importlib.import_module("timm.data")
     size = tower.patch_embed.img_size  # the model's, whatever its weights were trained on; None: any
     config = data.resolve_data_config({"input_size": (3, *size)} if size else {}, model=tower)
-    return _preprocessing(data.create_transform(**config), config["mean"], config["std"])
+    return _preprocessing(data.create_transform(**config), {"library": "timm", **config})
 
 
 def _open_clip(tower: Any) -> Preprocessing:
     transform = importlib.import_module("open_clip.transform")
     config = transform.PreprocessCfg(**tower.preprocess_cfg)
-    return _preprocessing(transform.image_transform_v2(config, is_train=False), config.mean, config.std)
+    return _preprocessing(
+        transform.image_transform_v2(config, is_train=False), {"library": "open_clip", **asdict(config)}
+    )
 
 
 def _own(tower: Any, host: nn.Module) -> Preprocessing:
     height, width = image_size(tower)
     name = original_recipe(host).backbone
     maker: Any = backbones[name] if name in backbones else zoo.Backbone  # noqa: SIM401 (a Registry has no get)
-    return _preprocessing(_Squeezed((width, height), maker.mean, maker.std), maker.mean, maker.std)
+    names = {"size": (height, width), "mode": "RGB", "mean": tuple(maker.mean), "std": tuple(maker.std)}
+    names |= {"interpolation": "bicubic", "resize_mode": "squash"}
+    return _preprocessing(_Squeezed((width, height), maker.mean, maker.std), {"library": "vltprune", **names})
 
 
-def _preprocessing(transform: Transform, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
-    return Preprocessing(transform, torch.tensor(mean), torch.tensor(std))
+def _preprocessing(transform: Transform, config: Mapping[str, Any]) -> Preprocessing:
+    return Preprocessing(transform, torch.tensor(config["mean"]), torch.tensor(config["std"]), config)
