@@ -1,0 +1,98 @@
+"""Engines that run a model: eager PyTorch, PyTorch finished for inference, ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from speed_rows import Inputs, Skipped
+from torch import nn
+
+import vltprune as vp
+
+Run = Callable[..., object]
+
+
+def start(engine: str, model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+    """What runs a model in an engine.
+
+    Args:
+        engine: a key of ENGINES.
+        model: the model.
+        inputs: a batch, whose shapes a compiled engine is made for.
+        folder: where files are written that the engine reads.
+
+    Returns:
+        A function of the inputs that runs the model once.
+
+    Raises:
+        Skipped: where the engine is not installed, or does not take the model.
+    """
+    return ENGINES[engine](model, inputs, folder)
+
+
+def _eager(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+    return torch.inference_mode()(model.__call__)
+
+
+def _finished(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+    if not hasattr(vp, "finish"):
+        raise Skipped("this version has no vltprune.finish")
+    return _eager(vp.finish(model), inputs, folder)
+
+
+def _onnxruntime(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+    _need("onnxruntime", "onnxscript")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    path = _exported(model, inputs, folder)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    return lambda *given: session.run(None, {name: one.numpy() for name, one in zip(names, given, strict=True)})
+
+
+def _openvino(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+    _need("openvino", "onnxscript")
+    import openvino
+
+    options: dict[str, object] = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    # by itself OpenVINO computes in bfloat16 where the processor can
+    options["INFERENCE_PRECISION_HINT"] = "f32"
+    compiled = openvino.Core().compile_model(_exported(model, inputs, folder), "CPU", options)
+    request = compiled.create_infer_request()
+    return lambda *given: request.infer([one.numpy() for one in given])
+
+
+ENGINES: dict[str, Callable[[nn.Module, Inputs, Path], Run]] = {
+    "eager": _eager,
+    "finished": _finished,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
+
+
+def _need(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Skipped(f"{', '.join(missing)} is not installed")
+
+
+def _exported(model: nn.Module, inputs: Inputs, folder: Path) -> Path:
+    """The model as an ONNX file for this batch, which engines share."""
+    path = folder / f"{id(model)}.onnx"
+    if not path.exists():
+        if not hasattr(vp, "export"):
+            raise Skipped("this version has no vltprune.export")
+        try:
+            vp.export(model, path, inputs, batch=len(inputs[0]))
+        except ValueError as error:
+            raise Skipped(str(error)) from None
+    return path

@@ -1,0 +1,211 @@
+"""The benchmarks of speed: rivals at equal MACs, times side by side, streams of requests, and the page with their results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import timm
+import torch
+
+import vltprune as vp
+from vltprune.cost.block_macs import measure_macs
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The modules of the benchmarks, imported as the scripts import them."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import clock
+    import rivals
+    import scaling
+    import serve
+    import speed
+    import speed_rows
+
+    yield types.SimpleNamespace(clock=clock, rivals=rivals, scaling=scaling, serve=serve, speed=speed, rows=speed_rows)
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def vit():
+    return timm.create_model("test_vit", img_size=128, depth=8).eval()
+
+
+@pytest.mark.parametrize("kind", ["Sliced", "MinimalToMe"])
+def test_a_rival_that_removes_nothing_is_the_dense_model(scripts, vit, kind):
+    images = torch.randn(2, 3, 128, 128)
+    rival = getattr(scripts.rivals, kind)(vit, scripts.rivals.counts_at(vit, 1.0))
+    with torch.no_grad():
+        torch.testing.assert_close(rival(images), vit(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", [0.0, 0.3, 0.6])
+def test_the_macs_of_a_schedule_are_those_of_torchs_counter(scripts, vit, reduction):
+    counts = scripts.rivals.schedule(vit, reduction) if reduction else scripts.rivals.counts_at(vit, 1.0)
+    found = scripts.rivals.macs(vit, counts)
+    assert found == measure_macs(scripts.rivals.Sliced(vit, counts), torch.zeros(1, 3, 128, 128))
+    dense = vp.count_macs(vp.prune(vit, "evit"), torch.zeros(1, 3, 128, 128)).dense_total
+    assert 1 - found / dense == pytest.approx(reduction, abs=0.02)
+    assert found <= (1 - reduction) * dense
+
+
+def test_a_schedule_that_tome_cannot_follow_is_refused(scripts, vit):
+    with pytest.raises(ValueError, match="ask for less"):
+        scripts.rivals.schedule(vit, 0.99)
+
+
+def test_merging_is_that_of_each_pair_by_itself(scripts):
+    x, size, metric = torch.randn(3, 9, 4), torch.randint(1, 5, (3, 9, 1)).float(), torch.randn(3, 9, 6)
+    found, total = scripts.rivals.merge(x, size, metric, 2)
+    for n in range(3):
+        unit = metric[n] / metric[n].norm(dim=-1, keepdim=True)
+        pairs = [max((float(unit[a] @ unit[b]), a, b) for b in range(1, 9, 2)) for a in range(2, 9, 2)]
+        merged = sorted(pairs, reverse=True)[:2]
+        sums, sizes = x[n] * size[n], size[n].clone()
+        for _, a, b in merged:
+            sums[b] += x[n, a] * size[n, a]
+            sizes[b] += size[n, a]
+        kept = [a for a in range(0, 9, 2) if a not in [one[1] for one in merged]] + [1, 3, 5, 7]
+        torch.testing.assert_close(found[n], (sums / sizes)[kept])
+        torch.testing.assert_close(total[n], sizes[kept])
+
+
+def test_tome_attends_in_proportion_to_size(scripts, vit):
+    """A token that stands for two equal ones is attended to as both."""
+    x = torch.randn(1, 6, vit.embed_dim)
+    both = torch.cat([x, x[:, -1:]], 1)
+    size = torch.tensor([1.0, 1, 1, 1, 1, 2]).view(1, 6, 1)
+    with torch.no_grad():
+        merged, _ = scripts.rivals._attention(vit.blocks[0], x, size)
+        whole, _ = scripts.rivals._attention(vit.blocks[0], both, None)
+    torch.testing.assert_close(merged, whole[:, :6])
+
+
+@pytest.mark.parametrize("name", ["no-block", "keep-all", "limit", "tome", "evit", "madtp", "madtp-frozen", "pooling"])
+def test_a_row_spends_what_it_says(scripts, name):
+    dense = scripts.rows.subject("test_vit", 4)
+    row = scripts.rows.build(name, dense, 0.4)
+    saved = {"no-block": 0.0, "keep-all": -0.1}.get(name, 0.4)  # the guide is a tenth of so small a model
+    assert 1 - 1 / row.mac_speedup == pytest.approx(saved, abs=0.06)
+    if name not in ("limit", "tome"):
+        cost = vp.count_macs(row.model, *dense.inputs)
+        assert (row.dense_macs, row.macs) == (cost.padded_total, cost.total)
+    assert (row.spread > 0) == (name == "madtp")
+
+
+def test_a_row_that_a_model_lacks_is_skipped(scripts):
+    dense = scripts.rows.subject("blip_nlvr_tiny", 1)
+    for name in ("limit", "tome", "no such preset"):
+        with pytest.raises(scripts.rows.Skipped):
+            scripts.rows.build(name, dense)
+    assert scripts.rows.build("evit", dense, 0.3).mac_speedup > 1.2
+
+
+def test_a_table_compares_rows_with_the_dense_model(scripts, tmp_path, capsys):
+    dense = scripts.rows.subject("test_vit", 2)
+    options = argparse.Namespace(
+        rows=["limit", "unknown"],
+        engines=["eager"],
+        reductions=[0.5],
+        spread=0.25,
+        repeats=2,
+        seconds=1.0,
+        device="cpu",
+        clock="wall",
+        memory=True,
+    )
+    rows = scripts.speed.measured(dense, options, tmp_path)
+    assert [(row["row"], row["reduction"]) for row in rows] == [("dense", 0.0), ("limit", 0.5)]
+    assert rows[0]["speedup"] == 1 and len(rows[1]["rounds"]) == 2
+    assert rows[1]["realized"] == rows[1]["own_speedup"] / rows[1]["mac_speedup"]
+    assert "skipped: unknown" in capsys.readouterr().out
+    assert len(scripts.speed.table(rows).splitlines()) == 3
+
+
+def test_calls_take_turns(scripts):
+    seen = []
+    times = scripts.clock.interleaved({name: lambda name=name: seen.append(name) for name in "abc"}, repeats=4)
+    assert {name: len(several) for name, several in times.items()} == {"a": 4, "b": 4, "c": 4}
+    rounds = [seen[at : at + 3] for at in range(0, len(seen), 3)]
+    assert len(rounds) == 6 and all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    found = scripts.clock.compare([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert found == {"speedup": 2.0, "low": 2.0, "high": 3.0}
+
+
+def test_memory_is_what_a_call_needs_besides(scripts):
+    if scripts.clock.peak_memory(lambda: None) is None:
+        pytest.skip("the system does not tell")
+    held = torch.ones(2**24)
+    assert 50 < scripts.clock.peak_memory(lambda: torch.ones(2**24)) < 90
+    assert scripts.clock.peak_memory(lambda: held.sum()) < 30
+
+
+def test_one_by_one_a_request_waits_for_those_before(scripts):
+    finished = scripts.serve.stream([1.0, 1.5, 9.0], lambda batch: 2.0 * len(batch))
+    assert finished == [3.0, 5.0, 11.0]
+
+
+def test_requests_that_wait_are_one_batch(scripts):
+    batches = []
+
+    def serve(batch):
+        batches.append([*batch])
+        return 1.0
+
+    arrivals = [0.0, 0.1, 0.2, 0.3, 5.0, 5.2, 9.0]
+    finished = scripts.serve.stream(arrivals, serve, most=3, wait=0.25)
+    assert batches == [[0, 1, 2], [3], [4, 5], [6]]
+    assert finished == pytest.approx([1.2, 1.2, 1.2, 2.45, 6.25, 6.25, 10.25])
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(50, 5), (95, 10), (99, 10), (10, 1), (11, 2)])
+def test_a_percentile_is_a_value(scripts, share, wanted):
+    assert scripts.serve.percentile([10, 1, 9, 2, 8, 3, 7, 4, 6, 5], share) == wanted
+
+
+def test_requests_arrive_at_their_rate(scripts):
+    arrivals = scripts.serve.poisson(50.0, 4000, seed=1)
+    assert arrivals == sorted(arrivals) and arrivals[-1] == pytest.approx(80, rel=0.05)
+    assert arrivals == scripts.serve.poisson(50.0, 4000, seed=1) != scripts.serve.poisson(50.0, 4000, seed=2)
+
+
+def test_images_of_a_stream_differ_in_what_is_blank(scripts):
+    (images,) = scripts.serve.mixed(scripts.rows.subject("test_vit", 4)).inputs
+    blank = (images == 0).all(1).all(-1).sum(-1)
+    assert blank.tolist() == [0, 40, 80, 120]
+
+
+def test_latencies_and_throughput_are_those_of_the_stream(scripts):
+    options = argparse.Namespace(rounds=2, requests=20, most=1, wait=0.0)
+    (row,) = scripts.serve.streams({"a": lambda batch: 0.01}, 2.0, 100.0, options)
+    assert row["offered"] == 200 and row["served"] == pytest.approx(100, rel=0.1)
+    assert 10 <= row["p50"] <= row["p95"] <= row["p99"] <= 200
+
+
+def test_cells_of_scaling_are_images_of_whole_patches(scripts):
+    cells = scripts.scaling.cells([197, 785], [1, 8], [0.0, 0.25, 0.5])
+    assert cells[:4] == [(197, 1, 0.25), (197, 8, 0.25), (785, 1, 0.25), (785, 8, 0.25)]
+    assert cells[4:] == [(197, 8, 0.0), (197, 8, 0.5)]
+    assert [scripts.scaling.image_side(tokens) for tokens in (197, 785, 4097)] == [224, 448, 1024]
+    with pytest.raises(ValueError, match="square"):
+        scripts.scaling.image_side(200)
+    assert scripts.scaling.dense_macs("deit_small_patch16_224", 197) == pytest.approx(4.6e9, rel=0.01)
+
+
+def test_the_chart_of_scaling_has_all_batches(scripts):
+    usual = {"reduction": 0.5, "realized": 0.9, "spread": 0.25, "speedup": 2.0}
+    rows = [usual | {"tokens": tokens, "batch": batch} for tokens in (197, 785) for batch in (1, 8)]
+    rows += [usual | {"tokens": 197, "batch": 8, "spread": 0.5, "realized": 0.8}]
+    drawn = scripts.scaling.chart(rows)
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    assert drawn.count("batch 1<") == 1 and drawn.count("batch 8<") == 2
