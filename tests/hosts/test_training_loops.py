@@ -1,11 +1,10 @@
-"""The training loops and pipelines of each library, run on pruned models: keep-all trains as the dense model does."""
+"""The training loops of each library, run on pruned models: keep-all trains as the dense model does."""
 
 from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
 
-import encoders
 import pytest
 import timm.optim
 import timm.utils
@@ -154,22 +153,3 @@ class Batches(list):
     """A loader, as open_clip's training reads one."""
 
     num_batches, num_samples = 2, 6
-
-
-@torch.no_grad()
-def test_pipelines(tmp_path):
-    folder = encoders.write(tmp_path)
-    words = hf.AutoTokenizer.from_pretrained(folder)
-    config = hf.AutoConfig.from_pretrained(folder)
-    sentences = ["a caption of a dog", "a picture"]
-
-    tower = hf.BertModel(config).eval()
-    models = (tower, vp.prune(tower, "random", **KEEP_ALL))
-    dense, pruned = (hf.pipeline("feature-extraction", model=model, tokenizer=words) for model in models)
-    for got, want in zip(pruned(sentences), dense(sentences), strict=True):
-        same(torch.tensor(got), torch.tensor(want))
-
-    classifier = hf.BertForSequenceClassification(config).eval()
-    models = (classifier, vp.prune(classifier, "random", **KEEP_ALL))
-    dense, pruned = (hf.pipeline("text-classification", model=m, tokenizer=words) for m in models)
-    assert [row["label"] for row in pruned(sentences)] == [row["label"] for row in dense(sentences)]
