@@ -11,6 +11,7 @@ from .cost.guide_fit import fit_guide
 from .cost.macs import CostMeter, count_macs
 from .cost.prune import prune
 from .deploy.export import ExportedModel, export
+from .deploy.finish import Finished, finish
 from .deploy.freeze import FixedCounts, freeze
 from .deploy.graph import ExportError
 from .evaluation.ablation import Ablation, ablate
@@ -60,6 +61,7 @@ __all__ = [
     "CostMeter",
     "ExportError",
     "ExportedModel",
+    "Finished",
     "FixedCounts",
     "Guidance",
     "KeepRatioPredictor",
@@ -97,6 +99,7 @@ __all__ = [
     "count_macs",
     "create_model",
     "export",
+    "finish",
     "fit_guide",
     "freeze",
     "from_pretrained",

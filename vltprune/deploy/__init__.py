@@ -1,1 +1,1 @@
-"""Deployment of pruned models: fixed counts, and files for other engines."""
+"""Deployment of pruned models: fixed counts, files for other engines, and copies finished for inference."""

@@ -102,13 +102,16 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
 def is_affine(projection: nn.Module) -> bool:
     """Whether a projection is certain to be x W^T + b.
 
-    An adapter, a quantized layer or a hook may compute anything; then tokens are averaged behind it.
+    An adapter, a quantized layer or a hook may compute anything; then tokens are averaged behind it. A module of another class
+    may say so itself, by an attribute `is_affine`.
     """
     if type(projection) is nn.Identity:
         return True
-    if type(projection) not in (nn.Linear, NonDynamicallyQuantizableLinear):
-        return False
-    return type(projection.weight) is nn.Parameter and not (projection._forward_hooks or projection._forward_pre_hooks)
+    if type(projection) in (nn.Linear, NonDynamicallyQuantizableLinear):
+        plain = type(projection.weight) is nn.Parameter
+    else:
+        plain = getattr(projection, "is_affine", False) is True
+    return plain and not (projection._forward_hooks or projection._forward_pre_hooks)
 
 
 def weighted_mean(tokens: PackedTokens, counted: Tensor) -> Tensor:

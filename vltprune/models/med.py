@@ -138,13 +138,14 @@ class MedLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=EPS)
         self.cross = cross
         self.fc1 = nn.Linear(width, 4 * width)
+        self.activation = nn.GELU()
         self.fc2 = nn.Linear(4 * width, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The MLP with its residual and norm: x [..., width] -> [..., width]."""
-        return self.norm(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
+        return self.norm(x + self.dropout(self.fc2(self.activation(self.fc1(x)))))
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Run the layer.

@@ -43,6 +43,10 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
         )
     if is_pruned(model):
         raise TypeError("this model is pruned already: prune its dense host, prune(model.host, ...)")
+    if hasattr(model, "finished"):
+        raise TypeError(
+            "this model is finished for inference: prune the model that it was made from, and finish the result"
+        )
     config = presets.preset(preset) if isinstance(preset, str) else preset
     if not isinstance(config, PruneConfig):
         raise TypeError(

@@ -123,6 +123,9 @@ class AlignmentGuide(PrintedPart, ABC):
         """`forward` for one call of a tower. What does not depend on the tokens may be computed here, once for all blocks."""
         return BoundGuide(partial(self, tower=tower))
 
+    def fold(self) -> None:
+        """Computes once what depends on weights alone, for a model whose weights no longer change; by default nothing."""
+
     def gives_query(self, tower: str) -> bool:
         """Whether it gives a tower a text in the tower's own space, which `Stat.FROM_QUERY` needs."""
         return False
@@ -207,6 +210,7 @@ class Codebook(AlignmentGuide):
         self.anchors = nn.Parameter(_noise(anchors, width))
         self.maps = nn.ModuleDict({tower: linear_map(w, width) for tower, w in widths.items()} if project else {})
         self.register_buffer("birth", _fingerprint(self.anchors))
+        self._folded: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def map(self, x: Tensor, tower: str) -> Tensor:
         return self.maps[tower](x) if self.maps else x
@@ -218,12 +222,25 @@ class Codebook(AlignmentGuide):
         layer = self.maps[tower] if self.maps else None
         if layer is not None and not _is_plain(layer):
             return BoundGuide(partial(self._guidance_of_mapped, tower=tower))
+        anchors, offset = self._folded.get(tower) or self._fold(layer)
+        return BoundGuide(partial(self._guidance_of_tokens, tower=tower, anchors=anchors, offset=offset))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        self._folded = {tower: self._fold(layer) for tower, layer in self.maps.items() if _is_plain(layer)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        self._folded = {}
+        return super()._apply(fn, recurse)
+
+    def _fold(self, layer: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+        """The anchors behind a plain map, [anchors, dim of the tower], and what its bias adds, [anchors]."""
         with torch.autocast(self.anchors.device.type, enabled=False):
             anchors, offset = precision.single(self.anchors), None
             if isinstance(layer, nn.Linear):
                 offset = None if layer.bias is None else anchors @ precision.single(layer.bias)
                 anchors = anchors @ precision.single(layer.weight)
-        return BoundGuide(partial(self._guidance_of_tokens, tower=tower, anchors=anchors, offset=offset))
+        return anchors, offset
 
     def _guidance_of_tokens(self, tokens: PackedTokens, tower: str, anchors: Tensor, offset: Tensor | None) -> Guidance:
         """Guidance by anchors that the tower's map is folded into: anchors [anchors, dim of the tower], offset [anchors]."""
@@ -255,6 +272,7 @@ class Codebook(AlignmentGuide):
         """
         if len(mapped) < len(self.anchors):
             raise ValueError(f"{len(self.anchors)} anchors need at least as many calibration tokens, got {len(mapped)}")
+        self._folded = {}
         self.anchors.copy_(_kmeans(mapped.float(), len(self.anchors), seed))
 
 
