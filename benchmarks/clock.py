@@ -35,7 +35,7 @@ def interleaved(
     """Times of calls that take turns, in rounds of random order, so that a busy machine slows all of them alike.
 
     Args:
-        calls: what to time, by name. Each is called twice before.
+        calls: what to time, by name. Each is called once before.
         repeats: the number of rounds. None for as many as `seconds` of wall-clock time allow, 5 to 41.
         seconds: how long to measure.
         device: the device to wait for.
@@ -56,7 +56,7 @@ def interleaved(
         wait()
         return now() - start
 
-    for name in order * 2:
+    for name in order:
         turn(name)
     begin = time.perf_counter()
     for number in range(repeats or _MOST):

@@ -5,7 +5,7 @@
 
 DeiT-S with random weights at 224 to 1,024 px is pruned by `madtp` at counts drawn around a mean (benchmarks/speed.py). First
 batches of 1 to 64 at each number of tokens, with ratios within .25 of their mean; then spreads of 0 to .5 at 197 tokens. What
-costs the dense model more than `--most` GMACs a call is left out, and said. The chart is docs/scaling.svg.
+costs the dense model more than `--most` GMACs a call is left out, and said.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import clock
 import rivals
+import speed_results
 import timm
 import torch
 from speed_engines import start
@@ -29,8 +30,6 @@ from speed_rows import Skipped, build, subject
 import vltprune as vp
 from vltprune.viz import charts
 
-_ROOT = Path(__file__).parent
-RESULTS, CHART = _ROOT / "results" / "scaling.json", _ROOT.parent / "docs" / "scaling.svg"
 _USUAL = 0.25  # the spread of the cells over tokens and batches
 _PIXELS = 16  # of a side of a patch
 _WIDE, _TALL, _HEAD = 620, 260, 48  # pixels of a panel's chart, and of its title and legend
@@ -47,10 +46,16 @@ def main() -> None:
             print(f"skipped: {tokens} tokens at batch {batch}: {macs:.0f} GMACs are more than --most {options.most:g}")
             continue
         rows += measured(options, tokens, batch, spread)
-    options.output.parent.mkdir(exist_ok=True)
-    given = {name: value for name, value in vars(options).items() if name not in ("output", "chart")}
-    options.output.write_text(json.dumps({"options": given, "machine": clock.machine(), "rows": rows}, indent=1) + "\n")
-    options.chart.write_text(chart(rows))
+    if options.record:
+        name = f"{options.model}, {options.engine}"
+        speed_results.publish(speed_results.SCALING, name, rows)
+        published = json.loads(speed_results.SCALING.read_text())
+        speed_results.CHART.write_text(chart([row for row in published if row["name"] == name]))
+    if options.output:
+        cell = {"options": vars(options), "machine": clock.machine(), "rows": rows}
+        Path(options.output).write_text(json.dumps(cell, indent=1) + "\n")
+    if options.chart:
+        Path(options.chart).write_text(chart(rows))
 
 
 def _options() -> argparse.Namespace:
@@ -71,8 +76,13 @@ def _options() -> argparse.Namespace:
         "--clock", default="wall", choices=clock.TIMERS, help="'cpu' on a busy machine, with --threads 1"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--chart", type=Path, default=CHART)
+    parser.add_argument("--chart", help="also draw the rows to this SVG file")
+    parser.add_argument("--output", help="also write the rows to this JSON file")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="also add the rows to benchmarks/results/speed_scaling.json, and draw docs/speed.svg",
+    )
     return parser.parse_args()
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import clock
+import speed_results
 import torch
 from speed_engines import ENGINES, start
 from speed_rows import Skipped, Subject, subject
@@ -43,6 +44,8 @@ def main() -> None:
         rate = 1 / _seconds_each(systems["dense eager"], options.images)
         rows = [row for load in options.loads for row in streams(systems, load, rate, options)]
     print(table(rows), flush=True)
+    if options.record:
+        speed_results.publish(speed_results.SERVE, f"{options.model}, batches up to {options.most}", rows)
     if options.output:
         cell = {"options": vars(options), "machine": clock.machine(), "dense_rate": rate, "rows": rows}
         Path(options.output).write_text(json.dumps(cell, indent=1) + "\n")
@@ -65,6 +68,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", help="also write the rows to this JSON file")
+    parser.add_argument(
+        "--record", action="store_true", help="also add the rows to benchmarks/results/speed_serve.json"
+    )
     return parser.parse_args()
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import clock
+import speed_results
 import torch
 from speed_engines import ENGINES, start
 from speed_rows import ROWS, Row, Skipped, Subject, build, subject
@@ -51,6 +52,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measured(dense, options, Path(folder))
     print(table(rows), flush=True)
+    if options.record:
+        rounds = [row | {"rounds": len(row["rounds"])} for row in rows]
+        speed_results.publish(speed_results.CELLS, f"{options.model}, batch {options.batch}", rounds)
     if options.output:
         cell = {"options": vars(options), "machine": clock.machine(options.device), "rows": rows}
         Path(options.output).write_text(json.dumps(cell, indent=1) + "\n")
@@ -73,6 +77,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", action="store_true", help="also measure the memory of a call")
     parser.add_argument("--output", help="also write the rows to this JSON file")
+    parser.add_argument(
+        "--record", action="store_true", help="also add the rows to benchmarks/results/speed_cells.json"
+    )
     return parser.parse_args()
 
 

@@ -38,8 +38,6 @@ def _eager(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
 
 
 def _finished(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
-    if not hasattr(vp, "finish"):
-        raise Skipped("this version has no vltprune.finish")
     return _eager(vp.finish(model), inputs, folder)
 
 
@@ -89,10 +87,8 @@ def _exported(model: nn.Module, inputs: Inputs, folder: Path) -> Path:
     """The model as an ONNX file for this batch, which engines share."""
     path = folder / f"{id(model)}.onnx"
     if not path.exists():
-        if not hasattr(vp, "export"):
-            raise Skipped("this version has no vltprune.export")
         try:
             vp.export(model, path, inputs, batch=len(inputs[0]))
-        except ValueError as error:
+        except (vp.ExportError, ValueError) as error:
             raise Skipped(str(error)) from None
     return path

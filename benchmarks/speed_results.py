@@ -1,0 +1,124 @@
+"""Published results on speed, in benchmarks/results/, and their tables in docs/speed.md.
+
+python benchmarks/speed_results.py                          # prints the tables of the page
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from variants import record
+
+_FOLDER = Path(__file__).parent / "results"
+CELLS, SCALING, SERVE = (_FOLDER / f"speed_{name}.json" for name in ("cells", "scaling", "serve"))
+CHART = Path(__file__).parents[1] / "docs" / "speed.svg"
+_KEYS = {
+    CELLS: ("name", "engine", "row", "reduction"),
+    SCALING: ("name", "tokens", "batch", "spread", "reduction"),
+    SERVE: ("name", "load", "system"),
+}
+_MODELS = {
+    "vit_base_patch16_384, batch 8": "ViT-B 384 px, B8",
+    "vit_base_patch16_224, batch 8": "ViT-B 224 px, B8",
+    "deit_small_patch16_224, batch 8": "DeiT-S 224 px, B8",
+    "vit_base_patch16_384, batch 1": "ViT-B 384 px, B1",
+    "vit_base_patch16_224, batch 1": "ViT-B 224 px, B1",
+    "deit_small_patch16_224, batch 1": "DeiT-S 224 px, B1",
+    "bert, batch 32": "BERT base, B32",
+    "ViT-B-16, batch 8": "CLIP B/16, B8",
+    "blip_nlvr_base, batch 1": "BLIP NLVR base, B1",
+    "blip_nlvr_base, batch 4": "BLIP NLVR base, B4",
+}
+_ROWS = {
+    "no-block": "pruned in no block",
+    "keep-all": "`madtp`, all tokens kept",
+    "limit": "slicing, no scores",
+    "tome": "ToMe, minimal",
+    "evit": "class attention, ratio, drop",
+    "madtp": "`madtp`, counts per instance",
+    "madtp-frozen": "`madtp`, frozen",
+}
+_ENGINES = {"eager": "eager", "finished": "finished", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def publish(file: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds rows to a file of results, in place of older ones of the same kind.
+
+    Args:
+        file: CELLS, SCALING or SERVE.
+        name: what was timed; provenance.json has the command for it.
+        rows: the rows.
+    """
+    for row in rows:
+        record(file, _KEYS[file], {"name": name, **row})
+
+
+def realized(cells: Sequence[dict[str, Any]]) -> str:
+    """Markdown: models down, rows across, in eager PyTorch; the share of the saving in MACs that the clock shows.
+
+    A cell has the reductions in ascending order. Rows that save nothing show their speed-up.
+    """
+    eager = [cell for cell in cells if cell["engine"] == "eager"]
+    rows = [row for row in _ROWS if any(cell["row"] == row for cell in eager)]
+    lines = [["", *(_ROWS[row] for row in rows)]]
+    for name in _present(eager, _MODELS):
+        lines.append([_MODELS[name], *(_numbers(eager, name, row, "realized", (0.5, 0.8)) for row in rows)])
+    return _markdown(lines)
+
+
+def engines(cells: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the speed-up over the dense model in eager PyTorch, and the share realized over that of the same engine."""
+    names = [name for name in _MODELS if any(c["name"] == name and c["engine"] != "eager" for c in cells)]
+    lines = [["", "engine", "dense", "`madtp`, 50 % / 80 %", "realized", "`madtp` frozen, 50 % / 80 %", "realized"]]
+    for name in names:
+        for engine in _ENGINES:
+            mine = [cell for cell in cells if (cell["name"], cell["engine"]) == (name, engine)]
+            dense = next((cell for cell in mine if cell["row"] == "dense"), None)
+            if dense is None:
+                continue
+            columns = [
+                _numbers(mine, name, row, what, (0.5, 0.8))
+                for row in ("madtp", "madtp-frozen")
+                for what in ("speedup", "realized")
+            ]
+            lines.append([_MODELS[name], _ENGINES[engine], f"{dense['speedup']:.2f}", *columns])
+    return _markdown(lines)
+
+
+def served(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: latencies and throughput of each system at each load."""
+    lines = [["", "system", "requests offered a second", "served", "p50, ms", "p95, ms", "p99, ms"]]
+    for row in rows:
+        shares = [f"{row[f'p{share}']:.0f}" for share in (50, 95, 99)]
+        lines.append([row["name"], row["system"], f"{row['offered']:.1f}", f"{row['served']:.1f}", *shares])
+    return _markdown(lines)
+
+
+def _numbers(cells: Sequence[dict[str, Any]], name: str, row: str, what: str, reductions: Sequence[float]) -> str:
+    """The values of a row, "0.98 / 0.95"; its speed-up where it saves nothing."""
+    mine = {cell["reduction"]: cell for cell in cells if (cell["name"], cell["row"]) == (name, row)}
+    if 0.0 in mine:
+        return f"{mine[0.0]['speedup']:.2f}"
+    return " / ".join(f"{mine[reduction][what]:.2f}" for reduction in reductions if reduction in mine)
+
+
+def _present(cells: Sequence[dict[str, Any]], order: Iterable[str]) -> list[str]:
+    return [name for name in order if any(cell["name"] == name for cell in cells)]
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *rest])
+
+
+def main() -> None:
+    for file, table in ((CELLS, realized), (CELLS, engines), (SERVE, served)):
+        if file.exists():
+            print(table(json.loads(file.read_text())), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
