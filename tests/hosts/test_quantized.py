@@ -30,13 +30,27 @@ def by_torchao(model: nn.Module) -> nn.Module:
     return model
 
 
+def by_torchao_dynamically(model: nn.Module) -> nn.Module:
+    """A copy whose linear layers multiply in int8, activations quantized row by row as they come."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = copy.deepcopy(model)
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def near(got, want):
+    """Equal within 5 % of the largest number: rounding may move an activation to its next level of 8 bits."""
+    for one, other in zip(tensors(got), tensors(want), strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 0.05 * other.abs().max()
+
+
+ALL = (by_torch, by_torchao, by_torchao_dynamically)
 # whose embeddings ask a weight for its dtype: quantized by torch, transformers fails
 UNRUN = [("transformers: siglip2", by_torch)]
 
 
-@pytest.mark.parametrize(
-    ("name", "quantize"), [pair for pair in itertools.product(FAMILIES, (by_torch, by_torchao)) if pair not in UNRUN]
-)
+@pytest.mark.parametrize(("name", "quantize"), [pair for pair in itertools.product(FAMILIES, ALL) if pair not in UNRUN])
 @torch.no_grad()
 def test_a_quantized_host(name, quantize):
     case = make(name)
@@ -44,13 +58,14 @@ def test_a_quantized_host(name, quantize):
     dense = quantize(case.model)
     pruned = vp.prune(dense, case.config("random", keep="ratio(ratio=1.0)"))
     if not (name == "open_clip: clip" and quantize is by_torch):  # where open_clip fails for the same reason, and alone
-        same(pruned(*inputs), dense(*inputs))
+        close = near if quantize is by_torchao_dynamically else same
+        close(pruned(*inputs), dense(*inputs))
     got = vp.count_macs(vp.prune(dense, case.config(reducer="fuse")), *inputs)
     want = vp.count_macs(case.pruned(reducer="fuse"), *inputs)
     assert got.dense_total == pytest.approx(want.dense_total, rel=1e-9)
 
 
-@pytest.mark.parametrize("quantize", [by_torch, by_torchao])
+@pytest.mark.parametrize("quantize", ALL)
 @pytest.mark.parametrize("name", ["timm: eva: rope attention", "blip: caption"])
 @torch.no_grad()
 def test_what_is_quantized_cannot_be_saved(name, quantize, tmp_path):
@@ -64,7 +79,7 @@ def test_what_is_quantized_cannot_be_saved(name, quantize, tmp_path):
         vp.save(pruned, folder, only="pruning")
 
 
-@pytest.mark.parametrize("quantize", [by_torch, by_torchao])
+@pytest.mark.parametrize("quantize", ALL)
 @pytest.mark.parametrize("name", ["timm: eva: rope attention", "open_clip_hf: clip", "blip: nlvr", "blip: caption"])
 @torch.no_grad()
 def test_a_quantized_pruned_model(name, quantize, tmp_path):
@@ -82,6 +97,24 @@ def test_a_quantized_pruned_model(name, quantize, tmp_path):
     with pytest.raises(TypeError, match=r"quantized.*Save the model before it is quantized"):
         vp.save(small, tmp_path / "quantized", only="pruning")
     assert not (tmp_path / "quantized").exists()
+
+
+@pytest.mark.parametrize("quantize", ALL)
+@pytest.mark.parametrize("name", ["timm: vit: plain", "transformers: bert: plain", "blip: nlvr"])
+@torch.no_grad()
+def test_quantizing_before_pruning_and_after_it(name, quantize):
+    """One is the other. Outputs point where those in full precision do, when the same tokens stay."""
+    case = make(name)
+    config = case.config("random", keep="ratio(ratio=0.6)", reducer="fuse")
+    plain = vp.prune(case.model, config)
+    before, after = vp.prune(quantize(case.model), config), quantize(plain)
+    same(after(*case.inputs), before(*case.inputs))
+    for got, want in zip(tensors(after(*case.inputs)), tensors(plain(*case.inputs)), strict=True):
+        assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.99
+    want, *got = (vp.measure(model, [case.inputs]) for model in (plain, before, after))
+    assert got[0].macs == got[1].macs and got[0].dense_macs == pytest.approx(want.dense_macs, rel=1e-9)
+    # tokens are fused behind a quantized output projection, which is not known to be affine
+    assert want.macs <= got[0].macs < 1.05 * want.macs
 
 
 @torch.no_grad()

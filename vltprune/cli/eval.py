@@ -212,8 +212,10 @@ def _group(device: str) -> Iterator[tuple[Processes, str]]:
     if _launched_as()[1] == 1:
         yield Processes(), device
         return
-    from ..training.accelerate_state import accelerate_state  # accelerate is of the extra `train`
-
+    try:
+        from ..training.accelerate_state import accelerate_state
+    except ImportError as error:
+        raise ImportError(f"several processes need the extra train: pip install 'vltprune[train]' ({error})") from error
     had_group = dist.is_initialized()
     with accelerate_state("float32", device) as state:
         yield Processes(state.process_index, state.num_processes), str(state.device)
