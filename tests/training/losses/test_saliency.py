@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from itertools import combinations
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 from runs import config
+from small_models import NAMES, small
+from torch.autograd.graph import saved_tensors_hooks
 
+import vltprune as vp
 from vltprune.core.tokens import PackedTokens
 from vltprune.training import compress, compression
-from vltprune.training.losses.saliency import curvature_probe, saliency_loss
+from vltprune.training.losses.saliency import curvature_probe, saliency_loss, saliency_teacher
 
 
 def test_the_probe_has_the_curvature_of_the_divergence():
@@ -101,3 +105,27 @@ def test_anchors_learn_what_matters(tmp_path, monkeypatch):
     assert all("distill" not in row for row in history)
     rows = [row["saliency"] for row in history]
     assert sum(rows[-5:]) / 5 < 0.9 * sum(rows[:5]) / 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_teacher_has_the_same_gradients_with_less_in_memory(name):
+    """Those of tokens, whose linear maps keep no inputs for gradients of weights."""
+    dense, inputs = copy.deepcopy(small(name).model), small(name).draw(3)
+    student = vp.prune(small(name).model, "attention")
+    teacher = saliency_teacher(dense, student)
+    found = []
+    for train_all in (False, True):
+        if train_all:
+            dense.requires_grad_()
+        kept = {}
+        with saved_tensors_hooks(lambda t, kept=kept: kept.setdefault(id(t), t), lambda t: t), vp.collect() as traces:
+            out = teacher(*inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        scored = [layer.scored[0].x for trace in traces for layer in trace.layers if layer.scored is not None]
+        gradients = torch.autograd.grad(curvature_probe(out.flatten(1), 0), scored, allow_unused=True)
+        weights = {id(weight) for weight in dense.parameters()}
+        found.append((gradients, sum(t.nbytes for key, t in kept.items() if key not in weights)))
+    (ours, less), (exact, more) = found
+    assert any(gradient is not None for gradient in ours)
+    torch.testing.assert_close(ours, exact)
+    assert less < more

@@ -58,13 +58,19 @@ def saliency_loss(
 def saliency_teacher(dense: nn.Module, like: nn.Module) -> nn.Module:
     """Builds a teacher that records a dense model's tokens where a pruned model prunes.
 
+    Its gradients are those of tokens. Linear maps get none, so that their inputs, the largest part of what a forward pass
+    keeps, are not kept.
+
     Args:
-        dense: the dense model, whose weights the teacher shares.
+        dense: the dense model, whose weights the teacher shares. Those of its linear maps are frozen.
         like: the pruned model, with the same towers.
 
     Returns:
         The teacher; it keeps all tokens, and gives the dense model's answers.
     """
+    for module in dense.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.requires_grad_(False)
     at = {name: pruned_depths(tower) for name, tower in get_pruning(like).towers.items()}
     return prune_towers(dense, "random", keep="ratio(ratio=1.0)", at=at)
 
