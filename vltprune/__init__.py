@@ -22,6 +22,7 @@ from .io.preprocessing import Preprocessing, transforms
 from .layers import (
     AlignmentGuide,
     BlockSpec,
+    FixedKeeper,
     Guidance,
     KeepRatioPredictor,
     Knob,
@@ -63,6 +64,7 @@ __all__ = [
     "ExportedModel",
     "Finished",
     "FixedCounts",
+    "FixedKeeper",
     "Guidance",
     "KeepRatioPredictor",
     "Knob",

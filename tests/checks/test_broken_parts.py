@@ -235,7 +235,7 @@ class SizesDoNotSum(Fuse):
 class SumsAsAverages(Fuse):
     def forward(self, tokens, scores, selection, stats):
         plan = super().forward(tokens, scores, selection, stats)
-        return plan and dataclasses.replace(plan, weight=2 * plan.weight)
+        return plan and dataclasses.replace(plan, sums=dataclasses.replace(plan.sums, shares=2 * plan.sums.shares))
 
 
 class ReturnsTokens(Drop):

@@ -55,7 +55,7 @@ def test_fuse_takes_the_mean_where_scores_do_not_sum_to_something(rest):
 
 def test_weights_are_of_what_is_merged_and_one_elsewhere():
     _, plan, _ = reduce("fuse", [[5.0, 1.0, 3.0], [5.0, 0.0, 0.0]], [1, 3])
-    assert_close(plan.weight, torch.tensor([1, 0.25, 0.75, 1, 1, 1]))
+    assert_close(plan.sums.weight, torch.tensor([1, 0.25, 0.75, 1, 1, 1]))
 
 
 def test_a_merged_token_is_all_there_whatever_was_left_of_its_sources():

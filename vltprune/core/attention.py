@@ -194,7 +194,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Ten
     if bias is not None and causal:
         bias = bias + _future(q.shape[2], k.shape[2], q)
         causal = False
-    bias = None if bias is None else bias.to(q.dtype)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        if torch.compiler.is_exporting():  # which would ask whether a number of tokens that it does not know is 1
+            bias = bias.expand(-1, -1, q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale)
 
 

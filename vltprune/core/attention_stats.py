@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import precision, segments
-from .attention import PairBias, attend, bias_per_instance, by_head, is_small, own_bias, padded_bias
+from .attention import PairBias, attend, bias_per_instance, by_head, own_bias, padded_bias
 from .kernels import column_stats
 from .modality import is_of
 from .statistics import PAGERANK_STEPS, AttentionStats, Stat
 from .tokens import Layout, PackedTokens
 
 _OF_MAP = (Stat.RECEIVED, Stat.COLUMN, Stat.DIAGONAL, Stat.PAGERANK)
+_WHOLE = 2**18  # logits of a batch, padding included, that are computed at once with their statistics
 _ROWS = 128  # query rows whose probabilities are held at once: they stay in cache, and no [heads, n, n] is ever made
 
 
@@ -85,12 +87,16 @@ def attend_with_stats(
     with torch.autocast(q.device.type, enabled=False):  # which would take the products of statistics in half again
         query, keys = precision.single(q), precision.single(k)
         if out is None:
-            with_map = _attend_padded if is_small(q, tokens.layout, tokens.layout) else _attend_by_rows
-            out, values = with_map(query, keys, v, tokens, rules, needs.of_map)
+            # the first token's row of the map is there too
+            of_map = needs.of_map | (needs & Stat.SUMMARY if tokens.protected_lead else Stat.NONE)
+            with_map = _attend_padded if _is_small_map(q, tokens.layout) else _attend_by_rows
+            out, values = with_map(query, keys, v, tokens, rules, of_map)
         if by_kernel:
             counts = _query_weights(tokens, query)
             values = column_stats.column_statistics(q, k, tokens.layout, scale, needs.of_map, *counts, causal=causal)
-        values |= _rows_of_the_map(query, keys, tokens, rules, needs)
+        if Stat.SUMMARY not in values:
+            values |= _rows_of_the_map(query, keys, tokens, rules, needs & Stat.SUMMARY)
+        values |= _rows_of_the_map(query, keys, tokens, rules, needs & ~Stat.SUMMARY)
         if Stat.FROM_TEXT in needs:
             values[Stat.FROM_TEXT] = attention_from_queries(
                 query, keys, tokens, is_of(tokens, "text"), scale, causal=causal, key_bias=key_bias, pairs=pairs
@@ -141,7 +147,7 @@ def attention_from_queries(
         biases = bias_per_instance(layout, key_bias, pairs)
         parts = zip(*chosen, keys.split(layout.lengths), biases, strict=True)
         for one_q, slot, weight, one_k, bias in parts:
-            total = one_k.new_zeros(1, len(one_k))
+            total = one_k.new_zeros(1, one_k.shape[0])
             for rows, row_attention in _blocks(one_q, one_k, slot, bias, rules):
                 total = total + _over_queries(row_attention.mean(1), weight[None, rows])
             received.append(total[0] / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny))
@@ -167,14 +173,12 @@ def _per_token(k: Tensor, v: Tensor, out: Tensor, needs: Stat) -> dict[Stat, Ten
 def _rows_of_the_map(q: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits, needs: Stat) -> dict[Stat, Tensor]:
     """The statistics in `needs` of one query an instance."""
     values, layout = {}, tokens.layout
-    if needs.of_summary:
-        assert tokens.summary is not None
-        summary = tokens.with_x(torch.arange(layout.total, device=q.device)).first_where(tokens.summary)
-        if Stat.SUMMARY in needs:
-            values[Stat.SUMMARY] = _row(q, k, summary, layout, rules)
-        if Stat.SUMMARY_WIDE in needs:
-            wide_q, wide_k = q.flatten(1)[:, None], k.flatten(1)[:, None]
-            values[Stat.SUMMARY_WIDE] = _row(wide_q, wide_k, summary, layout, _as_one_head(rules, wide_q)).squeeze(1)
+    if Stat.SUMMARY in needs:
+        values[Stat.SUMMARY] = _row(q, k, tokens.summary_row, layout, rules)
+    if Stat.SUMMARY_WIDE in needs:
+        wide_q, wide_k = q.flatten(1)[:, None], k.flatten(1)[:, None]
+        row = _row(wide_q, wide_k, tokens.summary_row, layout, _as_one_head(rules, wide_q))
+        values[Stat.SUMMARY_WIDE] = row.squeeze(1)
     if Stat.LAST in needs:
         values[Stat.LAST] = _row(q, k, layout.offsets[1:].long() - 1, layout, rules)
     return values
@@ -182,24 +186,28 @@ def _rows_of_the_map(q: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits,
 
 def _row(q: Tensor, k: Tensor, index: Tensor, layout: Layout, rules: _Logits) -> Tensor:
     """[total, heads]: the row of the map of one query an instance, the packed token at index [batch]."""
-    logits = (k * q.index_select(0, index)[layout.instance]).sum(-1) * rules.scale
-    if rules.key_bias is not None:
-        logits = logits + rules.key_bias[:, None]
+    logits = _dot_products(q.index_select(0, index) * rules.scale, k, layout, rules.key_bias)
     if rules.pairs is not None:
         keys = rules.pairs.position[:, None]
-        logits = logits + rules.pairs.between(keys[index][layout.instance], keys, logits)[..., 0, 0]
-
-    seen = torch.ones_like(layout.instance, dtype=torch.bool)
+        logits = logits + rules.pairs.between(layout.spread(keys[index]), keys, logits)[..., 0, 0]
     if rules.causal:
-        seen = layout.slot <= layout.slot[index][layout.instance]
-    return segments.softmax(logits, layout, seen)
+        return segments.softmax(logits, layout, layout.slot <= layout.spread(layout.slot[index]))
+    return segments.unpad(segments.pad(logits, layout, float("-inf")).softmax(1), layout)
+
+
+def _dot_products(q: Tensor, k: Tensor, layout: Layout, key_bias: Tensor | None) -> Tensor:
+    """Logits [total, heads] of a query q [batch, heads, head_dim] of each instance for its keys k [total, heads, head_dim]."""
+    if layout.is_uniform:
+        keys = segments.pad(k, layout).transpose(1, 2)
+        logits = segments.unpad((keys @ q[..., None]).squeeze(-1).transpose(1, 2), layout)
+    else:
+        logits = (k * layout.spread(q)).sum(-1)
+    return logits if key_bias is None else logits + key_bias[:, None]
 
 
 def _text_row(text: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits) -> Tensor:
     """[total, heads]: attention of each instance's text [batch, heads, head_dim] to its unprotected tokens."""
-    logits = (k * text[tokens.layout.instance]).sum(-1) * rules.scale
-    if rules.key_bias is not None:
-        logits = logits + rules.key_bias[:, None]
+    logits = _dot_products(text * rules.scale, k, tokens.layout, rules.key_bias)
     return segments.softmax(logits, tokens.layout, tokens.free)
 
 
@@ -228,6 +236,13 @@ def _attend_padded(
     return segments.unpad(out.transpose(1, 2), layout), {stat: segments.unpad(t, layout) for stat, t in found.items()}
 
 
+def _is_small_map(q: Tensor, layout: Layout) -> bool:
+    """Whether the maps of a batch stay in cache whole, where one pass over them costs less than blocks of rows."""
+    if torch.compiler.is_exporting():
+        return True  # the number of blocks would be this example's
+    return layout.batch * q.shape[1] * layout.longest**2 <= _WHOLE
+
+
 def _attend_by_rows(
     q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules: _Logits, needs: Stat
 ) -> tuple[Tensor, dict[Stat, Tensor]]:
@@ -238,7 +253,7 @@ def _attend_by_rows(
     outputs, found = [], []
 
     for one_q, one_k, one_v, free, present, bias in parts:
-        index = torch.arange(len(one_k), device=q.device)
+        index = torch.arange(one_k.shape[0], device=q.device)
         blocks = _blocks(one_q, one_k, index, bias, rules)
         values = one_v.transpose(0, 1)[None]
         out, sums = _sum_blocks(blocks, values, free[None], present[None], rules.dropout, needs)
@@ -255,7 +270,7 @@ def _blocks(
     Queries q [m, heads, head_dim] are of the tokens at index [m] of the instance, keys k [n, heads, head_dim] of all.
     """
     keys = k.permute(1, 2, 0)
-    for start in range(0, len(q), _ROWS):
+    for start in range(0, q.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         logits = torch.bmm(q[rows].transpose(0, 1) * rules.scale, keys)[None]
         added = own_bias(q, *bias, rows=index[rows])
@@ -269,26 +284,34 @@ def _sum_blocks(
 ) -> tuple[Tensor, dict[Stat, Tensor]]:
     """Output [batch, heads, n, head_dim] and map statistics [batch, n] from blocks of rows, [batch, heads, rows, n].
 
+    SUMMARY, [batch, n, heads], is the row of the first token.
+
     Values are v [batch, heads, n, head_dim]; free and present [batch, n] weigh queries, as `_query_weights` says.
     """
-    found = {stat: free.new_zeros(free.shape) for stat in _OF_MAP if stat in needs}
-    outputs, kept = [v[:, :, :0]], []
+    parts: dict[Stat, list[Tensor]] = {stat: [] for stat in (*_OF_MAP, Stat.SUMMARY) if stat in needs}
+    outputs, kept = [], []
     for rows, weight in blocks:
         if Stat.RECEIVED in needs:
-            found[Stat.RECEIVED] = found[Stat.RECEIVED] + _over_queries(weight.amax(1), free[:, rows])
+            parts[Stat.RECEIVED].append(_over_queries(weight.amax(1), free[:, rows]))
         if Stat.COLUMN in needs:
-            found[Stat.COLUMN] = found[Stat.COLUMN] + _over_queries(weight.mean(1), present[:, rows])
+            parts[Stat.COLUMN].append(_over_queries(weight.mean(1), present[:, rows]))
         if Stat.DIAGONAL in needs:
             own = weight.diagonal(rows.start, 2, 3).mean(1)
             around = (rows.start, weight.shape[3] - rows.start - own.shape[1])
-            found[Stat.DIAGONAL] = found[Stat.DIAGONAL] + F.pad(own, around)
+            parts[Stat.DIAGONAL].append(F.pad(own, around))
+        if Stat.SUMMARY in needs and rows.start == 0:
+            parts[Stat.SUMMARY].append(weight[:, :, 0].transpose(1, 2))
         if Stat.PAGERANK in needs:
             kept.append((rows, weight))
         weight = F.dropout(weight, dropout) if dropout else weight
         outputs.append(weight.to(v.dtype) @ v)
     if Stat.PAGERANK in needs:
-        found[Stat.PAGERANK] = _pagerank(kept, present)
-    return torch.cat(outputs, 2), found
+        parts[Stat.PAGERANK] = [_pagerank(kept, present)]
+    if not outputs:  # an instance without tokens
+        shape = (v.shape[0], 0)
+        return v, {stat: free.new_zeros(*shape, v.shape[1]) if stat is Stat.SUMMARY else free for stat in parts}
+    found = {stat: functools.reduce(torch.add, part) for stat, part in parts.items()}
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0], found
 
 
 def _over_queries(weight: Tensor, counts: Tensor) -> Tensor:

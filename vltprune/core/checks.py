@@ -27,9 +27,9 @@ def check_images(images: Tensor, channels: int | None, size: tuple[int, int] | N
         raise ValueError(
             f"{name} must be {wanted}, got {list(images.shape)}: resize them, or build the model for that size"
         )
-    if len(images) == 0:
+    if images.shape[0] == 0:
         raise ValueError(f"{name} is an empty batch: {list(images.shape)}; give at least one image")
-    if not images.isfinite().all():
+    if not is_recorded() and not images.isfinite().all():
         bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ValueError(f"{name}[{bad}] holds NaN or infinity: check how it was loaded and normalized")
 
@@ -52,10 +52,15 @@ def check_ids(ids: Tensor, vocabulary: int, longest: int | None, name: str = "in
         raise ValueError(
             f"{name} has {ids.shape[1]} tokens, the tower has {longest} positions: truncate when you tokenize"
         )
-    if ids.min() < 0 or ids.max() >= vocabulary:
+    if not is_recorded() and (ids.min() < 0 or ids.max() >= vocabulary):
         raise ValueError(f"{name} must hold token ids in 0 .. {vocabulary - 1}: use the model's own tokenizer")
 
 
 def is_traced() -> bool:
     """Whether torch.jit.trace is recording, where Python integers become constants."""
     return torch.jit.is_tracing()
+
+
+def is_recorded() -> bool:
+    """Whether torch.jit.trace, torch.compile or torch.export records a graph, in which no decision can read a tensor."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import is_traced
+from .checks import is_recorded
 
 # relative: within what scores count as equal. A softmax of logits near 50 leaves in doubt 50 times what single precision
 # rounds: scores of copies in random towers differed by 7e-6 and less, and others by 5e-5 and more
@@ -54,8 +54,8 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def surely_none(true: Tensor) -> bool:
-    """Whether no element is known to be true. Always False on accelerators and under torch.jit.trace, without reading it."""
-    return true.device.type == "cpu" and not is_traced() and not bool(true.any())
+    """Whether no element is known to be true. False without reading it on accelerators and in recorded graphs."""
+    return true.device.type == "cpu" and not is_recorded() and not bool(true.any())
 
 
 def equalize(rows: Tensor, within: float = ROUNDING) -> Tensor:
@@ -71,16 +71,32 @@ def equalize(rows: Tensor, within: float = ROUNDING) -> Tensor:
     Returns:
         The scores, [batch, n].
     """
+    return rank(rows, within)[0]
+
+
+def rank(rows: Tensor, within: float = ROUNDING) -> tuple[Tensor, Tensor]:
+    """Makes scores of a row that are equal within rounding exactly equal, as `equalize` does, and sorts them.
+
+    Args:
+        rows: [batch, n], minus infinity on padding.
+        within: the relative tolerance.
+
+    Returns:
+        The scores, [batch, n], and their indices from the largest to the smallest, ties by position, [batch, n] int64.
+    """
     ordered, order = rows.detach().sort(dim=1, descending=True, stable=True)
     above, below = ordered[:, :-1], ordered[:, 1:]
-    apart = above - below > within * torch.maximum(above.abs(), below.abs()).nan_to_num(posinf=0.0)
-    if surely_none(~apart & (above > below)):  # as nearly always
-        return rows
+    # the larger one of their absolute values, since the first is not below the second
+    gap, rounding = above - below, torch.maximum(above, -below) * within
+    if surely_none((gap < rounding) & (gap > 0)):  # as nearly always
+        return rows, order
 
+    apart = gap >= rounding  # true on padding, where both are infinite
     index = torch.arange(1, rows.shape[1], device=rows.device)
     # [batch, n]: the index at which each one's group begins
     leader = F.pad(torch.where(apart, index, 0), (1, 0)).cummax(1).values
     equalized = torch.empty_like(ordered).scatter_(1, order, ordered.gather(1, leader))
+    order = equalized.argsort(dim=1, descending=True, stable=True)
     if not rows.requires_grad:
-        return equalized
-    return torch.where(equalized > rows, rows + (equalized - rows).detach(), rows)
+        return equalized, order
+    return torch.where(equalized > rows, rows + (equalized - rows).detach(), rows), order

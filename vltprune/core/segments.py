@@ -68,7 +68,7 @@ def count(mask: Tensor, layout: Layout) -> Tensor:
     Returns:
         The counts, [batch] int64.
     """
-    return pad(mask.long(), layout, 0).sum(1)
+    return pad(mask, layout, False).sum(1)
 
 
 def softmax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
@@ -82,8 +82,9 @@ def softmax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     Returns:
         The weights, [total, ...].
     """
-    weight = torch.softmax(_hidden(values, layout, where), 1)
-    return unpad(weight, layout).to(values.dtype).masked_fill(_like(~where, values), 0.0)
+    hides = _like(~where, values)
+    weight = torch.softmax(_hidden(values, layout, hides), 1)
+    return unpad(weight, layout).to(values.dtype).masked_fill(hides, 0.0)
 
 
 def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
@@ -97,7 +98,8 @@ def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     Returns:
         The weights, [total, ...].
     """
-    hidden = _hidden(values, layout, where)
+    hides = _like(~where, values)
+    hidden = _hidden(values, layout, hides)
     is_candidate = hidden > _LOWEST
     # as softmax does: large sums lose digits
     hidden = torch.where(is_candidate, hidden - hidden.amax(1, keepdim=True), _LOWEST)
@@ -109,7 +111,7 @@ def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     size = support.sum(1, keepdim=True).clamp(min=1)
     threshold = cumulative.gather(1, size - 1) / size
     weight = unpad((hidden - threshold).clamp(min=0.0), layout).to(values.dtype)
-    return weight.masked_fill(_like(~where, values), 0.0)
+    return weight.masked_fill(hides, 0.0)
 
 
 def rank(scores: Tensor, layout: Layout) -> Tensor:
@@ -125,6 +127,23 @@ def rank(scores: Tensor, layout: Layout) -> Tensor:
     order = pad(scores, layout, float("-inf")).argsort(dim=1, descending=True, stable=True)
     ranks = torch.arange(layout.longest, device=scores.device).expand_as(order)
     return unpad(torch.empty_like(order).scatter_(1, order, ranks), layout)
+
+
+def rank_apart(scores: Tensor, layout: Layout, apart: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes scores of an instance that are equal within rounding exactly equal, and sorts them, some tokens left out.
+
+    Args:
+        scores: [total].
+        layout: their instances.
+        apart: [total] bool, tokens whose scores are left as they are, and which come last.
+
+    Returns:
+        The scores, [total], and the slots of each instance's tokens from the largest score to the smallest, ties by position,
+        [batch, longest] int64.
+    """
+    hidden = pad(scores.masked_fill(apart, float("-inf")), layout, float("-inf"))
+    ranked, order = precision.rank(hidden)
+    return scores if ranked is hidden else torch.where(apart, scores, unpad(ranked, layout)), order
 
 
 def equalize(scores: Tensor, layout: Layout, within: float = precision.ROUNDING) -> Tensor:
@@ -161,10 +180,9 @@ def weighted_sum(weight: Tensor, values: Tensor, layout: Layout) -> Tensor:
 _LOWEST = -1e30  # marks tokens that take no part; finite, so that an instance without candidates gives no NaN
 
 
-def _hidden(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
-    """The padded values, in single precision at least, and the lowest number where no candidate is."""
-    values = precision.single(values)
-    return pad(values.masked_fill(_like(~where, values), _LOWEST), layout, _LOWEST)
+def _hidden(values: Tensor, layout: Layout, hides: Tensor) -> Tensor:
+    """The padded values, in single precision at least, and the lowest number where no candidate is, where `hides` holds."""
+    return pad(precision.single(values).masked_fill(hides, _LOWEST), layout, _LOWEST)
 
 
 def _like(mask: Tensor, values: Tensor) -> Tensor:

@@ -2,82 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from ..utils.lazy import lazy
 from . import precision
 from .checks import is_traced
 
 MASKED = 1e-9  # the probability to stay of a token that is masked: for 0, whose logarithm has no gradient
 
 
-@dataclass(frozen=True)
 class Layout:
     """The number of tokens of each instance in a batch, and the indices that follow from it.
 
+    Each index tensor is computed when it is first read. Where all instances are equally long, none of them needs the lengths
+    one by one, so that the batch may be a symbol of torch.export.
+
+    Args:
+        lengths: tokens of each instance.
+        device: where the index tensors are.
+
     Attributes:
-        lengths: tokens of each instance, as Python integers.
-        device: where the index tensors are. Each of them is computed when it is first read.
+        device: where the index tensors are.
+        batch: the number of instances.
+        longest: the number of tokens of the longest instance.
+        total: the number of tokens of all instances.
+        is_uniform: whether all instances have the same number of tokens.
     """
 
-    lengths: tuple[int, ...]
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    def __init__(self, lengths: Sequence[int], device: torch.device | None = None):
+        self.device = torch.device("cpu") if device is None else device
+        lengths = tuple(lengths)
+        self.batch = len(lengths)
+        # a single length may be a symbol, which must not be compared
+        self.is_uniform = self.batch <= 1 or len(set(lengths)) == 1
+        self.longest = lengths[0] if self.batch == 1 else max(lengths, default=0)
+        self.total = self.batch * self.longest if self.is_uniform else sum(lengths)
+        self._lengths = lengths if self.batch != 1 else None
 
-    @property
-    def batch(self) -> int:
-        """The number of instances."""
-        return len(self.lengths)
+    @classmethod
+    def uniform(cls, batch: int, length: int, device: torch.device | None = None) -> Layout:
+        """The layout of equally long instances.
 
-    @cached_property
-    def total(self) -> int:
-        """The number of tokens of all instances."""
-        return sum(self.lengths)
+        Args:
+            batch: the number of instances.
+            length: tokens of each.
+            device: where the index tensors are.
 
-    @cached_property
-    def longest(self) -> int:
-        """The number of tokens of the longest instance."""
-        return max(self.lengths, default=0)
+        Returns:
+            The layout.
+        """
+        layout = cls((length,), device)
+        layout.batch, layout.total = batch, batch * length
+        return layout
 
-    @cached_property
-    def is_uniform(self) -> bool:
-        """Whether all instances have the same number of tokens."""
-        return len(set(self.lengths)) <= 1
+    @lazy
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each instance, as Python integers."""
+        return (self.longest,) * self.batch if self._lengths is None else self._lengths
 
-    @cached_property
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Layout) or (self.batch, self.longest) != (other.batch, other.longest):
+            return False
+        return (self.is_uniform and other.is_uniform) or self.lengths == other.lengths
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Layout({self.lengths})"
+
+    def map(self, function: Callable[[int], int]) -> Layout:
+        """The layout with each length replaced by a function of it.
+
+        Args:
+            function: maps a number of tokens to another, 0 or more.
+
+        Returns:
+            The layout.
+        """
+        if self.is_uniform:
+            return Layout.uniform(self.batch, function(self.longest), self.device)
+        return Layout([function(length) for length in self.lengths], self.device)
+
+    def combine(self, other: Layout, function: Callable[[int, int], int]) -> Layout:
+        """The layout whose lengths are a function of those of two layouts of the same instances.
+
+        Args:
+            other: the other layout.
+            function: maps a length of this layout and one of the other to a third, 0 or more.
+
+        Returns:
+            The layout.
+        """
+        if self.is_uniform and other.is_uniform:
+            return Layout.uniform(self.batch, function(self.longest, other.longest), self.device)
+        return Layout([*map(function, self.lengths, other.lengths)], self.device)
+
+    @lazy
     def sizes(self) -> Tensor:
         """[batch] int64: the lengths, as a tensor."""
+        if self.is_uniform:
+            return torch.full((self.batch,), self.longest, dtype=torch.int64, device=self.device)
         return torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
 
-    @cached_property
+    @lazy
     def offsets(self) -> Tensor:
         """[batch + 1] int32: where each instance starts, and the total (`cu_seqlens`)."""
+        if self.is_uniform:
+            return torch.arange(self.batch + 1, dtype=torch.int32, device=self.device) * self.longest
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
-    @cached_property
+    @lazy
+    def starts(self) -> Tensor:
+        """[batch] int64: the row at which each instance starts."""
+        return self.offsets[:-1].long()
+
+    @lazy
     def instance(self) -> Tensor:
         """[total] int64: the instance of each token."""
-        which = torch.arange(self.batch, device=self.device)
-        return torch.repeat_interleave(which, self.sizes, output_size=self.total)
+        return self.spread(torch.arange(self.batch, device=self.device))
 
-    @cached_property
+    @lazy
     def slot(self) -> Tensor:
         """[total] int64: the index of each token within its instance."""
-        return torch.arange(self.total, device=self.device) - self.offsets[:-1].long()[self.instance]
+        if self.is_uniform:
+            slots = torch.arange(self.longest, device=self.device)
+            return slots if _is_one(self.batch) else slots.repeat(self.batch)
+        return torch.arange(self.total, device=self.device) - self.spread(self.starts)
 
-    @cached_property
+    @lazy
     def padded_index(self) -> Tensor:
         """[total] int64: the index of each token in the flattened padded batch, instance * longest + slot."""
         return self.instance * self.longest + self.slot
 
-    @cached_property
+    @lazy
     def valid(self) -> Tensor:
         """[batch, longest] bool: true where the padded batch holds a token."""
         return torch.arange(self.longest, device=self.device) < self.sizes[:, None]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Gives each token the value of its instance.
+
+        Args:
+            values: [batch, ...].
+
+        Returns:
+            The values, [total, ...]; a view where there is one instance.
+        """
+        if self.is_uniform:
+            return values[:, None].expand(-1, self.longest, *values.shape[1:]).flatten(0, 1)
+        return values.index_select(0, self._spread)
+
+    @lazy
+    def _spread(self) -> Tensor:
+        """[total] int64: the instance of each token, where lengths differ."""
+        which = torch.arange(self.batch, device=self.device)
+        return torch.repeat_interleave(which, self.sizes, output_size=self.total)
 
     def grouped(self, groups: int) -> Layout:
         """The layout of the same tokens with consecutive instances joined.
@@ -88,6 +172,8 @@ class Layout:
         if groups == self.batch:
             return self
         each = self.batch // groups
+        if self.is_uniform:
+            return Layout.uniform(groups, each * self.longest, self.device)
         lengths = tuple(sum(self.lengths[i : i + each]) for i in range(0, self.batch, each))
         return Layout(lengths, self.device)
 
@@ -109,6 +195,9 @@ class PackedTokens:
         proportional: whether the logarithm of `size` is added to the attention logits of each key (ToMe, arXiv 2210.09461,
             equation 1).
         columns: further values per token by name, [total, ...], which parts leave for later layers.
+        number_protected: how many protected tokens each instance has, where all have the same number. None where it is not
+            known.
+        protected_lead: whether the protected tokens are the first of their instance, the summary token the very first.
     """
 
     x: Tensor
@@ -121,66 +210,92 @@ class PackedTokens:
     counted_prob: Tensor | None = None
     proportional: bool = False
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    number_protected: int | None = None
+    protected_lead: bool = False
 
     @classmethod
     def pack(
         cls,
         x: Tensor,
         valid: Tensor | None = None,
-        protected: Tensor | None = None,
-        summary: Tensor | None = None,
+        protected: Tensor | int | None = None,
+        summary: Tensor | bool | None = None,
+        number_protected: int | None = None,
     ) -> PackedTokens:
         """Packs a padded batch.
 
         Args:
             x: [batch, n, dim].
             valid: [batch, n] bool, false on padding. None for no padding.
-            protected: bool, broadcastable to [batch, n]. None for no protected token.
-            summary: bool, broadcastable to [batch, n]. None for no summary token.
+            protected: bool, broadcastable to [batch, n], or how many of the first tokens are protected. None for no protected
+                token.
+            summary: bool, broadcastable to [batch, n]. True for the first token, None for no summary token.
+            number_protected: how many protected tokens each instance has, where `protected` is a mask and all have the same
+                number. None where it is not known.
 
         Returns:
             The valid tokens, instance after instance.
 
         Raises:
-            ValueError: for an empty batch, for an instance without any token, and for `valid` under torch.jit.trace. A trace
-                would record the lengths of this batch as constants.
+            ValueError: for an empty batch, for an instance without any token, for `valid` under torch.jit.trace, which would
+                record the lengths of this batch as constants, and for a batch of several with `valid` under torch.export.
         """
-        batch, n, dim = x.shape
+        batch, n = x.shape[:2]
         if batch == 0 or n == 0:
             raise ValueError(
                 f"cannot pack an empty batch: x is {list(x.shape)}; give at least one instance with one token"
             )
-
-        def expand(mask: Tensor | None) -> Tensor:
-            mask = mask if mask is not None else torch.zeros((), dtype=torch.bool, device=x.device)
-            return mask.to(x.device).expand(batch, n)
-
         if valid is not None and is_traced():
             raise ValueError(
                 "torch.jit.trace would keep the lengths of this example for every other input, although they depend on the "
                 "mask or on the token ids: trace the image tower alone (model.visual, say), leave the mask out where all "
                 "instances are equally long, or run the model without tracing it"
             )
-        lengths = (n,) * batch if valid is None else tuple(valid.sum(1).tolist())
-        if valid is None or min(lengths) == n:
-            rows = slice(None)
-        elif 0 in lengths:
-            raise ValueError(f"instance {lengths.index(0)} has no token at all: every row of `valid` needs one")
-        else:
-            rows = valid.reshape(-1)
-        position = torch.arange(n, device=x.device).expand(batch, n)
+        slot = torch.arange(n, device=x.device)
+        leads = not isinstance(protected, Tensor) and not isinstance(summary, Tensor)
+        if not isinstance(protected, Tensor):
+            number_protected = protected or 0
+            protected = slot < number_protected
+        if not isinstance(summary, Tensor):
+            summary = slot == 0 if summary else None
+        layout, rows = Layout.uniform(batch, n, x.device), None
+        if valid is not None and torch.compiler.is_exporting():
+            layout, rows = _exported_rows(valid)
+        elif valid is not None:
+            lengths = valid.sum(1).tolist()
+            if 0 in lengths:
+                raise ValueError(f"instance {lengths.index(0)} has no token at all: every row of `valid` needs one")
+            if min(lengths) < n:
+                layout, rows = Layout(lengths, x.device), valid.reshape(-1).nonzero().squeeze(1)
+            if leads and not valid[:, :number_protected].all():
+                leads, number_protected = False, None
+
+        def column(values: Tensor) -> Tensor:
+            values = values.to(x.device).expand(batch, n, *values.shape[2:]).flatten(0, 1)
+            return values if rows is None else values.index_select(0, rows)
+
         return cls(
-            x.reshape(batch * n, dim)[rows],
-            Layout(lengths, x.device),
-            position.reshape(-1)[rows],
-            expand(protected).reshape(-1)[rows],
-            None if summary is None else expand(summary).reshape(-1)[rows],
+            column(x),
+            layout,
+            column(slot),
+            column(protected),
+            None if summary is None else column(summary),
+            number_protected=number_protected,
+            protected_lead=leads,
         )
 
-    @property
+    @lazy
     def free(self) -> Tensor:
         """[total] bool: the unprotected tokens, which a pruner may drop."""
         return ~self.protected
+
+    @lazy
+    def available(self) -> Layout:
+        """How many unprotected tokens each instance has."""
+        number = self.number_protected
+        if number is not None:
+            return self.layout.map(lambda length: length - number)
+        return Layout(self._padded(self.free).sum(1).tolist(), self.layout.device)
 
     @property
     def bias(self) -> Tensor | None:
@@ -265,12 +380,16 @@ class PackedTokens:
             x [batch, longest, dim], zero where there is no token, and valid [batch, longest] bool. A uniform layout gives a
             view and None.
         """
+        return self._padded(self.x), None if self.layout.is_uniform else self.layout.valid
+
+    def _padded(self, values: Tensor) -> Tensor:
+        """Values [total, ...], padded with zeros: [batch, longest, ...]."""
         layout = self.layout
+        shape = (layout.batch, layout.longest, *values.shape[1:])
         if layout.is_uniform:
-            return self.x.view(layout.batch, layout.longest, -1), None
-        padded = self.x.new_zeros(layout.batch * layout.longest, self.x.shape[-1])
-        padded = padded.index_copy(0, layout.padded_index, self.x)
-        return padded.view(layout.batch, layout.longest, -1), layout.valid
+            return values.view(shape)
+        padded = values.new_zeros(layout.batch * layout.longest, *values.shape[1:])
+        return padded.index_copy(0, layout.padded_index, values).view(shape)
 
     def select(self, keep: Tensor) -> PackedTokens:
         """Selects tokens by a mask.
@@ -281,11 +400,9 @@ class PackedTokens:
         Returns:
             The selected tokens, in their order. An instance may have none.
         """
-        layout = self.layout
-        per_instance = torch.zeros(layout.batch, dtype=torch.int64, device=keep.device)
-        lengths = per_instance.index_add(0, layout.instance, keep.long()).tolist()
-        index = keep.nonzero().squeeze(1)
-        return self.take(index, Layout(tuple(lengths), layout.device))
+        lengths = self._padded(keep).sum(1).tolist()
+        taken = self.take(keep.nonzero().squeeze(1), Layout(lengths, self.layout.device))
+        return replace(taken, number_protected=None, protected_lead=False)
 
     def select_instances(self, instances: Sequence[int]) -> PackedTokens:
         """Selects whole instances.
@@ -301,12 +418,13 @@ class PackedTokens:
         layout = Layout(tuple(lengths[i] for i in instances), self.layout.device)
         return self.take(torch.tensor(rows, device=self.x.device), layout)
 
-    def take(self, index: Tensor, layout: Layout) -> PackedTokens:
-        """Gathers tokens by index.
+    def take(self, index: Tensor, layout: Layout, x: Tensor | None = None) -> PackedTokens:
+        """Gathers tokens by index. It must take all protected tokens of the instances that it takes.
 
         Args:
             index: [new total] int64, the row of each token.
             layout: which of them belong to which instance.
+            x: [new total, dim], their contents, where they are known. None to gather them.
 
         Returns:
             The gathered tokens.
@@ -315,17 +433,25 @@ class PackedTokens:
         def pick(column: Tensor | None) -> Tensor | None:
             return None if column is None else column.index_select(0, index)
 
+        def lead(marks: Tensor) -> Tensor:
+            # an instance begins with the same tokens as before
+            if not (self.protected_lead and layout.is_uniform and self.layout.is_uniform):
+                return marks.index_select(0, index)
+            return marks.view(self.layout.batch, -1)[:, : layout.longest].flatten()
+
         return PackedTokens(
-            self.x.index_select(0, index),
+            self.x.index_select(0, index) if x is None else x,
             layout,
             self.position.index_select(0, index),
-            self.protected.index_select(0, index),
-            pick(self.summary),
+            lead(self.protected),
+            None if self.summary is None else lead(self.summary),
             pick(self.size),
             pick(self.keep_prob),
             pick(self.counted_prob),
             self.proportional,
             {name: column.index_select(0, index) for name, column in self.columns.items()},
+            self.number_protected,
+            self.protected_lead,
         )
 
     def first_where(self, mask: Tensor) -> Tensor:
@@ -337,10 +463,18 @@ class PackedTokens:
         Returns:
             The contents, [batch, dim].
         """
-        layout = self.layout
-        here = torch.where(mask, layout.slot, layout.longest)
-        slots = here.new_full((layout.batch,), layout.longest).scatter_reduce(0, layout.instance, here, "amin")
-        return self.x.index_select(0, layout.offsets[:-1].long() + slots)
+        return self.x.index_select(0, self._first_row(mask))
+
+    def _first_row(self, mask: Tensor) -> Tensor:
+        """[batch] int64: the row of the first token of each instance where a mask [total] holds."""
+        return self.layout.starts + self._padded(mask).int().argmax(1)
+
+    @lazy
+    def summary_row(self) -> Tensor:
+        """[batch] int64: the row of each instance's summary token. ValueError where there is none."""
+        if self.summary is None:
+            raise ValueError("these tokens have no summary token: pack them with summary=, or average them")
+        return self.layout.starts if self.protected_lead else self._first_row(self.summary)
 
     def summaries(self) -> Tensor:
         """The contents of each instance's summary token.
@@ -351,9 +485,7 @@ class PackedTokens:
         Raises:
             ValueError: where the tokens have no summary token.
         """
-        if self.summary is None:
-            raise ValueError("these tokens have no summary token: pack them with summary=, or average them")
-        return self.first_where(self.summary)
+        return self.x.index_select(0, self.summary_row)
 
     def at_position(self, position: Tensor) -> Tensor:
         """The contents of the token of each instance at a position of the original sequence.
@@ -364,4 +496,22 @@ class PackedTokens:
         Returns:
             The contents, [batch, dim].
         """
-        return self.first_where(self.position == position[self.layout.instance])
+        return self.first_where(self.position == self.layout.spread(position))
+
+
+def _exported_rows(valid: Tensor) -> tuple[Layout, Tensor]:
+    """The layout and the rows of the valid tokens of one instance, whose number is a size of torch.export."""
+    if valid.shape[0] != 1:
+        raise ValueError(
+            "torch.export takes a mask of one instance, whose number of tokens is then a size of the graph, and this one has "
+            f"{valid.shape[0]}: export at batch 1, or leave the mask out where all instances are equally long"
+        )
+    rows = valid.reshape(-1).nonzero().squeeze(1)
+    torch._check(rows.shape[0] >= 1)
+    torch._check(rows.shape[0] <= valid.shape[1])
+    return Layout((rows.shape[0],), valid.device), rows
+
+
+def _is_one(batch: int) -> bool:
+    """Whether there is one instance, without a guard on a batch that is a symbol of torch.export."""
+    return isinstance(batch, int) and batch == 1

@@ -166,7 +166,8 @@ class BlockMeter:
             macs.qkv * before + 2 * width * before**2 + macs.project * projected + macs.after_attention(inner, memory)
         )
 
-        needs = functools.reduce(operator.or_, (pruner.needs for pruner in self.pruners), Stat.NONE)
+        acted = [pruner.needs for pruner, step in zip(self.pruners, layer.steps, strict=False) if not step.is_idle]
+        needs = functools.reduce(operator.or_, acted, Stat.NONE)
         token, pair, text_pair = needs.macs(macs.heads, macs.head_dim)
         block = block + (token + pair * before + text_pair * text) * before
         if Stat.FROM_QUERY in needs:
@@ -174,6 +175,8 @@ class BlockMeter:
             block = block + macs.qkv
         former = None
         for pruner, step, entered, leaves in zip(self.pruners, layer.steps, [before, *left], left, strict=False):
+            if step.is_idle:
+                continue
             # a pruner at the same place as the one before reads its guidance, unless that one changed the tokens
             guide = (
                 self.guide if former is None or former.inside != step.inside or former.reduction is not None else 0.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..core.attention import attend
+from ..core.checks import is_recorded
 from ..core.tokens import Layout, PackedTokens
 from ..layers.block_spec import BlockSpec
 from ..layers.guides.base import TokenProjection
@@ -64,17 +64,16 @@ class MedHost(Host):
     ) -> tuple[PackedTokens, tuple[Memory | None, ...]]:
         x = tower.embed(input_ids)
         valid = None if attention_mask is None else attention_mask.bool()
-        if valid is not None and not valid[:, 0].all():
+        if valid is not None and not is_recorded() and not valid[:, 0].all():
             raise ValueError(
                 "attention_mask hides the first token of a sentence, which summarizes it: pad on the right"
             )
-        first = torch.arange(x.shape[1], device=x.device) == 0
-        tokens = PackedTokens.pack(x, valid, protected=first, summary=first)
+        tokens = PackedTokens.pack(x, valid, protected=1, summary=True)
 
         if memory is None:
             return tokens, (None,) * len(tower.layers)
         packed = memory if isinstance(memory, PackedTokens) else PackedTokens.pack(memory)
-        tower.check_memory(len(input_ids), packed.layout.batch)
+        tower.check_memory(input_ids.shape[0], packed.layout.batch)
         return tokens, (_by_image(packed, tower.images),) * len(tower.layers)
 
     def padded_length(self, tokens: PackedTokens, *inputs: Any) -> int:

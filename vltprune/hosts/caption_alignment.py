@@ -63,8 +63,7 @@ class CaptionAlignment:
     def _gather(self, inputs: Sequence[Tensor], input_ids: Tensor, mask: Tensor | None) -> Tensor:
         """[captions, anchors, anchor dim], summed over the blocks' inputs, [captions, n, width] each."""
         valid = None if mask is None else mask.bool()
-        first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
-        packed = (PackedTokens.pack(x, valid, protected=first, summary=first) for x in inputs)
+        packed = (PackedTokens.pack(x, valid, protected=1, summary=True) for x in inputs)
         return torch.stack([self.guide(tokens, "text").pooled for tokens in packed]).sum(0)
 
 

@@ -18,7 +18,7 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from ..core.checks import check_ids, check_images
+from ..core.checks import check_ids, check_images, is_recorded
 from ..core.tokens import PackedTokens
 from ..layers.block_spec import BlockSpec
 from ..layers.guides.base import TokenProjection
@@ -108,8 +108,7 @@ class VisionTransformerHost(_ClipHost):
         channels = getattr(tower.conv1, "in_channels", None)
         check_images(images, channels, tower.image_size)
         x = tower._embeds(images)
-        first = torch.arange(x.shape[1], device=x.device) == 0
-        return PackedTokens.pack(x, protected=first, summary=first), (None,) * len(tower.transformer.resblocks)
+        return PackedTokens.pack(x, protected=1, summary=True), (None,) * len(tower.transformer.resblocks)
 
     def projection(self, tower: VisionTransformer) -> TokenProjection | None:
         return token_projection(tower.ln_post, tower.proj) if tower.attn_pool is None else None
@@ -155,7 +154,8 @@ class _TextHost(_ClipHost):
         pooled = self.pooled_position(tower, text)[:, None]
 
         valid = self.valid(tower, text, position, pooled)
-        tokens = PackedTokens.pack(x, valid, protected=position == pooled, summary=position == pooled)
+        is_pooled = position == pooled
+        tokens = PackedTokens.pack(x, valid, protected=is_pooled, summary=is_pooled, number_protected=1)
         return tokens, (None,) * len(tower.transformer.resblocks)
 
     def valid(self, tower: Any, text: Tensor, position: Tensor, pooled: Tensor) -> Tensor | None:
@@ -178,7 +178,7 @@ class _TextHost(_ClipHost):
         if not getattr(tower, "use_pad_mask", False):
             return None
         real = text != tower.pad_id
-        if not real.gather(1, pooled).all():
+        if not is_recorded() and not real.gather(1, pooled).all():
             raise ValueError(
                 f"text: the pooled token ({tower.pool_type!r}) of a sentence is padding (id {tower.pad_id})"
             )
@@ -212,7 +212,7 @@ class _TextHost(_ClipHost):
             return text.argmax(1)
         if kind == "eos":
             return (text == eos).int().argmax(1)
-        return text.new_full((len(text),), 0 if kind == "first" else text.shape[1] - 1)
+        return text.new_full((text.shape[0],), 0 if kind == "first" else text.shape[1] - 1)
 
     def pooling(self, tower: Any) -> tuple[str, int]:
         """The kind of pooling, and the id of the end of text."""

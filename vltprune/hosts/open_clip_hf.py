@@ -10,6 +10,7 @@ from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncode
 from torch import Tensor, nn
 
 from ..core import segments
+from ..core.checks import is_recorded
 from ..core.tokens import PackedTokens
 from ..pruning.encoder import PrunedEncoder
 from ..registry import hosts
@@ -60,12 +61,13 @@ class HFTextEncoderHost(WrapperHost):
     def embed(self, tower: Any, text: Tensor) -> tuple[PackedTokens, tuple[Any, ...]]:
         padding = tower.config.pad_token_id
         real = text != padding
-        if text.dim() == 2 and not real[:, :1].all():
+        if text.dim() == 2 and not is_recorded() and not real[:, :1].all():
             sentence = int((~real[:, 0]).nonzero()[0])
             raise ValueError(f"text: sentence {sentence} begins with padding (id {padding}): pad on the right")
         tokens, block_inputs = super().embed(tower, text, real)
         if type(tower.pooler) in _FIRST:
-            tokens = replace(tokens, protected=tokens.protected | (tokens.position == 0))
+            protected = tokens.protected | (tokens.position == 0)
+            tokens = replace(tokens, protected=protected, number_protected=None, protected_lead=False)
         return tokens, block_inputs
 
     def head(self, tower: HFTextEncoder, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> Any:

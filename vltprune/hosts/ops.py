@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core import precision, segments
+from ..core.checks import is_recorded
 from ..core.tokens import Layout, PackedTokens
 from ..layers.guides.base import TokenProjection
 from .refusals import dotted
@@ -96,7 +97,7 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
     mask = branch.new_empty(layout.batch).bernoulli_(keep)
     if getattr(module, "scale_by_keep", True):
         mask = mask / keep
-    return branch * mask[layout.instance, None]
+    return branch * layout.spread(mask)[:, None]
 
 
 def is_affine(projection: nn.Module) -> bool:
@@ -145,10 +146,10 @@ def by_tiles(function: Callable[[Tensor], Tensor], x: Tensor, rows: int = 640) -
     Returns:
         function(x), [total, dim].
     """
-    if x.device.type != "cpu" or len(x) <= rows or torch.is_grad_enabled():
+    if x.device.type != "cpu" or is_recorded() or x.shape[0] <= rows or torch.is_grad_enabled():
         return function(x)
     out = torch.empty_like(x)
-    tiles = -(-len(x) // rows)
+    tiles = -(-x.shape[0] // rows)
     for tile, result in zip(x.tensor_split(tiles), out.tensor_split(tiles), strict=True):
         result.copy_(function(tile))
     return out

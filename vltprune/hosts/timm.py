@@ -73,9 +73,7 @@ class _TimmHost(Host):
         return not unpooled and not _pools_prefix(tower)
 
     def _pack(self, tower: _Tower, x: Tensor) -> PackedTokens:
-        position = torch.arange(x.shape[1], device=x.device)
-        summary = position == 0 if tower.cls_token is not None else None
-        return PackedTokens.pack(x, protected=position < tower.num_prefix_tokens, summary=summary)
+        return PackedTokens.pack(x, protected=tower.num_prefix_tokens, summary=tower.cls_token is not None)
 
     def _check_images(self, tower: _Tower, images: Tensor) -> None:
         embed = tower.patch_embed

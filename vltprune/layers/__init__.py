@@ -6,7 +6,18 @@ from .guides.base import AlignmentGuide, BoundGuide, Codebook, Guidance, TokenPr
 from .guides.query import current_query, query, set_query
 from .guides.text import TextEmbedding, TextGuide, TextQuery, check_batch
 from .keepers.adaptive import Distortion, Threshold
-from .keepers.base import All, Count, Counts, KeepRatioPredictor, Knob, Outliers, RandomRatio, Ratio, Remove
+from .keepers.base import (
+    All,
+    Count,
+    Counts,
+    FixedKeeper,
+    KeepRatioPredictor,
+    Knob,
+    Outliers,
+    RandomRatio,
+    Ratio,
+    Remove,
+)
 from .keepers.trained import Above, RisingThreshold, SampledRatio
 from .reducers.adding import Add
 from .reducers.base import Drop, Fuse, TokenReducer
@@ -81,6 +92,7 @@ __all__ = [
     "Dpp",
     "Drop",
     "FlowCut",
+    "FixedKeeper",
     "Fuse",
     "Equal",
     "Guidance",

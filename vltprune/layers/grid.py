@@ -36,8 +36,8 @@ def with_grid(tokens: PackedTokens, image: tuple[int, int] | None) -> PackedToke
     patches = segments.count(tokens.free, layout)
     rows = (patches.double() * height / width).sqrt().round().long().clamp(min=1)
     columns = (patches // rows).clamp(min=1)
-    is_grid = (rows * columns == patches)[layout.instance]
-    columns = columns[layout.instance]
+    is_grid = layout.spread(rows * columns == patches)
+    columns = layout.spread(columns)
     row, column = torch.where(is_grid, number // columns, -1), torch.where(is_grid, number % columns, number)
     return tokens.with_column(COLUMN, torch.stack([row, column], 1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.attention import attend
 from ..core.attention_stats import attend_with_stats
-from ..core.checks import is_traced
+from ..core.checks import is_recorded
 from ..core.modality import COLUMN
 from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
@@ -210,15 +211,14 @@ class PrunedEncoder(Tower):
         q, k, v = adapter.qkv(block, tokens, block_input)
         options: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
         options |= {"key_bias": tokens.bias, "pairs": adapter.pair_bias(block, tokens, block_input)}
-        scale, relate = adapter.scale(block), None
+        scale, relate, needs = adapter.scale(block), None, self._needs((*inside, *behind), tokens)
 
-        if not inside and not behind:
+        if needs is None:
             context, stats = attend(q, k, v, tokens.layout, scale, **options), AttentionStats()
-            if guide is not None and not self.pruners and torch.is_grad_enabled():
-                # for the alignment loss with the other tower, which reads it or not
+            if guide is not None and (inside or behind or (not self.pruners and torch.is_grad_enabled())):
+                # for whoever reads it, such as the alignment loss with the other tower
                 relate = partial(guide, tokens)
         else:
-            needs = functools.reduce(operator.or_, (pruner.needs for pruner in (*inside, *behind)))
             if Stat.FROM_QUERY in needs and guide is not None and guide.text is not None:
                 # as a token of its own, by the block's own norm and query projection
                 text = PackedTokens.pack(guide.text[:, None].to(tokens.x.dtype))
@@ -251,12 +251,21 @@ class PrunedEncoder(Tower):
         scores = decisions[0].scores if decisions and torch.is_grad_enabled() else None
         scored = None if scores is None else (entered, scores)
         expected = steps[-1].expected if steps else None if tokens.keep_prob is None else tokens.expected
-        lengths = tokens.layout.lengths
         modality, position = tokens.columns.get(COLUMN), tokens.position
         trace = LayerTrace(
-            position, tokens.protected, lengths, steps, early, relate, expected, scored, modality=modality
+            position, tokens.protected, tokens.layout, steps, early, relate, expected, scored, modality=modality
         )
         return tokens, trace
+
+    def _needs(self, pruners: Sequence[Pruner], tokens: PackedTokens) -> Stat | None:
+        """The statistics that the pruners of a block read of the tokens that enter it. None where all of them are idle."""
+        idle = itertools.takewhile(lambda pruner: self._is_idle(pruner, tokens), pruners)
+        acting = pruners[len(list(idle)) :]
+        return functools.reduce(operator.or_, (pruner.needs for pruner in acting)) if acting else None
+
+    def _is_idle(self, pruner: Pruner, tokens: PackedTokens) -> bool:
+        """Whether nothing that a pruner computes of these tokens is read. Losses read scores, where gradients are recorded."""
+        return not torch.is_grad_enabled() and pruner.is_idle(tokens, self._least(pruner))
 
     def _decide(
         self,
@@ -271,6 +280,9 @@ class PrunedEncoder(Tower):
         for pruner in pruners:
             if decisions:
                 tokens, stats = decisions[-1].apply(tokens), decisions[-1].carry(stats)
+            if self._is_idle(pruner, tokens):
+                decisions.append(PruneDecision(None, is_idle=True))
+                continue
             if guide is not None and (guidance is None or decisions[-1].plan is not None):
                 guidance = guide(tokens)
                 first = guidance if first is None else first
@@ -293,7 +305,7 @@ class PrunedEncoder(Tower):
         return with_grid(tokens, tuple(inputs[0].shape[-2:]) if is_image else None)
 
     def _warn_of_noise(self) -> None:
-        if self.training or self.guide is None or not self.pruners or is_traced() or not self.guide.is_untrained:
+        if self.training or self.guide is None or not self.pruners or is_recorded() or not self.guide.is_untrained:
             return
         warnings.warn(
             f"the {self.tower} tower is pruned by an alignment guide whose anchors are untrained noise: load trained "
@@ -311,5 +323,5 @@ def _apply(
     for decision in decisions:
         tokens = decision.apply(tokens)
         expected = None if tokens.keep_prob is None else tokens.expected
-        steps.append(PruneStep(tokens.layout.lengths, decision.plan, expected, inside))
+        steps.append(PruneStep(tokens.layout, decision.plan, expected, inside, decision.is_idle))
     return tokens, tuple(steps)

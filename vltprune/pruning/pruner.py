@@ -14,10 +14,10 @@ from ..core import segments
 from ..core.checks import is_traced
 from ..core.modality import Modality, is_of
 from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import PackedTokens
+from ..core.tokens import Layout, PackedTokens
 from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer, TokenSelector, Top
-from ..layers.keepers.base import with_statistics
-from ..layers.selectors.base import top_tokens
+from ..layers.keepers.base import FixedKeeper, with_statistics
+from ..layers.selectors.base import Selection, first_tokens, top_tokens
 from .part import KINDS
 from .stage import PRUNER_KINDS, Stage
 
@@ -41,6 +41,7 @@ class PruneDecision:
         keep_prob: [total], in soft training: the probability to stay, with gradients to scores and threshold.
         counted_prob: [total]: the same values, with gradients to the threshold alone where there is one.
         columns: values per token by name, [total, ...], that the tokens carry to later layers.
+        is_idle: as `PruneStep` has it.
     """
 
     plan: Reduction | None
@@ -48,6 +49,7 @@ class PruneDecision:
     keep_prob: Tensor | None = None
     counted_prob: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    is_idle: bool = False
 
     def apply(self, tokens: PackedTokens) -> PackedTokens:
         """The tokens that the decision leaves, with their keep probabilities and columns."""
@@ -162,14 +164,16 @@ class Pruner(nn.Module):
     ) -> PruneDecision:
         if self.modality is not None:
             others = ~is_of(tokens, self.modality)
-            tokens = replace(tokens, protected=tokens.protected | others)
+            protected = tokens.protected | others
+            tokens = replace(tokens, protected=protected, number_protected=None, protected_lead=False)
         if soft and not isinstance(self.selector, Top):
             raise ValueError(
                 f"soft training keeps the tokens of largest score, and {type(self.selector).__name__} selects others: prune "
                 "with selector='top', or train with soft_temperature 0"
             )
-        scores = segments.equalize(self.scorer(tokens, stats, guidance).float(), tokens.layout)
-        keep_prob = counted_prob = None
+        scores = self.scorer(tokens, stats, guidance).float()
+        scores, order = segments.rank_apart(scores, tokens.layout, tokens.protected)
+        keep_prob = counted_prob = kept = None
         if soft:
             certain = self._certain(tokens, scores, least)
             keep_prob = counted_prob = self._keep_prob(scores, tokens, guidance, certain)
@@ -177,16 +181,57 @@ class Pruner(nn.Module):
                 counted_prob = self._keep_prob(scores.detach(), tokens, guidance, certain)
             stays = tokens.free if self.keeper.hard else (keep_prob > self.min_keep_prob) & tokens.free
             counts = segments.count(stays, tokens.layout)
+            counts = counts.clamp(min=least)
         else:
-            counts = self.keeper(scores, with_statistics(tokens, stats, self.keeper.needs), guidance)
-        counts = counts.clamp(min=least)
-        # a keeper that samples does not order tokens as their scores do
-        selection = self.selector(tokens, scores if keep_prob is None else keep_prob, counts, stats)
+            kept, counts = self._kept(tokens, scores, stats, guidance, least)
+        if isinstance(self.selector, Top) and keep_prob is None:
+            selection = Selection(first_tokens(tokens, order, counts if kept is None else kept))
+        else:
+            # a keeper that samples does not order tokens as their scores do
+            ordered = scores if keep_prob is None else keep_prob
+            bound = {"most": None if kept is None else kept.longest} if self.selector.takes_most else {}
+            selection = self.selector(tokens, ordered, counts, stats, **bound)
+        if kept is not None and self.selector.fixed:
+            protected = tokens.layout.combine(tokens.available, lambda there, free: there - free)
+            selection = replace(selection, kept=kept.combine(protected, lambda free, more: free + more))
         columns = dict(selection.columns)
         if self.scorer.remembers is not None:
             columns[self.scorer.remembers] = self._remembered(scores, tokens)
         plan = self.reducer(tokens, scores, selection, stats)
         return PruneDecision(plan, scores, keep_prob, counted_prob, columns)
+
+    def is_idle(self, tokens: PackedTokens, least: int = 0) -> bool:
+        """Whether it keeps all tokens, whatever they hold, and no later layer reads their scores: inference then skips it.
+
+        Args:
+            tokens: the block's input.
+            least: as in `forward`.
+        """
+        if not isinstance(self.selector, Top) or self.scorer.remembers is not None:
+            return False
+        fixed = self._fixed(tokens, least) if self.modality is None else None
+        return fixed is not None and fixed == tokens.available
+
+    def _fixed(self, tokens: PackedTokens, least: int) -> Layout | None:
+        """How many unprotected tokens of each instance stay, whatever they hold. None where it depends on that."""
+        keeper = self.keeper
+        if not isinstance(keeper, FixedKeeper):
+            return None
+        return tokens.available.map(lambda available: min(max(keeper.kept(available), least), available))
+
+    def _kept(
+        self, tokens: PackedTokens, scores: Tensor, stats: AttentionStats, guidance: Guidance | None, least: int
+    ) -> tuple[Layout | None, Tensor]:
+        """How many unprotected tokens of each instance stay, as numbers and as [batch] int64; no numbers under torch.export."""
+        kept = self._fixed(tokens, least)
+        if kept is not None:
+            return kept, kept.sizes
+        counts = self.keeper(scores, with_statistics(tokens, stats, self.keeper.needs), guidance).clamp(min=least)
+        if torch.compiler.is_exporting():
+            return None, counts
+        # the only synchronization of a pruned layer
+        found = Layout(counts.tolist(), counts.device)
+        return found.combine(tokens.available, min), counts
 
     def _remembered(self, scores: Tensor, tokens: PackedTokens) -> Tensor:
         """[total]: the scores to leave to later layers. Tokens of another modality keep those that a former stage left."""

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from ..core import precision, segments
 from ..core.modality import COLUMN, text_counts
-from ..core.tokens import PackedTokens
+from ..core.tokens import Layout, PackedTokens
 from ..layers import Guidance, Reduction
+from ..utils.lazy import lazy
 from .decode_stats import DecodeStats
 from .tower import Tower
 
@@ -26,16 +26,23 @@ class PruneStep:
     """What one pruner did in one call.
 
     Attributes:
-        lengths: how many tokens each instance had behind it.
+        layout: how many tokens each instance had behind it.
         reduction: the plan that was applied. None where all tokens stayed.
         expected: [batch], the expected number of tokens behind it in soft training. None otherwise.
         inside: whether it stood between attention and MLP, and not behind the block.
+        is_idle: whether it kept all tokens whatever they hold, so that inference computes nothing.
     """
 
-    lengths: tuple[int, ...]
+    layout: Layout
     reduction: Reduction | None
     expected: Tensor | None
     inside: bool
+    is_idle: bool = False
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens each instance had behind it."""
+        return self.layout.lengths
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class LayerTrace:
     Attributes:
         position: [total] int64, the original positions of the tokens that left the block.
         protected: [total] bool, which of them are protected.
-        lengths: how many of them each instance has.
+        layout: how many of them each instance has.
         steps: what the pruners of the block did, in order; none in a block that is not pruned.
         reduced_early: whether the plans inside the block were applied before the output projection.
         guide: computes the guidance. None without a guide.
@@ -58,7 +65,7 @@ class LayerTrace:
 
     position: Tensor
     protected: Tensor
-    lengths: tuple[int, ...]
+    layout: Layout
     steps: tuple[PruneStep, ...]
     reduced_early: bool
     guide: Callable[[], Guidance] | None
@@ -70,16 +77,19 @@ class LayerTrace:
     @property
     def identity(self) -> Tensor:
         """[total] int64 of the tokens that left the block: `PackedTokens.identity`."""
-        sizes = torch.tensor(self.lengths, device=self.position.device)
-        instance = torch.arange(len(self.lengths), device=self.position.device)
-        return torch.repeat_interleave(instance, sizes, output_size=len(self.position)) * 2**32 + self.position
+        return self.layout.instance * 2**32 + self.position
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many of them each instance has."""
+        return self.layout.lengths
 
     @property
     def reductions(self) -> tuple[Reduction, ...]:
         """The plans that were applied, in order; none where all tokens stayed."""
         return tuple(step.reduction for step in self.steps if step.reduction is not None)
 
-    @cached_property
+    @lazy
     def guidance(self) -> Guidance | None:
         """The affinity of the tokens that entered the block to the anchors. None without a guide.
 
@@ -203,6 +213,7 @@ class Collector(list[PruneTrace]):
 _of_thread: ContextVar[tuple[Collector, ...]] = ContextVar("collectors", default=())
 _lock = threading.Lock()
 _shared: list[Collector] = []  # those that other threads report to, in the whole process
+_open = 0  # how many `collect` blocks there are in the whole process: what torch.compile can guard on
 
 
 @contextlib.contextmanager
@@ -220,22 +231,26 @@ def collect(tokens: bool = False, threads: bool = True) -> Iterator[list[PruneTr
     Yields:
         The list of traces, one per call of a tower.
     """
+    global _open
     collector = Collector(tokens)
     token = _of_thread.set((*_of_thread.get(), collector))
-    if threads:
-        with _lock:
+    with _lock:
+        _open += 1
+        if threads:
             _shared.append(collector)
     try:
         yield collector
     finally:
-        if threads:
-            with _lock:
-                _shared[:] = [other for other in _shared if other is not collector]  # lists of equal traces are equal
+        with _lock:
+            _open -= 1
+            _shared[:] = [other for other in _shared if other is not collector]  # lists of equal traces are equal
         _of_thread.reset(token)
 
 
 def active_collectors() -> tuple[Collector, ...]:
     """The collectors that calls of this thread report to."""
+    if not _open:
+        return ()
     if torch._C._current_graph_task_id() != -1:  # in `backward`, as torch.utils.checkpoint asks
         return ()
     collectors = _of_thread.get()

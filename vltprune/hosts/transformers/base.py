@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
-from ...core.checks import check_ids, check_images
+from ...core.checks import check_ids, check_images, is_recorded
 from ...core.tokens import PackedTokens
 from ...layers.block_spec import BlockSpec
 from ...pruning.encoder import PrunedEncoder
@@ -259,9 +259,7 @@ class ImageHost(TransformersHost):
         Returns:
             The packed tokens.
         """
-        position = torch.arange(x.shape[1], device=x.device)
-        summary = position == 0 if self.has_summary else None
-        return PackedTokens.pack(x, valid, protected=position < self.prefix(tower), summary=summary)
+        return PackedTokens.pack(x, valid, protected=self.prefix(tower), summary=self.has_summary)
 
 
 class TextHost(TransformersHost):
@@ -332,18 +330,22 @@ class TextHost(TransformersHost):
         Raises:
             ValueError: For a mask of another shape, and for one that hides a summary token.
         """
+        is_first = isinstance(summary_position, int) and summary_position == 0
         summary = (torch.arange(x.shape[1], device=x.device) == summary_position).expand(x.shape[:2])
+        marks: dict[str, Any] = {"protected": summary, "summary": summary, "number_protected": 1}
+        if is_first:
+            marks = {"protected": 1, "summary": True}
         if attention_mask is None:
-            return PackedTokens.pack(x, protected=summary, summary=summary)
+            return PackedTokens.pack(x, **marks)
         if attention_mask.shape != x.shape[:2]:
             raise ValueError(
                 f"attention_mask must be {list(x.shape[:2])} like input_ids, got {list(attention_mask.shape)}"
             )
         valid = attention_mask.bool()
-        hidden = (summary & ~valid).nonzero().tolist()
+        hidden = [] if is_recorded() else (summary & ~valid).nonzero().tolist()
         if hidden:
             raise ValueError(
                 f"attention_mask hides token {hidden[0][1]} of sentence {hidden[0][0]}, which summarizes it: pad BERT and its "
                 "kin on the right, let CLIP see the end of its text, and call SigLIP without a mask (it pools its last token)"
             )
-        return PackedTokens.pack(x, valid, protected=summary, summary=summary)
+        return PackedTokens.pack(x, valid, **marks)

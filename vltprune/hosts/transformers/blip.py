@@ -86,9 +86,9 @@ class BlipTextHost(PostNormHost):
             return tokens, no_memory
         if not tower.config.is_decoder:
             raise ValueError("encoder_hidden_states need cross-attention: build the text tower with is_decoder=True")
-        if len(encoder_hidden_states) not in (1, len(input_ids)):
+        if encoder_hidden_states.shape[0] not in (1, input_ids.shape[0]):
             raise ValueError(
-                f"{len(input_ids)} sentences cannot attend to {len(encoder_hidden_states)} images: give one each, or "
+                f"{input_ids.shape[0]} sentences cannot attend to {encoder_hidden_states.shape[0]} images: give one each, or "
                 "one for all"
             )
         real = _occupied(encoder_hidden_states)

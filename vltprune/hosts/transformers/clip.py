@@ -84,7 +84,7 @@ class Siglip2VisionHost(SiglipVisionHost):
         self, tower: Any, pixel_values: Tensor, pixel_attention_mask: Tensor | None, spatial_shapes: Tensor
     ) -> tuple[PackedTokens, tuple[None, ...]]:
         width = tower.config.num_channels * tower.config.patch_size**2
-        if pixel_values.dim() != 3 or pixel_values.shape[-1] != width or len(pixel_values) == 0:
+        if pixel_values.dim() != 3 or pixel_values.shape[-1] != width or pixel_values.shape[0] == 0:
             raise ValueError(
                 f"pixel_values must be patches [batch, patches, {width}], got {list(pixel_values.shape)}: prepare them with "
                 "the model's image processor"
@@ -168,5 +168,5 @@ def _pool_soft(head: Any, tokens: PackedTokens) -> Tensor:
     assert bias is not None
     # [batch * heads, 1, longest]
     biases = bias[:, None].repeat_interleave(head.attention.num_heads, 0)
-    pooled = head.attention(head.probe.repeat(len(x), 1, 1), x, x, attn_mask=biases)[0]
+    pooled = head.attention(head.probe.repeat(x.shape[0], 1, 1), x, x, attn_mask=biases)[0]
     return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vilt.modeling_vilt import ViltLayer, ViltModel, ViltSelfAttention
 
-from ...core.checks import check_ids, check_images
+from ...core.checks import check_ids, check_images, is_recorded
 from ...core.modality import COLUMN, text_counts, with_modality
 from ...core.tokens import PackedTokens
 from ...layers.block_spec import BlockSpec
@@ -75,7 +75,7 @@ class ViltHost(PreNormHost):
             valid = torch.cat([shown.bool(), real], 1)
         slot = torch.arange(length + image.shape[1], device=text.device)
         tokens = PackedTokens.pack(
-            torch.cat([text, image], 1), valid, protected=(slot == 0) | (slot == length), summary=slot == 0
+            torch.cat([text, image], 1), valid, (slot == 0) | (slot == length), slot == 0, number_protected=2
         )
         # words are in no row, and far from the columns of patches
         words = torch.stack([torch.full((length,), -1, device=text.device), slot[:length] + _FAR], 1)
@@ -99,7 +99,7 @@ class ViltHost(PreNormHost):
             raise ValueError(f"{len(ids)} texts and {len(pixels)} images: give one image a text, as many of each")
         if mask is not None and mask.shape != ids.shape:
             raise ValueError(f"attention_mask must be {list(ids.shape)} like input_ids, got {list(mask.shape)}")
-        if mask is not None and not mask[:, 0].all():
+        if mask is not None and not is_recorded() and not mask[:, 0].all():
             raise ValueError("attention_mask hides the first token of a text, which ViLT pools: pad on the right")
         size = (len(pixels), *pixels.shape[2:])
         if pixel_mask is not None and tuple(pixel_mask.shape) != size:

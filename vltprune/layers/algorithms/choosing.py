@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core import precision
-from ...core.checks import is_traced
+from ...core.checks import is_recorded
 from .similarity import cosine, decides, first_best, order_by_score, order_by_similarity, positions, ranks, scaled, unit
 
 _INFINITY = float("inf")
@@ -81,7 +81,7 @@ def dpp(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, mo
     # below any gain, and in the order of their scores
     filled = -1.0 - ranks(order_by_score(scores, candidates)).to(dtype)
     gain = x.square().sum(2)
-    factor = x.new_zeros(len(x), choices, x.shape[1])
+    factor = x.new_zeros(x.shape[0], choices, x.shape[1])
     for step in range(choices):
         spanned = gain <= spanned_below
         chosen = _choose(torch.where(spanned, filled, gain), candidates & ~keep, relative=True)
@@ -192,7 +192,7 @@ def part_of(counts: Tensor, part: float) -> Tensor:
 
 def _thin(similarity: Tensor, sequence: Tensor, length: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     """One round of `deduplicate`: the sequence [batch, m] without up to 8 tokens, and its length [batch, 1]."""
-    batch, n = len(sequence), similarity.shape[1]
+    batch, n = sequence.shape[0], similarity.shape[1]
     a, b = sequence[:, ::2], sequence[:, 1::2]
     place = positions(sequence).expand(batch, -1)
     in_a, in_b = place[:, ::2] < length, place[:, 1::2] < length
@@ -220,7 +220,7 @@ def most_of(candidates: Tensor, counts: Tensor, most: int | None) -> int:
         It, n at most.
     """
     n = candidates.shape[1]
-    if most is None and counts.device.type == "cpu" and not is_traced() and counts.numel():
+    if most is None and counts.device.type == "cpu" and not is_recorded() and counts.numel():
         most = int(counts.max())
     return n if most is None else min(max(most, 0), n)
 

@@ -404,6 +404,6 @@ def _merged(candidates: Tensor, a: Tensor, partner: Tensor, merges: Tensor) -> t
     slot = torch.where(merges, a, n)
     # one more column, for the places that do not merge
     goes = torch.zeros_like(candidates[:, :1]).expand(-1, n + 1).scatter(1, slot, merges)[:, :n]
-    own = positions(candidates.new_empty(len(candidates), n + 1)).expand(len(candidates), -1)
+    own = positions(candidates.new_empty(candidates.shape[0], n + 1)).expand(candidates.shape[0], -1)
     match = own.scatter(1, slot, torch.where(merges, partner, n))[:, :n]
     return candidates & ~goes, match

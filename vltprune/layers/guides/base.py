@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...core import precision, segments
 from ...core.tokens import PackedTokens
 from ...registry import guides
+from ...utils.lazy import lazy
 from ..block_spec import BlockSpec
 from ..printing import PrintedPart
 
@@ -47,12 +48,12 @@ class Guidance:
         normalize = segments.sparsemax if self.attend == "sparsemax" else segments.softmax
         return normalize(self.affinity / temperature, self.tokens.layout, self.tokens.free)
 
-    @cached_property
+    @lazy
     def mapped(self) -> PackedTokens:
         """The tokens in the anchors' space, x [total, anchor dim]; computed when it is first read."""
         return self.tokens if self.map is None else self.tokens.with_x(self.map(self.tokens.x))
 
-    @cached_property
+    @lazy
     def pooled(self) -> Tensor:
         """The tokens pooled by each anchor's attention, [batch, anchors, anchor dim]; computed when it is first read.
 

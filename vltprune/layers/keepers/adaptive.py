@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...core import precision, segments
 from ...core.statistics import Stat
-from ...core.tokens import Layout, PackedTokens
+from ...core.tokens import PackedTokens
 from ...registry import keepers
 from ..block_spec import BlockSpec
 from ..guides.base import Guidance
@@ -74,47 +74,60 @@ class Threshold(KeepRatioPredictor):
             self.knob = _TEMPERATURE
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return self._counts(scores, *self._threshold(scores, guidance, tokens.layout), tokens)
+        return self._counts(*self._distance(scores, guidance, tokens), tokens)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        available = segments.count(tokens.free, tokens.layout)
-        near, beyond = self._threshold(scores, guidance, tokens.layout)
-        counts, threshold = self._counts(scores, near, beyond, tokens), near + beyond
+        available, layout = tokens.available.sizes, tokens.layout
+        near, difference, beyond = self._distance(scores, guidance, tokens)
+        counts, threshold = self._counts(near, difference, beyond, tokens), (near + beyond)[:, 0]
         if self._exponent != 1:
             # what is kept is no longer what is above: the threshold as if it lay where the counts cut
             cut = torch.where(counts < available, _cut(scores, tokens, counts), threshold)
             threshold = threshold + (cut - threshold).detach()
-        margin = (scores - threshold[tokens.layout.instance]) / mean_and_deviation(scores, tokens)[1]
-        return margin.masked_fill((counts == available)[tokens.layout.instance], _ENTIRELY)
+        margin = (scores - layout.spread(threshold)) / mean_and_deviation(scores, tokens)[1]
+        return margin.masked_fill(layout.spread(counts == available), _ENTIRELY)
 
-    def _counts(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
-        available, counts = segments.count(tokens.free, tokens.layout), self._above(scores, near, beyond, tokens)
-        counts = torch.where((counts < 1) | (available - counts <= 1), available, counts)
+    def _counts(self, near: Tensor, difference: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
+        """[batch] int64: how many tokens stay, by what `_distance` returned."""
+        counts, available = self._above(near, difference, beyond, tokens), tokens.available.sizes
+        counts = torch.where((counts < 1) | (counts >= available - 1), available, counts)
         if self._exponent == 1:
             return counts
         part = counts.to(precision.widest_float(counts.device)) / available.clamp(min=1)
         return keep_count(available, part**self._exponent)
 
-    def _above(self, scores: Tensor, near: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
-        """[batch]: the number of tokens of each instance that score above its threshold."""
-        layout = tokens.layout
-        above = scores - near[layout.instance] > (beyond + _TIE * near.abs())[layout.instance]
-        return segments.count(above & tokens.free, layout)
+    def _above(self, near: Tensor, difference: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
+        """[batch] int64: the number of tokens of each instance that score above its threshold."""
+        above = difference > beyond + near.abs() * _TIE
+        return (above & segments.pad(tokens.free, tokens.layout, False)).sum(1)
 
     @property
     def _exponent(self) -> float:
         return self.power * self._decay_factor
 
-    def _threshold(self, scores: Tensor, guidance: Guidance | None, layout: Layout) -> tuple[Tensor, Tensor]:
-        """The threshold as a sum of two numbers, [batch] each: one near it, and the exact difference from that one.
+    def _distance(
+        self, scores: Tensor, guidance: Guidance | None, tokens: PackedTokens
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The threshold as a sum of two numbers, one near it and the exact difference, and the scores minus the first.
 
         At a low temperature the threshold is one token's own score, or very close to it. Summing the differences of the scores
         from a number near them is exact there, while the sum of the scores would be rounded.
+
+        Returns:
+            The number near the threshold [batch, 1], the scores minus it [batch, longest], the threshold minus it [batch, 1].
         """
         assert guidance is not None
-        attention = guidance.attention(self.temperature)
-        near = segments.sum(attention.detach() * scores.detach()[:, None], layout).amin(-1)
-        return near, segments.sum(attention * (scores - near[layout.instance])[:, None], layout).amin(-1)
+        layout = tokens.layout
+        attention = segments.pad(guidance.attention(self.temperature), layout)
+        padded = segments.pad(scores.to(attention.dtype), layout)
+
+        def lowest(values: Tensor, attention: Tensor) -> Tensor:
+            """The smallest of the anchors' sums of values [batch, longest]: [batch, 1]."""
+            return (values[:, None] @ attention).amin(2)
+
+        near = lowest(padded.detach(), attention.detach())
+        difference = padded - near
+        return near, difference, lowest(difference, attention)
 
 
 @keepers.register("learned")
@@ -148,7 +161,7 @@ class Learned(KeepRatioPredictor):
         middle, deviation = mean_and_deviation(scores, tokens)
         size = middle.abs() + deviation  # scores that are alike are not above their mean, whatever rounding says
         above = scores - middle - (self.threshold + self.shift) * deviation > precision.ROUNDING * size
-        available = segments.count(tokens.free, tokens.layout)
+        available = tokens.available.sizes
         return segments.count(above & tokens.free, tokens.layout).clamp(min=1).minimum(available)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
@@ -180,7 +193,7 @@ class TopP(KeepRatioPredictor):
         self.p = p
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        layout, available = tokens.layout, segments.count(tokens.free, tokens.layout)
+        layout, available = tokens.layout, tokens.available.sizes
         weight = (
             scores.detach().to(precision.widest_float(scores.device)).clamp(min=0).masked_fill(tokens.protected, 0.0)
         )
@@ -217,7 +230,7 @@ class Distortion(KeepRatioPredictor):
         self.error, self._decay_factor = error, decay_factor(spec, decay, "distortion")
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        layout, available = tokens.layout, segments.count(tokens.free, tokens.layout)
+        layout, available = tokens.layout, tokens.available.sizes
         rank = segments.rank(scores.masked_fill(tokens.protected, float("-inf")), layout)
         lost = _lost(scores, tokens)
         ranked = lost.new_zeros(layout.batch, layout.longest).index_put((layout.instance, rank), lost)
@@ -255,12 +268,12 @@ class Entropy(KeepRatioPredictor):
         self.count = count
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        layout, available = tokens.layout, segments.count(tokens.free, tokens.layout)
+        layout, available = tokens.layout, tokens.available.sizes
         left, most = self.spec.depths - 1 - self.spec.depth, available.clamp(max=max(round(self.count), 1))
         if left == 0 or left % 2:
             return available if left else most
         attention = tokens.columns["SUMMARY"].detach().mean(-1).masked_fill(tokens.protected, 0.0)
-        attention = attention / segments.sum(attention, layout).clamp(min=_LEAST)[layout.instance]
+        attention = attention / layout.spread(segments.sum(attention, layout).clamp(min=_LEAST))
         entropy = -segments.sum(attention * attention.clamp(min=_LEAST).log(), layout)
         evenness = entropy / available.clamp(min=2).log()
         goes = (available - self.count).clamp(min=0) / math.sqrt(left) * (1 - evenness**2).clamp(min=0)
@@ -273,9 +286,9 @@ def _lost(scores: Tensor, tokens: PackedTokens) -> Tensor:
     layout, z = tokens.layout, unit(tokens)
     weight = scores.float().clamp(min=0) + 1e-12  # equal where no score is above 0
     weight = weight.masked_fill(tokens.protected, 0.0)
-    part = weight / segments.sum(weight, layout).clamp(min=1e-12)[layout.instance]
+    part = weight / layout.spread(segments.sum(weight, layout).clamp(min=1e-12))
     mean = segments.weighted_sum(part[:, None], z, layout)[:, 0]
-    return part * (z - mean[layout.instance]).square().sum(-1)
+    return part * (z - layout.spread(mean)).square().sum(-1)
 
 
 def _cut(scores: Tensor, tokens: PackedTokens, counts: Tensor) -> Tensor:
@@ -302,7 +315,7 @@ def mean_and_deviation(scores: Tensor, tokens: PackedTokens) -> tuple[Tensor, Te
     available = segments.count(free, layout).clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
-        return (segments.sum(values.masked_fill(~free, 0.0), layout) / available)[layout.instance]
+        return layout.spread(segments.sum(values.masked_fill(~free, 0.0), layout) / available)
 
     middle = mean(scores)
     least = 1e-3 * mean(scores.detach().abs()) + 1e-12

@@ -21,6 +21,8 @@ from ..guides.base import Guidance
 from ..printing import PrintedPart
 from ..scorers.base import hash_integers
 
+_LEAST = 1e-9  # a part of a token that rounding may leave
+
 
 @dataclass(frozen=True)
 class Knob:
@@ -140,6 +142,31 @@ class KeepRatioPredictor(PrintedPart, ABC):
         return torch.where(prob > 0.5, 1.0, MASKED) + (prob - prob.detach())
 
 
+class FixedKeeper(KeepRatioPredictor):
+    """Base class of keepers whose counts follow from the numbers of tokens alone: they implement `kept`.
+
+    Args:
+        spec: the block.
+    """
+
+    fixed: ClassVar[bool] = True
+
+    @abstractmethod
+    def kept(self, available: int) -> int:
+        """The number of unprotected tokens that stay.
+
+        Args:
+            available: how many unprotected tokens an instance has. It may be a symbol of torch.export in a tower of one
+                instance.
+
+        Returns:
+            The number, from 0 to `available`.
+        """
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        return tokens.available.map(self.kept).sizes
+
+
 def with_statistics(tokens: PackedTokens, stats: AttentionStats, needs: Stat) -> PackedTokens:
     """The tokens with statistics as columns, by the name of each, as a keeper reads them.
 
@@ -158,7 +185,7 @@ def with_statistics(tokens: PackedTokens, stats: AttentionStats, needs: Stat) ->
 
 
 @keepers.register("ratio")
-class Ratio(KeepRatioPredictor):
+class Ratio(FixedKeeper):
     """Keeps the same ratio of every instance's tokens: ceil(ratio * n).
 
     Args:
@@ -171,7 +198,6 @@ class Ratio(KeepRatioPredictor):
         ValueError: for arguments outside their range.
     """
 
-    fixed = True
     knob = Knob("ratio", 0.0, 1.0)
 
     def __init__(self, spec: BlockSpec, ratio: float = 0.7, decay: float = 1.0):
@@ -180,8 +206,9 @@ class Ratio(KeepRatioPredictor):
             raise ValueError(f"ratio(ratio={ratio}) must lie in 0 .. 1: the share of tokens kept")
         self.ratio, self._decay_factor = ratio, decay_factor(spec, decay, "ratio")
 
-    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return keep_count(segments.count(tokens.free, tokens.layout), self.block_ratio)
+    def kept(self, available: int) -> int:
+        part = available * self.block_ratio * (1 - precision.rounding(torch.float64))
+        return max(math.ceil(part - _LEAST), 0)
 
     @property
     def block_ratio(self) -> float:
@@ -190,13 +217,11 @@ class Ratio(KeepRatioPredictor):
 
 
 @keepers.register("all")
-class All(KeepRatioPredictor):
+class All(FixedKeeper):
     """Keeps all tokens: a stage that only leaves scores for later ones. Replacing parts of a config leaves such a stage."""
 
-    fixed = True
-
-    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return segments.count(tokens.free, tokens.layout)
+    def kept(self, available: int) -> int:
+        return available
 
 
 @keepers.register("outliers")
@@ -238,7 +263,7 @@ class Outliers(KeepRatioPredictor):
 
 
 @keepers.register("count")
-class Count(KeepRatioPredictor):
+class Count(FixedKeeper):
     """Keeps the same number of tokens of every instance, or all of them where there are fewer.
 
     Args:
@@ -249,20 +274,18 @@ class Count(KeepRatioPredictor):
         ValueError: for a negative count.
     """
 
-    fixed = True
-
     def __init__(self, spec: BlockSpec, count: int):
         super().__init__(spec)
         if count < 0:
             raise ValueError(f"count(count={count}) must be 0 or more: the number of unprotected tokens kept")
         self.count = count
 
-    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return segments.count(tokens.free, tokens.layout).clamp(max=self.count)
+    def kept(self, available: int) -> int:
+        return min(available, self.count)
 
 
 @keepers.register("remove")
-class Remove(KeepRatioPredictor):
+class Remove(FixedKeeper):
     """Removes the same number of tokens of every instance, but never more than half of them, as ToMe does.
 
     ToMe (arXiv 2210.09461), section 3. With fractions, block i of the pruned ones removes floor((i + 1) r) - floor(i r) tokens.
@@ -275,7 +298,6 @@ class Remove(KeepRatioPredictor):
         ValueError: for a negative or infinite number.
     """
 
-    fixed = True
     knob = Knob("r", 0.0, 512.0, larger_keeps_more=False)
 
     def __init__(self, spec: BlockSpec, r: float = 8.0):
@@ -286,14 +308,13 @@ class Remove(KeepRatioPredictor):
             )
         self.r = r
 
-    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        available, i = segments.count(tokens.free, tokens.layout), self.spec.before
-        removed = math.floor((i + 1) * self.r) - math.floor(i * self.r)
-        return available - (available // 2).clamp(max=min(removed, tokens.layout.longest))
+    def kept(self, available: int) -> int:
+        i = self.spec.before
+        return available - min(math.floor((i + 1) * self.r) - math.floor(i * self.r), available // 2)
 
 
 @keepers.register("counts")
-class Counts(KeepRatioPredictor):
+class Counts(FixedKeeper):
     """Keeps a number of tokens for each block of a tower, as published schedules list them; all where there are fewer.
 
     Args:
@@ -304,18 +325,15 @@ class Counts(KeepRatioPredictor):
         ValueError: for a negative count.
     """
 
-    fixed = True
-
     def __init__(self, spec: BlockSpec, counts: Sequence[int] = ()):
         super().__init__(spec)
         if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
             raise ValueError(f"counts(counts={tuple(counts)}) must be whole numbers of 0 or more: tokens kept by block")
         self.counts = tuple(counts)
 
-    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        available = segments.count(tokens.free, tokens.layout)
+    def kept(self, available: int) -> int:
         depth = self.spec.depth
-        return available.clamp(max=self.counts[depth]) if depth < len(self.counts) else available
+        return min(available, self.counts[depth]) if depth < len(self.counts) else available
 
 
 @keepers.register("random_ratio")
@@ -345,7 +363,7 @@ class RandomRatio(KeepRatioPredictor):
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         ratio = self.mean + self.half_width * (2 * self._draw(tokens) - 1)
-        return keep_count(segments.count(tokens.free, tokens.layout), ratio.clamp(0, 1))
+        return keep_count(tokens.available.sizes, ratio.clamp(0, 1))
 
     def _draw(self, tokens: PackedTokens) -> Tensor:
         """A random number in (0, 1) for each instance: [batch]."""
@@ -355,7 +373,7 @@ class RandomRatio(KeepRatioPredictor):
         with torch.autocast(x.device.type, enabled=False):
             reach = x @ signs.t()
         # measured from as far back as a token can reach, so that what is equal within rounding is so relative to itself
-        reach = reach + segments.pad(x.abs().sum(1), layout).amax(1)[layout.instance, None]
+        reach = reach + layout.spread(segments.pad(x.abs().sum(1), layout).amax(1))[:, None]
         reach = reach.masked_fill(tokens.protected[:, None], float("-inf"))
         position = segments.pad(tokens.position, layout)
 
@@ -398,5 +416,5 @@ def keep_count(available: Tensor, ratio: Tensor | float) -> Tensor:
         The number of tokens that stay in each instance, [batch] int64.
     """
     dtype = precision.widest_float(available.device)
-    part = available.to(dtype) * ratio
-    return (part - part * precision.rounding(dtype) - 1e-9).ceil().long().clamp(min=0)
+    part = available.to(dtype) * ratio * (1 - precision.rounding(dtype))
+    return (part - _LEAST).ceil().long().clamp(min=0)

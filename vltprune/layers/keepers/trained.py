@@ -59,7 +59,7 @@ class RisingThreshold(KeepRatioPredictor):
         threshold = self.final * (self.spec.depth + 1) / self.spec.depths + self.learned.to(scores.dtype)
         if not self.relative:
             return threshold.expand_as(scores)
-        return threshold / tokens.layout.sizes[tokens.layout.instance]
+        return threshold / tokens.layout.spread(tokens.layout.sizes)
 
 
 @keepers.register("above")
@@ -130,7 +130,7 @@ class FittedThreshold(KeepRatioPredictor):
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         if self.ratio == 1:
-            return segments.count(tokens.free, tokens.layout)
+            return tokens.available.sizes
         if not (self.training and self.batch_weight) or not tokens.layout.total:
             return _count_above(scores, self.threshold.to(scores.dtype), tokens)
         threshold = self._of_batch(scores.detach(), tokens)

@@ -38,7 +38,9 @@ class Add(TokenReducer):
         group = leader.clamp(min=0)
         number = torch.zeros_like(scores).index_add(0, group, goes.masked_fill(leader < 0, 0.0))
         weight = torch.where(keep, 1.0, 1 / number.clamp(min=1)[group])
-        return plan_reduction(layout, keep, leader, weight, is_affine=False, at_last=self.spec.causal)
+        return plan_reduction(
+            layout, keep, leader, weight, kept=selection.kept, is_affine=False, at_last=self.spec.causal
+        )
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
         return before**2 * feature_width(self.spec, "key")
@@ -81,7 +83,7 @@ class AddNeighbors(Fuse):
         # of the result rows alone: most tokens are none
         source = segments.unpad(slots + layout.offsets[:-1, None, None], layout).index_select(0, plan.index)
         pruned = segments.count(~keep, layout) > 0
-        adds = segments.unpad(found, layout) & (keep & tokens.free & pruned[layout.instance])[:, None]
+        adds = segments.unpad(found, layout) & (keep & tokens.free & layout.spread(pruned))[:, None]
         weight = scores[source] * adds.index_select(0, plan.index)
         result = torch.arange(plan.layout.total, device=source.device)[:, None].expand_as(source)
         return plan.adding(Terms(source.flatten(), result.flatten(), weight.flatten()))

@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ...core import segments
+from ...core import precision, segments
 from ...core.statistics import AttentionStats, Stat
 from ...core.tokens import Layout, PackedTokens
 from ...registry import reducers
 from ..block_spec import BlockSpec
 from ..printing import PrintedPart
 from ..selectors.base import Selection
-from .reduction import Reduction, plan_reduction
+from .reduction import Reduction, plan_fusion, plan_reduction
 
 _EPS = 1e-8
 
@@ -80,15 +80,14 @@ class Drop(TokenReducer):
     def forward(
         self, tokens: PackedTokens, scores: Tensor, selection: Selection, stats: AttentionStats
     ) -> Reduction | None:
-        row = torch.arange(tokens.layout.total, device=scores.device)
-        return plan_reduction(tokens.layout, selection.keep, torch.where(selection.keep, row, -1))
+        return plan_reduction(tokens.layout, selection.keep, kept=selection.kept)
 
 
 @reducers.register("fuse")
 class Fuse(TokenReducer):
     """Fuses the tokens that are not selected into one; the others stay in their order.
 
-    The fused token is sum_j score_j x_j / (sum_j score_j + 1e-8) over the removed tokens j (MADTP, arXiv 2403.02991, section
+    The fused token is sum_j score_j x_j / sum_j score_j over the removed tokens j (MADTP, arXiv 2403.02991, section
     3.3). It has the position of its last source, so that a causal tower sees no future. Where the scores do not sum to a
     positive number, it is the mean of the removed tokens.
 
@@ -104,20 +103,19 @@ class Fuse(TokenReducer):
     def forward(
         self, tokens: PackedTokens, scores: Tensor, selection: Selection, stats: AttentionStats
     ) -> Reduction | None:
-        layout, rest = tokens.layout, ~selection.keep
-        row = torch.arange(layout.total, device=scores.device)
-        last = segments.pad(torch.where(rest, row, -1), layout, -1).amax(1)
-        leader = torch.where(rest, last[layout.instance], row)
-        weight = torch.where(rest, self._weight(scores, rest, layout), 1.0)
-        return plan_reduction(layout, selection.keep, leader, weight, is_affine=self.normalize)
+        weight = self._weight(scores, selection.keep, tokens.layout)
+        return plan_fusion(tokens.layout, selection.keep, weight, selection.kept, is_affine=self.normalize)
 
-    def _weight(self, scores: Tensor, rest: Tensor, layout: Layout) -> Tensor:
-        """[total]: the weight of each token in its instance's fused token."""
-        scores = scores.masked_fill(~rest, 0.0)
+    def _weight(self, scores: Tensor, keep: Tensor, layout: Layout) -> Tensor:
+        """[total]: the weight of each token in its instance's fused token, 0 for those that stay."""
+        scores = scores.masked_fill(keep, 0.0)
         if not self.normalize:
             return scores
-        total, size = segments.sum(scores, layout), segments.sum(scores.abs(), layout)
-        weight = scores / (total + _EPS)[layout.instance]
-        even = rest.to(scores.dtype) / segments.count(rest, layout).clamp(min=1)[layout.instance]
-        usable = (total > 1e-3 * size) & (total > 1e3 * _EPS)
-        return torch.where(usable[layout.instance], weight, even)
+        padded = segments.pad(scores, layout)
+        total = padded.sum(1, keepdim=True)
+        weight = padded / total.clamp(min=_EPS)
+        if not (precision.surely_none(padded < 0) and precision.surely_none(total <= 1e3 * _EPS)):
+            unusable = total <= (padded.abs().sum(1, keepdim=True) * 1e-3).clamp(min=1e3 * _EPS)
+            rest = segments.pad(~keep, layout, False).to(weight.dtype)
+            weight = torch.where(unusable, rest / rest.sum(1, keepdim=True).clamp(min=1), weight)
+        return segments.unpad(weight, layout)

@@ -53,7 +53,13 @@ class Merge(TokenReducer):
         leader = leaders(tokens, selection, stats, self.by)
         weight = divided_by_sums(self._weight(tokens, scores, stats), leader)
         return plan_reduction(
-            tokens.layout, selection.keep, leader, weight, at_last=self.spec.causal, proportional=self.proportional
+            tokens.layout,
+            selection.keep,
+            leader,
+            weight,
+            kept=selection.kept,
+            at_last=self.spec.causal,
+            proportional=self.proportional,
         )
 
     def _weight(self, tokens: PackedTokens, scores: Tensor, stats: AttentionStats) -> Tensor:
@@ -66,7 +72,7 @@ class Merge(TokenReducer):
             return size * stats[Stat.COLUMN].clamp(min=1e-12)
         if self.weights == "score":
             highest = segments.pad(scores.detach(), tokens.layout, float("-inf")).amax(1)
-            return size * (scores - highest[tokens.layout.instance]).clamp(min=-60).exp()
+            return size * (scores - tokens.layout.spread(highest)).clamp(min=-60).exp()
         return size
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
@@ -100,15 +106,15 @@ class Tofu(TokenReducer):
     def forward(
         self, tokens: PackedTokens, scores: Tensor, selection: Selection, stats: AttentionStats
     ) -> Reduction | None:
-        row = torch.arange(tokens.layout.total, device=scores.device)
         if not self.merges:
-            return plan_reduction(tokens.layout, selection.keep, torch.where(selection.keep, row, -1))
+            return plan_reduction(tokens.layout, selection.keep, kept=selection.kept)
         leader = leaders(tokens, selection, stats, "key")
         return plan_reduction(
             tokens.layout,
             selection.keep,
             leader,
             divided_by_sums(torch.ones_like(scores), leader),
+            kept=selection.kept,
             is_affine=False,
             at_last=self.spec.causal,
             proportional=self.proportional,
@@ -139,7 +145,7 @@ class Reassign(TokenReducer):
         group = leaders(tokens, selection, stats, "content")
         of_mean = divided_by_sums(torch.ones_like(scores), group)
         home = group if self.spec.causal else self._most_similar_mean(tokens, keep, group, of_mean)
-        added = free & (home >= 0) & (segments.count(~keep, layout) > 0)[layout.instance]
+        added = free & (home >= 0) & layout.spread(segments.count(~keep, layout) > 0)
         number = torch.zeros_like(scores).index_add(0, home.clamp(min=0), added.to(scores.dtype))
         # of each token, the part in its group's mean, and the part where it is added
         of_mean = of_mean / (number[group.clamp(min=0)] + 1)
@@ -149,12 +155,12 @@ class Reassign(TokenReducer):
         # a token that stays counts at its own row, whether it is added there or not
         leader = torch.where(keep, group, home)
         weight = torch.where(keep, of_mean + of_sum * same, of_sum + of_mean * same)
-        plan = plan_reduction(layout, keep, leader, weight, at_last=self.spec.causal)
-        if plan is None or plan.target is None:
-            return plan
+        plan = plan_reduction(layout, keep, leader, weight, kept=selection.kept, at_last=self.spec.causal)
+        if plan is None:
+            return None
         row = torch.arange(layout.total, device=keep.device)
         other, part = torch.where(keep, home, group), torch.where(keep, of_sum, of_mean)
-        result = plan.target.index_select(0, other.clamp(min=0)).clamp(min=0)
+        result = plan.provenance().index_select(0, other.clamp(min=0)).clamp(min=0)
         return plan.adding(Terms(row, result, part.masked_fill(same | (other < 0), 0.0)))
 
     @torch.no_grad()
@@ -165,7 +171,7 @@ class Reassign(TokenReducer):
         candidates, kept = (segments.pad(mask, layout) for mask in (tokens.free, keep & tokens.free))
         home = matching.most_similar(segments.pad(x, layout), candidates, segments.pad(means, layout), kept)
         home = segments.unpad(home + layout.offsets[:-1, None], layout)
-        moves = tokens.free & (group >= 0) & (segments.count(~keep, layout) > 0)[layout.instance]
+        moves = tokens.free & (group >= 0) & layout.spread(segments.count(~keep, layout) > 0)
         return torch.where(moves, home, group)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:

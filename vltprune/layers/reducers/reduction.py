@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 
 import torch
 from torch import Tensor
 
 from ...core import precision, segments
-from ...core.checks import is_traced
+from ...core.checks import is_recorded
 from ...core.tokens import Layout, PackedTokens
+from ...utils.lazy import lazy
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,171 @@ class Terms:
         return precision.single(sums).index_add(0, self.result, weighted).to(values.dtype)
 
 
+class Sums(ABC):
+    """What becomes of the tokens of a plan that sums some of them: the result rows that are sums, and how they are made.
+
+    Attributes:
+        weight: [total], the weight of each token in the sum of its result row.
+        target: [total] int64, the result row that each token goes into, -1 for dropped tokens. It counts there for size.
+        merged: [new total] bool, the result rows that are sums.
+        terms: further terms of the sums, of tokens that go into several result rows. None for none.
+    """
+
+    weight: Tensor
+    target: Tensor
+    merged: Tensor
+    terms: Terms | None
+
+    @abstractmethod
+    def contents(self, values: Tensor, index: Tensor) -> Tensor:
+        """The weighted sums, and single values at the other result rows.
+
+        Args:
+            values: [total, ...].
+            index: [new total] int64, the row that each result row stands at.
+
+        Returns:
+            [new total, ...].
+        """
+
+    @abstractmethod
+    def counted(self, size: Tensor, index: Tensor) -> Tensor:
+        """The sums of sizes, each token once, and single sizes at the other result rows.
+
+        Args:
+            size: [total].
+            index: as in `contents`.
+
+        Returns:
+            [new total].
+        """
+
+
+@dataclass(frozen=True)
+class ScatteredSums(Sums):
+    """Sums in any number of result rows.
+
+    Attributes:
+        target, weight, merged, terms: as `Sums` has them.
+        rows: how many result rows there are.
+        keeps_norm: whether a sum is scaled to the largest norm of its sources, as in MLERP (arXiv 2312.01026).
+    """
+
+    target: Tensor
+    weight: Tensor
+    merged: Tensor
+    rows: int
+    keeps_norm: bool = False
+    terms: Terms | None = None
+
+    def contents(self, values: Tensor, index: Tensor) -> Tensor:
+        sums = self._sums(values, index, self.weight)
+        if self.terms is not None:
+            return self.terms.add(sums, values)
+        return self._scaled(sums, values) if self.keeps_norm else sums
+
+    def counted(self, size: Tensor, index: Tensor) -> Tensor:
+        return self._sums(size, index, None)
+
+    @lazy
+    def _filled_target(self) -> Tensor:
+        """[total] int64: the target, with a row behind the last for dropped tokens."""
+        return torch.where(self.target < 0, self.rows, self.target)
+
+    @lazy
+    def _summed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows that are summed, the number of the sum of each, and the result rows that hold the sums."""
+        rows = self.merged.nonzero().squeeze(1)
+        number = torch.full((self.rows + 1,), -1, device=self.target.device)
+        number = number.index_copy(0, rows, torch.arange(rows.shape[0], device=rows.device))
+        number = number.index_select(0, self._filled_target)
+        sources = (number >= 0).nonzero().squeeze(1)
+        return sources, number.index_select(0, sources), rows
+
+    def _sums(self, values: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
+        """Sums by result row, weighted or not: values [total, ...] and weight [total] -> [new total, ...]."""
+        if values.device.type != "cpu" or is_recorded():
+            # without a synchronization, and without the number of sums of one input
+            weighted = _times(values, weight)
+            sums = weighted.new_zeros(self.rows + 1, *values.shape[1:]).index_add(0, self._filled_target, weighted)
+            return sums[:-1].to(values.dtype)
+        # most tokens of a merge stay as they are, and a copy costs a fraction of a sum
+        sources, number, rows = self._summed
+        weighted = _times(values.index_select(0, sources), None if weight is None else weight.index_select(0, sources))
+        sums = weighted.new_zeros(rows.shape[0], *values.shape[1:]).index_add(0, number, weighted).to(values.dtype)
+        return values.index_select(0, index).index_copy(0, rows, sums)
+
+    def _scaled(self, sums: Tensor, values: Tensor) -> Tensor:
+        """The merged rows of sums [new total, ...], scaled to the largest norm of their sources in values [total, ...]."""
+        width = prod(values.shape[1:])
+        sources, results = (precision.single(one).reshape(one.shape[0], width).norm(dim=1) for one in (values, sums))
+        largest = sources.new_zeros(self.rows + 1).scatter_reduce(0, self._filled_target, sources, "amax")[:-1]
+        # where sources cancel each other, there is no direction to scale
+        factor = largest / results.clamp(min=torch.finfo(results.dtype).tiny).maximum(1e-6 * largest)
+        factor = torch.where(self.merged, factor, 1.0)
+        return (sums * factor.view(-1, *[1] * (sums.dim() - 1))).to(sums.dtype)
+
+
+@dataclass(frozen=True)
+class FusedSums(Sums):
+    """One sum for each instance: a product of the weights with the tokens.
+
+    Attributes:
+        before: the layout before the reduction.
+        sources: [total] bool, the tokens that are summed.
+        shares: [total], their weights, 0 for other tokens.
+        result: [sums] int64, the result row of each sum.
+        instances: [sums] int64, the instance of each sum. None for a sum in each instance.
+        number: [total] int64, the result row of each token that stays.
+        rows: how many result rows there are.
+        terms: none.
+    """
+
+    before: Layout
+    sources: Tensor
+    shares: Tensor
+    result: Tensor
+    instances: Tensor | None
+    number: Tensor
+    rows: int
+    terms: None = None
+
+    @lazy
+    def weight(self) -> Tensor:
+        return torch.where(self.sources, self.shares, 1.0)
+
+    @lazy
+    def target(self) -> Tensor:
+        of_instance = self.result
+        if self.instances is not None:
+            of_instance = self.result.new_zeros(self.before.batch).index_copy(0, self.instances, self.result)
+        return torch.where(self.sources, self.before.spread(of_instance), self.number)
+
+    @lazy
+    def merged(self) -> Tensor:
+        return torch.zeros(self.rows, dtype=torch.bool, device=self.result.device).index_fill(0, self.result, True)
+
+    def contents(self, values: Tensor, index: Tensor) -> Tensor:
+        rows = precision.single(values).reshape(values.shape[0], prod(values.shape[1:]))
+        sums = segments.weighted_sum(self.shares[:, None].to(rows.dtype), rows, self.before)
+        return self._place(values, index, sums.view(-1, *values.shape[1:]))
+
+    def counted(self, size: Tensor, index: Tensor) -> Tensor:
+        return self._place(size, index, segments.sum(size.masked_fill(~self.sources, 0), self.before))
+
+    def _place(self, values: Tensor, index: Tensor, sums: Tensor) -> Tensor:
+        """The rows of values [total, ...] at `index`, with the sums of all instances [batch, ...] in place of some."""
+        sums = sums if self.instances is None else sums.index_select(0, self.instances)
+        return values.index_select(0, index).index_copy(0, self.result, sums.to(values.dtype))
+
+
+def _times(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Values [total, ...], each times its weight [total]; in single precision at least where there are weights."""
+    if weight is None:
+        return values
+    return precision.single(values) * weight.view(-1, *[1] * (values.dim() - 1))
+
+
 @dataclass(frozen=True)
 class Reduction:
     """A plan for all values per token: each result row is a weighted sum of rows, or one row as it is.
@@ -51,27 +217,28 @@ class Reduction:
         before: the layout before the reduction.
         layout: the layout after it.
         index: [new total] int64, ascending: the row that each result row stands at. A merged token has its position.
-        target: [total] int64, the result row that each token goes into, -1 for dropped tokens. None where tokens are only
-            dropped. It counts there for size and provenance.
-        weight: [total], the weight of each token in the sum of its result row. None with `target` None.
-        merged: [new total] bool, the result rows that are sums. None with `target` None.
+        sums: the result rows that are sums. None where tokens are only dropped.
         is_affine: whether the weights of every result row sum to one, so that the plan commutes with every affine map and may
             be applied before one.
         proportional: whether later layers add the logarithm of a token's size to its attention logits.
-        keeps_norm: whether a sum is scaled to the largest norm of its sources, as in MLERP (arXiv 2312.01026).
-        terms: further terms of the sums, of tokens that go into several result rows. None for none.
     """
 
     before: Layout
     layout: Layout
     index: Tensor
-    target: Tensor | None = None
-    weight: Tensor | None = None
-    merged: Tensor | None = None
+    sums: Sums | None = None
     is_affine: bool = True
     proportional: bool = False
-    keeps_norm: bool = False
-    terms: Terms | None = None
+
+    @property
+    def merged(self) -> Tensor | None:
+        """[new total] bool: the result rows that are sums. None where tokens are only dropped."""
+        return None if self.sums is None else self.sums.merged
+
+    @property
+    def terms(self) -> Terms | None:
+        """Further terms of the sums. None for none."""
+        return None if self.sums is None else self.sums.terms
 
     def adding(self, terms: Terms) -> Reduction:
         """The plan with further terms. It must have sums, and not keep norms.
@@ -82,21 +249,18 @@ class Reduction:
         Returns:
             The plan.
         """
-        assert self.merged is not None and not self.keeps_norm
-        if not self.layout.total:
+        sums, rows = self.sums, self.layout.total
+        assert sums is not None
+        if not rows:
             return self
-        number = torch.zeros(self.layout.total, device=terms.weight.device)
+        number = torch.zeros(rows, device=terms.weight.device)
         number = number.index_add(0, terms.result, (terms.weight != 0).to(number.dtype))
-        return replace(self, merged=self.merged | (number > 0), terms=terms)
+        merged = sums.merged | (number > 0)
+        return replace(self, sums=ScatteredSums(sums.target, sums.weight, merged, rows, terms=terms))
 
     def values(self, values: Tensor) -> Tensor:
         """Applies the plan to values per token: [total, ...] -> [new total, ...]."""
-        if self.weight is None:
-            return values.index_select(0, self.index)
-        sums = self._sums(values, self.weight)
-        if self.terms is not None:
-            return self.terms.add(sums, values)
-        return self._scaled(sums, values) if self.keeps_norm else sums
+        return values.index_select(0, self.index) if self.sums is None else self.sums.contents(values, self.index)
 
     def tokens(self, tokens: PackedTokens) -> PackedTokens:
         """Applies the plan to tokens and to all their columns.
@@ -104,75 +268,33 @@ class Reduction:
         The size of a merged token is the sum of its sources' sizes. In soft training it stays with certainty. Every other
         column has the value of the row that it stands at.
         """
-        out = replace(tokens.take(self.index, self.layout), x=self.values(tokens.x))
-        if self.merged is None:
+        out = tokens.take(self.index, self.layout, self.values(tokens.x))
+        if self.sums is None:
             return out
         size = tokens.size if tokens.size is not None else torch.ones_like(tokens.position)
-        size = self._sums(size, torch.ones_like(size))
+        size = self.sums.counted(size, self.index)
         out = replace(out, size=size, proportional=self.proportional or tokens.proportional)
         if out.keep_prob is None or out.counted_prob is None:
             return out
-        keep_prob, counted_prob = (prob.masked_fill(self.merged, 1.0) for prob in (out.keep_prob, out.counted_prob))
+        merged = self.sums.merged
+        keep_prob, counted_prob = (prob.masked_fill(merged, 1.0) for prob in (out.keep_prob, out.counted_prob))
         return replace(out, keep_prob=keep_prob, counted_prob=counted_prob)
 
     def provenance(self) -> Tensor:
         """The result row that holds each token, [total] int64, -1 for dropped ones."""
-        if self.target is not None:
-            return self.target
+        if self.sums is not None:
+            return self.sums.target
         target = self.index.new_full((self.before.total,), -1)
-        return target.index_copy(0, self.index, torch.arange(len(self.index), device=self.index.device))
-
-    @cached_property
-    def _filled_target(self) -> Tensor:
-        """[total] int64: the target, with a row behind the last for dropped tokens."""
-        assert self.target is not None
-        return torch.where(self.target < 0, self.layout.total, self.target)
-
-    @cached_property
-    def _summed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows that are summed, the number of the sum of each, and the result rows that hold the sums."""
-        assert self.merged is not None
-        rows = self.merged.nonzero().squeeze(1)
-        number = torch.full((self.layout.total + 1,), -1, device=self.index.device)
-        number = number.index_copy(0, rows, torch.arange(len(rows), device=rows.device))
-        number = number.index_select(0, self._filled_target)
-        sources = (number >= 0).nonzero().squeeze(1)
-        return sources, number.index_select(0, sources), rows
-
-    def _sums(self, values: Tensor, weight: Tensor) -> Tensor:
-        """Weighted sums by result row: values [total, ...] and weight [total] -> [new total, ...]."""
-        shape = (-1, *[1] * (values.dim() - 1))
-        if values.device.type != "cpu" or is_traced():
-            # without a synchronization, and without the number of sums of one input
-            weighted = precision.single(values) * weight.view(shape)
-            sums = weighted.new_zeros(self.layout.total + 1, *values.shape[1:]).index_add(
-                0, self._filled_target, weighted
-            )
-            return sums[:-1].to(values.dtype)
-        # most tokens of a merge stay as they are, and a copy costs a fraction of a sum
-        sources, number, rows = self._summed
-        weighted = precision.single(values.index_select(0, sources)) * weight.index_select(0, sources).view(shape)
-        sums = weighted.new_zeros(len(rows), *values.shape[1:]).index_add(0, number, weighted).to(values.dtype)
-        return values.index_select(0, self.index).index_copy(0, rows, sums)
-
-    def _scaled(self, sums: Tensor, values: Tensor) -> Tensor:
-        """The merged rows of sums [new total, ...], scaled to the largest norm of their sources in values [total, ...]."""
-        assert self.merged is not None
-        width = prod(values.shape[1:])
-        sources, results = (precision.single(one).reshape(len(one), width).norm(dim=1) for one in (values, sums))
-        largest = sources.new_zeros(self.layout.total + 1).scatter_reduce(0, self._filled_target, sources, "amax")[:-1]
-        # where sources cancel each other, there is no direction to scale
-        factor = largest / results.clamp(min=torch.finfo(results.dtype).tiny).maximum(1e-6 * largest)
-        factor = torch.where(self.merged, factor, 1.0)
-        return (sums * factor.view(-1, *[1] * (sums.dim() - 1))).to(sums.dtype)
+        return target.index_copy(0, self.index, torch.arange(self.index.shape[0], device=self.index.device))
 
 
 def plan_reduction(
     layout: Layout,
     keep: Tensor,
-    leader: Tensor,
+    leader: Tensor | None = None,
     weight: Tensor | None = None,
     *,
+    kept: Layout | None = None,
     is_affine: bool = True,
     at_last: bool = False,
     proportional: bool = False,
@@ -184,50 +306,100 @@ def plan_reduction(
         layout: the instances, [total] tokens.
         keep: [total] bool, the tokens that stay.
         leader: [total] int64, the row of the token that each one goes into: its own for tokens that stay, -1 for tokens that
-            are dropped. A leader is its own leader, and of the same instance.
-        weight: [total], the weight of each token in the sum of its leader's group, 1 for a token alone. None where tokens are
-            only dropped.
+            are dropped. A leader is its own leader, and of the same instance. None where tokens are only dropped.
+        weight: [total], the weight of each token in the sum of its leader's group, 1 for a token alone. None as `leader`.
+        kept: how many tokens stay in each instance, `Selection.kept`. None where it is not known, and must be counted.
         is_affine: as `Reduction` has it.
         at_last: whether a merged token stands at its last source and not at its leader, so that in a causal tower no token
             attends to a later one.
         proportional: as `Reduction` has it.
-        keeps_norm: as `Reduction` has it.
+        keeps_norm: as `ScatteredSums` has it.
 
     Returns:
         The plan, or None where all tokens stay.
     """
+    kept = _counted(kept, keep, layout)
+    if kept == layout:
+        return None
+    if leader is None or weight is None:
+        index, reduced = _true_rows(keep, kept, layout)
+        return Reduction(layout, reduced, index)
     row = torch.arange(layout.total, device=leader.device)
     group, stands = leader.clamp(min=0), leader
-    if at_last and weight is not None:
+    if at_last:
         last = row.scatter_reduce(0, group, torch.where(leader < 0, -1, row), "amax")
         stands = torch.where(leader < 0, -1, last.index_select(0, group))
     is_result = stands == row
-    # the only synchronization of a pruned layer
-    after, lost = torch.stack([segments.count(mask, layout) for mask in (is_result, ~keep)]).tolist()
-    if not any(lost):
-        return None
-    reduced = Layout(tuple(after), layout.device)
-    index = true_rows(is_result, reduced.total)
-    if weight is None:
-        return Reduction(layout, reduced, index)
+    index, reduced = _true_rows(is_result, kept, layout)
 
     gains = (~keep).index_add(0, group, (leader >= 0) & ~keep)
     merged = gains.index_select(0, group.index_select(0, index))
     number = is_result.cumsum(0) - 1
     target = torch.where(stands < 0, -1, number.index_select(0, stands.clamp(min=0)))
-    return Reduction(layout, reduced, index, target, weight, merged, is_affine, proportional, keeps_norm)
+    sums = ScatteredSums(target, weight, merged, reduced.total, keeps_norm)
+    return Reduction(layout, reduced, index, sums, is_affine, proportional)
 
 
-def true_rows(mask: Tensor, total: int) -> Tensor:
-    """The indices where a mask is true: `nonzero` for a known number of them, without synchronization.
+def plan_fusion(
+    layout: Layout, keep: Tensor, weight: Tensor, kept: Layout | None = None, *, is_affine: bool = True
+) -> Reduction | None:
+    """Builds the plan that sums all tokens of an instance that go into one more token, at the last of them.
 
     Args:
-        mask: [n] bool.
-        total: how many of its entries are true.
+        layout: the instances, [total] tokens.
+        keep: [total] bool, the tokens that stay.
+        weight: [total], the weight of each token that goes, 0 for those that stay.
+        kept: as in `plan_reduction`.
+        is_affine: as `Reduction` has it.
 
     Returns:
-        The indices, [total] int64, ascending.
+        The plan, or None where all tokens stay.
     """
-    row = torch.where(mask, mask.cumsum(0) - 1, total)
-    rows = torch.arange(len(mask), device=mask.device)
-    return rows.new_empty(total + 1).scatter_(0, row, rows)[:total]
+    kept = _counted(kept, keep, layout)
+    if kept == layout:
+        return None
+    sources, instances, after = ~keep, None, None
+    slots = segments.pad(torch.where(sources, layout.slot, -1), layout, -1).amax(1)
+    if kept is None:
+        # whether anything goes is not known: the last token is else the sum of itself alone
+        slots = torch.where(slots < 0, layout.sizes - 1, slots)
+        alone = keep & (layout.slot == layout.spread(slots))
+        sources, weight = sources | alone, torch.where(alone, 1.0, weight)
+    else:
+        lost = layout.combine(kept, lambda before, behind: before - behind)
+        after = kept.combine(lost, lambda stay, go: stay + (go > 0))
+        if not lost.is_uniform and 0 in lost.lengths:
+            instances = torch.tensor([i for i, go in enumerate(lost.lengths) if go], device=layout.device)
+    last = layout.starts + slots
+    last = last if instances is None else last.index_select(0, instances)
+    is_result = keep.index_fill(0, last, True)
+    index, reduced = _true_rows(is_result, after, layout)
+    number = is_result.cumsum(0) - 1
+    sums = FusedSums(layout, sources, weight, number.index_select(0, last), instances, number, reduced.total)
+    return Reduction(layout, reduced, index, sums, is_affine)
+
+
+def _counted(kept: Layout | None, keep: Tensor, layout: Layout) -> Layout | None:
+    """How many tokens stay: `kept` where it is known, and else counted. None where torch.export makes it a size of its own."""
+    if kept is not None or torch.compiler.is_exporting():
+        return kept
+    # the only synchronization of a pruned layer
+    return Layout(segments.count(keep, layout).tolist(), layout.device)
+
+
+def _true_rows(mask: Tensor, counted: Layout | None, layout: Layout) -> tuple[Tensor, Layout]:
+    """The indices where a mask [total] is true, [new total] int64, ascending, and their layout.
+
+    Where the number of them is known, accelerators and recorded graphs need no synchronization. None for `counted` is a number
+    that is not: of one instance, as a size of torch.export.
+    """
+    if counted is None:
+        index = mask.nonzero().squeeze(1)
+        torch._check(index.shape[0] >= 1)
+        torch._check(index.shape[0] <= layout.total)
+        return index, Layout.uniform(1, index.shape[0], layout.device)
+    if mask.device.type == "cpu" and not is_recorded():
+        return mask.nonzero().squeeze(1), counted
+    row = torch.where(mask, mask.cumsum(0) - 1, counted.total)
+    rows = torch.arange(mask.shape[0], device=mask.device)
+    return rows.new_empty(counted.total + 1).scatter_(0, row, rows)[:-1], counted

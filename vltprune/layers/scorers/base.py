@@ -75,7 +75,7 @@ class SelfAttention(TokenScorer):
     needs = Stat.RECEIVED
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        return normalize(stats[Stat.RECEIVED], tokens)
+        return normalize(stats[Stat.RECEIVED], tokens, are_shares=True)
 
 
 @scorers.register("cls_attention")
@@ -89,8 +89,7 @@ class ClsAttention(TokenScorer):
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         context = stats[Stat.CONTEXT]
-        weight = context / (context.sum(-1, keepdim=True) + _EPS)
-        return (stats[Stat.SUMMARY] * weight).sum(-1)
+        return (stats[Stat.SUMMARY] * context).sum(-1) / context.sum(-1).clamp(min=_EPS)
 
 
 @scorers.register("mean_cls_attention")
@@ -164,8 +163,8 @@ class Random(TokenScorer):
         return ((drawn >> 8).float() + 0.5) / 2**23
 
 
-def normalize(scores: Tensor, tokens: PackedTokens) -> Tensor:
-    """Scores divided by their sum over the unprotected tokens of each instance, MADTP's norm1(z) = z / (sum z + 1e-8).
+def normalize(scores: Tensor, tokens: PackedTokens, are_shares: bool = False) -> Tensor:
+    """Scores divided by their sum over the unprotected tokens of each instance, MADTP's norm1(z) = z / sum z.
 
     Dot products may sum to zero or less, where the division would reverse their order or overflow. There the smallest score of
     the instance is subtracted first.
@@ -173,24 +172,26 @@ def normalize(scores: Tensor, tokens: PackedTokens) -> Tensor:
     Args:
         scores: [total]; half precision is converted to single.
         tokens: the tokens that they are of.
+        are_shares: whether the scores are shares of attention, which are never negative.
 
     Returns:
         The normalized scores, [total].
     """
-    layout, free, scores = tokens.layout, tokens.free, precision.single(scores)
-    z = scores.masked_fill(~free, 0.0)
-    total, size = segments.sum(z, layout), segments.sum(z.abs(), layout)
-    odd = total <= 1e-6 * size
+    layout, z = tokens.layout, segments.pad(precision.single(scores), tokens.layout)
+    hides = segments.pad(tokens.protected, layout, True)
+    total = z.masked_fill(hides, 0.0).sum(1, keepdim=True)
+    if not are_shares and not precision.surely_none(z < 0):
+        z = torch.where(total <= z.masked_fill(hides, 0.0).abs().sum(1, keepdim=True) * 1e-6, _lifted(z, hides), z)
+        total = z.masked_fill(hides, 0.0).sum(1, keepdim=True)
+    return segments.unpad(z / total.clamp(min=_EPS), layout)
 
-    if precision.surely_none(odd):  # as nearly always
-        return z / (total + _EPS)[layout.instance]
+
+def _lifted(scores: Tensor, hides: Tensor) -> Tensor:
+    """Scores [batch, longest] minus the smallest one of the instance, where `hides` does not hold."""
     # lifting leaves of scores that are alike little more than rounding: they must be equal before
-    scores = torch.where(odd[layout.instance], segments.equalize(scores, layout), scores)
-    lowest = segments.pad(scores.masked_fill(~free, float("inf")), layout, float("inf")).amin(1)
-    lift = torch.where(odd & lowest.isfinite(), lowest, torch.zeros_like(lowest))
-    lifted = (scores - lift[layout.instance]).masked_fill(~free, 0.0)
-    total = torch.where(odd, segments.sum(lifted, layout), total)
-    return lifted / (total + _EPS)[layout.instance]
+    equal = precision.equalize(scores.masked_fill(hides, float("-inf")))
+    lowest = equal.masked_fill(hides, float("inf")).amin(1, keepdim=True)
+    return (equal - lowest).masked_fill(hides, 0.0)
 
 
 def unit(tokens: PackedTokens) -> Tensor:

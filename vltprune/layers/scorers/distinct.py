@@ -119,5 +119,6 @@ def _resembling(z: Tensor, free: Tensor, width: float) -> Tensor:
     size = z.square().sum(-1)
     apart = size[..., :, None] + size[..., None, :] - 2 * z @ z.mT
     alike = (((-apart.clamp(min=0) / width).exp() - _LITTLE) / (1 - 2 * _LITTLE)).clamp(0, 1) * free[..., None, :]
-    alike.diagonal(dim1=-2, dim2=-1).fill_(0)  # itself counts as one, which rounding would make less
-    return 1 + alike.sum(-1)
+    itself = torch.eye(alike.shape[-1], dtype=torch.bool, device=alike.device)
+    # itself counts as one, which rounding would make less
+    return 1 + alike.masked_fill(itself, 0.0).sum(-1)

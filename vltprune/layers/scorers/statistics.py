@@ -37,7 +37,7 @@ class ColumnAttention(TokenScorer):
         received = stats[Stat.COLUMN]
         if not self.diagonal:
             received = received - stats[Stat.DIAGONAL]
-        return received / tokens.layout.sizes[tokens.layout.instance]
+        return received / tokens.layout.spread(tokens.layout.sizes)
 
 
 @scorers.register("ats")
@@ -50,7 +50,8 @@ class Ats(TokenScorer):
     needs = Stat.SUMMARY | Stat.VALUE
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        return normalize(stats[Stat.SUMMARY].sum(-1) * stats[Stat.VALUE].norm(dim=-1), tokens)
+        shares = stats[Stat.SUMMARY].sum(-1) * stats[Stat.VALUE].norm(dim=-1)
+        return normalize(shares, tokens, are_shares=True)
 
 
 @scorers.register("value_weighted_attention")
@@ -144,8 +145,8 @@ class FlowCut(TokenScorer):
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         layout, value = tokens.layout, stats[Stat.VALUE_MEAN]
-        attention = normalize(stats[Stat.SUMMARY].mean(-1), tokens)
-        logits = (value * tokens.with_x(value).summaries()[layout.instance]).sum(-1)
+        attention = normalize(stats[Stat.SUMMARY].mean(-1), tokens, are_shares=True)
+        logits = (value * layout.spread(tokens.with_x(value).summaries())).sum(-1)
         likeness = segments.softmax(logits, layout, tokens.free)
         score = (attention + likeness) * torch.linalg.vector_norm(value, ord=1, dim=-1)
         before = tokens.columns.get(self.remembers)

@@ -49,7 +49,7 @@ class Predictor(TokenScorer):
         weight = tokens.weight.masked_fill(tokens.protected, 0.0)
         total = segments.sum(precision.single(shared) * weight[:, None], layout)
         mean = total / segments.sum(weight, layout).clamp(min=1e-6)[:, None]
-        both = torch.cat([own, mean.to(own.dtype)[layout.instance]], -1)
+        both = torch.cat([own, layout.spread(mean.to(own.dtype))], -1)
         return precision.single(self.logits(both)).softmax(-1)[:, 0]
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:

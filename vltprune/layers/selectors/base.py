@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ...core import segments
 from ...core.statistics import AttentionStats, Stat
-from ...core.tokens import PackedTokens
+from ...core.tokens import Layout, PackedTokens
 from ...registry import selectors
 from ..block_spec import BlockSpec
 from ..printing import PrintedPart
@@ -26,11 +27,14 @@ class Selection:
         match: [total] int64, for a token that goes, the row of the token that it resembles, which stays and is unprotected;
             its own row for a token that stays. None where the selector relates no tokens.
         columns: values per token by name, [total, ...], that the tokens carry to later layers.
+        kept: how many tokens stay in each instance, protected ones included, where the pruner knows it already. A selector
+            leaves it None.
     """
 
     keep: Tensor
     match: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Layout | None = None
 
 
 class TokenSelector(PrintedPart, ABC):
@@ -42,6 +46,8 @@ class TokenSelector(PrintedPart, ABC):
         needs: the attention statistics that it reads.
         fixed: whether it keeps exactly `counts` tokens, whatever they hold.
         reads_grid: whether it reads the row and the column of patches, which the tower then gives its tokens.
+        takes_most: whether `forward` also takes `most`, the largest of `counts` as a Python integer, or None where it is not
+            known without a synchronization.
         matches: whether its selections have a match for every token that goes, so that no reducer compares tokens.
         spec: the block that it is built for.
     """
@@ -49,6 +55,7 @@ class TokenSelector(PrintedPart, ABC):
     needs: Stat = Stat.NONE
     fixed: ClassVar[bool] = True
     reads_grid: ClassVar[bool] = False
+    takes_most: ClassVar[bool] = False
     matches: ClassVar[bool] = False
     spec: BlockSpec
 
@@ -121,5 +128,27 @@ def top_tokens(tokens: PackedTokens, scores: Tensor, counts: Tensor) -> Tensor:
     Returns:
         The mask, [total] bool.
     """
-    rank = segments.rank(scores.detach().masked_fill(tokens.protected, float("-inf")), tokens.layout)
-    return tokens.protected | (rank < counts[tokens.layout.instance])
+    layout = tokens.layout
+    ranked = segments.pad(scores.detach().masked_fill(tokens.protected, float("-inf")), layout, float("-inf"))
+    return first_tokens(tokens, ranked.argsort(dim=1, descending=True, stable=True), counts)
+
+
+def first_tokens(tokens: PackedTokens, order: Tensor, counts: Tensor | Layout) -> Tensor:
+    """The protected tokens and the first `counts` unprotected ones in an order.
+
+    Args:
+        tokens: the tokens of a block.
+        order: [batch, longest] int64, the slots of each instance's tokens, the unprotected ones first.
+        counts: [batch] int64, or the same numbers as a layout.
+
+    Returns:
+        The mask, [total] bool.
+    """
+    layout = tokens.layout
+    if isinstance(counts, Layout) and counts.is_uniform and layout.is_uniform:
+        keep = segments.pad(tokens.protected, layout).scatter(1, order[:, : counts.longest], True)
+        return segments.unpad(keep, layout)
+    counts = counts.sizes if isinstance(counts, Layout) else counts
+    stays = torch.arange(layout.longest, device=order.device) < counts[:, None]
+    keep = torch.zeros_like(stays).scatter(1, order, stays)
+    return tokens.protected | segments.unpad(keep, layout)

@@ -27,8 +27,12 @@ class MaxMin(FeatureSelector):
         by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
-    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
-        keep = choosing.max_min(*self.padded_features(tokens, stats), counts)
+    takes_most = True
+
+    def forward(
+        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, most: int | None = None
+    ) -> Selection:
+        keep = choosing.max_min(*self.padded_features(tokens, stats), counts, most=most)
         return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
@@ -47,9 +51,13 @@ class Dpp(FeatureSelector):
         by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
-    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+    takes_most = True
+
+    def forward(
+        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, most: int | None = None
+    ) -> Selection:
         padded = segments.pad(scores.detach(), tokens.layout)
-        keep = choosing.dpp(*self.padded_features(tokens, stats), counts, padded)
+        keep = choosing.dpp(*self.padded_features(tokens, stats), counts, padded, most)
         return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
@@ -69,15 +77,19 @@ class Deduplicate(FeatureSelector):
         ValueError: for a part outside 0 .. 1, and for other features.
     """
 
+    takes_most = True
+
     def __init__(self, spec: BlockSpec, important: float = 0.5, by: By = "content"):
         super().__init__(spec, by)
         if not 0 <= important <= 1:
             raise ValueError(f"deduplicate(important={important}) must lie in 0 .. 1: the part that stays by score")
         self.important = important
 
-    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+    def forward(
+        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, most: int | None = None
+    ) -> Selection:
         padded = segments.pad(scores.detach(), tokens.layout)
-        keep = choosing.deduplicate(*self.padded_features(tokens, stats), counts, padded, self.important)
+        keep = choosing.deduplicate(*self.padded_features(tokens, stats), counts, padded, self.important, most=most)
         return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:

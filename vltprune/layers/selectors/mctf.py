@@ -125,7 +125,7 @@ def match_both_ways(
     match = match.scatter(1, torch.where(goes_b, b, n), torch.where(goes_b, a.gather(1, best_a), n))[:, :n]
     # what merged into a token of B that goes, goes with it
     match = match.gather(1, match)
-    rank = torch.zeros_like(match).new_zeros(len(match), n + 1).scatter(1, a, rank_a).scatter(1, b, rank_b)[:, :n]
+    rank = torch.zeros_like(match).new_zeros(match.shape[0], n + 1).scatter(1, a, rank_a).scatter(1, b, rank_b)[:, :n]
     in_a = torch.where(before[:, None] > 0, place, rank)
     order = torch.where(parity % 2 == 0, in_a, candidates.sum(1, keepdim=True) + rank)
     return candidates & (match == own_slots(candidates)), match, order.gather(1, match)

@@ -23,11 +23,14 @@ class SampleCdf(TokenSelector):
     """
 
     fixed = False
+    takes_most = True
 
-    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+    def forward(
+        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, most: int | None = None
+    ) -> Selection:
         layout = tokens.layout
         candidates = segments.pad(tokens.free, layout, False)
-        keep = sampling.sample_cdf(segments.pad(scores.detach(), layout), candidates, counts)
+        keep = sampling.sample_cdf(segments.pad(scores.detach(), layout), candidates, counts, most)
         return padded_selection(tokens, keep)
 
 

@@ -109,7 +109,7 @@ def _distance(tokens: PackedTokens, scores: Tensor, salient: Tensor) -> Tensor:
 
     def centered(values: Tensor) -> Tensor:
         values = values.masked_fill(~compared, 0.0)
-        mean = (segments.sum(values, layout) / count)[layout.instance]
+        mean = layout.spread(segments.sum(values, layout) / count)
         return (values - mean).masked_fill(~compared, 0.0)
 
     pruned, teacher = centered(scores.float()), centered(salient)
