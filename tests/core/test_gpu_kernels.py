@@ -154,6 +154,9 @@ def test_when_column_statistics_go_by_the_kernel(on_gpu, monkeypatch):
     assert not column_stats.applies(trained, trained, BOTH)
     with torch.no_grad():
         assert column_stats.applies(trained, trained, BOTH)
+    with monkeypatch.context() as recording:
+        recording.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not column_stats.applies(q, q, BOTH)
     monkeypatch.setattr(column_stats, "_HAS_TRITON", False)
     assert not column_stats.applies(q, q, BOTH)
 

@@ -19,7 +19,8 @@ _WIDEST = 256  # head_dim; a tile of wider heads does not fit into shared memory
 def applies(q: Tensor, k: Tensor, needs: Stat) -> bool:
     """Whether the kernel can compute these statistics of a map without biases, and should.
 
-    It has no backward pass, so that it is not used where gradients are wanted.
+    It has no backward pass, so that it is not used where gradients are wanted. Recorded graphs (torch.compile, torch.export,
+    torch.jit.trace) get plain torch, which other engines know.
 
     Args:
         q: queries, [total, heads, head_dim].
@@ -31,9 +32,11 @@ def applies(q: Tensor, k: Tensor, needs: Stat) -> bool:
     """
     if q.device.type != "cuda" or needs == Stat.NONE or needs & ~COLUMNS:
         return False
+    is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
     wants_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     return (
-        not wants_gradients
+        not is_recorded
+        and not wants_gradients
         and q.dtype in _DTYPES
         and q.dtype == k.dtype
         and q.shape[2] <= _WIDEST
