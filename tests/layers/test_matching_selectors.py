@@ -6,9 +6,12 @@ import inspect
 
 import pytest
 import torch
+from small_models import small
 from torch.utils.flop_counter import FlopCounterMode
 
+import vltprune as vp
 from vltprune import AttentionStats, BlockSpec, PackedTokens, Selection, Stat, reducers, scorers, selectors
+from vltprune.layers.algorithms import choosing, matching
 
 SPEC = BlockSpec("image", 1, 4, 8, 2, has_summary=False)
 MATCHING = [name for name in selectors.names() if selectors[name].matches]
@@ -74,3 +77,43 @@ def test_mlerp_has_the_largest_norm_of_its_sources():
     mean, out = tokens.x[[0, 2, 3]].mean(0), plan.values(tokens.x)
     torch.testing.assert_close(out[0], mean / mean.norm() * tokens.x[[0, 2, 3]].norm(dim=1).max())
     assert torch.equal(out[1:], tokens.x[[1, 4]])
+
+
+def as_on_an_accelerator(monkeypatch):
+    """Where no tensor may be read to see whether there is anything to do."""
+    monkeypatch.setattr("vltprune.core.precision.surely_none", lambda true: False)
+
+
+@pytest.mark.parametrize("name", ["bipartite", "energy", "graph"])
+@pytest.mark.parametrize("keep", ["remove(r=2)", "ratio(ratio=0.5)", "random_ratio(mean=0.75, half_width=0.2)"])
+def test_known_counts_spare_the_further_matching(monkeypatch, name, keep):
+    """Where half of the tokens or fewer go, and the counts are numbers, only the matching itself runs."""
+    model = vp.prune(small("vit").model, "tome", keep=keep, selector=name)
+    inputs, called, graph = small("vit").draw(3), [], matching.graph
+    with torch.no_grad():
+        expected = model(*inputs)
+        as_on_an_accelerator(monkeypatch)
+        monkeypatch.setattr(matching, "graph", lambda *args: called.append(len(args)) or graph(*args))
+        assert torch.equal(model(*inputs), expected)
+    assert not called if name != "graph" else {*called} == {4}  # its own, with importance
+
+
+@pytest.mark.parametrize("keep", ["ratio(ratio=0.3)", "random_ratio(mean=0.4, half_width=0.2)"])
+def test_more_than_half_go_by_the_further_matching(monkeypatch, keep):
+    model = vp.prune(small("vit").model, "tome", keep=keep)
+    inputs = small("vit").draw(3)
+    with torch.no_grad():
+        expected = model(*inputs)
+        as_on_an_accelerator(monkeypatch)
+        assert torch.equal(model(*inputs), expected)
+
+
+@pytest.mark.parametrize("selector", ["max_min", "dpp", "deduplicate"])
+def test_choices_are_as_many_as_the_largest_count(monkeypatch, selector):
+    parts = {"keep": "random_ratio(half_width=0.3)", "reducer": "drop", "selector": selector}
+    model = vp.prune(small("vit").model, "evit", at=(1,), **parts)
+    asked, most_of = [], choosing.most_of
+    monkeypatch.setattr(choosing, "most_of", lambda *args: asked.append(args[2]) or most_of(*args))
+    with torch.no_grad(), vp.collect() as traces:
+        model(*small("vit").draw(4))
+    assert asked == [max(traces[0].lengths[1]) - 1]  # the class token is not chosen

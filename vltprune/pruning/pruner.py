@@ -189,8 +189,8 @@ class Pruner(nn.Module):
         else:
             # a keeper that samples does not order tokens as their scores do
             ordered = scores if keep_prob is None else keep_prob
-            bound = {"most": None if kept is None else kept.longest} if self.selector.takes_most else {}
-            selection = self.selector(tokens, ordered, counts, stats, **bound)
+            numbers = {"kept": kept} if self.selector.takes_kept else {}
+            selection = self.selector(tokens, ordered, counts, stats, **numbers)
         if kept is not None and self.selector.fixed:
             protected = tokens.layout.combine(tokens.available, lambda there, free: there - free)
             selection = replace(selection, kept=kept.combine(protected, lambda free, more: free + more))

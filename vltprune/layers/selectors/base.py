@@ -46,7 +46,7 @@ class TokenSelector(PrintedPart, ABC):
         needs: the attention statistics that it reads.
         fixed: whether it keeps exactly `counts` tokens, whatever they hold.
         reads_grid: whether it reads the row and the column of patches, which the tower then gives its tokens.
-        takes_most: whether `forward` also takes `most`, the largest of `counts` as a Python integer, or None where it is not
+        takes_kept: whether `forward` also takes `kept`: a layout with `counts` as Python integers, or None where they are not
             known without a synchronization.
         matches: whether its selections have a match for every token that goes, so that no reducer compares tokens.
         spec: the block that it is built for.
@@ -55,7 +55,7 @@ class TokenSelector(PrintedPart, ABC):
     needs: Stat = Stat.NONE
     fixed: ClassVar[bool] = True
     reads_grid: ClassVar[bool] = False
-    takes_most: ClassVar[bool] = False
+    takes_kept: ClassVar[bool] = False
     matches: ClassVar[bool] = False
     spec: BlockSpec
 
@@ -85,6 +85,11 @@ class TokenSelector(PrintedPart, ABC):
             after: [batch], the tokens that leave it.
         """
         return 0.0
+
+
+def largest(kept: Layout | None) -> int | None:
+    """The largest count of a layout. None where there is none."""
+    return None if kept is None else kept.longest
 
 
 def padded_selection(

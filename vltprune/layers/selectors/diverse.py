@@ -6,13 +6,13 @@ from torch import Tensor
 
 from ...core import segments
 from ...core.statistics import AttentionStats
-from ...core.tokens import PackedTokens
+from ...core.tokens import Layout, PackedTokens
 from ...registry import selectors
 from ..algorithms import choosing
 from ..algorithms.similarity import cosine, order_by_score, order_by_similarity, ranks
 from ..block_spec import BlockSpec
 from ..features import By, FeatureSelector
-from .base import Selection, padded_selection
+from .base import Selection, largest, padded_selection
 
 
 @selectors.register("max_min")
@@ -27,12 +27,12 @@ class MaxMin(FeatureSelector):
         by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
-    takes_most = True
+    takes_kept = True
 
     def forward(
-        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, most: int | None = None
+        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, kept: Layout | None = None
     ) -> Selection:
-        keep = choosing.max_min(*self.padded_features(tokens, stats), counts, most=most)
+        keep = choosing.max_min(*self.padded_features(tokens, stats), counts, most=largest(kept))
         return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
@@ -51,13 +51,13 @@ class Dpp(FeatureSelector):
         by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
     """
 
-    takes_most = True
+    takes_kept = True
 
     def forward(
-        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, most: int | None = None
+        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, kept: Layout | None = None
     ) -> Selection:
         padded = segments.pad(scores.detach(), tokens.layout)
-        keep = choosing.dpp(*self.padded_features(tokens, stats), counts, padded, most)
+        keep = choosing.dpp(*self.padded_features(tokens, stats), counts, padded, largest(kept))
         return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Deduplicate(FeatureSelector):
         ValueError: for a part outside 0 .. 1, and for other features.
     """
 
-    takes_most = True
+    takes_kept = True
 
     def __init__(self, spec: BlockSpec, important: float = 0.5, by: By = "content"):
         super().__init__(spec, by)
@@ -86,10 +86,10 @@ class Deduplicate(FeatureSelector):
         self.important = important
 
     def forward(
-        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, most: int | None = None
+        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, kept: Layout | None = None
     ) -> Selection:
         padded = segments.pad(scores.detach(), tokens.layout)
-        keep = choosing.deduplicate(*self.padded_features(tokens, stats), counts, padded, self.important, most=most)
+        keep = choosing.deduplicate(*self.padded_features(tokens, stats), counts, padded, self.important, largest(kept))
         return padded_selection(tokens, keep)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:

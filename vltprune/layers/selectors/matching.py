@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core import precision, segments
 from ...core.modality import COLUMN
 from ...core.statistics import AttentionStats
-from ...core.tokens import PackedTokens
+from ...core.tokens import Layout, PackedTokens
 from ...registry import selectors
 from ..algorithms import matching
 from ..algorithms.similarity import NEAR, order_by_score, ranks, scaled
@@ -74,20 +74,34 @@ class MatchingSelector(FeatureSelector):
     """
 
     matches = True
+    takes_kept = True
 
     def __init__(self, spec: BlockSpec, by: By = "key"):
         super().__init__(spec, by)
 
-    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+    def forward(
+        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, kept: Layout | None = None
+    ) -> Selection:
         features, candidates = self.padded_features(tokens, stats)
         removed = (candidates.sum(1) - counts).clamp(min=0)
         keep, match, columns = self._match(tokens, features, scores, removed, stats)
         left = removed - candidates.sum(1) + keep.sum(1)
-        if not precision.surely_none(left > 0):
+        if not self._suffices(tokens, kept) and not precision.surely_none(left > 0):
             keep, onto = matching.graph(features, keep, left.clamp(min=0))
             match = onto.gather(1, match)
         columns = {name: column.gather(1, match) for name, column in columns.items()}
         return padded_selection(tokens, keep, match, columns)
+
+    def _suffices(self, tokens: PackedTokens, kept: Layout | None) -> bool:
+        """Whether the matching is known to remove all tokens that go, `kept` of each instance being left."""
+        if kept is None:
+            return False
+        more = tokens.available.combine(kept, lambda there, stay: max(there - stay - self._reach(there), 0)).longest
+        return isinstance(more, int) and not more
+
+    def _reach(self, available: int) -> int:
+        """How many of so many unprotected tokens the matching removes for certain, where it is asked to; by default none."""
+        return 0
 
     @abstractmethod
     def _match(
@@ -136,6 +150,9 @@ class Bipartite(MatchingSelector):
         keep, match, order = matching.bipartite_in_order(features, *in_sequence(tokens), removed)
         return keep, match, order_column(tokens, order)
 
+    def _reach(self, available: int) -> int:
+        return available // 2
+
     def _pairs(self, tokens: Tensor) -> Tensor:
         return (tokens // 2 + 1) ** 2
 
@@ -166,6 +183,9 @@ class Energy(MatchingSelector):
         candidates = segments.pad(tokens.free, tokens.layout)
         return *matching.energy(features, candidates, removed, margin, within=NEAR), {}
 
+    def _reach(self, available: int) -> int:
+        return available // 2
+
     def _pairs(self, tokens: Tensor) -> Tensor:
         return tokens**2 + (tokens // 2 + 1) ** 2
 
@@ -194,6 +214,9 @@ class Graph(MatchingSelector):
         candidates = segments.pad(tokens.free, tokens.layout)
         importance = self.weight * scaled(segments.pad(scores.detach(), tokens.layout), candidates)
         return *matching.graph(features, candidates, removed, importance), {}
+
+    def _reach(self, available: int) -> int:
+        return available
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
         return self._pairs(before) * self.width

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from ...core import segments
 from ...core.statistics import AttentionStats
-from ...core.tokens import PackedTokens
+from ...core.tokens import Layout, PackedTokens
 from ...registry import selectors
 from ..algorithms import sampling
 from ..block_spec import BlockSpec
 from ..grid import window_ids
-from .base import Selection, TokenSelector, padded_selection
+from .base import Selection, TokenSelector, largest, padded_selection
 
 
 @selectors.register("sample_cdf")
@@ -23,14 +23,14 @@ class SampleCdf(TokenSelector):
     """
 
     fixed = False
-    takes_most = True
+    takes_kept = True
 
     def forward(
-        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, most: int | None = None
+        self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats, kept: Layout | None = None
     ) -> Selection:
         layout = tokens.layout
         candidates = segments.pad(tokens.free, layout, False)
-        keep = sampling.sample_cdf(segments.pad(scores.detach(), layout), candidates, counts, most)
+        keep = sampling.sample_cdf(segments.pad(scores.detach(), layout), candidates, counts, largest(kept))
         return padded_selection(tokens, keep)
 
 
