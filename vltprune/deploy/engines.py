@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+
+from .onnx_operators import operators
 
 _MOST = 1_900_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB
 
@@ -66,8 +70,8 @@ class Onnx(Engine):
 
     def write(self, program: ExportedProgram, file: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         size = sum(one.numel() * one.element_size() for one in program.state_dict.values())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter about itself
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")  # of the exporter about itself, as what it logs
             torch.onnx.export(
                 program,
                 (),
@@ -76,6 +80,7 @@ class Onnx(Engine):
                 input_names=[*inputs],
                 output_names=[*outputs],
                 external_data=size > _MOST,
+                custom_translation_table=operators(),
                 verbose=False,
             )
 
@@ -96,7 +101,11 @@ class OpenVino(Engine):
         openvino: Any = importlib.import_module("openvino")
         between = file.with_suffix(Onnx.suffix)
         Onnx().write(program, between, inputs, outputs)
-        openvino.save_model(openvino.convert_model(str(between)), str(file), compress_to_fp16=False)
+        model = openvino.convert_model(str(between))
+        for node in model.get_ops():
+            if node.get_type_name() == "TopK":
+                node.set_attribute("stable", True)  # equal scores go by position, in ONNX by definition
+        openvino.save_model(model, str(file), compress_to_fp16=False)
         for one in file.parent.glob(f"{between.name}*"):
             one.unlink()
 

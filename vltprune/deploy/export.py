@@ -17,7 +17,7 @@ from ..layers import AlignmentGuide
 from ..utils.modes import evaluating
 from ..utils.wrappers import unwrapped
 from .engines import ENGINES, Engine, find_format
-from .graph import Call, ExportError, Value, is_adaptive, trace
+from .graph import Call, ExportError, Value, runs_adaptive, trace
 from .sidecar import describe
 
 _TOLERANCE = 1e-4
@@ -97,9 +97,11 @@ def export(
     engine.check_installed()
     model = unwrapped(model)
     _check_model(model)
-    size = _batch_size(model, batch)
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch={batch} must be 1 or more: the number of instances of a call, or None for any")
     call = Call(model, inputs, method)
     with evaluating(model), torch.no_grad():
+        size = _batch_size(call, batch)
         batches = _batches(call.tensors, size)
         wanted = [call.outputs(*one) for one in batches]
         example = batches[0] if size is not None else _repeated(call.tensors, max(2, len(call.tensors[0])))
@@ -129,11 +131,9 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _batch_size(model: nn.Module, batch: int | None) -> int | None:
-    """The number of instances of a call, None for any."""
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch={batch} must be 1 or more: the number of instances of a call, or None for any")
-    if not is_adaptive(model):
+def _batch_size(call: Call, batch: int | None) -> int | None:
+    """The number of instances of a call, None for any. ValueError for several, with counts of each one's own."""
+    if not runs_adaptive(call):
         return batch
     if batch not in (None, 1):
         raise ValueError(

@@ -114,8 +114,23 @@ class Call(nn.Module):
 
 def is_adaptive(model: nn.Module) -> bool:
     """Whether some layer of a model, dense or pruned, keeps a number of tokens that depends on what they hold."""
+    return bool(_adaptive_layers(model))
+
+
+def runs_adaptive(call: Call) -> bool:
+    """Whether a call runs such a layer. A method of a model of two towers may run one of them alone."""
+    ran: list[nn.Module] = []
+    with contextlib.ExitStack() as stack:
+        for pruner in _adaptive_layers(call.model):
+            stack.enter_context(pruner.register_forward_hook(lambda layer, *_: ran.append(layer)))
+        call(*call.tensors)
+    return bool(ran)
+
+
+def _adaptive_layers(model: nn.Module) -> list[Pruner]:
+    """The pruners whose number of tokens depends on what they hold."""
     pruners = (module for module in model.modules() if isinstance(module, Pruner))
-    return any(not pruner.keeper.fixed or not pruner.selector.fixed for pruner in pruners)
+    return [pruner for pruner in pruners if not pruner.keeper.fixed or not pruner.selector.fixed]
 
 
 def trace(call: Call, tensors: Sequence[Tensor], any_batch: bool) -> ExportedProgram:
@@ -152,8 +167,8 @@ def _advice(model: nn.Module) -> str:
             "vltprune.freeze(model, batches).model, or `vltprune export --data DIR`"
         )
     return (
-        "torch.export cannot trace it. Where texts have lengths of their own, leave the attention mask out and give texts of "
-        "one length, or export one tower alone (method='encode_image')"
+        "torch.export cannot trace it. Where texts have lengths of their own, write batch=1, or leave the attention mask out "
+        "and give texts of one length; export one tower alone by method='encode_image'"
     )
 
 

@@ -1,0 +1,44 @@
+"""Operators of PyTorch that its ONNX exporter lacks, written in operators of ONNX."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def operators() -> dict[Callable[..., object], Callable[..., object]]:
+    """The operators by what they stand for, as `torch.onnx.export(custom_translation_table=...)` takes them."""
+    return {torch.ops.aten.sort.stable: _stable_sort, torch.ops.aten.cummax.default: _cummax}
+
+
+def _stable_sort(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """torch.sort(stable=True): ONNX's TopK puts the first of equal values first."""
+    op = _onnx()
+    size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]), axis=0)
+    return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+
+def _cummax(self: Any, dim: int) -> Any:
+    """torch.cummax: the maximum of [..., n, n] values, in which those behind each position are the lowest."""
+    op = _onnx()
+    last = len(self.shape) - 1
+    order = [*range(len(self.shape))]
+    order[dim], order[last] = order[last], order[dim]
+    values = op.Transpose(self, perm=order)
+    index = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(values, start=last)), op.Constant(value_int=1))
+    earlier = op.GreaterOrEqual(op.Unsqueeze(index, op.Constant(value_ints=[1])), index)
+    least = op.ReduceMin(values, keepdims=1)
+    seen = op.Where(
+        earlier, op.Unsqueeze(values, op.Constant(value_ints=[last])), op.Unsqueeze(least, op.Constant(value_ints=[0]))
+    )
+    largest = op.ReduceMax(seen, op.Constant(value_ints=[last + 1]), keepdims=0)
+    reached = op.And(op.Equal(seen, op.Unsqueeze(largest, op.Constant(value_ints=[last + 1]))), earlier)
+    where = op.ArgMax(op.Cast(reached, to=7), axis=last + 1, keepdims=0, select_last_index=1)  # 7: int64
+    return op.Transpose(largest, perm=order), op.Transpose(where, perm=order)
+
+
+def _onnx() -> Any:
+    return importlib.import_module("onnxscript").opset18
