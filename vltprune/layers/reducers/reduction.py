@@ -186,7 +186,7 @@ class FusedSums(Sums):
 
     @lazy
     def merged(self) -> Tensor:
-        return torch.zeros(self.rows, dtype=torch.bool, device=self.result.device).index_fill(0, self.result, True)
+        return torch.zeros(self.rows, dtype=torch.bool, device=self.result.device).index_fill(0, self.result, 1)
 
     def contents(self, values: Tensor, index: Tensor) -> Tensor:
         rows = precision.single(values).reshape(values.shape[0], prod(values.shape[1:]))
@@ -372,7 +372,7 @@ def plan_fusion(
             instances = torch.tensor([i for i, go in enumerate(lost.lengths) if go], device=layout.device)
     last = layout.starts + slots
     last = last if instances is None else last.index_select(0, instances)
-    is_result = keep.index_fill(0, last, True)
+    is_result = keep.index_fill(0, last, 1)
     index, reduced = _true_rows(is_result, after, layout)
     number = is_result.cumsum(0) - 1
     sums = FusedSums(layout, sources, weight, number.index_select(0, last), instances, number, reduced.total)

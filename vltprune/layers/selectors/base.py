@@ -151,7 +151,7 @@ def first_tokens(tokens: PackedTokens, order: Tensor, counts: Tensor | Layout) -
     """
     layout = tokens.layout
     if isinstance(counts, Layout) and counts.is_uniform and layout.is_uniform:
-        keep = segments.pad(tokens.protected, layout).scatter(1, order[:, : counts.longest], True)
+        keep = segments.pad(tokens.protected, layout).scatter(1, order[:, : counts.longest], 1)
         return segments.unpad(keep, layout)
     counts = counts.sizes if isinstance(counts, Layout) else counts
     stays = torch.arange(layout.longest, device=order.device) < counts[:, None]
