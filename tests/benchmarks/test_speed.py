@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import types
 from pathlib import Path
@@ -232,3 +233,20 @@ def test_the_chart_of_scaling_has_all_batches(scripts):
     drawn = scripts.scaling.chart(rows)
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
     assert drawn.count("batch 1<") == 1 and drawn.count("batch 8<") == 2
+
+
+def test_the_page_has_the_tables_that_the_script_prints(scripts, capsys):
+    scripts.results.main()
+    page = (FOLDER.parent / "docs" / "speed.md").read_text()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert tables and all(f"\n\n{table}\n" in page for table in tables)
+
+
+def test_what_readme_says_of_time_is_what_was_measured(scripts):
+    cells = json.loads(scripts.results.CELLS.read_text())
+    readme = (FOLDER.parent / "README.md").read_text().replace("\n", " ")
+    for name in ("vit_base_patch16_224, batch 8", "vit_base_patch16_224, batch 1", "deit_small_patch16_224, batch 1"):
+        for reduction in (0.5, 0.8):
+            wanted = (name, "madtp", "eager", reduction)
+            (cell,) = (c for c in cells if (c["name"], c["row"], c["engine"], c["reduction"]) == wanted)
+            assert f"{cell['speedup']:.2f} x" in readme
