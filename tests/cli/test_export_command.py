@@ -33,6 +33,16 @@ def test_a_model_is_written_with_its_description(vit, tmp_path, capsys):
         assert torch.allclose(torch.export.load(file).module()(images)[0], vp.load(vit)(images), atol=1e-5)
 
 
+def test_images_fix_the_counts(vit, photos, tmp_path, capsys):
+    model = vp.prune(vp.load(vit), "attention", at=0)
+    folder, file = str(vp.save(model, tmp_path / "pruned")), str(tmp_path / "a.pt2")
+    assert cli.main(["export", folder, "--data", str(photos), "--quantile", "1.0", "--output", file]) == 0
+    out = capsys.readouterr().out
+    assert "changed for" in out and "images: float32 [any, 3, 96, 96]" in out
+    facts = json.loads((tmp_path / "a.json").read_text())
+    assert facts["pruning"]["keep"]["name"] == "counts"
+
+
 def test_nothing_is_overwritten_unasked(vit, tmp_path, fails, monkeypatch):
     (tmp_path / "vit.json").write_text("{}")
     arguments = ["export", vit, "--output", str(tmp_path / "vit.pt2"), "--batch", "2"]

@@ -157,10 +157,19 @@ def test_what_cannot_be_frozen_is_refused():
     with pytest.raises(ValueError, match=r"selector='sample_cdf' keeps fewer .* prune with selector='top'"):
         vp.freeze(vp.prune(small("vit").model, "ats"), [inputs])
 
-    composite = vp.prune(small("blip").model, "attention")
     images, *_ = small("blip").draw(2)
-    with pytest.raises(ValueError, match="none of the batches ran the text tower"):
-        vp.freeze(composite, [lambda model: model.pruning.towers["image"](images)])
+    only_texts = vp.prune(small("blip").model, "attention", at={"text": None})
+    with pytest.raises(ValueError, match="none of the batches ran the text tower: give inputs that it reads"):
+        vp.freeze(only_texts, [lambda model: model.image_features(images)])
+
+
+def test_a_tower_that_no_batch_runs_stays():
+    images, *_ = small("blip").draw(3)
+    fixed = vp.freeze(vp.prune(small("blip").model, "attention"), [lambda model: model.image_features(images)])
+    assert {layer.tower for layer in fixed.layers} == {"image"}
+    keep = fixed.model.pruning.config.keep
+    assert keep["image"].name == "counts" and keep["text"] == vp.preset("attention").keep
+    assert "no batch ran the text tower, which stays as it is" in str(fixed)
 
 
 def test_the_adaptive_model_is_unchanged():

@@ -86,7 +86,9 @@ class FixedCounts:
             numbers = [f"{layer.mean:.1f}", *map(str, (layer.least, layer.most, layer.count))]
             rows.append([name, *numbers, percent(layer.changed)])
         costs = [format_change(one.macs, one.dense_macs) for one in (self.before, self.after)]
-        return f"{table(rows)}\nMACs: {costs[1]} than dense; before, {costs[0]}\noutputs: {self.outputs}"
+        unread = [name for name in self.model.pruning.towers if name not in self.before.towers]
+        left = "".join(f"\nno batch ran the {name} tower, which stays as it is" for name in unread)
+        return f"{table(rows)}{left}\nMACs: {costs[1]} than dense; before, {costs[0]}\noutputs: {self.outputs}"
 
 
 def freeze(
@@ -110,7 +112,7 @@ def freeze(
         copies. An instance that has fewer unprotected tokens than a layer's count keeps all of them there.
 
     Raises:
-        ValueError: for a quantile outside [0, 1], no batches, batches that do not run a pruned tower, a selector that keeps
+        ValueError: for a quantile outside [0, 1], no batches, batches that run none of these layers, a selector that keeps
             fewer tokens than it is told, and pruners that no config describes.
         TypeError: for a dense model, and for batches that the model does not take.
     """
@@ -148,7 +150,7 @@ def _check_selectors(stage: Stage, towers: Mapping[str, PrunedEncoder]) -> None:
 def _recording(towers: Mapping[str, PrunedEncoder]) -> Iterator[dict[_Key, list[Tensor]]]:
     """Within the `with` block, gathers what adaptive keepers count: [instances] of each call, by pruner.
 
-    ValueError at its end for a keeper that was not called.
+    At its end pruners that were not called are left out. ValueError where none was called.
     """
     counts: dict[_Key, list[Tensor]] = {}
 
@@ -163,9 +165,11 @@ def _recording(towers: Mapping[str, PrunedEncoder]) -> Iterator[dict[_Key, list[
                     counts[name, key] = []
                     stack.enter_context(pruner.keeper.register_forward_hook(partial(record, (name, key))))
         yield counts
-    for (name, _), kept in counts.items():
-        if not kept:
-            raise ValueError(f"none of the batches ran the {name} tower: give inputs that it reads too")
+    idle = [key for key, kept in counts.items() if not kept]
+    if idle and len(idle) == len(counts):
+        raise ValueError(f"none of the batches ran the {idle[0][0]} tower: give inputs that it reads")
+    for key in idle:
+        del counts[key]
 
 
 def _measured(model: nn.Module, batches: Sequence[Batch]) -> tuple[Calibration, list[object]]:
