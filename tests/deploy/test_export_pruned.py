@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 import transformers
-from small_models import PRESETS, images, scrambled
+from small_models import PRESETS, images, scrambled, sentences
 from timm.models.vision_transformer import VisionTransformer
 from torch.export import Dim
 
@@ -99,6 +99,15 @@ def test_counts_per_instance_are_one_graph(tmp_path):
     assert torch.allclose(torch.cat([one for (one,) in found]), wanted, atol=1e-4)
     counts = {*traces[0].lengths[0]}
     assert 17 in counts and min(counts) <= 4
+
+
+def test_texts_of_their_own_lengths_are_exported_at_batch_1(tmp_path):
+    model, _ = pruned("bert", "evit")
+    ids, mask = sentences(3)
+    written = vp.export(model, tmp_path / "a.pt2", {"input_ids": ids, "attention_mask": mask}, batch=1)
+    assert [value.shape for value in written.inputs] == [(1, 12), (1, 12)]
+    with pytest.raises(vp.ExportError, match="write batch=1"):
+        vp.export(model, tmp_path / "b.pt2", {"input_ids": ids, "attention_mask": mask})
 
 
 class Operators(torch.nn.Module):

@@ -215,7 +215,8 @@ class Pruner(nn.Module):
     def _fixed(self, tokens: PackedTokens, least: int) -> Layout | None:
         """How many unprotected tokens of each instance stay, whatever they hold. None where it depends on that."""
         keeper = self.keeper
-        if not isinstance(keeper, FixedKeeper):
+        # a length that is a size of torch.export depends on what an instance holds, and so does what follows from it
+        if not isinstance(keeper, FixedKeeper) or not isinstance(tokens.layout.longest, int):
             return None
         return tokens.available.map(lambda available: min(max(keeper.kept(available), least), available))
 

@@ -210,6 +210,10 @@ class Ratio(FixedKeeper):
         part = available * self.block_ratio * (1 - precision.rounding(torch.float64))
         return max(math.ceil(part - _LEAST), 0)
 
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        # as tensors: torch.export writes no rounding of a length that is a size of the graph
+        return keep_count(tokens.available.sizes, self.block_ratio)
+
     @property
     def block_ratio(self) -> float:
         """The ratio of the tokens that enter this block, with the decay."""
