@@ -19,7 +19,7 @@ from .statistics import PAGERANK_STEPS, AttentionStats, Stat
 from .tokens import Layout, PackedTokens
 
 _OF_MAP = (Stat.RECEIVED, Stat.COLUMN, Stat.DIAGONAL, Stat.PAGERANK)
-_WHOLE = 2**18  # logits of a batch, padding included, that are computed at once with their statistics
+_WHOLE = 2**19  # logits of a batch, padding included, that are computed at once with their statistics
 _ROWS = 128  # query rows whose probabilities are held at once: they stay in cache, and no [heads, n, n] is ever made
 
 

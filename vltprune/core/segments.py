@@ -26,7 +26,7 @@ def pad(values: Tensor, layout: Layout, fill: float = 0.0) -> Tensor:
     """
     shape = (layout.batch, layout.longest, *values.shape[1:])
     if layout.is_uniform:
-        return values.reshape(shape)
+        return values.view(shape)
     padded = values.new_full((layout.batch * layout.longest, *values.shape[1:]), fill)
     return padded.index_copy(0, layout.padded_index, values).view(shape)
 
@@ -41,7 +41,7 @@ def unpad(padded: Tensor, layout: Layout) -> Tensor:
     Returns:
         The values, [total, ...]; a view where the layout is uniform.
     """
-    rows = padded.reshape(layout.batch * layout.longest, *padded.shape[2:])
+    rows = padded.flatten(0, 1)
     return rows if layout.is_uniform else rows.index_select(0, layout.padded_index)
 
 

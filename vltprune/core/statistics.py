@@ -62,12 +62,12 @@ class Stat(enum.Flag):
     @property
     def of_map(self) -> Stat:
         """Those of these statistics that need the whole attention map."""
-        return self & (Stat.RECEIVED | Stat.COLUMN | Stat.DIAGONAL | Stat.PAGERANK)
+        return self & _OF_MAP
 
     @property
     def of_summary(self) -> Stat:
         """Those of these statistics that need a summary token."""
-        return self & (Stat.SUMMARY | Stat.SUMMARY_WIDE)
+        return self & _OF_SUMMARY
 
     @property
     def of_text(self) -> Stat:
@@ -100,6 +100,10 @@ class Stat(enum.Flag):
         rows = sum(stat in self for stat in (Stat.SUMMARY, Stat.SUMMARY_WIDE, Stat.LAST, Stat.FROM_QUERY))
         pair = PAGERANK_STEPS * heads if Stat.PAGERANK in self else 0
         return rows * width, pair, width if Stat.FROM_TEXT in self else 0
+
+
+_OF_MAP = Stat.RECEIVED | Stat.COLUMN | Stat.DIAGONAL | Stat.PAGERANK
+_OF_SUMMARY = Stat.SUMMARY | Stat.SUMMARY_WIDE
 
 
 @dataclass(frozen=True)

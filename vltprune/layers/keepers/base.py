@@ -22,6 +22,7 @@ from ..printing import PrintedPart
 from ..scorers.base import hash_integers
 
 _LEAST = 1e-9  # a part of a token that rounding may leave
+_DIRECTIONS = 4  # along which `random_ratio` looks for the farthest tokens
 
 
 @dataclass(frozen=True)
@@ -364,6 +365,9 @@ class RandomRatio(KeepRatioPredictor):
         if not 0 <= mean <= 1 or not 0 <= half_width <= 1:
             raise ValueError(f"random_ratio(mean={mean}, half_width={half_width}): both must lie in 0 .. 1")
         self.mean, self.half_width, self.seed = mean, half_width, seed
+        entry = torch.arange(spec.dim * _DIRECTIONS).view(spec.dim, _DIRECTIONS)
+        signs = (hash_integers(entry, seed) >> 8) % 2 * 2 - 1
+        self.register_buffer("directions", signs.float(), persistent=False)
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         ratio = self.mean + self.half_width * (2 * self._draw(tokens) - 1)
@@ -372,19 +376,17 @@ class RandomRatio(KeepRatioPredictor):
     def _draw(self, tokens: PackedTokens) -> Tensor:
         """A random number in (0, 1) for each instance: [batch]."""
         x, layout = precision.single(tokens.x), tokens.layout
-        entry = torch.arange(4 * x.shape[1], device=x.device).view(4, -1)
-        signs = ((hash_integers(entry, self.seed) >> 8) % 2 * 2 - 1).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            reach = x @ signs.t()
+            reach = segments.pad(x @ self.directions.to(x.dtype), layout)
         # measured from as far back as a token can reach, so that what is equal within rounding is so relative to itself
-        reach = reach + layout.spread(segments.pad(x.abs().sum(1), layout).amax(1))[:, None]
-        reach = reach.masked_fill(tokens.protected[:, None], float("-inf"))
-        position = segments.pad(tokens.position, layout)
+        reach = reach + segments.pad(x.abs().sum(1), layout).amax(1)[:, None, None]
+        reach = reach.masked_fill(~segments.pad(tokens.free, layout, False)[..., None], float("-inf"))
+        rows = reach.transpose(1, 2).flatten(0, 1)
+        farthest = precision.equalize(rows).argmax(1).view(layout.batch, -1)
+        place = segments.pad(tokens.position, layout).gather(1, farthest)
 
-        drawn = torch.full_like(position[:, 0], self.seed * 1009 + self.spec.depth)
-        for column in reach.unbind(1):
-            farthest = precision.equalize(segments.pad(column, layout, float("-inf"))).argmax(1, keepdim=True)
-            drawn = hash_integers(drawn, position.gather(1, farthest)[:, 0])
+        number = torch.arange(place.shape[1], device=place.device)
+        drawn = hash_integers(hash_integers(place, number).sum(1), self.seed * 1009 + self.spec.depth)
         return ((drawn >> 8).float() + 0.5) / 2**23
 
 
