@@ -12,6 +12,7 @@ from vltprune.cli import main as cli
 
 EVAL = ["eval", "--task", "nlvr", "--model", "blip_nlvr_tiny", "--data", "synthetic:test"]
 FEATURES = ["features", "vit_tiny_patch16_224_evit", "PHOTOS"]
+EXPORT = ["export", "vit_tiny_patch16_224"]
 PRUNE = ["prune", "vit_tiny_patch16_224", "--data", "PHOTOS", "--reduction", "0.5"]
 COMPRESS = [
     "compress",
@@ -118,7 +119,12 @@ WRONG = [
     ([*ABLATE, "--repeats", "-1"], "--repeats", "whole number"),
     *(([*ABLATE, f"--{name}", "0"], f"--{name}", WHOLE) for name in ("limit", "val-limit", "batch-size", "jobs")),
     *(([*PRUNE, "--reduction", value], "--reduction", SHARE) for value in ("abc", "0", "1", "1.5", "image=2")),
-    *(([*PRUNE, f"--{name}", "0"], f"--{name}", WHOLE) for name in ("limit", "batch-size")),
+    *(([*run, f"--{name}", "0"], f"--{name}", WHOLE) for run in (PRUNE, EXPORT) for name in ("limit", "batch-size")),
+    ([*EXPORT, "--format", "tensorrt"], "--format", "choose from"),
+    ([*EXPORT, "--output", "a.bin"], "a.bin", "is not that of a format"),
+    ([*EXPORT, "--batch", "0"], "--batch", WHOLE),
+    ([*EXPORT, "--data", "nowhere"], "--data", "there is no folder 'nowhere'"),
+    ([*EXPORT, "--data", "PHOTOS", "--quantile", "1.5"], "--quantile", "is no quantile"),
     ([*PRUNE, "--output", "FILE"], "--output", "a file is in its way"),
     ([*EVAL, "--task", "nlv"], "--task", "choose from"),
     ([*EVAL, "--data", "nowhere.json"], "--data", "there is no annotation file nowhere.json"),
@@ -251,8 +257,11 @@ def test_files_of_wrong_fields_are_named(text, says, tmp_path, monkeypatch, fail
 def test_every_option_is_in_the_table():
     """Options that take a value, of every command: each is tried with a wrong one above, or takes any text."""
     free = {("list", "pattern"), ("predict", "sentence"), ("predict", "right"), ("predict", "model"), ("eval", "model")}
-    free |= {("compress", "model"), *((command, "model") for command in ("info", "macs", "features", "prune"))}
-    free |= {("check", "part"), ("check", "args")}
+    free |= {
+        ("compress", "model"),
+        *((command, "model") for command in ("info", "macs", "features", "prune", "export")),
+    }
+    free |= {("check", "part"), ("check", "args"), ("export", "tower")}
     alike = {"pretrained": "predict", "threads": "demo", "import": "list"}  # tried with one command
     tried = {(argv[0], option.strip("-").replace("-", "_")) for argv, name, _ in WRONG for option in (*argv, name)}
     tried |= {("info", "arguments"), ("predict", "left")}

@@ -23,6 +23,7 @@ RAGGED = vp.preset("random").replace(keep="random_ratio(mean=0.5, half_width=0.5
 def _attended_alone(monkeypatch):
     """Short instances are attended to padded, which torch counts and an instance alone would not pay."""
     monkeypatch.setattr("vltprune.core.attention._SMALL", {})
+    monkeypatch.setattr("vltprune.core.attention_stats._WHOLE", 0)
 
 
 def pixels(batch=3):

@@ -19,8 +19,8 @@ from .statistics import PAGERANK_STEPS, AttentionStats, Stat
 from .tokens import Layout, PackedTokens
 
 _OF_MAP = (Stat.RECEIVED, Stat.COLUMN, Stat.DIAGONAL, Stat.PAGERANK)
-_WHOLE = 2**19  # logits of a batch, padding included, that are computed at once with their statistics
-_ROWS = 128  # query rows whose probabilities are held at once: they stay in cache, and no [heads, n, n] is ever made
+_WHOLE = 2**19  # logits that are computed at once with their statistics: of a batch with its padding, or of one instance
+_ROWS = 128  # of larger maps, the query rows whose probabilities are held at once: they stay in cache
 
 
 @dataclass(frozen=True)
@@ -270,8 +270,9 @@ def _blocks(
     Queries q [m, heads, head_dim] are of the tokens at index [m] of the instance, keys k [n, heads, head_dim] of all.
     """
     keys = k.permute(1, 2, 0)
-    for start in range(0, q.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
+    step = _ROWS if q.shape[0] * k.shape[0] * k.shape[1] > _WHOLE else max(q.shape[0], 1)
+    for start in range(0, q.shape[0], step):
+        rows = slice(start, start + step)
         logits = torch.bmm(q[rows].transpose(0, 1) * rules.scale, keys)[None]
         added = own_bias(q, *bias, rows=index[rows])
         logits = logits if added is None else logits + added

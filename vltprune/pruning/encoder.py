@@ -259,13 +259,10 @@ class PrunedEncoder(Tower):
 
     def _needs(self, pruners: Sequence[Pruner], tokens: PackedTokens) -> Stat | None:
         """The statistics that the pruners of a block read of the tokens that enter it. None where all of them are idle."""
-        idle = itertools.takewhile(lambda pruner: self._is_idle(pruner, tokens), pruners)
-        acting = pruners[len(list(idle)) :]
-        return functools.reduce(operator.or_, (pruner.needs for pruner in acting)) if acting else None
-
-    def _is_idle(self, pruner: Pruner, tokens: PackedTokens) -> bool:
-        """Whether nothing that a pruner computes of these tokens is read. Losses read scores, where gradients are recorded."""
-        return not torch.is_grad_enabled() and pruner.is_idle(tokens, self._least(pruner))
+        if not torch.is_grad_enabled():  # losses read the scores
+            idle = itertools.takewhile(lambda pruner: pruner.is_idle(tokens, self._least(pruner)), pruners)
+            pruners = pruners[len(list(idle)) :]
+        return functools.reduce(operator.or_, (pruner.needs for pruner in pruners)) if pruners else None
 
     def _decide(
         self,
@@ -280,13 +277,17 @@ class PrunedEncoder(Tower):
         for pruner in pruners:
             if decisions:
                 tokens, stats = decisions[-1].apply(tokens), decisions[-1].carry(stats)
-            if self._is_idle(pruner, tokens):
+            is_idle = pruner.is_idle(tokens, self._least(pruner))
+            if is_idle and not torch.is_grad_enabled():
                 decisions.append(PruneDecision(None, is_idle=True))
                 continue
             if guide is not None and (guidance is None or decisions[-1].plan is not None):
                 guidance = guide(tokens)
                 first = guidance if first is None else first
-            decisions.append(pruner(tokens, stats, guidance, self._least(pruner)))
+            decision = pruner(tokens, stats, guidance, self._least(pruner))
+            if is_idle and decision.keep_prob is None:
+                decision = replace(decision, is_idle=True)  # for its cost, which is that of inference
+            decisions.append(decision)
         return decisions, first
 
     def _least(self, pruner: Pruner) -> int:

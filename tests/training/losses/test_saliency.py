@@ -77,7 +77,7 @@ def test_scores_are_compared_with_what_answers_depend_on():
 def test_tokens_that_are_gone_or_merged_are_not_asked_about():
     seen = _Compared()
     index = torch.tensor([0, 2, 3, 7, 8, 9, 10, 12, 17])
-    left = seen.tokens.take(index, replace(seen.tokens.layout, lengths=(5, 4)))
+    left = seen.tokens.take(index, vp.Layout((5, 4)))
     merged = torch.tensor([False, False, True, False, False, False, False, False, True])
     left = replace(left, size=torch.where(merged, 3, 1))
     scores = seen.matter[index].masked_fill(merged, -50.0)

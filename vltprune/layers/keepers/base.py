@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core import precision, segments
+from ...core.checks import is_recorded
 from ...core.statistics import AttentionStats, Stat
 from ...core.tokens import MASKED, PackedTokens
 from ...registry import keepers
@@ -365,9 +367,6 @@ class RandomRatio(KeepRatioPredictor):
         if not 0 <= mean <= 1 or not 0 <= half_width <= 1:
             raise ValueError(f"random_ratio(mean={mean}, half_width={half_width}): both must lie in 0 .. 1")
         self.mean, self.half_width, self.seed = mean, half_width, seed
-        entry = torch.arange(spec.dim * _DIRECTIONS).view(spec.dim, _DIRECTIONS)
-        signs = (hash_integers(entry, seed) >> 8) % 2 * 2 - 1
-        self.register_buffer("directions", signs.float(), persistent=False)
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         ratio = self.mean + self.half_width * (2 * self._draw(tokens) - 1)
@@ -376,8 +375,10 @@ class RandomRatio(KeepRatioPredictor):
     def _draw(self, tokens: PackedTokens) -> Tensor:
         """A random number in (0, 1) for each instance: [batch]."""
         x, layout = precision.single(tokens.x), tokens.layout
+        # tensors of a graph that is recorded must not be kept
+        directions = (_directions.__wrapped__ if is_recorded() else _directions)(x.shape[1], self.seed, x.device)
         with torch.autocast(x.device.type, enabled=False):
-            reach = segments.pad(x @ self.directions.to(x.dtype), layout)
+            reach = segments.pad(x @ directions.to(x.dtype), layout)
         # measured from as far back as a token can reach, so that what is equal within rounding is so relative to itself
         reach = reach + segments.pad(x.abs().sum(1), layout).amax(1)[:, None, None]
         reach = reach.masked_fill(~segments.pad(tokens.free, layout, False)[..., None], float("-inf"))
@@ -388,6 +389,14 @@ class RandomRatio(KeepRatioPredictor):
         number = torch.arange(place.shape[1], device=place.device)
         drawn = hash_integers(hash_integers(place, number).sum(1), self.seed * 1009 + self.spec.depth)
         return ((drawn >> 8).float() + 0.5) / 2**23
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _directions(dim: int, seed: int, device: torch.device) -> Tensor:
+    """Random signs, [dim, directions]."""
+    entry = torch.arange(dim * _DIRECTIONS, device=device).view(dim, _DIRECTIONS)
+    return ((hash_integers(entry, seed) >> 8) % 2 * 2 - 1).float()
 
 
 def decay_factor(spec: BlockSpec, decay: float, name: str) -> float:
