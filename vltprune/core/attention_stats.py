@@ -19,7 +19,7 @@ from .statistics import PAGERANK_STEPS, AttentionStats, Stat
 from .tokens import Layout, PackedTokens
 
 _OF_MAP = (Stat.RECEIVED, Stat.COLUMN, Stat.DIAGONAL, Stat.PAGERANK)
-_WHOLE = 2**19  # logits that are computed at once with their statistics: of a batch with its padding, or of one instance
+_WHOLE = 2**19  # logits computed at once with their statistics: of a padded batch, or of one instance
 _ROWS = 128  # of larger maps, the query rows whose probabilities are held at once: they stay in cache
 
 
