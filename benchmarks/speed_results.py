@@ -84,11 +84,13 @@ def engines(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def served(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: latencies and throughput of each system at each load."""
-    lines = [["", "system", "requests offered a second", "served", "p50, ms", "p95, ms", "p99, ms"]]
-    for row in rows:
-        shares = [f"{row[f'p{share}']:.0f}" for share in (50, 95, 99)]
-        lines.append([row["name"], row["system"], f"{row['offered']:.1f}", f"{row['served']:.1f}", *shares])
+    """Markdown: systems down, loads across; the latency of half of the requests, and of nineteen of twenty, in milliseconds."""
+    loads = sorted({row["load"] for row in rows})
+    lines = [["p50 / p95, ms", *(f"load {load:.0%}" for load in loads)]]
+    for system in dict.fromkeys(row["system"] for row in rows):
+        mine = {row["load"]: row for row in rows if row["system"] == system}
+        cells = (f"{mine[load]['p50']:.0f} / {mine[load]['p95']:.0f}" if load in mine else "" for load in loads)
+        lines.append([system, *cells])
     return _markdown(lines)
 
 
