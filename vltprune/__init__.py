@@ -4,8 +4,9 @@ from . import select
 from .checks.check import CheckReport, check_part
 from .core.attention import PairBias, attend
 from .core.attention_stats import attend_with_stats
+from .core.layout import Layout
 from .core.statistics import AttentionStats, Stat
-from .core.tokens import Layout, PackedTokens
+from .core.tokens import PackedTokens
 from .cost.calibration import BudgetError, calibrate, measure
 from .cost.guide_fit import fit_guide
 from .cost.macs import CostMeter, count_macs

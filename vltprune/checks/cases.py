@@ -12,8 +12,9 @@ from operator import or_
 import torch
 from torch import Tensor
 
+from ..core.layout import Layout
 from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import Layout, PackedTokens
+from ..core.tokens import PackedTokens
 from ..layers import BlockSpec, Guidance, Selection
 
 DIM, HEADS, HEAD_DIM, ANCHORS, DEPTHS = 8, 2, 4, 3, 4

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import segments
 from .kernels import varlen
-from .tokens import Layout
+from .layout import Layout
 
 # padded, an instance of up to so many logits costs less than a call of its own (cpu: measured; cuda: to be measured)
 _SMALL = {"cpu": 2**12, "cuda": 2**22}

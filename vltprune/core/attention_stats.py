@@ -14,9 +14,10 @@ from torch import Tensor
 from . import precision, segments
 from .attention import PairBias, attend, bias_per_instance, by_head, own_bias, padded_bias
 from .kernels import column_stats
+from .layout import Layout
 from .modality import is_of
 from .statistics import PAGERANK_STEPS, AttentionStats, Stat
-from .tokens import Layout, PackedTokens
+from .tokens import PackedTokens
 
 _OF_MAP = (Stat.RECEIVED, Stat.COLUMN, Stat.DIAGONAL, Stat.PAGERANK)
 _WHOLE = 2**19  # logits computed at once with their statistics: of a padded batch, or of one instance
@@ -94,9 +95,8 @@ def attend_with_stats(
         if by_kernel:
             counts = _query_weights(tokens, query)
             values = column_stats.column_statistics(q, k, tokens.layout, scale, needs.of_map, *counts, causal=causal)
-        if Stat.SUMMARY not in values:
-            values |= _rows_of_the_map(query, keys, tokens, rules, needs & Stat.SUMMARY)
-        values |= _rows_of_the_map(query, keys, tokens, rules, needs & ~Stat.SUMMARY)
+        rows = needs & ~Stat.SUMMARY if Stat.SUMMARY in values else needs
+        values |= _rows_of_the_map(query, keys, tokens, rules, rows)
         if Stat.FROM_TEXT in needs:
             values[Stat.FROM_TEXT] = attention_from_queries(
                 query, keys, tokens, is_of(tokens, "text"), scale, causal=causal, key_bias=key_bias, pairs=pairs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import precision
-from .tokens import Layout
+from .layout import Layout
 
 
 def pad(values: Tensor, layout: Layout, fill: float = 0.0) -> Tensor:

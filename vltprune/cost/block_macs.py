@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import precision
+from ..core.layout import Layout
 from ..core.statistics import Stat
-from ..core.tokens import Layout, PackedTokens
+from ..core.tokens import PackedTokens
 from ..hosts.base import Host
 from ..hosts.linear_maps import uncounted_macs
 from ..layers import Reduction

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.tokens import Layout
+from ..core.layout import Layout
 from ..hosts.find import find_composite
 from ..layers import AlignmentGuide, set_query
 from ..pruning.model import get_pruning

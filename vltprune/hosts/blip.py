@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..core.attention import attend
 from ..core.checks import is_recorded
-from ..core.tokens import Layout, PackedTokens
+from ..core.layout import Layout
+from ..core.tokens import PackedTokens
 from ..layers.block_spec import BlockSpec
 from ..layers.guides.base import TokenProjection
 from ..models.blip import BlipVision

@@ -12,7 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core import precision, segments
 from ..core.checks import is_recorded
-from ..core.tokens import Layout, PackedTokens
+from ..core.layout import Layout
+from ..core.tokens import PackedTokens
 from ..layers.guides.base import TokenProjection
 from .refusals import dotted
 

@@ -6,18 +6,8 @@ from .guides.base import AlignmentGuide, BoundGuide, Codebook, Guidance, TokenPr
 from .guides.query import current_query, query, set_query
 from .guides.text import TextEmbedding, TextGuide, TextQuery, check_batch
 from .keepers.adaptive import Distortion, Threshold
-from .keepers.base import (
-    All,
-    Count,
-    Counts,
-    FixedKeeper,
-    KeepRatioPredictor,
-    Knob,
-    Outliers,
-    RandomRatio,
-    Ratio,
-    Remove,
-)
+from .keepers.base import KeepRatioPredictor, Knob, Outliers, RandomRatio
+from .keepers.fixed import All, Count, Counts, FixedKeeper, Ratio, Remove
 from .keepers.trained import Above, RisingThreshold, SampledRatio
 from .reducers.adding import Add
 from .reducers.base import Drop, Fuse, TokenReducer

@@ -1,7 +1,8 @@
 """Keepers as typed parts: prune(model, preset, keep=vltprune.keep.ratio(0.5))."""
 
 from ..layers.keepers.adaptive import Distortion, Entropy, Learned, Threshold, TopP
-from ..layers.keepers.base import All, Count, Counts, Outliers, RandomRatio, Ratio, Remove
+from ..layers.keepers.base import Outliers, RandomRatio
+from ..layers.keepers.fixed import All, Count, Counts, Ratio, Remove
 from ..layers.keepers.trained import Above, FittedThreshold, RisingThreshold, SampledRatio
 from .typed import typed_part
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from ..core import segments
 from ..core.checks import is_traced
+from ..core.layout import Layout
 from ..core.modality import Modality, is_of
 from ..core.statistics import AttentionStats, Stat
-from ..core.tokens import Layout, PackedTokens
+from ..core.tokens import PackedTokens
 from ..layers import BlockSpec, Guidance, KeepRatioPredictor, Reduction, TokenReducer, TokenScorer, TokenSelector, Top
-from ..layers.keepers.base import FixedKeeper, with_statistics
+from ..layers.keepers.base import with_statistics
+from ..layers.keepers.fixed import FixedKeeper
 from ..layers.selectors.base import Selection, first_tokens, top_tokens
 from .part import KINDS
 from .stage import PRUNER_KINDS, Stage

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core import precision, segments
+from ..core.layout import Layout
 from ..core.modality import COLUMN, text_counts
-from ..core.tokens import Layout, PackedTokens
+from ..core.tokens import PackedTokens
 from ..layers import Guidance, Reduction
 from ..utils.lazy import lazy
 from .decode_stats import DecodeStats

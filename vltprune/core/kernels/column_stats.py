@@ -7,8 +7,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ..checks import is_recorded
+from ..layout import Layout
 from ..statistics import Stat
-from ..tokens import Layout
 
 COLUMNS = Stat.RECEIVED | Stat.COLUMN
 _HAS_TRITON = find_spec("triton") is not None
@@ -32,10 +33,9 @@ def applies(q: Tensor, k: Tensor, needs: Stat) -> bool:
     """
     if q.device.type != "cuda" or needs == Stat.NONE or needs & ~COLUMNS:
         return False
-    is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
     wants_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     return (
-        not is_recorded
+        not is_recorded()
         and not wants_gradients
         and q.dtype in _DTYPES
         and q.dtype == k.dtype

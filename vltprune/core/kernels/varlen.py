@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tokens import Layout
+from ..layout import Layout
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _WIDEST = 192  # head_dim; some GPUs have no backward pass for wider heads

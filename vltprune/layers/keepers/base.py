@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -23,7 +22,7 @@ from ..guides.base import Guidance
 from ..printing import PrintedPart
 from ..scorers.base import hash_integers
 
-_LEAST = 1e-9  # a part of a token that rounding may leave
+LEAST = 1e-9  # a part of a token that rounding may leave
 _DIRECTIONS = 4  # along which `random_ratio` looks for the farthest tokens
 
 
@@ -145,31 +144,6 @@ class KeepRatioPredictor(PrintedPart, ABC):
         return torch.where(prob > 0.5, 1.0, MASKED) + (prob - prob.detach())
 
 
-class FixedKeeper(KeepRatioPredictor):
-    """Base class of keepers whose counts follow from the numbers of tokens alone: they implement `kept`.
-
-    Args:
-        spec: the block.
-    """
-
-    fixed: ClassVar[bool] = True
-
-    @abstractmethod
-    def kept(self, available: int) -> int:
-        """The number of unprotected tokens that stay.
-
-        Args:
-            available: how many unprotected tokens an instance has. It may be a symbol of torch.export in a tower of one
-                instance.
-
-        Returns:
-            The number, from 0 to `available`.
-        """
-
-    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return tokens.available.map(self.kept).sizes
-
-
 def with_statistics(tokens: PackedTokens, stats: AttentionStats, needs: Stat) -> PackedTokens:
     """The tokens with statistics as columns, by the name of each, as a keeper reads them.
 
@@ -185,50 +159,6 @@ def with_statistics(tokens: PackedTokens, stats: AttentionStats, needs: Stat) ->
         return tokens
     named = {str(stat.name): stats[stat] for stat in Stat if stat & needs}
     return replace(tokens, columns={**tokens.columns, **named})
-
-
-@keepers.register("ratio")
-class Ratio(FixedKeeper):
-    """Keeps the same ratio of every instance's tokens: ceil(ratio * n).
-
-    Args:
-        spec: the block.
-        ratio: the kept ratio, in [0, 1].
-        decay: above 0. After i earlier pruned blocks the ratio is ratio^(decay^i). Below 1 the first blocks prune most, so that
-            more tokens stay to the end at the same cost.
-
-    Raises:
-        ValueError: for arguments outside their range.
-    """
-
-    knob = Knob("ratio", 0.0, 1.0)
-
-    def __init__(self, spec: BlockSpec, ratio: float = 0.7, decay: float = 1.0):
-        super().__init__(spec)
-        if not 0 <= ratio <= 1:
-            raise ValueError(f"ratio(ratio={ratio}) must lie in 0 .. 1: the share of tokens kept")
-        self.ratio, self._decay_factor = ratio, decay_factor(spec, decay, "ratio")
-
-    def kept(self, available: int) -> int:
-        part = available * self.block_ratio * (1 - precision.rounding(torch.float64))
-        return max(math.ceil(part - _LEAST), 0)
-
-    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        # as tensors: torch.export writes no rounding of a length that is a size of the graph
-        return keep_count(tokens.available.sizes, self.block_ratio)
-
-    @property
-    def block_ratio(self) -> float:
-        """The ratio of the tokens that enter this block, with the decay."""
-        return self.ratio**self._decay_factor
-
-
-@keepers.register("all")
-class All(FixedKeeper):
-    """Keeps all tokens: a stage that only leaves scores for later ones. Replacing parts of a config leaves such a stage."""
-
-    def kept(self, available: int) -> int:
-        return available
 
 
 @keepers.register("outliers")
@@ -267,80 +197,6 @@ class Outliers(KeepRatioPredictor):
         )
         found = sampling.outliers(padded, candidates, self.multiplier).clamp(min=1)
         return torch.minimum(found + (found * self.samples).long(), candidates.sum(1))
-
-
-@keepers.register("count")
-class Count(FixedKeeper):
-    """Keeps the same number of tokens of every instance, or all of them where there are fewer.
-
-    Args:
-        spec: the block.
-        count: the number of unprotected tokens, at least 0.
-
-    Raises:
-        ValueError: for a negative count.
-    """
-
-    def __init__(self, spec: BlockSpec, count: int):
-        super().__init__(spec)
-        if count < 0:
-            raise ValueError(f"count(count={count}) must be 0 or more: the number of unprotected tokens kept")
-        self.count = count
-
-    def kept(self, available: int) -> int:
-        return min(available, self.count)
-
-
-@keepers.register("remove")
-class Remove(FixedKeeper):
-    """Removes the same number of tokens of every instance, but never more than half of them, as ToMe does.
-
-    ToMe (arXiv 2210.09461), section 3. With fractions, block i of the pruned ones removes floor((i + 1) r) - floor(i r) tokens.
-
-    Args:
-        spec: the block.
-        r: the number of unprotected tokens to remove, at least 0; the mean over blocks for a fraction.
-
-    Raises:
-        ValueError: for a negative or infinite number.
-    """
-
-    knob = Knob("r", 0.0, 512.0, larger_keeps_more=False)
-
-    def __init__(self, spec: BlockSpec, r: float = 8.0):
-        super().__init__(spec)
-        if not 0 <= r < math.inf:
-            raise ValueError(
-                f"remove(r={r}) must be 0 or more and finite: the number of tokens that each block removes"
-            )
-        self.r = r
-
-    def kept(self, available: int) -> int:
-        i = self.spec.before
-        return available - min(math.floor((i + 1) * self.r) - math.floor(i * self.r), available // 2)
-
-
-@keepers.register("counts")
-class Counts(FixedKeeper):
-    """Keeps a number of tokens for each block of a tower, as published schedules list them; all where there are fewer.
-
-    Args:
-        spec: the block.
-        counts: the number of unprotected tokens behind each block, the first block first. Further blocks keep all.
-
-    Raises:
-        ValueError: for a negative count.
-    """
-
-    def __init__(self, spec: BlockSpec, counts: Sequence[int] = ()):
-        super().__init__(spec)
-        if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
-            raise ValueError(f"counts(counts={tuple(counts)}) must be whole numbers of 0 or more: tokens kept by block")
-        self.counts = tuple(counts)
-
-    def kept(self, available: int) -> int:
-        depth = self.spec.depth
-        return min(available, self.counts[depth]) if depth < len(self.counts) else available
 
 
 @keepers.register("random_ratio")
@@ -432,4 +288,4 @@ def keep_count(available: Tensor, ratio: Tensor | float) -> Tensor:
     """
     dtype = precision.widest_float(available.device)
     part = available.to(dtype) * ratio * (1 - precision.rounding(dtype))
-    return (part - _LEAST).ceil().long().clamp(min=0)
+    return (part - LEAST).ceil().long().clamp(min=0)

@@ -13,7 +13,8 @@ from ...registry import keepers
 from ..block_spec import BlockSpec
 from ..guides.base import Guidance
 from .adaptive import mean_and_deviation
-from .base import KeepRatioPredictor, Knob, Ratio, keep_count
+from .base import KeepRatioPredictor, Knob, keep_count
+from .fixed import Ratio
 
 _CERTAIN = 1e-6  # a probability that is nearer to 0 or 1 than this has the logit of this distance
 

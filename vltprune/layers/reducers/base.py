@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...core import precision, segments
+from ...core.layout import Layout
 from ...core.statistics import AttentionStats, Stat
-from ...core.tokens import Layout, PackedTokens
+from ...core.tokens import PackedTokens
 from ...registry import reducers
 from ..block_spec import BlockSpec
 from ..printing import PrintedPart

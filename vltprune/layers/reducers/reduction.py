@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...core import precision, segments
 from ...core.checks import is_recorded
-from ...core.tokens import Layout, PackedTokens
+from ...core.layout import Layout
+from ...core.tokens import PackedTokens
 from ...utils.lazy import lazy
 
 

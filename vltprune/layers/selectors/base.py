@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...core import segments
+from ...core.layout import Layout
 from ...core.statistics import AttentionStats, Stat
-from ...core.tokens import Layout, PackedTokens
+from ...core.tokens import PackedTokens
 from ...registry import selectors
 from ..block_spec import BlockSpec
 from ..printing import PrintedPart

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...core import precision, segments
+from ...core.layout import Layout
 from ...core.modality import COLUMN
 from ...core.statistics import AttentionStats
-from ...core.tokens import Layout, PackedTokens
+from ...core.tokens import PackedTokens
 from ...registry import selectors
 from ..algorithms import matching
 from ..algorithms.similarity import NEAR, order_by_score, ranks, scaled

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...core import segments
+from ...core.layout import Layout
 from ...core.statistics import AttentionStats
-from ...core.tokens import Layout, PackedTokens
+from ...core.tokens import PackedTokens
 from ...registry import selectors
 from ..algorithms import sampling
 from ..block_spec import BlockSpec
