@@ -37,6 +37,12 @@ def find_host(tower: nn.Module) -> Host:
     return found
 
 
+def lookup_host(tower: nn.Module) -> Host | None:
+    """Look up the host of a tower, by its exact type, and check nothing; None where no host runs it."""
+    found = _find(tower)
+    return found if isinstance(found, Host) else None
+
+
 def find_composite(model: nn.Module) -> Composite | None:
     """Find the composite of a model of several towers, by its exact type; None for any other module."""
     found = _find(model)

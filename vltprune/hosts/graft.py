@@ -26,6 +26,22 @@ def with_submodule(model: M, name: str, new: nn.Module) -> M:
     return out
 
 
+def with_descendant(model: M, name: str, new: nn.Module) -> M:
+    """Copy a model with one descendant exchanged. The copy shares every other parameter; `model` stays as it is.
+
+    Args:
+        model: The model to copy.
+        name: Dotted name of a descendant.
+        new: The module in its place.
+
+    Returns:
+        The copy, in which the modules on the way to the descendant are copies too.
+    """
+    child, _, rest = name.partition(".")
+    inner = model.get_submodule(child)
+    return with_submodule(model, child, with_descendant(inner, rest, new) if rest else new)
+
+
 def copy_modules(model: M) -> M:
     """Copy a model's modules, not its parameters: hooks on the copy do not act on `model`."""
     out = _shallow_copy(model)

@@ -14,6 +14,9 @@ from .part import KINDS, Part
 
 Place = Literal["attention", "block", "output"]
 
+# the tower that is pruned only where a stage names it: depths and parts for encoders do not fit a language model
+NAMED_ALONE = "language"
+
 PRUNER_KINDS = ("scorer", "keep", "selector", "reducer")
 
 
@@ -31,7 +34,7 @@ class Stage:
         at: the depths to prune: one number or any collection of them (a list, range, set, array or tensor). Whole numbers count
             blocks from 0, negative ones from the end (-1 is the last block). Floats are fractions of the depth in [0, 1). None
             is every block; empty depths prune nowhere. A mapping from tower ("image", "text") gives each tower its own depths.
-            Towers that it does not name are not pruned.
+            Towers that it does not name are not pruned. A language model ("language") is pruned only where it is named.
         selector: which ones stay; by default those of largest score.
         place: "attention", between a block's attention and its MLP; "block", behind the block; "output", behind the last block
             of every tower, before its head, where `at` must be None or name towers alone, {"image": None}.
@@ -144,6 +147,8 @@ class Stage:
             ValueError: for depths that the tower does not have.
         """
         at: Any = self.at
+        if tower == NAMED_ALONE and not isinstance(at, Mapping):
+            return ()
         if self.place == "output":
             is_pruned = tower in at if isinstance(at, Mapping) else True
             return (depths - 1,) if is_pruned else ()

@@ -10,6 +10,6 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST:
         "can: pip install 'vltprune[hf]'"
     )
 
-from . import blip, clip, dino, heads, modernbert, text, vilt, vit  # noqa: E402
+from . import blip, clip, dino, heads, modernbert, text, vilt, vit, vlm  # noqa: E402
 
-__all__ = ["blip", "clip", "dino", "heads", "modernbert", "text", "vilt", "vit"]
+__all__ = ["blip", "clip", "dino", "heads", "modernbert", "text", "vilt", "vit", "vlm"]

@@ -80,9 +80,11 @@ class TransformersHost(Host):
         dropout: The attention's attribute for the dropout of its weights.
         known: Types of blocks, each with the types of attention it may have.
         has_summary: Whether one token summarizes its instance.
+        runs: How many blocks are run; None for all. Set where a model reads the output of an earlier block.
     """
 
     pruned_class = PrunedTransformer
+    runs: int | None = None
     layers: ClassVar[str]
     attention: ClassVar[str]
     head_size: ClassVar[str] = "head_dim"
@@ -124,7 +126,8 @@ class TransformersHost(Host):
         return out if return_dict else out.to_tuple()
 
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
-        return attrgetter(self.layers)(tower)
+        blocks = attrgetter(self.layers)(tower)
+        return blocks if self.runs is None else list(blocks)[: self.runs]
 
     def spec(self, tower: PreTrainedModel, depth: int, name: str) -> BlockSpec:
         heads, depths = tower.config.num_attention_heads, len(self.blocks(tower))

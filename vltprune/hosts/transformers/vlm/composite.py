@@ -1,0 +1,231 @@
+"""VlmComposite: composite of an image tower and a language model, between which visual tokens are pruned."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from ...base import Host
+from ...find import lookup_host
+from ...graft import with_descendant
+from ..base import TransformersComposite
+from ..saving import with_pruning_saved
+from .prompt import ShortPrompt, VisualTokens, text_positions
+from .pruned import PrunedVlm, pruned_copy
+
+# names of a model's pixels, by modality
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass(frozen=True)
+class VisualRows:
+    """The rows of visual tokens that enter the language model, of all images of a call.
+
+    Attributes:
+        output: What stays, as the dense model takes it in `mm_encoder_outputs`.
+        kept: [rows] bool, which rows stay of those that the dense model has, image after image.
+    """
+
+    output: ModelOutput
+    kept: Tensor
+
+
+class VlmComposite(TransformersComposite):
+    """Composite of an image tower and a language model. The latter is pruned where `at` names it, and needs a host only there.
+
+    Attributes:
+        names: The name of each tower -> its dotted name in the model.
+    """
+
+    names: ClassVar[Mapping[str, str]]
+
+    @abstractmethod
+    def image_tower(self, model: nn.Module) -> tuple[nn.Module, Host]:
+        """The image tower and its host."""
+
+    @abstractmethod
+    def look(self, model: PrunedVlm, given: dict[str, Any]) -> dict[str, VisualRows]:
+        """Run the pruned image tower.
+
+        Args:
+            model: The pruned model.
+            given: All inputs of a call; what only the tower reads is taken out.
+
+        Returns:
+            The rows that stay, by modality.
+        """
+
+    def positions(self, model: PrunedVlm, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
+        """The positions that the dense model gives the tokens of the whole prompt.
+
+        Args:
+            model: The pruned model.
+            given: All inputs of the call.
+            mask: [batch, length], nonzero on tokens.
+            generating: Whether `generate` is called.
+
+        Returns:
+            [batch, length] int64, or [axes, batch, length].
+        """
+        return text_positions(mask, counts_padding=not generating)
+
+    def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
+        found = {"image": self.image_tower(model)}
+        language = model.get_submodule(self.names["language"])
+        host = lookup_host(language)
+        if host is not None:
+            found["language"] = (language, host)
+        return found
+
+    def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
+        for tower, new in towers.items():
+            model = with_descendant(model, self.names[tower], new)
+        return with_pruning_saved(pruned_copy(model, self))
+
+    def shorten(
+        self, model: PrunedVlm, given: Mapping[str, Any], generating: bool = False
+    ) -> tuple[dict[str, Any], VisualTokens | None]:
+        """Prune the visual tokens of a call.
+
+        Args:
+            model: The pruned model.
+            given: Inputs of `forward` or `generate` by name.
+            generating: Whether it is `generate`.
+
+        Returns:
+            The inputs of the dense model, and which of its tokens are visual; None for a call without images.
+
+        Raises:
+            ValueError: For images and prompts that do not fit each other.
+        """
+        named = {name: value for name, value in given.items() if value is not None}
+        if "past_key_values" in named:
+            named["cache"] = named.pop("past_key_values")
+        past = named["cache"].get_seq_length() if "cache" in named else 0
+        self._check(model, named, past, generating)
+        if not any(pixels in named for pixels in _PIXELS.values()):
+            return named, None
+        ids: Tensor = named["input_ids"]
+        mask = _mask(model, named, generating)
+        positions = named.get("position_ids")
+        if positions is None:
+            positions = self.positions(model, named, mask, generating)
+        rows = self.look(model, named)
+
+        stays, is_visual = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        for modality, found in rows.items():
+            places = ids == self.token_id(model, modality)
+            _check_count(int(places.sum()), found.kept.shape[0], modality)
+            stays, is_visual = stays.masked_scatter(places, found.kept.to(ids.device)), is_visual | places
+        if not stays.all():
+            stays = stays & (mask != 0)
+        # transformers drops a mask without padding, and would then take gaps of positions for ends of sequences
+        extra = int(generating and named.get("use_cache") is False)
+        pads_right = bool((mask[:, -1] == 0).any())
+        prompt = ShortPrompt.from_mask(stays, pads_right, extra)
+        short = prompt.inputs({**named, "attention_mask": mask}, self.pad_id(model))
+        short["position_ids"] = prompt.gather(positions)
+        is_visual = prompt.gather(is_visual)
+        short["mm_encoder_outputs"] = {
+            modality: _behind_cache(found.output, short["input_ids"] == self.token_id(model, modality), past)
+            for modality, found in rows.items()
+        }
+        return short, VisualTokens(is_visual, prompt.index)
+
+    def token_id(self, model: Any, modality: str) -> int:
+        """The id of the placeholder of a modality.
+
+        Args:
+            model: The model, dense or pruned.
+            modality: "image" or "video".
+        """
+        return getattr(model.config, f"{modality}_token_id")
+
+    def pad_id(self, model: Any) -> int:
+        """An id for padding: any that is no placeholder."""
+        pad = model.config.get_text_config().pad_token_id
+        return 0 if pad is None or pad < 0 else pad
+
+    def _check(self, model: PrunedVlm, named: Mapping[str, Any], past: int, generating: bool) -> None:
+        """ValueError for inputs that cannot be pruned, or not pruned right."""
+        if "mm_encoder_outputs" in named:
+            raise ValueError("mm_encoder_outputs holds features that are not pruned: give the images, pixel_values=...")
+        pixels = [name for name in _PIXELS.values() if name in named]
+        ids = named.get("input_ids")
+        if pixels and ids is None:
+            raise ValueError(
+                f"{pixels[0]} is given without input_ids: give the prompt as token ids, with its placeholders"
+            )
+        mask = named.get("attention_mask")
+        if pixels and mask is not None and mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [batch, length] where images are pruned, got {list(mask.shape)}")
+        if past and not generating and "position_ids" not in named:
+            raise ValueError(
+                f"the cache holds {past} tokens of prompts that may have been shortened: call generate, or give position_ids, "
+                "that go on from those of the whole prompt"
+            )
+        for modality, name in _PIXELS.items():
+            if (
+                name not in named
+                and ids is not None
+                and getattr(model.config, f"{modality}_token_id", None) is not None
+            ):
+                places = int((ids == self.token_id(model, modality)).sum())
+                if places:
+                    again = "; with a cache, those of earlier turns again" if past else ""
+                    raise ValueError(
+                        f"the prompt has {places} placeholders of {modality}s and no {name}: give the {modality}s{again}"
+                    )
+
+
+def _mask(model: Any, named: Mapping[str, Any], generating: bool) -> Tensor:
+    """The attention mask of the prompt [batch, length]; where none is given, as transformers infers it."""
+    mask, ids = named.get("attention_mask"), named["input_ids"]
+    if mask is not None:
+        return mask
+    config = model.generation_config
+    pad, end = config.pad_token_id, config.eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    return (ids != pad).long() if generating and pad is not None and pad not in ends else torch.ones_like(ids)
+
+
+def _check_count(places: int, rows: int, modality: str) -> None:
+    if places != rows:
+        raise ValueError(
+            f"the prompts have {places} placeholders of {modality}s, and the {modality}s give {rows} visual tokens: prepare "
+            "both in one call of this model's processor"
+        )
+
+
+def _behind_cache(output: ModelOutput, places: Tensor, past: int) -> ModelOutput:
+    """The rows of placeholders [batch, short] that the cache does not hold."""
+    if not past:
+        return output
+    new = torch.zeros_like(places)
+    new[:, past:] = True
+    lengths = [len(one) for one in output["pooler_output"]]
+    masks = new[places].split(lengths)
+    output["pooler_output"] = [one[mask] for one, mask in zip(output["pooler_output"], masks, strict=True)]
+    return output
+
+
+def split_rows(features: Tensor, lengths: Sequence[int]) -> BaseModelOutputWithPooling:
+    """Split features by image, as the dense model takes them.
+
+    Args:
+        features: [rows, dim], image after image.
+        lengths: Rows of each image.
+
+    Returns:
+        An output whose `pooler_output` is the list of images.
+    """
+    output: Any = BaseModelOutputWithPooling(pooler_output=None)
+    output.pooler_output = list(features.split(list(lengths)))
+    return output

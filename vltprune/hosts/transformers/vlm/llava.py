@@ -1,0 +1,60 @@
+"""Composite of LLaVA of transformers: an image tower whose patches become visual tokens one by one."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ....registry import hosts
+from ...base import Host
+from ...find import find_host
+from ...soft import refuse_soft_tokens
+from ..base import ImageHost
+from .composite import VisualRows, VlmComposite, split_rows
+
+
+@hosts.register("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration")
+class LlavaComposite(VlmComposite):
+    """Composite of LLaVA. The image tower runs up to the block whose output the projector reads, and no further."""
+
+    names: ClassVar = {"image": "model.vision_tower", "language": "model.language_model"}
+
+    def image_tower(self, model: Any) -> tuple[nn.Module, Host]:
+        tower, layer = model.model.vision_tower, model.config.vision_feature_layer
+        host = find_host(tower)
+        if not isinstance(layer, int):
+            raise ValueError(
+                f"vision_feature_layer={layer} reads several blocks, of which one may have tokens that another lost: prune "
+                "models that read one"
+            )
+        if not isinstance(host, ImageHost):
+            raise TypeError(f"cannot prune a {type(model).__name__} whose image tower is a {type(tower).__name__}")
+        # hidden states begin with the embeddings
+        depths = len(host.blocks(tower))
+        host.runs = layer if layer >= 0 else depths + 1 + layer
+        if not 0 < host.runs <= depths:
+            raise ValueError(f"vision_feature_layer={layer}: the image tower has {depths} blocks, and one must run")
+        return tower, host
+
+    def look(self, model: Any, given: dict[str, Any]) -> dict[str, VisualRows]:
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            if given.get(name, getattr(model.config, name)) != getattr(model.config, name):
+                raise ValueError(f"{name}={given[name]!r}: a pruned model runs with its configuration's, set it there")
+            given.pop(name, None)
+        pixels = given.pop("pixel_values")
+        encoder = model.model.vision_tower
+        tokens, _ = encoder.encode(pixel_values=pixels)
+        refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
+        side = model.config.vision_config.patch_size
+        # positions count the class token, which the projector reads under the strategy "full" alone
+        first = int(model.config.vision_feature_select_strategy == "default")
+        patches = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
+        per_image = patches + encoder.adapter.prefix(encoder.host) - first
+        if first:
+            tokens = tokens.select(tokens.position >= first)
+        kept = torch.zeros(pixels.shape[0] * per_image, dtype=torch.bool, device=tokens.x.device)
+        kept[tokens.layout.instance * per_image + tokens.position - first] = True
+        features = model.model.multi_modal_projector(tokens.x)
+        return {"image": VisualRows(split_rows(features, tokens.layout.lengths), kept)}

@@ -1,0 +1,119 @@
+"""Prompts of vision-language models: which of their tokens stay, and the inputs that are one value per token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# inputs of one value per token, [batch, length], with what they hold at padding; the id of padding is the tokenizer's
+PER_TOKEN = {"input_ids": 0, "attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Which tokens of the prompt that a language model reads are visual.
+
+    Attributes:
+        is_visual: [batch, length] bool.
+        position: [batch, length] int64, the index of each token in the prompt before it was shortened.
+    """
+
+    is_visual: Tensor
+    position: Tensor
+
+
+_current: ContextVar[VisualTokens | None] = ContextVar("visual_tokens", default=None)
+
+
+def current_visual_tokens() -> VisualTokens | None:
+    """The visual tokens of the prompt that a pruned model reads in this thread; None outside of such a call."""
+    return _current.get()
+
+
+@contextmanager
+def visual_tokens(visual: VisualTokens | None) -> Iterator[None]:
+    """Give the visual tokens of a prompt to the language model that is called within the `with` block."""
+    token = _current.set(visual)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@dataclass(frozen=True)
+class ShortPrompt:
+    """The tokens of each prompt that stay, padded to the longest.
+
+    Attributes:
+        index: [batch, short] int64, the place of each token in the prompt; any place at padding.
+        valid: [batch, short] bool, false at padding.
+    """
+
+    index: Tensor
+    valid: Tensor
+
+    @classmethod
+    def from_mask(cls, stays: Tensor, pads_right: bool = False, extra: int = 0) -> ShortPrompt:
+        """Take the tokens where a mask is true.
+
+        Args:
+            stays: [batch, length] bool.
+            pads_right: Whether padding is behind the tokens, not before them.
+            extra: How many places of padding more than needed there are.
+
+        Returns:
+            The short prompts.
+        """
+        short = min(int(stays.sum(1).amax()) + extra, stays.shape[1])
+        key = (~stays if pads_right else stays).int()
+        index = key.argsort(dim=1, stable=True)
+        index = index[:, :short] if pads_right else index[:, stays.shape[1] - short :]
+        return cls(index, stays.gather(1, index))
+
+    def gather(self, values: Tensor, fill: int = 0) -> Tensor:
+        """Gather values per token.
+
+        Args:
+            values: [..., batch, length].
+            fill: The value at padding.
+
+        Returns:
+            [..., batch, short].
+        """
+        index = self.index.expand(*values.shape[:-2], *self.index.shape)
+        return values.gather(-1, index).masked_fill(~self.valid, fill)
+
+    def inputs(self, given: Mapping[str, Any], pad_id: int) -> dict[str, Any]:
+        """Gather all inputs that are one value per token.
+
+        Args:
+            given: Inputs of the model by name.
+            pad_id: The id of padding.
+
+        Returns:
+            All inputs, those short.
+        """
+        fills = {**PER_TOKEN, "input_ids": pad_id}
+        short = {name: self.gather(given[name], fill) for name, fill in fills.items() if given.get(name) is not None}
+        return {**given, **short}
+
+
+def text_positions(attention_mask: Tensor, counts_padding: bool) -> Tensor:
+    """The positions that transformers gives the tokens of a prompt.
+
+    Args:
+        attention_mask: [batch, length].
+        counts_padding: Whether padding has positions too, as in `forward`; in `generate` it has none.
+
+    Returns:
+        [batch, length] int64.
+    """
+    if counts_padding:
+        return torch.arange(attention_mask.shape[1], device=attention_mask.device).expand(attention_mask.shape)
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,159 @@
+"""PrunedVlm: a vision-language model that prunes visual tokens, called and generated from as the dense model is."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .prompt import VisualTokens, visual_tokens
+
+_LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
+
+
+class Shortens(Protocol):
+    """What prunes the inputs of a call: a `VlmComposite`."""
+
+    def shorten(
+        self, model: PrunedVlm, given: Mapping[str, Any], generating: bool = False
+    ) -> tuple[dict[str, Any], VisualTokens | None]: ...
+
+
+class PrunedVlm(nn.Module):
+    """A copy of a vision-language model with pruned towers; beside it, the class of the dense model is a base of its class.
+
+    `forward` and `generate` take what those of the dense model take. They look at the images, prune, shorten the prompts and
+    then run the dense class' own code.
+
+    Attributes:
+        dense_class: The class of the dense model.
+        composite: How its towers are run.
+    """
+
+    dense_class: ClassVar[type[nn.Module]]
+    # transformers evaluates the annotations of a model's class: names of `TYPE_CHECKING` are not there
+    composite: Any
+
+    def as_dense(self) -> Any:
+        """This model, with all it has, seen as its dense class: its `forward` and `generate` take what is pruned already."""
+        view = self.dense_class.__new__(self.dense_class)
+        view.__dict__ = self.__dict__
+        return view
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Run the dense model's `forward` on what stays of the prompt.
+
+        Args:
+            *args: As in the dense model.
+            **named: As in the dense model; those that are one value per token are of the whole prompt.
+
+        Returns:
+            What the dense model returns; logits and loss are of the tokens that stay.
+
+        Raises:
+            ValueError: For inputs that do not fit the model or each other.
+        """
+        bound = inspect.signature(self.forward).bind(*args, **named).arguments
+        given = {**bound, **bound.pop("kwargs", {})}
+        short, visual = self.composite.shorten(self, given)
+        with visual_tokens(visual):
+            return self.as_dense().forward(**short)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **named: Any) -> Any:
+        """Generate as the dense model does.
+
+        Args:
+            inputs: Token ids, where `input_ids` is not given.
+            generation_config: As in the dense model.
+            **named: All that the dense model's `generate` takes.
+
+        Returns:
+            The prompt as it was given, followed by the new tokens.
+
+        Raises:
+            ValueError: For inputs that do not fit the model or each other, and for assisted decoding.
+        """
+        if inputs is not None:
+            named["input_ids"] = inputs
+        if named.get("assistant_model") is not None:
+            raise ValueError(
+                "assistant_model= drafts with a model that reads the whole prompt, and this one reads a part: leave it out"
+            )
+        prompt = named.get("input_ids")
+        if prompt is not None:
+            named |= self._new_lengths(prompt.shape[1], generation_config, named)
+        short, visual = self.composite.shorten(self, named, generating=True)
+        with visual_tokens(visual):
+            out = self.as_dense().generate(generation_config=generation_config, **short)
+        if visual is None or prompt is None:
+            return out
+        return _behind(prompt, short["input_ids"].shape[1], out)
+
+    def _new_lengths(self, length: int, generation_config: Any, named: dict[str, Any]) -> dict[str, int | None]:
+        """Limits of the whole length, as numbers of new tokens behind a prompt of this length."""
+        found: dict[str, int | None] = {}
+        for whole, new in _LENGTHS.items():
+            sources = [
+                named.get,
+                *(functools.partial(getattr, one) for one in (generation_config, self.generation_config)),
+            ]
+            given, fresh = (
+                next((value for source in sources if (value := source(name, None)) is not None), None)
+                for name in (whole, new)
+            )
+            if given and fresh is None:
+                found |= {whole: None, new: max(given - length, 0)}
+        return {name: value for name, value in found.items() if value is not None or name in named}
+
+
+def _behind(prompt: Tensor, short: int, out: Any) -> Any:
+    """What `generate` returned, with the prompt [batch, length] in place of its first `short` tokens."""
+    ids: Tensor = out if isinstance(out, Tensor) else out.sequences
+    whole = torch.cat([prompt.repeat_interleave(ids.shape[0] // prompt.shape[0], 0).to(ids.device), ids[:, short:]], 1)
+    if isinstance(out, Tensor):
+        return whole
+    out.sequences = whole
+    return out
+
+
+@functools.cache
+def pruned_class(dense: type[nn.Module]) -> type[PrunedVlm]:
+    """The class of pruned models of a dense class. It has the dense name, which files of transformers hold."""
+
+    @functools.wraps(dense.forward)
+    def forward(self: PrunedVlm, *args: Any, **named: Any) -> Any:
+        return PrunedVlm.forward(self, *args, **named)
+
+    body = {"dense_class": dense, "forward": forward, "__module__": dense.__module__, "__reduce_ex__": _reduce}
+    return type(dense.__name__, (PrunedVlm, dense), body)
+
+
+def pruned_copy(model: nn.Module, composite: Shortens) -> PrunedVlm:
+    """A model as a PrunedVlm, with the same children, parameters and attributes.
+
+    Args:
+        model: A copy of the dense model, with pruned towers.
+        composite: How these are run.
+
+    Returns:
+        The pruned model.
+    """
+    cls = pruned_class(type(model))
+    pruned = cls.__new__(cls)
+    pruned.__dict__ = {**model.__dict__, "composite": composite}
+    return pruned
+
+
+def _reduce(pruned: PrunedVlm, protocol: object) -> tuple[Any, ...]:
+    """For pickle and copy: the class is made of the dense one again."""
+    return _empty, (pruned.dense_class,), pruned.__dict__
+
+
+def _empty(dense: type[nn.Module]) -> PrunedVlm:
+    cls = pruned_class(dense)
+    return cls.__new__(cls)
