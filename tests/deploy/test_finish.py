@@ -145,9 +145,16 @@ REFUSED = {
     "to": (lambda model: model.to("meta"), RuntimeError, "stays in single precision on the CPU"),
     "pickle": (pickle.dumps, TypeError, "save the model that it was made from"),
     "torch.save": (lambda model: torch.save(model, io.BytesIO()), TypeError, "save the model that it was made from"),
-    "finish": (vp.finish, TypeError, "finished already"),
-    "finish a part": (lambda model: vp.finish(nn.Sequential(model)), TypeError, "finished already"),
-    "prune": (lambda model: vp.prune(vp.finish(model.host), "evit"), TypeError, "finished already"),
+    "finish": (vp.finish, TypeError, "finished for inference already"),
+    "finish a part": (lambda model: vp.finish(nn.Sequential(model)), TypeError, "finished for inference already"),
+    "prune": (lambda model: vp.prune(vp.finish(model.host), "evit"), TypeError, "finished for inference already"),
+    "export": (
+        lambda model: vp.export(model, "a.onnx", torch.randn(2, 3, 32, 32)),
+        TypeError,
+        "export the model that it",
+    ),
+    "export a part": (lambda model: vp.export(model.host, "a.pt2", torch.randn(2, 3, 32, 32)), TypeError, "export the"),
+    "freeze": (lambda model: vp.freeze(model, [small("vit").draw(2)]), TypeError, r"vltprune\.finish\(frozen\.model\)"),
 }
 
 
@@ -186,14 +193,17 @@ def test_a_model_in_training_is_finished_in_evaluation_mode():
     same(finished, model, small("vit").draw(2))
 
 
-def test_training_that_was_refused_leaves_no_model_that_computes_in_training_mode():
-    finished, inputs = vp.finish(small("vit").model), small("vit").draw(2)
-    with pytest.raises(RuntimeError, match="for inference alone"):
-        finished.train()
-    with pytest.raises(RuntimeError, match=r"eval\(\) makes this one usable again"):
-        finished(*inputs)
-    same(finished.eval(), small("vit").model, inputs)
-    finished.to("cpu").float()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_that_was_refused_leaves_evaluation_mode(dtype):
+    model, (inputs,) = copy.deepcopy(pruned()).to(dtype), small("vit").draw(2)
+    finished = vp.finish(model)
+    for one in (finished, copy.deepcopy(finished)):
+        for part in (one, one.host, one.host.blocks[0], one.pruners):
+            with pytest.raises(RuntimeError, match="for inference alone"):
+                part.train()
+            assert part.eval() is part
+        assert not any(module.training for root in (one, one.host) for module in root.modules())
+        same(one, model, (inputs.to(dtype),))
 
 
 def test_copies():

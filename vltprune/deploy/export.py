@@ -17,6 +17,7 @@ from ..layers import AlignmentGuide
 from ..utils.modes import evaluating
 from ..utils.wrappers import unwrapped
 from .engines import ENGINES, Engine, find_format
+from .finish import check_unfinished
 from .graph import Call, ExportError, Value, runs_adaptive, trace
 from .sidecar import describe
 
@@ -87,7 +88,7 @@ def export(
     Raises:
         ExportError: for a model that torch.export cannot trace, and for a file that does not agree with the model to 1e-4.
         ValueError: for a format that does not fit the suffix, and for inputs or a batch that the model cannot be exported with.
-        TypeError: for inputs that the model does not take.
+        TypeError: for inputs that the model does not take, and for a model of `finish`.
         ImportError: for packages that are missing.
         OSError: where the file cannot be written.
     """
@@ -96,6 +97,7 @@ def export(
     engine = ENGINES[form]
     engine.check_installed()
     model = unwrapped(model)
+    check_unfinished(model, "export the model that it was made from; the engine lays out weights by itself")
     _check_model(model)
     if batch is not None and batch < 1:
         raise ValueError(f"batch={batch} must be 1 or more: the number of instances of a call, or None for any")

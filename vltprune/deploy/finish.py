@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from ..pruning.model import find_pruning
 from ..pruning.pruner import Pruner
 from ..utils.wrappers import unwrapped
 from .known_layers import activated_layers, patch_convolution
-from .prepacked import Activation, PatchLinear, PrepackedLinear, has_hooks, prepacking_problem
+from .prepacked import Activation, PatchLinear, PrepackedLinear, has_hooks, prepacking_problem, refuse_training
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,7 +57,8 @@ def finish(model: M, *, keep_weights: bool = True) -> M:
     as they are; `model.finished` has the reasons.
 
     The copy shares the weights that it does not replace with `model`, which stays as it is. Its parameters are frozen. It
-    cannot be trained, saved, cast, moved to another device or pickled: do that with `model`, and finish the result.
+    cannot be trained, saved, exported, frozen, cast, moved to another device or pickled: do that with `model`, and finish the
+    result.
     `copy.deepcopy` copies it. A pruned model can be calibrated and measured as before, without effect on `model`.
 
     Args:
@@ -84,6 +86,9 @@ def finish(model: M, *, keep_weights: bool = True) -> M:
     copies = [copied for module in names if isinstance(copied := memo.get(id(module)), nn.Module)]
     for module in copies:
         module.training = False
+        if not isinstance(module, PrepackedLinear):
+            # on each module, so that a refusal leaves those above it in evaluation mode
+            object.__setattr__(module, "train", partial(_stay_in_evaluation, module))
         module.register_state_dict_pre_hook(_refuse_saving)
         module.register_load_state_dict_pre_hook(_refuse_loading)
         if isinstance(module, (Pruner, AlignmentGuide)):
@@ -98,9 +103,18 @@ def finish(model: M, *, keep_weights: bool = True) -> M:
     return finished
 
 
-def is_finished(model: nn.Module) -> bool:
-    """Whether `vltprune.finish` made a model."""
-    return isinstance(getattr(model, "finished", None), Finished)
+def check_unfinished(model: nn.Module, instead: str) -> None:
+    """TypeError for a model that `finish` made, or that has such a part.
+
+    Args:
+        model: any model.
+        instead: what to do with the model that it was made from, for the message.
+    """
+    for module in model.modules():
+        if isinstance(module, (PrepackedLinear, PatchLinear)) or isinstance(
+            getattr(module, "finished", None), Finished
+        ):
+            raise TypeError(f"this model, or a part of it, is finished for inference already: {instead}")
 
 
 def _check(model: nn.Module) -> None:
@@ -109,9 +123,8 @@ def _check(model: nn.Module) -> None:
         raise TypeError(
             f"a {type(model).__name__} wraps a {type(unwrapped(model)).__name__}: finish that one, vltprune.unwrapped(model)"
         )
+    check_unfinished(model, "finish the model that it was made from")
     for name, module in model.named_modules():
-        if isinstance(module, (PrepackedLinear, PatchLinear)) or is_finished(module):
-            raise TypeError("this model, or a part of it, is finished already: finish the model that it was made from")
         if type(module).__module__.startswith("peft."):
             raise TypeError(
                 f"{name or 'this model'} is a {type(module).__name__} of peft: merge the adapters first, "
@@ -206,6 +219,13 @@ def _aliases(names: Collection[nn.Module]) -> Iterator[tuple[Tensor, Tensor]]:
 def _inside(names: Iterable[nn.Module], kinds: type | tuple[type, ...]) -> set[nn.Module]:
     """The modules that are of one of some kinds, or inside of one."""
     return {part for module in names if isinstance(module, kinds) for part in module.modules()}
+
+
+def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
+    """`train` of a finished module."""
+    if mode:
+        refuse_training()
+    return module
 
 
 def _refuse_saving(*_: object) -> NoReturn:

@@ -29,6 +29,7 @@ from ..pruning.stage import Stage
 from ..pruning.tower import pruner_key
 from ..utils.table import table
 from ..utils.wrappers import unwrapped
+from .finish import check_unfinished
 from .outputs import OutputChange
 
 _Key = tuple[str, str]  # tower, and the pruner's name in it
@@ -114,11 +115,14 @@ def freeze(
     Raises:
         ValueError: for a quantile outside [0, 1], no batches, batches that run none of these layers, a selector that keeps
             fewer tokens than it is told, and pruners that no config describes.
-        TypeError: for a dense model, and for batches that the model does not take.
+        TypeError: for a dense model, for one of `finish`, and for batches that the model does not take.
     """
     if quantile is not None and not 0 <= quantile <= 1:
         raise ValueError(f"quantile={quantile} must lie in 0 .. 1, or be None for the mean: it is taken over instances")
     model = unwrapped(model)
+    check_unfinished(
+        model, "freeze the model that it was made from, and finish the result, vltprune.finish(frozen.model)"
+    )
     record = get_pruning(model)
     config = current_config(record.config, record.towers)
     for stage in config.stages:

@@ -88,8 +88,8 @@ class PrepackedLinear(nn.Linear):
         return not self.weight.is_meta
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or (x.requires_grad and torch.is_grad_enabled()):
-            _refuse_training()
+        if x.requires_grad and torch.is_grad_enabled():
+            refuse_training()
         fewest, most = self._rows
         # the size last: compiling knows none
         if _is_special(x) or not fewest <= x.numel() // self.in_features <= most:
@@ -106,9 +106,8 @@ class PrepackedLinear(nn.Linear):
         return out if self.activation is None else self.activation(out)
 
     def train(self, mode: bool = True) -> PrepackedLinear:
-        self.training = mode
         if mode:
-            _refuse_training()
+            refuse_training()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> PrepackedLinear:
@@ -184,6 +183,14 @@ def prepacking_problem() -> str | None:
     return None if same else "oneDNN's reordered weights give other results in this torch"
 
 
+def refuse_training() -> NoReturn:
+    """RuntimeError for training a finished model."""
+    raise RuntimeError(
+        "a finished model is for inference alone, and has no gradients: train the model that it was made from, and call "
+        "vltprune.finish afterwards"
+    )
+
+
 def _is_special(x: Tensor) -> bool:
     """Whether oneDNN's operator does not take x, or should not, because the call is being recorded or casts by itself."""
     return (
@@ -191,11 +198,4 @@ def _is_special(x: Tensor) -> bool:
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-    )
-
-
-def _refuse_training() -> NoReturn:
-    raise RuntimeError(
-        "a finished model is for inference alone, and has no gradients: train the model that it was made from, and call "
-        "vltprune.finish afterwards; after a call of train(), eval() makes this one usable again"
     )
