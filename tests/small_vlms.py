@@ -46,13 +46,15 @@ class Vlm:
         model: The dense model.
         rows: Visual tokens of an image.
         first: The position that a tower's trace gives the first of them.
-        draw: Makes pixels and what goes with them, for a number of images.
+        draw: Makes pixels and what goes with them, from the number of images in each prompt.
+        types: The name of the input that tells visual tokens apart; None for models without one.
     """
 
     model: Any
     rows: int
     first: int
-    draw: Callable[[int], dict[str, Tensor]]
+    draw: Callable[[list[int]], dict[str, Tensor]]
+    types: str | None = None
 
     def prompts(self, *texts: tuple[int, ...]) -> dict[str, Tensor]:
         """Inputs for prompts, padded at the left. Each is numbers of words, between which images stand: (3, 4) has one."""
@@ -60,8 +62,9 @@ class Vlm:
         longest = max(map(len, ids))
         mask = torch.stack([torch.arange(longest) >= longest - len(one) for one in ids]).long()
         padded = torch.stack([torch.cat([torch.zeros(longest - len(one), dtype=torch.int64), one]) for one in ids])
-        number = sum(len(words) - 1 for words in texts)
-        return {"input_ids": padded, "attention_mask": mask, **(self.draw(number) if number else {})}
+        numbers = [len(words) - 1 for words in texts]
+        inputs = {"input_ids": padded, "attention_mask": mask, **(self.draw(numbers) if sum(numbers) else {})}
+        return inputs if self.types is None else {**inputs, self.types: (padded == IMAGE_ID).long()}
 
     def _ids(self, words: tuple[int, ...]) -> Tensor:
         parts = [torch.randint(1, IMAGE_ID, (words[0],))]
@@ -74,14 +77,16 @@ class Vlm:
 
     def visible(self, inputs: dict[str, Tensor], trace: vp.PruneTrace) -> Tensor:
         """The attention mask [batch, length] of the dense model that hides what a pruned tower dropped."""
-        tokens, ids = trace.output_tokens, inputs["input_ids"]
-        kept = torch.zeros(tokens.layout.batch, self.first + self.rows, dtype=torch.int64)
-        kept[tokens.layout.instance, tokens.position] = 1
-        return inputs["attention_mask"].masked_scatter(ids == IMAGE_ID, kept[:, self.first :].flatten())
+        before, tokens = trace.input_tokens, trace.output_tokens
+        kept = torch.zeros(before.layout.total, dtype=torch.int64)
+        kept[before.layout.starts[tokens.layout.instance] + tokens.position] = 1
+        return inputs["attention_mask"].masked_scatter(
+            inputs["input_ids"] == IMAGE_ID, kept[before.position >= self.first]
+        )
 
     def positions(self, inputs: dict[str, Tensor]) -> Tensor:
         """The positions of the whole prompt, as `generate` of the dense model counts them."""
-        return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        return self.model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
 
 
 def ready(model: Any) -> Any:
@@ -89,6 +94,16 @@ def ready(model: Any) -> Any:
     scrambled(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
+
+
+def pixels(numbers: list[int]) -> dict[str, Tensor]:
+    return {"pixel_values": images(sum(numbers))}
+
+
+def samples(numbers: list[int]) -> dict[str, Tensor]:
+    """The images of each prompt in a row, and empty ones behind them."""
+    there = torch.arange(max(numbers)) < torch.tensor(numbers)[:, None]
+    return {"pixel_values": images(len(numbers), max(numbers)) * there[..., None, None, None]}
 
 
 def llava(implementation: str = "sdpa", tower: str = "clip", **options: Any) -> Vlm:
@@ -106,7 +121,99 @@ def llava(implementation: str = "sdpa", tower: str = "clip", **options: Any) -> 
     is_full = strategy["vision_feature_select_strategy"] == "full"
     has_class = tower == "clip"
     rows = 16 + int(has_class and is_full)
-    return Vlm(model, rows, int(has_class and not is_full), lambda number: {"pixel_values": images(number)})
+    return Vlm(model, rows, int(has_class and not is_full), pixels)
+
+
+ROPE = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}
+QWEN_TEXT = {**LLAMA, "rope_parameters": ROPE}
+QWEN_IDS = {"image_token_id": IMAGE_ID, "video_token_id": 111, "vision_start_token_id": 112, "vision_end_token_id": 113}
+QWEN_TOWER = {"num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+
+def grids(numbers: list[int]) -> dict[str, Tensor]:
+    """Patches of images of 4 x 6, of which 2 x 2 become a visual token."""
+    number = sum(numbers)
+    return {"pixel_values": torch.randn(24 * number, 96), "image_grid_thw": torch.tensor([[1, 4, 6]] * number)}
+
+
+def qwen2() -> Vlm:
+    vision = {**QWEN_TOWER, "depth": 2, "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
+    config = hf.Qwen2VLConfig(text_config=QWEN_TEXT, vision_config=vision, **QWEN_IDS)
+    return Vlm(ready(hf.Qwen2VLForConditionalGeneration(config)), 6, 0, grids, "mm_token_type_ids")
+
+
+def qwen2_5() -> Vlm:
+    vision = {**QWEN_TOWER, "depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48}
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    config = hf.Qwen2_5_VLConfig(text_config=QWEN_TEXT, vision_config=vision, **QWEN_IDS)
+    return Vlm(ready(hf.Qwen2_5_VLForConditionalGeneration(config)), 6, 0, grids, "mm_token_type_ids")
+
+
+def qwen3() -> Vlm:
+    vision = {**QWEN_TOWER, "depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    text = {**QWEN_TEXT, "head_dim": 12, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
+    config = hf.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+    return Vlm(ready(hf.Qwen3VLForConditionalGeneration(config)), 6, 0, grids, "mm_token_type_ids")
+
+
+def internvl() -> Vlm:
+    vision = {**TOWER, "image_size": [32, 32], "patch_size": [8, 8]}
+    text = {**LLAMA, "model_type": "qwen2"}
+    config = hf.InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID, image_seq_length=4)
+    model = ready(hf.InternVLForConditionalGeneration(config))
+    return Vlm(model, 4, 0, pixels)
+
+
+def smolvlm(kind: str = "SmolVLM") -> Vlm:
+    text = {**LLAMA, "model_type": "llama"}
+    config = getattr(hf, f"{kind}Config")(
+        vision_config=TOWER, text_config=text, image_token_id=IMAGE_ID, scale_factor=2
+    )
+    model = ready(getattr(hf, f"{kind}ForConditionalGeneration")(config))
+    return Vlm(model, 4, 0, samples)
+
+
+def paligemma() -> Vlm:
+    vision = {**TOWER, "projection_dim": 48, "vision_use_head": False}
+    text = {**LLAMA, "model_type": "gemma", "head_dim": 12}
+    config = hf.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, projection_dim=48)
+    return Vlm(ready(hf.PaliGemmaForConditionalGeneration(config)), 16, 0, pixels, "token_type_ids")
+
+
+def gemma3() -> Vlm:
+    text = {**LLAMA, "head_dim": 12, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {**TOWER, "vision_use_head": False}
+    config = hf.Gemma3Config(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, mm_tokens_per_image=4)
+    return Vlm(ready(hf.Gemma3ForConditionalGeneration(config)), 4, 0, pixels, "token_type_ids")
+
+
+def tiles(numbers: list[int]) -> dict[str, Tensor]:
+    """Images of 32 x 64: two tiles each, and the whole one scaled down."""
+    number = sum(numbers)
+    return {"pixel_values": images(number, 3), "image_sizes": torch.tensor([[32, 64]] * number)}
+
+
+def llava_next() -> Vlm:
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**TOWER),
+        text_config=hf.LlamaConfig(**LLAMA),
+        image_token_index=IMAGE_ID,
+        image_grid_pinpoints=[[32, 64], [64, 32]],
+    )
+    return Vlm(ready(hf.LlavaNextForConditionalGeneration(config)), 16 + 4 * 9, 0, tiles)
+
+
+def llava_onevision() -> Vlm:
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=hf.Qwen2Config(**LLAMA),
+        image_token_index=IMAGE_ID,
+        video_token_index=111,
+        image_grid_pinpoints=[[32, 64], [64, 32]],
+        vision_feature_layer=-1,
+    )
+    return Vlm(ready(hf.LlavaOnevisionForConditionalGeneration(config)), 16 + 4 * 9, 0, tiles)
 
 
 VLMS: dict[str, Callable[[], Vlm]] = {
@@ -115,6 +222,16 @@ VLMS: dict[str, Callable[[], Vlm]] = {
     "llava full": functools.partial(llava, vision_feature_select_strategy="full"),
     "llava last": functools.partial(llava, vision_feature_layer=-1),
     "llava siglip": functools.partial(llava, tower="siglip"),
+    "qwen2": qwen2,
+    "qwen2.5": qwen2_5,
+    "qwen3": qwen3,
+    "internvl": internvl,
+    "smolvlm": smolvlm,
+    "idefics3": functools.partial(smolvlm, "Idefics3"),
+    "paligemma": paligemma,
+    "gemma3": gemma3,
+    "llava-next": llava_next,
+    "llava-onevision": llava_onevision,
 }
 
 

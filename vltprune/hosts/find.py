@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -44,8 +45,17 @@ def lookup_host(tower: nn.Module) -> Host | None:
 
 
 def find_composite(model: nn.Module) -> Composite | None:
-    """Find the composite of a model of several towers, by its exact type; None for any other module."""
+    """Find the composite of a model of several towers, by its exact type; None for any other module.
+
+    A library may have a composite for models without one of their own, `generic_composite` of its host module.
+
+    Raises:
+        TypeError: For a model that a library's generic composite is for and cannot run, with the reason.
+    """
     found = _find(model)
+    if found is None:
+        generic = getattr(_import_hosts(type(model)), "generic_composite", None)
+        return None if generic is None else generic(model)
     return found if isinstance(found, Composite) else None
 
 
@@ -58,8 +68,7 @@ def _find(module: nn.Module) -> Host | Composite | None:
     return cls.from_module(module)
 
 
-def _import_hosts(cls: type) -> None:
-    """Import the host module of the library that a class is from, which registers its hosts."""
+def _import_hosts(cls: type) -> ModuleType | None:
+    """Import the host module of the library that a class is from, which registers its hosts; None for another library."""
     module_name = _HOST_MODULES.get(cls.__module__) or _HOST_MODULES.get(cls.__module__.partition(".")[0])
-    if module_name is not None:
-        importlib.import_module(f"{__package__}.{module_name}")
+    return None if module_name is None else importlib.import_module(f"{__package__}.{module_name}")

@@ -31,15 +31,14 @@ def with_descendant(model: M, name: str, new: nn.Module) -> M:
 
     Args:
         model: The model to copy.
-        name: Dotted name of a descendant.
+        name: Dotted name of a descendant, which need not be there.
         new: The module in its place.
 
     Returns:
         The copy, in which the modules on the way to the descendant are copies too.
     """
     child, _, rest = name.partition(".")
-    inner = model.get_submodule(child)
-    return with_submodule(model, child, with_descendant(inner, rest, new) if rest else new)
+    return with_submodule(model, child, with_descendant(model.get_submodule(child), rest, new) if rest else new)
 
 
 def copy_modules(model: M) -> M:

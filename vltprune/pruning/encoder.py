@@ -231,12 +231,12 @@ class PrunedEncoder(Tower):
         plans = [decision.plan for decision in decisions if decision.plan is not None]
         early = bool(plans) and all(plan.is_affine for plan in plans) and adapter.projects_affinely(block)
         if early:
-            tokens, steps = _apply(decisions, tokens)
+            tokens, steps = apply_decisions(decisions, tokens)
             for plan in plans:
                 context = plan.values(context)
             tokens = adapter.project(block, tokens, context)
         else:
-            tokens, steps = _apply(decisions, adapter.project(block, tokens, context))
+            tokens, steps = apply_decisions(decisions, adapter.project(block, tokens, context))
         tokens = adapter.feed_forward(block, tokens, block_input)
 
         if behind:
@@ -245,7 +245,7 @@ class PrunedEncoder(Tower):
             others, behind_guidance = self._decide(behind, tokens, stats, guide)
             entered, decisions = (entered, decisions) if decisions else (tokens, others)
             guidance = behind_guidance if guidance is None else guidance
-            tokens, others_steps = _apply(others, tokens, inside=False)
+            tokens, others_steps = apply_decisions(others, tokens, inside=False)
             steps += others_steps
         relate = relate if guidance is None else lambda: guidance
         scores = decisions[0].scores if decisions and torch.is_grad_enabled() else None
@@ -316,10 +316,19 @@ class PrunedEncoder(Tower):
         )
 
 
-def _apply(
+def apply_decisions(
     decisions: Iterable[PruneDecision], tokens: PackedTokens, inside: bool = True
 ) -> tuple[PackedTokens, tuple[PruneStep, ...]]:
-    """The tokens that decisions leave, and the record of each."""
+    """Applies decisions, one after the other.
+
+    Args:
+        decisions: the decisions.
+        tokens: the tokens that the first one is of.
+        inside: whether they stand between attention and MLP.
+
+    Returns:
+        The tokens that they leave, and the record of each.
+    """
     steps = []
     for decision in decisions:
         tokens = decision.apply(tokens)

@@ -5,23 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from ...base import Host
+from ...base import Composite, Host
 from ...find import lookup_host
 from ...graft import with_descendant
-from ..base import TransformersComposite
 from ..saving import with_pruning_saved
 from .prompt import ShortPrompt, VisualTokens, text_positions
 from .pruned import PrunedVlm, pruned_copy
 
 # names of a model's pixels, by modality
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,14 @@ class VisualRows:
     kept: Tensor
 
 
-class VlmComposite(TransformersComposite):
+class VlmComposite(Composite):
     """Composite of an image tower and a language model. The latter is pruned where `at` names it, and needs a host only there.
 
     Attributes:
-        names: The name of each tower -> its dotted name in the model.
+        places: The name of each tower -> its dotted name in the model.
     """
 
-    names: ClassVar[Mapping[str, str]]
+    places: Mapping[str, str]
 
     @abstractmethod
     def image_tower(self, model: nn.Module) -> tuple[nn.Module, Host]:
@@ -78,7 +77,7 @@ class VlmComposite(TransformersComposite):
 
     def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
         found = {"image": self.image_tower(model)}
-        language = model.get_submodule(self.names["language"])
+        language = model.get_submodule(self.places["language"])
         host = lookup_host(language)
         if host is not None:
             found["language"] = (language, host)
@@ -86,7 +85,7 @@ class VlmComposite(TransformersComposite):
 
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         for tower, new in towers.items():
-            model = with_descendant(model, self.names[tower], new)
+            model = with_descendant(model, self.places[tower], new)
         return with_pruning_saved(pruned_copy(model, self))
 
     def shorten(
@@ -110,7 +109,7 @@ class VlmComposite(TransformersComposite):
             named["cache"] = named.pop("past_key_values")
         past = named["cache"].get_seq_length() if "cache" in named else 0
         self._check(model, named, past, generating)
-        if not any(pixels in named for pixels in _PIXELS.values()):
+        if not any(pixels in named for pixels in PIXELS.values()):
             return named, None
         ids: Tensor = named["input_ids"]
         mask = _mask(model, named, generating)
@@ -157,7 +156,7 @@ class VlmComposite(TransformersComposite):
         """ValueError for inputs that cannot be pruned, or not pruned right."""
         if "mm_encoder_outputs" in named:
             raise ValueError("mm_encoder_outputs holds features that are not pruned: give the images, pixel_values=...")
-        pixels = [name for name in _PIXELS.values() if name in named]
+        pixels = [name for name in PIXELS.values() if name in named]
         ids = named.get("input_ids")
         if pixels and ids is None:
             raise ValueError(
@@ -171,7 +170,7 @@ class VlmComposite(TransformersComposite):
                 f"the cache holds {past} tokens of prompts that may have been shortened: call generate, or give position_ids, "
                 "that go on from those of the whole prompt"
             )
-        for modality, name in _PIXELS.items():
+        for modality, name in PIXELS.items():
             if (
                 name not in named
                 and ids is not None

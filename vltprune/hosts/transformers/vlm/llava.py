@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ from .composite import VisualRows, VlmComposite, split_rows
 class LlavaComposite(VlmComposite):
     """Composite of LLaVA. The image tower runs up to the block whose output the projector reads, and no further."""
 
-    names: ClassVar = {"image": "model.vision_tower", "language": "model.language_model"}
+    def __init__(self) -> None:
+        self.places = {"image": "model.vision_tower", "language": "model.language_model"}
 
     def image_tower(self, model: Any) -> tuple[nn.Module, Host]:
         tower, layer = model.model.vision_tower, model.config.vision_feature_layer

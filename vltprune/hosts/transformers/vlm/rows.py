@@ -1,0 +1,216 @@
+"""Visual tokens pruned as they enter a language model: for models whose projector joins patches, or places them anew."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ....core.layout import Layout
+from ....core.statistics import AttentionStats, Stat
+from ....core.tokens import PackedTokens
+from ....layers import BlockSpec, BoundGuide
+from ....pruning.config import PruneConfig
+from ....pruning.encoder import PrunedEncoder, apply_decisions
+from ....pruning.pruner import Pruner
+from ....pruning.trace import LayerTrace
+from ....registry import hosts
+from ...base import Host
+from ...soft import refuse_soft_tokens
+from .composite import PIXELS, VisualRows, VlmComposite
+
+# the column of the features that later layers of the language model add to visual tokens
+_LEVELS = "deepstack"
+
+
+class PrunedRows(PrunedEncoder):
+    """Prunes the visual tokens of images behind a model's projector, at the place "output" alone.
+
+    Args:
+        host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
+    """
+
+    def build_pruners(self, config: PruneConfig) -> nn.ModuleDict:
+        model = type(self.host).__name__
+        for stage in config.stages:
+            if stage.place != "output" and stage.depths(self.tower, 1):
+                raise ValueError(
+                    f"place={stage.place!r} prunes inside the image tower, and a {model} is pruned behind its projector alone: "
+                    "write place='output' (and leave `at` out), or prune layers of the language "
+                    "model, at={'language': ...}"
+                )
+        pruners = super().build_pruners(config)
+        for pruner in pruners.values():
+            assert isinstance(pruner, Pruner)
+            if pruner.needs != Stat.NONE:
+                raise ValueError(
+                    f"a part reads {pruner.needs} of the image tower's attention, and in a {model} visual "
+                    "tokens are pruned behind the projector, where there is none: choose parts that read contents, as the "
+                    "presets divprune, cdpruner, scissor, pooling and random do"
+                )
+        return pruners
+
+    def _block(
+        self, depth: int, block: nn.Module, tokens: PackedTokens, block_input: object, guide: BoundGuide | None
+    ) -> tuple[PackedTokens, LayerTrace]:
+        decisions, guidance = self._decide(self.pruners_at(depth), tokens, AttentionStats(), guide)
+        tokens, steps = apply_decisions(decisions, tokens, inside=False)
+        relate = None if guidance is None else lambda: guidance
+        return tokens, LayerTrace(tokens.position, tokens.protected, tokens.layout, steps, False, relate)
+
+
+class RowsHost(Host):
+    """Host of the visual tokens that enter a language model, as a tower without blocks."""
+
+    pruned_class = PrunedRows
+
+    def blocks(self, tower: Any) -> Sequence[nn.Module]:
+        # parts get the dtype and the device of what visual tokens stand between
+        return (tower.get_input_embeddings(),)
+
+    def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
+        text = tower.config.get_text_config()
+        return BlockSpec(name, depth, 1, text.hidden_size, text.num_attention_heads, has_summary=False)
+
+    def embed(
+        self, tower: Any, rows: Tensor, lengths: Sequence[int], protected: Tensor, levels: Tensor | None = None
+    ) -> tuple[PackedTokens, tuple[Any, ...]]:
+        layout = Layout(lengths, rows.device)
+        tokens = PackedTokens(rows, layout, layout.slot, protected)
+        return tokens if levels is None else tokens.with_column(_LEVELS, levels), (None,)
+
+    def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> NoReturn:
+        raise TypeError("visual tokens behind a projector do not attend to each other")
+
+    def scale(self, block: nn.Module) -> NoReturn:
+        raise TypeError("visual tokens behind a projector do not attend to each other")
+
+    def project(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
+        return tokens
+
+    def feed_forward(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PackedTokens:
+        return tokens
+
+    def head(self, tower: nn.Module, tokens: PackedTokens, block_inputs: tuple[Any, ...]) -> PackedTokens:
+        return tokens
+
+
+class RowsComposite(VlmComposite):
+    """Composite of any model that takes `mm_encoder_outputs`, of images and videos, each a list of visual tokens."""
+
+    def __init__(self, model: PreTrainedModel):
+        base = model.base_model_prefix
+        language = next(name for name in ("language_model", "text_model") if hasattr(model.base_model, name))
+        self.places = {"image": f"{base}.visual_rows", "language": f"{base}.{language}"}
+
+    @classmethod
+    def from_module(cls, module: Any) -> RowsComposite:
+        return cls(module)
+
+    def image_tower(self, model: nn.Module) -> tuple[nn.Module, Host]:
+        return model, RowsHost()
+
+    def look(self, model: Any, given: dict[str, Any]) -> dict[str, VisualRows]:
+        base, found, read = model.base_model, {}, set()
+        for modality, pixels in PIXELS.items():
+            call = getattr(base, f"get_{modality}_features", None)
+            if pixels not in given or call is None:
+                continue
+            names = [name for name in inspect.signature(call).parameters if name in given]
+            output = call(**{name: given[name] for name in names}, return_dict=True)
+            read |= set(names)
+            found[modality] = self._prune(model, output)
+        for name in read:
+            del given[name]
+        return found
+
+    def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
+        named = {**given, "attention_mask": mask}
+        if generating:
+            named.pop("cache", None)
+            return model._prepare_position_ids_for_generation(given["input_ids"], named)
+        compute = getattr(model.base_model, "compute_3d_position_ids", None)
+        if compute is not None:
+            takes = inspect.signature(compute).parameters
+            named = {name: named.get(name) for name in takes if name != "kwargs"}
+            positions = compute(**named)
+            if positions is not None:
+                return positions
+        return super().positions(model, given, mask, generating)
+
+    def _prune(self, model: Any, output: ModelOutput) -> VisualRows:
+        """The rows that stay of those that the dense model computed of images or videos."""
+        dense = output["pooler_output"]
+        rows, lengths, levels = _rows(model, output)
+        newline = getattr(model.base_model, "image_newline", None)
+        protected = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
+        if newline is not None:
+            protected = (rows == newline.to(rows)).all(-1)
+        tokens, _ = model.base_model.visual_rows.encode(rows, lengths, protected, levels)
+        refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
+        kept = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
+        starts = Layout(lengths, rows.device).starts
+        kept[tokens.layout.spread(starts) + tokens.position] = True
+        return VisualRows(_output(output, dense, tokens), kept)
+
+
+@hosts.register("transformers.models.paligemma.modeling_paligemma.PaliGemmaForConditionalGeneration")
+class PaliGemmaComposite(RowsComposite):
+    """Composite of PaliGemma, whose positions begin with 1."""
+
+    def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
+        # in `generate` it adds the one by itself
+        return super().positions(model, given, mask, generating) + int(not generating)
+
+
+def generic_composite(model: nn.Module) -> RowsComposite | None:
+    """The composite of a vision-language model of transformers that has none of its own; None for another model."""
+    is_own = type(model).__module__.startswith("transformers.models.")
+    if not is_own or not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        return None
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return None
+    reason = None
+    if model.config.is_encoder_decoder:
+        reason = "its text decoder attends to the visual tokens of an encoder"
+    elif not any(hasattr(model.base_model, name) for name in ("language_model", "text_model")):
+        reason = "it has no language model that visual tokens enter"
+    if reason is not None:
+        raise TypeError(f"cannot prune a {type(model).__name__}: {reason}. Its image tower by itself may have a host")
+    return RowsComposite(model)
+
+
+def _rows(model: nn.Module, output: Any) -> tuple[Tensor, list[int], Tensor | None]:
+    """The rows of all images [rows, dim], how many each has, and further levels [rows, levels, dim], or None.
+
+    TypeError for a model that gives something else.
+    """
+    pooled, levels = output.pooler_output, getattr(output, "deepstack_features", None)
+    if not all(isinstance(one, Tensor) and one.dim() == 2 for one in pooled):
+        raise TypeError(f"the images of a {type(model).__name__} give no list of visual tokens, and cannot be pruned")
+    stacked = None
+    if levels is not None:
+        if not all(isinstance(one, Tensor) for level in levels for one in level):
+            raise TypeError(
+                f"a {type(model).__name__} has deeper features in a form that is not known: it cannot be pruned"
+            )
+        stacked = torch.stack([torch.cat(list(level)) for level in levels], 1)
+    return torch.cat(list(pooled)), [len(one) for one in pooled], stacked
+
+
+def _output(output: ModelOutput, dense: object, tokens: PackedTokens) -> ModelOutput:
+    """What stays, in the form in which the dense model gave all: a list of images, or one tensor."""
+    lengths = list(tokens.layout.lengths)
+    short: Any = type(output)()
+    short["pooler_output"] = list(tokens.x.split(lengths))
+    if isinstance(dense, Tensor):
+        short["pooler_output"] = tokens.unpack()[0] if tokens.layout.is_uniform else tokens.x[None]
+    if _LEVELS in tokens.columns:
+        levels = tokens.columns[_LEVELS].unbind(1)
+        short["deepstack_features"] = [list(level.split(lengths)) for level in levels]
+    return short
