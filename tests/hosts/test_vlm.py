@@ -58,6 +58,28 @@ def test_keeping_all_is_the_dense_model(name):
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
+PRESETS = (
+    "fastervlm visionzip prumerge vispruner divprune cdpruner hiprune vscan dart scissor flowcut random pooling evit"
+)
+
+
+@pytest.mark.parametrize("preset", PRESETS.split())
+@torch.no_grad()
+def test_a_count_is_what_enters_the_language_model(preset):
+    case = make("llava")
+    inputs, seen = case.prompts((3, 4), (2, 3, 5)), []
+    pruned = case.pruned(preset, keep="count(count=6)")
+    # what is fused, and what PruMerge makes of the rest, is one token more
+    count = 7 if preset in ("prumerge", "evit") else 6
+    hook = case.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, named: seen.append(named["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    with hook, vp.collect() as traces:
+        pruned(**inputs)
+    assert [length - case.first for length in traces[0].lengths[-1]] == [count] * 3
+    assert seen == [2 + 3 + 5 + 2 * count]
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [

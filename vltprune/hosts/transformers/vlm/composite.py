@@ -132,10 +132,12 @@ class VlmComposite(Composite):
         short = prompt.inputs({**named, "attention_mask": mask}, self.pad_id(model))
         short["position_ids"] = prompt.gather(positions)
         is_visual = prompt.gather(is_visual)
-        short["mm_encoder_outputs"] = {
-            modality: _behind_cache(found.output, short["input_ids"] == self.token_id(model, modality), past)
-            for modality, found in rows.items()
-        }
+        short["mm_encoder_outputs"] = {}
+        for modality, found in rows.items():
+            places = short["input_ids"] == self.token_id(model, modality)
+            output = _behind_cache(found.output, places, past) if past else found.output
+            if len(output["pooler_output"]):
+                short["mm_encoder_outputs"][modality] = output
         return short, VisualTokens(is_visual, prompt.index)
 
     def token_id(self, model: Any, modality: str) -> int:
@@ -204,14 +206,21 @@ def _check_count(places: int, rows: int, modality: str) -> None:
 
 
 def _behind_cache(output: ModelOutput, places: Tensor, past: int) -> ModelOutput:
-    """The rows of placeholders [batch, short] that the cache does not hold."""
-    if not past:
-        return output
-    new = torch.zeros_like(places)
-    new[:, past:] = True
-    lengths = [len(one) for one in output["pooler_output"]]
-    masks = new[places].split(lengths)
-    output["pooler_output"] = [one[mask] for one, mask in zip(output["pooler_output"], masks, strict=True)]
+    """The features of the placeholders [batch, short] that are not among the `past` tokens of a cache."""
+    new = torch.arange(places.shape[1], device=places.device) >= past
+    mask = new.expand(places.shape)[places]
+
+    def rest(features: Any) -> Any:
+        lengths = [len(one) for one in features] if isinstance(features, (list, tuple)) else None
+        if lengths is None:
+            left = features.flatten(0, 1)[mask][None]
+            return left if left.numel() else []
+        pairs = zip(features, mask.split(lengths), strict=True)
+        return [one[stays] for one, stays in pairs if stays.any()]
+
+    output["pooler_output"] = rest(output["pooler_output"])
+    if output.get("deepstack_features") is not None:
+        output["deepstack_features"] = [rest(level) for level in output["deepstack_features"]]
     return output
 
 

@@ -101,6 +101,9 @@ class ShortPrompt:
         """
         fills = {**PER_TOKEN, "input_ids": pad_id}
         short = {name: self.gather(given[name], fill) for name, fill in fills.items() if given.get(name) is not None}
+        if "labels" in short:
+            # padding must not be asked for the first token of a prompt
+            short["labels"] = short["labels"].masked_fill(self.valid & (self.valid.cumsum(-1) == 1), -100)
         return {**given, **short}
 
 

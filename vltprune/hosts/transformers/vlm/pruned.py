@@ -88,6 +88,8 @@ class PrunedVlm(nn.Module):
         if prompt is not None:
             named |= self._new_lengths(prompt.shape[1], generation_config, named)
         short, visual = self.composite.shorten(self, named, generating=True)
+        if visual is not None:
+            self._check_repeats(short, generation_config, named)
         with visual_tokens(visual):
             out = self.as_dense().generate(generation_config=generation_config, **short)
         if visual is None or prompt is None:
@@ -98,17 +100,27 @@ class PrunedVlm(nn.Module):
         """Limits of the whole length, as numbers of new tokens behind a prompt of this length."""
         found: dict[str, int | None] = {}
         for whole, new in _LENGTHS.items():
-            sources = [
-                named.get,
-                *(functools.partial(getattr, one) for one in (generation_config, self.generation_config)),
-            ]
-            given, fresh = (
-                next((value for source in sources if (value := source(name, None)) is not None), None)
-                for name in (whole, new)
+            given = self._setting(whole, generation_config, named)
+            if given and self._setting(new, generation_config, named) is None:
+                found[new] = max(given - length, 0)
+                named.pop(whole, None)
+        return found
+
+    def _setting(self, name: str, generation_config: Any, named: dict[str, Any]) -> Any:
+        """A setting of `generate`: an argument, else that of the configuration given, else of the model's own."""
+        values = (named.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name, None))
+        return next((value for value in values if value is not None), None)
+
+    def _check_repeats(self, short: dict[str, Any], generation_config: Any, named: dict[str, Any]) -> None:
+        """ValueError where transformers would repeat the features of one prompt for another."""
+        counts = (self._setting(name, generation_config, named) or 1 for name in ("num_beams", "num_return_sequences"))
+        outputs = [output["pooler_output"] for output in short["mm_encoder_outputs"].values()]
+        joined = any(isinstance(features, Tensor) and len(features) == 1 for features in outputs)
+        if max(counts) > 1 and joined and len(short["input_ids"]) > 1:
+            raise ValueError(
+                f"a {type(self).__name__} cannot repeat prompts whose images keep different numbers of tokens: generate from "
+                "one prompt at a time, keep a fixed number, keep='count(...)', or leave num_beams and num_return_sequences out"
             )
-            if given and fresh is None:
-                found |= {whole: None, new: max(given - length, 0)}
-        return {name: value for name, value in found.items() if value is not None or name in named}
 
 
 def _behind(prompt: Tensor, short: int, out: Any) -> Any:

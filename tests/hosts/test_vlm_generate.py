@@ -1,0 +1,168 @@
+"""What users do with pruned vision-language models: strategies of generation, several turns, losses, files, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers as hf
+from small_vlms import IMAGE_ID, STEPS, make
+from test_vlm import BATCH, same
+
+import vltprune as vp
+
+KEEP = "random_ratio(mean=0.5, half_width=0.4)"
+MODELS = ("llava", "qwen3", "gemma3")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(1)
+
+
+def masked(case, pruned, inputs):
+    """The inputs of the dense model that hide what the pruned one drops."""
+    with vp.collect() as traces, torch.no_grad():
+        pruned(**inputs)
+    return inputs | {"attention_mask": case.visible(inputs, traces[0]), "position_ids": case.positions(inputs)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_beams": 3, "do_sample": False, "max_new_tokens": 5},
+        {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 5},
+        {"do_sample": False, "use_cache": False, "max_new_tokens": 3},
+        {"do_sample": False, "max_length": 50, "min_length": 45},
+        {"do_sample": False, "generation_config": hf.GenerationConfig(max_length=50, pad_token_id=0)},
+        {"do_sample": False, "cache_implementation": "static", "max_new_tokens": 3},
+    ],
+    ids=lambda how: next(key for key in reversed(how)),
+)
+@torch.no_grad()
+def test_strategies(name, how):
+    case = make(name)
+    # one count for all images: a model whose images are one tensor has no other with beams
+    pruned, inputs = case.pruned(keep="count(count=2)"), case.prompts(*BATCH)
+    hidden = masked(case, pruned, inputs)
+    results = []
+    for model, given in ((pruned, inputs), (case.model, hidden)):
+        torch.manual_seed(2)
+        results.append(model.generate(**given, **how))
+    assert torch.equal(*results)
+    repeats = results[0].shape[0] // len(BATCH)
+    assert torch.equal(results[0][:, : inputs["input_ids"].shape[1]], inputs["input_ids"].repeat_interleave(repeats, 0))
+
+
+@torch.no_grad()
+def test_beams_of_prompts_with_different_counts():
+    case = make("llava")
+    pruned, inputs = case.pruned(keep=KEEP), case.prompts(*BATCH)
+    how = {"num_beams": 3, "do_sample": False, "max_new_tokens": 5}
+    assert torch.equal(pruned.generate(**inputs, **how), case.model.generate(**masked(case, pruned, inputs), **how))
+    case = make("internvl")
+    inputs = case.prompts(*BATCH)
+    with pytest.raises(ValueError, match="one prompt at a time"):
+        case.pruned(keep=KEEP).generate(**inputs, **how)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_several_turns_on_one_cache(name):
+    case = make(name)
+    pruned = case.pruned(keep="count(count=2)")
+    first = case.prompts((3, 4))
+    start = pruned.generate(**first, **STEPS)
+    more, answer = case.prompts((0, 5)), start.sequences[:, first["input_ids"].shape[1] :]
+    inputs = {"input_ids": torch.cat([start.sequences, more["input_ids"]], 1)}
+    for key, value in more.items():
+        if key in ("attention_mask", case.types):
+            inputs[key] = torch.cat([first[key], torch.full_like(answer, int(key == "attention_mask")), value], 1)
+        elif key != "input_ids":
+            inputs[key] = torch.cat([first[key], value])
+    want = pruned.generate(**inputs, **STEPS)
+    got = pruned.generate(**inputs, past_key_values=start.cache, **STEPS)
+    same(got.logits, want.logits)
+    without = {key: value for key, value in inputs.items() if key not in more or key in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="those of earlier turns again"):
+        pruned.generate(**without, cache=start.cache, **STEPS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_is_of_the_tokens_that_stay(name):
+    case = make(name)
+    pruned, inputs = case.pruned(keep=KEEP), case.prompts(*BATCH)
+    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == IMAGE_ID) | (inputs["attention_mask"] == 0), -100)
+    out = pruned(**inputs, labels=labels)
+    with vp.collect() as traces:
+        pruned(**inputs)
+    visible = case.visible(inputs, traces[0]).bool()
+    with torch.no_grad():
+        positions = {"position_ids": case.positions(inputs)}
+        logits = case.model(**inputs | {"attention_mask": visible.long()} | positions).logits
+    rows = [(row[stays][:-1], label[stays][1:]) for row, label, stays in zip(logits, labels, visible, strict=True)]
+    want = torch.nn.functional.cross_entropy(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    same(out.loss, want)
+    out.loss.backward()
+    tower = case.model.model.visual if name == "qwen3" else case.model.model.vision_tower
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in tower.parameters())
+    case.model.zero_grad()
+
+
+def test_prompts_without_images():
+    case = make("llava")
+    inputs = case.prompts((4,), (6,))
+    got, want = (model.generate(**inputs, **STEPS) for model in (case.pruned(), case.model))
+    same(got.logits, want.logits)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3"])
+def test_copies_and_files(name, tmp_path):
+    # a model that has returned hidden states cannot be pickled
+    case = make.__wrapped__(name)
+    pruned, inputs = case.pruned(keep="count(count=3)"), case.prompts(*BATCH)
+    want = pruned(**inputs).logits
+    pruned.save_pretrained(tmp_path)
+    for other in (copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned)), vp.load(tmp_path)):
+        assert type(other) is type(pruned)
+        same(other.eval()(**inputs).logits, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values": None}, "no pixel_values"),
+        ({"input_ids": None}, "without input_ids"),
+        ({"input_ids": torch.full((1, 7), 5), "attention_mask": None}, "0 placeholders"),
+        ({"pixel_values": torch.zeros(2, 3, 32, 32)}, "32 visual tokens"),
+        ({"pixel_values": torch.zeros(1, 3, 24, 24)}, "32"),
+        ({"mm_encoder_outputs": {}}, "not pruned"),
+        ({"attention_mask": torch.ones(1, 1, 23, 23)}, "attention_mask must be"),
+        ({"vision_feature_layer": -1}, "vision_feature_layer"),
+        ({"assistant_model": object()}, "assistant_model"),
+    ],
+)
+def test_bad_input(change, message):
+    case = make("llava")
+    inputs = {key: value for key, value in (case.prompts((3, 4)) | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        case.pruned().generate(**inputs, **STEPS)
+
+
+def test_decoding_by_hand_needs_positions():
+    case = make("llava")
+    pruned, inputs = case.pruned(), case.prompts((3, 4))
+    start = pruned(**inputs, use_cache=True)
+    following = {"input_ids": torch.tensor([[7]]), "cache": start.cache}
+    with pytest.raises(ValueError, match="position_ids"):
+        pruned(**following)
+    length = inputs["input_ids"].shape[1]
+    hidden = masked(case, pruned, inputs)
+    mask = torch.cat([hidden.pop("attention_mask"), torch.ones(1, 1, dtype=torch.int64)], 1)
+    hidden["input_ids"] = torch.cat([inputs["input_ids"], following["input_ids"]], 1)
+    want = case.model(**hidden | {"attention_mask": mask, "position_ids": torch.arange(length + 1)[None]})
+    got = pruned(**following, position_ids=torch.tensor([[length]]))
+    same(got.logits[:, -1], want.logits[:, -1])
