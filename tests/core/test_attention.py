@@ -54,3 +54,31 @@ def test_uniform_and_ragged_batches_agree():
         uniform = attend(q[:16], k[:16], v[:16], Layout((8, 8)), SCALE, causal=causal)
         ragged = attend(q, k, v, Layout((8, 8, 4)), SCALE, causal=causal)
         assert_close(ragged[:16], uniform, rtol=1e-6, atol=1e-6)
+
+
+@given(heads(), seeds)
+def test_a_mask_of_pairs_hides_what_its_table_says_and_a_soft_cap_bounds_dot_products(drawn, seed):
+    layout, q, k, v, bias, _ = drawn
+    g, length = generator(seed), layout.longest + 3
+    # tokens that are left of a longer batch
+    place = torch.cat([torch.randperm(length, generator=g)[:n].sort().values for n in layout.lengths])
+    visible = torch.rand(layout.batch, length, length, generator=g) < 0.5
+    visible |= torch.eye(length, dtype=torch.bool)
+    pairs = attention.PairMask(layout.instance * length + place, visible)
+    out = attend(q, k, v, layout, SCALE, key_bias=bias, pairs=pairs, softcap=3.0)
+
+    biases = [0.0] * layout.batch if bias is None else bias.split(layout.lengths)
+    parts = zip(*(t.split(layout.lengths) for t in (place, q, k, v)), visible, biases, strict=True)
+    for got, (own, one_q, one_k, one_v, table, added) in zip(out.split(layout.lengths), parts, strict=True):
+        logits = 3.0 * (torch.einsum("qhd,khd->hqk", one_q, one_k) * SCALE / 3.0).tanh() + added
+        weight = logits.masked_fill(~table[own][:, own], -torch.inf).softmax(-1)
+        assert_close(got, torch.einsum("hqk,khd->qhd", weight, one_v), rtol=1e-5, atol=1e-6)
+
+
+def test_key_heads_may_be_fewer():
+    g = generator(4)
+    q, k, v = (torch.randn(2, n, 5, HEAD_DIM, generator=g) for n in (6, 2, 2))
+    for softcap in (None, 2.0):
+        repeated = (t.repeat_interleave(3, 1) for t in (k, v))
+        want = attention.attend_by_head(q, *repeated, SCALE, causal=True, softcap=softcap)
+        assert_close(attention.attend_by_head(q, k, v, SCALE, causal=True, softcap=softcap), want)

@@ -34,6 +34,11 @@ class PairBias:
         """The bias of each instance alone."""
         return [replace(self, position=position) for position in self.position.split(layout.lengths)]
 
+    def over_heads(self) -> PairBias:
+        """The mean over heads, for a single head as wide as all."""
+        per_head = self.distance_bias
+        return replace(self, distance_bias=lambda distance: per_head(distance).mean(-3, keepdim=True))
+
     def between(self, queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:
         """The bias between each pair of a query and a key.
 
@@ -48,6 +53,48 @@ class PairBias:
         return self.distance_bias(keys[..., None, :] - queries[..., None]).to(like.dtype)
 
 
+@dataclass(frozen=True)
+class PairMask:
+    """Which keys each query sees, by a table over the unpruned batch: for language models that look both ways in an image.
+
+    It says all: attention with it is not `causal` besides.
+
+    Attributes:
+        position: [total] int64, instance * L + the original position, the row of each token in the unpruned batch.
+        visible: [batch, L, L] bool, true where a query (row) sees a key (column).
+    """
+
+    position: Tensor
+    visible: Tensor
+
+    def split(self, layout: Layout) -> list[PairMask]:
+        """The mask of each instance alone."""
+        return [replace(self, position=position) for position in self.position.split(layout.lengths)]
+
+    def over_heads(self) -> PairMask:
+        """The mask of a single head as wide as all: the same."""
+        return self
+
+    def between(self, queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:
+        """What is added to the logits of each pair of a query and a key of one instance: 0, or minus infinity.
+
+        Args:
+            queries: [..., n] int64, the positions of the queries.
+            keys: [..., m] int64, the positions of the keys.
+            like: the tensor whose dtype the result gets.
+
+        Returns:
+            [..., 1, n, m].
+        """
+        length = self.visible.shape[-1]
+        row, column = queries[..., None], keys[..., None, :] % length
+        hidden = ~self.visible[row // length, row % length, column]
+        return like.new_zeros(hidden.shape).masked_fill(hidden, float("-inf")).unsqueeze(-3)
+
+
+Pairs = PairBias | PairMask
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -58,8 +105,9 @@ def attend(
     key_layout: Layout | None = None,
     causal: bool = False,
     key_bias: Tensor | None = None,
-    pairs: PairBias | None = None,
+    pairs: Pairs | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Multi-head attention within each instance, without padding and without statistics.
 
@@ -72,8 +120,9 @@ def attend(
         key_layout: the same instances with their keys, for cross-attention. None for self-attention.
         causal: whether a token attends to itself and earlier tokens only.
         key_bias: [key total], added to all logits of each key, for soft masks and proportional attention.
-        pairs: the relative position bias, in self-attention only.
+        pairs: the relative position bias or the mask of pairs, in self-attention only.
         dropout: the dropout probability of the attention weights.
+        softcap: dot products x become softcap * tanh(x / softcap), before anything is added. None for x itself.
 
     Returns:
         The context of each query, [total, heads, head_dim].
@@ -84,20 +133,23 @@ def attend(
     if pairs is not None and key_layout is not None:
         raise ValueError("pairs are of one sequence and key_layout makes two: leave either of them out")
     keys = key_layout or layout
-    is_plain = key_bias is None and pairs is None and not dropout
+    is_plain = key_bias is None and pairs is None and not dropout and softcap is None
     if is_plain and varlen.applies(q, k, v, layout, keys, causal):
         return varlen.attend(q, k, v, layout, keys, scale, causal)
 
     # what pairs add is as large as the map, so that long instances, uniform or not, take turns
     if (layout.is_uniform and keys.is_uniform and pairs is None) or is_small(q, layout, keys):
         padded_q, padded_k, padded_v = by_head(q, layout), by_head(k, keys), by_head(v, keys)
-        out = _sdpa(padded_q, padded_k, padded_v, scale, causal, padded_bias(q, keys, key_bias, pairs), dropout)
+        bias = padded_bias(q, keys, key_bias, pairs)
+        out = attend_by_head(padded_q, padded_k, padded_v, scale, causal, bias, dropout, softcap)
         return segments.unpad(out.transpose(1, 2), layout)
 
     biases = (own_bias(q, *own) for own in bias_per_instance(keys, key_bias, pairs))
     parts = zip(q.split(layout.lengths), k.split(keys.lengths), v.split(keys.lengths), biases, strict=True)
     out = [
-        _sdpa(_one_by_head(one_q), _one_by_head(one_k), _one_by_head(one_v), scale, causal, bias, dropout)
+        attend_by_head(
+            _one_by_head(one_q), _one_by_head(one_k), _one_by_head(one_v), scale, causal, bias, dropout, softcap
+        )
         for one_q, one_k, one_v, bias in parts
     ]
     return torch.cat([one.squeeze(0).transpose(0, 1) for one in out])
@@ -126,8 +178,8 @@ def is_small(q: Tensor, layout: Layout, keys: Layout) -> bool:
 
 
 def bias_per_instance(
-    keys: Layout, key_bias: Tensor | None, pairs: PairBias | None
-) -> Iterable[tuple[Tensor | None, PairBias | None]]:
+    keys: Layout, key_bias: Tensor | None, pairs: Pairs | None
+) -> Iterable[tuple[Tensor | None, Pairs | None]]:
     """What is added to the logits of one instance after the other.
 
     Args:
@@ -143,7 +195,7 @@ def bias_per_instance(
 
 
 def own_bias(
-    q: Tensor, key_bias: Tensor | None, pairs: PairBias | None, rows: slice | Tensor = slice(None)
+    q: Tensor, key_bias: Tensor | None, pairs: Pairs | None, rows: slice | Tensor = slice(None)
 ) -> Tensor | None:
     """What is added to some rows of the logits of one instance.
 
@@ -163,7 +215,7 @@ def own_bias(
     return apart if bias is None else apart + bias
 
 
-def padded_bias(q: Tensor, keys: Layout, key_bias: Tensor | None, pairs: PairBias | None) -> Tensor | None:
+def padded_bias(q: Tensor, keys: Layout, key_bias: Tensor | None, pairs: Pairs | None) -> Tensor | None:
     """What is added to the logits of a padded batch.
 
     Args:
@@ -189,16 +241,62 @@ def padded_bias(q: Tensor, keys: Layout, key_bias: Tensor | None, pairs: PairBia
     return apart if bias is None else apart + bias
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None, dropout: float) -> Tensor:
-    """[batch, heads, n, head_dim] each; SDPA takes a mask or `is_causal`, not both, so a bias absorbs the triangle."""
-    if bias is not None and causal:
-        bias = bias + _future(q.shape[2], k.shape[2], q)
-        causal = False
+def attend_by_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of padded instances, heads before tokens.
+
+    Args:
+        q: [batch, heads, n, head_dim].
+        k: [batch, key heads, m, head_dim]. Each of these heads is of as many consecutive heads of q.
+        v: As k.
+        scale: the factor of the dot products.
+        causal: whether query i sees the keys up to i only.
+        bias: what is added to the logits, broadcastable to [batch, heads, n, m]. None for nothing.
+        dropout: as in `attend`.
+        softcap: as in `attend`.
+
+    Returns:
+        The context of each query, [batch, heads, n, head_dim].
+    """
+    # SDPA takes a mask or `is_causal`, not both, so a bias absorbs the triangle
+    if causal and (bias is not None or softcap is not None):
+        future = _future(q.shape[2], k.shape[2], q)
+        bias, causal = future if bias is None else bias + future, False
+    is_grouped = q.shape[1] != k.shape[1]
+    if softcap is not None:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, 1) if is_grouped else t for t in (k, v))
+        logits = capped((q * scale) @ k.mT, softcap)
+        weight = (logits if bias is None else logits + bias).softmax(-1, dtype=torch.float32).to(v.dtype)
+        return F.dropout(weight, dropout) @ v
     if bias is not None:
         bias = bias.to(q.dtype)
         if torch.compiler.is_exporting():  # which would ask whether a number of tokens that it does not know is 1
             bias = bias.expand(-1, -1, q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=is_grouped
+    )
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Bounds dot products x: softcap * tanh(x / softcap), as Gemma 2 does (arXiv 2408.00118, section 2).
+
+    Args:
+        logits: the dot products, scaled, of any shape.
+        softcap: the bound. None for none.
+
+    Returns:
+        The bounded logits.
+    """
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
 def _future(rows: int, keys: int, like: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import precision, segments
-from .attention import PairBias, attend, bias_per_instance, by_head, own_bias, padded_bias
+from .attention import Pairs, attend, bias_per_instance, by_head, capped, own_bias, padded_bias
 from .kernels import column_stats
 from .layout import Layout
 from .modality import is_of
@@ -26,13 +27,14 @@ _ROWS = 128  # of larger maps, the query rows whose probabilities are held at on
 
 @dataclass(frozen=True)
 class _Logits:
-    """How attention weights are made from dot products: scale, causal mask, biases, dropout."""
+    """How attention weights are made from dot products: scale, causal mask, biases, dropout, soft cap."""
 
     scale: float
     causal: bool
     key_bias: Tensor | None
-    pairs: PairBias | None
+    pairs: Pairs | None
     dropout: float = 0.0
+    softcap: float | None = None
 
 
 def attend_with_stats(
@@ -45,8 +47,9 @@ def attend_with_stats(
     *,
     causal: bool = False,
     key_bias: Tensor | None = None,
-    pairs: PairBias | None = None,
+    pairs: Pairs | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     text: Tensor | None = None,
 ) -> tuple[Tensor, AttentionStats]:
     """Self-attention that also computes the statistics in `needs`, exactly, and no others.
@@ -66,6 +69,7 @@ def attend_with_stats(
         key_bias: as in `attend`.
         pairs: as in `attend`.
         dropout: as in `attend`. Statistics are of the weights before dropout.
+        softcap: as in `attend`.
         text: the query of each instance's text, [batch, heads, head_dim], for FROM_QUERY. None for none.
 
     Returns:
@@ -80,10 +84,12 @@ def attend_with_stats(
     if Stat.FROM_QUERY in needs and text is None:
         raise ValueError(f"{Stat.FROM_QUERY} is the attention of a text, and there is none: give its queries as text=")
 
-    rules, values, out = _Logits(scale, causal, key_bias, pairs, dropout), {}, None
-    by_kernel = key_bias is None and pairs is None and column_stats.applies(q, k, needs.of_map)
+    rules, values, out = _Logits(scale, causal, key_bias, pairs, dropout, softcap), {}, None
+    is_plain = key_bias is None and pairs is None and softcap is None
+    by_kernel = is_plain and column_stats.applies(q, k, needs.of_map)
     if by_kernel or not needs.of_map:
-        out = attend(q, k, v, tokens.layout, scale, causal=causal, key_bias=key_bias, pairs=pairs, dropout=dropout)
+        how: dict[str, Any] = {"key_bias": key_bias, "pairs": pairs, "dropout": dropout, "softcap": softcap}
+        out = attend(q, k, v, tokens.layout, scale, causal=causal, **how)
 
     with torch.autocast(q.device.type, enabled=False):  # which would take the products of statistics in half again
         query, keys = precision.single(q), precision.single(k)
@@ -98,9 +104,7 @@ def attend_with_stats(
         rows = needs & ~Stat.SUMMARY if Stat.SUMMARY in values else needs
         values |= _rows_of_the_map(query, keys, tokens, rules, rows)
         if Stat.FROM_TEXT in needs:
-            values[Stat.FROM_TEXT] = attention_from_queries(
-                query, keys, tokens, is_of(tokens, "text"), scale, causal=causal, key_bias=key_bias, pairs=pairs
-            )
+            values[Stat.FROM_TEXT] = _from_queries(query, keys, tokens, is_of(tokens, "text"), rules)
         if Stat.FROM_QUERY in needs and text is not None:
             values[Stat.FROM_QUERY] = _text_row(precision.single(text), keys, tokens, rules)
         values |= _per_token(keys, precision.single(v), out, needs)
@@ -116,7 +120,7 @@ def attention_from_queries(
     *,
     causal: bool = False,
     key_bias: Tensor | None = None,
-    pairs: PairBias | None = None,
+    pairs: Pairs | None = None,
 ) -> Tensor:
     """Attention that each token receives from chosen queries of its instance: the mean over heads and over these queries.
 
@@ -137,20 +141,23 @@ def attention_from_queries(
         The mean attention, [total], in single precision at least. It sums to one in each instance with a chosen query, and
         is zero in the others.
     """
-    layout, rules = tokens.layout, _Logits(scale, causal, key_bias, pairs)
-    index, counts = queries.nonzero().squeeze(1), segments.count(queries, layout).tolist()
-    received = []
     with torch.autocast(q.device.type, enabled=False):  # which would take the products of statistics in half again
-        query, keys = precision.single(q), precision.single(k)
-        _, present = _query_weights(tokens, query)
-        chosen = (t[index].split(counts) for t in (query, layout.slot, present))
-        biases = bias_per_instance(layout, key_bias, pairs)
-        parts = zip(*chosen, keys.split(layout.lengths), biases, strict=True)
-        for one_q, slot, weight, one_k, bias in parts:
-            total = one_k.new_zeros(1, one_k.shape[0])
-            for rows, row_attention in _blocks(one_q, one_k, slot, bias, rules):
-                total = total + _over_queries(row_attention.mean(1), weight[None, rows])
-            received.append(total[0] / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny))
+        rules = _Logits(scale, causal, key_bias, pairs)
+        return _from_queries(precision.single(q), precision.single(k), tokens, queries, rules)
+
+
+def _from_queries(q: Tensor, k: Tensor, tokens: PackedTokens, queries: Tensor, rules: _Logits) -> Tensor:
+    """[total]: the attention that `attention_from_queries` returns, of q and k in single precision at least."""
+    layout, received = tokens.layout, []
+    index, counts = queries.nonzero().squeeze(1), segments.count(queries, layout).tolist()
+    _, present = _query_weights(tokens, q)
+    chosen = (t[index].split(counts) for t in (q, layout.slot, present))
+    biases = bias_per_instance(layout, rules.key_bias, rules.pairs)
+    for one_q, slot, weight, one_k, bias in zip(*chosen, k.split(layout.lengths), biases, strict=True):
+        total = one_k.new_zeros(1, one_k.shape[0])
+        for rows, row_attention in _blocks(one_q, one_k, slot, bias, rules):
+            total = total + _over_queries(row_attention.mean(1), weight[None, rows])
+        received.append(total[0] / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny))
     return torch.cat(received)
 
 
@@ -186,7 +193,7 @@ def _rows_of_the_map(q: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits,
 
 def _row(q: Tensor, k: Tensor, index: Tensor, layout: Layout, rules: _Logits) -> Tensor:
     """[total, heads]: the row of the map of one query an instance, the packed token at index [batch]."""
-    logits = _dot_products(q.index_select(0, index) * rules.scale, k, layout, rules.key_bias)
+    logits = _dot_products(q.index_select(0, index), k, layout, rules)
     if rules.pairs is not None:
         keys = rules.pairs.position[:, None]
         logits = logits + rules.pairs.between(layout.spread(keys[index]), keys, logits)[..., 0, 0]
@@ -195,28 +202,27 @@ def _row(q: Tensor, k: Tensor, index: Tensor, layout: Layout, rules: _Logits) ->
     return segments.unpad(segments.pad(logits, layout, float("-inf")).softmax(1), layout)
 
 
-def _dot_products(q: Tensor, k: Tensor, layout: Layout, key_bias: Tensor | None) -> Tensor:
+def _dot_products(q: Tensor, k: Tensor, layout: Layout, rules: _Logits) -> Tensor:
     """Logits [total, heads] of a query q [batch, heads, head_dim] of each instance for its keys k [total, heads, head_dim]."""
+    q = q * rules.scale
     if layout.is_uniform:
         keys = segments.pad(k, layout).transpose(1, 2)
         logits = segments.unpad((keys @ q[..., None]).squeeze(-1).transpose(1, 2), layout)
     else:
         logits = (k * layout.spread(q)).sum(-1)
-    return logits if key_bias is None else logits + key_bias[:, None]
+    logits = capped(logits, rules.softcap)
+    return logits if rules.key_bias is None else logits + rules.key_bias[:, None]
 
 
 def _text_row(text: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits) -> Tensor:
     """[total, heads]: attention of each instance's text [batch, heads, head_dim] to its unprotected tokens."""
-    logits = _dot_products(text * rules.scale, k, tokens.layout, rules.key_bias)
+    logits = _dot_products(text, k, tokens.layout, rules)
     return segments.softmax(logits, tokens.layout, tokens.free)
 
 
 def _as_one_head(rules: _Logits, wide: Tensor) -> _Logits:
     """The rules of a single head as wide as all: the bias of a pair is the mean over heads."""
-    pairs = rules.pairs
-    if pairs is not None:
-        per_head = pairs.distance_bias
-        pairs = replace(pairs, distance_bias=lambda distance: per_head(distance).mean(-3, keepdim=True))
+    pairs = None if rules.pairs is None else rules.pairs.over_heads()
     return replace(rules, scale=wide.shape[-1] ** -0.5, pairs=pairs)
 
 
@@ -226,7 +232,8 @@ def _attend_padded(
     """Output [total, heads, head_dim] and map statistics, all instances at once: for maps that are small anyway."""
     layout = tokens.layout
     queries, keys, values = (by_head(t, layout) for t in (q * rules.scale, k, v))
-    logits, bias = queries @ keys.transpose(2, 3), padded_bias(q, layout, rules.key_bias, rules.pairs)
+    logits = capped(queries @ keys.transpose(2, 3), rules.softcap)
+    bias = padded_bias(q, layout, rules.key_bias, rules.pairs)
     logits = logits if bias is None else logits + bias
     logits = _causal(logits, torch.arange(layout.longest, device=q.device)) if rules.causal else logits
 
@@ -263,7 +270,7 @@ def _attend_by_rows(
 
 
 def _blocks(
-    q: Tensor, k: Tensor, index: Tensor, bias: tuple[Tensor | None, PairBias | None], rules: _Logits
+    q: Tensor, k: Tensor, index: Tensor, bias: tuple[Tensor | None, Pairs | None], rules: _Logits
 ) -> Iterator[tuple[slice, Tensor]]:
     """Attention weights of one instance, [1, heads, rows, n], and which of the queries these rows are.
 
@@ -273,7 +280,7 @@ def _blocks(
     step = _ROWS if q.shape[0] * k.shape[0] * k.shape[1] > _WHOLE else max(q.shape[0], 1)
     for start in range(0, q.shape[0], step):
         rows = slice(start, start + step)
-        logits = torch.bmm(q[rows].transpose(0, 1) * rules.scale, keys)[None]
+        logits = capped(torch.bmm(q[rows].transpose(0, 1) * rules.scale, keys)[None], rules.softcap)
         added = own_bias(q, *bias, rows=index[rows])
         logits = logits if added is None else logits + added
         logits = _causal(logits, index[rows]) if rules.causal else logits

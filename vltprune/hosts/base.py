@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..core.attention import PairBias
+from ..core.attention import Pairs
 from ..core.tokens import PackedTokens
 from ..layers.block_spec import BlockSpec
 from ..layers.guides.base import TokenProjection
@@ -140,8 +140,8 @@ class Host(ABC):
     def scale(self, block: nn.Module) -> float:
         """The factor of the dot products."""
 
-    def pair_bias(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PairBias | None:
-        """Relative position bias of the attention logits, by the distance of two tokens' original positions.
+    def pair_bias(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> Pairs | None:
+        """Relative position bias of the attention logits, or which keys a query sees, by two tokens' original positions.
 
         Args:
             block: The block.
@@ -149,8 +149,12 @@ class Host(ABC):
             block_input: What `embed` returned for this block.
 
         Returns:
-            The bias; None for a block without one.
+            The bias or the mask; None for a block without one.
         """
+        return None
+
+    def softcap(self, block: nn.Module) -> float | None:
+        """The limit c of dot products x, which become c * tanh(x / c); None for none."""
         return None
 
     @abstractmethod

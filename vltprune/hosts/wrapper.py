@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..core.attention import PairBias
+from ..core.attention import Pairs
 from ..core.tokens import PackedTokens
 from ..layers.block_spec import BlockSpec
 from .base import Host
@@ -52,8 +52,11 @@ class WrapperHost(Host):
     def scale(self, block: nn.Module) -> float:
         return self.inner.scale(block)
 
-    def pair_bias(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> PairBias | None:
+    def pair_bias(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> Pairs | None:
         return self.inner.pair_bias(block, tokens, block_input)
+
+    def softcap(self, block: nn.Module) -> float | None:
+        return self.inner.softcap(block)
 
     def project(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return self.inner.project(block, tokens, context)

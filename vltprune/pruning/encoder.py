@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.attention import attend
+from ..core.attention import PairMask, attend
 from ..core.attention_stats import attend_with_stats
 from ..core.checks import is_recorded
 from ..core.modality import COLUMN
@@ -209,8 +209,10 @@ class PrunedEncoder(Tower):
     ) -> tuple[PackedTokens, LayerTrace]:
         adapter, inside, behind = self.adapter, self.pruners_at(depth, "attention"), self.pruners_at(depth, "block")
         q, k, v = adapter.qkv(block, tokens, block_input)
-        options: dict[str, Any] = {"causal": adapter.causal(self.host), "dropout": adapter.attention_dropout(block)}
-        options |= {"key_bias": tokens.bias, "pairs": adapter.pair_bias(block, tokens, block_input)}
+        pairs = adapter.pair_bias(block, tokens, block_input)
+        causal = adapter.causal(self.host) and not isinstance(pairs, PairMask)
+        options: dict[str, Any] = {"causal": causal, "dropout": adapter.attention_dropout(block), "pairs": pairs}
+        options |= {"key_bias": tokens.bias, "softcap": adapter.softcap(block)}
         scale, relate, needs = adapter.scale(block), None, self._needs((*inside, *behind), tokens)
 
         if needs is None:
@@ -293,9 +295,10 @@ class PrunedEncoder(Tower):
     def _least(self, pruner: Pruner) -> int:
         """How many unprotected tokens must stay: one, where the tower's output is computed from them alone.
 
-        It is asked at each call, because the pooling of a tower may be replaced.
+        It is asked at each call, because the pooling of a tower may be replaced. A tower of two modalities has a text.
         """
-        return int(not pruner.scorer.spec.has_summary or self.adapter.pools_unprotected(self.host))
+        spec = pruner.scorer.spec
+        return int(not (spec.has_summary or spec.modalities) or self.adapter.pools_unprotected(self.host))
 
     def _with_grid(self, tokens: PackedTokens, inputs: tuple[Any, ...]) -> PackedTokens:
         """The tokens with the grid of their patches, where a scorer or a selector reads it."""

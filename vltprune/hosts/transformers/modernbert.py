@@ -82,7 +82,7 @@ class ModernBertHost(PreNormHost, TextHost):
         """
         tables, window = torch.stack(tower.rotary_emb(x, position_ids, kind)), tower.config.sliding_window
         is_global = kind == "full_attention" or window >= x.shape[1] - 1
-        return BlockInput(tables, None if is_global else _window(window))
+        return BlockInput(tables, None if is_global else window_bias(window))
 
     def qkv(
         self, block: ModernBertEncoderLayer, tokens: PackedTokens, block_input: BlockInput
@@ -109,8 +109,15 @@ class ModernBertHost(PreNormHost, TextHost):
         return BaseModelOutput(last_hidden_state=tokens.with_x(tower.final_norm(tokens.x)).unpack()[0])
 
 
-def _window(reach: int) -> Callable[[Tensor], Tensor]:
-    """A distance bias: nothing up to `reach`, minus infinity beyond."""
+def window_bias(reach: int) -> Callable[[Tensor], Tensor]:
+    """A distance bias that hides keys outside a window.
+
+    Args:
+        reach: The largest distance that is seen.
+
+    Returns:
+        `PairBias.distance_bias`: nothing up to `reach`, minus infinity beyond.
+    """
 
     def bias(distance: Tensor) -> Tensor:
         hidden = torch.zeros(distance.shape, device=distance.device)
