@@ -133,5 +133,7 @@ NAMES = ("vit", "text", "blip", "nlvr")
 # what prunes towers of one modality; "vilt" has both in one sequence, and takes the others too
 
 
-PRESETS = tuple(name for name in vp.presets.names() if not vp.preset(name).needs_modalities)
+# those of language models name their tower
+OF_LANGUAGE = tuple(name for name in vp.presets.names() if "language" in (vp.preset(name).to_dict()["at"] or ()))
+PRESETS = tuple(name for name in vp.presets.names() if name not in OF_LANGUAGE and not vp.preset(name).needs_modalities)
 SCORERS = tuple(name for name in vp.scorers.names() if not getattr(vp.scorers[name], "needs", vp.Stat.NONE).of_text)

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from small_models import BLIP, NAMES, PRESETS, SCORERS, asked, small, soften
+from small_models import BLIP, NAMES, OF_LANGUAGE, PRESETS, SCORERS, asked, small, soften
 from strategies import arguments, seeds
 from torch import Tensor
 from torch.testing import assert_close
@@ -25,7 +25,10 @@ PARTS = {"scorer": vp.scorers, "keep": vp.keepers, "selector": vp.selectors, "re
 NEED_BOTH = set(vp.scorers.names()) - set(SCORERS)
 EVERY = [f"{kind}={name}" for kind, registry in PARTS.items() for name in registry.names() if name not in NEED_BOTH]
 # what needs a text and an image in one sequence, and one that does not
-FUSED = [*(name for name in vp.presets.names() if name not in PRESETS), *(f"scorer={name}" for name in NEED_BOTH)]
+FUSED = [
+    *(name for name in vp.presets.names() if name not in (*PRESETS, *OF_LANGUAGE)),
+    *(f"scorer={name}" for name in NEED_BOTH),
+]
 # each preset on each model; each part on both kinds of towers, alone and beside another
 ON_TOWERS = [(name, chosen) for name in NAMES for chosen in PRESETS if (name, chosen) != ("text", "trips")]
 PAIRS = [*ON_TOWERS, *((name, chosen) for name in ("vit", "nlvr") for chosen in EVERY)]

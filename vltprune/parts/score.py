@@ -9,6 +9,7 @@ from ..layers.scorers.statistics import (
     ColumnAttention,
     FlowCut,
     KeyNorm,
+    LastAttention,
     PageRank,
     Remember,
     TextAttention,
@@ -29,6 +30,7 @@ equal = typed_part(Equal)
 flowcut = typed_part(FlowCut)
 halting = typed_part(Halting)
 key_norm = typed_part(KeyNorm)
+last_attention = typed_part(LastAttention)
 madtp = typed_part(Madtp)
 mean_cls_attention = typed_part(MeanClsAttention)
 pagerank = typed_part(PageRank)

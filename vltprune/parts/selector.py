@@ -1,6 +1,6 @@
 """Selectors as typed parts: prune(model, preset, selector=vltprune.selector.top())."""
 
-from ..layers.selectors.assigning import Components, Dominant, Evenly
+from ..layers.selectors.assigning import Clusters, Components, Dominant, Evenly
 from ..layers.selectors.base import Top
 from ..layers.selectors.diverse import Deduplicate, Dpp, MaxMin, Pivots, UnlikeImportant
 from ..layers.selectors.grid import Anchors, Pool
@@ -11,6 +11,7 @@ from .typed import typed_part
 
 anchors = typed_part(Anchors)
 bipartite = typed_part(Bipartite)
+clusters = typed_part(Clusters)
 components = typed_part(Components)
 deduplicate = typed_part(Deduplicate)
 dominant = typed_part(Dominant)

@@ -118,6 +118,19 @@ class TextAttention(TokenScorer):
         return stats[Stat.FROM_TEXT]
 
 
+@scorers.register("last_attention")
+class LastAttention(TokenScorer):
+    """Attention that the last token of an instance pays to a token, mean over heads: FastV (arXiv 2403.06764).
+
+    In a language model the last token is the end of the prompt, from which the answer begins.
+    """
+
+    needs = Stat.LAST
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        return stats[Stat.LAST].mean(-1)
+
+
 @scorers.register("flowcut")
 class FlowCut(TokenScorer):
     """Attention of the summary token and likeness to its value, times the size of the value, smoothed over the layers.

@@ -11,6 +11,7 @@ from ...core.tokens import PackedTokens
 from ...registry import selectors
 from ..algorithms import matching, sampling
 from ..algorithms.choosing import part_of
+from ..algorithms.clustering import density_peaks
 from ..algorithms.similarity import order_by_score, positions, ranks
 from ..block_spec import BlockSpec
 from ..features import By, FeatureSelector
@@ -45,6 +46,45 @@ class Dominant(FeatureSelector):
         dominant, targets = best_and_even(tokens, scores, candidates, counts, self.part)
         _, match = matching.nearest(features, candidates & ~dominant, targets)
         return padded_selection(tokens, dominant | targets, match)
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor:
+        return self.width * before**2
+
+
+@selectors.register("clusters")
+class Clusters(FeatureSelector):
+    """The tokens of largest score, and of the others a center for each cluster, with which its tokens are matched.
+
+    SparseVLM's recycling (arXiv 2410.04417), section 3.3: the others are clustered by density peaks (`density_peaks`). Where
+    `counts` are no fewer than the tokens, all stay.
+
+    Args:
+        spec: the block.
+        number: how many of `counts` are centers, at least 0; all of them where `counts` are fewer.
+        by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
+
+    Raises:
+        ValueError: for a negative number, and for other features.
+    """
+
+    matches = True
+
+    def __init__(self, spec: BlockSpec, number: int = 8, by: By = "content"):
+        super().__init__(spec, by)
+        if number < 0:
+            raise ValueError(f"clusters(number={number}) must be 0 or more: the clusters that tokens form that go")
+        self.number = number
+
+    def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
+        features, candidates = self.padded_features(tokens, stats)
+        counts = torch.minimum(counts, candidates.sum(1))
+        centers = counts.clamp(max=self.number)
+        rank = ranks(order_by_score(segments.pad(scores.detach(), tokens.layout), candidates))
+        best = candidates & (rank < (counts - centers)[:, None])
+        if not self.number:
+            return padded_selection(tokens, best)
+        is_center, match = density_peaks(features, candidates & ~best, centers)
+        return padded_selection(tokens, best | is_center, match)
 
     def macs(self, before: Tensor, after: Tensor) -> Tensor:
         return self.width * before**2

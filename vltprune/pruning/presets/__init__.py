@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...registry import presets
 from ..config import PruneConfig
-from . import choosing, fusion, merging, scoring, trained, vlm
+from . import choosing, fusion, language, merging, scoring, trained, vlm
 
-__all__ = ["choosing", "fusion", "merging", "preset", "scoring", "trained", "vlm"]
+__all__ = ["choosing", "fusion", "language", "merging", "preset", "scoring", "trained", "vlm"]
 
 
 def preset(name: str) -> PruneConfig:
