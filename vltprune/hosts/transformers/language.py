@@ -132,6 +132,7 @@ class LanguageHost(PreNormHost):
             named["use_cache"] = getattr(tower.config, "use_cache", False)
         if "past_key_values" in named:
             named["cache"] = named.pop("past_key_values")
+        named.pop("logits_to_keep", None)  # is of the head behind; some models hand it on
         return super().bind_arguments(tower, *inputs, **named)
 
     def is_prompt(

@@ -1,0 +1,157 @@
+"""Layers of the language model of vision-language models, under stock `generate`: dropping tokens equals masking them."""
+
+from __future__ import annotations
+
+import copy
+
+import language_models as lm
+import pytest
+import torch
+from small_vlms import STEPS, VLMS, make
+
+import vltprune as vp
+
+BATCH = ((3, 4), (2, 3, 5), (4,), (1, 6))
+# in place of the words that begin and end an image, which a text may not have
+WORDS = {**STEPS, "suppress_tokens": [110, 111, 112, 113]}
+PARTS = {"scorer": "key_norm", "keep": "random_ratio(mean=0.5, half_width=0.4)", "reducer": "drop"}
+
+
+def pruned_vlm(case, **parts):
+    return case.pruned("random", **{**PARTS, "at": {"language": (0,)}, **parts})
+
+
+def dense_logits(case, inputs, sequences, gone):
+    """The dense model's logits of each new token, all at once, with the keys hidden that a pruned one dropped."""
+    ids, new = sequences[:, :-1], sequences.shape[1] - 1 - inputs["input_ids"].shape[1]
+    more = torch.ones(len(ids), new, dtype=torch.int64)
+    positions = case.positions(inputs)
+    last = positions[..., -1:] + 1 + torch.arange(new)
+    whole = {**inputs, "input_ids": ids, "attention_mask": torch.cat([inputs["attention_mask"], more], 1)}
+    whole["position_ids"] = torch.cat([positions, last], -1)
+    if case.types is not None:
+        # PaliGemma's tokens of type 0 see each other, and what it writes sees backward
+        written = more * ("PaliGemma" in type(case.model).__name__)
+        whole[case.types] = torch.cat([inputs[case.types], written], 1)
+    model = copy.deepcopy(case.model)
+    model.set_attn_implementation("eager")
+    language = model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
+    with lm.masked(language, gone):
+        return model(**whole, use_cache=False).logits[:, -new - 1 :]
+
+
+@pytest.mark.parametrize("name", VLMS)
+@torch.no_grad()
+def test_dropping_is_masking_under_generate(name):
+    torch.manual_seed(1)
+    case = make(name)
+    pruned = pruned_vlm(case)
+    for prompts in (((3, 4),), BATCH):
+        inputs = case.prompts(*prompts)
+        with vp.collect() as traces:
+            got = pruned.generate(**inputs, **WORDS)
+        (trace,) = (trace for trace in traces if trace.tower == "language")
+        gone = lm.gone(trace, inputs["attention_mask"].bool())
+        assert not (gone[1] & (inputs["input_ids"] != 110)).any()
+        want = dense_logits(case, inputs, got.sequences, gone)
+        assert (torch.stack(got.logits, 1) - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)
+    assert gone[1].any() and len({len(one) for one in trace.layers[0].position.split(trace.lengths[0])}) > 1
+
+
+def first_step_and_loss(model, inputs):
+    """Logits of the first new token, and the loss of the text, but for words that padding would predict."""
+    real = inputs["attention_mask"].bool()
+    follows = real & torch.nn.functional.pad(real[:, :-1], (1, 0))
+    labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == 110) | ~follows, -100)
+    return model.generate(**inputs, **WORDS).logits[0], model(**inputs, labels=labels).loss
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3", "gemma3"])
+@torch.no_grad()
+def test_keeping_all_is_the_dense_model(name):
+    torch.manual_seed(1)
+    case = make(name)
+    pruned, inputs = pruned_vlm(case, keep="ratio(ratio=1.0)"), case.prompts(*BATCH)
+    for got, want in zip(*(first_step_and_loss(model, inputs) for model in (pruned, case.model)), strict=True):
+        assert (got - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2.5", "gemma3"])
+@torch.no_grad()
+def test_two_turns_on_one_cache(name):
+    torch.manual_seed(1)
+    case = make(name)
+    pruned, first = pruned_vlm(case), case.prompts((3, 4))
+    with vp.collect() as traces:
+        got = pruned.generate(**first, **WORDS)
+    gone = lm.gone(traces[-1], first["attention_mask"].bool())
+    words = torch.randint(1, 100, (1, 3))
+    second = {**first, "input_ids": torch.cat([got.sequences, words], 1)}
+    second["attention_mask"] = torch.ones_like(second["input_ids"])
+    if case.types is not None:
+        second[case.types] = (second["input_ids"] == 110).long()
+    got = pruned.generate(**second, **WORDS, cache=got.cache)
+    want = dense_logits(case, second, got.sequences, gone)
+    assert (torch.stack(got.logits, 1) - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)
+
+
+@torch.no_grad()
+def test_ways_of_generating():
+    torch.manual_seed(1)
+    case = make("llava")
+    pruned, inputs = pruned_vlm(case, keep="ratio(ratio=0.5)"), case.prompts((3, 4), (2, 3, 5))
+    want = pruned.generate(**inputs, **WORDS)
+    one_by_one = pruned.generate(**inputs, **{**WORDS, "use_cache": False})
+    assert torch.equal(one_by_one.sequences, want.sequences)
+    assert pruned.generate(**inputs, **WORDS, num_beams=3, num_return_sequences=2).sequences.shape == (
+        4,
+        want.sequences.shape[1],
+    )
+    assert pruned.generate(**inputs, **{**WORDS, "do_sample": True}).sequences.shape == want.sequences.shape
+    for option, message in (
+        ({"cache_implementation": "static"}, "leave cache_implementation out"),
+        ({"cache_implementation": "quantized"}, "leave cache_implementation out|quanto|hqq"),
+        ({"prefill_chunk_size": 4}, "leave prefill_chunk_size out"),
+    ):
+        with pytest.raises((ValueError, ImportError), match=message):
+            pruned.generate(**inputs, **WORDS, **option)
+    with pytest.raises(ValueError, match="Assisted decoding requires a cache that can be cropped"):
+        pruned.generate(**case.prompts((3, 4)), **WORDS, prompt_lookup_num_tokens=2)
+
+
+@torch.no_grad()
+def test_pruned_behind_the_tower_and_in_the_language_model():
+    torch.manual_seed(1)
+    case = make("llava")
+    at = {"scorer": "key_norm", "reducer": "drop", "keep": "ratio(ratio=0.5)"}
+    config = vp.PruneConfig(**at, place="output", then=[vp.Stage(**at, at={"language": 0})])
+    pruned = vp.prune(case.model, config)
+    with vp.collect() as traces:
+        pruned.generate(**case.prompts((3, 4)), **WORDS)
+    image, language = traces
+    assert (image.lengths[-1], language.input_tokens.layout.lengths, language.lengths[0]) == ((9,), (15,), (11,))
+
+
+@pytest.mark.parametrize("preset", ["fastv", "pyramiddrop", "sparsevlm", "vtw"])
+@torch.no_grad()
+def test_presets_run_and_are_saved(preset, tmp_path):
+    torch.manual_seed(1)
+    case = make("llava")
+    pruned, inputs = case.pruned(preset), case.prompts((3, 4), (2, 3, 5))
+    want = pruned.generate(**inputs, **WORDS)
+    vp.save(pruned, tmp_path, only="pruning")
+    loaded = vp.load(tmp_path, case.model)
+    assert torch.equal(loaded.generate(**inputs, **WORDS).sequences, want.sequences)
+
+
+def test_the_loss_trains_the_whole_model():
+    torch.manual_seed(1)
+    case = make("llava")
+    model = copy.deepcopy(case.model).train()
+    pruned = vp.prune(model, "fastv", at={"language": 0})
+    inputs = case.prompts((3, 4), (2, 3, 5))
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 110, -100)
+    pruned(**inputs, labels=labels).loss.backward()
+    unreached = [name for name, parameter in pruned.named_parameters() if parameter.grad is None]
+    # the block behind the one that the projector reads
+    assert all("vision_tower" in name for name in unreached)
