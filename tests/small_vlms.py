@@ -237,5 +237,6 @@ VLMS: dict[str, Callable[[], Vlm]] = {
 
 @functools.cache
 def make(name: str) -> Vlm:
-    torch.manual_seed(0)
-    return VLMS[name]()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VLMS[name]()

@@ -11,6 +11,7 @@ from .cost.calibration import BudgetError, calibrate, measure
 from .cost.guide_fit import fit_guide
 from .cost.macs import CostMeter, count_macs
 from .cost.prune import prune
+from .cost.visual_tokens import VisualTokens, visual_tokens
 from .deploy.export import ExportedModel, export
 from .deploy.finish import Finished, finish
 from .deploy.freeze import FixedCounts, freeze
@@ -92,6 +93,7 @@ __all__ = [
     "TokenScorer",
     "UnknownHostWarning",
     "UntrainedGuideWarning",
+    "VisualTokens",
     "ablate",
     "attend",
     "attend_with_stats",
@@ -135,4 +137,5 @@ __all__ = [
     "transforms",
     "typed_part",
     "unwrapped",
+    "visual_tokens",
 ]

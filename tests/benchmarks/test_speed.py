@@ -14,7 +14,7 @@ import timm
 import torch
 
 import vltprune as vp
-from vltprune.cost.block_macs import measure_macs
+from vltprune.hosts.linear_maps import measure_macs
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 

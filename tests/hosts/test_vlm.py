@@ -37,9 +37,9 @@ def check_dropping_is_masking(case, pruned, inputs):
 def test_dropping_is_masking(name):
     case = make(name)
     pruned = case.pruned(keep="random_ratio(mean=0.5, half_width=0.4)")
-    alone = check_dropping_is_masking(case, pruned, case.prompts((3, 4)))
-    together = check_dropping_is_masking(case, pruned, case.prompts(*BATCH))
-    assert alone[0] < case.rows and len(set(together)) > 1
+    check_dropping_is_masking(case, pruned, case.prompts((3, 4)))
+    kept = check_dropping_is_masking(case, pruned, case.prompts(*BATCH))
+    assert len(set(kept)) > 1
 
 
 @pytest.mark.parametrize("name", VLMS)

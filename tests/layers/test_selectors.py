@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vltprune as vp
 from vltprune import AttentionStats, BlockSpec, PackedTokens, PruneConfig, Stat, select, selectors
-from vltprune.cost.block_macs import measure_macs
+from vltprune.hosts.linear_maps import measure_macs
 from vltprune.layers.grid import grid, window_ids, with_grid
 
 SPEC = BlockSpec("image", 0, 4, 8, 2, True)

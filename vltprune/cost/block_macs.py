@@ -12,14 +12,13 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import precision
 from ..core.layout import Layout
 from ..core.statistics import Stat
 from ..core.tokens import PackedTokens
 from ..hosts.base import Host
-from ..hosts.linear_maps import uncounted_macs
+from ..hosts.linear_maps import measure_macs
 from ..layers import Reduction
 from ..pruning.pruner import Pruner
 from ..pruning.trace import LayerTrace, PruneStep
@@ -249,27 +248,6 @@ class Memory:
 def token_counts(layout: Layout) -> Tensor:
     """Tokens of each instance, [batch], as floating-point numbers to compute with."""
     return precision.float_tensor(layout.lengths, layout.device)
-
-
-def measure_macs(run: Callable[..., object], *inputs: object) -> float:
-    """MACs of run(*inputs), by torch's counter.
-
-    The math backend of attention runs, because the counter counts fused kernels as nothing.
-
-    Args:
-        run: the function to count.
-        *inputs: its arguments. The caller makes them, because the counter slows down each operation.
-
-    Returns:
-        The MACs, half of the counter's FLOPs.
-    """
-    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton where that is installed
-
-    counter = FlopCounterMode(display=False)
-    # the counter fails on views made without gradients
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter, uncounted_macs(counter) as uncounted:
-        run(*inputs)
-    return counter.get_total_flops() / 2 + sum(uncounted)
 
 
 def blank_tokens(like: PackedTokens, n: int) -> PackedTokens:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..core.layout import Layout
 from ..hosts.find import find_composite
+from ..hosts.linear_maps import measure_macs
 from ..layers import AlignmentGuide, set_query
 from ..pruning.model import get_pruning
 from ..pruning.tower import Tower
@@ -38,7 +39,6 @@ from .block_macs import (
     blank_tokens,
     is_memory,
     measure_blocks,
-    measure_macs,
     step_tokens,
     token_counts,
 )
@@ -107,7 +107,7 @@ class CostMeter:
             dense[trace.tower].append(whole)
             padding[trace.tower].append(meter.count_dense(trace, _padded_lengths(trace), entered) - whole)
             entered = trace.input_tokens.layout
-        decoder = self._decoder(traces, [max(trace.lengths[-1]) for trace in traces])
+        decoder = self._decoder(traces, [max(trace.lengths[-1]) for trace in traces], is_dense=False)
         dense_decoder = self._decoder(traces, [trace.input_tokens.layout.longest for trace in traces])
         padded_decoder = self._decoder(traces, [int(_padded_lengths(trace).max()) for trace in traces])
         instances = traces[-1].input_tokens.layout.batch
@@ -117,12 +117,15 @@ class CostMeter:
         counted, whole, padded = joined
         return Cost(counted, whole, self.head, instances, decoder, dense_decoder, padded, decoder_padding)
 
-    def _decoder(self, traces: Sequence[PruneTrace], memories: Sequence[int]) -> float:
-        """MACs of what a decoder did, looking at so many tokens an instance of each trace's tower."""
+    def _decoder(self, traces: Sequence[PruneTrace], memories: Sequence[int], is_dense: bool = True) -> float:
+        """MACs of what a decoder did, or does behind dense towers, looking at so many tokens of each trace's tower."""
         if self.composite is None:
             return 0.0
-        looks = zip(traces, memories, strict=True)
-        return sum(self.composite.decoder_macs(self.host, trace.decode_stats, memory) for trace, memory in looks)
+        macs = 0.0
+        for trace, memory in zip(traces, memories, strict=True):
+            decoded = [(call.dense or call) if is_dense else call for call in trace.decode_stats]
+            macs += self.composite.decoder_macs(self.host, decoded, memory)
+        return macs
 
 
 class _TowerMeter:
@@ -166,7 +169,8 @@ class _TowerMeter:
         return torch.stack([*rows, self._head_macs(lengths)])
 
     def _embedding_macs(self, trace: PruneTrace) -> Tensor:
-        shape = tuple(tuple(given.shape[1:]) for given in trace.inputs if isinstance(given, Tensor))
+        # packed patches of images of any size have no batch dimension
+        shape = tuple(tuple(given.shape) for given in trace.inputs if isinstance(given, Tensor))
         if shape not in self._embedding:
             adapter, host = self.encoder.adapter, self.encoder.host
             with _evaluating(self.encoder):

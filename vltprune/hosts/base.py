@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -236,6 +237,27 @@ class Host(ABC):
         return 0.0
 
 
+@dataclass(frozen=True)
+class LanguageCost:
+    """What a dense language model behind an image tower costs.
+
+    Attributes:
+        token: MACs per token, in all layers.
+        pair: MACs per pair of a query and a key, in all layers.
+        word: MACs of the logits of one token.
+        cache_bytes: Bytes of keys and values per token, in all layers.
+        layers: How many layers it has.
+        row: MACs of the projector per visual token, where they are not counted with the image tower.
+    """
+
+    token: float
+    pair: float
+    word: float
+    cache_bytes: int
+    layers: int
+    row: float = 0.0
+
+
 class Composite(ABC):
     """Names the towers of a model that has several, and assembles the model of pruned ones."""
 
@@ -271,6 +293,10 @@ class Composite(ABC):
     def head_macs(self, model: nn.Module) -> float:
         """MACs of the heads behind the towers, per instance."""
         return 0.0
+
+    def language_cost(self, model: nn.Module) -> LanguageCost | None:
+        """What the language model of a dense model costs that reads an image tower's tokens; None without one."""
+        return None
 
     def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float:
         """MACs of a decoder behind the towers, with attention counted whole, masked and padded pairs included.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 if TYPE_CHECKING:
@@ -29,6 +31,27 @@ def linear_macs(module: nn.Module) -> float:
     """MACs of all linear maps in a module, per token."""
     maps: list[Any] = list(filter(is_linear_map, module.modules()))
     return float(sum(linear.in_features * linear.out_features for linear in maps))
+
+
+def measure_macs(run: Callable[..., object], *inputs: object) -> float:
+    """MACs of run(*inputs), by torch's counter.
+
+    The math backend of attention runs, because the counter counts fused kernels as nothing.
+
+    Args:
+        run: the function to count.
+        *inputs: its arguments. The caller makes them, because the counter slows down each operation.
+
+    Returns:
+        The MACs, half of the counter's FLOPs.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton where that is installed
+
+    counter = FlopCounterMode(display=False)
+    # the counter fails on views made without gradients
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter, uncounted_macs(counter) as uncounted:
+        run(*inputs)
+    return counter.get_total_flops() / 2 + sum(uncounted)
 
 
 @contextlib.contextmanager

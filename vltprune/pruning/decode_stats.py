@@ -17,6 +17,8 @@ class DecodeStats:
         words: those of them whose next token's logits were computed.
         pairs: pairs of a new token and a token of its own row, itself and later ones included, that attention multiplied.
         memories: tokens of the memory whose keys and values were computed.
+        dense: the same behind dense towers, for a language model whose prompt pruning shortens. None where it is the same.
+        visual: the visual tokens among `tokens`, of each prompt of a language model.
         gathered: gives what the guide's anchors gathered from captions, [captions, anchors, anchor dim], in training.
     """
 
@@ -24,4 +26,6 @@ class DecodeStats:
     words: int = 0
     pairs: int = 0
     memories: int = 0
+    dense: DecodeStats | None = None
+    visual: tuple[int, ...] = ()
     gathered: Callable[[], Tensor] | None = None

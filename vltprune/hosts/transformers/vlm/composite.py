@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from ...base import Composite, Host
+from ....pruning.decode_stats import DecodeStats
+from ...base import Composite, Host, LanguageCost
 from ...find import lookup_host
 from ...graft import with_descendant
 from ..saving import with_pruning_saved
+from .language_cost import measure_language, report_prompts
 from .prompt import ShortPrompt, VisualTokens, text_positions
 from .pruned import PrunedVlm, pruned_copy
 
@@ -39,11 +41,13 @@ class VisualRows:
 class VlmComposite(Composite):
     """Composite of an image tower and a language model. The latter is pruned where `at` names it, and needs a host only there.
 
-    Attributes:
+    Args:
         places: The name of each tower -> its dotted name in the model.
     """
 
-    places: Mapping[str, str]
+    def __init__(self, places: Mapping[str, str]):
+        self.places = places
+        self._cost: LanguageCost | None = None
 
     @abstractmethod
     def image_tower(self, model: nn.Module) -> tuple[nn.Module, Host]:
@@ -118,11 +122,11 @@ class VlmComposite(Composite):
             positions = self.positions(model, named, mask, generating)
         rows = self.look(model, named)
 
-        stays, is_visual = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        stays, whole = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
         for modality, found in rows.items():
             places = ids == self.token_id(model, modality)
             _check_count(int(places.sum()), found.kept.shape[0], modality)
-            stays, is_visual = stays.masked_scatter(places, found.kept.to(ids.device)), is_visual | places
+            stays, whole = stays.masked_scatter(places, found.kept.to(ids.device)), whole | places
         if not stays.all():
             stays = stays & (mask != 0)
         # transformers drops a mask without padding, and would then take gaps of positions for ends of sequences
@@ -131,14 +135,34 @@ class VlmComposite(Composite):
         prompt = ShortPrompt.from_mask(stays, pads_right, extra)
         short = prompt.inputs({**named, "attention_mask": mask}, self.pad_id(model))
         short["position_ids"] = prompt.gather(positions)
-        is_visual = prompt.gather(is_visual)
+        is_visual = prompt.gather(whole)
         short["mm_encoder_outputs"] = {}
         for modality, found in rows.items():
             places = short["input_ids"] == self.token_id(model, modality)
             output = _behind_cache(found.output, places, past) if past else found.output
             if len(output["pooler_output"]):
                 short["mm_encoder_outputs"][modality] = output
+        language = model.get_submodule(self.places["language"])
+        last = generating or named.get("logits_to_keep") == 1
+        report_prompts(language, (prompt.valid, is_visual), (mask != 0, whole), last)
         return short, VisualTokens(is_visual, prompt.index)
+
+    def language_cost(self, model: nn.Module) -> LanguageCost:
+        if self._cost is None:
+            cost = measure_language(model, model.get_submodule(self.places["language"]))
+            self._cost = replace(cost, row=self.projector_macs(model))
+        return self._cost
+
+    def projector_macs(self, model: nn.Module) -> float:
+        """MACs of the projector per visual token, where they are not counted with the image tower."""
+        return 0.0
+
+    def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float:
+        cost = self.language_cost(model)
+        return sum(
+            cost.token * call.tokens + cost.pair * call.pairs + cost.word * call.words + cost.row * sum(call.visual)
+            for call in decoded
+        )
 
     def token_id(self, model: Any, modality: str) -> int:
         """The id of the placeholder of a modality.

@@ -10,6 +10,7 @@ from torch import nn
 from ....registry import hosts
 from ...base import Host
 from ...find import find_host
+from ...linear_maps import measure_macs
 from ...soft import refuse_soft_tokens
 from ..base import ImageHost
 from .composite import VisualRows, VlmComposite, split_rows
@@ -20,7 +21,7 @@ class LlavaComposite(VlmComposite):
     """Composite of LLaVA. The image tower runs up to the block whose output the projector reads, and no further."""
 
     def __init__(self) -> None:
-        self.places = {"image": "model.vision_tower", "language": "model.language_model"}
+        super().__init__({"image": "model.vision_tower", "language": "model.language_model"})
 
     def image_tower(self, model: Any) -> tuple[nn.Module, Host]:
         tower, layer = model.model.vision_tower, model.config.vision_feature_layer
@@ -38,6 +39,11 @@ class LlavaComposite(VlmComposite):
         if not 0 < host.runs <= depths:
             raise ValueError(f"vision_feature_layer={layer}: the image tower has {depths} blocks, and one must run")
         return tower, host
+
+    def projector_macs(self, model: Any) -> float:
+        weight = next(model.model.multi_modal_projector.parameters())
+        row = torch.zeros(1, model.config.vision_config.hidden_size, dtype=weight.dtype, device=weight.device)
+        return measure_macs(model.model.multi_modal_projector, row)
 
     def look(self, model: Any, given: dict[str, Any]) -> dict[str, VisualRows]:
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):

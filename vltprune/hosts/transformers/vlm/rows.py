@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +78,26 @@ class RowsHost(Host):
         return BlockSpec(name, depth, 1, text.hidden_size, text.num_attention_heads, has_summary=False)
 
     def embed(
-        self, tower: Any, rows: Tensor, lengths: Sequence[int], protected: Tensor, levels: Tensor | None = None
+        self, tower: Any, modality: str, names: Sequence[str], *values: Any
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
-        layout = Layout(lengths, rows.device)
+        # what belongs to no token, the form of the output, goes where a block's other input does
+        call = getattr(tower.base_model, f"get_{modality}_features")
+        output = call(**dict(zip(names, values, strict=True)), return_dict=True)
+        rows, lengths, levels = _rows(tower, output)
+        newline, layout = getattr(tower.base_model, "image_newline", None), Layout(lengths, rows.device)
+        protected = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
+        if newline is not None:
+            protected = (rows == newline.to(rows)).all(-1)
         tokens = PackedTokens(rows, layout, layout.slot, protected)
-        return tokens if levels is None else tokens.with_column(_LEVELS, levels), (None,)
+        return tokens if levels is None else tokens.with_column(_LEVELS, levels), (output,)
 
-    def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> NoReturn:
-        raise TypeError("visual tokens behind a projector do not attend to each other")
+    def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # no heads: visual tokens behind a projector do not attend to each other, which costs nothing
+        none = tokens.x[:, None, :0]
+        return none, none, none
 
-    def scale(self, block: nn.Module) -> NoReturn:
-        raise TypeError("visual tokens behind a projector do not attend to each other")
+    def scale(self, block: nn.Module) -> float:
+        return 1.0
 
     def project(self, block: nn.Module, tokens: PackedTokens, context: Tensor) -> PackedTokens:
         return tokens
@@ -106,7 +115,7 @@ class RowsComposite(VlmComposite):
     def __init__(self, model: PreTrainedModel):
         base = model.base_model_prefix
         language = next(name for name in ("language_model", "text_model") if hasattr(model.base_model, name))
-        self.places = {"image": f"{base}.visual_rows", "language": f"{base}.{language}"}
+        super().__init__({"image": f"{base}.visual_rows", "language": f"{base}.{language}"})
 
     @classmethod
     def from_module(cls, module: Any) -> RowsComposite:
@@ -116,15 +125,14 @@ class RowsComposite(VlmComposite):
         return model, RowsHost()
 
     def look(self, model: Any, given: dict[str, Any]) -> dict[str, VisualRows]:
-        base, found, read = model.base_model, {}, set()
+        found, read = {}, set()
         for modality, pixels in PIXELS.items():
-            call = getattr(base, f"get_{modality}_features", None)
+            call = getattr(model.base_model, f"get_{modality}_features", None)
             if pixels not in given or call is None:
                 continue
-            names = [name for name in inspect.signature(call).parameters if name in given]
-            output = call(**{name: given[name] for name in names}, return_dict=True)
+            names = tuple(name for name in inspect.signature(call).parameters if name in given)
+            found[modality] = self._prune(model, modality, names, *(given[name] for name in names))
             read |= set(names)
-            found[modality] = self._prune(model, output)
         for name in read:
             del given[name]
         return found
@@ -143,20 +151,14 @@ class RowsComposite(VlmComposite):
                 return positions
         return super().positions(model, given, mask, generating)
 
-    def _prune(self, model: Any, output: ModelOutput) -> VisualRows:
-        """The rows that stay of those that the dense model computed of images or videos."""
-        dense = output["pooler_output"]
-        rows, lengths, levels = _rows(model, output)
-        newline = getattr(model.base_model, "image_newline", None)
-        protected = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
-        if newline is not None:
-            protected = (rows == newline.to(rows)).all(-1)
-        tokens, _ = model.base_model.visual_rows.encode(rows, lengths, protected, levels)
+    def _prune(self, model: Any, *inputs: Any) -> VisualRows:
+        """The rows that stay of those that the dense model computes of images or videos."""
+        tokens, (output,) = model.base_model.visual_rows.encode(*inputs)
         refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
-        kept = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
-        starts = Layout(lengths, rows.device).starts
-        kept[tokens.layout.spread(starts) + tokens.position] = True
-        return VisualRows(_output(output, dense, tokens), kept)
+        dense = Layout([len(one) for one in output.pooler_output], tokens.x.device)
+        kept = torch.zeros(dense.total, dtype=torch.bool, device=tokens.x.device)
+        kept[tokens.layout.spread(dense.starts) + tokens.position] = True
+        return VisualRows(_output(output, tokens), kept)
 
 
 @hosts.register("transformers.models.paligemma.modeling_paligemma.PaliGemmaForConditionalGeneration")
@@ -203,12 +205,12 @@ def _rows(model: nn.Module, output: Any) -> tuple[Tensor, list[int], Tensor | No
     return torch.cat(list(pooled)), [len(one) for one in pooled], stacked
 
 
-def _output(output: ModelOutput, dense: object, tokens: PackedTokens) -> ModelOutput:
+def _output(output: Any, tokens: PackedTokens) -> ModelOutput:
     """What stays, in the form in which the dense model gave all: a list of images, or one tensor."""
     lengths = list(tokens.layout.lengths)
     short: Any = type(output)()
     short["pooler_output"] = list(tokens.x.split(lengths))
-    if isinstance(dense, Tensor):
+    if isinstance(output.pooler_output, Tensor):
         short["pooler_output"] = tokens.unpack()[0] if tokens.layout.is_uniform else tokens.x[None]
     if _LEVELS in tokens.columns:
         levels = tokens.columns[_LEVELS].unbind(1)
