@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from .onnx_operators import operators
+from .onnx_operators import operators, simplify
 
 _MOST = 1_900_000_000  # bytes of weights in one ONNX file, which protobuf limits to 2 GiB
 
@@ -72,17 +72,18 @@ class Onnx(Engine):
         size = sum(one.numel() * one.element_size() for one in program.state_dict.values())
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")  # of the exporter about itself, as what it logs
-            torch.onnx.export(
+            written: Any = torch.onnx.export(
                 program,
                 (),
-                file,
                 dynamo=True,
                 input_names=[*inputs],
                 output_names=[*outputs],
-                external_data=size > _MOST,
                 custom_translation_table=operators(),
+                optimize=False,
                 verbose=False,
             )
+            simplify(written.model)
+            written.save(file, external_data=size > _MOST)
 
     def run(self, file: Path, batches: Sequence[Mapping[str, Tensor]]) -> list[list[Tensor]]:
         onnxruntime: Any = importlib.import_module("onnxruntime")

@@ -1,4 +1,4 @@
-"""Operators of PyTorch that its ONNX exporter lacks, written in operators of ONNX."""
+"""What PyTorch's ONNX exporter lacks: operators, written in operators of ONNX, and a faster simplification of graphs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,28 @@ import torch
 def operators() -> dict[Callable[..., object], Callable[..., object]]:
     """The operators by what they stand for, as `torch.onnx.export(custom_translation_table=...)` takes them."""
     return {torch.ops.aten.sort.stable: _stable_sort, torch.ops.aten.cummax.default: _cummax}
+
+
+def simplify(model: Any) -> None:
+    """Folds constants and merges nodes, as the exporter's own optimizer does, by fewer rules.
+
+    Rules without a name are left out: among them are those that take the addition of 1e-8 for one of zero. The rule for
+    slices that make up a split is left out too. It looks through the whole graph at each node, which takes minutes where counts
+    are per instance: a ViT of 12 blocks then has 7,000 nodes.
+
+    Args:
+        model: the model of onnx_ir, which is changed.
+    """
+    optimizer, rewriter = (importlib.import_module(f"onnxscript.{name}") for name in ("optimizer", "rewriter"))
+    passes: Any = importlib.import_module("onnx_ir.passes.common")
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name and rule.name != "SlicesSplit"]
+    optimizer.inline(model)
+    for _ in range(2):
+        optimizer.fold_constants(model)
+        rewriter.rewrite(model, rules)
+    passes.DeduplicateInitializersPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    optimizer.remove_unused_nodes(model)
 
 
 def _stable_sort(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
