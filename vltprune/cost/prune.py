@@ -36,9 +36,9 @@ def prune(
     Args:
         model: a tower or a composite of two, whose towers then have one guide. Towers are those of timm (VisionTransformer,
             Eva), of open_clip (VisionTransformer, TextTransformer, TimmModel, HFTextEncoder), encoders and ViLT of
-            transformers, and our BlipVision and MedEncoder. Composites are CLIP of open_clip, CLIP, SigLIP and BLIP of
-            transformers, and our Blip models. docs/supported.md lists them all. The model is unchanged, and shares its
-            weights with the result.
+            transformers, and our BlipVision and MedEncoder. Composites are CLIP of open_clip, CLIP, SigLIP, BLIP and
+            vision-language models with a language model (LLaVA, Qwen-VL) of transformers, and our Blip models.
+            docs/supported.md lists them all. The model is unchanged, and shares its weights with the result.
         preset: the name of a preset, or a PruneConfig; required.
         reduction: fraction of the dense MACs to save, in (0, 1), or a mapping from tower to a fraction of its own. An untrained
             guide is placed among tokens of `data` (`fit_guide`), and the budget is set on them (`calibrate`). None leaves both
