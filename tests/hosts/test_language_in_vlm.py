@@ -155,3 +155,13 @@ def test_the_loss_trains_the_whole_model():
     unreached = [name for name, parameter in pruned.named_parameters() if parameter.grad is None]
     # the block behind the one that the projector reads
     assert all("vision_tower" in name for name in unreached)
+
+
+@pytest.mark.parametrize("name", ["llava-next", "llava-onevision"])
+@torch.no_grad()
+def test_rows_that_end_a_line_stay(name):
+    torch.manual_seed(1)
+    case = make(name)
+    with vp.collect() as traces:
+        pruned_vlm(case, keep="count(count=0)").generate(**case.prompts((3, 4)), **WORDS)
+    assert traces[-1].lengths[0] == (3 + 4 + 4,)  # of four lines

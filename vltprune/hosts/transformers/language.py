@@ -228,7 +228,7 @@ class LanguageHost(PreNormHost):
         if cache is not None and cache.get_seq_length(depth) == 0:
             _store(cache, depth, k, v, tokens, block_input)
         groups = q.shape[1] // k.shape[1]
-        return q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return (q, k, v) if groups == 1 else (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
     def _rotated_qkv(
         self, block: Any, tokens: PackedTokens, block_input: LanguageInput

@@ -32,10 +32,12 @@ class VisualRows:
     Attributes:
         output: What stays, as the dense model takes it in `mm_encoder_outputs`.
         kept: [rows] bool, which rows stay of those that the dense model has, image after image.
+        protected: [rows] bool, which of these end a line of an image, so that no layer prunes them. None for none.
     """
 
     output: ModelOutput
     kept: Tensor
+    protected: Tensor | None = None
 
 
 class VlmComposite(Composite):
@@ -123,10 +125,13 @@ class VlmComposite(Composite):
         rows = self.look(model, named)
 
         stays, whole = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        free = stays
         for modality, found in rows.items():
             places = ids == self.token_id(model, modality)
             _check_count(int(places.sum()), found.kept.shape[0], modality)
             stays, whole = stays.masked_scatter(places, found.kept.to(ids.device)), whole | places
+            if found.protected is not None:
+                free = free.masked_scatter(places, ~found.protected.to(ids.device))
         if not stays.all():
             stays = stays & (mask != 0)
         # transformers drops a mask without padding, and would then take gaps of positions for ends of sequences
@@ -145,7 +150,7 @@ class VlmComposite(Composite):
         language = model.get_submodule(self.places["language"])
         last = generating or named.get("logits_to_keep") == 1
         report_prompts(language, (prompt.valid, is_visual), (mask != 0, whole), last)
-        return short, VisualTokens(is_visual, prompt.index)
+        return short, VisualTokens(is_visual & prompt.gather(free), prompt.index)
 
     def language_cost(self, model: nn.Module) -> LanguageCost:
         if self._cost is None:

@@ -20,7 +20,7 @@ class VisualTokens:
     """Which tokens of the prompt that a language model reads are visual.
 
     Attributes:
-        is_visual: [batch, length] bool.
+        is_visual: [batch, length] bool; false for rows that end a line of an image.
         position: [batch, length] int64, the index of each token in the prompt before it was shortened.
     """
 

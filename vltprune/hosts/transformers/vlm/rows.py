@@ -156,9 +156,10 @@ class RowsComposite(VlmComposite):
         tokens, (output,) = model.base_model.visual_rows.encode(*inputs)
         refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
         dense = Layout([len(one) for one in output.pooler_output], tokens.x.device)
-        kept = torch.zeros(dense.total, dtype=torch.bool, device=tokens.x.device)
-        kept[tokens.layout.spread(dense.starts) + tokens.position] = True
-        return VisualRows(_output(output, tokens), kept)
+        kept, protected = torch.zeros(2, dense.total, dtype=torch.bool, device=tokens.x.device)
+        row = tokens.layout.spread(dense.starts) + tokens.position
+        kept[row], protected[row] = True, tokens.protected
+        return VisualRows(_output(output, tokens), kept, protected)
 
 
 @hosts.register("transformers.models.paligemma.modeling_paligemma.PaliGemmaForConditionalGeneration")
