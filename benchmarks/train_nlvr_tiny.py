@@ -78,10 +78,10 @@ def build_model() -> BlipNlvr:
 class Drawn:
     """The pairs of a split in memory maps under a folder, drawn on first use (about 10 ms a pair)."""
 
-    def __init__(self, folder: Path, split: str, size: int, sentences: int) -> None:
-        self.split, self.size, self.sentences = split, size, sentences
+    def __init__(self, folder: Path, split: str, size: int, sentences: int, patch: int = PATCH) -> None:
+        self.split, self.size, self.sentences, self.patch = split, size, sentences, patch
         self.folder = folder / f"{split}_{size}_{sentences}"
-        shapes = {"images": (2, SIDE, SIDE, 3), "targets": (2, CELLS, 6), "ids": (sentences, LENGTH)}
+        shapes = {"images": (2, SIDE, SIDE, 3), "targets": (2, (SIDE // patch) ** 2, 6), "ids": (sentences, LENGTH)}
         shapes |= {"labels": (sentences,), "families": (sentences,)}
         self.shapes = {name: (size, *shape) for name, shape in shapes.items()}
         if not (self.folder / "done").exists():
@@ -98,7 +98,7 @@ class Drawn:
         for index in range(self.size):
             pair = pairs[index]
             ids = words.encode(pair.sentences)[0].numpy()
-            maps["images"][index], maps["targets"][index] = pair.images, patch_targets(pair, PATCH)
+            maps["images"][index], maps["targets"][index] = pair.images, patch_targets(pair, self.patch)
             maps["ids"][index, :, : ids.shape[1]], maps["labels"][index] = ids, pair.labels
             maps["families"][index] = [FAMILIES.index(family) for family in pair.families]
         (self.folder / "done").touch()

@@ -14,6 +14,7 @@ from ..evaluation.processes import ProcessError
 from ..utils.importing import import_module
 from . import (
     ablate,
+    chat,
     check,
     common,
     compress,
@@ -56,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vltprune", description=_ABOUT)
     parser.add_argument("--version", action="version", version=f"vltprune {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for command in (demo, predict, listing, info, macs, features, prune, export, compress, eval, ablate, check):
+    for command in (demo, predict, chat, listing, info, macs, features, prune, export, compress, eval, ablate, check):
         command.add(commands, (everywhere, compute))
     return parser
 

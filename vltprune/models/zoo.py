@@ -55,8 +55,9 @@ class Backbone:
             TypeError: For an argument that the class does not take.
         """
         cls = self.type()
-        bind(self.cls, cls, model_args)
-        return cls(**{**self.sizes, **model_args})
+        given = {**self.sizes, **model_args}
+        bind(self.cls, cls, given)
+        return cls(**given)
 
 
 _TINY = {
@@ -92,6 +93,30 @@ for _stem, _cls, _common, _tiny in _TASKS:
         _module, _, _class = f"vltprune.models.{_cls}".rpartition(".")
         _pixels = {"mean": _HALF, "std": _HALF} if _size == "tiny" else {}  # between -1 and 1
         backbones.register(f"{_stem}_{_size}")(Backbone(_module, _class, {**_common, **_sizes}, **_pixels))
+
+backbones.register("llava_tiny")(
+    Backbone(
+        "vltprune.models.llava",
+        "build_llava",
+        {
+            "image_size": 96,
+            "patch_size": 12,
+            "vision_width": 128,
+            "vision_depth": 6,
+            "vision_heads": 4,
+            "text_width": 128,
+            "text_depth": 6,
+            "text_heads": 4,
+            "text_hidden": 256,
+            "vocab_size": 61,
+            "max_positions": 256,
+            "image_id": 57,
+            "eos_id": 60,
+        },
+        mean=_HALF,
+        std=_HALF,
+    )
+)
 
 
 def packaged(name: str) -> Path | None:

@@ -1,0 +1,357 @@
+"""Trains `llava_tiny`, a LLaVA of transformers, on synthetic pairs, on one CPU core.
+
+    OMP_NUM_THREADS=1 python benchmarks/train_llava_tiny.py --work WORK [--fast]
+
+Three stages, each going on from its last checkpoint (delete WORK to begin again); --fast computes in bf16 with compiled layers,
+which needs a C++ compiler, and pays on CPUs with AMX:
+  draw   16,000 train pairs with 24 sentences each, and their targets, to memory maps                      3 min
+  look   the image tower begins with that of `blip_nlvr_tiny`, its patches resized from 8 to 12 px, and learns again what each
+         patch shows, and from its class token how many things an image holds
+  read   projector and language model learn to answer from the frozen image tower's tokens, the words told meanwhile what they
+         find; relations begin with "above" and "left of" (see `Turns`). A pair's images are read once for all its sentences
+No run takes more than five hours of the processor: the time spent is in the checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from auxiliary_targets import ANY, MOST, Contents, PatchHeads, PhraseHeads
+from torch import Tensor, nn
+from train_nlvr_tiny import LENGTH, Drawn, Turns, by_family, schedule
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import vltprune as vp
+from vltprune.data.drawing import COLORS, SHAPES, SIDE, SIZES
+from vltprune.data.llava import END, FALSE, TRUE, VOCABULARY
+from vltprune.data.sentences import FAMILIES
+from vltprune.models import zoo
+
+NAME = "llava_tiny"
+PATCH = 12
+CELLS = (SIDE // PATCH) ** 2
+WIDTH = 128
+SENTENCES = 24  # drawn per train pair; each step takes some of them
+PREFIX = 2 * (1 + CELLS)  # left <image> right <image>
+FOUND, RELATED = 3, 4  # hidden states in which a word should have found its things, and the last token both kinds
+SECONDS = 5 * 3600
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage trains: pairs and sentences per step, steps in all, peak learning rate."""
+
+    pairs: int
+    sentences: int
+    steps: int
+    rate: float
+
+
+STAGES = {"look": Stage(8, 0, 1500, 1e-3), "read": Stage(8, 16, 5000, 1.5e-3)}
+
+
+def build_model() -> Any:
+    """The tiny model, its image tower that of `blip_nlvr_tiny`, its language model drawn for its width and depth."""
+    torch.manual_seed(0)
+    model: Any = vp.create_model(NAME, pretrained=False).train()
+    language = model.model.language_model
+    for module in (*language.modules(), *model.model.multi_modal_projector.modules(), model.lm_head):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=WIDTH**-0.5)
+    for layer in language.layers:
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            nn.init.normal_(last.weight, std=(2 * len(language.layers) * last.in_features) ** -0.5)
+    begin_tower(model.model.vision_tower)
+    return model
+
+
+@torch.no_grad()
+def begin_tower(tower: Any) -> None:
+    """Copy the image tower of `blip_nlvr_tiny` to one of CLIP, whose patches are larger and whose input has a norm."""
+    source: Any = vp.create_model("blip_nlvr_tiny", pretrained=True)
+    source, ends = source.visual, tower.embeddings
+    conv, positions = source.patch_embed.proj, source.pos_embed[0]
+    shrunk = F.interpolate(conv.weight, (PATCH, PATCH), mode="bilinear") * (conv.kernel_size[0] / PATCH) ** 2
+    ends.patch_embedding.weight.copy_(shrunk)
+    ends.class_embedding.copy_(source.cls_token[0, 0])
+    grid = positions[1:].T.unflatten(1, (SIDE // conv.kernel_size[0], -1))
+    grid = F.interpolate(grid[None], (SIDE // PATCH, SIDE // PATCH), mode="bilinear")[0].flatten(1).T
+    ends.position_embedding.weight.copy_(torch.cat([positions[:1], grid + conv.bias]))
+    # the norm shall leave the size of what the blocks are used to
+    tower.pre_layrnorm.weight.fill_(float(ends(0.3 * torch.randn(64, 3, SIDE, SIDE)).std(-1).mean()))
+    for layer, block in zip(tower.encoder.layers, source.blocks, strict=True):
+        attention = layer.self_attn
+        for target, *parts in zip(
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            block.attn.qkv.weight.chunk(3),
+            block.attn.qkv.bias.chunk(3),
+            strict=True,
+        ):
+            target.load_state_dict(dict(zip(("weight", "bias"), parts, strict=True)))
+        attention.out_proj.load_state_dict(block.attn.proj.state_dict())
+        layer.layer_norm1.load_state_dict(block.norm1.state_dict())
+        layer.layer_norm2.load_state_dict(block.norm2.state_dict())
+        layer.mlp.load_state_dict(block.mlp.state_dict())
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, length: int, **_: Any
+) -> tuple[Tensor, None]:
+    """Causal attention of a prefix and of many sentences of `length` tokens behind it, which do not see each other."""
+    later = torch.ones(PREFIX, PREFIX, dtype=torch.bool).triu(1)
+    query = query * scaling
+    first = query[:, :, :PREFIX] @ key[:, :, :PREFIX].mT
+    first = first.masked_fill(later, -1e4).softmax(-1) @ value[:, :, :PREFIX]
+
+    each = (key.shape[2] - PREFIX) // length
+    q, k, v = (part[:, :, PREFIX:].unflatten(2, (each, length)) for part in (query, key, value))
+    early = (query[:, :, PREFIX:] @ key[:, :, :PREFIX].mT).unflatten(2, (each, length))
+    own = (q @ k.mT).masked_fill(later[:length, :length], -1e4)
+    early, own = torch.cat([early, own], -1).softmax(-1).split((PREFIX, length), -1)
+    rest = early.flatten(2, 3) @ value[:, :, :PREFIX] + (own @ v).flatten(2, 3)
+    return torch.cat([first, rest], 2).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
+
+
+class GistHead(nn.Module):
+    """How many things of each shape, color and size an image holds, read off the image tower's class token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, (MOST + 1) * (len(SHAPES) + len(COLORS) + len(SIZES)))
+
+    def loss(self, gist: Tensor, count: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Loss, and accuracy of the counts that are not 0; gist [images, width], count of `Contents` [images, ...]."""
+        shape, color, size = ANY
+        kinds = (count[:, :shape, color, size], count[:, shape, :color, size], count[:, shape, color, :size])
+        wanted = torch.from_numpy(np.concatenate(kinds, 1)).long().clamp(max=MOST)
+        logits = self.linear(gist).unflatten(-1, (-1, MOST + 1))
+        found = (logits.argmax(-1) == wanted)[wanted > 0].float().mean()
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten()), found
+
+
+class Training:
+    """One run: the model, the heads that only training needs, the synthetic pairs, and a log."""
+
+    def __init__(self, folder: Path, size: int, fast: bool) -> None:
+        self.folder, self.fast, self.spent = folder, fast, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model = build_model()
+        self.patches, self.gist, self.phrases = PatchHeads(WIDTH), GistHead(WIDTH), PhraseHeads(WIDTH)
+        self.train = Drawn(folder, "train", size, SENTENCES, PATCH)
+        self.val = Drawn(folder, "val", 400, 12, PATCH)
+        self.contents, self.turns = Contents(size), Turns(np.asarray(self.train.arrays["ids"]))
+        self.log("drawn")
+
+    def log(self, text: str) -> None:
+        """One line to the log and the screen."""
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        print(line, flush=True)
+        with (self.folder / "train.log").open("a") as file:
+            file.write(line + "\n")
+
+    def run(self, name: str, stage: Stage) -> None:
+        """One stage from its last checkpoint to its end; nothing if it has ended."""
+        tuned = self._tuned(name)
+        groups = [{"params": [p for p in tuned if p.ndim > 1]}, {"params": [p for p in tuned if p.ndim <= 1]}]
+        groups[1]["weight_decay"] = 0.0
+        optimizer = torch.optim.AdamW(groups, stage.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+        start = self._restore(name, optimizer)
+        if start >= stage.steps:
+            return
+        loss, clock = getattr(self, f"_begin_{name}")(), time.process_time() - self.spent
+        rng, seen = np.random.default_rng((1, start)), []
+
+        for step in range(start + 1, stage.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = stage.rate * schedule(step - 1, stage.steps)
+            rows = np.sort(rng.choice(self.train.size, stage.pairs, replace=False))
+            chosen = self.turns.choose(rng, rows, stage.sentences, step / stage.steps)
+            seen.append(self._step(*loss(rows, chosen), tuned, optimizer))
+            self.spent = time.process_time() - clock
+            if step % 50 == 0:
+                figures = " ".join(f"{figure:.3f}" for figure in np.nanmean(seen[-50:], axis=0))
+                self.log(f"{name} {step}, {self.spent / 60:.1f} min: {figures}")
+            if step % 250 == 0 or step == stage.steps:
+                self._keep(name, step, optimizer)
+                if name == "read":
+                    self.log(f"{name} {step} on val: {score(self.model, self.val, self.val_tokens)}")
+            if self.spent > SECONDS:
+                raise SystemExit("five hours of the processor are spent")
+
+    def _begin_look(self) -> Any:
+        return self._look
+
+    def _look(self, rows: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Loss of the image tower, and accuracies: shape, color, size and center of patches, counts of the class token."""
+        tokens, gist = look(self.model, self.train.images(rows))
+        loss, hits = self.patches.loss(tokens, self.train.targets(rows))
+        more, found = self.gist.loss(gist, self.contents.count[rows].reshape(-1, *self.contents.count.shape[2:]))
+        return loss + more, torch.cat([hits, found[None]])
+
+    def _begin_read(self) -> Any:
+        layers = [*self.model.model.language_model.layers]
+        tokens = image_tokens(self.model, self.train, self.folder)
+        self.val_tokens = image_tokens(self.model, self.val)
+        self.log("image tokens computed")
+        if self.fast:
+            layers = [torch.compile(layer, dynamic=False) for layer in layers]
+
+        def loss(rows: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.fast):
+                return self._read(torch.from_numpy(tokens[rows]).float(), rows, chosen, layers)
+
+        return loss
+
+    def _read(
+        self, tokens: Tensor, rows: np.ndarray, chosen: np.ndarray, layers: list[nn.Module]
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of the answers and of what words find, and figures: the former, accuracies of counts, of each family."""
+        ids, mask, labels, families = self.train.said(rows, chosen)
+        every, length = torch.arange(len(ids)), mask.sum(1)
+        wanted = torch.where(labels == 1, TRUE, FALSE)
+        answered = F.pad(ids, (0, LENGTH + 1 - ids.shape[1]))
+        answered[every, length] = wanted
+
+        hidden = hidden_states(self.model, tokens, answered, layers)
+        spoken = self.model.model.language_model.norm(hidden[-1])
+        logits, after = (self.model.lm_head(spoken[every, at]).float() for at in (length - 1, length))
+        answer = F.cross_entropy(logits, wanted)
+        ended = F.cross_entropy(after, torch.full_like(wanted, END))
+        words, summary = hidden[FOUND][:, : ids.shape[1]].float(), hidden[RELATED][every, length - 1].float()
+        pairs = np.repeat(rows, chosen.shape[1])
+        grounding, found = self.phrases.loss(words, summary, ids.numpy(), pairs, self.contents)
+
+        hits = (logits[:, TRUE] > logits[:, FALSE]) == (labels == 1)
+        return answer + ended + grounding, torch.cat([answer.detach()[None], found, by_family(hits, families)])
+
+    def _tuned(self, name: str) -> list[nn.Parameter]:
+        inner = self.model.model
+        eyes = [inner.vision_tower, self.patches, self.gist]
+        reader = [inner.multi_modal_projector, inner.language_model, self.model.lm_head, self.phrases]
+        return [p for part in {"look": eyes, "read": reader}[name] for p in part.parameters()]
+
+    def _step(
+        self, loss: Tensor, figures: Tensor, tuned: list[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> list[float]:
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(tuned, 1.0)
+        optimizer.step()
+        return [float(loss.detach()), *figures.tolist()]
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "patches": self.patches, "gist": self.gist, "phrases": self.phrases}
+
+    def _keep(self, name: str, step: int, optimizer: torch.optim.Optimizer) -> None:
+        state: Mapping[str, Any] = {part: module.state_dict() for part, module in self._parts().items()}
+        partial = self.folder / f"{name}.pt.part"
+        torch.save({**state, "step": step, "spent": self.spent, "optimizer": optimizer.state_dict()}, partial)
+        partial.rename(self.folder / f"{name}.pt")
+
+    def _restore(self, name: str, optimizer: torch.optim.Optimizer) -> int:
+        if not (self.folder / f"{name}.pt").exists():
+            return 0
+        state = torch.load(self.folder / f"{name}.pt", weights_only=True)
+        for part, module in self._parts().items():
+            module.load_state_dict(state[part])
+        optimizer.load_state_dict(state["optimizer"])
+        self.spent = state["spent"]
+        return state["step"]
+
+
+def look(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The image tower's tokens that LLaVA takes, [images, 1 + CELLS, WIDTH], and its pooled class token."""
+    seen = model.model.vision_tower(images, output_hidden_states=True)
+    return seen.hidden_states[model.config.vision_feature_layer], seen.pooler_output
+
+
+@torch.no_grad()
+def image_tokens(model: Any, pairs: Drawn, folder: Path | None = None) -> np.ndarray:
+    """A frozen image tower's tokens of every drawn pair, fp16 [pairs, 2, CELLS, WIDTH], kept in a file under a folder."""
+    file = None if folder is None else folder / "image_tokens.npy"
+    if file is not None and file.exists():
+        return np.load(file, mmap_mode="r")
+    tokens = np.empty((pairs.size, 2, CELLS, WIDTH), np.float16)
+    for rows in np.array_split(np.arange(pairs.size), max(pairs.size // 32, 1)):
+        tokens[rows] = look(model, pairs.images(rows))[0][:, 1:].unflatten(0, (-1, 2)).numpy()
+    if file is not None:
+        np.save(file, tokens)
+    return tokens
+
+
+def hidden_states(model: Any, tokens: Tensor, ids: Tensor, layers: Sequence[nn.Module] | None = None) -> list[Tensor]:
+    """Hidden states [sentences, length, width] before the first layer and behind each.
+
+    tokens [pairs, 2, CELLS, WIDTH]; ids [sentences, length], as many sentences of each pair, a pair's one after another;
+    layers: those of the model, compiled.
+    """
+    language, (count, length) = model.model.language_model, (len(tokens), ids.shape[1])
+    sides = torch.tensor([[VOCABULARY.index("left")], [VOCABULARY.index("right")]])
+    sides = language.embed_tokens(sides).expand(count, 2, 1, -1)
+    prefix = torch.cat([sides, model.model.multi_modal_projector(tokens)], 2).flatten(1, 2)
+    said = language.embed_tokens(ids).unflatten(0, (count, -1))
+    positions = [torch.arange(PREFIX), *[PREFIX + torch.arange(length)] * said.shape[1]]
+    states = [torch.cat([prefix, said.flatten(1, 2)], 1)]
+    angles = language.rotary_emb(states[0], torch.cat(positions)[None])
+
+    stock, language.config._attn_implementation = language.config._attn_implementation, "packed"
+    for layer in language.layers if layers is None else layers:
+        states.append(layer(states[-1], position_embeddings=angles, attention_mask=None, length=length))
+    language.config._attn_implementation = stock
+    return [state[:, PREFIX:].unflatten(1, (-1, length)).flatten(0, 1) for state in states]
+
+
+@torch.no_grad()
+def score(model: Any, pairs: Drawn, tokens: np.ndarray, batch: int = 10) -> dict[str, float]:
+    """Accuracy overall and by family on every sentence of the pairs, whose `image_tokens` are given."""
+    hits, said = [], []
+    for rows in np.array_split(np.arange(pairs.size), max(pairs.size // batch, 1)):
+        ids, mask, labels, families = pairs.said(rows, np.tile(np.arange(pairs.sentences), (len(rows), 1)))
+        hidden = hidden_states(model, torch.from_numpy(tokens[rows]).float(), ids)[-1]
+        logits = model.lm_head(model.model.language_model.norm(hidden[torch.arange(len(ids)), mask.sum(1) - 1]))
+        hits.append((logits[:, TRUE] > logits[:, FALSE]) == (labels == 1))
+        said.append(families)
+    named = zip(FAMILIES, by_family(torch.cat(hits), torch.cat(said)).tolist(), strict=True)
+    return {"all": round(float(torch.cat(hits).float().mean()), 4)} | {family: round(x, 4) for family, x in named}
+
+
+def main() -> None:
+    """Every stage, then the test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for pairs, checkpoints, log and result")
+    parser.add_argument("--pairs", type=int, default=16000, help="train pairs (%(default)s)")
+    parser.add_argument("--steps", type=int, help="of the stage read, in place of its own")
+    parser.add_argument("--fast", action="store_true", help="train in bf16, layers compiled")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    training = Training(args.work, args.pairs, args.fast)
+    if args.steps:
+        STAGES["read"] = replace(STAGES["read"], steps=args.steps)
+    for name, stage in STAGES.items():
+        training.run(name, stage)
+
+    model, test = training.model, Drawn(args.work, "test", 1200, 6, PATCH)
+    vp.save(model, zoo.WEIGHTS / NAME, dtype=torch.float16)
+    report: dict[str, Any] = {"fp32": score(model, test, image_tokens(model, test))}
+    model.load_state_dict({key: value.half().float() for key, value in model.state_dict().items()})
+    report["fp16"] = score(model, test, image_tokens(model, test))
+    report["minutes"] = round(training.spent / 60, 1)
+    training.log(json.dumps(report))
+    (args.work / "report.json").write_text(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
