@@ -165,3 +165,22 @@ def test_rows_that_end_a_line_stay(name):
     with vp.collect() as traces:
         pruned_vlm(case, keep="count(count=0)").generate(**case.prompts((3, 4)), **WORDS)
     assert traces[-1].lengths[0] == (3 + 4 + 4,)  # of four lines
+
+
+def test_macs_of_a_pruned_language_model():
+    torch.manual_seed(1)
+    case = make("llava")
+    inputs = case.prompts((3, 4), (2, 3, 5))
+    behind, inside = (
+        vp.visual_tokens(case.pruned("random", **{**PARTS, "keep": "ratio(ratio=0.5)", **where}), inputs)
+        for where in ({"place": "output"}, {"at": {"language": (0,)}})
+    )
+    assert inside.dense_macs == pytest.approx(behind.dense_macs)
+    assert (inside.dense, inside.layers) == (24, (24, 12))
+    # per token: query, key, value and output 48 x (48 + 24 + 24 + 48), MLP 3 x 48 x 64; per pair 2 x 48; logits 48 x 120
+    linear, mlp, pair, words = 48 * 144, 3 * 48 * 64, 96, 2 * 48 * 120
+    whole, left = (23, 42), (15, 26)
+    wanted = linear * sum(whole) + pair * sum(n * n for n in whole) + mlp * sum(left) + words
+    wanted += (linear + mlp) * sum(left) + pair * sum(n * n for n in left)
+    # the output projection of the first layer runs on what is left
+    assert inside.macs["prefill"] == pytest.approx(wanted - 48 * 48 * (sum(whole) - sum(left)))

@@ -149,7 +149,7 @@ class VlmComposite(Composite):
                 short["mm_encoder_outputs"][modality] = output
         language = model.get_submodule(self.places["language"])
         last = generating or named.get("logits_to_keep") == 1
-        report_prompts(language, (prompt.valid, is_visual), (mask != 0, whole), last)
+        report_prompts(language, (prompt.gather(mask) != 0, is_visual), (mask != 0, whole), last)
         return short, VisualTokens(is_visual & prompt.gather(free), prompt.index)
 
     def language_cost(self, model: nn.Module) -> LanguageCost:
