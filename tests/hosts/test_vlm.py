@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from small_vlms import STEPS, VLMS, make
+from small_vlms import IMAGE_ID, STEPS, VLMS, make
 
 import vltprune as vp
 
@@ -84,7 +86,6 @@ def test_a_count_is_what_enters_the_language_model(preset):
     ("parts", "message"),
     [
         ({"preset": "fastervlm"}, "reads attention of the image tower|reads the attention of a summary token"),
-        ({"preset": "dart"}, "choose parts that read contents"),
         ({"preset": "divprune", "place": "block"}, "place='output'"),
         ({"preset": "divprune", "at": {"text": None}}, "names the tower 'text'"),
     ],
@@ -94,6 +95,42 @@ def test_what_pruning_behind_a_projector_refuses(parts, message):
         make("qwen2.5").pruned(**parts)
 
 
+def test_attention_behind_a_projector_that_no_host_computes():
+    with pytest.raises(ValueError, match="choose parts that read contents"):
+        make("internvl").pruned("dart")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2.5", "qwen3"])
+@torch.no_grad()
+def test_statistics_are_means_over_the_patches_of_a_visual_token(name, monkeypatch):
+    case, maps = make(name), []
+    module = sys.modules[type(case.model).__module__]
+    eager = module.eager_attention_forward
+
+    def record(*args, **named):
+        out = eager(*args, **named)
+        maps.append(out[1])
+        return out
+
+    inputs, visual = case.prompts((1, 2, 3)), case.model.model.visual
+    monkeypatch.setattr(module, "eager_attention_forward", record)
+    visual.set_attn_implementation("eager")
+    visual(inputs["pixel_values"], inputs["image_grid_thw"])
+    visual.set_attn_implementation("sdpa")
+    # the last block attends within each of the two images; patches of a visual token are side by side
+    received = torch.stack([one[0].mean(0).sum(0) for one in maps[-2:]]).unflatten(1, (6, 4)).mean(2)
+    if name == "qwen2.5":
+        # in windows of 2 x 2 visual tokens, of an image of 2 x 3
+        received = received[:, torch.tensor([0, 1, 3, 4, 2, 5]).argsort()]
+    pruned = case.pruned("fastervlm", scorer="column_attention", keep="count(count=2)")
+    with vp.collect() as traces:
+        pruned(**inputs)
+    assert traces[0].output_tokens.position.tolist() == received.topk(2).indices.sort().values.flatten().tolist()
+    check_dropping_is_masking(case, pruned, inputs)
+    for preset in ("visionzip", "dart"):
+        case.pruned(preset, scorer="column_attention" if preset == "visionzip" else "key_norm")(**inputs)
+
+
 def test_newlines_stay():
     case = make("llava-next")
     inputs = case.prompts((3, 4))
@@ -101,3 +138,24 @@ def test_newlines_stay():
         case.pruned(keep="count(count=5)").generate(**inputs, **STEPS)
     # four rows of patches end with one each
     assert traces[0].lengths[-1] == (5 + 4,)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
+@torch.no_grad()
+def test_an_image_and_a_video_in_one_prompt(name):
+    case = make(name)
+    # Qwen3-VL has words, its time stamps, between frames
+    frames = [*[111] * 6, *([9] if name == "qwen3" else []), *[111] * 6]
+    ids = torch.tensor([[1, 2, *[IMAGE_ID] * 6, 3, *frames, 4, 5]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **case.draw([1])}
+    inputs["mm_token_type_ids"] = (ids == IMAGE_ID).long() + 2 * (ids == 111).long()
+    inputs |= {"pixel_values_videos": torch.randn(48, 96), "video_grid_thw": torch.tensor([[2, 4, 6]])}
+    pruned = case.pruned(keep="count(count=4)")
+    with vp.collect() as traces:
+        got = pruned.generate(**inputs, **STEPS)
+    mask = case.visible(inputs, traces[0])
+    video = torch.zeros(12, dtype=torch.int64).index_fill(0, traces[1].output_tokens.position, 1)
+    hidden = {"attention_mask": mask.masked_scatter(ids == 111, video), "position_ids": case.positions(inputs)}
+    want = case.model.generate(**inputs | hidden, **STEPS)
+    same(got.logits, want.logits)
+    assert torch.equal(got.sequences, want.sequences) and int(video.sum()) == 4

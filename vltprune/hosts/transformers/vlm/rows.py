@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,14 @@ class PrunedRows(PrunedEncoder):
         host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
     """
 
+    adapter: RowsHost
+
+    @property
+    def needs(self) -> Stat:
+        """The attention statistics that its pruners read."""
+        needed = (pruner.needs for pruner in self.pruners.values() if isinstance(pruner, Pruner))
+        return functools.reduce(operator.or_, needed, Stat.NONE)
+
     def build_pruners(self, config: PruneConfig) -> nn.ModuleDict:
         model = type(self.host).__name__
         for stage in config.stages:
@@ -47,27 +57,61 @@ class PrunedRows(PrunedEncoder):
         pruners = super().build_pruners(config)
         for pruner in pruners.values():
             assert isinstance(pruner, Pruner)
-            if pruner.needs != Stat.NONE:
+            given = Stat.FROM_QUERY if self.adapter.has_attention else pruner.needs
+            if pruner.needs & given:
                 raise ValueError(
-                    f"a part reads {pruner.needs} of the image tower's attention, and in a {model} visual "
-                    "tokens are pruned behind the projector, where there is none: choose parts that read contents, as the "
-                    "presets divprune, cdpruner, scissor, pooling and random do"
+                    f"a part reads {pruner.needs & given} of the image tower's attention, and in a {model} visual tokens are "
+                    "pruned behind the projector, where there is none: choose parts that read contents, as the presets "
+                    "divprune, cdpruner, scissor, pooling and random do"
                 )
         return pruners
 
     def _block(
-        self, depth: int, block: nn.Module, tokens: PackedTokens, block_input: object, guide: BoundGuide | None
+        self, depth: int, block: nn.Module, tokens: PackedTokens, block_input: Any, guide: BoundGuide | None
     ) -> tuple[PackedTokens, LayerTrace]:
-        decisions, guidance = self._decide(self.pruners_at(depth), tokens, AttentionStats(), guide)
+        _, stats = block_input
+        decisions, guidance = self._decide(self.pruners_at(depth), tokens, stats, guide)
         tokens, steps = apply_decisions(decisions, tokens, inside=False)
         relate = None if guidance is None else lambda: guidance
         return tokens, LayerTrace(tokens.position, tokens.protected, tokens.layout, steps, False, relate)
 
 
 class RowsHost(Host):
-    """Host of the visual tokens that enter a language model, as a tower without blocks."""
+    """Host of the visual tokens that enter a language model, as a tower without blocks.
+
+    Attributes:
+        has_attention: Whether `attention` gives statistics.
+    """
 
     pruned_class = PrunedRows
+    has_attention: ClassVar[bool] = False
+
+    def features(self, tower: Any, modality: str, **inputs: Any) -> Any:
+        """Run the dense model's image tower and projector.
+
+        Args:
+            tower: The dense model.
+            modality: "image" or "video".
+            **inputs: What these read.
+
+        Returns:
+            The dense model's own output.
+        """
+        return getattr(tower.base_model, f"get_{modality}_features")(**inputs, return_dict=True)
+
+    def attention(self, tower: Any, modality: str, needs: Stat, **inputs: Any) -> tuple[Any, AttentionStats]:
+        """Run image tower and projector, and compute statistics of the tower's attention.
+
+        Args:
+            tower: The dense model.
+            modality: "image" or "video".
+            needs: The statistics.
+            **inputs: What tower and projector read.
+
+        Returns:
+            What `features` returns, and the statistics of each visual token.
+        """
+        raise TypeError(f"no host computes the attention of a {type(tower).__name__}'s image tower")
 
     def blocks(self, tower: Any) -> Sequence[nn.Module]:
         # parts get the dtype and the device of what visual tokens stand between
@@ -78,18 +122,21 @@ class RowsHost(Host):
         return BlockSpec(name, depth, 1, text.hidden_size, text.num_attention_heads, has_summary=False)
 
     def embed(
-        self, tower: Any, modality: str, names: Sequence[str], *values: Any
+        self, tower: Any, modality: str, needs: Stat, names: Sequence[str], *values: Any
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
         # what belongs to no token, the form of the output, goes where a block's other input does
-        call = getattr(tower.base_model, f"get_{modality}_features")
-        output = call(**dict(zip(names, values, strict=True)), return_dict=True)
+        inputs, stats = dict(zip(names, values, strict=True)), AttentionStats()
+        if needs:
+            output, stats = self.attention(tower, modality, needs, **inputs)
+        else:
+            output = self.features(tower, modality, **inputs)
         rows, lengths, levels = _rows(tower, output)
         newline, layout = getattr(tower.base_model, "image_newline", None), Layout(lengths, rows.device)
         protected = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
         if newline is not None:
             protected = (rows == newline.to(rows)).all(-1)
         tokens = PackedTokens(rows, layout, layout.slot, protected)
-        return tokens if levels is None else tokens.with_column(_LEVELS, levels), (output,)
+        return tokens if levels is None else tokens.with_column(_LEVELS, levels), ((output, stats),)
 
     def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
         # no heads: visual tokens behind a projector do not attend to each other, which costs nothing
@@ -110,7 +157,16 @@ class RowsHost(Host):
 
 
 class RowsComposite(VlmComposite):
-    """Composite of any model that takes `mm_encoder_outputs`, of images and videos, each a list of visual tokens."""
+    """Composite of any model that takes `mm_encoder_outputs`, of images and videos, each a list of visual tokens.
+
+    Args:
+        model: The dense model.
+
+    Attributes:
+        host: The host of its visual tokens.
+    """
+
+    host: ClassVar[type[RowsHost]] = RowsHost
 
     def __init__(self, model: PreTrainedModel):
         base = model.base_model_prefix
@@ -122,7 +178,7 @@ class RowsComposite(VlmComposite):
         return cls(module)
 
     def image_tower(self, model: nn.Module) -> tuple[nn.Module, Host]:
-        return model, RowsHost()
+        return model, self.host()
 
     def look(self, model: Any, given: dict[str, Any]) -> dict[str, VisualRows]:
         found, read = {}, set()
@@ -151,9 +207,10 @@ class RowsComposite(VlmComposite):
                 return positions
         return super().positions(model, given, mask, generating)
 
-    def _prune(self, model: Any, *inputs: Any) -> VisualRows:
+    def _prune(self, model: Any, modality: str, *inputs: Any) -> VisualRows:
         """The rows that stay of those that the dense model computes of images or videos."""
-        tokens, (output,) = model.base_model.visual_rows.encode(*inputs)
+        encoder = model.base_model.visual_rows
+        tokens, ((output, _),) = encoder.encode(modality, encoder.needs, *inputs)
         refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
         dense = Layout([len(one) for one in output.pooler_output], tokens.x.device)
         kept, protected = torch.zeros(2, dense.total, dtype=torch.bool, device=tokens.x.device)
