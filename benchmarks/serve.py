@@ -5,8 +5,9 @@
 
 Requests arrive at random (a Poisson process), one image each. Images differ in how much of them is blank, and the pruned
 model keeps more tokens of some than of others. One worker serves requests in order: it takes those that wait, up to `--most`,
-and waits up to `--wait` milliseconds for more. Rates are in shares of what the dense model can serve one by one in eager
-PyTorch. Each call runs for real; the time between calls, in which nothing happens, is skipped. Systems take turns.
+and waits up to `--wait` milliseconds for more. With counts per instance, ONNX Runtime and OpenVINO take one at a time. Rates
+are in shares of what the dense model can serve one by one in eager PyTorch. Each call runs for real; the time between calls,
+in which nothing happens, is skipped. Systems take turns.
 """
 
 from __future__ import annotations
@@ -17,20 +18,35 @@ import random
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import clock
 import speed_results
 import torch
-from speed_engines import ENGINES, start
+from speed_engines import ENGINES, EXPORTED, start
 from speed_rows import Skipped, Subject, subject
 from torch import Tensor
 
 import vltprune as vp
+from vltprune.deploy.graph import is_adaptive
 
 Serve = Callable[[Sequence[int]], float]  # seconds that a batch of requests, by their numbers, takes
+
+
+@dataclass(frozen=True)
+class System:
+    """A model in an engine.
+
+    Attributes:
+        serve: runs it on a batch of requests.
+        most: the largest batch that it takes.
+    """
+
+    serve: Serve
+    most: int
 
 
 def main() -> None:
@@ -41,7 +57,7 @@ def main() -> None:
     dense = mixed(subject(options.model, options.images))
     with tempfile.TemporaryDirectory() as folder:
         systems = build_systems(dense, options, Path(folder))
-        rate = 1 / _seconds_each(systems["dense eager"], options.images)
+        rate = 1 / _seconds_each(systems["dense eager"].serve, options.images)
         rows = [row for load in options.loads for row in streams(systems, load, rate, options)]
     print(table(rows), flush=True)
     if options.record:
@@ -83,7 +99,7 @@ def mixed(dense: Subject) -> Subject:
     return Subject(dense.name, dense.model, (images,))
 
 
-def build_systems(dense: Subject, options: argparse.Namespace, folder: Path) -> dict[str, Serve]:
+def build_systems(dense: Subject, options: argparse.Namespace, folder: Path) -> dict[str, System]:
     """What serves requests, by name: the dense and the pruned model in each engine; what cannot run is said and left out."""
     pruned = vp.prune(dense.model, options.preset, reduction=options.reduction, data=[dense.inputs], tolerance=0.02)
     with torch.inference_mode(), vp.collect() as traces:
@@ -98,9 +114,12 @@ def build_systems(dense: Subject, options: argparse.Namespace, folder: Path) -> 
     (images,), systems = dense.inputs, {}
     for engine in dict.fromkeys(["eager", *options.engines]):
         for name, model in models.items():
+            exported = engine in EXPORTED
+            most = 1 if exported and is_adaptive(model) else options.most
+            any_batch = {"any_batch": most > 1} if exported else {}
             try:
-                run = start(engine, model, (images[: options.most],), folder)
-                systems[f"{name} {engine}"] = _serving(run, images, clock.TIMERS[options.clock])
+                run = start(engine, model, (images[:most],), folder, **any_batch)
+                systems[f"{name} {engine}"] = System(_serving(run, images, clock.TIMERS[options.clock]), most)
             except Skipped as reason:
                 print(f"skipped: {name} {engine}: {reason}", flush=True)
     return systems
@@ -122,7 +141,9 @@ def _seconds_each(serve: Serve, images: int) -> float:
     return statistics.median(serve([image]) for image in range(images))
 
 
-def streams(systems: dict[str, Serve], load: float, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+def streams(
+    systems: Mapping[str, System], load: float, rate: float, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Serves the same requests with each system, in turns.
 
     Args:
@@ -138,8 +159,8 @@ def streams(systems: dict[str, Serve], load: float, rate: float, options: argpar
     spans: dict[str, float] = dict.fromkeys(systems, 0.0)
     for number in range(options.rounds):
         arrivals = poisson(load * rate, options.requests, number)
-        for name, serve in systems.items():
-            finished = stream(arrivals, serve, options.most, options.wait / 1000)
+        for name, system in systems.items():
+            finished = stream(arrivals, system.serve, system.most, options.wait / 1000 if system.most > 1 else 0.0)
             latencies[name] += [end - begin for begin, end in zip(arrivals, finished, strict=True)]
             spans[name] += finished[-1] - arrivals[0]
     return [

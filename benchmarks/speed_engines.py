@@ -15,7 +15,7 @@ import vltprune as vp
 Run = Callable[..., object]
 
 
-def start(engine: str, model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+def start(engine: str, model: nn.Module, inputs: Inputs, folder: Path, **options: bool) -> Run:
     """What runs a model in an engine.
 
     Args:
@@ -23,6 +23,7 @@ def start(engine: str, model: nn.Module, inputs: Inputs, folder: Path) -> Run:
         model: the model.
         inputs: a batch, whose shapes a compiled engine is made for.
         folder: where files are written that the engine reads.
+        **options: of the engines in EXPORTED: any_batch=True where batches of other sizes come too.
 
     Returns:
         A function of the inputs that runs the model once.
@@ -30,7 +31,7 @@ def start(engine: str, model: nn.Module, inputs: Inputs, folder: Path) -> Run:
     Raises:
         Skipped: where the engine is not installed, or does not take the model.
     """
-    return ENGINES[engine](model, inputs, folder)
+    return ENGINES[engine](model, inputs, folder, **options)
 
 
 def _eager(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
@@ -41,19 +42,21 @@ def _finished(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
     return _eager(vp.finish(model), inputs, folder)
 
 
-def _onnxruntime(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+def _onnxruntime(model: nn.Module, inputs: Inputs, folder: Path, any_batch: bool = False) -> Run:
     _need("onnxruntime", "onnxscript")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    path = _exported(model, inputs, folder)
+    # threads that wait for the next call would slow what takes turns with this one
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    path = _exported(model, inputs, folder, any_batch)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     return lambda *given: session.run(None, {name: one.numpy() for name, one in zip(names, given, strict=True)})
 
 
-def _openvino(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+def _openvino(model: nn.Module, inputs: Inputs, folder: Path, any_batch: bool = False) -> Run:
     _need("openvino", "onnxscript")
     import openvino
 
@@ -64,17 +67,18 @@ def _openvino(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
     }
     # by itself OpenVINO computes in bfloat16 where the processor can
     options["INFERENCE_PRECISION_HINT"] = "f32"
-    compiled = openvino.Core().compile_model(_exported(model, inputs, folder), "CPU", options)
+    compiled = openvino.Core().compile_model(_exported(model, inputs, folder, any_batch), "CPU", options)
     request = compiled.create_infer_request()
     return lambda *given: request.infer([one.numpy() for one in given])
 
 
-ENGINES: dict[str, Callable[[nn.Module, Inputs, Path], Run]] = {
+ENGINES: dict[str, Callable[..., Run]] = {
     "eager": _eager,
     "finished": _finished,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }
+EXPORTED = ("onnxruntime", "openvino")
 
 
 def _need(*packages: str) -> None:
@@ -83,12 +87,12 @@ def _need(*packages: str) -> None:
         raise Skipped(f"{', '.join(missing)} is not installed")
 
 
-def _exported(model: nn.Module, inputs: Inputs, folder: Path) -> Path:
-    """The model as an ONNX file for this batch, which engines share."""
-    path = folder / f"{id(model)}.onnx"
+def _exported(model: nn.Module, inputs: Inputs, folder: Path, any_batch: bool) -> Path:
+    """The model as an ONNX file for this batch, or for any, which engines share."""
+    path = folder / f"{id(model)}{'-any' * any_batch}.onnx"
     if not path.exists():
         try:
-            vp.export(model, path, inputs, batch=len(inputs[0]))
+            vp.export(model, path, inputs, batch=None if any_batch else len(inputs[0]))
         except (vp.ExportError, ValueError) as error:
             raise Skipped(str(error)) from None
     return path

@@ -140,9 +140,10 @@ def test_a_table_compares_rows_with_the_dense_model(scripts, tmp_path, capsys):
 def test_engines_run_the_inputs_that_they_are_given(scripts, tmp_path):
     """All of them here, since they share the file that takes longest to write."""
     dense = timm.create_model("test_vit", img_size=32, depth=1, num_classes=3).eval()
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(3, 3, 32, 32)
     for engine in scripts.engines.ENGINES:
-        found = scripts.engines.start(engine, dense, (torch.randn(2, 3, 32, 32),), tmp_path)(images)
+        options = {"any_batch": True} if engine in scripts.engines.EXPORTED else {}
+        found = scripts.engines.start(engine, dense, (torch.randn(2, 3, 32, 32),), tmp_path, **options)(images)
         if not torch.is_tensor(found):
             # a list of ONNX Runtime's, a mapping of OpenVINO's
             found = torch.as_tensor(next(iter(found if isinstance(found, list) else found.values())))
@@ -210,10 +211,27 @@ def test_images_of_a_stream_differ_in_what_is_blank(scripts):
 
 
 def test_latencies_and_throughput_are_those_of_the_stream(scripts):
-    options = argparse.Namespace(rounds=2, requests=20, most=1, wait=0.0)
-    (row,) = scripts.serve.streams({"a": lambda batch: 0.01}, 2.0, 100.0, options)
+    options = argparse.Namespace(rounds=2, requests=20, wait=0.0)
+    system = scripts.serve.System(lambda batch: 0.01, 1)
+    (row,) = scripts.serve.streams({"a": system}, 2.0, 100.0, options)
     assert row["offered"] == 200 and row["served"] == pytest.approx(100, rel=0.1)
     assert 10 <= row["p50"] <= row["p95"] <= row["p99"] <= 200
+
+
+def test_exported_counts_per_instance_are_served_one_by_one(scripts, tmp_path, monkeypatch):
+    monkeypatch.setattr(scripts.serve, "start", lambda engine, model, inputs, folder, **options: lambda batch: None)
+    options = argparse.Namespace(
+        preset="attention", reduction=0.3, engines=["onnxruntime"], most=4, clock="wall", images=4
+    )
+    systems = scripts.serve.build_systems(scripts.rows.subject("test_vit", 4), options, tmp_path)
+    assert {name: system.most for name, system in systems.items()} == {
+        "dense eager": 4,
+        "attention eager": 4,
+        "attention frozen eager": 4,
+        "dense onnxruntime": 4,
+        "attention onnxruntime": 1,
+        "attention frozen onnxruntime": 4,
+    }
 
 
 def test_cells_of_scaling_are_images_of_whole_patches(scripts):
