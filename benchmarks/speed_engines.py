@@ -1,4 +1,4 @@
-"""Engines that run a model: eager PyTorch, PyTorch finished for inference, ONNX Runtime and OpenVINO."""
+"""Engines that run a model: PyTorch, finished for inference or not, with compiled kernels or not; ONNX Runtime; OpenVINO."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from speed_rows import Inputs, Skipped
 from torch import nn
 
 import vltprune as vp
+from vltprune.core.kernels import native
 
 Run = Callable[..., object]
 
@@ -35,7 +36,25 @@ def start(engine: str, model: nn.Module, inputs: Inputs, folder: Path, **options
 
 
 def _eager(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+    run = torch.inference_mode()(model.__call__)
+
+    def without_kernels(*given: torch.Tensor) -> object:
+        with native.paused():
+            return run(*given)
+
+    return without_kernels
+
+
+def _kernels(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+    try:
+        vp.build_kernels()
+    except RuntimeError as error:
+        raise Skipped(str(error)) from None
     return torch.inference_mode()(model.__call__)
+
+
+def _finished_kernels(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
+    return _kernels(vp.finish(model), inputs, folder)
 
 
 def _finished(model: nn.Module, inputs: Inputs, folder: Path) -> Run:
@@ -75,6 +94,8 @@ def _openvino(model: nn.Module, inputs: Inputs, folder: Path, any_batch: bool = 
 ENGINES: dict[str, Callable[..., Run]] = {
     "eager": _eager,
     "finished": _finished,
+    "kernels": _kernels,
+    "finished-kernels": _finished_kernels,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
 }

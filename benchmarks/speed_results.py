@@ -41,7 +41,14 @@ _ROWS = {
     "madtp": "`madtp`, counts per instance",
     "madtp-frozen": "`madtp`, frozen",
 }
-_ENGINES = {"eager": "eager", "finished": "finished", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_ENGINES = {
+    "eager": "eager",
+    "kernels": "eager, kernels",
+    "finished": "finished",
+    "finished-kernels": "finished, kernels",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 
 
 def publish(file: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -56,16 +63,16 @@ def publish(file: Path, name: str, rows: Iterable[dict[str, Any]]) -> None:
         record(file, _KEYS[file], {"name": name, **row})
 
 
-def realized(cells: Sequence[dict[str, Any]]) -> str:
-    """Markdown: models down, rows across, in eager PyTorch; the share of the saving in MACs that the clock shows.
+def realized(cells: Sequence[dict[str, Any]], engine: str = "eager") -> str:
+    """Markdown: models down, rows across, in one engine; the share of the saving in MACs that the clock shows.
 
     A cell has the reductions in ascending order. Rows that save nothing show their speed-up.
     """
-    eager = [cell for cell in cells if cell["engine"] == "eager"]
-    rows = [row for row in _ROWS if any(cell["row"] == row for cell in eager)]
+    mine = [cell for cell in cells if cell["engine"] == engine]
+    rows = [row for row in _ROWS if any(cell["row"] == row for cell in mine)]
     lines = [["", *(_ROWS[row] for row in rows)]]
-    for name in _present(eager, _MODELS):
-        lines.append([_MODELS[name], *(_numbers(eager, name, row, "realized", (0.5, 0.8)) for row in rows)])
+    for name in _present(mine, _MODELS):
+        lines.append([_MODELS[name], *(_numbers(mine, name, row, "realized", (0.5, 0.8)) for row in rows)])
     return _markdown(lines)
 
 
@@ -112,9 +119,10 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    for file, table in ((CELLS, realized), (CELLS, engines), (SERVE, served)):
-        if file.exists():
-            print(table(json.loads(file.read_text())), end="\n\n")
+    cells, rows = (json.loads(file.read_text()) if file.exists() else [] for file in (CELLS, SERVE))
+    by_engine = [realized(cells, name) for name in ("eager", "kernels") if any(c["engine"] == name for c in cells)]
+    for table in (*by_engine, engines(cells), served(rows)):
+        print(table, end="\n\n")
 
 
 if __name__ == "__main__":

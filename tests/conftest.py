@@ -9,10 +9,18 @@ from typing import Any
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kernels", action="store_true", help="run all tests with the compiled kernels (build_kernels)")
+
+
 def pytest_configure(config):
     """In processes that run tests; one that hands them out to others need not import torch, and starts them sooner."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         _configure()
+        if config.getoption("kernels"):
+            import vltprune
+
+            vltprune.build_kernels()
 
 
 def _configure():

@@ -4,6 +4,7 @@ from . import select
 from .checks.check import CheckReport, check_part
 from .core.attention import PairBias, attend
 from .core.attention_stats import attend_with_stats
+from .core.kernels.native import build_kernels
 from .core.layout import Layout
 from .core.statistics import AttentionStats, Stat
 from .core.tokens import PackedTokens
@@ -98,6 +99,7 @@ __all__ = [
     "attend",
     "attend_with_stats",
     "backbones",
+    "build_kernels",
     "calibrate",
     "check_part",
     "collect",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import segments
 from .kernels import varlen
+from .kernels.native import attention_kernel
 from .layout import Layout
 
 # padded, an instance of up to so many logits costs less than a call of its own (cpu: measured; cuda: to be measured)
@@ -136,6 +137,9 @@ def attend(
     is_plain = key_bias is None and pairs is None and not dropout and softcap is None
     if is_plain and varlen.applies(q, k, v, layout, keys, causal):
         return varlen.attend(q, k, v, layout, keys, scale, causal)
+    is_own = pairs is None and not dropout and softcap is None and key_layout is None
+    if is_own and (native := attention_kernel(q, k, v)) is not None:
+        return native(q, k, v, layout.lengths, scale, key_bias=key_bias, causal=causal)[0]
 
     # what pairs add is as large as the map, so that long instances, uniform or not, take turns
     if (layout.is_uniform and keys.is_uniform and pairs is None) or is_small(q, layout, keys):

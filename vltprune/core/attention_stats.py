@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
@@ -15,12 +15,14 @@ from torch import Tensor
 from . import precision, segments
 from .attention import Pairs, attend, bias_per_instance, by_head, capped, own_bias, padded_bias
 from .kernels import column_stats
+from .kernels.native import attention_kernel
 from .layout import Layout
 from .modality import is_of
 from .statistics import PAGERANK_STEPS, AttentionStats, Stat
 from .tokens import PackedTokens
 
 _OF_MAP = (Stat.RECEIVED, Stat.COLUMN, Stat.DIAGONAL, Stat.PAGERANK)
+_BY_NATIVE = (Stat.RECEIVED, Stat.COLUMN, Stat.DIAGONAL, Stat.SUMMARY)  # in the order in which the kernel returns them
 _WHOLE = 2**19  # logits computed at once with their statistics: of a padded batch, or of one instance
 _ROWS = 128  # of larger maps, the query rows whose probabilities are held at once: they stay in cache
 
@@ -85,9 +87,13 @@ def attend_with_stats(
         raise ValueError(f"{Stat.FROM_QUERY} is the attention of a text, and there is none: give its queries as text=")
 
     rules, values, out = _Logits(scale, causal, key_bias, pairs, dropout, softcap), {}, None
-    is_plain = key_bias is None and pairs is None and softcap is None
+    of_map = needs.of_map | (needs & Stat.SUMMARY if tokens.protected_lead else Stat.NONE)
+    native = None if _is_beyond_native(tokens, rules, of_map) else attention_kernel(q, k, v)
+    if native is not None:
+        out, values = _attend_natively(native, q, k, v, tokens, rules, of_map)
+    is_plain = native is None and key_bias is None and pairs is None and softcap is None
     by_kernel = is_plain and column_stats.applies(q, k, needs.of_map)
-    if by_kernel or not needs.of_map:
+    if out is None and (by_kernel or not needs.of_map):
         how: dict[str, Any] = {"key_bias": key_bias, "pairs": pairs, "dropout": dropout, "softcap": softcap}
         out = attend(q, k, v, tokens.layout, scale, causal=causal, **how)
 
@@ -95,7 +101,6 @@ def attend_with_stats(
         query, keys = precision.single(q), precision.single(k)
         if out is None:
             # the first token's row of the map is there too
-            of_map = needs.of_map | (needs & Stat.SUMMARY if tokens.protected_lead else Stat.NONE)
             with_map = _attend_padded if _is_small_map(q, tokens.layout) else _attend_by_rows
             out, values = with_map(query, keys, v, tokens, rules, of_map)
         if by_kernel:
@@ -165,13 +170,13 @@ def _per_token(k: Tensor, v: Tensor, out: Tensor, needs: Stat) -> dict[Stat, Ten
     """The statistics in `needs` of each token's own key, value and output."""
     values = {}
     if Stat.CONTEXT in needs:
-        values[Stat.CONTEXT] = precision.single(out).norm(dim=-1)
+        values[Stat.CONTEXT] = torch.linalg.vector_norm(precision.single(out), dim=-1)
     if Stat.KEY in needs:
         values[Stat.KEY] = k.mean(1)
     if Stat.KEY_NORM in needs:
         values[Stat.KEY_NORM] = k.abs().sum((1, 2))
     if Stat.VALUE in needs:
-        values[Stat.VALUE] = v.norm(dim=-1)
+        values[Stat.VALUE] = torch.linalg.vector_norm(v, dim=-1)
     if Stat.VALUE_MEAN in needs:
         values[Stat.VALUE_MEAN] = v.mean(1)
     return values
@@ -241,6 +246,31 @@ def _attend_padded(
     blocks = [(slice(0, layout.longest), logits.softmax(-1))]
     out, found = _sum_blocks(blocks, values, free, present, rules.dropout, needs)
     return segments.unpad(out.transpose(1, 2), layout), {stat: segments.unpad(t, layout) for stat, t in found.items()}
+
+
+def _is_beyond_native(tokens: PackedTokens, rules: _Logits, of_map: Stat) -> bool:
+    """Whether the compiled kernel lacks something: biases of pairs, caps, dropout, soft tokens, PAGERANK."""
+    if rules.pairs is not None or rules.softcap is not None:
+        return True
+    return rules.dropout > 0 or tokens.keep_prob is not None or Stat.PAGERANK in of_map
+
+
+def _attend_natively(
+    native: Callable[..., tuple[Tensor, ...]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: PackedTokens,
+    rules: _Logits,
+    needs: Stat,
+) -> tuple[Tensor, dict[Stat, Tensor]]:
+    """Output [total, heads, head_dim] and map statistics by the compiled kernel, instance by instance in tiles of rows."""
+    named = {str(stat.name).lower(): stat in needs for stat in _BY_NATIVE}
+    bias, lengths = rules.key_bias, tokens.layout.lengths
+    out, *found = native(
+        q, k, v, lengths, rules.scale, apart=tokens.protected, key_bias=bias, causal=rules.causal, **named
+    )
+    return out, {stat: values for stat, values in zip(_BY_NATIVE, found, strict=True) if stat in needs}
 
 
 def _is_small_map(q: Tensor, layout: Layout) -> bool:

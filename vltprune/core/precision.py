@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import is_recorded
+from .kernels.native import kernels
 
 # relative: within what scores count as equal. A softmax of logits near 50 leaves in doubt 50 times what single precision
 # rounds: scores of copies in random towers differed by 7e-6 and less, and others by 5e-5 and more
@@ -84,6 +85,9 @@ def rank(rows: Tensor, within: float = ROUNDING) -> tuple[Tensor, Tensor]:
     Returns:
         The scores, [batch, n], and their indices from the largest to the smallest, ties by position, [batch, n] int64.
     """
+    native = kernels(rows)
+    if native is not None and rows.is_contiguous():
+        return native.rank(rows, within)
     ordered, order = rows.detach().sort(dim=1, descending=True, stable=True)
     above, below = ordered[:, :-1], ordered[:, 1:]
     # the larger one of their absolute values, since the first is not below the second

@@ -198,7 +198,10 @@ class PackedTokens:
         Returns:
             The same tokens with these contents.
         """
-        return replace(self, x=x)
+        # no field that is computed on demand depends on the contents: they are taken along
+        tokens = object.__new__(PackedTokens)
+        tokens.__dict__.update(self.__dict__, x=x)
+        return tokens
 
     def with_column(self, name: str, column: Tensor) -> PackedTokens:
         """Adds a column, or replaces the one of this name.

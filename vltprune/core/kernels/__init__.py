@@ -1,1 +1,1 @@
-"""Kernels for GPUs, each with the condition under which it is used; without one the same is computed by plain torch."""
+"""Kernels for GPUs and CPUs, each with the condition under which it is used; without one plain torch computes the same."""

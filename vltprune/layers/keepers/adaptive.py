@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...core import precision, segments
+from ...core.kernels.native import kernels
 from ...core.statistics import Stat
 from ...core.tokens import PackedTokens
 from ...registry import keepers
@@ -74,12 +75,26 @@ class Threshold(KeepRatioPredictor):
             self.knob = _TEMPERATURE
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        return self._counts(*self._distance(scores, guidance, tokens), tokens)
+        assert guidance is not None
+        native = kernels(scores, guidance.affinity) if guidance.attend == "softmax" else None
+        if native is None or tokens.protected is not guidance.tokens.protected:
+            above = self._above(*self._distance(scores, guidance, tokens), tokens)
+            return self._kept(above, tokens.available.sizes)
+        above = native.above_anchors(
+            guidance.affinity.contiguous(),
+            scores.contiguous(),
+            tokens.protected,
+            tokens.layout.lengths,
+            self.temperature,
+            _TIE,
+        )
+        return torch.tensor([*map(self._kept, above, tokens.available.lengths)], device=scores.device)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         available, layout = tokens.available.sizes, tokens.layout
         near, difference, beyond = self._distance(scores, guidance, tokens)
-        counts, threshold = self._counts(near, difference, beyond, tokens), (near + beyond)[:, 0]
+        counts = self._kept(self._above(near, difference, beyond, tokens), available)
+        threshold = (near + beyond)[:, 0]
         if self._exponent != 1:
             # what is kept is no longer what is above: the threshold as if it lay where the counts cut
             cut = torch.where(counts < available, _cut(scores, tokens, counts), threshold)
@@ -87,10 +102,12 @@ class Threshold(KeepRatioPredictor):
         margin = (scores - layout.spread(threshold)) / mean_and_deviation(scores, tokens)[1]
         return margin.masked_fill(layout.spread(counts == available), _ENTIRELY)
 
-    def _counts(self, near: Tensor, difference: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
-        """[batch] int64: how many tokens stay, by what `_distance` returned."""
-        counts, available = self._above(near, difference, beyond, tokens), tokens.available.sizes
-        counts = torch.where((counts < 1) | (counts >= available - 1), available, counts)
+    def _kept(self, above: Any, available: Any) -> Any:
+        """How many tokens stay where so many are above the threshold: [batch] int64, or of one instance as numbers."""
+        is_all = (above < 1) | (above >= available - 1)
+        if not isinstance(above, Tensor):
+            return available if is_all else keep_count(available, (above / available) ** self._exponent)
+        counts = torch.where(is_all, available, above)
         if self._exponent == 1:
             return counts
         part = counts.to(precision.widest_float(counts.device)) / available.clamp(min=1)

@@ -6,7 +6,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..algorithms import sampling
 from ..block_spec import BlockSpec
 from ..guides.base import Guidance
 from ..printing import PrintedPart
-from ..scorers.base import hash_integers
+from ..scorers.base import Integers, hash_integers
 
 LEAST = 1e-9  # a part of a token that rounding may leave
 _DIRECTIONS = 4  # along which `random_ratio` looks for the farthest tokens
@@ -225,11 +225,25 @@ class RandomRatio(KeepRatioPredictor):
         self.mean, self.half_width, self.seed = mean, half_width, seed
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        ratio = self.mean + self.half_width * (2 * self._draw(tokens) - 1)
-        return keep_count(tokens.available.sizes, ratio.clamp(0, 1))
+        places = self._farthest(tokens)
+        if is_recorded() or places.device.type != "cpu":
+            number = torch.arange(places.shape[1], device=places.device)
+            drawn = self._drawn(hash_integers(places, number).sum(1))
+            return keep_count(tokens.available.sizes, self._ratio((drawn >> 8).float()).clamp(0, 1))
+        # a few numbers an instance, which Python computes in a fraction of the time of as many operations
+        drawn = [self._drawn(sum(map(hash_integers, row, range(_DIRECTIONS)))) for row in places.tolist()]
+        ratios = [min(max(self._ratio(one >> 8), 0.0), 1.0) for one in drawn]
+        return torch.tensor([*map(keep_count, tokens.available.lengths, ratios)], device=places.device)
 
-    def _draw(self, tokens: PackedTokens) -> Tensor:
-        """A random number in (0, 1) for each instance: [batch]."""
+    def _drawn(self, places: Integers) -> Integers:
+        return hash_integers(places, self.seed * 1009 + self.spec.depth)
+
+    def _ratio(self, drawn: Tensor | int) -> Any:
+        """The ratios of numbers of 23 bits."""
+        return self.mean + self.half_width * (2 * (drawn + 0.5) / 2**23 - 1)
+
+    def _farthest(self, tokens: PackedTokens) -> Tensor:
+        """The positions of the tokens that lie farthest along each direction: [batch, directions] int64."""
         x, layout = precision.single(tokens.x), tokens.layout
         # tensors of a graph that is recorded must not be kept
         directions = (_directions.__wrapped__ if is_recorded() else _directions)(x.shape[1], self.seed, x.device)
@@ -240,11 +254,7 @@ class RandomRatio(KeepRatioPredictor):
         reach = reach.masked_fill(~segments.pad(tokens.free, layout, False)[..., None], float("-inf"))
         rows = reach.transpose(1, 2).flatten(0, 1)
         farthest = precision.equalize(rows).argmax(1).view(layout.batch, -1)
-        place = segments.pad(tokens.position, layout).gather(1, farthest)
-
-        number = torch.arange(place.shape[1], device=place.device)
-        drawn = hash_integers(hash_integers(place, number).sum(1), self.seed * 1009 + self.spec.depth)
-        return ((drawn >> 8).float() + 0.5) / 2**23
+        return segments.pad(tokens.position, layout).gather(1, farthest)
 
 
 @functools.lru_cache(maxsize=16)
@@ -276,16 +286,26 @@ def decay_factor(spec: BlockSpec, decay: float, name: str) -> float:
     return decay**spec.before
 
 
-def keep_count(available: Tensor, ratio: Tensor | float) -> Tensor:
+@overload
+def keep_count(available: int, ratio: float) -> int: ...
+
+
+@overload
+def keep_count(available: Tensor, ratio: Tensor | float) -> Tensor: ...
+
+
+def keep_count(available: Tensor | int, ratio: Tensor | float) -> Tensor | int:
     """The number of tokens that a ratio keeps: ceil(ratio * available) within rounding, so that 0.7 * 10 is 7.
 
     Args:
-        available: [batch] int64, the number of unprotected tokens of each instance.
+        available: the number of unprotected tokens of each instance, [batch] int64, or of one instance as a number.
         ratio: the kept ratio, in [0, 1]: one for all instances, or [batch].
 
     Returns:
-        The number of tokens that stay in each instance, [batch] int64.
+        The number of tokens that stay in each instance, [batch] int64, or a number as `available` is.
     """
+    if not isinstance(available, Tensor):
+        return max(math.ceil(available * float(ratio) * (1 - precision.rounding(torch.float64)) - LEAST), 0)
     dtype = precision.widest_float(available.device)
     part = available.to(dtype) * ratio * (1 - precision.rounding(dtype))
     return (part - LEAST).ceil().long().clamp(min=0)

@@ -7,15 +7,13 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ...core import precision
 from ...core.tokens import PackedTokens
 from ...registry import keepers
 from ..block_spec import BlockSpec
 from ..guides.base import Guidance
-from .base import LEAST, KeepRatioPredictor, Knob, decay_factor, keep_count
+from .base import KeepRatioPredictor, Knob, decay_factor, keep_count
 
 
 class FixedKeeper(KeepRatioPredictor):
@@ -66,8 +64,7 @@ class Ratio(FixedKeeper):
         self.ratio, self._decay_factor = ratio, decay_factor(spec, decay, "ratio")
 
     def kept(self, available: int) -> int:
-        part = available * self.block_ratio * (1 - precision.rounding(torch.float64))
-        return max(math.ceil(part - LEAST), 0)
+        return keep_count(available, self.block_ratio)
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         # as tensors: torch.export writes no rounding of a length that is a size of the graph

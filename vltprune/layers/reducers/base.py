@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import precision, segments
+from ...core.kernels.native import kernels
 from ...core.layout import Layout
 from ...core.statistics import AttentionStats, Stat
 from ...core.tokens import PackedTokens
@@ -15,7 +16,7 @@ from ...registry import reducers
 from ..block_spec import BlockSpec
 from ..printing import PrintedPart
 from ..selectors.base import Selection
-from .reduction import Reduction, plan_fusion, plan_reduction
+from .reduction import Reduction, plan_fusion, plan_fusion_natively, plan_reduction
 
 _EPS = 1e-8
 
@@ -104,6 +105,9 @@ class Fuse(TokenReducer):
     def forward(
         self, tokens: PackedTokens, scores: Tensor, selection: Selection, stats: AttentionStats
     ) -> Reduction | None:
+        native = kernels(scores)
+        if native is not None and scores.is_contiguous():
+            return plan_fusion_natively(native, tokens.layout, selection.keep, scores, self.normalize)
         weight = self._weight(scores, selection.keep, tokens.layout)
         return plan_fusion(tokens.layout, selection.keep, weight, selection.kept, is_affine=self.normalize)
 

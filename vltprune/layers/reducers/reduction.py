@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core import precision, segments
 from ...core.checks import is_recorded
+from ...core.kernels.native import kernels
 from ...core.layout import Layout
 from ...core.tokens import PackedTokens
 from ...utils.lazy import lazy
@@ -186,15 +188,26 @@ class FusedSums(Sums):
         return torch.where(self.sources, self.before.spread(of_instance), self.number)
 
     @lazy
+    def _which(self) -> list[int]:
+        """The instance of each sum."""
+        return list(range(self.before.batch)) if self.instances is None else self.instances.tolist()
+
+    @lazy
     def merged(self) -> Tensor:
         return torch.zeros(self.rows, dtype=torch.bool, device=self.result.device).index_fill(0, self.result, 1)
 
     def contents(self, values: Tensor, index: Tensor) -> Tensor:
+        native = kernels(values)
+        if native is not None and values.is_contiguous() and self.shares.dtype == values.dtype:
+            return native.fuse(values, self.shares, self.sources, index, self.result, self._which, self.before.lengths)
         rows = precision.single(values).reshape(values.shape[0], prod(values.shape[1:]))
         sums = segments.weighted_sum(self.shares[:, None].to(rows.dtype), rows, self.before)
         return self._place(values, index, sums.view(-1, *values.shape[1:]))
 
     def counted(self, size: Tensor, index: Tensor) -> Tensor:
+        native = kernels(self.shares)
+        if native is not None and size.dtype in (torch.float32, torch.int64) and type(size) is Tensor:
+            return native.fuse(size, None, self.sources, index, self.result, self._which, self.before.lengths)
         return self._place(size, index, segments.sum(size.masked_fill(~self.sources, 0), self.before))
 
     def _place(self, values: Tensor, index: Tensor, sums: Tensor) -> Tensor:
@@ -378,6 +391,30 @@ def plan_fusion(
     number = is_result.cumsum(0) - 1
     sums = FusedSums(layout, sources, weight, number.index_select(0, last), instances, number, reduced.total)
     return Reduction(layout, reduced, index, sums, is_affine)
+
+
+def plan_fusion_natively(
+    native: Any, layout: Layout, keep: Tensor, scores: Tensor, is_normalized: bool
+) -> Reduction | None:
+    """Builds the plan of `plan_fusion` in one call, its weights included.
+
+    Args:
+        native: the compiled kernels.
+        layout: the instances, [total] tokens.
+        keep: [total] bool, the tokens that stay.
+        scores: [total], by which the tokens that go are weighted.
+        is_normalized: whether the weights of an instance sum to one.
+
+    Returns:
+        The plan, or None where all tokens stay.
+    """
+    shares, index, number, result, instances, lengths = native.plan_fusion(scores, keep, layout.lengths, is_normalized)
+    if not instances:
+        return None
+    after = Layout(lengths, layout.device)
+    every = None if len(instances) == layout.batch else torch.tensor(instances, device=layout.device)
+    sums = FusedSums(layout, ~keep, shares, result, every, number, after.total)
+    return Reduction(layout, after, index, sums, is_affine=is_normalized)
 
 
 def _counted(kept: Layout | None, keep: Tensor, layout: Layout) -> Layout | None:

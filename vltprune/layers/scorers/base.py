@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import precision, segments
+from ...core.kernels.native import kernels
 from ...core.statistics import AttentionStats, Stat
 from ...core.tokens import PackedTokens
 from ...registry import scorers
@@ -177,6 +178,11 @@ def normalize(scores: Tensor, tokens: PackedTokens, are_shares: bool = False) ->
     Returns:
         The normalized scores, [total].
     """
+    native = kernels(scores)
+    if native is not None and scores.is_contiguous():
+        normalized = native.normalize(scores, tokens.protected, tokens.layout.lengths, are_shares)
+        if normalized is not None:
+            return normalized
     layout, z = tokens.layout, segments.pad(precision.single(scores), tokens.layout)
     hides = segments.pad(tokens.protected, layout, True)
     total = z.masked_fill(hides, 0.0).sum(1, keepdim=True)
