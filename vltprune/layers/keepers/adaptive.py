@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import precision, segments
+from ...core.checks import is_recorded
 from ...core.kernels.native import kernels
 from ...core.statistics import Stat
 from ...core.tokens import PackedTokens
@@ -75,25 +76,16 @@ class Threshold(KeepRatioPredictor):
             self.knob = _TEMPERATURE
 
     def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
-        assert guidance is not None
-        native = kernels(scores, guidance.affinity) if guidance.attend == "softmax" else None
-        if native is None or tokens.protected is not guidance.tokens.protected:
-            above = self._above(*self._distance(scores, guidance, tokens), tokens)
+        above = self._above(scores, guidance, tokens)
+        if is_recorded() or above.device.type != "cpu":
             return self._kept(above, tokens.available.sizes)
-        above = native.above_anchors(
-            guidance.affinity.contiguous(),
-            scores.contiguous(),
-            tokens.protected,
-            tokens.layout.lengths,
-            self.temperature,
-            _TIE,
-        )
-        return torch.tensor([*map(self._kept, above, tokens.available.lengths)], device=scores.device)
+        # a few numbers, which Python computes in a fraction of the time of as many operations
+        return torch.tensor([*map(self._kept, above.tolist(), tokens.available.lengths)], device=above.device)
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         available, layout = tokens.available.sizes, tokens.layout
-        near, difference, beyond = self._distance(scores, guidance, tokens)
-        counts = self._kept(self._above(near, difference, beyond, tokens), available)
+        near, _, beyond = self._distance(scores, guidance, tokens)
+        counts = self._kept(self._above(scores, guidance, tokens), available)
         threshold = (near + beyond)[:, 0]
         if self._exponent != 1:
             # what is kept is no longer what is above: the threshold as if it lay where the counts cut
@@ -113,8 +105,17 @@ class Threshold(KeepRatioPredictor):
         part = counts.to(precision.widest_float(counts.device)) / available.clamp(min=1)
         return keep_count(available, part**self._exponent)
 
-    def _above(self, near: Tensor, difference: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
+    def _above(self, scores: Tensor, guidance: Guidance | None, tokens: PackedTokens) -> Tensor:
         """[batch] int64: the number of tokens of each instance that score above its threshold."""
+        assert guidance is not None
+        native = kernels(scores, guidance.affinity) if guidance.attend == "softmax" else None
+        if native is not None and tokens.protected is guidance.tokens.protected:
+            affinity, lengths = guidance.affinity.contiguous(), tokens.layout.lengths
+            counts = native.above_anchors(
+                affinity, scores.contiguous(), tokens.protected, lengths, self.temperature, _TIE
+            )
+            return torch.tensor(counts, device=scores.device)
+        near, difference, beyond = self._distance(scores, guidance, tokens)
         above = difference > beyond + near.abs() * _TIE
         return (above & segments.pad(tokens.free, tokens.layout, False)).sum(1)
 
