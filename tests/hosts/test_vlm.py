@@ -131,6 +131,40 @@ def test_statistics_are_means_over_the_patches_of_a_visual_token(name, monkeypat
         case.pruned(preset, scorer="column_attention" if preset == "visionzip" else "key_norm")(**inputs)
 
 
+@torch.no_grad()
+def test_class_attention_of_tiles_goes_where_their_patches_go():
+    case = make("llava-next")
+    inputs, tower = case.prompts((3, 4)), case.model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    maps = tower(inputs["pixel_values"][0], output_attentions=True).attentions
+    tower.set_attn_implementation("sdpa")
+    # of the last block but one, whose output the projector reads
+    whole, left, right = maps[-2][:, :, 0, 1:].mean(1).unflatten(1, (4, 4))
+    lines = torch.cat([left, right, torch.full((4, 1), torch.inf)], 1)
+    kept = torch.cat([whole.flatten(), lines.flatten()]).topk(5 + 4).indices.sort().values
+    pruned = case.pruned("fastervlm", keep="count(count=5)")
+    with vp.collect() as traces:
+        pruned(**inputs)
+    assert traces[0].output_tokens.position.tolist() == kept.tolist()
+    check_dropping_is_masking(case, pruned, inputs)
+
+
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+@torch.no_grad()
+def test_attention_that_patches_receive(name):
+    case = make(name)
+    inputs, tower = case.prompts((3, 4)), case.model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    received = tower(inputs["pixel_values"], output_attentions=True).attentions[-1].mean(1).sum(1)
+    tower.set_attn_implementation("sdpa")
+    if name == "gemma3":
+        received = torch.nn.functional.avg_pool2d(received.view(1, 4, 4), 2).flatten(1)
+    pruned = case.pruned("fastervlm", scorer="column_attention", keep="count(count=2)")
+    with vp.collect() as traces:
+        pruned(**inputs)
+    assert traces[0].output_tokens.position.tolist() == received[0].topk(2).indices.sort().values.tolist()
+
+
 def test_newlines_stay():
     case = make("llava-next")
     inputs = case.prompts((3, 4))

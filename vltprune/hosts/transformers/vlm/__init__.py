@@ -1,6 +1,6 @@
 """Composites of vision-language models of transformers that have a language model."""
 
-from . import llava, qwen
+from . import llava, qwen, tower_rows
 from .rows import generic_composite
 
-__all__ = ["generic_composite", "llava", "qwen"]
+__all__ = ["generic_composite", "llava", "qwen", "tower_rows"]

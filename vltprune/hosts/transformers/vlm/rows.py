@@ -21,7 +21,6 @@ from ....pruning.config import PruneConfig
 from ....pruning.encoder import PrunedEncoder, apply_decisions
 from ....pruning.pruner import Pruner
 from ....pruning.trace import LayerTrace
-from ....registry import hosts
 from ...base import Host
 from ...soft import refuse_soft_tokens
 from .composite import PIXELS, VisualRows, VlmComposite
@@ -217,15 +216,6 @@ class RowsComposite(VlmComposite):
         row = tokens.layout.spread(dense.starts) + tokens.position
         kept[row], protected[row] = True, tokens.protected
         return VisualRows(_output(output, tokens), kept, protected)
-
-
-@hosts.register("transformers.models.paligemma.modeling_paligemma.PaliGemmaForConditionalGeneration")
-class PaliGemmaComposite(RowsComposite):
-    """Composite of PaliGemma, whose positions begin with 1."""
-
-    def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
-        # in `generate` it adds the one by itself
-        return super().positions(model, given, mask, generating) + int(not generating)
 
 
 def generic_composite(model: nn.Module) -> RowsComposite | None:
