@@ -7,7 +7,8 @@ import copy
 import language_models as lm
 import pytest
 import torch
-from small_vlms import STEPS, VLMS, make
+import transformers as hf
+from small_vlms import LLAMA, QWEN_IDS, QWEN_TOWER, ROPE, STEPS, VLMS, make
 
 import vltprune as vp
 
@@ -184,3 +185,34 @@ def test_macs_of_a_pruned_language_model():
     wanted += (linear + mlp) * sum(left) + pair * sum(n * n for n in left)
     # the output projection of the first layer runs on what is left
     assert inside.macs["prefill"] == pytest.approx(wanted - 48 * 48 * (sum(whole) - sum(left)))
+
+
+def test_language_models_that_no_host_runs_are_refused():
+    text = {**LLAMA, "head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "rope_parameters": ROPE}
+    text |= {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    vision = {**QWEN_TOWER, "depth": 1, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48}
+    config = hf.Qwen3_5Config(text_config=text, vision_config={**vision, "num_position_embeddings": 16}, **QWEN_IDS)
+    model = hf.Qwen3_5ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="a Qwen3_5TextModel, whose recurrent layers keep what they have read"):
+        vp.prune(model, "fastv")
+    vp.prune(model, "divprune", at=None)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(1)
+    case = make("llava")
+    pruned, inputs = vp.prune(copy.deepcopy(case.model).train(), "fastv", at={"language": 0}), case.prompts((3, 4))
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 110, -100)
+    found = []
+    for enable in (False, True):
+        if enable:
+            pruned.activation_checkpointing_enable()
+        pruned.zero_grad()
+        pruned(**inputs, labels=labels).loss.backward()
+        found.append([parameter.grad for parameter in pruned.parameters() if parameter.grad is not None])
+    for once, again in zip(*found, strict=True):
+        torch.testing.assert_close(once, again)

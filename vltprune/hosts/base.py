@@ -282,6 +282,18 @@ class Composite(ABC):
             The copy.
         """
 
+    def why_without(self, model: nn.Module, tower: str) -> str:
+        """Say why a model has no tower of a name.
+
+        Args:
+            model: The dense model.
+            tower: A name that is not in `towers(model)`.
+
+        Returns:
+            The end of a sentence, ": ..."; empty where there is nothing to say.
+        """
+        return ""
+
     def projections(self, model: nn.Module) -> dict[str, TokenProjection]:
         """What maps tokens to embeddings that the towers share, by tower, where modules outside of the towers do."""
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -18,7 +18,6 @@ from .config import Parts, PruneConfig
 from .encoder import PrunedEncoder, Pruning
 from .model import PrunedModel, check_pruned, is_pruned
 from .pruner import build_like
-from .stage import NAMED_ALONE
 
 
 def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Parts]) -> PrunedModel:
@@ -60,12 +59,7 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
         towers = {host.tower: (model, host)}
     else:
         towers = composite.towers(model)
-    _check_towers(config, tuple(towers))
-    towers = {
-        name: (tower, host)
-        for name, (tower, host) in towers.items()
-        if name != NAMED_ALONE or config.depths(name, len(host.blocks(tower)))
-    }
+    _check_towers(config, tuple(towers), lambda name: "" if composite is None else composite.why_without(model, name))
 
     specs = {name: host.spec(tower, 0, name) for name, (tower, host) in towers.items()}
     projections = _projections(towers, {} if composite is None else composite.projections(model))
@@ -127,11 +121,12 @@ def build_guide(config: PruneConfig, specs: Mapping[str, BlockSpec], model: nn.M
     return build_like(model, guides[part.name], specs, **part.args)
 
 
-def _check_towers(config: PruneConfig, towers: tuple[str, ...]) -> None:
-    """ValueError for a tower that the config names and the model lacks."""
+def _check_towers(config: PruneConfig, towers: tuple[str, ...], why: Callable[[str], str]) -> None:
+    """ValueError for a tower that the config names and the model lacks, and `why` it does."""
     for stage in config.stages:
         for name, given in (("at", stage.at), ("keep", stage.keep)):
             unknown = [tower for tower in given if tower not in towers] if isinstance(given, Mapping) else []
             if unknown:
                 asked = f"{name}={stage.to_dict()[name]!r}"
-                raise ValueError(f"{asked} names the tower {unknown[0]!r}; this model has {', '.join(towers)}")
+                has = f"this model has {', '.join(towers)}{why(str(unknown[0]))}"
+                raise ValueError(f"{asked} names the tower {unknown[0]!r}; {has}")

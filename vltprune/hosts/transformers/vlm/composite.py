@@ -89,6 +89,16 @@ class VlmComposite(Composite):
             found["language"] = (language, host)
         return found
 
+    def why_without(self, model: nn.Module, tower: str) -> str:
+        if tower != "language":
+            return ""
+        language: Any = model.get_submodule(self.places["language"])
+        kinds = getattr(language.config.get_text_config(), "layer_types", None) or ()
+        reason = "which no host runs"
+        if any("linear" in kind or "conv" in kind for kind in kinds):
+            reason = "whose recurrent layers keep what they have read of tokens that go"
+        return f". Its language model is a {type(language).__name__}, {reason}: prune before it, with place='output'"
+
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         for tower, new in towers.items():
             model = with_descendant(model, self.places[tower], new)
