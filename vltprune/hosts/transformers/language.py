@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -35,8 +34,8 @@ from ...registry import hosts
 from ..ops import by_tiles
 from .base import PreNormHost, PrunedTransformer
 from .language_cache import adopt
+from .language_masks import given_mask, real_tokens, visible_keys, visual_rows
 from .modernbert import window_bias
-from .vlm.prompt import current_visual_tokens
 
 
 @dataclass(frozen=True)
@@ -176,13 +175,15 @@ class LanguageHost(PreNormHost):
         windows = [self.window(tower, depth) for depth in range(len(blocks))]
         kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
         tables = {kind: torch.stack(self.rotary(tower, x, position_ids, kind)) for kind in set(kinds)}
-        masks = {kind: _given_mask(attention_mask, kind, batch, length, seen) for kind in set(kinds)}
-        visual = _visual(visual_pos_masks, batch, length, seen, x.device)
+        masks = {kind: given_mask(attention_mask, kind, batch, length, seen) for kind in set(kinds)}
+        visual = visual_rows(visual_pos_masks, batch, length, seen, x.device)
         if seen:
             tokens = PackedTokens.pack(x, protected=~visual)
-            masks = {kind: _visible(masks[kind], windows[kinds.index(kind)], seen, length, x.device) for kind in masks}
+            masks = {
+                kind: visible_keys(masks[kind], windows[kinds.index(kind)], seen, length, x.device) for kind in masks
+            }
         else:
-            tokens = PackedTokens.pack(x, _real(masks), protected=~visual)
+            tokens = PackedTokens.pack(x, real_tokens(masks), protected=~visual)
             masks = {kind: mask if mask is not None and mask.ndim == 3 else None for kind, mask in masks.items()}
         tokens = with_modality(tokens, ~tokens.protected)
 
@@ -351,67 +352,6 @@ def _embedded(tower: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds to a language model, not both")
     return tower.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
-
-def _visual(mask: Tensor | None, batch: int, length: int, seen: int, device: torch.device) -> Tensor:
-    """[batch, length] bool: the visual tokens of a prompt, as the call says or the composite model that it is a part of."""
-    current = current_visual_tokens()
-    if mask is None and current is not None:
-        mask = current.is_visual.repeat_interleave(batch // len(current.is_visual), 0)  # beams
-    if mask is None or seen:
-        return torch.zeros(batch, length, dtype=torch.bool, device=device)
-    if mask.shape[1] > length:
-        raise ValueError(
-            f"a language model is pruned by the whole prompt, and {length} of its {mask.shape[1]} tokens came: leave "
-            "prefill_chunk_size out"
-        )
-    # without a cache the tokens generated so far are behind the prompt
-    return functional.pad(mask.to(device), (0, length - mask.shape[1]))
-
-
-def _given_mask(mask: object, kind: str, batch: int, length: int, seen: int) -> Tensor | None:
-    """The caller's mask for one kind of layer, bool: of padding [batch, seen + length], or of pairs [batch, length, same]."""
-    if isinstance(mask, Mapping):
-        if kind not in mask:
-            raise ValueError(f"attention_mask has no mask for {kind}, only for {', '.join(mask)}")
-        mask = mask[kind]
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        raise TypeError(
-            "a pruned language model takes attention_mask [batch, length], or [batch, 1, length, length] of each pair, not a "
-            f"{type(mask).__name__}: write model.set_attn_implementation('sdpa')"
-        )
-    wanted = (batch, seen + length) if mask.ndim == 2 else (batch, 1, length, seen + length)
-    if tuple(mask.shape) not in (wanted, (1, *wanted[1:])):
-        raise ValueError(f"attention_mask must be {list(wanted)}, got {list(mask.shape)}")
-    if mask.ndim == 2:
-        return mask.bool()
-    # of eager attention: 0 where a key is seen, a large negative number elsewhere
-    pairs = mask if mask.dtype is torch.bool else mask == 0
-    return pairs[:, 0].expand(batch, -1, -1)
-
-
-def _real(masks: Mapping[str, Tensor | None]) -> Tensor | None:
-    """Which tokens of a prompt are no padding, [batch, length] bool: those that see themselves. None for all."""
-    for mask in masks.values():
-        if mask is not None:
-            return mask if mask.ndim == 2 else mask.diagonal(dim1=1, dim2=2)
-    return None
-
-
-def _visible(mask: Tensor | None, window: int | None, seen: int, length: int, device: torch.device) -> Tensor | None:
-    """Which keys the tokens behind a prompt see, [1 or batch, length, seen + length] bool. None for all."""
-    if mask is not None and mask.ndim == 3:
-        return mask
-    if mask is None and length == 1 and (window is None or window > seen):
-        return None
-    key = torch.arange(seen + length, device=device)
-    query = key[seen:, None]
-    visible = key <= query
-    if window is not None:
-        visible = visible & (query - key < window)
-    return visible[None] if mask is None else visible & mask[:, None].to(device)
 
 
 def _store(
