@@ -18,6 +18,7 @@ from .config import Parts, PruneConfig
 from .encoder import PrunedEncoder, Pruning
 from .model import PrunedModel, check_pruned, is_pruned
 from .pruner import build_like
+from .stage import NAMED_ALONE
 
 
 def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Parts]) -> PrunedModel:
@@ -60,6 +61,12 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     else:
         towers = composite.towers(model)
     _check_towers(config, tuple(towers), lambda name: "" if composite is None else composite.why_without(model, name))
+    # a language model that no stage names stays dense: stock caches and kernels
+    towers = {
+        name: (tower, host)
+        for name, (tower, host) in towers.items()
+        if name != NAMED_ALONE or config.depths(name, len(host.blocks(tower)))
+    }
 
     specs = {name: host.spec(tower, 0, name) for name, (tower, host) in towers.items()}
     projections = _projections(towers, {} if composite is None else composite.projections(model))

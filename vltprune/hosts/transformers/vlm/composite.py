@@ -127,40 +127,42 @@ class VlmComposite(Composite):
         self._check(model, named, past, generating)
         if not any(pixels in named for pixels in PIXELS.values()):
             return named, None
-        ids: Tensor = named["input_ids"]
         mask = _mask(model, named, generating)
         positions = named.get("position_ids")
         if positions is None:
             positions = self.positions(model, named, mask, generating)
         rows = self.look(model, named)
-
-        stays, whole = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        free = stays
-        for modality, found in rows.items():
-            places = ids == self.token_id(model, modality)
-            _check_count(int(places.sum()), found.kept.shape[0], modality)
-            stays, whole = stays.masked_scatter(places, found.kept.to(ids.device)), whole | places
-            if found.protected is not None:
-                free = free.masked_scatter(places, ~found.protected.to(ids.device))
+        stays, visual, free = self._stays(model, named["input_ids"], rows)
         if not stays.all():
             stays = stays & (mask != 0)
         # transformers drops a mask without padding, and would then take gaps of positions for ends of sequences
         extra = int(generating and named.get("use_cache") is False)
-        pads_right = bool((mask[:, -1] == 0).any())
-        prompt = ShortPrompt.from_mask(stays, pads_right, extra)
+        prompt = ShortPrompt.from_mask(stays, bool((mask[:, -1] == 0).any()), extra)
         short = prompt.inputs({**named, "attention_mask": mask}, self.pad_id(model))
         short["position_ids"] = prompt.gather(positions)
-        is_visual = prompt.gather(whole)
         short["mm_encoder_outputs"] = {}
         for modality, found in rows.items():
             places = short["input_ids"] == self.token_id(model, modality)
             output = _behind_cache(found.output, places, past) if past else found.output
             if len(output["pooler_output"]):
                 short["mm_encoder_outputs"][modality] = output
-        language = model.get_submodule(self.places["language"])
+        is_visual = prompt.gather(visual)
         last = generating or named.get("logits_to_keep") == 1
-        report_prompts(language, (prompt.gather(mask) != 0, is_visual), (mask != 0, whole), last)
+        language = model.get_submodule(self.places["language"])
+        report_prompts(language, (prompt.gather(mask) != 0, is_visual), (mask != 0, visual), last)
         return short, VisualTokens(is_visual & prompt.gather(free), prompt.index)
+
+    def _stays(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> tuple[Tensor, Tensor, Tensor]:
+        """Which tokens of prompts [batch, length] stay, are visual, and end no line of an image, [batch, length] bool each."""
+        stays, visual = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        free = stays
+        for modality, found in rows.items():
+            places = ids == self.token_id(model, modality)
+            _check_count(int(places.sum()), found.kept.shape[0], modality)
+            stays, visual = stays.masked_scatter(places, found.kept.to(ids.device)), visual | places
+            if found.protected is not None:
+                free = free.masked_scatter(places, ~found.protected.to(ids.device))
+        return stays, visual, free
 
     def language_cost(self, model: nn.Module) -> LanguageCost:
         if self._cost is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -21,6 +21,8 @@ class Shortens(Protocol):
     def shorten(
         self, model: PrunedVlm, given: Mapping[str, Any], generating: bool = False
     ) -> tuple[dict[str, Any], VisualTokens | None]: ...
+
+    def look(self, model: PrunedVlm, given: dict[str, Any]) -> Mapping[str, Any]: ...
 
 
 class PrunedVlm(nn.Module):
@@ -57,11 +59,25 @@ class PrunedVlm(nn.Module):
         Raises:
             ValueError: For inputs that do not fit the model or each other.
         """
-        bound = inspect.signature(self.forward).bind(*args, **named).arguments
-        given = {**bound, **bound.pop("kwargs", {})}
+        given = _bound(self.forward, *args, **named)
         short, visual = self.composite.shorten(self, given)
         with visual_tokens(visual):
             return self.as_dense().forward(**short)
+
+    def get_image_features(self, *args: Any, **named: Any) -> Any:
+        """The visual tokens that stay, as the dense model's `get_image_features` returns all of them.
+
+        Args:
+            *args: As in the dense model.
+            **named: As in the dense model.
+
+        Returns:
+            An output whose `pooler_output` has the visual tokens.
+        """
+        given = _bound(self.as_dense().get_image_features, *args, **named)
+        return self.composite.look(self, {name: value for name, value in given.items() if value is not None})[
+            "image"
+        ].output
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **named: Any) -> Any:
@@ -121,6 +137,13 @@ class PrunedVlm(nn.Module):
                 f"a {type(self).__name__} cannot repeat prompts whose images keep different numbers of tokens: generate from "
                 "one prompt at a time, keep a fixed number, keep='count(...)', or leave num_beams and num_return_sequences out"
             )
+
+
+def _bound(call: Callable[..., Any], *args: Any, **named: Any) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    bound = inspect.signature(call).bind(*args, **named).arguments
+    further = bound.pop("kwargs", {})
+    return {**bound, **further}
 
 
 def _behind(prompt: Tensor, short: int, out: Any) -> Any:

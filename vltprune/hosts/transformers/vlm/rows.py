@@ -168,9 +168,10 @@ class RowsComposite(VlmComposite):
     host: ClassVar[type[RowsHost]] = RowsHost
 
     def __init__(self, model: PreTrainedModel):
-        base = model.base_model_prefix
+        # some models have no other inside them
+        base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
         language = next(name for name in ("language_model", "text_model") if hasattr(model.base_model, name))
-        super().__init__({"image": f"{base}.visual_rows", "language": f"{base}.{language}"})
+        super().__init__({"image": f"{base}visual_rows", "language": f"{base}{language}"})
 
     @classmethod
     def from_module(cls, module: Any) -> RowsComposite:
@@ -230,6 +231,8 @@ def generic_composite(model: nn.Module) -> RowsComposite | None:
         reason = "its text decoder attends to the visual tokens of an encoder"
     elif not any(hasattr(model.base_model, name) for name in ("language_model", "text_model")):
         reason = "it has no language model that visual tokens enter"
+    elif getattr(type(model), "generate", None) is not GenerationMixin.generate:
+        reason = "its `generate` is its own, and reads pixels"
     if reason is not None:
         raise TypeError(f"cannot prune a {type(model).__name__}: {reason}. Its image tower by itself may have a host")
     return RowsComposite(model)
