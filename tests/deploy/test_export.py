@@ -136,8 +136,22 @@ def test_what_cannot_be_traced_says_what_to_do(tmp_path):
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(vp.ExportError, match=r"cannot export this Branches: torch\.export cannot trace it"):
+    with pytest.raises(vp.ExportError, match=r"cannot export this Branches: torch\.export cannot take it"):
         vp.export(Branches(), tmp_path / "a.pt2", torch.randn(2, 3))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_cannot_be_written_says_what_to_do(vit, tmp_path, monkeypatch):
+    def fails(*args):
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr(type(ENGINES["pt2"]), "write", fails)
+    for model, says in (
+        (vit, "cannot take it"),
+        (vp.prune(vit, "attention"), r"vltprune\.freeze\(model, batches\)\.model"),
+    ):
+        with pytest.raises(vp.ExportError, match=rf"{says}.*\(no such operator\)"):
+            vp.export(model, tmp_path / "a.pt2", images(2))
     assert [*tmp_path.iterdir()] == []
 
 

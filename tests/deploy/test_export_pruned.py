@@ -48,16 +48,21 @@ CALLS = {
     "vit": (None, images),
     "bert": (None, texts),
     "clip image": ("encode_image", images),
+    "clip text": ("encode_text", texts),
     "blip image": ("image_features", lambda batch: torch.randn(batch, 3, 96, 96)),
     "blip text": ("text_features", texts),
 }
+# whose texts end where their ids say, and are exported at batch 1
+ONE_BY_ONE = ("clip text",)
+# that cannot be exported, because they read the text of `vltprune.query`, or be frozen: they keep fewer tokens than counts say
+NEVER_FIXED = ("ats", "cdpruner", "pooling", "scissor", "trips")
 
 
 def pruned(name, preset, **parts):
     """The pruned model, its guide placed, in evaluation mode."""
     draw = CALLS[name][1]
     model = vp.prune(dense(name.split()[0]), preset, **parts)
-    if model.pruning.guide is not None:
+    if hasattr(model.pruning.guide, "anchors"):
         model.pruning.guide.anchors.data.normal_(generator=torch.Generator().manual_seed(0))
     return model.eval(), draw
 
@@ -111,40 +116,68 @@ def test_texts_of_their_own_lengths_are_exported_at_batch_1(tmp_path):
 
 
 class Operators(torch.nn.Module):
-    """What the exporter lacks, and additions of numbers that its optimizer takes for zero."""
+    """What the exporter lacks, or writes so that ONNX Runtime computes something else."""
 
     def forward(self, x):
-        small = (x * 0 + 1e-8) * 1e8 - 1e-9
         ordered, largest = x.sort(dim=1, descending=True, stable=True), (x * 3).long().cummax(1)
-        return small, ordered.indices, x.argsort(dim=1, stable=True), largest.values, largest.indices, *x.cummax(0)
+        ascending = x.sort(dim=1, stable=True).values
+        return {
+            "order": ordered.indices,
+            "ascending order": x.argsort(dim=1, stable=True),
+            "largest": largest.values,
+            "place of the largest": largest.indices,
+            "largest of the batch": x.cummax(0).values,
+            "place in the batch": x.cummax(0).indices,
+            "insertion": torch.searchsorted(ascending, x / 3),
+            "insertion to the right": torch.searchsorted(ascending, x, right=True),
+            "truth": torch.where(x > 1, x > 2, x < -1),
+            "a small number": (x * 0 + 1e-8) * 1e8 - 1e-9,
+            "logarithm": torch.nn.functional.logsigmoid(50 * x),
+            "sum of exponentials": torch.logaddexp(100 * x, 50 * x - 99),
+        }
 
 
-@pytest.mark.parametrize("form", ["openvino"])  # by way of ONNX
-def test_ties_are_decided_as_in_torch(form, tmp_path):
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_operators_compute_what_they_do_in_torch(form, tmp_path):
+    """Ties too."""
     x, others = (torch.randint(-4, 4, (batch, 17)).float() for batch in (3, 5))
     exported = torch.export.export(Operators(), (x,), dynamic_shapes=(({0: Dim("batch")}),))
-    engine = ENGINES[form]
+    engine, wanted = ENGINES[form], Operators()(others)
     file = tmp_path / f"a{engine.suffix}"
-    engine.write(exported, file, ["x"], [*"abcdefg"])
-    for found, wanted in zip(engine.run(file, [{"x": others}])[0], Operators()(others), strict=True):
-        assert torch.equal(found.to(wanted.dtype), wanted)
+    engine.write(exported, file, ["x"], [*wanted])
+    for found, (name, one) in zip(engine.run(file, [{"x": others}])[0], wanted.items(), strict=True):
+        assert torch.allclose(found.to(one.dtype), one, atol=1e-7, rtol=1e-6), name
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in NEVER_FIXED])
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("ats", "pooling", "scissor", "trips")])
-def test_every_preset_with_fixed_counts_takes_any_batch(name, preset):
-    model, draw = pruned(name, preset)
+def test_every_preset_with_fixed_counts_runs_everywhere(name, preset, tmp_path):
+    """As torch.export's program and in ONNX Runtime with any batch; ViT in OpenVINO too."""
+    (method, _), (model, draw) = CALLS[name], pruned(name, preset)
     model = frozen(model, name, draw) if graph.is_adaptive(model) else model
-    test = program(model, CALLS[name][0], draw(3), any_batch=True)
-    for batch in (1, 4):
-        assert differs(test, model, CALLS[name][0], draw(batch)) < 1e-5
+    one_by_one = name in ONE_BY_ONE
+    with torch.no_grad():
+        call = graph.Call(model, draw(1 if one_by_one else 3), method)
+        batches = [draw(1), draw(1 if one_by_one else 4)]
+        wanted = [call.outputs(batch) for batch in batches]
+        exported = graph.trace(call, call.tensors, any_batch=not one_by_one)
+        found = {"pt2": [exported.module()(batch) for batch in batches]}
+    for form in ("onnx", "openvino") if name == "vit" else ("onnx",):
+        engine, file = ENGINES[form], tmp_path / f"a{ENGINES[form].suffix}"
+        engine.write(exported, file, call.names, [*wanted[0]])
+        found[form] = engine.run(file, [{call.names[0]: batch} for batch in batches])
+    for form, outputs in found.items():
+        for several, expected in zip(outputs, wanted, strict=True):
+            for one, other in zip(several, expected.values(), strict=True):
+                assert torch.allclose(one, other, atol=1e-5 if form == "pt2" else 1e-4), form
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["madtp", "attention", "ltp", "asvit", "flowcut", "avit", "dymu", "algm"])
-def test_every_adaptive_preset_is_one_graph(preset):
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("cdpruner", "trips")])
+def test_every_adaptive_preset_is_one_graph(preset, tmp_path):
     model, draw = pruned("vit", preset)
-    module = program(model, None, draw(1), any_batch=False)
-    for scale in (0.1, 1.0, 3.0):
-        assert differs(module, model, None, scale * draw(1)) < 1e-5
+    inputs = torch.cat([0.1 * draw(1), draw(1), 3 * draw(1)])
+    # what is fixed goes with any batch above
+    if graph.is_adaptive(model):
+        assert vp.export(model, tmp_path / "a.onnx", inputs).batches > len(inputs)

@@ -18,7 +18,7 @@ from ..utils.modes import evaluating
 from ..utils.wrappers import unwrapped
 from .engines import ENGINES, Engine, find_format
 from .finish import check_unfinished
-from .graph import Call, ExportError, Value, runs_adaptive, trace
+from .graph import Call, ExportError, Value, cannot_export, runs_adaptive, trace
 from .sidecar import describe
 
 _TOLERANCE = 1e-4
@@ -86,7 +86,8 @@ def export(
         What was written.
 
     Raises:
-        ExportError: for a model that torch.export cannot trace, and for a file that does not agree with the model to 1e-4.
+        ExportError: for a model that torch.export or the engine's exporter cannot take, and for a file that does not agree with
+            the model to 1e-4.
         ValueError: for a format that does not fit the suffix, and for inputs or a batch that the model cannot be exported with.
         TypeError: for inputs that the model does not take, and for a model of `finish`.
         ImportError: for packages that are missing.
@@ -111,7 +112,12 @@ def export(
         names = [*wanted[0]]
         with _folder_beside(path) as folder:
             file = Path(folder) / path.name
-            engine.write(program, file, call.names, names)
+            try:
+                engine.write(program, file, call.names, names)
+            except OSError:
+                raise
+            except Exception as error:  # of any class, where an operator is missing
+                raise cannot_export(model, error, f"the exporter for {engine.runtime}") from error
             difference = _difference(engine, file, call.names, batches, wanted)
             taken, given = _values(call.names, batches), _values(names, [[*one.values()] for one in wanted])
             facts = describe(model, form, taken, given, difference)

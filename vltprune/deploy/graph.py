@@ -154,22 +154,29 @@ def trace(call: Call, tensors: Sequence[Tensor], any_batch: bool) -> ExportedPro
             warnings.simplefilter("ignore")  # of torch about itself, as what it prints of a graph that fails
             return torch.export.export(call, tuple(tensors), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises whatever the traced code meets
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ExportError(
-            f"cannot export this {type(call.model).__name__}: {_advice(call.model)} ({reason})"
-        ) from error
+        raise cannot_export(call.model, error, "torch.export") from error
 
 
-def _advice(model: nn.Module) -> str:
+def cannot_export(model: nn.Module, error: Exception, tool: str) -> ExportError:
+    """The error for a model that cannot be exported, with what to do instead.
+
+    Args:
+        model: the model.
+        error: what was raised.
+        tool: what raised it, for readers.
+    """
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if is_adaptive(model):
-        return (
-            "its counts depend on what the tokens hold, in a way that torch.export cannot trace. Fix them first, "
+        advice = (
+            f"its counts depend on what the tokens hold, in a way that {tool} cannot take. Fix them first, "
             "vltprune.freeze(model, batches).model, or `vltprune export --data DIR`"
         )
-    return (
-        "torch.export cannot trace it. Where texts have lengths of their own, write batch=1, or leave the attention mask out "
-        "and give texts of one length; export one tower alone by method='encode_image'"
-    )
+    else:
+        advice = (
+            f"{tool} cannot take it. Where texts have lengths of their own, write batch=1, or leave the attention mask out and "
+            "give texts of one length; export one tower alone by method='encode_image'"
+        )
+    return ExportError(f"cannot export this {type(model).__name__}: {advice} ({reason})")
 
 
 def _named_tensors(output: object) -> Iterator[tuple[str, Tensor]]:

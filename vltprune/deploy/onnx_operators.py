@@ -11,7 +11,16 @@ import torch
 
 def operators() -> dict[Callable[..., object], Callable[..., object]]:
     """The operators by what they stand for, as `torch.onnx.export(custom_translation_table=...)` takes them."""
-    return {torch.ops.aten.sort.stable: _stable_sort, torch.ops.aten.cummax.default: _cummax}
+    aten = torch.ops.aten
+    return {
+        aten.sort.stable: _stable_sort,
+        aten.cummax.default: _cummax,
+        aten.searchsorted.Tensor: _searchsorted,
+        # which it has, but not for all numbers, or not as ONNX Runtime has it
+        aten.log_sigmoid.default: _log_sigmoid,
+        aten.logaddexp.default: _logaddexp,
+        aten.where.self: _where,
+    }
 
 
 def simplify(model: Any) -> None:
@@ -60,6 +69,44 @@ def _cummax(self: Any, dim: int) -> Any:
     reached = op.And(op.Equal(seen, op.Unsqueeze(largest, op.Constant(value_ints=[last + 1]))), earlier)
     where = op.ArgMax(op.Cast(reached, to=7), axis=last + 1, keepdims=0, select_last_index=1)  # 7: int64
     return op.Transpose(largest, perm=order), op.Transpose(where, perm=order)
+
+
+def _searchsorted(
+    sorted_sequence: Any,
+    self: Any,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Any = None,
+) -> Any:
+    """torch.searchsorted of equal leading sizes: the number of entries [..., n] that are below each value [..., m]."""
+    op = _onnx()
+    last = op.Constant(value_ints=[-1])
+    entries, values = op.Unsqueeze(sorted_sequence, op.Constant(value_ints=[-2])), op.Unsqueeze(self, last)
+    below = op.LessOrEqual(entries, values) if right or side == "right" else op.Less(entries, values)
+    return op.ReduceSum(op.Cast(below, to=6 if out_int32 else 7), last, keepdims=0)  # int32, int64
+
+
+def _log_sigmoid(self: Any) -> Any:
+    """torch.nn.functional.logsigmoid: the logarithm of the sigmoid would be minus infinity far below 0."""
+    op = _onnx()
+    zero, one = (op.CastLike(op.Constant(value_float=number), self) for number in (0.0, 1.0))
+    return op.Sub(op.Min(self, zero), op.Log(op.Add(one, op.Exp(op.Neg(op.Abs(self))))))
+
+
+def _logaddexp(self: Any, other: Any) -> Any:
+    """torch.logaddexp of finite numbers: the sum of exponentials would be 0 where both are far below 0."""
+    op = _onnx()
+    one = op.CastLike(op.Constant(value_float=1.0), self)
+    return op.Add(op.Max(self, other), op.Log(op.Add(one, op.Exp(op.Neg(op.Abs(op.Sub(self, other)))))))
+
+
+def _where(condition: Any, self: Any, other: Any) -> Any:
+    """torch.where: ONNX Runtime has none of truth values."""
+    op = _onnx()
+    if str(self.dtype) != "BOOL":
+        return op.Where(condition, self, other)
+    return op.Or(op.And(condition, self), op.And(op.Not(condition), other))
 
 
 def _onnx() -> Any:
