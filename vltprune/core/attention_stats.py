@@ -97,7 +97,7 @@ def attend_with_stats(
         how: dict[str, Any] = {"key_bias": key_bias, "pairs": pairs, "dropout": dropout, "softcap": softcap}
         out = attend(q, k, v, tokens.layout, scale, causal=causal, **how)
 
-    with torch.autocast(q.device.type, enabled=False):  # which would take the products of statistics in half again
+    with precision.without_autocast(q.device):  # which would take the products of statistics in half again
         query, keys = precision.single(q), precision.single(k)
         if out is None:
             # the first token's row of the map is there too
@@ -146,7 +146,7 @@ def attention_from_queries(
         The mean attention, [total], in single precision at least. It sums to one in each instance with a chosen query, and
         is zero in the others.
     """
-    with torch.autocast(q.device.type, enabled=False):  # which would take the products of statistics in half again
+    with precision.without_autocast(q.device):  # which would take the products of statistics in half again
         rules = _Logits(scale, causal, key_bias, pairs)
         return _from_queries(precision.single(q), precision.single(k), tokens, queries, rules)
 

@@ -8,6 +8,7 @@ sums are computed in another order, then keeps the same tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,19 @@ _HALF = (torch.float16, torch.bfloat16)
 def single(values: Tensor) -> Tensor:
     """Values in half precision converted to float32; others unchanged."""
     return values.float() if values.dtype in _HALF else values
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast, which would take sums and products of scores in half precision.
+
+    Args:
+        device: where they are computed.
+
+    Returns:
+        The context; one that does nothing where autocast is off already, as at nearly every layer.
+    """
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def widest_float(device: torch.device) -> torch.dtype:

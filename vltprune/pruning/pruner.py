@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..core import segments
+from ..core import precision, segments
 from ..core.checks import is_traced
 from ..core.layout import Layout
 from ..core.modality import Modality, is_of
@@ -158,7 +158,7 @@ class Pruner(nn.Module):
                 "keep='ratio(...)' or keep='count(...)' and selector='top', whose counts are the same for all inputs of one "
                 "shape, or run the model without tracing it"
             )
-        with torch.autocast(tokens.x.device.type, enabled=False):  # which would take sums of scores in half
+        with precision.without_autocast(tokens.x.device):  # which would take sums of scores in half
             return self._decide(tokens, stats, guidance, soft, least)
 
     def _decide(

@@ -29,7 +29,7 @@ def decides(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatena
 
     @functools.wraps(function)
     def wrapped(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+        with torch.no_grad(), precision.without_autocast(first.device):
             return function(first, *args, **kwargs)
 
     return wrapped

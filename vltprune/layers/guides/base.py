@@ -60,7 +60,7 @@ class Guidance:
         MADTP (arXiv 2403.02991), section 3.2, with the temperature sqrt(anchor dim).
         """
         x = precision.single(self.mapped.x)
-        with torch.autocast(x.device.type, enabled=False):
+        with precision.without_autocast(x.device):
             return segments.weighted_sum(self.attention(x.shape[-1] ** 0.5), x, self.mapped.layout)
 
 
@@ -236,7 +236,7 @@ class Codebook(AlignmentGuide):
 
     def _fold(self, layer: nn.Module | None) -> tuple[Tensor, Tensor | None]:
         """The anchors behind a plain map, [anchors, dim of the tower], and what its bias adds, [anchors]."""
-        with torch.autocast(self.anchors.device.type, enabled=False):
+        with precision.without_autocast(self.anchors.device):
             anchors, offset = precision.single(self.anchors), None
             if isinstance(layer, nn.Linear):
                 offset = None if layer.bias is None else anchors @ precision.single(layer.bias)
@@ -245,14 +245,14 @@ class Codebook(AlignmentGuide):
 
     def _guidance_of_tokens(self, tokens: PackedTokens, tower: str, anchors: Tensor, offset: Tensor | None) -> Guidance:
         """Guidance by anchors that the tower's map is folded into: anchors [anchors, dim of the tower], offset [anchors]."""
-        with torch.autocast(tokens.x.device.type, enabled=False):
+        with precision.without_autocast(tokens.x.device):
             affinity = F.linear(precision.single(tokens.x), anchors, offset)
         return Guidance(affinity, tokens, self.attend, partial(self.map, tower=tower) if self.maps else None)
 
     def _guidance_of_mapped(self, tokens: PackedTokens, tower: str) -> Guidance:
         """Guidance by calling the tower's map on the tokens."""
         mapped = self.map(tokens.x, tower)
-        with torch.autocast(tokens.x.device.type, enabled=False):
+        with precision.without_autocast(tokens.x.device):
             affinity = F.linear(precision.single(mapped), precision.single(self.anchors))
         return Guidance(affinity, tokens, self.attend, lambda x: mapped)
 

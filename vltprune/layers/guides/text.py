@@ -244,7 +244,7 @@ def _all_alike(tokens: PackedTokens) -> Guidance:
 
 def _cosines(x: Tensor, query: Tensor, tokens: PackedTokens) -> Tensor:
     """[total, segments]: cosine of contents x [total, width] and each segment of their instance, [batch, segments, width]."""
-    with torch.autocast(x.device.type, enabled=False):
+    with precision.without_autocast(x.device):
         x = precision.single(x)
         x, query = (F.normalize(one, dim=-1, eps=_EPS) for one in (x, query.to(x.device, x.dtype)))
         # padded: a product for each instance would cost more than the padding

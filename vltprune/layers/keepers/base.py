@@ -247,7 +247,7 @@ class RandomRatio(KeepRatioPredictor):
         x, layout = precision.single(tokens.x), tokens.layout
         # tensors of a graph that is recorded must not be kept
         directions = (_directions.__wrapped__ if is_recorded() else _directions)(x.shape[1], self.seed, x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with precision.without_autocast(x.device):
             reach = segments.pad(x @ directions.to(x.dtype), layout)
         # measured from as far back as a token can reach, so that what is equal within rounding is so relative to itself
         reach = reach + segments.pad(x.abs().sum(1), layout).amax(1)[:, None, None]

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...core import segments
+from ...core import precision, segments
 from ...core.statistics import AttentionStats
 from ...core.tokens import PackedTokens
 from ...registry import scorers
@@ -103,7 +103,7 @@ def uniqueness(tokens: PackedTokens, width: float) -> Tensor:
         The scores, [total], in (0, 1], in single precision and without gradients.
     """
     layout = tokens.layout
-    with torch.autocast(tokens.x.device.type, enabled=False):
+    with precision.without_autocast(tokens.x.device):
         z = unit(tokens)
         if layout.is_uniform or z.device.type != "cpu":  # elsewhere a call for each instance costs less than padding
             counts = _resembling(segments.pad(z, layout), segments.pad(tokens.free, layout, False), width)
