@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import segments
+from .checks import is_traced
 from .kernels import varlen
 from .kernels.native import attention_kernel
 from .layout import Layout
@@ -274,7 +275,7 @@ def attend_by_head(
     if causal and (bias is not None or softcap is not None):
         future = _future(q.shape[2], k.shape[2], q)
         bias, causal = future if bias is None else bias + future, False
-    is_grouped = q.shape[1] != k.shape[1]
+    is_grouped = not is_traced() and q.shape[1] != k.shape[1]  # torch.jit.trace makes tensors of sizes
     if softcap is not None:
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) if is_grouped else t for t in (k, v))
