@@ -114,11 +114,12 @@ def export(
             file = Path(folder) / path.name
             try:
                 engine.write(program, file, call.names, names)
+                found = engine.run(file, [dict(zip(call.names, one, strict=True)) for one in batches])
             except OSError:
                 raise
-            except Exception as error:  # of any class, where an operator is missing
-                raise cannot_export(model, error, f"the exporter for {engine.runtime}") from error
-            difference = _difference(engine, file, call.names, batches, wanted)
+            except Exception as error:  # of any class, where an operator is missing or fails
+                raise cannot_export(model, error, engine.runtime) from error
+            difference = _difference(engine, found, wanted)
             taken, given = _values(call.names, batches), _values(names, [[*one.values()] for one in wanted])
             facts = describe(model, form, taken, given, difference)
             file.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -187,15 +188,8 @@ def _like(example: Tensor, generator: torch.Generator) -> Tensor:
     return changed
 
 
-def _difference(
-    engine: Engine,
-    file: Path,
-    names: Sequence[str],
-    batches: Sequence[Sequence[Tensor]],
-    wanted: Sequence[Mapping[str, Tensor]],
-) -> float:
+def _difference(engine: Engine, found: Sequence[Sequence[Tensor]], wanted: Sequence[Mapping[str, Tensor]]) -> float:
     """The largest difference of a file's outputs from the model's. ExportError above the tolerance."""
-    found = engine.run(file, [dict(zip(names, batch, strict=True)) for batch in batches])
     differences = [torch.zeros((), dtype=torch.float64)]
     for outputs, expected in zip(found, wanted, strict=True):
         for output, (name, one) in zip(outputs, expected.items(), strict=True):
