@@ -91,14 +91,27 @@ def engines(cells: Sequence[dict[str, Any]]) -> str:
 
 
 def served(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: systems down, loads across; the latency of half of the requests, and of nineteen of twenty, in milliseconds."""
+    """Markdown: a table for each model and largest batch, with systems down and loads across.
+
+    A cell has the latency of half of the requests, and of nineteen of twenty, in milliseconds.
+    """
+    return "\n\n".join(_stream(name, [row for row in rows if row["name"] == name]) for name in _names(rows))
+
+
+def _stream(name: str, rows: Sequence[dict[str, Any]]) -> str:
     loads = sorted({row["load"] for row in rows})
-    lines = [["p50 / p95, ms", *(f"load {load:.0%}" for load in loads)]]
+    batches = name.partition(", ")[2]
+    head = "p50 / p95, ms" + (f", {batches}" if batches != "batches up to 1" else "")
+    lines = [[head, *(f"load {load:.0%}" for load in loads)]]
     for system in dict.fromkeys(row["system"] for row in rows):
         mine = {row["load"]: row for row in rows if row["system"] == system}
         cells = (f"{mine[load]['p50']:.0f} / {mine[load]['p95']:.0f}" if load in mine else "" for load in loads)
         lines.append([system, *cells])
     return _markdown(lines)
+
+
+def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["name"] for row in rows))
 
 
 def _numbers(cells: Sequence[dict[str, Any]], name: str, row: str, what: str, reductions: Sequence[float]) -> str:

@@ -260,6 +260,14 @@ def test_the_page_has_the_tables_that_the_script_prints(scripts, capsys):
     assert tables and all(f"\n\n{table}\n" in page for table in tables)
 
 
+def test_streams_of_one_by_one_and_of_batches_have_tables_of_their_own(scripts):
+    row = {"system": "dense", "load": 0.5, "p50": 10.0, "p95": 20.0}
+    tables = scripts.results.served([row | {"name": f"vit, batches up to {most}", "p50": most} for most in (1, 8)])
+    one, several = tables.split("\n\n")
+    assert "| p50 / p95, ms |" in one and "| dense | 1 / 20 |" in one
+    assert "| p50 / p95, ms, batches up to 8 |" in several and "| dense | 8 / 20 |" in several
+
+
 def test_what_readme_says_of_time_is_what_was_measured(scripts):
     cells = json.loads(scripts.results.CELLS.read_text())
     readme = (FOLDER.parent / "README.md").read_text().replace("\n", " ")
