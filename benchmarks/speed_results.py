@@ -39,6 +39,7 @@ _ROWS = {
     "tome": "ToMe, minimal",
     "evit": "class attention, ratio, drop",
     "madtp": "`madtp`, counts per instance",
+    "madtp-threshold": "`madtp`, its own counts",
     "madtp-frozen": "`madtp`, frozen",
 }
 _ENGINES = {

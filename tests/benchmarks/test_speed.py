@@ -161,8 +161,11 @@ def test_calls_take_turns(scripts):
     seen = []
     times = scripts.clock.interleaved({name: lambda name=name: seen.append(name) for name in "abc"}, repeats=4)
     assert {name: len(several) for name, several in times.items()} == {"a": 4, "b": 4, "c": 4}
-    rounds = [seen[at : at + 3] for at in range(0, len(seen), 3)]
-    assert len(rounds) == 5 and all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    before, turns = seen[:6], seen[6:]
+    assert sorted(before) == ["a", "a", "b", "b", "c", "c"]
+    # short calls come twice at each turn, and the second is timed
+    assert len(turns) == 24 and turns[::2] == turns[1::2]
+    assert all(sorted(turns[at : at + 6 : 2]) == ["a", "b", "c"] for at in range(0, 24, 6))
     found = scripts.clock.compare([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
     assert found == {"speedup": 2.0, "low": 2.0, "high": 3.0}
 
