@@ -37,7 +37,8 @@ ABLATE = [
     "synthetic:test:8",
 ]
 PREDICT = ["predict", "LEFT", "RIGHT", "a circle"]
-RUNS = (["demo"], PREDICT, ["info", "blip_tiny"], ["macs", "blip_tiny"], FEATURES, PRUNE, EVAL, ABLATE, COMPRESS)
+CHAT = ["chat", "blip_nlvr_tiny", "LEFT", "RIGHT", "a circle"]
+RUNS = (["demo"], PREDICT, CHAT, ["info", "blip_tiny"], ["macs", "blip_tiny"], FEATURES, PRUNE, EVAL, ABLATE, COMPRESS)
 WHOLE = "is no whole number above 0: write 1 or more"
 SHARE = "is no fraction: write a number between 0 and 1, such as 0.5"
 SEED = "is no seed: write a whole number from 0"
@@ -57,10 +58,13 @@ WRONG = [
     ([*PREDICT, "--output", "kept.pdf"], "--output kept.pdf", "write an image file, such as kept.png, or a folder"),
     ([*PREDICT, "--output", "FILE/below"], "--output", "a file is in its way"),
     ([*PREDICT, "--pretrained", "nowhere.pth"], "nowhere.pth", "give a folder with model.safetensors"),
+    (["chat", "blip_nlvr_tiny", "nowhere.png", "a circle"], "nowhere.png", "there is no "),
+    ([*CHAT, "--max-new-tokens", "0"], "--max-new-tokens", WHOLE),
+    ([*CHAT, "--processor", "nowhere"], "--processor", "there is no folder"),
     (["list", "--import", "no_such_module"], "no_such_module", "cannot import no_such_module: ModuleNotFoundError"),
     (["check", "scorer:random", "--examples", "0"], "--examples", WHOLE),
     (["check", "scorer:random", "--seed", "-1"], "--seed", SEED),
-    *(([*run, "--selector", "topp"], "--selector", "did you mean top") for run in (FEATURES, PRUNE)),
+    *(([*run, "--selector", "topp"], "--selector", "did you mean top") for run in (FEATURES, PRUNE, CHAT)),
     (["list", "--library", "keras"], "--library", "choose from"),
     (["list", "--models", "--tags"], "--tags", "not allowed with argument"),
     (["info", "vit_tiny_patch16_224", "img_size"], "name=value", PAIR),
@@ -102,13 +106,13 @@ WRONG = [
     ([*PRUNE, "--data", "FILE", "--images", "nowhere"], "--images", "there is no folder nowhere"),
     ([*PRUNE, "--task", "nlv"], "--task", "choose from"),
     ([*PRUNE, "--vocabulary", "nowhere.txt"], "--vocabulary", "there is no file 'nowhere.txt'"),
-    ([*PRUNE, "--preset", "evitt"], "--preset", "did you mean evit"),
-    ([*PRUNE, "--scorer", "rando"], "--scorer", "did you mean random"),
-    ([*PRUNE, "--keep", "ratio(rato=0.5)"], "--keep", "did you mean ratio"),
-    ([*PRUNE, "--reducer", "none"], "--reducer", "write one of "),
-    ([*PRUNE, "--guide", "codebok"], "--guide", "codebook"),
-    ([*PRUNE, "--at", "first"], "--at", "such as --at 3,6,9"),
-    *(([*run, "--place", "mlp"], "--place", "choose from") for run in (FEATURES, PRUNE)),
+    *(([*run, "--preset", "evitt"], "--preset", "did you mean evit") for run in (PRUNE, CHAT)),
+    *(([*run, "--scorer", "rando"], "--scorer", "did you mean random") for run in (PRUNE, CHAT)),
+    *(([*run, "--keep", "ratio(rato=0.5)"], "--keep", "did you mean ratio") for run in (PRUNE, CHAT)),
+    *(([*run, "--reducer", "none"], "--reducer", "write one of ") for run in (PRUNE, CHAT)),
+    *(([*run, "--guide", "codebok"], "--guide", "codebook") for run in (PRUNE, CHAT)),
+    *(([*run, "--at", "first"], "--at", "such as --at 3,6,9") for run in (PRUNE, CHAT)),
+    *(([*run, "--place", "mlp"], "--place", "choose from") for run in (FEATURES, PRUNE, CHAT)),
     ([*ABLATE, "--grid", "preset=evitt"], "--grid", "did you mean evit"),
     ([*ABLATE, "--task", "nlv"], "--task", "choose from"),
     ([*ABLATE, "--data", "nowhere"], "--data", "there is no annotation file nowhere"),
@@ -261,10 +265,10 @@ def test_every_option_is_in_the_table():
         ("compress", "model"),
         *((command, "model") for command in ("info", "macs", "features", "prune", "export")),
     }
-    free |= {("check", "part"), ("check", "args"), ("export", "tower")}
+    free |= {("check", "part"), ("check", "args"), ("export", "tower"), ("chat", "model"), ("chat", "question")}
     alike = {"pretrained": "predict", "threads": "demo", "import": "list"}  # tried with one command
     tried = {(argv[0], option.strip("-").replace("-", "_")) for argv, name, _ in WRONG for option in (*argv, name)}
-    tried |= {("info", "arguments"), ("predict", "left")}
+    tried |= {("info", "arguments"), ("predict", "left"), ("chat", "images")}
     subparsers = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     for command, parser in subparsers.choices.items():
         for action in parser._actions:

@@ -14,7 +14,8 @@ from vltprune import AttentionStats, BlockSpec, PackedTokens, Selection, Stat, r
 from vltprune.layers.algorithms import choosing, matching
 
 SPEC = BlockSpec("image", 1, 4, 8, 2, has_summary=False)
-MATCHING = [name for name in selectors.names() if selectors[name].matches]
+# `clusters` measures distances, of which torch counts nothing
+MATCHING = [name for name in selectors.names() if selectors[name].matches and name != "clusters"]
 
 
 def inputs(n: int) -> tuple[PackedTokens, AttentionStats]:
@@ -38,6 +39,10 @@ def test_macs_of_comparisons(name, removed, n):
     counts = torch.tensor([n - removed])
     found = counted(lambda: part(tokens, torch.rand(n), counts, stats))
     assert found == float(part.macs(torch.tensor([float(n)]), torch.tensor([float(n - removed)])))
+
+
+def test_macs_of_clusters_are_those_of_all_distances():
+    assert selectors["clusters"](SPEC).macs(torch.tensor([13.0]), torch.tensor([9.0])).tolist() == [8 * 13**2]
 
 
 def test_every_part_that_compares_features_names_them_alike():
