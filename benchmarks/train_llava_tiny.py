@@ -18,7 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from auxiliary_targets import ANY, MOST, Contents, PatchHeads, PhraseHeads
 from torch import Tensor, nn
-from train_nlvr_tiny import LENGTH, Drawn, Turns, by_family, schedule
+from train_nlvr_tiny import LENGTH, Drawn, Stage, Turns, by_family, schedule
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vltprune as vp
@@ -44,16 +44,6 @@ SENTENCES = 24  # drawn per train pair; each step takes some of them
 PREFIX = 2 * (1 + CELLS)  # left <image> right <image>
 FOUND, RELATED = 3, 4  # hidden states in which a word should have found its things, and the last token both kinds
 SECONDS = 5 * 3600
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How one stage trains: pairs and sentences per step, steps in all, peak learning rate."""
-
-    pairs: int
-    sentences: int
-    steps: int
-    rate: float
 
 
 STAGES = {"look": Stage(8, 0, 1500, 1e-3), "read": Stage(8, 16, 5000, 1.5e-3)}

@@ -150,6 +150,25 @@ def _tensors(output):
     return [tensor for one in values for tensor in _tensors(one)] if values is not None else []
 
 
+def test_operands_need_not_be_contiguous_nor_the_bias_in_single_precision():
+    layout, g = Layout((5, 3)), generator(0)
+    q, k, v = torch.randn(8, 3, HEADS, HEAD_DIM, generator=g).unbind(1)
+    bias = torch.rand(8, 2, generator=g, dtype=torch.float64)[:, 0]
+    rows = torch.randn(9, 4, generator=g).t()
+    tokens = packed(layout, HEADS * HEAD_DIM, 0.3, True, False, 1.0, g)
+    scores, keep = torch.rand(8, 2, generator=g)[:, 1], (torch.rand(8, 2, generator=g) < 0.5)[:, 0] | tokens.protected
+    fuse = Fuse(vp.BlockSpec("image", 1, 4, HEADS * HEAD_DIM, HEADS, has_summary=True))
+    stats = vp.AttentionStats()
+
+    def run():
+        out = attend(q, k, v, layout, 0.3, key_bias=bias)
+        plan = fuse(tokens, scores, vp.Selection(keep), stats)
+        return out, *precision.rank(rows), normalize(scores, tokens), plan.values(rows.t().repeat(1, 2)[:8, ::2])
+
+    for plain, compiled in zip(*both(run), strict=True):
+        assert_close(compiled, plain, **CLOSE)
+
+
 def test_kernels_take_plain_single_precision_without_gradients_alone():
     one = torch.randn(3)
     assert native.kernels(one) is None  # gradients are recorded

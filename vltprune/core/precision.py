@@ -100,7 +100,7 @@ def rank(rows: Tensor, within: float = ROUNDING) -> tuple[Tensor, Tensor]:
         The scores, [batch, n], and their indices from the largest to the smallest, ties by position, [batch, n] int64.
     """
     native = kernels(rows)
-    if native is not None and rows.is_contiguous():
+    if native is not None:
         return native.rank(rows, within)
     ordered, order = rows.detach().sort(dim=1, descending=True, stable=True)
     above, below = ordered[:, :-1], ordered[:, 1:]

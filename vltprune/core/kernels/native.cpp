@@ -2,7 +2,7 @@
 //
 // Each function computes what the Python function of the same name computes, in one call where PyTorch needs ten or more.
 // Tensors are [total, ...]: the tokens of all instances end to end; `lengths` are the tokens of each instance. Python checks
-// dtypes, devices and shapes, and that no gradient is wanted.
+// devices, shapes and dtypes of operands, and that no gradient is wanted. Only `attend` reads strides: of q, k and v.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -168,8 +168,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend(
       zeros(wanted.received, {total}), zeros(wanted.column, {total}), zeros(wanted.diagonal, {total}),
       zeros(wanted.summary, {total, heads})};
   Tensor received = zeros(wanted.received, {places.back()}), column = zeros(wanted.column, {places.back()});
-  const bool* apart_data = apart ? apart->const_data_ptr<bool>() : nullptr;
-  const float* bias_data = key_bias ? key_bias->const_data_ptr<float>() : nullptr;
+  const Tensor mask = apart ? apart->contiguous() : Tensor();
+  const Tensor bias = key_bias ? key_bias->to(at::kFloat).contiguous() : Tensor();
+  const bool* apart_data = apart ? mask.const_data_ptr<bool>() : nullptr;
+  const float* bias_data = key_bias ? bias.const_data_ptr<float>() : nullptr;
   float *out_data = out.data_ptr<float>(), *received_data = received.data_ptr<float>();
   float *column_data = column.data_ptr<float>(), *diagonal_data = found.diagonal.data_ptr<float>();
   float* summary_data = found.summary.data_ptr<float>();
@@ -191,7 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend(
 }
 
 // layers/scorers/base.py, `normalize`. None where scores must be lifted first.
-std::optional<Tensor> normalize(const Tensor& scores, const Tensor& apart, const Lengths& lengths, bool are_shares) {
+std::optional<Tensor> normalize(const Tensor& given_scores, const Tensor& given_apart, const Lengths& lengths, bool are_shares) {
+  const Tensor scores = given_scores.contiguous(), apart = given_apart.contiguous();
   Tensor out = at::empty_like(scores);
   const float* z = scores.const_data_ptr<float>();
   const bool* hides = apart.const_data_ptr<bool>();
@@ -214,7 +217,8 @@ std::optional<Tensor> normalize(const Tensor& scores, const Tensor& apart, const
 }
 
 // core/precision.py, `rank`: scores [batch, n] and their slots from the largest score to the smallest
-std::tuple<Tensor, Tensor> rank(const Tensor& rows, double within) {
+std::tuple<Tensor, Tensor> rank(const Tensor& given_rows, double within) {
+  const Tensor rows = given_rows.contiguous();
   const int64_t batch = rows.size(0), n = rows.size(1);
   Tensor ranked = rows, order = at::empty({batch, n}, rows.options().dtype(at::kLong));
   const float tolerance = static_cast<float>(within);
@@ -248,8 +252,10 @@ std::tuple<Tensor, Tensor> rank(const Tensor& rows, double within) {
 
 // layers/keepers/adaptive.py, the number of tokens of each instance above the smallest of the anchors' mean scores
 std::vector<int64_t> above_anchors(
-    const Tensor& affinity, const Tensor& scores, const Tensor& apart, const Lengths& lengths, double temperature,
-    double tie) {
+    const Tensor& given_affinity, const Tensor& given_scores, const Tensor& given_apart, const Lengths& lengths,
+    double temperature, double tie) {
+  const Tensor affinity = given_affinity.contiguous(), scores = given_scores.contiguous();
+  const Tensor apart = given_apart.contiguous();
   const int64_t anchors = affinity.size(1);
   const float inverse = static_cast<float>(1 / temperature);
   std::vector<int64_t> counts;
@@ -296,7 +302,8 @@ std::vector<int64_t> above_anchors(
 // layers/reducers/base.py, `Fuse._weight` for normalized weights, and layers/reducers/reduction.py, `plan_fusion`: the weights
 // [total], the rows that stay or are sums, the number of each [total], the rows of the sums, their instances, the new lengths
 std::tuple<Tensor, Tensor, Tensor, Tensor, Lengths, Lengths> plan_fusion(
-    const Tensor& scores, const Tensor& keep, const Lengths& lengths, bool normalized) {
+    const Tensor& given_scores, const Tensor& given_keep, const Lengths& lengths, bool normalized) {
+  const Tensor scores = given_scores.contiguous(), keep = given_keep.contiguous();
   const int64_t total = scores.size(0);
   const auto whole = scores.options().dtype(at::kLong);
   Tensor weight = at::zeros_like(scores), number = at::empty({total}, whole);
@@ -337,7 +344,7 @@ template <typename T>
 void place_sums(
     const T* values, const T* share, const bool* goes, const int64_t* index, int64_t rows, int64_t width,
     const std::vector<int64_t>& starts, const std::vector<int64_t>& sum_rows, const Lengths& instances, T* out) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / width), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width)), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) std::copy_n(values + index[r] * width, width, out + r * width);
   });
   at::parallel_for(0, static_cast<int64_t>(sum_rows.size()), 1, [&](int64_t begin, int64_t end) {
@@ -357,8 +364,10 @@ void place_sums(
 
 // layers/reducers/reduction.py, `FusedSums.contents`, and `counted` without weights: values [total, ...] -> [new total, ...]
 Tensor fuse(
-    const Tensor& values, const std::optional<Tensor>& share, const Tensor& goes, const Tensor& index,
+    const Tensor& given_values, const std::optional<Tensor>& given_share, const Tensor& given_goes, const Tensor& index,
     const Tensor& result, const Lengths& instances, const Lengths& lengths) {
+  const Tensor values = given_values.contiguous(), goes = given_goes.contiguous();
+  const Tensor share = given_share ? given_share->contiguous() : Tensor();
   auto shape = values.sizes().vec();
   shape[0] = index.size(0);
   const int64_t width = values.size(0) ? values.numel() / values.size(0) : 1;
@@ -369,7 +378,7 @@ Tensor fuse(
   auto run = [&](auto zero) {
     using T = decltype(zero);
     place_sums<T>(
-        values.const_data_ptr<T>(), share ? share->const_data_ptr<T>() : nullptr, goes.const_data_ptr<bool>(),
+        values.const_data_ptr<T>(), given_share ? share.const_data_ptr<T>() : nullptr, goes.const_data_ptr<bool>(),
         index.const_data_ptr<int64_t>(), index.size(0), width, starts, sum_rows, instances, out.data_ptr<T>());
   };
   if (values.scalar_type() == at::kLong) {

@@ -28,7 +28,7 @@ def build_kernels(verbose: bool = False) -> None:
     `torch.utils.cpp_extension` (TORCH_EXTENSIONS_DIR). The kernels compute in float32 on CPUs, without gradients, what plain
     torch computes there, within rounding: attention with the statistics of its map at the price of attention alone, and
     rank, normalization, threshold, plan and sums of a pruned layer in a call each. They matter most where the batch or the
-    model is small.
+    model is small. Counters and profilers of torch's operations do not see what they compute.
 
     Args:
         verbose: whether the compiler's commands and messages are printed.

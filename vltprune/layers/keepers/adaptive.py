@@ -84,8 +84,8 @@ class Threshold(KeepRatioPredictor):
 
     def margin(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
         available, layout = tokens.available.sizes, tokens.layout
-        near, _, beyond = self._distance(scores, guidance, tokens)
-        counts = self._kept(self._above(scores, guidance, tokens), available)
+        near, difference, beyond = self._distance(scores, guidance, tokens)
+        counts = self._kept(self._exceeding(near, difference, beyond, tokens), available)
         threshold = (near + beyond)[:, 0]
         if self._exponent != 1:
             # what is kept is no longer what is above: the threshold as if it lay where the counts cut
@@ -110,12 +110,13 @@ class Threshold(KeepRatioPredictor):
         assert guidance is not None
         native = kernels(scores, guidance.affinity) if guidance.attend == "softmax" else None
         if native is not None and tokens.protected is guidance.tokens.protected:
-            affinity, lengths = guidance.affinity.contiguous(), tokens.layout.lengths
-            counts = native.above_anchors(
-                affinity, scores.contiguous(), tokens.protected, lengths, self.temperature, _TIE
-            )
+            lengths = tokens.layout.lengths
+            counts = native.above_anchors(guidance.affinity, scores, tokens.protected, lengths, self.temperature, _TIE)
             return torch.tensor(counts, device=scores.device)
-        near, difference, beyond = self._distance(scores, guidance, tokens)
+        return self._exceeding(*self._distance(scores, guidance, tokens), tokens)
+
+    def _exceeding(self, near: Tensor, difference: Tensor, beyond: Tensor, tokens: PackedTokens) -> Tensor:
+        """[batch] int64: the same, by what `_distance` returned."""
         above = difference > beyond + near.abs() * _TIE
         return (above & segments.pad(tokens.free, tokens.layout, False)).sum(1)
 

@@ -16,7 +16,8 @@ from ...registry import reducers
 from ..block_spec import BlockSpec
 from ..printing import PrintedPart
 from ..selectors.base import Selection
-from .reduction import Reduction, plan_fusion, plan_fusion_natively, plan_reduction
+from .fusion import plan_fusion, plan_fusion_natively
+from .reduction import Reduction, plan_reduction
 
 _EPS = 1e-8
 
@@ -106,7 +107,7 @@ class Fuse(TokenReducer):
         self, tokens: PackedTokens, scores: Tensor, selection: Selection, stats: AttentionStats
     ) -> Reduction | None:
         native = kernels(scores)
-        if native is not None and scores.is_contiguous():
+        if native is not None:
             return plan_fusion_natively(native, tokens.layout, selection.keep, scores, self.normalize)
         weight = self._weight(scores, selection.keep, tokens.layout)
         return plan_fusion(tokens.layout, selection.keep, weight, selection.kept, is_affine=self.normalize)

@@ -179,7 +179,7 @@ def normalize(scores: Tensor, tokens: PackedTokens, are_shares: bool = False) ->
         The normalized scores, [total].
     """
     native = kernels(scores)
-    if native is not None and scores.is_contiguous():
+    if native is not None:
         normalized = native.normalize(scores, tokens.protected, tokens.layout.lengths, are_shares)
         if normalized is not None:
             return normalized
