@@ -37,6 +37,7 @@ class BlockMacs:
         feed_forward: per token, of the rest of the block.
         memory: per memory token, of its keys and values, where the block cross-attends to a memory.
         pair: per pair of token and memory token.
+        rows: how many rows of attention a token is.
     """
 
     heads: int
@@ -46,10 +47,11 @@ class BlockMacs:
     feed_forward: float
     memory: float = 0.0
     pair: float = 0.0
+    rows: int = 1
 
     @property
     def width(self) -> int:
-        """heads * head_dim: attention takes 2 * width per pair of tokens."""
+        """heads * head_dim: attention takes 2 * width per pair of rows."""
         return self.heads * self.head_dim
 
     @classmethod
@@ -71,8 +73,8 @@ class BlockMacs:
         qkv = measure_macs(adapter.qkv, block, one, block_input)
         project = measure_macs(adapter.project, block, one, torch.zeros_like(query))
         rest = _feed_forward_macs(partial(adapter.feed_forward, block), like, block_input)
-        _, heads, head_dim = query.shape
-        return cls(heads, head_dim, qkv, project, *rest)
+        rows, heads, head_dim = query.shape
+        return cls(heads, head_dim, qkv, project, *rest, rows=rows)
 
     def after_attention(self, tokens: Tensor, memory: Memory | None) -> Tensor:
         """MACs of what follows attention: feed-forward and cross-attention.
@@ -133,20 +135,28 @@ class BlockMeter:
     def __init__(self, macs: BlockMacs, pruners: Sequence[Pruner], guide: float, channels: int):
         self.macs, self.pruners, self.guide, self.channels = macs, pruners, guide, channels
 
-    def dense(self, tokens: Tensor, memory: Memory | None) -> Tensor:
+    def dense(self, tokens: Tensor, memory: Memory | None, pairs: Tensor | None = None) -> Tensor:
         """MACs of the dense block.
 
         Args:
             tokens: [batch], the number of tokens of each instance.
             memory: what the block cross-attends to. None for none.
+            pairs: [batch], the pairs of rows that attend to each other. None for all pairs of an instance's tokens.
 
         Returns:
             The MACs of each instance, [batch].
         """
-        macs = self.macs
-        return (macs.qkv + macs.project) * tokens + 2 * macs.width * tokens**2 + macs.after_attention(tokens, memory)
+        macs, pairs = self.macs, tokens**2 if pairs is None else pairs
+        return (macs.qkv + macs.project) * tokens + 2 * macs.width * pairs + macs.after_attention(tokens, memory)
 
-    def pruned(self, before: Tensor, text: Tensor | float, memory: Memory | None, layer: LayerTrace) -> Tensor:
+    def pruned(
+        self,
+        before: Tensor,
+        text: Tensor | float,
+        memory: Memory | None,
+        layer: LayerTrace,
+        pairs: Tensor | None = None,
+    ) -> Tensor:
         """MACs of the pruned block, its pruners' own scoring included.
 
         Args:
@@ -154,22 +164,21 @@ class BlockMeter:
             text: [batch], how many of them are of a text, where text and image are one sequence. 0 elsewhere.
             memory: what the block cross-attends to. None for none.
             layer: the block's trace, for what its pruners computed and left, and where.
+            pairs: as in `dense`, of the tokens that enter the block.
 
         Returns:
             The MACs of each instance, [batch].
         """
-        macs, width = self.macs, self.macs.width
+        macs, width, pairs = self.macs, self.macs.width, before**2 if pairs is None else pairs
         left = [step_tokens(step, before.device) for step in layer.steps]
         inner = next((n for n, step in zip(reversed(left), reversed(layer.steps), strict=True) if step.inside), before)
         projected = inner if layer.reduced_early else before
-        block = (
-            macs.qkv * before + 2 * width * before**2 + macs.project * projected + macs.after_attention(inner, memory)
-        )
+        block = macs.qkv * before + 2 * width * pairs + macs.project * projected + macs.after_attention(inner, memory)
 
         acted = [pruner.needs for pruner, step in zip(self.pruners, layer.steps, strict=False) if not step.is_idle]
         needs = functools.reduce(operator.or_, acted, Stat.NONE)
         token, pair, text_pair = needs.macs(macs.heads, macs.head_dim)
-        block = block + (token + pair * before + text_pair * text) * before
+        block = block + (token * macs.rows + text_pair * text) * before + pair * pairs
         if Stat.FROM_QUERY in needs:
             # the text passes the projections as one token more
             block = block + macs.qkv
@@ -183,7 +192,7 @@ class BlockMeter:
             )
             block = block + guide * entered + pruner.macs(entered, leaves)
             if step.reduction is not None and step.reduction.merged is not None:
-                summed = self.channels + (width if step.inside and layer.reduced_early else 0)
+                summed = self.channels + (width * macs.rows if step.inside and layer.reduced_early else 0)
                 block = block + summed * (entered + _terms(step.reduction))
             former = step
         return block

@@ -5,6 +5,7 @@ activations and softmax are not, as in torch's counter, which gives twice these 
 acts token by token. So a block's costs are measured on one and two tokens, and the rest is arithmetic. An instance costs what
 it would cost alone: where short instances are attended to padded, because that is faster, the padding is not counted. A
 window (ModernBERT's local blocks) saves nothing: products with keys that it hides are made all the same, here and there.
+Regions (frames and windows of Qwen-VL) are counted each by itself, as they are computed.
 
 A dense model also computes on the padding of its texts, which a pruned one skips. That is counted by itself: what pruning
 saves is a fraction of what the dense model spends on the tokens that are there.
@@ -150,11 +151,14 @@ class _TowerMeter:
 
     def count(self, trace: PruneTrace) -> Tensor:
         """MACs [depths + 2, batch] of the pruned tower."""
-        before = token_counts(trace.input_tokens.layout)
+        before, entered = token_counts(trace.input_tokens.layout), trace.input_tokens.layout
         rows = [self._embedding_macs(trace) + self._guide]
         steps = zip(self.blocks, trace.layers, trace.block_inputs, trace.text_counts, strict=True)
         for block, layer, block_input, text in steps:
-            rows.append(block.pruned(before, text, Memory.from_block_input(block_input, len(before)), layer))
+            memory = Memory.from_block_input(block_input, len(before))
+            pairs = None if layer.regions is None else layer.regions.pairs(entered)
+            rows.append(block.pruned(before, text, memory, layer, pairs))
+            entered = layer.layout
             before = step_tokens(layer.steps[-1], before.device) if layer.steps else before
         return torch.stack([*rows, self._head_macs(before)])
 
@@ -163,9 +167,12 @@ class _TowerMeter:
 
         image: the layout that entered the tower at which this one looks; None where it looks at none.
         """
-        rows = [self._embedding_macs(trace)]
-        for block, block_input in zip(self.blocks, trace.block_inputs, strict=True):
-            rows.append(block.dense(lengths, Memory.from_block_input(block_input, len(lengths), image)))
+        rows, tokens, adapter = [self._embedding_macs(trace)], trace.input_tokens, self.encoder.adapter
+        blocks = zip(self.blocks, adapter.blocks(self.encoder.host), trace.block_inputs, strict=True)
+        for meter, block, block_input in blocks:
+            regions = adapter.regions(block, tokens, block_input)
+            pairs = None if regions is None else regions.pairs(tokens.layout)
+            rows.append(meter.dense(lengths, Memory.from_block_input(block_input, len(lengths), image), pairs))
         return torch.stack([*rows, self._head_macs(lengths)])
 
     def _embedding_macs(self, trace: PruneTrace) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..core.attention import Pairs
+from ..core.regions import Regions
 from ..core.tokens import PackedTokens
 from ..layers.block_spec import BlockSpec
 from ..layers.guides.base import TokenProjection
@@ -131,11 +132,24 @@ class Host(ABC):
             block_input: What `embed` returned for this block.
 
         Returns:
-            Query, key and value, each [total, heads, head_dim].
+            Query, key and value, each [total, heads, head_dim]; one row for each of `regions`, where the block has some.
 
         Raises:
             TypeError: For an attention that the host cannot run, such as one inside an adapter.
         """
+
+    def regions(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> Regions | None:
+        """Which tokens attend to each other, where these are not all of an instance, or where a token is several patches.
+
+        Args:
+            block: The block.
+            tokens: Tokens before the block.
+            block_input: What `embed` returned for this block.
+
+        Returns:
+            The regions; None where all tokens of an instance attend to each other, one row each.
+        """
+        return None
 
     @abstractmethod
     def scale(self, block: nn.Module) -> float:
@@ -165,7 +179,7 @@ class Host(ABC):
         Args:
             block: The block.
             tokens: Tokens before the block, x [total, dim].
-            context: Output of attention [total, heads, head_dim].
+            context: Output of attention [total, heads, head_dim]; [total, rows, heads, head_dim] where the block has `regions`.
 
         Returns:
             The tokens with the new x [total, dim].

@@ -209,14 +209,16 @@ class PrunedEncoder(Tower):
     ) -> tuple[PackedTokens, LayerTrace]:
         adapter, inside, behind = self.adapter, self.pruners_at(depth, "attention"), self.pruners_at(depth, "block")
         q, k, v = adapter.qkv(block, tokens, block_input)
+        regions = adapter.regions(block, tokens, block_input)
+        rows = tokens if regions is None else regions.rows_of(tokens)
         pairs = adapter.pair_bias(block, tokens, block_input)
         causal = adapter.causal(self.host) and not isinstance(pairs, PairMask)
         options: dict[str, Any] = {"causal": causal, "dropout": adapter.attention_dropout(block), "pairs": pairs}
-        options |= {"key_bias": tokens.bias, "softcap": adapter.softcap(block)}
+        options |= {"key_bias": rows.bias, "softcap": adapter.softcap(block)}
         scale, relate, needs = adapter.scale(block), None, self._needs((*inside, *behind), tokens)
 
         if needs is None:
-            context, stats = attend(q, k, v, tokens.layout, scale, **options), AttentionStats()
+            context, stats = attend(q, k, v, rows.layout, scale, **options), AttentionStats()
             if guide is not None and (inside or behind or (not self.pruners and torch.is_grad_enabled())):
                 # for whoever reads it, such as the alignment loss with the other tower
                 relate = partial(guide, tokens)
@@ -225,7 +227,10 @@ class PrunedEncoder(Tower):
                 # as a token of its own, by the block's own norm and query projection
                 text = PackedTokens.pack(guide.text[:, None].to(tokens.x.dtype))
                 options["text"] = adapter.qkv(block, text, block_input)[0]
-            context, stats = attend_with_stats(q, k, v, tokens, scale, needs, **options)
+            context, stats = attend_with_stats(q, k, v, rows, scale, needs, **options)
+        if regions is not None:
+            # a token of several rows has their mean
+            context, stats = regions.gather(context), stats.mapped(lambda values: regions.gather(values).mean(1))
         entered = tokens
         decisions, guidance = self._decide(inside, tokens, stats, guide)
 
@@ -255,7 +260,16 @@ class PrunedEncoder(Tower):
         expected = steps[-1].expected if steps else None if tokens.keep_prob is None else tokens.expected
         modality, position = tokens.columns.get(COLUMN), tokens.position
         trace = LayerTrace(
-            position, tokens.protected, tokens.layout, steps, early, relate, expected, scored, modality=modality
+            position,
+            tokens.protected,
+            tokens.layout,
+            steps,
+            early,
+            relate,
+            expected,
+            scored,
+            modality=modality,
+            regions=regions,
         )
         return tokens, trace
 

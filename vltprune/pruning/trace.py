@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core import precision, segments
 from ..core.layout import Layout
 from ..core.modality import COLUMN, text_counts
+from ..core.regions import Regions
 from ..core.tokens import PackedTokens
 from ..layers import Guidance, Reduction
 from ..utils.lazy import lazy
@@ -62,6 +63,7 @@ class LayerTrace:
         tokens: the tokens that left the block, in `collect(tokens=True)`. None otherwise.
         modality: [total] int64, the modality of the tokens that left the block, where text and image are one sequence. None
             elsewhere.
+        regions: within what the tokens that entered the block attended to each other. None for whole instances.
     """
 
     position: Tensor
@@ -74,6 +76,7 @@ class LayerTrace:
     scored: tuple[PackedTokens, Tensor] | None = None
     tokens: PackedTokens | None = None
     modality: Tensor | None = None
+    regions: Regions | None = None
 
     @property
     def identity(self) -> Tensor:

@@ -10,7 +10,20 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST:
         "can: pip install 'vltprune[hf]'"
     )
 
-from . import blip, clip, dino, heads, language, modernbert, text, vilt, vit, vlm  # noqa: E402
+from . import blip, clip, dino, heads, language, modernbert, qwen_vision, text, vilt, vit, vlm  # noqa: E402
 from .vlm import generic_composite  # noqa: E402
 
-__all__ = ["blip", "clip", "dino", "generic_composite", "heads", "language", "modernbert", "text", "vilt", "vit", "vlm"]
+__all__ = [
+    "blip",
+    "clip",
+    "dino",
+    "generic_composite",
+    "heads",
+    "language",
+    "modernbert",
+    "qwen_vision",
+    "text",
+    "vilt",
+    "vit",
+    "vlm",
+]

@@ -74,10 +74,13 @@ class PrunedVlm(nn.Module):
         Returns:
             An output whose `pooler_output` has the visual tokens.
         """
-        given = _bound(self.as_dense().get_image_features, *args, **named)
-        return self.composite.look(self, {name: value for name, value in given.items() if value is not None})[
-            "image"
-        ].output
+        return self._features("image", *args, **named)
+
+    def _features(self, modality: str, *args: Any, **named: Any) -> Any:
+        """What stays of images or videos, from the arguments of the dense model's `get_image_features` or its like."""
+        given = _bound(getattr(self.as_dense(), f"get_{modality}_features"), *args, **named)
+        given = {name: value for name, value in given.items() if value is not None}
+        return self.composite.look(self, given)[modality].output
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **named: Any) -> Any:
@@ -164,7 +167,10 @@ def pruned_class(dense: type[nn.Module]) -> type[PrunedVlm]:
     def forward(self: PrunedVlm, *args: Any, **named: Any) -> Any:
         return PrunedVlm.forward(self, *args, **named)
 
-    body = {"dense_class": dense, "forward": forward, "__module__": dense.__module__, "__reduce_ex__": _reduce}
+    body: dict[str, Any] = {"dense_class": dense, "forward": forward}
+    body |= {"__module__": dense.__module__, "__reduce_ex__": _reduce}
+    if hasattr(dense, "get_video_features"):
+        body["get_video_features"] = functools.partialmethod(PrunedVlm._features, "video")
     return type(dense.__name__, (PrunedVlm, dense), body)
 
 

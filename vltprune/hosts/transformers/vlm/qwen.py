@@ -1,69 +1,41 @@
-"""Composites of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: visual tokens with the attention that their patches have in the tower."""
+"""Composites of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: visual tokens pruned inside the image tower or behind its last block."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+from torch import nn
 
-from ....core.attention_stats import attend_with_stats
-from ....core.layout import Layout
-from ....core.statistics import AttentionStats, Stat
-from ....core.tokens import PackedTokens
 from ....registry import hosts
-from .rows import RowsComposite, RowsHost
-
-
-class QwenRowsHost(RowsHost):
-    """Host of the visual tokens of Qwen-VL. Statistics are means over the patches of each, of the tower's last whole block.
-
-    That block's attention is computed once more, from the tokens that entered it.
-    """
-
-    has_attention = True
-
-    def attention(self, tower: Any, modality: str, needs: Stat, **inputs: Any) -> tuple[Any, AttentionStats]:
-        visual = tower.base_model.visual
-        # blocks attend in windows elsewhere
-        depth = max(getattr(visual, "fullatt_block_indexes", None) or (len(visual.blocks) - 1,))
-        output = super().features(tower, modality, output_hidden_states=[depth], **inputs)
-        x, block = output.hidden_states[depth], visual.blocks[depth]
-        grid = next(inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs)
-        merged, order = visual.spatial_merge_size**2, _window_order(visual, grid)
-        angles = visual.rotary_pos_emb(x, get_vision_position_ids(grid, visual.spatial_merge_size))
-        if order is not None:
-            angles = tuple(angle.unflatten(0, (-1, merged))[order].flatten(0, 1) for angle in angles)
-        q, k, v = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
-        q, k = apply_rotary_pos_emb_vision(q, k, *angles)
-        layout = Layout(get_vision_cu_seqlens(grid).diff().tolist(), x.device)
-        tokens = PackedTokens(
-            x, layout, layout.slot, torch.zeros_like(layout.slot, dtype=torch.bool), number_protected=0
-        )
-        stats = attend_with_stats(q, k, v, tokens, block.attn.scaling, needs)[1]
-
-        def of_rows(values: Tensor) -> Tensor:
-            mean = values.unflatten(0, (-1, merged)).mean(1)
-            return mean if order is None else mean[order.argsort()]
-
-        return output, stats.mapped(of_rows)
-
-
-def _window_order(visual: Any, grid: Tensor) -> Tensor | None:
-    """The order in which Qwen2.5-VL's tower has the visual tokens, by windows; None for another tower."""
-    window = getattr(visual, "window_size", None)
-    if window is None:
-        return None
-    options = {"window_size": window, "patch_size": visual.patch_size}
-    return get_vision_window_index(grid, spatial_merge_size=visual.spatial_merge_size, **options)[0].to(grid.device)
+from ...base import Host
+from ...find import find_host
+from ...soft import refuse_soft_tokens
+from .composite import VisualRows
+from .rows import RowsComposite
 
 
 @hosts.register("transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLForConditionalGeneration")
 @hosts.register("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLForConditionalGeneration")
 @hosts.register("transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLForConditionalGeneration")
 class QwenComposite(RowsComposite):
-    """Composite of Qwen-VL."""
+    """Composite of Qwen-VL. What is pruned are the patches of a visual token, before the tower joins them."""
 
-    host = QwenRowsHost
+    image: ClassVar[str] = "visual"
+
+    def image_tower(self, model: Any) -> tuple[nn.Module, Host]:
+        return model.base_model.visual, find_host(model.base_model.visual)
+
+    def _prune(self, model: Any, modality: str, names: tuple[str, ...], *inputs: Any) -> VisualRows:
+        encoder = model.base_model.visual
+        tokens, calls = encoder.encode(*inputs)
+        refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
+        output, lengths = encoder.adapter.head(encoder.host, tokens, calls), list(tokens.layout.lengths)
+        short: Any = type(output)()
+        short["pooler_output"] = list(output.pooler_output.split(lengths))
+        if "deepstack_features" in output:
+            short["deepstack_features"] = [list(level.split(lengths)) for level in output.deepstack_features]
+        attention = calls[0].attention
+        kept = torch.zeros(attention.tables.shape[1], dtype=torch.bool, device=tokens.x.device)
+        kept[attention.row(tokens)] = True
+        return VisualRows(short, kept)

@@ -163,15 +163,17 @@ class RowsComposite(VlmComposite):
 
     Attributes:
         host: The host of its visual tokens.
+        image: The name of what is pruned before the language model, beside that.
     """
 
     host: ClassVar[type[RowsHost]] = RowsHost
+    image: ClassVar[str] = "visual_rows"
 
     def __init__(self, model: PreTrainedModel):
         # some models have no other inside them
         base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
         language = next(name for name in ("language_model", "text_model") if hasattr(model.base_model, name))
-        super().__init__({"image": f"{base}visual_rows", "language": f"{base}{language}"})
+        super().__init__({"image": f"{base}{self.image}", "language": f"{base}{language}"})
 
     @classmethod
     def from_module(cls, module: Any) -> RowsComposite:
@@ -207,10 +209,10 @@ class RowsComposite(VlmComposite):
                 return positions
         return super().positions(model, given, mask, generating)
 
-    def _prune(self, model: Any, modality: str, *inputs: Any) -> VisualRows:
+    def _prune(self, model: Any, modality: str, names: tuple[str, ...], *inputs: Any) -> VisualRows:
         """The rows that stay of those that the dense model computes of images or videos."""
         encoder = model.base_model.visual_rows
-        tokens, ((output, _),) = encoder.encode(modality, encoder.needs, *inputs)
+        tokens, ((output, _),) = encoder.encode(modality, encoder.needs, names, *inputs)
         refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
         dense = Layout([len(one) for one in output.pooler_output], tokens.x.device)
         kept, protected = torch.zeros(2, dense.total, dtype=torch.bool, device=tokens.x.device)
