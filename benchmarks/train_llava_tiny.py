@@ -15,9 +15,7 @@ No run takes more than five hours of the processor: the time spent is in the che
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,27 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from auxiliary_targets import ANY, MOST, Contents, PatchHeads, PhraseHeads
+from auxiliary_targets import ANY, MOST, PatchHeads, PhraseHeads
+from synthetic_training import LENGTH, Drawn, Loss, Stage, Training, accuracies, by_family
 from torch import Tensor, nn
-from train_nlvr_tiny import LENGTH, Drawn, Stage, Turns, by_family, schedule
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vltprune as vp
 from vltprune.data.drawing import COLORS, SHAPES, SIDE, SIZES
 from vltprune.data.llava import END, FALSE, TRUE, VOCABULARY
-from vltprune.data.sentences import FAMILIES
-from vltprune.models import zoo
 
 NAME = "llava_tiny"
 PATCH = 12
 CELLS = (SIDE // PATCH) ** 2
 WIDTH = 128
-SENTENCES = 24  # drawn per train pair; each step takes some of them
 PREFIX = 2 * (1 + CELLS)  # left <image> right <image>
 FOUND, RELATED = 3, 4  # hidden states in which a word should have found its things, and the last token both kinds
-SECONDS = 5 * 3600
-
-
 STAGES = {"look": Stage(8, 0, 1500, 1e-3), "read": Stage(8, 16, 5000, 1.5e-3)}
 
 
@@ -131,69 +123,22 @@ class GistHead(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten()), found
 
 
-class Training:
-    """One run: the model, the heads that only training needs, the synthetic pairs, and a log."""
+class LlavaTraining(Training):
+    """One run of `llava_tiny`. fast: whether it computes in bf16 with compiled layers."""
+
+    log_every, keep_every = 50, 250
 
     def __init__(self, folder: Path, size: int, fast: bool) -> None:
-        self.folder, self.fast, self.spent = folder, fast, 0.0
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model = build_model()
+        self.fast, self.model = fast, build_model()
         self.patches, self.gist, self.phrases = PatchHeads(WIDTH), GistHead(WIDTH), PhraseHeads(WIDTH)
-        self.train = Drawn(folder, "train", size, SENTENCES, PATCH)
-        self.val = Drawn(folder, "val", 400, 12, PATCH)
-        self.contents, self.turns = Contents(size), Turns(np.asarray(self.train.arrays["ids"]))
-        self.log("drawn")
+        heads = {"patches": self.patches, "gist": self.gist, "phrases": self.phrases}
+        super().__init__(folder, size, PATCH, self.model, heads)
 
-    def log(self, text: str) -> None:
-        """One line to the log and the screen."""
-        line = f"{time.strftime('%H:%M:%S')} {text}"
-        print(line, flush=True)
-        with (self.folder / "train.log").open("a") as file:
-            file.write(line + "\n")
-
-    def run(self, name: str, stage: Stage) -> None:
-        """One stage from its last checkpoint to its end; nothing if it has ended."""
-        tuned = self._tuned(name)
-        groups = [{"params": [p for p in tuned if p.ndim > 1]}, {"params": [p for p in tuned if p.ndim <= 1]}]
-        groups[1]["weight_decay"] = 0.0
-        optimizer = torch.optim.AdamW(groups, stage.rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-        start = self._restore(name, optimizer)
-        if start >= stage.steps:
-            return
-        loss, clock = getattr(self, f"_begin_{name}")(), time.process_time() - self.spent
-        rng, seen = np.random.default_rng((1, start)), []
-
-        for step in range(start + 1, stage.steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = stage.rate * schedule(step - 1, stage.steps)
-            rows = np.sort(rng.choice(self.train.size, stage.pairs, replace=False))
-            chosen = self.turns.choose(rng, rows, stage.sentences, step / stage.steps)
-            seen.append(self._step(*loss(rows, chosen), tuned, optimizer))
-            self.spent = time.process_time() - clock
-            if step % 50 == 0:
-                figures = " ".join(f"{figure:.3f}" for figure in np.nanmean(seen[-50:], axis=0))
-                self.log(f"{name} {step}, {self.spent / 60:.1f} min: {figures}")
-            if step % 250 == 0 or step == stage.steps:
-                self._keep(name, step, optimizer)
-                if name == "read":
-                    self.log(f"{name} {step} on val: {score(self.model, self.val, self.val_tokens)}")
-            if self.spent > SECONDS:
-                raise SystemExit("five hours of the processor are spent")
-
-    def _begin_look(self) -> Any:
-        return self._look
-
-    def _look(self, rows: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Loss of the image tower, and accuracies: shape, color, size and center of patches, counts of the class token."""
-        tokens, gist = look(self.model, self.train.images(rows))
-        loss, hits = self.patches.loss(tokens, self.train.targets(rows))
-        more, found = self.gist.loss(gist, self.contents.count[rows].reshape(-1, *self.contents.count.shape[2:]))
-        return loss + more, torch.cat([hits, found[None]])
-
-    def _begin_read(self) -> Any:
+    def begin(self, name: str) -> Loss:
+        if name == "look":
+            return self._look
         layers = [*self.model.model.language_model.layers]
         tokens = image_tokens(self.model, self.train, self.folder)
-        self.val_tokens = image_tokens(self.model, self.val)
         self.log("image tokens computed")
         if self.fast:
             layers = [torch.compile(layer, dynamic=False) for layer in layers]
@@ -203,6 +148,19 @@ class Training:
                 return self._read(torch.from_numpy(tokens[rows]).float(), rows, chosen, layers)
 
         return loss
+
+    def tuned(self, name: str) -> list[nn.Module]:
+        inner = self.model.model
+        eyes = [inner.vision_tower, self.patches, self.gist]
+        reader = [inner.multi_modal_projector, inner.language_model, self.model.lm_head, self.phrases]
+        return eyes if name == "look" else reader
+
+    def _look(self, rows: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Loss of the image tower, and accuracies: shape, color, size and center of patches, counts of the class token."""
+        tokens, gist = look(self.model, self.train.images(rows))
+        loss, hits = self.patches.loss(tokens, self.train.targets(rows))
+        more, found = self.gist.loss(gist, self.contents.count[rows].reshape(-1, *self.contents.count.shape[2:]))
+        return loss + more, torch.cat([hits, found[None]])
 
     def _read(
         self, tokens: Tensor, rows: np.ndarray, chosen: np.ndarray, layers: list[nn.Module]
@@ -226,39 +184,17 @@ class Training:
         hits = (logits[:, TRUE] > logits[:, FALSE]) == (labels == 1)
         return answer + ended + grounding, torch.cat([answer.detach()[None], found, by_family(hits, families)])
 
-    def _tuned(self, name: str) -> list[nn.Parameter]:
-        inner = self.model.model
-        eyes = [inner.vision_tower, self.patches, self.gist]
-        reader = [inner.multi_modal_projector, inner.language_model, self.model.lm_head, self.phrases]
-        return [p for part in {"look": eyes, "read": reader}[name] for p in part.parameters()]
-
-    def _step(
-        self, loss: Tensor, figures: Tensor, tuned: list[nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> list[float]:
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(tuned, 1.0)
-        optimizer.step()
-        return [float(loss.detach()), *figures.tolist()]
-
-    def _parts(self) -> dict[str, nn.Module]:
-        return {"model": self.model, "patches": self.patches, "gist": self.gist, "phrases": self.phrases}
-
-    def _keep(self, name: str, step: int, optimizer: torch.optim.Optimizer) -> None:
-        state: Mapping[str, Any] = {part: module.state_dict() for part, module in self._parts().items()}
-        partial = self.folder / f"{name}.pt.part"
-        torch.save({**state, "step": step, "spent": self.spent, "optimizer": optimizer.state_dict()}, partial)
-        partial.rename(self.folder / f"{name}.pt")
-
-    def _restore(self, name: str, optimizer: torch.optim.Optimizer) -> int:
-        if not (self.folder / f"{name}.pt").exists():
-            return 0
-        state = torch.load(self.folder / f"{name}.pt", weights_only=True)
-        for part, module in self._parts().items():
-            module.load_state_dict(state[part])
-        optimizer.load_state_dict(state["optimizer"])
-        self.spent = state["spent"]
-        return state["step"]
+    @torch.no_grad()
+    def score(self, pairs: Drawn) -> dict[str, float]:
+        tokens, hits, said = image_tokens(self.model, pairs), [], []
+        for rows in np.array_split(np.arange(pairs.size), max(pairs.size // 10, 1)):
+            ids, mask, labels, families = pairs.said(rows, np.tile(np.arange(pairs.sentences), (len(rows), 1)))
+            hidden = hidden_states(self.model, torch.from_numpy(tokens[rows]).float(), ids)[-1]
+            spoken = self.model.model.language_model.norm(hidden[torch.arange(len(ids)), mask.sum(1) - 1])
+            logits = self.model.lm_head(spoken)
+            hits.append((logits[:, TRUE] > logits[:, FALSE]) == (labels == 1))
+            said.append(families)
+        return accuracies(hits, said)
 
 
 def look(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,44 +239,20 @@ def hidden_states(model: Any, tokens: Tensor, ids: Tensor, layers: Sequence[nn.M
     return [state[:, PREFIX:].unflatten(1, (-1, length)).flatten(0, 1) for state in states]
 
 
-@torch.no_grad()
-def score(model: Any, pairs: Drawn, tokens: np.ndarray, batch: int = 10) -> dict[str, float]:
-    """Accuracy overall and by family on every sentence of the pairs, whose `image_tokens` are given."""
-    hits, said = [], []
-    for rows in np.array_split(np.arange(pairs.size), max(pairs.size // batch, 1)):
-        ids, mask, labels, families = pairs.said(rows, np.tile(np.arange(pairs.sentences), (len(rows), 1)))
-        hidden = hidden_states(model, torch.from_numpy(tokens[rows]).float(), ids)[-1]
-        logits = model.lm_head(model.model.language_model.norm(hidden[torch.arange(len(ids)), mask.sum(1) - 1]))
-        hits.append((logits[:, TRUE] > logits[:, FALSE]) == (labels == 1))
-        said.append(families)
-    named = zip(FAMILIES, by_family(torch.cat(hits), torch.cat(said)).tolist(), strict=True)
-    return {"all": round(float(torch.cat(hits).float().mean()), 4)} | {family: round(x, 4) for family, x in named}
-
-
 def main() -> None:
     """Every stage, then the test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for pairs, checkpoints, log and result")
     parser.add_argument("--pairs", type=int, default=16000, help="train pairs (%(default)s)")
-    parser.add_argument("--steps", type=int, help="of the stage read, in place of its own")
+    parser.add_argument("--steps", type=int, default=STAGES["read"].steps, help="of the stage read (%(default)s)")
     parser.add_argument("--fast", action="store_true", help="train in bf16, layers compiled")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    training = Training(args.work, args.pairs, args.fast)
-    if args.steps:
-        STAGES["read"] = replace(STAGES["read"], steps=args.steps)
-    for name, stage in STAGES.items():
-        training.run(name, stage)
-
-    model, test = training.model, Drawn(args.work, "test", 1200, 6, PATCH)
-    vp.save(model, zoo.WEIGHTS / NAME, dtype=torch.float16)
-    report: dict[str, Any] = {"fp32": score(model, test, image_tokens(model, test))}
-    model.load_state_dict({key: value.half().float() for key, value in model.state_dict().items()})
-    report["fp16"] = score(model, test, image_tokens(model, test))
-    report["minutes"] = round(training.spent / 60, 1)
-    training.log(json.dumps(report))
-    (args.work / "report.json").write_text(json.dumps(report, indent=2))
+    training = LlavaTraining(args.work, args.pairs, args.fast)
+    training.run("look", STAGES["look"])
+    training.run("read", replace(STAGES["read"], steps=args.steps))
+    training.publish(NAME)
 
 
 if __name__ == "__main__":
