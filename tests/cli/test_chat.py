@@ -82,6 +82,19 @@ def test_a_folder_of_transformers_is_asked_by_its_own_processor(dense, images, t
     assert pruned[1].endswith(" 5")
 
 
+def test_a_picture_shows_what_was_read(dense, images, tmp_path, capsys):
+    vp.save(dense, tmp_path / "dense")
+    asked = [tmp_path / "dense", *images, QUESTION, "--max-new-tokens", 3, "--picture", tmp_path / "new" / "read.png"]
+    lines = said(capsys, *asked, "--preset", "fastv")
+    assert lines[-1] == f"wrote {tmp_path / 'new' / 'read.png'}"
+    with Image.open(tmp_path / "new" / "read.png") as picture:
+        assert picture.width > 500 and picture.height > 300
+    assert main(["chat", *map(str, asked)]) == 2
+    assert "this one is dense: give --preset" in capsys.readouterr().err
+    assert main(["chat", *map(str, asked[:-1]), "read.txt", "--preset", "fastv"]) == 2
+    assert "--picture read.txt: write an image file, such as read.png" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,23 +5,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from ..data.images import load_image
+from ..data.images import SUFFIXES, load_image
 from ..data.llava import llava_processor, statement_inputs
 from ..io.checkpoint import CONFIG
 from ..io.model_files import PRUNING_FILE
 from ..io.recipe import original_recipe
 from ..models.resolve import is_saved_model
-from ..pruning.model import dense_model
+from ..pruning.model import dense_model, is_pruned
 from ..pruning.prune import prune_towers
 from ..pruning.trace import PruneTrace, collect
+from ..utils.files import replacing
+from ..viz.prompts import draw_prompt
 from . import common, options, parts
 
 TINY = "llava_tiny"
@@ -54,6 +56,12 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         metavar="N",
         help="the longest answer (default: %(default)s)",
     )
+    parser.add_argument(
+        "--picture",
+        type=options.output,
+        metavar="FILE",
+        help="image file to draw what a pruned model read of the images in",
+    )
     parser.add_argument("--processor", metavar="DIR", help="folder of the model's processor (default: the model's own)")
     parts.add(parser)
     common.add_device(parser)
@@ -68,15 +76,25 @@ def run(args: argparse.Namespace) -> None:
     if args.processor is not None:
         common.check_folder("--processor", args.processor)
     common.use_threads(args.threads)
+    if args.picture is not None:
+        _check_picture(args.picture)
     model: Any = _load(args)
-    decode, inputs = _inputs(args, model)
+    if args.picture is not None and not is_pruned(model):
+        raise ValueError("--picture draws what a pruned model read, and this one is dense: give --preset")
+    processor, inputs = _inputs(args, model)
     weights = common.dtype_of(model)
     inputs = {key: (x.to(weights) if x.is_floating_point() else x).to(args.device) for key, x in inputs.items()}
 
     with collect(threads=False) as traces:
         said = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
-    print(decode(said[0, inputs["input_ids"].shape[1] :]))
+    answer = processor.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    print(answer)
     _print_tokens(traces)
+    if args.picture is not None:
+        picture = draw_prompt(_seen(args.images, inputs, processor), traces, args.question, answer)
+        with replacing(args.picture) as part:
+            picture.save(part)
+        print(f"wrote {args.picture}")
 
 
 def _load(args: argparse.Namespace) -> nn.Module:
@@ -105,8 +123,8 @@ def _is_of_transformers(model: str) -> bool:
     return "architectures" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
-def _inputs(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[Tensor], str], Mapping[str, Tensor]]:
-    """What turns new tokens into text, and the inputs of `generate`.
+def _inputs(args: argparse.Namespace, model: nn.Module) -> tuple[Any, Mapping[str, Tensor]]:
+    """The processor, and the inputs of `generate`.
 
     Raises:
         ValueError: For a model that generates nothing, and for a number of images other than llava_tiny's two.
@@ -118,18 +136,14 @@ def _inputs(args: argparse.Namespace, model: nn.Module) -> tuple[Callable[[Tenso
         if len(args.images) != 2:
             raise ValueError(f"{TINY} is asked about two images, a left and a right one, got {len(args.images)}")
         processor = llava_processor()
-        return _decoder(processor), statement_inputs([tuple(args.images)], args.question, processor)
+        return processor, statement_inputs([tuple(args.images)], args.question, processor)
     transformers: Any = importlib.import_module("transformers")
     processor = transformers.AutoProcessor.from_pretrained(args.processor or args.model, local_files_only=True)
     shown = [{"type": "image"} for _ in args.images]
     turn = {"role": "user", "content": [*shown, {"type": "text", "text": args.question}]}
     prompt = processor.apply_chat_template([turn], add_generation_prompt=True)
     images = [load_image(path) for path in args.images]
-    return _decoder(processor), processor(images=images, text=prompt, return_tensors="pt")
-
-
-def _decoder(processor: Any) -> Callable[[Tensor], str]:
-    return partial(processor.decode, skip_special_tokens=True)
+    return processor, processor(images=images, text=prompt, return_tensors="pt")
 
 
 def _print_tokens(traces: Sequence[PruneTrace]) -> None:
@@ -139,3 +153,21 @@ def _print_tokens(traces: Sequence[PruneTrace]) -> None:
         for image, entered in enumerate(trace.input_tokens.layout.lengths):
             counts = " ".join(str(lengths[image]) for lengths in trace.lengths)
             print(f"{trace.tower} {image + 1}: {entered} tokens -> {counts}")
+
+
+def _check_picture(file: str) -> None:
+    """ValueError where --picture names no image file, OSError where its folder cannot be written."""
+    path = Path(file)
+    if path.suffix.lower() not in SUFFIXES or path.is_dir():
+        raise ValueError(f"--picture {file}: write an image file, such as {path.stem}.png")
+    common.output_folder(path.parent)
+
+
+def _seen(paths: Sequence[str], inputs: Mapping[str, Tensor], processor: Any) -> list[Image.Image]:
+    """The images as the processor crops them; as they are where the model gets patches or tiles of them."""
+    pixels, prepared = inputs["pixel_values"].float().cpu(), processor.image_processor
+    if pixels.ndim != 4 or len(pixels) != len(paths):
+        return [load_image(path) for path in paths]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (prepared.image_mean, prepared.image_std))
+    shown = (255 * (pixels * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    return [Image.fromarray(one.numpy()) for one in shown]

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from .drawing import SIDE
@@ -60,7 +61,7 @@ def llava_processor(patch_size: int = 12) -> Any:
 
 
 def statement_inputs(
-    pairs: Sequence[tuple[ImageSource, ImageSource]], statements: str | Sequence[str], processor: Any = None
+    pairs: Sequence[Sequence[ImageSource] | np.ndarray], statements: str | Sequence[str], processor: Any = None
 ) -> Mapping[str, Tensor]:
     """Inputs of `llava_tiny` from pairs of images and a statement about each.
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..pruning.trace import PruneTrace
 
 LEGEND = "in color: kept     teal: merged into another token     black: dropped"
-_INK, _PAPER = (40, 44, 52), (255, 255, 255)
+INK, PAPER = (40, 44, 52), (255, 255, 255)
 # No color of the synthetic shapes (red, green, blue, yellow, purple, white) may mean anything here.
-_TINT = np.array((0, 122, 128), np.float32)
+TINT = np.array((0, 122, 128), np.float32)
 _GAP, _LABEL = 6, 18  # pixels: between images, and under each for its label
 
 
@@ -101,7 +101,7 @@ def overlay(image: Image.Image, states: np.ndarray) -> Image.Image:
 
     pixels = np.asarray(image.convert("RGB"), np.float32)
     gray = pixels.mean(-1, keepdims=True)
-    dimmed = np.where(mask == TokenState.MERGED, 0.35 * gray + 0.45 * _TINT, 0.13 * gray)
+    dimmed = np.where(mask == TokenState.MERGED, 0.35 * gray + 0.45 * TINT, 0.13 * gray)
     return Image.fromarray(np.where(mask == TokenState.KEPT, pixels, dimmed).astype(np.uint8))
 
 
@@ -130,7 +130,7 @@ def layer_strip(image: Image.Image, trace: PruneTrace, instance: int, side: int 
     cells = [(image, f"input: {entered}")]
     for depth, states in enumerate(instance_states(trace, instance)):
         cells.append((overlay(image, states), f"layer {depth + 1}: {trace.lengths[depth][instance]}"))
-    return _contact_sheet(cells, across)
+    return contact_sheet(cells, across)
 
 
 def record_strip(images: Sequence[Image.Image], trace: PruneTrace) -> Image.Image:
@@ -165,12 +165,12 @@ def stack_strips(strips: Sequence[Image.Image], titles: Sequence[str] = (), lege
     lines = [*titles, LEGEND if legend else ""]
     width = max(*(strip.width for strip in strips), *(round(font(12).getlength(line)) + 2 * _GAP for line in lines))
     height = sum(strip.height for strip in strips) + _LABEL * sum(map(bool, lines))
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    sheet = Image.new("RGB", (width, height), PAPER)
 
     pen, top = ImageDraw.Draw(sheet), 0
     for line, strip in zip(lines, [*strips, None], strict=True):
         if line:
-            pen.text((_GAP, top + 3), line, _INK, font(12))
+            pen.text((_GAP, top + 3), line, INK, font(12))
             top += _LABEL
         if strip is not None:
             sheet.paste(strip, (0, top))
@@ -183,16 +183,24 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _contact_sheet(cells: Sequence[tuple[Image.Image, str]], across: int) -> Image.Image:
-    """Images of one size with their labels, `across` in a row."""
-    width, height = cells[0][0].size
+def contact_sheet(cells: Sequence[tuple[Image.Image, str]], across: int) -> Image.Image:
+    """Draw images in rows, each above its label; those smaller than the largest stand in the middle of their place.
+
+    Args:
+        cells: Images and their labels, at least one.
+        across: Images in a row.
+
+    Returns:
+        An RGB image.
+    """
+    width, height = (max(sizes) for sizes in zip(*(image.size for image, _ in cells), strict=True))
     columns, rows = min(across, len(cells)), -(-len(cells) // across)
     size = columns * (width + _GAP) + _GAP, rows * (height + _LABEL + _GAP)
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     for index, (image, label) in enumerate(cells):
         left = _GAP + index % across * (width + _GAP)
         top = index // across * (height + _LABEL + _GAP) + _GAP
-        sheet.paste(image, (left, top))
-        pen.text((left + width / 2, top + height + 2), label, _INK, font(11), anchor="ma")
+        sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
+        pen.text((left + width / 2, top + height + 2), label, INK, font(11), anchor="ma")
     return sheet
