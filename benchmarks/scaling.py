@@ -122,19 +122,23 @@ def measured(options: argparse.Namespace, tokens: int, batch: int, spread: float
         spread: half the width of the interval of ratios.
 
     Returns:
-        A record for each reduction.
+        A record for each reduction that counts of this spread reach.
     """
     torch.manual_seed(0)
     dense = subject(options.model, batch, img_size=image_side(tokens))
-    pruned = {reduction: build("madtp", dense, reduction, spread) for reduction in options.reductions}
+    pruned = {}
+    for reduction in options.reductions:
+        try:
+            pruned[reduction] = build("madtp", dense, reduction, spread)
+        except Skipped as reason:
+            print(f"skipped: {tokens} tokens, batch {batch}, spread {spread:g}, {reduction:.0%} fewer MACs: {reason}")
     models = {0.0: dense.model, **{reduction: row.model for reduction, row in pruned.items()}}
     try:
         runs = {name: start(options.engine, model, dense.inputs, Path()) for name, model in models.items()}
     except Skipped as reason:
         raise SystemExit(f"--engine {options.engine}: {reason}") from None
-    times = clock.interleaved(
-        {name: partial(run, *dense.inputs) for name, run in runs.items()}, seconds=options.seconds
-    )
+    calls = {name: partial(run, *dense.inputs) for name, run in runs.items()}
+    times = clock.interleaved(calls, None, options.seconds, "cpu", options.clock)
     rows = []
     for reduction, row in pruned.items():
         found = clock.compare(times[0.0], times[reduction])

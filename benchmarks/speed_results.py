@@ -91,6 +91,19 @@ def engines(cells: Sequence[dict[str, Any]]) -> str:
     return _markdown(lines)
 
 
+def memory(cells: Sequence[dict[str, Any]]) -> str:
+    """Markdown: MiB that a call needs beyond the weights, in eager PyTorch with and without kernels; rows across."""
+    mine = [cell for cell in cells if cell["memory_mib"] is not None]
+    rows = [row for row in ("dense", *_ROWS) if any(cell["row"] == row for cell in mine)]
+    lines = [["", "engine", *(_ROWS.get(row, row) for row in rows)]]
+    for name in _present(mine, _MODELS):
+        for engine in dict.fromkeys(cell["engine"] for cell in mine if cell["name"] == name):
+            here = [cell for cell in mine if cell["engine"] == engine]
+            columns = [_numbers(here, name, row, "memory_mib", (0.0, 0.5, 0.8), digits=0) for row in rows]
+            lines.append([_MODELS[name], _ENGINES[engine], *columns])
+    return _markdown(lines)
+
+
 def served(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a table for each model and largest batch, with systems down and loads across.
 
@@ -115,12 +128,14 @@ def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["name"] for row in rows))
 
 
-def _numbers(cells: Sequence[dict[str, Any]], name: str, row: str, what: str, reductions: Sequence[float]) -> str:
-    """The values of a row, "0.98 / 0.95"; its speed-up where it saves nothing."""
+def _numbers(
+    cells: Sequence[dict[str, Any]], name: str, row: str, what: str, reductions: Sequence[float], digits: int = 2
+) -> str:
+    """The values of a row, "0.98 / 0.95"; its speed-up for what is realized of no saving."""
     mine = {cell["reduction"]: cell for cell in cells if (cell["name"], cell["row"]) == (name, row)}
-    if 0.0 in mine:
+    if 0.0 in mine and 0.0 not in reductions:
         return f"{mine[0.0]['speedup']:.2f}"
-    return " / ".join(f"{mine[reduction][what]:.2f}" for reduction in reductions if reduction in mine)
+    return " / ".join(f"{mine[reduction][what]:.{digits}f}" for reduction in reductions if reduction in mine)
 
 
 def _present(cells: Sequence[dict[str, Any]], order: Iterable[str]) -> list[str]:
@@ -134,8 +149,8 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     cells, rows = (json.loads(file.read_text()) if file.exists() else [] for file in (CELLS, SERVE))
-    by_engine = [realized(cells, name) for name in ("eager", "kernels") if any(c["engine"] == name for c in cells)]
-    for table in (*by_engine, engines(cells), served(rows)):
+    shares = (realized(cells, engine) for engine in ("eager", "kernels", "onnxruntime", "openvino"))
+    for table in (*shares, engines(cells), memory(cells), served(rows)):
         print(table, end="\n\n")
 
 

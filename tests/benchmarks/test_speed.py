@@ -249,6 +249,19 @@ def test_cells_of_scaling_are_images_of_whole_patches(scripts):
     assert scripts.scaling.dense_macs("deit_small_patch16_224", 197) == pytest.approx(4.6e9, rel=0.01)
 
 
+def test_scaling_leaves_out_what_counts_of_a_spread_do_not_reach(scripts, capsys, monkeypatch):
+    def build(name, dense, reduction, spread, build=scripts.rows.build):
+        if reduction < 0.5:
+            raise scripts.rows.Skipped("out of reach")
+        return build(name, dense, reduction, spread)
+
+    monkeypatch.setattr(scripts.scaling, "build", build)
+    options = argparse.Namespace(model="test_vit", engine="eager", reductions=[0.3, 0.6], seconds=0.1, clock="cpu")
+    rows = scripts.scaling.measured(options, 37, 2, 0.5)
+    assert [row["reduction"] for row in rows] == [0.6]
+    assert "skipped: 37 tokens, batch 2, spread 0.5, 30% fewer MACs: out of reach" in capsys.readouterr().out
+
+
 def test_the_chart_of_scaling_has_all_batches(scripts):
     usual = {"reduction": 0.5, "realized": 0.9, "spread": 0.25, "speedup": 2.0}
     rows = [usual | {"tokens": tokens, "batch": batch} for tokens in (197, 785) for batch in (1, 8)]
@@ -263,6 +276,19 @@ def test_the_page_has_the_tables_that_the_script_prints(scripts, capsys):
     page = (FOLDER.parent / "docs" / "speed.md").read_text()
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert tables and all(f"\n\n{table}\n" in page for table in tables)
+
+
+def test_memory_is_tabled_where_it_was_measured(scripts):
+    cell = {"name": "bert, batch 32", "engine": "eager", "reduction": 0.5, "speedup": 2.0, "memory_mib": None}
+    cells = [
+        cell | {"row": "dense", "reduction": 0.0, "memory_mib": 88.4},
+        cell | {"row": "madtp", "memory_mib": 44.6},
+        cell | {"row": "evit"},
+        cell | {"row": "madtp", "name": "ViT-B-16, batch 8"},
+    ]
+    head, _, *rows = scripts.results.memory(cells).splitlines()
+    assert "dense" in head and "class attention" not in head
+    assert rows == ["| BERT base, B32 | eager | 88 | 45 |"]
 
 
 def test_streams_of_one_by_one_and_of_batches_have_tables_of_their_own(scripts):

@@ -75,3 +75,39 @@ def test_macs_refusals(fails):
     assert "reads no sentence" in fails("macs", "vit_tiny_patch16_224", "--tokens", "4")
     assert "max_positions" in fails("macs", "blip_nlvr_tiny", "--tokens", "99")
     assert "multiple" in fails("macs", "blip_nlvr_tiny", "--image-size", "97")
+
+
+def _saved_by_transformers(folder, kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 50}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    model = {
+        "text": lambda: transformers.BertModel(transformers.BertConfig(**text)),
+        "image": lambda: transformers.ViTModel(transformers.ViTConfig(**vision)),
+        "both": lambda: transformers.CLIPModel(
+            transformers.CLIPConfig(text_config={**text, "eos_token_id": 49}, vision_config=vision, projection_dim=16)
+        ),
+    }[kind]()
+    vp.prune(model.eval(), "random", keep="ratio(ratio=0.5)").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "instance"), [("text", "a sentence"), ("image", "an image"), ("both", "a sentence and an image")]
+)
+def test_macs_of_models_of_transformers(kind, instance, tmp_path, capsys):
+    folder = str(_saved_by_transformers(tmp_path / "saved", kind))
+    assert cli.main(["macs", folder]) == 0
+    out = capsys.readouterr().out
+    assert "fewer" in out and f"instance ({instance})" in out
+    assert cli.main(["info", folder]) == 0
+    assert "2 layers, width 32, 2 heads" in capsys.readouterr().out
+
+
+def test_models_of_transformers_read_sentences_of_the_length_asked_for(tmp_path, capsys, fails):
+    folder = str(_saved_by_transformers(tmp_path / "text", "text"))
+    assert "at most 512 tokens" in fails("macs", folder, "--tokens", "513")
+    assert "reads no sentence" in fails(
+        "macs", str(_saved_by_transformers(tmp_path / "image", "image")), "--tokens", "4"
+    )

@@ -16,7 +16,7 @@ from ..deploy.freeze import freeze
 from ..deploy.graph import is_adaptive
 from ..hosts.find import find_composite
 from ..pruning.model import check_pruned, dense_model, is_pruned
-from . import common, macs, options, prune
+from . import common, example, options, prune
 
 # how the libraries call the method that embeds what a tower reads
 _METHODS = ("encode_{}", "get_{}_features", "{}_features")
@@ -106,7 +106,7 @@ def _example(args: argparse.Namespace, model: nn.Module) -> tuple[str | None, tu
         has = f"has {', '.join(towers)}" if towers else "is one tower: leave --tower out"
         raise ValueError(f"--tower {args.tower}: {args.model} {has}")
     try:
-        inputs = macs.example_for(host)
+        inputs = example.instance_for(host)
     except (AttributeError, LookupError):
         raise ValueError(
             f"no example of inputs is known for {args.model}: give some in Python, vltprune.export(model, path, inputs)"

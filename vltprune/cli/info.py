@@ -15,7 +15,7 @@ from ..pruning.encoder import PrunedEncoder
 from ..pruning.model import PrunedModel, is_pruned
 from ..pruning.stage import PRUNER_KINDS
 from ..utils.table import table
-from . import common, macs, options, parts
+from . import common, example, macs, options, parts
 
 
 def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser]) -> None:
@@ -49,22 +49,22 @@ def run(args: argparse.Namespace) -> None:
     )
     dense = not is_pruned(model)
     pruned = model if is_pruned(model) else keep_all(model)
-    name = _name(pruned.pruning.host)
-    print(f"{args.model}: {name.backbone} of {name.library}, {_millions(pruned.pruning.host)} parameters")
+    host = pruned.pruning.host
+    name = original_recipe(host).backbone
+    of = "transformers" if not name else ModelName.parse(name).library
+    print(f"{args.model}: {name or type(host).__name__} of {of}, {_millions(host)} parameters")
     if dense:
-        print(f"dense: append a preset to prune it, as in {name.backbone}_{parts.PRESET}")
+        print(
+            "dense: "
+            + (f"append a preset to prune it, as in {name}_{parts.PRESET}" if name else "vltprune.prune prunes it")
+        )
     else:
         _print_parts(pruned)
-    cost = count_macs(pruned, *macs.example_for(pruned.pruning.host))
+    cost = count_macs(pruned, *example.instance_for(host))
     for tower, encoder in pruned.pruning.towers.items():
         _print_tower(tower, encoder, cost, dense)
     print()
-    macs.print_cost(cost, pruned.pruning.host, dense)
-
-
-def _name(host: nn.Module) -> ModelName:
-    """The name that a dense model was built by."""
-    return ModelName.parse(original_recipe(host).backbone)
+    macs.print_cost(cost, host, dense)
 
 
 def _print_parts(model: PrunedModel) -> None:

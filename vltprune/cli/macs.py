@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..cost import describe
 from ..cost.macs import Cost, count_macs
 from ..cost.sample_cost import keep_all
-from ..hosts.find import find_composite
-from ..io.preprocessing import image_size
 from ..models.catalog import ModelName
 from ..models.resolve import is_saved_model
 from ..pruning.model import is_pruned
-from . import common, options
+from . import common, example, options
 
 _COUNTED = (
     "Counted: multiply-accumulates (MACs) of all matrix products, attention and the pruners' own scoring included, of one\n"
     "instance ({instance}); norms, activations and softmax are not. Dense is\n"
     "what the dense model spends on the tokens that are there; padding is given beside it. FLOPs are twice as many."
 )
-_ANSWER = 5  # tokens; BLIP's answers are short
 _SIZE_ARGUMENT = {"vltprune": "image_size", "timm": "img_size", "open_clip": "force_image_size"}
 
 
@@ -60,72 +55,10 @@ def run(args: argparse.Namespace) -> None:
     model = common.load_model(args.model, args.pretrained, device=args.device, dtype=args.dtype, **size)
     dense = not is_pruned(model)
     pruned = model if is_pruned(model) else keep_all(model)
-    cost = count_macs(pruned, *example_for(pruned.pruning.host, args.tokens))
+    cost = count_macs(pruned, *example.instance_for(pruned.pruning.host, args.tokens))
     print_cost(cost, pruned.pruning.host, dense)
     if not dense:
         print("What is pruned depends on the input: this one was noise. Measure your own with vltprune.count_macs.")
-
-
-def example_for(host: nn.Module, tokens: int | None = None) -> tuple[Tensor, ...]:
-    """One instance of noise on the device and in the dtype of a dense model.
-
-    Args:
-        host: the dense model.
-        tokens: the length of the sentence, as in `example`.
-
-    Returns:
-        The model's positional inputs.
-
-    Raises:
-        ValueError: as `example`.
-    """
-    device, dtype = next(host.parameters()).device, common.dtype_of(host)
-    return tuple(one.to(device, dtype if one.is_floating_point() else None) for one in example(host, tokens))
-
-
-def example(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:
-    """One instance of noise that a dense model takes.
-
-    Args:
-        host: the dense model.
-        tokens: the length of the sentence. None for the model's own: at most 35 of BLIP, the whole context of CLIP.
-
-    Returns:
-        The model's positional inputs, on the CPU in single precision: images, and a sentence where it reads one.
-
-    Raises:
-        ValueError: for a sentence that the model does not read, or that is too long for it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    composite = find_composite(host)
-    towers = {"image": host} if composite is None else {t: m for t, (m, _) in composite.towers(host).items()}
-    images = torch.randn(1, 3, *image_size(towers["image"]), generator=generator)
-    if composite is None:
-        if tokens is not None:
-            raise ValueError(f"--tokens: a {type(host).__name__} reads no sentence: leave the option out")
-        return (images,)
-    if hasattr(host, "images_per_sentence"):
-        images = images if host.images_per_sentence == 1 else images.repeat(2, 1, 1, 1)[None]
-        reader = host.text if hasattr(host, "text") else host.decoder.body
-        longest, vocabulary = reader.position.num_embeddings, reader.word.num_embeddings
-        length = tokens or min(35, max(longest // 2, 1))
-        ids = torch.randint(1, vocabulary, (1, length), generator=generator)
-        answers = (torch.ones_like(ids), ids[:, :_ANSWER]) if hasattr(host, "rank") else ()
-        return images, ids, *answers
-    return images, _clip_text(towers["text"], tokens, generator)
-
-
-def _clip_text(tower: Any, tokens: int | None, generator: torch.Generator) -> Tensor:
-    """A sentence for open_clip: noise, then its end, which has the highest id, then padding."""
-    length: int = getattr(tower, "context_length", None) or 77
-    vocabulary: int = getattr(tower, "vocab_size", None) or 49408
-    tokens = tokens or length
-    if tokens > length:
-        raise ValueError(f"--tokens {tokens}: this model reads sentences of at most {length} tokens")
-    text = torch.zeros(1, length, dtype=torch.long)
-    text[0, :tokens] = torch.randint(1, vocabulary - 1, (tokens,), generator=generator)
-    text[0, tokens - 1] = vocabulary - 1
-    return text
 
 
 def print_cost(cost: Cost, host: nn.Module, dense: bool) -> None:
@@ -156,8 +89,8 @@ def _print_macs(what: str, before: float, after: float, padding: float, dense: b
 
 
 def _instance(host: nn.Module) -> str:
-    if find_composite(host) is None:
-        return "an image"
     if hasattr(host, "rank"):
-        return f"an image, a question and an answer of {_ANSWER} tokens"
-    return "two images and a sentence" if getattr(host, "images_per_sentence", 1) == 2 else "an image and a sentence"
+        return f"an image, a question and an answer of {example.ANSWER} tokens"
+    images = "two images" if getattr(host, "images_per_sentence", 1) == 2 else "an image"
+    inputs = example.instance(host)
+    return " and ".join(dict.fromkeys(images if one.is_floating_point() else "a sentence" for one in inputs))

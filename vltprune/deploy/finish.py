@@ -61,6 +61,9 @@ def finish(model: M, *, keep_weights: bool = True) -> M:
     result.
     `copy.deepcopy` copies it. A pruned model can be calibrated and measured as before, without effect on `model`.
 
+    oneDNN prepares a layer for each number of rows when it meets it first, and keeps the last 1,024 preparations of a process
+    (ONEDNN_PRIMITIVE_CACHE_CAPACITY): the first calls are slower, and so are batches whose total of tokens never comes again.
+
     Args:
         model: any module, such as `vltprune.prune`, timm, open_clip or transformers return.
         keep_weights: whether the plain weights stay too. They are faster below 4 and above 512 rows, and autocast and
