@@ -57,7 +57,7 @@ NAMES += ["mpnet: plain", "mpnet: positions", "mpnet: no pooler"] + [f"modernber
 NAMES += [f"vit: {n}" for n in VIT] + ["deit: plain", "deit: no pooler"]
 NAMES += [f"dinov2: {n}" for n in DINO] + ["registers: plain", "registers: swiglu"] + [f"dinov3: {n}" for n in DINO3]
 NAMES += [f"clip text: {n}" for n in ("masked", "eos 2", "unmasked", "no end")]
-NAMES += ["clip image: plain", "clip image: interpolated", "siglip text: plain"]
+NAMES += ["clip image: plain", "clip image: interpolated", "siglip text: plain", "blip2 image: plain"]
 NAMES += ["siglip image: plain", "siglip image: no head", "siglip2 image: plain", "siglip2 text: plain"]
 NAMES += ["clip", "clip, masked", "siglip", "siglip2"]
 NAMES += [
@@ -97,7 +97,13 @@ WORDS = [
 ]
 TEXTS = [*WORDS, "siglip text: plain", "blip text: plain", "blip text: memory"]
 IMAGES = ["vit: plain", "deit: plain", "dinov2: swiglu", "registers: plain", "dinov3: plain"]
-IMAGES += ["clip image: plain", "siglip image: plain", "siglip2 image: plain", "blip image: plain"]
+IMAGES += [
+    "clip image: plain",
+    "siglip image: plain",
+    "siglip2 image: plain",
+    "blip image: plain",
+    "blip2 image: plain",
+]
 
 
 def config(kind, **options):

@@ -98,10 +98,10 @@ def test_what_pruning_behind_a_projector_refuses(parts, message):
 
 
 def test_a_model_with_a_generate_of_its_own_is_refused():
-    config = hf.Blip2Config()
+    config = hf.JanusConfig()
     config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
     with torch.device("meta"):
-        model = hf.Blip2ForConditionalGeneration(config)
+        model = hf.JanusForConditionalGeneration(config)
     with pytest.raises(TypeError, match="is its own"):
         vp.prune(model, "divprune")
 

@@ -57,6 +57,7 @@ def clip_image_case(family: str, option: str) -> Case:
         "clip image": (hf.CLIPVisionModel, hf.CLIPVisionConfig),
         "siglip image": (hf.SiglipVisionModel, hf.SiglipVisionConfig),
         "blip image": (hf.BlipVisionModel, hf.BlipVisionConfig),
+        "blip2 image": (hf.Blip2VisionModel, hf.Blip2VisionConfig),
     }[family]
     options = {"vision_use_head": False} if option == "no head" else {}
     model = randomize(kind(kind_of_config(**IMAGE, **WIDTHS, **options)))

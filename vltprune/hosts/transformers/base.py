@@ -243,8 +243,10 @@ class ImageHost(TransformersHost):
             The images [batch, channels, H, W].
 
         Raises:
-            ValueError: For another shape, for an empty batch, and for NaN or infinity.
+            ValueError: For no images, another shape, an empty batch, and NaN or infinity.
         """
+        if pixel_values is None:
+            raise ValueError("pixel_values is None: give the images, as the model's image processor makes them")
         size = tower.config.image_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         channels = getattr(tower.config, "num_channels", 3)

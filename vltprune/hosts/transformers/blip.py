@@ -91,7 +91,7 @@ class BlipTextHost(PostNormHost):
                 f"{input_ids.shape[0]} sentences cannot attend to {encoder_hidden_states.shape[0]} images: give one each, or "
                 "one for all"
             )
-        real = _occupied(encoder_hidden_states)
+        real = occupied(encoder_hidden_states)
         if encoder_attention_mask is not None:
             real = real & encoder_attention_mask.to(real.device).bool()
         return tokens, ((PackedTokens.pack(encoder_hidden_states, real),),) * len(no_memory)
@@ -176,7 +176,7 @@ class BlipCaptionComposite(_DecoderComposite):
     names: ClassVar = {"image": "vision_model"}
 
 
-def _occupied(x: Tensor) -> Tensor:
+def occupied(x: Tensor) -> Tensor:
     """Which rows of padded tokens [batch, n, dim] are tokens: [batch, n] bool."""
     return (x != 0).any(-1)
 
@@ -185,7 +185,7 @@ def _hide_padding(attn: nn.Module, args: tuple[Any, ...], named: dict[str, Any])
     """Hook before a decoder's cross-attention: add the bias that hides padding from all queries."""
     memory = named["encoder_hidden_states"]
     bias = torch.zeros(memory.shape[:2], dtype=memory.dtype, device=memory.device)
-    bias = bias.masked_fill(~_occupied(memory), torch.finfo(memory.dtype).min)
+    bias = bias.masked_fill(~occupied(memory), torch.finfo(memory.dtype).min)
     return args, {**named, "encoder_attention_mask": bias[:, None, None]}
 
 
