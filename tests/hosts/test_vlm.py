@@ -106,9 +106,14 @@ def test_a_model_with_a_generate_of_its_own_is_refused():
         vp.prune(model, "divprune")
 
 
-def test_attention_behind_a_projector_that_no_host_computes():
+def test_attention_of_an_image_tower_that_is_not_known():
+    config = hf.AyaVisionConfig()
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    config.vision_config.num_attention_heads = 16
+    with torch.device("meta"):
+        model = hf.AyaVisionForConditionalGeneration(config)
     with pytest.raises(ValueError, match="choose parts that read contents"):
-        make("internvl").pruned("dart")
+        vp.prune(model, "dart")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen2.5", "qwen3"])
@@ -160,20 +165,43 @@ def test_class_attention_of_tiles_goes_where_their_patches_go():
     check_dropping_is_masking(case, pruned, inputs)
 
 
-@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+@pytest.mark.parametrize("name", ["paligemma", "gemma3", "internvl", "smolvlm", "idefics3"])
 @torch.no_grad()
 def test_attention_that_patches_receive(name):
     case = make(name)
-    inputs, tower = case.prompts((3, 4)), case.model.model.vision_tower
+    inputs, base = case.prompts((3, 4)), case.model.model
+    tower = base.vision_tower if hasattr(base, "vision_tower") else base.vision_model
     tower.set_attn_implementation("eager")
-    received = tower(inputs["pixel_values"], output_attentions=True).attentions[-1].mean(1).sum(1)
+    maps = tower(inputs["pixel_values"].flatten(0, -4), output_attentions=True).attentions[-1].mean(1)
     tower.set_attn_implementation("sdpa")
-    if name == "gemma3":
+    # InternVL has a class token
+    received = maps[:, 0, 1:] if name == "internvl" else maps.sum(1)
+    if name != "paligemma":
         received = torch.nn.functional.avg_pool2d(received.view(1, 4, 4), 2).flatten(1)
-    pruned = case.pruned("fastervlm", scorer="column_attention", keep="count(count=2)")
+    parts = {} if name == "internvl" else {"scorer": "column_attention"}
+    pruned = case.pruned("fastervlm", keep="count(count=2)", **parts)
     with vp.collect() as traces:
         pruned(**inputs)
     assert traces[0].output_tokens.position.tolist() == received[0].topk(2).indices.sort().values.tolist()
+    check_dropping_is_masking(case, pruned, inputs)
+    for preset in ("visionzip", "vispruner"):
+        assert case.pruned(preset, **parts)(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["llava-next", "gemma3", "internvl", "smolvlm"])
+@torch.no_grad()
+def test_attention_is_computed_once_and_leaves_the_tower_as_it_was(name):
+    case, calls = make.__wrapped__(name), []
+    inputs, base = case.prompts((3, 4)), case.model.model
+    tower = base.vision_tower if hasattr(base, "vision_tower") else base.vision_model
+    queries = [module for key, module in tower.named_modules() if key.endswith("q_proj")]
+    hooks = [module.register_forward_hook(lambda module, *_: calls.append(module)) for module in queries]
+    case.pruned("fastervlm", scorer="column_attention")(**inputs)
+    assert calls == queries
+    for hook in hooks:
+        hook.remove()
+    assert not any(module._forward_hooks for module in tower.modules())
+    assert {module.config._attn_implementation for module in tower.modules() if hasattr(module, "config")} == {"sdpa"}
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3", "gemma3"])

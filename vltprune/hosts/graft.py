@@ -21,7 +21,7 @@ def with_submodule(model: M, name: str, new: nn.Module) -> M:
     Returns:
         The copy.
     """
-    out = _shallow_copy(model)
+    out = shallow_copy(model)
     out._modules[name] = new
     return out
 
@@ -43,14 +43,14 @@ def with_descendant(model: M, name: str, new: nn.Module) -> M:
 
 def copy_modules(model: M) -> M:
     """Copy a model's modules, not its parameters: hooks on the copy do not act on `model`."""
-    out = _shallow_copy(model)
+    out = shallow_copy(model)
     for name, child in model._modules.items():
         out._modules[name] = child if child is None else copy_modules(child)
     return out
 
 
-def _shallow_copy(model: M) -> M:
-    """Copy one module; it shares its parameters, buffers and children with the original.
+def shallow_copy(model: M) -> M:
+    """Copy one module; it shares its parameters, buffers and children with the original. Hooks on the copy act on it alone.
 
     Parameters and buffers stay in the same tables: one that is replaced (`to`, `load_state_dict(assign=True)`) is replaced in
     both.

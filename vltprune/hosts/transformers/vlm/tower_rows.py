@@ -1,63 +1,75 @@
-"""Composites whose image tower has a host and whose visual tokens are its patches, placed anew: statistics go along."""
+"""Composites whose visual tokens are made of an image tower's patches, and have the attention of these."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from ....core.attention_stats import attend_with_stats
 from ....core.statistics import AttentionStats, Stat
 from ....layers import BlockSpec
 from ....registry import hosts
 from ...find import find_host
+from ...graft import with_descendant
 from ..base import ImageHost
+from .observed import Observer, observed
 from .rows import RowsComposite, RowsHost
 
 
-class TowerRowsHost(RowsHost):
-    """Host of visual tokens, each with the attention of its patch in the last block that the projector reads.
+@dataclass(frozen=True)
+class VisionTower:
+    """Where a model has its image tower, and that its attention.
 
-    That block's attention is computed once more, from the tokens that entered it.
+    Attributes:
+        name: Name of the tower in the base model.
+        blocks: Dotted name of the blocks in the tower.
+        attention: Dotted name of the attention in a block.
+        prefix: How many tokens of an image stand before its patches; the first of them is its summary.
     """
+
+    name: str
+    blocks: str
+    attention: str
+    prefix: int
+
+
+class TowerRowsHost(RowsHost):
+    """Host of visual tokens, each with the attention of its patch in the last block that the projector reads."""
 
     has_attention = True
 
     def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
         text, vision = tower.config.get_text_config(), tower.config.vision_config
-        has_summary = self.vision(tower)[1].has_summary
+        has_summary = self.vision(tower).prefix > 0
         return BlockSpec(name, depth, 1, text.hidden_size, vision.num_attention_heads, has_summary)
 
-    def vision(self, tower: Any) -> tuple[Any, ImageHost]:
-        """The image tower and its host. TypeError for one that has none."""
+    def vision(self, tower: Any) -> VisionTower:
+        """Where the image tower is, and its attention. TypeError for a tower that is not known."""
         vision = tower.base_model.vision_tower
         host = find_host(vision)
         if not isinstance(host, ImageHost):
             raise TypeError(f"cannot prune a {type(tower).__name__} whose image tower is a {type(vision).__name__}")
-        return vision, host
+        return VisionTower("vision_tower", host.layers, host.attention, host.prefix(vision))
 
     def attention(self, tower: Any, modality: str, needs: Stat, **inputs: Any) -> tuple[Any, AttentionStats]:
-        vision, host = self.vision(tower)
-        blocks = host.blocks(vision)
-        layer = getattr(tower.config, "vision_feature_layer", -1)
-        # hidden states begin with the embeddings
-        read = layer if layer >= 0 else len(blocks) + 1 + layer
-        output = self.features(tower, modality, output_hidden_states=[read - 1, read], **inputs)
-        tokens, block = host.pack(vision, output.hidden_states[read - 1]), blocks[read - 1]
-        q, k, v = host.qkv(block, tokens, None)
-        stats = attend_with_stats(q, k, v, tokens, host.scale(block), needs)[1]
-        prefix, images = host.prefix(vision), tokens.layout.batch
+        where, base = self.vision(tower), tower.base_model
+        vision = base.get_submodule(where.name)
+        observer = Observer(needs, where.prefix)
+        depth = _last_block(tower, len(vision.get_submodule(where.blocks)), inputs)
+        copied = with_descendant(base, where.name, observed(vision, where.blocks, where.attention, depth, observer))
+        output = self.features(copied, modality, **inputs)
 
         def of_rows(values: Tensor) -> Tensor:
-            patches = values.unflatten(0, (images, -1))[:, prefix:]
+            patches = values.unflatten(0, (observer.images, -1))[:, where.prefix :]
             channels = patches.flatten(2) if patches.dim() > 2 else patches[..., None]
             return self.rows(tower, modality, channels, inputs).reshape(-1, *values.shape[1:])
 
-        return output, stats.mapped(of_rows)
+        return output, observer.stats.mapped(of_rows)
 
     def rows(self, tower: Any, modality: str, patches: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Place values of patches as the dense model places their features.
@@ -111,6 +123,65 @@ class PooledRowsHost(TowerRowsHost):
         side = projector.patches_per_image
         pooled: Tensor = projector.avg_pool(patches.mT.unflatten(2, (side, side)))
         return pooled.flatten(2).mT.flatten(0, 1)
+
+
+class ShuffledRowsHost(TowerRowsHost):
+    """Host of the visual tokens of InternVL, squares of patches side by side."""
+
+    def vision(self, tower: Any) -> VisionTower:
+        return VisionTower("vision_tower", "encoder.layer", "attention", 1)
+
+    def rows(self, tower: Any, modality: str, patches: Tensor, inputs: dict[str, Any]) -> Tensor:
+        side = int(patches.shape[1] ** 0.5)
+        grid = patches.contiguous().unflatten(1, (side, side))
+        shuffled = tower.base_model.pixel_shuffle(grid, scale_factor=tower.config.downsample_ratio)
+        return _mean_of_joined(shuffled.flatten(0, 2), patches.shape[2])
+
+
+class ConnectedRowsHost(TowerRowsHost):
+    """Host of the visual tokens of Idefics3 and SmolVLM, squares of patches side by side."""
+
+    def vision(self, tower: Any) -> VisionTower:
+        return VisionTower("vision_model", "encoder.layers", "self_attn", 0)
+
+    def rows(self, tower: Any, modality: str, patches: Tensor, inputs: dict[str, Any]) -> Tensor:
+        connector = tower.base_model.connector
+        shuffled = connector.pixel_shuffle(patches.contiguous(), connector.scale_factor)
+        return _mean_of_joined(shuffled.flatten(0, 1), patches.shape[2])
+
+
+def _mean_of_joined(joined: Tensor, channels: int) -> Tensor:
+    """[rows, channels]: means over the patches that are joined side by side, [rows, patches * channels]."""
+    return joined.unflatten(1, (-1, channels)).mean(1)
+
+
+def _last_block(tower: Any, depths: int, inputs: Mapping[str, Any]) -> int:
+    """The index of the last block of the image tower that the projector reads. ValueError for several."""
+    layer = inputs.get("vision_feature_layer")
+    layer = getattr(tower.config, "vision_feature_layer", -1) if layer is None else layer
+    # hidden states begin with the embeddings
+    depth = (layer if layer >= 0 else depths + 1 + layer) - 1 if isinstance(layer, int) else -1
+    if not 0 <= depth < depths:
+        raise ValueError(
+            f"vision_feature_layer={layer}: parts read the attention of the block behind which the projector reads, and this "
+            f"is none of the {depths}, or several: choose parts that read contents, as the preset divprune does"
+        )
+    return depth
+
+
+@hosts.register("transformers.models.internvl.modeling_internvl.InternVLForConditionalGeneration")
+class ShuffledComposite(RowsComposite):
+    """Composite of InternVL."""
+
+    host = ShuffledRowsHost
+
+
+@hosts.register("transformers.models.idefics3.modeling_idefics3.Idefics3ForConditionalGeneration")
+@hosts.register("transformers.models.smolvlm.modeling_smolvlm.SmolVLMForConditionalGeneration")
+class ConnectedComposite(RowsComposite):
+    """Composite of Idefics3 and SmolVLM."""
+
+    host = ConnectedRowsHost
 
 
 @hosts.register("transformers.models.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration")
