@@ -1,4 +1,4 @@
-"""Trains `llava_tiny`, a LLaVA of transformers, on synthetic pairs, on one CPU core.
+"""Trains the weights of `llava_tiny` that the package ships: a LLaVA of transformers, on synthetic pairs, on one CPU core.
 
     OMP_NUM_THREADS=1 python benchmarks/train_llava_tiny.py --work WORK [--fast]
 
@@ -10,6 +10,11 @@ which needs a C++ compiler, and pays on CPUs with AMX:
   read   projector and language model learn to answer from the frozen image tower's tokens, the words told meanwhile what they
          find; relations begin with "above" and "left of" (see `Turns`). A pair's images are read once for all its sentences
 No run takes more than five hours of the processor: the time spent is in the checkpoints.
+
+How the shipped weights differ: `look` followed the schedule of 1,800 steps until 250, of 900 until 750, of 2,000 until 1,000,
+and of 1,500 to the end; `read` that of 5,000 steps until 1,500, of 3,200 until 3,200, of 3,900 until 3,900, of 8,000 until
+4,250, of 6,500 until 4,750, and of 5,600 to the end, all with --fast. Measured: 86.6 % of 7,200 test sentences in fp32 and in
+fp16, after 42 minutes of one core.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         "chat",
         parents=parents,
         help="ask a vision-language model about images",
-        description=f"{TINY} takes two images and a statement, and answers true or false.",
+        description=f"{TINY} takes two images and a statement, and answers true or false; its weights come with the package.",
     )
     parser.add_argument(
         "model",
