@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         _print_parts(pruned)
     cost = count_macs(pruned, *example.instance_for(host))
     for tower, encoder in pruned.pruning.towers.items():
-        _print_tower(tower, encoder, cost, dense)
+        if tower in cost.towers:
+            _print_tower(tower, encoder, cost, dense)
     print()
     macs.print_cost(cost, host, dense)
 

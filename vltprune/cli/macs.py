@@ -74,7 +74,7 @@ def print_cost(cost: Cost, host: nn.Module, dense: bool) -> None:
         share = "" if dense else describe.format_tower_saving(tower, cost.saving_by_tower)
         _print_macs(f"{tower} tower", before, after, padding, dense, share)
     if cost.dense_decoder:
-        _print_macs("decoder", cost.dense_decoder, cost.decoder, cost.decoder_padding, dense)
+        _print_macs("decoder", cost.dense_decoder, cost.decoder_total, cost.decoder_padding, dense)
     _print_macs("all", cost.dense_total, cost.total, cost.padding_total, dense)
     note = "" if dense else describe.note_on_towers(cost.saving_by_tower, cost.reductions, cost.reduction)
     if note:

@@ -109,20 +109,27 @@ class CostMeter:
             padding[trace.tower].append(meter.count_dense(trace, _padded_lengths(trace), entered) - whole)
             entered = trace.input_tokens.layout
         decoder = self._decoder(traces, [max(trace.lengths[-1]) for trace in traces], is_dense=False)
-        dense_decoder = self._decoder(traces, [trace.input_tokens.layout.longest for trace in traces])
-        padded_decoder = self._decoder(traces, [int(_padded_lengths(trace).max()) for trace in traces])
-        instances = traces[-1].input_tokens.layout.batch
+        dense_decoder, padded_decoder = (
+            float(self._decoder(traces, memories))
+            for memories in (
+                [trace.input_tokens.layout.longest for trace in traces],
+                [int(_padded_lengths(trace).max()) for trace in traces],
+            )
+        )
+        # a prompt of a language model may have several images
+        prompts = [len(call.visual) for trace in traces for call in trace.decode_stats if call.visual]
+        instances = sum(prompts) or traces[-1].input_tokens.layout.batch
         decoder_padding = padded_decoder - dense_decoder
         # a tower that ran several times, as ViLT does for two images, had the instances of all its calls
         joined = ({tower: torch.cat(calls, 1) for tower, calls in one.items()} for one in (towers, dense, padding))
         counted, whole, padded = joined
         return Cost(counted, whole, self.head, instances, decoder, dense_decoder, padded, decoder_padding)
 
-    def _decoder(self, traces: Sequence[PruneTrace], memories: Sequence[int], is_dense: bool = True) -> float:
+    def _decoder(self, traces: Sequence[PruneTrace], memories: Sequence[int], is_dense: bool = True) -> float | Tensor:
         """MACs of what a decoder did, or does behind dense towers, looking at so many tokens of each trace's tower."""
         if self.composite is None:
             return 0.0
-        macs = 0.0
+        macs: float | Tensor = 0.0
         for trace, memory in zip(traces, memories, strict=True):
             decoded = [(call.dense or call) if is_dense else call for call in trace.decode_stats]
             macs += self.composite.decoder_macs(self.host, decoded, memory)
@@ -151,7 +158,9 @@ class _TowerMeter:
 
     def count(self, trace: PruneTrace) -> Tensor:
         """MACs [depths + 2, batch] of the pruned tower."""
-        before, entered = token_counts(trace.input_tokens.layout), trace.input_tokens.layout
+        first, entered = trace.input_tokens, trace.input_tokens.layout
+        # a language model may get visual tokens that are there in part
+        before = token_counts(entered) if first.keep_prob is None else first.expected
         rows = [self._embedding_macs(trace) + self._guide]
         steps = zip(self.blocks, trace.layers, trace.block_inputs, trace.text_counts, strict=True)
         for block, layer, block_input, text in steps:

@@ -79,7 +79,7 @@ class SampleCostMeter:
         pruned = dense if self.is_dense else self._per_record(cost.towers, texts)
         padding = self._per_record(cost.padding, texts)
         behind = cost.head + cost.dense_decoder / cost.instances
-        behind_pruned = behind if self.is_dense else cost.head + cost.decoder / cost.instances
+        behind_pruned = behind if self.is_dense else cost.head + cost.decoder_total / cost.instances
         kept = {trace.tower: self._tokens_per_record(trace, texts) for trace in traces}
         counts = {tower: macs.shape[-1] // len(texts) if tower == "image" else 1 for tower, macs in cost.dense.items()}
 
@@ -112,7 +112,7 @@ class SampleCostMeter:
         behind = [
             one if s.expected is None else s.expected.detach().cpu() for s, one in zip(trace.layers, hard, strict=True)
         ]
-        lengths = torch.stack([precision.float_tensor(trace.input_tokens.layout.lengths, torch.device("cpu")), *behind])
+        lengths = torch.stack([trace.input_tokens.expected.detach().cpu().to(behind[0].dtype), *behind])
         return _means(lengths, _sizes(trace.tower, lengths.shape[-1], texts)).T
 
 

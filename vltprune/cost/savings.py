@@ -20,7 +20,7 @@ class Cost:
         dense: the same of the dense model, on the tokens that are there, without padding.
         head: MACs per instance of what follows the towers, such as a classifier of pairs.
         instances: how many instances the call had: texts, or images where there is no text.
-        decoder: MACs of a decoder in the whole call.
+        decoder: MACs of a decoder in the whole call; a scalar with gradients where soft training keeps visual tokens in part.
         dense_decoder: the same for as many generated tokens behind the dense towers.
         padding: per tower, MACs [depths + 2, instances] that the dense model spends on padding besides.
         decoder_padding: MACs that a decoder spends on the padding of a dense tower.
@@ -30,7 +30,7 @@ class Cost:
     dense: dict[str, Tensor]
     head: float
     instances: int
-    decoder: float = 0.0
+    decoder: float | Tensor = 0.0
     dense_decoder: float = 0.0
     padding: dict[str, Tensor] = field(default_factory=dict)
     decoder_padding: float = 0.0
@@ -38,7 +38,7 @@ class Cost:
     @property
     def total(self) -> float:
         """MACs of the whole call."""
-        return sum(self._spent(self.towers).values()) + self.head * self.instances + self.decoder
+        return sum(self._spent(self.towers).values()) + self.head * self.instances + self.decoder_total
 
     @property
     def dense_total(self) -> float:
@@ -73,6 +73,11 @@ class Cost:
         towers = {tower: (macs, dense[tower]) for tower, macs in self._spent(self.towers).items()}
         return saving_by_tower(towers, self.dense_total - self.total)
 
+    @property
+    def decoder_total(self) -> float:
+        """MACs of the decoder in the whole call, a number also in soft training."""
+        return float(self.decoder.detach()) if isinstance(self.decoder, Tensor) else self.decoder
+
     @staticmethod
     def _spent(towers: Mapping[str, Tensor]) -> dict[str, float]:
         """Per tower, MACs of all depths and instances; numbers, also in soft training, where MACs have gradients."""
@@ -85,7 +90,9 @@ class Cost:
             tower: (dense[tower], macs, padding.get(tower, 0.0)) for tower, macs in self._spent(self.towers).items()
         }
         parts |= {"head": (head, head, 0.0)} if head else {}
-        parts |= {"decoder": (self.dense_decoder, self.decoder, self.decoder_padding)} if self.dense_decoder else {}
+        parts |= (
+            {"decoder": (self.dense_decoder, self.decoder_total, self.decoder_padding)} if self.dense_decoder else {}
+        )
         parts |= {"total": (self.dense_total, self.total, self.padding_total)} if len(parts) > 1 else {}
         scale, unit = unit_of(self.padded_total)
         whose = "1 instance" if self.instances == 1 else f"{self.instances} instances"

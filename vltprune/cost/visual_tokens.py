@@ -100,7 +100,7 @@ def visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
     return VisualTokens(
         tuple(visual / number for _, visual in entered),
         sum(prompts.dense.visual) / number,
-        macs(cost.towers, cost.decoder, mean, sum(prompts.visual)),
+        macs(cost.towers, cost.decoder_total, mean, sum(prompts.visual)),
         macs(cost.dense, cost.dense_decoder, whole, sum(prompts.dense.visual)),
         round(language.cache_bytes * mean),
         language.cache_bytes * whole,

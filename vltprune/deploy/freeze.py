@@ -87,7 +87,8 @@ class FixedCounts:
             numbers = [f"{layer.mean:.1f}", *map(str, (layer.least, layer.most, layer.count))]
             rows.append([name, *numbers, percent(layer.changed)])
         costs = [format_change(one.macs, one.dense_macs) for one in (self.before, self.after)]
-        unread = [name for name in self.model.pruning.towers if name not in self.before.towers]
+        towers = self.model.pruning.towers
+        unread = [name for name, tower in towers.items() if len(tower.pruners) and name not in self.before.towers]
         left = "".join(f"\nno batch ran the {name} tower, which stays as it is" for name in unread)
         return f"{table(rows)}{left}\nMACs: {costs[1]} than dense; before, {costs[0]}\noutputs: {self.outputs}"
 

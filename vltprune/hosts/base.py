@@ -324,7 +324,7 @@ class Composite(ABC):
         """What the language model of a dense model costs that reads an image tower's tokens; None without one."""
         return None
 
-    def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float:
+    def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float | Tensor:
         """MACs of a decoder behind the towers, with attention counted whole, masked and padded pairs included.
 
         Args:
@@ -333,6 +333,6 @@ class Composite(ABC):
             memory: Tokens of each memory that it cross-attends to, padding included.
 
         Returns:
-            MACs of all calls; 0 for a model without a decoder.
+            MACs of all calls; 0 for a model without a decoder. In soft training with the gradients of the cost.
         """
         return 0.0

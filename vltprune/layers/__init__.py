@@ -13,7 +13,17 @@ from .reducers.adding import Add
 from .reducers.base import Drop, Fuse, TokenReducer
 from .reducers.merging import Merge, Tofu
 from .reducers.reduction import Reduction, plan_reduction
-from .scorers.base import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention, TokenScorer
+from .scorers.base import (
+    Alignment,
+    ClsAttention,
+    Equal,
+    Madtp,
+    MeanClsAttention,
+    Random,
+    SelfAttention,
+    TextAttention,
+    TokenScorer,
+)
 from .scorers.distinct import Distinct, DistinctAttention, DistinctMadtp
 from .scorers.pairs import PairDistance, WindowDistance
 from .scorers.queries import QueryAttention, QueryRelevance
@@ -24,7 +34,6 @@ from .scorers.statistics import (
     KeyNorm,
     PageRank,
     Remember,
-    TextAttention,
     ValueWeightedAttention,
     WideClsAttention,
 )

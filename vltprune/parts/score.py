@@ -1,6 +1,15 @@
 """Scorers as typed parts: prune(model, preset, scorer=vltprune.score.self_attention())."""
 
-from ..layers.scorers.base import Alignment, ClsAttention, Equal, Madtp, MeanClsAttention, Random, SelfAttention
+from ..layers.scorers.base import (
+    Alignment,
+    ClsAttention,
+    Equal,
+    Madtp,
+    MeanClsAttention,
+    Random,
+    SelfAttention,
+    TextAttention,
+)
 from ..layers.scorers.distinct import Distinct, DistinctAttention, DistinctMadtp
 from ..layers.scorers.pairs import PairDistance, WindowDistance
 from ..layers.scorers.queries import QueryAttention, QueryRelevance
@@ -12,7 +21,6 @@ from ..layers.scorers.statistics import (
     LastAttention,
     PageRank,
     Remember,
-    TextAttention,
     ValueWeightedAttention,
     WideClsAttention,
 )

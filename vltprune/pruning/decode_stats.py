@@ -19,6 +19,7 @@ class DecodeStats:
         memories: tokens of the memory whose keys and values were computed.
         dense: the same behind dense towers, for a language model whose prompt pruning shortens. None where it is the same.
         visual: the visual tokens among `tokens`, of each prompt of a language model.
+        expected_visual: the expected number of these in soft training, a scalar with the gradients of the cost. None elsewhere.
         gathered: gives what the guide's anchors gathered from captions, [captions, anchors, anchor dim], in training.
     """
 
@@ -28,4 +29,10 @@ class DecodeStats:
     memories: int = 0
     dense: DecodeStats | None = None
     visual: tuple[int, ...] = ()
+    expected_visual: Tensor | None = None
     gathered: Callable[[], Tensor] | None = None
+
+    @property
+    def rows(self) -> int | Tensor:
+        """How many visual tokens went through, in soft training the expected number."""
+        return sum(self.visual) if self.expected_visual is None else self.expected_visual

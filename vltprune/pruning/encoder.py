@@ -115,6 +115,12 @@ class PrunedEncoder(Tower):
         self.__dict__["_pruning"] = replace(record, towers={})
 
     @property
+    def decides_softly(self) -> bool:
+        """Whether it is in soft training, where tokens stay with a probability."""
+        pruners = self.pruners.values() if self.training else ()
+        return any(isinstance(pruner, Pruner) and pruner.soft_temperature > 0 for pruner in pruners)
+
+    @property
     def _dense(self) -> nn.Module:
         return self.host
 

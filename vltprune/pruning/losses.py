@@ -24,7 +24,7 @@ def alignment(image: Tensor, text: Tensor, images: int = 1) -> Tensor:
     Args:
         image: [groups * images, anchors, dim], `PruneTrace.aligned` of the image tower. A group is one or more consecutive
             images that k consecutive sentences describe.
-        text: [groups * k, anchors, dim], `PruneTrace.aligned` of the text tower.
+        text: [groups * k, anchors, dim], `PruneTrace.aligned` of the text tower, or of the language model.
         images: the number of images of a group, which are averaged first. NLVR2 has 2.
 
     Returns:

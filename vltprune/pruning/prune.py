@@ -61,18 +61,13 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     else:
         towers = composite.towers(model)
     _check_towers(config, tuple(towers), lambda name: "" if composite is None else composite.why_without(model, name))
-    # a language model that no stage names stays dense: stock caches and kernels
-    towers = {
-        name: (tower, host)
-        for name, (tower, host) in towers.items()
-        if name != NAMED_ALONE or config.depths(name, len(host.blocks(tower)))
-    }
 
     specs = {name: host.spec(tower, 0, name) for name, (tower, host) in towers.items()}
     projections = _projections(towers, {} if composite is None else composite.projections(model))
     for name, projection in projections.items():
         specs[name] = replace(specs[name], embed_dim=len(projection.weight))
-    guide = build_guide(config, specs | (composite.guide_specs(model) if composite is not None else {}), model)
+    further = composite.guide_specs(model) if composite is not None else {}
+    guide = build_guide(config, _related(config, specs) | further, model)
     if guide is not None:
         for name, projection in projections.items():
             guide.start_from(name, projection)
@@ -89,6 +84,16 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     result = pruned[next(iter(pruned))] if composite is None else _assemble(model, composite, pruned, guide)
     object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
     return check_pruned(result)
+
+
+def _related(config: PruneConfig, specs: Mapping[str, BlockSpec]) -> dict[str, BlockSpec]:
+    """The towers that a guide relates. A text is compared with the tokens of a language model only where these are pruned."""
+    queried = config.guide is not None and getattr(guides[config.part("guide").name], "queried", False)
+    return {
+        name: spec
+        for name, spec in specs.items()
+        if not queried or name != NAMED_ALONE or config.depths(name, spec.depths)
+    }
 
 
 def _projections(

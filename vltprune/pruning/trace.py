@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..core import precision, segments
 from ..core.layout import Layout
-from ..core.modality import COLUMN, text_counts
+from ..core.modality import COLUMN, is_of, text_counts
 from ..core.regions import Regions
 from ..core.tokens import PackedTokens
 from ..layers import Guidance, Reduction
 from ..utils.lazy import lazy
 from .decode_stats import DecodeStats
+from .stage import NAMED_ALONE
 from .tower import Tower
 
 
@@ -145,12 +146,18 @@ class PruneTrace:
         """The tokens pooled by the guide's anchors, summed over the pruned blocks: [batch, anchors, anchor dim].
 
         `losses.alignment` compares it between towers. With gradients enabled, a tower that is pruned nowhere sums over all
-        blocks. LookupError without a guide.
+        blocks. Of a language model the text is pooled, and not the visual tokens in it. LookupError without a guide.
         """
-        pooled = [step.guidance.pooled for step in self.layers if step.guidance is not None]
+        pooled = [self._pooled(step.guidance) for step in self.layers if step.guidance is not None]
         if not pooled:
             raise LookupError(f"the {self.tower} tower has no guide at any depth: prune it with guide='codebook'")
         return torch.stack(pooled).sum(0)
+
+    def _pooled(self, guidance: Guidance) -> Tensor:
+        """[batch, anchors, anchor dim] of one block."""
+        if self.tower != NAMED_ALONE:
+            return guidance.pooled
+        return guidance.pooled_among(is_of(guidance.tokens, "text"))
 
     @property
     def embedding(self) -> Tensor:

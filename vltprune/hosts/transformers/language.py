@@ -34,7 +34,7 @@ from ...registry import hosts
 from ..ops import by_tiles
 from .base import PreNormHost, PrunedTransformer
 from .language_cache import adopt
-from .language_masks import given_mask, real_tokens, visible_keys, visual_rows
+from .language_masks import given_mask, real_tokens, visible_keys, visual_rows, with_keep_prob
 from .modernbert import window_bias
 
 
@@ -83,6 +83,10 @@ class PrunedLanguageModel(PrunedTransformer):
         bound = self.adapter.bind_arguments(self.host, *inputs, **named)
         if self.adapter.is_prompt(*bound):
             return super().encode(*inputs, **named)
+        if self.decides_softly:
+            raise ValueError(
+                "a cache cannot hold tokens that soft training keeps in part: call model.eval() to generate"
+            )
         tokens, calls = self.adapter.embed(self.host, *bound)
         for block, call in zip(self.adapter.blocks(self.host), calls, strict=True):
             tokens = self.adapter.decode(block, tokens, call)
@@ -94,7 +98,8 @@ class LanguageHost(PreNormHost):
 
     Visual tokens can be pruned; all others are protected. Tokens keep their original positions, and see what they would see in
     the dense model with the pruned tokens masked. The output has the length of the input: where a token is gone stands the
-    last one that is left before it, so that the loss is that of the tokens that stay.
+    last one that is left before it, so that the loss is that of the tokens that stay. In soft training visual tokens that are
+    there in part are attended to in part.
     """
 
     tower = "language"
@@ -185,7 +190,7 @@ class LanguageHost(PreNormHost):
         else:
             tokens = PackedTokens.pack(x, real_tokens(masks), protected=~visual)
             masks = {kind: mask if mask is not None and mask.ndim == 3 else None for kind, mask in masks.items()}
-        tokens = with_modality(tokens, ~tokens.protected)
+        tokens = with_keep_prob(with_modality(tokens, ~tokens.protected), length, seen)
 
         features, row = deepstack_visual_embeds or [], None
         if features and visual_pos_masks is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...core.tokens import PackedTokens
 from .vlm.prompt import current_visual_tokens
 
 
@@ -112,3 +113,24 @@ def visible_keys(
     if window is not None:
         visible = visible & (query - key < window)
     return visible[None] if mask is None else visible & mask[:, None].to(device)
+
+
+def with_keep_prob(tokens: PackedTokens, length: int, seen: int) -> PackedTokens:
+    """The tokens of a prompt with their probabilities to stay, where soft training gives a language model tokens in part.
+
+    Args:
+        tokens: The tokens of the call.
+        length: Tokens of each row in this call.
+        seen: Tokens of each row in the cache.
+
+    Returns:
+        The same tokens; they are unchanged outside of soft training.
+    """
+    current = current_visual_tokens()
+    if current is None or current.keep_prob is None or current.counted_prob is None or seen:
+        return tokens
+    row = tokens.layout.instance * length + tokens.position
+    keep_prob, counted_prob = (
+        prob.to(tokens.x.device).flatten().index_select(0, row) for prob in (current.keep_prob, current.counted_prob)
+    )
+    return tokens.with_keep_prob(keep_prob, counted_prob)

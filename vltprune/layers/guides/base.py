@@ -36,17 +36,18 @@ class Guidance:
     attend: Literal["softmax", "sparsemax"] = "softmax"
     map: Callable[[Tensor], Tensor] | None = None
 
-    def attention(self, temperature: float) -> Tensor:
-        """Attention weights of each anchor over the unprotected tokens of each instance.
+    def attention(self, temperature: float, among: Tensor | None = None) -> Tensor:
+        """Attention weights of each anchor over tokens of each instance.
 
         Args:
             temperature: the divisor of the logits, above 0.
+            among: [total] bool, the tokens that take part. None for the unprotected ones.
 
         Returns:
-            The weights, [total, anchors].
+            The weights, [total, anchors]; zero for all other tokens.
         """
         normalize = segments.sparsemax if self.attend == "sparsemax" else segments.softmax
-        return normalize(self.affinity / temperature, self.tokens.layout, self.tokens.free)
+        return normalize(self.affinity / temperature, self.tokens.layout, self.tokens.free if among is None else among)
 
     @lazy
     def mapped(self) -> PackedTokens:
@@ -55,13 +56,21 @@ class Guidance:
 
     @lazy
     def pooled(self) -> Tensor:
-        """The tokens pooled by each anchor's attention, [batch, anchors, anchor dim]; computed when it is first read.
+        """The unprotected tokens, pooled: [batch, anchors, anchor dim]; computed when it is first read."""
+        return self.pooled_among(None)
 
-        MADTP (arXiv 2403.02991), section 3.2, with the temperature sqrt(anchor dim).
+    def pooled_among(self, among: Tensor | None) -> Tensor:
+        """Pools tokens by each anchor's attention: MADTP (arXiv 2403.02991), section 3.2, at the temperature sqrt(anchor dim).
+
+        Args:
+            among: [total] bool, the tokens to pool. None for the unprotected ones.
+
+        Returns:
+            The sums, [batch, anchors, anchor dim]; zero for an instance that has none of these tokens.
         """
         x = precision.single(self.mapped.x)
         with precision.without_autocast(x.device):
-            return segments.weighted_sum(self.attention(x.shape[-1] ** 0.5), x, self.mapped.layout)
+            return segments.weighted_sum(self.attention(x.shape[-1] ** 0.5, among), x, self.mapped.layout)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,20 @@ class MeanClsAttention(TokenScorer):
         return stats[Stat.SUMMARY].mean(-1)
 
 
+@scorers.register("text_attention")
+class TextAttention(TokenScorer):
+    """Attention that a token receives from the text of its instance, mean over heads and over text tokens: PuMer (ACL 2023).
+
+    For single-stream transformers such as ViLT, where text and image are one sequence: s_j = mean_h mean_i A[h, i, j] over
+    the text tokens i, its class token included and padding left out. Stages with `modality="image"` prune image tokens by it.
+    """
+
+    needs = Stat.FROM_TEXT
+
+    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
+        return stats[Stat.FROM_TEXT]
+
+
 @scorers.register("alignment")
 class Alignment(TokenScorer):
     """Affinity to the closest shared anchor, normalized over the instance.
@@ -122,6 +136,8 @@ class Madtp(TokenScorer):
     """MADTP's token importance score: the mean of `self_attention`, `cls_attention` and `alignment`.
 
     MADTP (arXiv 2403.02991), section 3.3, TIS = (S_self + S_cls + S_tok) / 3.
+
+    **Departs**: a language model has no summary token. There the text of the prompt has its place: S_cls is `text_attention`.
     """
 
     needs = SelfAttention.needs | ClsAttention.needs
@@ -129,7 +145,9 @@ class Madtp(TokenScorer):
 
     def __init__(self, spec: BlockSpec):
         super().__init__(spec)
-        self.terms = nn.ModuleList(term(spec) for term in (SelfAttention, ClsAttention, Alignment))
+        summary = TextAttention if spec.modalities and not spec.has_summary else ClsAttention
+        self.terms = nn.ModuleList(term(spec) for term in (SelfAttention, summary, Alignment))
+        self.needs = SelfAttention.needs | summary.needs
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         received, summary, alignment = (term(tokens, stats, guidance) for term in self.terms)

@@ -59,6 +59,7 @@ class _Weighted(Distinct):
     def __init__(self, spec: BlockSpec, width: float = 0.03):
         super().__init__(spec, width)
         self.base = self.scorer(spec)
+        self.needs = self.base.needs
 
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         return normalize(self.base(tokens, stats, guidance) * uniqueness(tokens, self.width), tokens)

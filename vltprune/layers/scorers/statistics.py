@@ -104,20 +104,6 @@ class WideClsAttention(TokenScorer):
         return stats[Stat.SUMMARY_WIDE]
 
 
-@scorers.register("text_attention")
-class TextAttention(TokenScorer):
-    """Attention that a token receives from the text of its instance, mean over heads and over text tokens: PuMer (ACL 2023).
-
-    For single-stream transformers such as ViLT, where text and image are one sequence: s_j = mean_h mean_i A[h, i, j] over
-    the text tokens i, its class token included and padding left out. Stages with `modality="image"` prune image tokens by it.
-    """
-
-    needs = Stat.FROM_TEXT
-
-    def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        return stats[Stat.FROM_TEXT]
-
-
 @scorers.register("last_attention")
 class LastAttention(TokenScorer):
     """Attention that the last token of an instance pays to a token, mean over heads: FastV (arXiv 2403.06764).

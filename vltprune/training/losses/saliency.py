@@ -29,7 +29,7 @@ def saliency_loss(
 
     Args:
         student: traces of the pruned model, by tower, with gradients.
-        teacher: traces of the teacher, a `saliency_teacher`, with gradients.
+        teacher: traces of the teacher, a `saliency_teacher`, with gradients. Towers that it has no trace of are left out.
         outputs: [rows, classes] the teacher's logits, with gradients.
         seed: of the random signs, as of `curvature_probe`.
         before: rows of the processes before this one, as of `curvature_probe`.
@@ -40,6 +40,7 @@ def saliency_loss(
     pairs = [
         (pruned.scored, dense.scored)
         for tower, trace in student.items()
+        if tower in teacher
         for pruned, dense in zip(trace.layers, teacher[tower].layers, strict=True)
         if pruned.scored is not None and dense.scored is not None and pruned.scored[1].requires_grad
     ]

@@ -151,10 +151,10 @@ class TrainModule(nn.Module):
         }
 
     def _alignment(self, student: dict[str, PruneTrace]) -> Tensor:
-        image = student["image"]
-        if "text" not in student:  # captions, that a decoder read
+        image, text = student["image"], student.get("text", student.get("language"))
+        if text is None:  # captions, that a decoder read
             return losses.alignment(image.aligned, image.caption_aligned)
-        return losses.alignment(image.aligned, student["text"].aligned, self.objective.images_per_text)
+        return losses.alignment(image.aligned, text.aligned, self.objective.images_per_text)
 
     def _distillation(
         self, loss: Loss, student: dict[str, PruneTrace], records: Sequence[Any], images: Tensor, step: int
@@ -178,6 +178,8 @@ class TrainModule(nn.Module):
         self, loss: Loss, student: dict[str, PruneTrace], teacher: dict[str, PruneTrace], outputs: Tensor | None
     ) -> Tensor:
         weights, total = self.distill, loss.total.new_zeros(())
+        # a language model has no trace where its own code runs
+        student = {tower: trace for tower, trace in student.items() if tower in teacher}
         for tower, trace in student.items() if weights.summaries else ():
             summary = teacher[tower].embedding.detach()
             total = total + weights.summaries * F.mse_loss(trace.embedding, summary) / summary.square().mean()

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from ....core.tokens import PackedTokens
 from ....pruning.decode_stats import DecodeStats
+from ....pruning.encoder import PrunedEncoder
+from ....pruning.model import get_pruning
+from ....pruning.trace import active_collectors
 from ...base import Composite, Host, LanguageCost
 from ...find import lookup_host
 from ...graft import with_descendant
+from ...soft import refuse_soft_tokens
 from ..saving import with_pruning_saved
 from .language_cost import measure_language, report_prompts
 from .prompt import ShortPrompt, VisualTokens, text_positions
@@ -33,11 +38,15 @@ class VisualRows:
         output: What stays, as the dense model takes it in `mm_encoder_outputs`.
         kept: [rows] bool, which rows stay of those that the dense model has, image after image.
         protected: [rows] bool, which of these end a line of an image, so that no layer prunes them. None for none.
+        keep_prob: [kept rows], the probability that each of those that stay does, in soft training. None for 1.
+        counted_prob: [kept rows], the same with the gradients of the cost. None where `keep_prob` is.
     """
 
     output: ModelOutput
     kept: Tensor
     protected: Tensor | None = None
+    keep_prob: Tensor | None = None
+    counted_prob: Tensor | None = None
 
 
 class VlmComposite(Composite):
@@ -101,8 +110,59 @@ class VlmComposite(Composite):
 
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         for tower, new in towers.items():
-            model = with_descendant(model, self.places[tower], new)
+            # a language model that no stage prunes stays the dense one: stock caches and kernels
+            if not (tower == "language" and isinstance(new, PrunedEncoder) and not len(new.pruners)):
+                model = with_descendant(model, self.places[tower], new)
         return with_pruning_saved(pruned_copy(model, self))
+
+    def language_tower(self, model: PrunedVlm, visual: VisualTokens | None) -> PrunedEncoder | None:
+        """The language model where its host runs it, and not its own code.
+
+        That is so where it is pruned, where it reads tokens that are there in part, and where a guide aligns it with images: in
+        a call with gradients that somebody collects.
+
+        Args:
+            model: The pruned model.
+            visual: The visual tokens of the prompt; None for a text.
+        """
+        encoder = get_pruning(model).towers.get("language")
+        if encoder is None or len(encoder.pruners):
+            return encoder
+        aligns = encoder.guide is not None and not encoder.guide.queried
+        aligns = aligns and torch.is_grad_enabled() and bool(active_collectors())
+        is_soft = visual is not None and visual.keep_prob is not None
+        return encoder if is_soft or (aligns and visual is not None) else None
+
+    def runnable(self, model: PrunedVlm, visual: VisualTokens | None) -> Any:
+        """The model as its dense class, with the language model that `language_tower` says.
+
+        Args:
+            model: The pruned model.
+            visual: The visual tokens of the prompt; None for a text.
+
+        Returns:
+            What takes the inputs that `shorten` returns.
+        """
+        view, encoder = model.as_dense(), self.language_tower(model, visual)
+        if encoder is None or len(encoder.pruners):
+            return view
+        encoder.training = model.training  # no child of the model, whose modes it has
+        return with_descendant(view, self.places["language"], encoder)
+
+    def check_weighs(self, model: PrunedVlm, tokens: PackedTokens) -> None:
+        """Check that the language model can weigh tokens.
+
+        Args:
+            model: The pruned model.
+            tokens: What enters it.
+
+        Raises:
+            ValueError: For tokens that are kept in part, where no host runs the language model.
+        """
+        if "language" not in get_pruning(model).towers:
+            refuse_soft_tokens(
+                tokens, "a language model without a host", "prune a model whose language model docs/supported.md lists"
+            )
 
     def shorten(
         self, model: PrunedVlm, given: Mapping[str, Any], generating: bool = False
@@ -133,6 +193,11 @@ class VlmComposite(Composite):
             positions = self.positions(model, named, mask, generating)
         rows = self.look(model, named)
         stays, visual, free = self._stays(model, named["input_ids"], rows)
+        weights = self._weights(model, named["input_ids"], rows)
+        if weights and "cache" in named:
+            raise ValueError(
+                "a cache cannot hold tokens that soft training keeps in part: give the prompt without a cache"
+            )
         if not stays.all():
             stays = stays & (mask != 0)
         # transformers drops a mask without padding, and would then take gaps of positions for ends of sequences
@@ -148,9 +213,27 @@ class VlmComposite(Composite):
                 short["mm_encoder_outputs"][modality] = output
         is_visual = prompt.gather(visual)
         last = generating or named.get("logits_to_keep") == 1
-        language = model.get_submodule(self.places["language"])
-        report_prompts(language, (prompt.gather(mask) != 0, is_visual), (mask != 0, visual), last)
-        return short, VisualTokens(is_visual & prompt.gather(free), prompt.index)
+        kept = VisualTokens(
+            is_visual & prompt.gather(free), prompt.index, *(prompt.gather(weight, 1) for weight in weights)
+        )
+        has_trace = self.language_tower(model, kept) is not None
+        report_prompts((prompt.gather(mask) != 0, is_visual), (mask != 0, visual), last, has_trace, kept.expected)
+        return short, kept
+
+    def _weights(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> tuple[Tensor, ...]:
+        """The probability that each token of prompts [batch, length] stays, for the loss and for the cost; none for 1."""
+        if all(found.keep_prob is None for found in rows.values()):
+            return ()
+        weights = []
+        for name in ("keep_prob", "counted_prob"):
+            weight = torch.ones(ids.shape, device=ids.device)
+            for modality, found in rows.items():
+                one, is_place = getattr(found, name), ids == self.token_id(model, modality)
+                if one is not None:
+                    kept = torch.zeros_like(is_place).masked_scatter(is_place, found.kept.to(ids.device))
+                    weight = weight.masked_scatter(kept, one.to(weight))
+            weights.append(weight)
+        return tuple(weights)
 
     def _stays(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> tuple[Tensor, Tensor, Tensor]:
         """Which tokens of prompts [batch, length] stay, are visual, and end no line of an image, [batch, length] bool each."""
@@ -174,10 +257,10 @@ class VlmComposite(Composite):
         """MACs of the projector per visual token, where they are not counted with the image tower."""
         return 0.0
 
-    def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float:
+    def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float | Tensor:
         cost = self.language_cost(model)
         return sum(
-            cost.token * call.tokens + cost.pair * call.pairs + cost.word * call.words + cost.row * sum(call.visual)
+            cost.token * call.tokens + cost.pair * call.pairs + cost.word * call.words + cost.row * call.rows
             for call in decoded
         )
 

@@ -10,31 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from ....pruning.decode_stats import DecodeStats
-from ....pruning.encoder import PrunedEncoder
 from ....pruning.trace import active_collectors, report_decode_stats
 from ....utils.modes import evaluating
 from ...base import LanguageCost
 from ...linear_maps import measure_macs
 
 
-def report_prompts(language: nn.Module, short: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor], last: bool) -> None:
+def report_prompts(
+    short: tuple[Tensor, Tensor],
+    whole: tuple[Tensor, Tensor],
+    last: bool,
+    has_trace: bool,
+    expected: Tensor | None = None,
+) -> None:
     """Report to whoever collects what a language model computes, and what it would on the whole prompts.
 
-    A language model that is itself pruned has a trace of its own for the short prompts.
-
     Args:
-        language: The language model, dense or pruned.
         short: Which places are tokens, and which of those are visual, [batch, length] bool each, of the short prompts.
         whole: The same of the whole ones.
         last: Whether the logits of the last token of each prompt alone are computed.
+        has_trace: Whether the language model has a trace of its own for the short prompts, as where its host runs it.
+        expected: The expected number of visual tokens in soft training, a scalar; None outside of it.
     """
     if not active_collectors():
         return
     stats, dense = _stats(*short, last), _stats(*whole, last)
-    if isinstance(language, PrunedEncoder):
+    if has_trace:
         dense = replace(dense, tokens=dense.tokens - stats.tokens, pairs=dense.pairs - stats.pairs)
         stats = replace(stats, tokens=0, pairs=0)
-    report_decode_stats(replace(stats, dense=dense))
+    report_decode_stats(replace(stats, dense=dense, expected_visual=expected))
 
 
 def _stats(is_token: Tensor, is_visual: Tensor, last: bool) -> DecodeStats:

@@ -11,7 +11,6 @@ from ....registry import hosts
 from ...base import Host
 from ...find import find_host
 from ...linear_maps import measure_macs
-from ...soft import refuse_soft_tokens
 from ..base import ImageHost
 from .composite import VisualRows, VlmComposite, split_rows
 
@@ -53,7 +52,7 @@ class LlavaComposite(VlmComposite):
         pixels = given.pop("pixel_values")
         encoder = model.model.vision_tower
         tokens, _ = encoder.encode(pixel_values=pixels)
-        refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
+        self.check_weighs(model, tokens)
         side = model.config.vision_config.patch_size
         # positions count the class token, which the projector reads under the strategy "full" alone
         first = int(model.config.vision_feature_select_strategy == "default")
@@ -64,4 +63,5 @@ class LlavaComposite(VlmComposite):
         kept = torch.zeros(pixels.shape[0] * per_image, dtype=torch.bool, device=tokens.x.device)
         kept[tokens.layout.instance * per_image + tokens.position - first] = True
         features = model.model.multi_modal_projector(tokens.x)
-        return {"image": VisualRows(split_rows(features, tokens.layout.lengths), kept)}
+        output = split_rows(features, tokens.layout.lengths)
+        return {"image": VisualRows(output, kept, None, tokens.keep_prob, tokens.counted_prob)}

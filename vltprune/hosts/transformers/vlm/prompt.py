@@ -22,10 +22,19 @@ class VisualTokens:
     Attributes:
         is_visual: [batch, length] bool; false for rows that end a line of an image.
         position: [batch, length] int64, the index of each token in the prompt before it was shortened.
+        keep_prob: [batch, length], the probability that each token stays, in soft training; 1 of text. None for 1.
+        counted_prob: [batch, length], the same with the gradients of the cost. None where `keep_prob` is.
     """
 
     is_visual: Tensor
     position: Tensor
+    keep_prob: Tensor | None = None
+    counted_prob: Tensor | None = None
+
+    @property
+    def expected(self) -> Tensor | None:
+        """The expected number of visual tokens of all prompts, with the cost's gradients; None outside of soft training."""
+        return None if self.counted_prob is None else self.counted_prob[self.is_visual].sum()
 
 
 _current: ContextVar[VisualTokens | None] = ContextVar("visual_tokens", default=None)
@@ -76,7 +85,7 @@ class ShortPrompt:
         index = index[:, :short] if pads_right else index[:, stays.shape[1] - short :]
         return cls(index, stays.gather(1, index))
 
-    def gather(self, values: Tensor, fill: int = 0) -> Tensor:
+    def gather(self, values: Tensor, fill: float = 0) -> Tensor:
         """Gather values per token.
 
         Args:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ....pruning.model import get_pruning
 from .prompt import VisualTokens, visual_tokens
 
 _LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
@@ -23,6 +24,8 @@ class Shortens(Protocol):
     ) -> tuple[dict[str, Any], VisualTokens | None]: ...
 
     def look(self, model: PrunedVlm, given: dict[str, Any]) -> Mapping[str, Any]: ...
+
+    def runnable(self, model: PrunedVlm, visual: VisualTokens | None) -> Any: ...
 
 
 class PrunedVlm(nn.Module):
@@ -61,8 +64,11 @@ class PrunedVlm(nn.Module):
         """
         given = _bound(self.forward, *args, **named)
         short, visual = self.composite.shorten(self, given)
+        if visual is not None and visual.keep_prob is not None:
+            # a cache does not know that tokens are there in part
+            short["use_cache"] = False
         with visual_tokens(visual):
-            return self.as_dense().forward(**short)
+            return self.composite.runnable(self, visual).forward(**short)
 
     def get_image_features(self, *args: Any, **named: Any) -> Any:
         """The visual tokens that stay, as the dense model's `get_image_features` returns all of them.
@@ -73,11 +79,15 @@ class PrunedVlm(nn.Module):
 
         Returns:
             An output whose `pooler_output` has the visual tokens.
+
+        Raises:
+            ValueError: In soft training, which keeps tokens in part.
         """
         return self._features("image", *args, **named)
 
     def _features(self, modality: str, *args: Any, **named: Any) -> Any:
         """What stays of images or videos, from the arguments of the dense model's `get_image_features` or its like."""
+        self._refuse_soft(f"get_{modality}_features")
         given = _bound(getattr(self.as_dense(), f"get_{modality}_features"), *args, **named)
         given = {name: value for name, value in given.items() if value is not None}
         return self.composite.look(self, given)[modality].output
@@ -95,8 +105,9 @@ class PrunedVlm(nn.Module):
             The prompt as it was given, followed by the new tokens.
 
         Raises:
-            ValueError: For inputs that do not fit the model or each other, and for assisted decoding.
+            ValueError: For inputs that do not fit the model or each other, for assisted decoding, and in soft training.
         """
+        self._refuse_soft("generate")
         if inputs is not None:
             named["input_ids"] = inputs
         if named.get("assistant_model") is not None:
@@ -114,6 +125,13 @@ class PrunedVlm(nn.Module):
         if visual is None or prompt is None:
             return out
         return _behind(prompt, short["input_ids"].shape[1], out)
+
+    def _refuse_soft(self, method: str) -> None:
+        """ValueError in soft training, for a method that takes each token for whole."""
+        if any(tower.decides_softly for tower in get_pruning(self).towers.values()):
+            raise ValueError(
+                f"{method} takes tokens for whole, and soft training keeps some in part: call model.eval() first"
+            )
 
     def _new_lengths(self, length: int, generation_config: Any, named: dict[str, Any]) -> dict[str, int | None]:
         """Limits of the whole length, as numbers of new tokens behind a prompt of this length."""

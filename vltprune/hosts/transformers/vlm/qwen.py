@@ -10,7 +10,6 @@ from torch import nn
 from ....registry import hosts
 from ...base import Host
 from ...find import find_host
-from ...soft import refuse_soft_tokens
 from .composite import VisualRows
 from .rows import RowsComposite
 
@@ -29,7 +28,7 @@ class QwenComposite(RowsComposite):
     def _prune(self, model: Any, modality: str, names: tuple[str, ...], *inputs: Any) -> VisualRows:
         encoder = model.base_model.visual
         tokens, calls = encoder.encode(*inputs)
-        refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
+        self.check_weighs(model, tokens)
         output, lengths = encoder.adapter.head(encoder.host, tokens, calls), list(tokens.layout.lengths)
         short: Any = type(output)()
         short["pooler_output"] = list(output.pooler_output.split(lengths))
@@ -38,4 +37,4 @@ class QwenComposite(RowsComposite):
         attention = calls[0].attention
         kept = torch.zeros(attention.tables.shape[1], dtype=torch.bool, device=tokens.x.device)
         kept[attention.row(tokens)] = True
-        return VisualRows(short, kept)
+        return VisualRows(short, kept, None, tokens.keep_prob, tokens.counted_prob)

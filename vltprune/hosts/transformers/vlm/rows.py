@@ -22,7 +22,6 @@ from ....pruning.encoder import PrunedEncoder, apply_decisions
 from ....pruning.pruner import Pruner
 from ....pruning.trace import LayerTrace
 from ...base import Host
-from ...soft import refuse_soft_tokens
 from .composite import PIXELS, VisualRows, VlmComposite
 
 # the column of the features that later layers of the language model add to visual tokens
@@ -213,12 +212,12 @@ class RowsComposite(VlmComposite):
         """The rows that stay of those that the dense model computes of images or videos."""
         encoder = model.base_model.visual_rows
         tokens, ((output, _),) = encoder.encode(modality, encoder.needs, names, *inputs)
-        refuse_soft_tokens(tokens, "the language model", "train with temperature=0")
+        self.check_weighs(model, tokens)
         dense = Layout([len(one) for one in output.pooler_output], tokens.x.device)
         kept, protected = torch.zeros(2, dense.total, dtype=torch.bool, device=tokens.x.device)
         row = tokens.layout.spread(dense.starts) + tokens.position
         kept[row], protected[row] = True, tokens.protected
-        return VisualRows(_output(output, tokens), kept, protected)
+        return VisualRows(_output(output, tokens), kept, protected, tokens.keep_prob, tokens.counted_prob)
 
 
 def generic_composite(model: nn.Module) -> RowsComposite | None:
