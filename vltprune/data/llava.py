@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .drawing import SIDE
@@ -20,6 +21,7 @@ from .word_tokenizer import NLVR_WORDS, PAD, UNK, WordTokenizer
 VOCABULARY = ("[PAD]", ":", "?", "[UNK]", *NLVR_WORDS, "<image>", "true", "false", "</s>")
 IMAGE, TRUE, FALSE, END = (VOCABULARY.index(word) for word in ("<image>", "true", "false", "</s>"))
 PROMPT = "left <image> right <image> : {} ?"
+_SIDES = (VOCABULARY.index("left"), VOCABULARY.index("right"))
 _LONGEST = 32
 
 
@@ -99,6 +101,31 @@ def statement_inputs(
     images = [[load_image(image) for image in pair] for pair in pairs]
     processor = llava_processor() if processor is None else processor
     return processor(images=images, text=texts, padding=True, return_tensors="pt")
+
+
+def prompt_ids(statements: Sequence[str], rows: int, answers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids of the prompts of `llava_tiny`, as its processor makes them; it needs no transformers.
+
+    Args:
+        statements: At least one.
+        rows: How many tokens stand for an image.
+        answers: Whether each statement is true: the answers' tokens, "true" or "false" and the end, stand behind the prompts.
+            None for prompts alone.
+
+    Returns:
+        input_ids and attention_mask, int64 [statements, length], padded on the left.
+
+    Raises:
+        ValueError: If there are no statements, and for a word outside the vocabulary; with the nearest words.
+    """
+    images = [token for side in _SIDES for token in (side, *[IMAGE] * rows)]
+    words, mask = WordTokenizer(max_positions=_LONGEST).encode(statements)
+    prompts = [[*images, *ids[there].tolist()] for ids, there in zip(words, mask.bool(), strict=True)]
+    if answers is not None:
+        prompts = [[*ids, TRUE if answer else FALSE, END] for ids, answer in zip(prompts, answers, strict=True)]
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[PAD] * (longest - len(ids)) + ids for ids in prompts])
+    return input_ids, (input_ids != PAD).long()
 
 
 def is_true(logits: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class _Squeezed:
 def transforms(model: nn.Module) -> Preprocessing:
     """The evaluation transform that a model was trained for.
 
-    timm's and open_clip's models hold their own. BLIP's takes the whole image, squeezed to the model's size by bicubic
+    timm's and open_clip's models hold their own. BLIP and `llava_tiny` take the whole image, squeezed to their size by bicubic
     interpolation, normalized as CLIP's; a backbone of this library that was trained on other pixels is known by the name that
     `create_model` built it from.
 
@@ -86,6 +86,9 @@ def transforms(model: nn.Module) -> Preprocessing:
         return _own(tower, host)
     if hasattr(tower, "patch_embed"):
         return _timm(tower)
+    if tower is not None and original_recipe(host).backbone in backbones:
+        # a model of transformers in sizes of our own
+        return _own(tower, host)
     raise TypeError(
         f"a {type(host).__name__} does not say how its images are preprocessed: give a model that takes images"
     )
@@ -94,7 +97,10 @@ def transforms(model: nn.Module) -> Preprocessing:
 def image_size(tower: Any) -> tuple[int, int]:
     """Height and width in pixels of the images that a dense image tower takes."""
     tower = getattr(tower, "trunk", tower)  # open_clip's wrapper of timm's models
-    size = tower.patch_embed.img_size if hasattr(tower, "patch_embed") else tower.image_size
+    if hasattr(tower, "patch_embed"):
+        size = tower.patch_embed.img_size
+    else:
+        size = tower.image_size if hasattr(tower, "image_size") else tower.config.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

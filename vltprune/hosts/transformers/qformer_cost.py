@@ -22,7 +22,7 @@ class PartStats(DecodeStats):
     """What one part behind the image tower did in a call.
 
     Attributes:
-        tokens, words, pairs, memories, dense, visual, gathered: As in `DecodeStats`.
+        tokens, words, pairs, memories, dense, visual, expected_visual, gathered: As in `DecodeStats`.
         part: Its name, as `_parts` has it.
         looks: Those of its tokens that attended to a memory.
         memory: Tokens of each such memory; None for the image tower's.

@@ -39,14 +39,15 @@ class DecodeWork:
             batches: as `calibration_batches` makes them.
 
         Returns:
-            None for a model without a decoder.
+            None for a model without a decoder, and for a language model that reads visual tokens.
         """
         pieces, instances = [], 0
         for batch in batches:
             with evaluating(model), collect(threads=False) as traces:
                 batch(model)
             decoding = [trace for trace in traces if trace.decode_stats]
-            if not decoding:
+            # what a language model reads depends on what is pruned: each step measures it anew
+            if not decoding or any(piece.visual for trace in decoding for piece in trace.decode_stats):
                 return None
             pieces += [piece for trace in decoding for piece in trace.decode_stats]
             instances += sum(trace.input_tokens.layout.batch for trace in decoding)

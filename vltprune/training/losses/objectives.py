@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -14,14 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data import Captioned, Question, Record, Statement
+from ...data.llava import prompt_ids
 from ...evaluation.tasks import Caption, Nlvr, Retrieval, Task, Vqa
 from ...evaluation.tasks.base import dense
+from ...evaluation.tasks.nlvr import PromptedNlvr
 from ...models.decoder import next_token_losses
 from ...models.momentum import MomentumDistillation, gather_ranks
 from ...models.wordpiece import clean_caption
 
 _LABEL_SMOOTHING = 0.1  # of next words, as BLIP trains
 _CAPTION_WORDS = 30  # captions are cut there, as BLIP's are
+_ANSWER = 2  # tokens of "true" or "false" and the end
+
+Text = TypeVar("Text")
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,12 @@ class Objective(nn.Module, ABC):
         """
         return self(model, records, images, step).outputs
 
-    def choose_text(self, record: Record, texts: Sequence[str], step: int) -> str:
+    def choose_text(self, record: Record, texts: Sequence[Text], step: int) -> Text:
         """One of several texts of a record, drawn by seed, step and the record's index.
 
         Args:
             record: whose index is used.
-            texts: at least one; of a single one nothing is drawn.
+            texts: at least one, with its label or without; of a single one nothing is drawn.
             step: of the run.
 
         Returns:
@@ -136,6 +141,33 @@ class NlvrObjective(Objective):
         labels = torch.tensor([label for _, label in labeled], device=images.device)
         logits = model(images, ids, mask)
         return Loss(F.cross_entropy(logits, labels, reduction="sum"), _count(len(labeled), images), logits)
+
+
+class PromptedNlvrObjective(Objective):
+    """Cross-entropy of the answer behind the prompt, a word and the end, of one of a record's sentences.
+
+    Args:
+        task, model, seed: as of `Objective`.
+    """
+
+    images_per_text = 2
+
+    def check(self, record: Statement) -> None:
+        self.task.tokenizer.encode([record.sentence, *(sentence for sentence, _ in record.more)])
+
+    def forward(self, model: Any, records: Sequence[Statement], images: Tensor, step: int) -> Loss:
+        chosen = [self.choose_text(record, ((record.sentence, record.label), *record.more), step) for record in records]
+        sentences, answers = zip(*chosen, strict=True)
+        ids, mask = (one.to(images.device) for one in prompt_ids(sentences, self.task.rows, answers))
+        asked = torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - _ANSWER
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=images.flatten(0, 1),
+            labels=ids.masked_fill(asked, -100),
+        )
+        count = _ANSWER * len(records)
+        return Loss(out.loss * count, _count(count, images), out.logits[:, -1 - _ANSWER])
 
 
 class CaptionObjective(Objective):
@@ -272,6 +304,7 @@ class MomentumObjective(ContrastObjective):
 
 OBJECTIVES: Mapping[type, type[Objective]] = {
     Nlvr: NlvrObjective,
+    PromptedNlvr: PromptedNlvrObjective,
     Caption: CaptionObjective,
     Vqa: VqaObjective,
     Retrieval: ContrastObjective,
@@ -294,7 +327,7 @@ def build_objective(task: Task[Any], model: nn.Module, seed: int = 0) -> Objecti
     """
     kind = OBJECTIVES.get(type(task))
     if kind is None:
-        can = ", ".join(one.__name__.lower() for one in OBJECTIVES)
+        can = ", ".join(one.__name__.lower() for one in OBJECTIVES if one is not PromptedNlvr)
         raise TypeError(f"a {type(task).__name__} cannot be trained: {can} can")
     if isinstance(task, Retrieval) and task.has_head:
         kind = MomentumObjective
