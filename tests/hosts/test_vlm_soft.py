@@ -125,9 +125,9 @@ def total(cost):
     return sum(macs.sum() for macs in cost.towers.values()) + cost.decoder
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_expected_macs_end_at_the_counted_ones(place):
-    model, inputs = pruned_copy("llava", **PLACES[place]), make("llava").prompts(*PROMPTS)
+@pytest.mark.parametrize(("name", "place"), [*(("llava", place) for place in PLACES), ("qwen2.5", "tower")])
+def test_expected_macs_end_at_the_counted_ones(name, place):
+    model, inputs = pruned_copy(name, **PLACES[place]), make(name).prompts(*PROMPTS)
     cost = vp.CostMeter(model)(call(soften(model, 0.3), inputs)[1])
     total(cost).backward()
     thresholds = [p.grad for name, p in model.named_parameters() if name.endswith("keeper.threshold")]

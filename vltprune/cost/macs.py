@@ -165,7 +165,10 @@ class _TowerMeter:
         steps = zip(self.blocks, trace.layers, trace.block_inputs, trace.text_counts, strict=True)
         for block, layer, block_input, text in steps:
             memory = Memory.from_block_input(block_input, len(before))
-            pairs = None if layer.regions is None else layer.regions.pairs(entered)
+            pairs = None
+            if layer.regions is not None:
+                # tokens that are there in part are so in all regions alike
+                pairs = layer.regions.pairs(entered) * (before / token_counts(entered).clamp(min=1)) ** 2
             rows.append(block.pruned(before, text, memory, layer, pairs))
             entered = layer.layout
             before = step_tokens(layer.steps[-1], before.device) if layer.steps else before
