@@ -27,6 +27,7 @@ def tiny_weights(tmp_path_factory):
     vp.fit_guide(pruned, [batch.inputs_for(pruned) for batch in generate_batches("val", 2)])
     for tag in ("p70", "p80"):
         vp.save(pruned, folder / f"blip_nlvr_tiny_madtp.{tag}", dtype=torch.float16)
+    vp.save(vp.create_model("llava_tiny"), folder / "llava_tiny", dtype=torch.float16)
     return folder
 
 

@@ -25,7 +25,7 @@ from ..utils.files import replacing, write_text
 from ..utils.progress import bar
 from ..utils.table import table
 from ..viz import kept_tokens
-from . import common, options
+from . import common, demo_vlm, options
 
 DENSE = "dense"
 _BACKBONE = "blip_nlvr_tiny"
@@ -51,6 +51,11 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
         metavar="DIR",
         help="folder for report.html, kept.png and results.json (demo)",
     )
+    parser.add_argument(
+        "--vlm",
+        action="store_true",
+        help="compare on llava_tiny, a vision-language model of transformers; writes vlm.png and vlm.json",
+    )
     parser.add_argument("--pairs", type=options.positive, default=1800, help="held-out pairs, one question each (1800)")
     parser.add_argument("--seed", type=options.seed, default=0, help="seed of the generated pairs (0)")
     common.add_device(parser)
@@ -59,6 +64,8 @@ def add(commands: common.Subparsers, parents: Sequence[argparse.ArgumentParser])
 
 def run(args: argparse.Namespace) -> None:
     """Runs `vltprune demo` with its parsed arguments."""
+    if args.vlm:
+        return demo_vlm.run(args)
     folder = common.output_folder(args.output)
     common.use_threads(args.threads)
     models = build_models(args.seed, args.device, args.dtype)

@@ -133,7 +133,8 @@ def draw_prompt(
 
 def _keys(reads: Sequence[np.ndarray], depth: int) -> list[tuple[tuple[int, ...], str]]:
     """The legend: a color and what it means, for what there is."""
-    keys = [((22, 24, 28), "black: not read")]
+    unread = any((read == 0).any() for read in reads)
+    keys: list[tuple[tuple[int, ...], str]] = [((22, 24, 28), "black: not read")] if unread else []
     layers = sorted({int(read) for each in reads for read in each if 0 < read < depth})
     for layer in layers:
         color = (0.25 * 128 + _tint(layer / depth)).astype(int).clip(0, 255)
