@@ -216,3 +216,20 @@ def test_activation_checkpointing_gives_the_same_gradients():
         found.append([parameter.grad for parameter in pruned.parameters() if parameter.grad is not None])
     for once, again in zip(*found, strict=True):
         torch.testing.assert_close(once, again)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2.5", "paligemma"])
+@torch.no_grad()
+def test_pooling_has_the_grid_of_the_images(name):
+    case = make(name)
+    inputs = case.prompts((3, 4), (2, 3, 5))
+    pruned = vp.prune(case.model, "pooling", at={"language": (0,)}, keep="ratio(ratio=0.25)")
+    with vp.collect() as traces:
+        pruned(**inputs)
+    trace = next(trace for trace in traces if trace.tower == "language")
+    visual = trace.output_tokens.columns["grid"][trace.output_tokens.free]
+    # a mean stands at the last of its cell: 2 x 2 of images of 4 x 4; of Qwen-VL 2 x 2 or 2 x 3, of images of 2 x 3
+    one = {(1, 1), (1, 2)} if name == "qwen2.5" else {(1, 1), (1, 3), (3, 1), (3, 3)}
+    two = {(1, 2), (3, 2)} if name == "qwen2.5" else {(row, column) for row in (1, 3, 5, 7) for column in (1, 3)}
+    got = [{tuple(place) for place in part.tolist()} for part in visual.split(trace.output_tokens.available.lengths)]
+    assert got == [one, two]

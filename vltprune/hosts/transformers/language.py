@@ -34,7 +34,7 @@ from ...registry import hosts
 from ..ops import by_tiles
 from .base import PreNormHost, PrunedTransformer
 from .language_cache import adopt
-from .language_masks import given_mask, real_tokens, visible_keys, visual_rows, with_keep_prob
+from .language_masks import given_mask, real_tokens, visible_keys, visual_rows, with_keep_prob, with_prompt_grid
 from .modernbert import window_bias
 
 
@@ -191,6 +191,7 @@ class LanguageHost(PreNormHost):
             tokens = PackedTokens.pack(x, real_tokens(masks), protected=~visual)
             masks = {kind: mask if mask is not None and mask.ndim == 3 else None for kind, mask in masks.items()}
         tokens = with_keep_prob(with_modality(tokens, ~tokens.protected), length, seen)
+        tokens = with_prompt_grid(tokens, length, seen)
 
         features, row = deepstack_visual_embeds or [], None
         if features and visual_pos_masks is not None:

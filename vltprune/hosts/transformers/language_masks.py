@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...core.tokens import PackedTokens
+from ...layers.grid import COLUMN as GRID
 from .vlm.prompt import current_visual_tokens
 
 
@@ -134,3 +135,21 @@ def with_keep_prob(tokens: PackedTokens, length: int, seen: int) -> PackedTokens
         prob.to(tokens.x.device).flatten().index_select(0, row) for prob in (current.keep_prob, current.counted_prob)
     )
     return tokens.with_keep_prob(keep_prob, counted_prob)
+
+
+def with_prompt_grid(tokens: PackedTokens, length: int, seen: int) -> PackedTokens:
+    """The tokens of a prompt with the grid of their patches, where the vision-language model around knows it.
+
+    Args:
+        tokens: The tokens of the call.
+        length: Tokens of each row in this call.
+        seen: Tokens of each row in the cache.
+
+    Returns:
+        The same tokens; they are unchanged elsewhere.
+    """
+    current = current_visual_tokens()
+    if current is None or current.grid is None or seen or current.grid.shape[1:] != (tokens.layout.batch, length):
+        return tokens
+    row = tokens.layout.instance * length + tokens.position
+    return tokens.with_column(GRID, current.grid.to(tokens.x.device).flatten(1).index_select(1, row).T)

@@ -84,10 +84,12 @@ class VisionInput:
 
     Attributes:
         attention: Regions and rotary tables, of all blocks of the same kind.
+        grid: [visual tokens, 2] int64, row and column of each in its image or video.
         level: Which level of deeper features the block's output is (DeepStack, arXiv 2406.04334); None for none.
     """
 
     attention: PatchAttention
+    grid: Tensor
     level: int | None = None
 
 
@@ -159,7 +161,8 @@ class QwenVisionHost(TransformersHost):
         attention = self.attention_of_blocks(tower, grid_thw, whole)
         levels = getattr(tower, "deepstack_visual_indexes", ())
         calls = (
-            VisionInput(one, levels.index(depth) if depth in levels else None) for depth, one in enumerate(attention)
+            VisionInput(one, grid, levels.index(depth) if depth in levels else None)
+            for depth, one in enumerate(attention)
         )
         return tokens.with_column(GRID, grid), tuple(calls)
 

@@ -40,6 +40,7 @@ class VisualRows:
         protected: [rows] bool, which of these end a line of an image, so that no layer prunes them. None for none.
         keep_prob: [kept rows], the probability that each of those that stay does, in soft training. None for 1.
         counted_prob: [kept rows], the same with the gradients of the cost. None where `keep_prob` is.
+        grid: [rows, 2] int64, row and column of each of all rows, images below each other. None where they are no grid.
     """
 
     output: ModelOutput
@@ -47,6 +48,7 @@ class VisualRows:
     protected: Tensor | None = None
     keep_prob: Tensor | None = None
     counted_prob: Tensor | None = None
+    grid: Tensor | None = None
 
 
 class VlmComposite(Composite):
@@ -216,9 +218,28 @@ class VlmComposite(Composite):
         kept = VisualTokens(
             is_visual & prompt.gather(free), prompt.index, *(prompt.gather(weight, 1) for weight in weights)
         )
+        grid = self._grid(model, named["input_ids"], rows)
+        kept = kept if grid is None else replace(kept, grid=prompt.gather(grid, -1))
         has_trace = self.language_tower(model, kept) is not None
         report_prompts((prompt.gather(mask) != 0, is_visual), (mask != 0, visual), last, has_trace, kept.expected)
         return short, kept
+
+    def _grid(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> Tensor | None:
+        """Row and column of visual tokens of prompts [2, batch, length], -1 of text; None for no grid, or nobody to read it."""
+        language = get_pruning(model).towers.get("language")
+        if language is None or not any(getattr(pruner, "reads_grid", False) for pruner in language.pruners.values()):
+            return None
+        row, column, below = torch.full_like(ids, -1), torch.full_like(ids, -1), 0
+        for modality, found in rows.items():
+            if found.grid is None:
+                return None
+            places, grid = ids == self.token_id(model, modality), found.grid.to(ids)
+            row, column = row.masked_scatter(places, grid[:, 0] + below), column.masked_scatter(places, grid[:, 1])
+            below += int(grid[:, 0].amax()) + 1
+        for one in row:
+            # the images of a prompt alone
+            one[one >= 0] = one[one >= 0].unique(return_inverse=True)[1]
+        return torch.stack([row, column])
 
     def _weights(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> tuple[Tensor, ...]:
         """The probability that each token of prompts [batch, length] stays, for the loss and for the cost; none for 1."""
@@ -346,6 +367,21 @@ def _behind_cache(output: ModelOutput, places: Tensor, past: int) -> ModelOutput
     if output.get("deepstack_features") is not None:
         output["deepstack_features"] = [rest(level) for level in output["deepstack_features"]]
     return output
+
+
+def square_grid(images: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Row and column of the patches of equal images, one image below the other.
+
+    Args:
+        images: How many images there are.
+        height: Rows of each.
+        width: Columns of each.
+        device: Of the result.
+
+    Returns:
+        [images * height * width, 2] int64.
+    """
+    return torch.cartesian_prod(torch.arange(images * height, device=device), torch.arange(width, device=device))
 
 
 def split_rows(features: Tensor, lengths: Sequence[int]) -> BaseModelOutputWithPooling:

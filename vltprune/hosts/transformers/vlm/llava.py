@@ -12,7 +12,7 @@ from ...base import Host
 from ...find import find_host
 from ...linear_maps import measure_macs
 from ..base import ImageHost
-from .composite import VisualRows, VlmComposite, split_rows
+from .composite import VisualRows, VlmComposite, split_rows, square_grid
 
 
 @hosts.register("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration")
@@ -56,12 +56,14 @@ class LlavaComposite(VlmComposite):
         side = model.config.vision_config.patch_size
         # positions count the class token, which the projector reads under the strategy "full" alone
         first = int(model.config.vision_feature_select_strategy == "default")
-        patches = (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
-        per_image = patches + encoder.adapter.prefix(encoder.host) - first
+        height, width = (pixels.shape[axis] // side for axis in (-2, -1))
+        per_image = height * width + encoder.adapter.prefix(encoder.host) - first
         if first:
             tokens = tokens.select(tokens.position >= first)
         kept = torch.zeros(pixels.shape[0] * per_image, dtype=torch.bool, device=tokens.x.device)
         kept[tokens.layout.instance * per_image + tokens.position - first] = True
         features = model.model.multi_modal_projector(tokens.x)
         output = split_rows(features, tokens.layout.lengths)
-        return {"image": VisualRows(output, kept, None, tokens.keep_prob, tokens.counted_prob)}
+        # a class token is no patch
+        grid = square_grid(len(pixels), height, width, kept.device) if per_image == height * width else None
+        return {"image": VisualRows(output, kept, None, tokens.keep_prob, tokens.counted_prob, grid)}

@@ -24,12 +24,15 @@ class VisualTokens:
         position: [batch, length] int64, the index of each token in the prompt before it was shortened.
         keep_prob: [batch, length], the probability that each token stays, in soft training; 1 of text. None for 1.
         counted_prob: [batch, length], the same with the gradients of the cost. None where `keep_prob` is.
+        grid: [2, batch, length] int64, row and column of visual tokens, the images of a prompt below each other. None where
+            they are no grid.
     """
 
     is_visual: Tensor
     position: Tensor
     keep_prob: Tensor | None = None
     counted_prob: Tensor | None = None
+    grid: Tensor | None = None
 
     @property
     def expected(self) -> Tensor | None:

@@ -37,4 +37,10 @@ class QwenComposite(RowsComposite):
         attention = calls[0].attention
         kept = torch.zeros(attention.tables.shape[1], dtype=torch.bool, device=tokens.x.device)
         kept[attention.row(tokens)] = True
-        return VisualRows(short, kept, None, tokens.keep_prob, tokens.counted_prob)
+        # images below each other
+        heights = inputs[1][:, 0] * inputs[1][:, 1] // encoder.host.spatial_merge_size
+        above = torch.zeros_like(calls[0].grid)
+        above[:, 0] = (heights.cumsum(0) - heights).repeat_interleave(
+            inputs[1].prod(-1) // encoder.host.spatial_merge_size**2
+        )
+        return VisualRows(short, kept, None, tokens.keep_prob, tokens.counted_prob, calls[0].grid + above)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -17,12 +18,13 @@ from ....core.layout import Layout
 from ....core.statistics import AttentionStats, Stat
 from ....core.tokens import PackedTokens
 from ....layers import BlockSpec, BoundGuide
+from ....layers.grid import COLUMN as GRID
 from ....pruning.config import PruneConfig
 from ....pruning.encoder import PrunedEncoder, apply_decisions
 from ....pruning.pruner import Pruner
 from ....pruning.trace import LayerTrace
 from ...base import Host
-from .composite import PIXELS, VisualRows, VlmComposite
+from .composite import PIXELS, VisualRows, VlmComposite, square_grid
 
 # the column of the features that later layers of the language model add to visual tokens
 _LEVELS = "deepstack"
@@ -79,10 +81,12 @@ class RowsHost(Host):
 
     Attributes:
         has_attention: Whether `attention` gives statistics.
+        is_square: Whether the visual tokens of an image are a square grid.
     """
 
     pruned_class = PrunedRows
     has_attention: ClassVar[bool] = False
+    is_square: ClassVar[bool] = False
 
     def features(self, tower: Any, modality: str, **inputs: Any) -> Any:
         """Run the dense model's image tower and projector.
@@ -134,6 +138,9 @@ class RowsHost(Host):
         if newline is not None:
             protected = (rows == newline.to(rows)).all(-1)
         tokens = PackedTokens(rows, layout, layout.slot, protected)
+        if self.is_square:
+            side = math.isqrt(layout.longest)
+            tokens = tokens.with_column(GRID, square_grid(1, side, side, rows.device).repeat(layout.batch, 1))
         return tokens if levels is None else tokens.with_column(_LEVELS, levels), ((output, stats),)
 
     def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,7 +224,10 @@ class RowsComposite(VlmComposite):
         kept, protected = torch.zeros(2, dense.total, dtype=torch.bool, device=tokens.x.device)
         row = tokens.layout.spread(dense.starts) + tokens.position
         kept[row], protected[row] = True, tokens.protected
-        return VisualRows(_output(output, tokens), kept, protected, tokens.keep_prob, tokens.counted_prob)
+        grid, side = None, math.isqrt(dense.longest)
+        if self.host.is_square:
+            grid = square_grid(dense.batch, side, side, kept.device)
+        return VisualRows(_output(output, tokens), kept, protected, tokens.keep_prob, tokens.counted_prob, grid)
 
 
 def generic_composite(model: nn.Module) -> RowsComposite | None:

@@ -42,6 +42,7 @@ class TowerRowsHost(RowsHost):
     """Host of visual tokens, each with the attention of its patch in the last block that the projector reads."""
 
     has_attention = True
+    is_square = True
 
     def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
         text, vision = tower.config.get_text_config(), tower.config.vision_config
@@ -88,6 +89,8 @@ class TowerRowsHost(RowsHost):
 
 class TiledRowsHost(TowerRowsHost):
     """Host of the visual tokens of LLaVA-NeXT and LLaVA-OneVision: tiles of an image in rows that end with a newline."""
+
+    is_square = False
 
     def rows(self, tower: Any, modality: str, patches: Tensor, inputs: dict[str, Any]) -> Tensor:
         base, newline = tower.base_model, patches.new_zeros(patches.shape[-1])
@@ -139,7 +142,9 @@ class ShuffledRowsHost(TowerRowsHost):
 
 
 class ConnectedRowsHost(TowerRowsHost):
-    """Host of the visual tokens of Idefics3 and SmolVLM, squares of patches side by side."""
+    """Host of the visual tokens of Idefics3 and SmolVLM, squares of patches side by side, all tiles of a prompt together."""
+
+    is_square = False
 
     def vision(self, tower: Any) -> VisionTower:
         return VisionTower("vision_model", "encoder.layers", "self_attn", 0)
