@@ -7,10 +7,12 @@ import itertools
 import pytest
 import torch
 from small_models import small
+from small_vlms import make
 
 import vltprune as vp
 from vltprune.cost.advice import budget_advice
 from vltprune.cost.budget_control import BudgetControl, keepers_with_knob
+from vltprune.cost.describe import percent
 
 KEEPERS = keepers_with_knob(guided=True)
 TARGETS = {"too much": (0.9, 0.1, 0.6), "too little": (0.1, 0.3, 0.8), "between counts": (0.5, 0.1, 0.9)}
@@ -98,3 +100,15 @@ def test_a_temperature_that_reaches_more_is_advised_where_few_instances_prune():
     ) as caught:
         vp.calibrate(models[low], data, 0.6)
     assert vp.measure(models[high], data, 64.0).reduction > caught.value.nearest.reduction + 0.1
+
+
+def test_behind_the_last_block_a_language_model_saves_and_a_lone_tower_does_not():
+    llava = make("llava")
+    with pytest.raises(vp.BudgetError) as caught:
+        vp.calibrate(llava.pruned(keep="ratio"), [llava.prompts((3, 4))], 0.99)
+    assert str(caught.value).endswith(
+        f"Ask for less than {percent(caught.value.nearest.reduction)} or prune layers of the language model too (then=...)"
+    )
+    alone = vp.prune(small("vit").model, "random", place="output", at=None, keep="ratio")
+    with pytest.raises(vp.BudgetError, match="Nothing is saved in a tower that is pruned behind its last block"):
+        vp.calibrate(alone, [small("vit").draw(2)], 0.3)

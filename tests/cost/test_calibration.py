@@ -352,7 +352,7 @@ def test_what_is_saved_is_a_share_of_the_dense_macs_of_the_same_run(monkeypatch)
     """A decoder says more words, and the dense one with it, the fewer tokens it sees."""
     model = vp.create_model("blip_nlvr_tiny", preset="random")
 
-    def measured(model, meter, batches, tower=None):
+    def measured(model, meter, batches, *others):
         dial = BudgetControl(model)
         dense = 300 - 200 * dial.value
         return Calibration(dial.knob.name, dial.value, dense * (0.3 + 0.7 * dial.value), dense)

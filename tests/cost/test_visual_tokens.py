@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -86,3 +87,103 @@ def test_what_has_no_visual_tokens_is_refused():
         vp.visual_tokens(case.pruned(), case.prompts((4,)))
     with pytest.raises(TypeError, match="count_macs"):
         vp.visual_tokens(vp.prune(BlipNlvr(**BLIP), "random"), {})
+
+
+AVERAGES = {
+    "between the towers": ({}, 5),
+    "counts of each image": ({"preset": "random", "keep": "random_ratio(mean=0.5, half_width=0.3)", "at": None}, 8),
+    "in a layer": ({"preset": "random", "at": {"language": (0,)}, "keep": "ratio"}, 14),
+    "sums of similar scores": ({"preset": "fastervlm", "keep": "top_p"}, 10),
+}
+
+
+@pytest.mark.parametrize("case", AVERAGES)
+def test_calibrating_reaches_an_average_of_visual_tokens(case):
+    parts, target = AVERAGES[case]
+    llava = make("llava")
+    if parts.get("preset") == "random" and parts["at"] is None:
+        parts = {**parts, "place": "output"}
+    pruned, batches = llava.pruned(**parts), [llava.prompts((3, 4), (1, 3)), llava.prompts((2, 6))]
+    found = vp.calibrate(pruned, batches, visual_tokens=target, tolerance=0.1, progress=False)
+    assert found.visual_tokens == pytest.approx(target, rel=0.1) and found.dense_visual_tokens == 16
+    again = [vp.visual_tokens(pruned, batch).average for batch in batches]
+    assert found.visual_tokens == pytest.approx((2 * again[0] + again[1]) / 3)
+    assert f"{found.visual_tokens:.1f} of 16.0 visual tokens on average" in str(found)
+    at_once = vp.prune(
+        llava.model,
+        visual_tokens=target,
+        data=batches,
+        tolerance=0.1,
+        progress=False,
+        **{"preset": "divprune", **parts},
+    )
+    assert at_once.pruning.config == pruned.pruning.config
+
+
+@torch.no_grad()
+def test_generated_tokens_count_where_they_are_asked_for():
+    case = make("llava")
+    inputs, pruned = case.prompts((3, 4)), case.pruned(keep="count(count=3)")
+    position = torch.tensor([[inputs["input_ids"].shape[1]]])
+    spent = []
+    for model in (pruned, case.model):
+        cache, steps = model(**inputs, use_cache=True).cache, 0.0
+        for new in range(3):
+            run = functools.partial(model, torch.tensor([[7]]), position_ids=position + new, cache=copy.deepcopy(cache))
+            steps += measure_macs(run)
+            cache = model(torch.tensor([[7]]), position_ids=position + new, cache=cache).cache
+        spent.append(steps)
+    without, with_three = (vp.measure(pruned, [inputs], decode=decode) for decode in (0, 3))
+    assert with_three.macs - without.macs == pytest.approx(spent[0], rel=1e-9)
+    assert with_three.dense_macs - without.dense_macs == pytest.approx(spent[1], rel=1e-9)
+    ratio = case.pruned(keep="ratio")
+    found = vp.calibrate(ratio, [inputs], 0.1, 0.1, decode=20, progress=False)
+    assert found == vp.measure(ratio, [inputs], decode=20) and found.reduction == pytest.approx(0.1, abs=0.09)
+
+
+def test_targets_that_language_models_cannot_have():
+    case = make("llava")
+    pruned, inputs = case.pruned(keep="ratio"), case.prompts((3, 4))
+    for named, message in (
+        ({"reduction": 0.5, "visual_tokens": 4}, "are two targets"),
+        ({"visual_tokens": 0}, "must be above 0"),
+        ({"visual_tokens": 16}, r"leaves nothing to prune: the prompts have 16\.0"),
+        ({"decode": -1}, "decode=-1 must be a whole number"),
+        ({"reduction": {"image": 0.5}, "decode": 3}, "is by tower: give one reduction"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vp.calibrate(pruned, [inputs], **named)
+    text, layers = case.prompts((4,)), case.pruned("random", at={"language": 0})
+    for model, message in (
+        (pruned, "at least one batch of inputs with images"),
+        (layers, "none of the batches has images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vp.calibrate(model, [text], visual_tokens=4)
+    assert vp.measure(pruned, [text, inputs]) == vp.measure(pruned, [inputs])
+    towers = vp.prune(BlipNlvr(**BLIP), "random")
+    for named in ({"visual_tokens": 4}, {"decode": 3}):
+        with pytest.raises(TypeError, match=r"a BlipNlvr has none .*: give reduction= alone"):
+            vp.calibrate(towers, [()], **named)
+    with pytest.raises(TypeError, match="visual_tokens=4 is of a vision-language model"):
+        vp.prune(BlipNlvr(**BLIP), "random", visual_tokens=4, data=[()])
+    with pytest.raises(
+        ValueError, match=r"visual_tokens=4 is set on inputs .*calibrate\(model, batches, visual_tokens=4\)"
+    ):
+        vp.prune(case.model, "divprune", visual_tokens=4)
+
+
+def test_visual_tokens_out_of_reach_and_between_counts():
+    case = make("llava")
+    inputs, layers = case.prompts((3, 4)), case.pruned("random", at={"language": (0,)}, keep="ratio")
+    message = (
+        r"visual_tokens=4 is out of reach of keep='ratio': ratio from 0 to 1 leaves 16\.0 visual tokens to 8\.0 visual tokens, "
+        r"and the nearest is 8\.0 visual tokens at ratio=0\. Ask for more than 8\.0 visual tokens or prune at more depths"
+    )
+    with pytest.raises(vp.BudgetError, match=message) as caught:
+        vp.calibrate(layers, [inputs], visual_tokens=4)
+    assert caught.value.nearest.visual_tokens == 8
+    with pytest.raises(
+        vp.BudgetError, match=r"leaves 3\.5 visual tokens on average to within 1\.0 % .* counts jump there"
+    ):
+        vp.calibrate(case.pruned(keep="ratio"), [inputs], visual_tokens=3.5)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..core.tokens import PackedTokens
 from ..cost import describe
-from ..cost.calibration import check_targets
 from ..cost.macs import Cost, CostMeter
+from ..cost.targets import check_targets
 from ..data import Loader, Record
 from ..data.images import list_images
 from ..evaluation.results_log import write_json

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..cost.calibration import check_targets
 from ..cost.describe import format_change
 from ..cost.inputs import Batch
 from ..cost.savings import Calibration
+from ..cost.targets import check_targets
 from ..data import Loader, Record, shards
 from ..data.images import list_images
 from ..data.records import R

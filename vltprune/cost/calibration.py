@@ -21,6 +21,8 @@ from .describe import format_target, percent
 from .inputs import Batch, Inputs, model_inputs, run_batch
 from .macs import CostMeter
 from .savings import Calibration, TowerCalibration
+from .targets import Target, check_language, check_targets
+from .visual_tokens import PromptCounts
 
 # of a knob's range: equal steps where both ends are beyond a cost or short of it, and the finest step of halving
 _STEPS = 12
@@ -49,9 +51,11 @@ class BudgetError(ValueError):
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],
-    reduction: float | Mapping[str, float] = 0.5,
+    reduction: float | Mapping[str, float] | None = None,
     tolerance: float = 0.01,
     *,
+    visual_tokens: float | None = None,
+    decode: int = 0,
     inputs: Inputs = None,
     progress: bool | None = None,
     meter: CostMeter | None = None,
@@ -62,14 +66,21 @@ def calibrate(
     so that the tower saves that fraction of its own MACs. The others stay as they are. The values are also written into
     `model.pruning.config`.
 
+    MACs of a vision-language model are those of the image tower and of the prompts. `visual_tokens` is another target: what
+    papers mean by "192 tokens".
+
     Args:
         model: a pruned model, wrapped (compiled, in parallel) or not.
         batches: a DataLoader or a list of batches, held in memory and run about ten times, at most 30. A batch is a tensor, a
             tuple or list of positional inputs, or a mapping of named inputs. Tensors are moved to the model's device and
             floating-point type. A function is called with the model, for another method than its call.
         reduction: fraction of the dense MACs to save, in (0, 1), such as 0.5 or {"image": 0.5, "text": 0.3}. Dense MACs are
-            those on the tokens that are there, without padding.
-        tolerance: relative to the MACs that are to remain.
+            those on the tokens that are there, without padding. None is 0.5 without `visual_tokens`.
+        tolerance: relative to the MACs, or to the visual tokens, that are to remain.
+        visual_tokens: in place of `reduction`, visual tokens at the input of a layer of the language model, mean over layers
+            and prompts. Batches without images do not count.
+        decode: how many tokens are generated behind each prompt, by a model with a language model. MACs are then of these
+            too.
         inputs: which part of a batch the model takes, where a batch holds more, such as labels. It is a position (0), a key
             ("pixel_values") or a function of the batch. None passes the whole batch.
         progress: whether to show a progress bar on stderr; None shows it where stderr is a terminal.
@@ -80,61 +91,40 @@ def calibrate(
 
     Raises:
         ValueError: for a reduction outside (0, 1), a tower that the model lacks or does not prune, no batches, or a keeper
-            without a knob.
-        TypeError: for a dense model, and for batches that the model does not take.
+            without a knob; for two targets, and for more visual tokens than the prompts have.
+        TypeError: for a dense model, for batches that the model does not take, and for `visual_tokens` and `decode` of a model
+            without a language model.
         BudgetError: for a target out of reach, or between two counts. The model is then as it was.
     """
-    check_targets(model, reduction)
+    if reduction is None and visual_tokens is None:
+        reduction = 0.5
+    check_targets(model, reduction, visual_tokens)
+    meter = meter or CostMeter(model)
+    check_language(meter, visual_tokens, decode)
+    if decode and isinstance(reduction, Mapping):
+        raise ValueError(
+            f"decode={decode} counts for the whole model, and reduction={reduction} is by tower: give one reduction"
+        )
     held = list(model_inputs(batches, inputs))
     if not held:
         raise ValueError("calibrate needs at least one batch of inputs")
-    wanted: dict[str | None, float] = {}
     if isinstance(reduction, Mapping):
         # in the model's order, images first: a text tower's cost depends on the image tokens that it looks at
-        wanted |= {tower: reduction[tower] for tower in get_pruning(model).towers if tower in reduction}
+        order = [tower for tower in get_pruning(model).towers if tower in reduction]
+        targets = [Target(reduction[tower], tower) for tower in order]
     else:
-        wanted[None] = reduction
-    meter = meter or CostMeter(model)
-    what = f"calibrating to {format_target(reduction)} fewer MACs"
+        targets = [Target(reduction, visual_tokens=visual_tokens)]
+    what = f"{visual_tokens:g} visual tokens" if reduction is None else f"{format_target(reduction)} fewer MACs"
     with contextlib.ExitStack() as stack:
-        shown = stack.enter_context(bar(what, disable=None if progress is None else not progress))
-        searches = {tower: _Search(model, held, shown, meter, tower) for tower in wanted}
-        for search in searches.values():
+        shown = stack.enter_context(bar(f"calibrating to {what}", disable=None if progress is None else not progress))
+        searches = [_Search(model, held, shown, meter, target, decode) for target in targets]
+        for search in searches:
             stack.enter_context(search.control.unless_done())
-        found = [search.find(wanted[tower], tolerance) for tower, search in searches.items()]
-    for search, one in zip(searches.values(), found, strict=True):
+        found = [search.find(tolerance) for search in searches]
+    for search, one in zip(searches, found, strict=True):
         search.control.commit(search.value(one))
     # the last was measured with all the others set
     return dataclasses.replace(found[-1], knob=None, value=None) if isinstance(reduction, Mapping) else found[-1]
-
-
-def check_targets(model: nn.Module, reduction: float | Mapping[str, float]) -> None:
-    """Refuses a target that `calibrate` cannot search for.
-
-    Args:
-        model: a pruned model, wrapped or not.
-        reduction: the fraction of the dense MACs to save, or one for each tower.
-
-    Raises:
-        TypeError: for a dense model.
-        ValueError: for a target outside (0, 1), and for a tower that the model lacks or does not prune, or whose keeper has
-            no knob.
-    """
-    towers = get_pruning(model).towers
-    by_tower = dict(reduction) if isinstance(reduction, Mapping) else {}
-    for target in by_tower.values() if by_tower else (reduction,):
-        if isinstance(target, (bool, Mapping)) or not 0 < target < 1:
-            raise ValueError(
-                f"reduction={reduction} must lie between 0 and 1: the fraction of the dense MACs to save"
-                + (", for each tower; leave a tower out to leave it as it is" if by_tower else "")
-            )
-    for tower in by_tower:
-        if tower not in towers:
-            raise ValueError(f"reduction={reduction} names the tower {tower!r}; this model has {', '.join(towers)}")
-        if not towers[tower].pruners:
-            raise ValueError(f"reduction={reduction}: the {tower} tower is pruned nowhere, so it cannot save anything")
-    for tower in by_tower or (None,):
-        BudgetControl(model, tower)
 
 
 def measure(
@@ -144,6 +134,7 @@ def measure(
     tower: str | None = None,
     meter: CostMeter | None = None,
     *,
+    decode: int = 0,
     inputs: Inputs = None,
 ) -> Calibration:
     """Measures the mean MACs per instance of a pruned model over batches, as it is or at a value of its keepers' knob.
@@ -156,6 +147,7 @@ def measure(
             None leaves the knob as it is.
         tower: the tower whose knob is set. None for the knob of all towers.
         meter: the model's CostMeter, where it is measured again and again.
+        decode: as in `calibrate`.
         inputs: which part of a batch the model takes, as in `calibrate`.
 
     Returns:
@@ -164,11 +156,13 @@ def measure(
     Raises:
         ValueError: for no batches; with a value or a tower, for a tower that the model lacks or does not prune, and for keepers
             without a knob.
-        TypeError: for a dense model, and for batches that the model does not take.
+        TypeError: for a dense model, for batches that the model does not take, and for `decode` of a model without a language
+            model.
     """
     meter = meter or CostMeter(model)
+    check_language(meter, None, decode)
     if value is None and tower is None:
-        return _measured(model, meter, model_inputs(batches, inputs))
+        return _measured(model, meter, model_inputs(batches, inputs), decode=decode)
     control, wanted = BudgetControl(model, tower), model_inputs(batches, inputs)
     if any(keeper.fits_data for keeper in control.keepers):
         wanted = list(wanted)
@@ -176,7 +170,7 @@ def measure(
         if value is not None:
             control.set(value)
             fit_keepers(model, control, wanted)
-        return _measured(model, meter, wanted, tower)
+        return _measured(model, meter, wanted, tower, decode)
 
 
 def fit_keepers(model: nn.Module, control: BudgetControl, batches: Iterable[Batch]) -> None:
@@ -205,17 +199,20 @@ def fit_keepers(model: nn.Module, control: BudgetControl, batches: Iterable[Batc
 
 
 class _Search:
-    """Mean MACs, of the model or of one tower, as a function of the knob, and the bisection on it."""
+    """What is saved, of the model or of one tower, as a function of the knob, and the bisection on it."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], shown: tqdm, meter: CostMeter, tower: str | None):
-        self.model, self.batches, self.shown, self.tower = model, batches, shown, tower
-        self.control, self.meter = BudgetControl(model, tower), meter
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], shown: tqdm, meter: CostMeter, target: Target, decode: int
+    ):
+        self.model, self.batches, self.shown, self.target, self.decode = model, batches, shown, target, decode
+        self.control, self.meter = BudgetControl(model, target.tower), meter
         self.knob = self.control.knob
 
     def measure(self, value: float) -> Calibration:
         self.set(value)
-        found = _measured(self.model, self.meter, counted(self.batches, self.shown), self.tower)
-        self.shown.set_postfix_str(f"{percent(self.saved(found))} at {self.knob.name}={value:.4g}")
+        batches = counted(self.batches, self.shown)
+        found = _measured(self.model, self.meter, batches, self.target.tower, self.decode)
+        self.shown.set_postfix_str(f"{self.target.describe(found)} at {self.knob.name}={value:.4g}")
         return found
 
     def set(self, value: float) -> None:
@@ -225,35 +222,30 @@ class _Search:
 
     def value(self, found: Calibration) -> float:
         """The knob's value where it was measured."""
-        value = found.value if self.tower is None else found.towers[self.tower].value
+        tower = self.target.tower
+        value = found.value if tower is None else found.towers[tower].value
         assert value is not None  # `measure` sets one
         return value
 
-    def saved(self, found: Calibration) -> float:
-        """The fraction that was saved of the MACs that the target is of."""
-        if self.tower is None:
-            return found.reduction
-        if self.tower not in found.towers:
-            raise ValueError(f"none of the batches ran the {self.tower} tower: give inputs that it reads too")
-        return found.towers[self.tower].reduction
-
-    def find(self, reduction: float, tolerance: float) -> Calibration:
+    def find(self, tolerance: float) -> Calibration:
         """The value that meets the target, by bisection. Savings need not be monotonic: any crossing will do.
 
-        They are relative to the dense MACs measured with the same value: a decoder generates other words from other tokens.
+        They are relative to the dense model measured with the same value: a decoder generates other words from other tokens.
         """
+        saved = self.target.saved
         tried = [self.measure(self.knob.value_at(0.0)), self.measure(self.knob.value_at(1.0))]
-        starts_below = self.saved(tried[0]) > reduction
-        between = (0.0, 1.0) if (self.saved(tried[1]) > reduction) != starts_below else self._crossing(reduction, tried)
+        reduction = self.target.to_save(tried[0])
+        starts_below = saved(tried[0]) > reduction
+        between = (0.0, 1.0) if (saved(tried[1]) > reduction) != starts_below else self._crossing(reduction, tried)
 
         def off(found: Calibration) -> float:
-            return abs(self.saved(found) - reduction)
+            return abs(saved(found) - reduction)
 
         low, high = between or (0.0, 0.0)
         while min(map(off, tried)) > tolerance * (1 - reduction) and high - low > _FINEST:
             middle = (low + high) / 2
             tried.append(self.measure(self.knob.value_at(middle)))
-            low, high = (middle, high) if (self.saved(tried[-1]) > reduction) == starts_below else (low, middle)
+            low, high = (middle, high) if (saved(tried[-1]) > reduction) == starts_below else (low, middle)
         best = min(tried, key=off)
         if off(best) > tolerance * (1 - reduction):
             raise BudgetError(self._missed(reduction, tolerance, tried, best), best)
@@ -262,48 +254,67 @@ class _Search:
 
     def _crossing(self, reduction: float, tried: list[Calibration]) -> tuple[float, float] | None:
         """Two places between which the target is crossed first; None where no step has it beyond."""
-        below = self.saved(tried[0]) > reduction
+        below = self.target.saved(tried[0]) > reduction
         for step in range(1, _STEPS):
             tried.append(self.measure(self.knob.value_at(step / _STEPS)))
-            if (self.saved(tried[-1]) > reduction) != below:
+            if (self.target.saved(tried[-1]) > reduction) != below:
                 return (step - 1) / _STEPS, step / _STEPS
         return None
 
     def _missed(self, reduction: float, tolerance: float, tried: Sequence[Calibration], best: Calibration) -> str:
         """Why the target was missed, the nearest to it, and what this model's config leaves to change."""
-        keep, knob = get_pruning(self.model).config.describe("keep"), self.knob
-        whose = "" if self.tower is None else f" of the {self.tower} tower"
-        least, most = (f(self.saved(one) for one in tried) for f in (min, max))
-        nearest = f"the nearest is {percent(self.saved(best))} at {knob.name}={self.value(best):g}"
-        if least < reduction < most:
+        keep, knob, target = get_pruning(self.model).config.describe("keep"), self.knob, self.target
+        least, most = (function(tried, key=target.saved) for function in (min, max))
+        nearest = f"the nearest is {target.describe(best)} at {knob.name}={self.value(best):g}"
+        is_visual = target.visual_tokens is not None
+        if target.saved(least) < reduction < target.saved(most):
+            whose = "" if target.tower is None else f" of the {target.tower} tower"
+            left = f"{percent(1 - reduction)} of the MACs{whose}"
+            if is_visual:
+                left = f"{target.visual_tokens:g} visual tokens on average"
             reason = (
-                f"no {knob.name} of keep={keep!r} leaves {percent(1 - reduction)} of the MACs{whose} to within "
-                f"{percent(tolerance)} of them: its counts jump there, and {nearest}"
+                f"no {knob.name} of keep={keep!r} leaves {left} to within {percent(tolerance)} of them: its counts jump "
+                f"there, and {nearest}"
             )
         else:
-            others = "" if self.tower is None else " with the other towers as they then are"
+            others = "" if target.tower is None else " with the other towers as they then are"
+            does = "leaves" if is_visual else "saves"
             reason = (
-                f"reduction={reduction}{whose} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to "
-                f"{knob.high:g} saves {percent(least)} to {percent(most)}{others}, and {nearest}"
+                f"{target} is out of reach of keep={keep!r}: {knob.name} from {knob.low:g} to "
+                f"{knob.high:g} {does} {target.describe(least)} to {target.describe(most)}{others}, and {nearest}"
             )
-        return f"{reason}. {budget_advice(self.model, self.control, reduction, least, most)}"
+        visual = best.dense_visual_tokens if is_visual else None
+        advice = budget_advice(self.model, self.control, reduction, target.saved(least), target.saved(most), visual)
+        return f"{reason}. {advice}"
 
 
-def _measured(model: nn.Module, meter: CostMeter, batches: Iterable[Batch], tower: str | None = None) -> Calibration:
+def _measured(
+    model: nn.Module, meter: CostMeter, batches: Iterable[Batch], tower: str | None = None, decode: int = 0
+) -> Calibration:
     """The mean cost of batches, with the knob of all towers, or of one."""
     macs = dense = padding = instances = 0.0
     towers: dict[str, list[float]] = {}
+    prompts: list[PromptCounts] = []
+    language = meter.language
     for batch in batches:
         with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
             run_batch(model, batch)
+        if language is not None and not traces:
+            continue  # a text alone, of which nothing is pruned
         cost = meter(traces)
         macs, dense, padding = macs + cost.total, dense + cost.dense_total, padding + cost.padding_total
         instances += cost.instances
         for name in cost.towers:
             spent = [float(one[name].sum()) for one in (cost.towers, cost.dense, cost.padding)]
             towers[name] = [sum(pair) for pair in zip(towers.get(name, [0.0] * 3), spent, strict=True)]
+        counts = None if language is None else PromptCounts.from_traces(traces, language.layers)
+        if language is not None and counts is not None:
+            prompts.append(counts)
+            macs += language.decode(counts.prompts, counts.cached, decode)
+            dense += language.decode(counts.prompts, counts.dense_length, decode)
     if not instances:
-        raise ValueError("measuring needs at least one batch of inputs")
+        what = "inputs" if language is None else "inputs with images"
+        raise ValueError(f"measuring needs at least one batch of {what}")
     encoders = get_pruning(model).towers
     tower_calibrations = {}
     for name, sums in towers.items():
@@ -311,7 +322,17 @@ def _measured(model: nn.Module, meter: CostMeter, batches: Iterable[Batch], towe
         tower_calibrations[name] = TowerCalibration(pruned, full, padded, *_set_to(keepers_of(encoders[name])))
     asked = encoders if tower is None else (tower,)
     knob, value = _set_to(keeper for name in asked for keeper in keepers_of(encoders[name]))
-    return Calibration(knob, value, macs / instances, dense / instances, padding / instances, tower_calibrations)
+    macs, dense, padding = (one / instances for one in (macs, dense, padding))
+    visual, whole = _mean_visual(prompts)
+    return Calibration(knob, value, macs, dense, padding, tower_calibrations, visual, whole)
+
+
+def _mean_visual(prompts: Sequence[PromptCounts]) -> tuple[float | None, float | None]:
+    """Visual tokens of prompts, mean over layers and prompts, pruned and dense; None for no prompts with images."""
+    number = sum(one.prompts for one in prompts)
+    if not number:
+        return None, None
+    return sum(one.average for one in prompts) / number, sum(one.dense for one in prompts) / number
 
 
 def _set_to(keepers: Iterable[KeepRatioPredictor]) -> tuple[str | None, float | None]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.layout import Layout
+from ..hosts.base import LanguageCost
 from ..hosts.find import find_composite
 from ..hosts.linear_maps import measure_macs
 from ..layers import AlignmentGuide, set_query
@@ -88,6 +89,11 @@ class CostMeter:
         self.composite = find_composite(self.host)
         self.head = self.composite.head_macs(self.host) if self.composite is not None else 0.0
         self._towers: dict[tuple[object, ...], _TowerMeter] = {}
+
+    @property
+    def language(self) -> LanguageCost | None:
+        """What the language model costs that reads an image tower's tokens; None for a model without one."""
+        return None if self.composite is None else self.composite.language_cost(self.host)
 
     def __call__(self, traces: Sequence[PruneTrace]) -> Cost:
         """The Cost of one call, of which `traces` were collected. ValueError for no traces."""

@@ -132,10 +132,13 @@ class Calibration:
 
     Attributes:
         knob, value: of all towers; None where towers have knobs or values of their own, which `towers` holds.
-        macs: MACs of the pruned model, per instance.
+        macs: MACs of the pruned model, per instance; of the tokens that are generated too, where they were to count.
         dense_macs: MACs of the dense model on the tokens that are there, per instance.
         padding: MACs that the dense model spends on padding besides, per instance.
         towers: the same of each tower; what is missing from the sums is of a head or a decoder.
+        visual_tokens: visual tokens at the input of a layer of the language model, mean over layers and prompts: what papers
+            mean by "192 tokens". None for a model without a language model, and for calls without images.
+        dense_visual_tokens: visual tokens of the whole prompts, mean over prompts. None as `visual_tokens`.
     """
 
     knob: str | None
@@ -144,6 +147,8 @@ class Calibration:
     dense_macs: float
     padding: float = 0.0
     towers: Mapping[str, TowerCalibration] = field(default_factory=dict)
+    visual_tokens: float | None = None
+    dense_visual_tokens: float | None = None
 
     @property
     def reduction(self) -> float:
@@ -171,7 +176,10 @@ class Calibration:
         change = f"{format_change(self.macs, self.dense_macs)} MACs{_setting(self.knob, self.value)}"
         scale, unit = unit_of(self.dense_macs)
         spent = f"{self.macs / scale:.3f} of {self.dense_macs / scale:.3f} {unit}MACs per instance"
-        return f"{change} ({spent})" + (f": {', '.join(towers)}" if len(towers) > 1 else "")
+        visual = ""
+        if self.visual_tokens is not None:
+            visual = f", {self.visual_tokens:.1f} of {self.dense_visual_tokens:.1f} visual tokens on average"
+        return f"{change} ({spent}{visual})" + (f": {', '.join(towers)}" if len(towers) > 1 else "")
 
 
 def _setting(knob: str | None, value: float | None) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..hosts.find import find_composite
 from ..pruning.model import get_pruning
 from ..pruning.trace import PruneTrace, collect
 from ..utils.modes import evaluating
@@ -57,6 +56,58 @@ class VisualTokens:
         return table(rows)
 
 
+@dataclass(frozen=True)
+class PromptCounts:
+    """Tokens of the prompts that a language model read in one call, of all prompts together.
+
+    Attributes:
+        prompts: how many prompts there were.
+        layers: visual tokens that entered each layer.
+        lengths: all tokens that entered each layer.
+        visual: visual tokens of the prompts as pruned, before the first layer.
+        dense: visual tokens of the whole prompts.
+        dense_length: all tokens of the whole prompts.
+    """
+
+    prompts: int
+    layers: tuple[int, ...]
+    lengths: tuple[int, ...]
+    visual: int
+    dense: int
+    dense_length: int
+
+    @property
+    def average(self) -> float:
+        """Visual tokens that entered a layer, mean over layers."""
+        return sum(self.layers) / len(self.layers)
+
+    @property
+    def cached(self) -> float:
+        """Tokens that the cache holds, mean over layers."""
+        return sum(self.lengths) / len(self.lengths)
+
+    @classmethod
+    def from_traces(cls, traces: Sequence[PruneTrace], layers: int) -> PromptCounts | None:
+        """Counts the tokens of a call.
+
+        Args:
+            traces: of the call.
+            layers: how many layers the language model has.
+
+        Returns:
+            The counts; None for a call without images.
+        """
+        call = next((call for trace in traces for call in trace.decode_stats if call.visual), None)
+        if call is None or call.dense is None:
+            return None
+        trace = next((trace for trace in traces if trace.tower == "language"), None)
+        entered = [(call.tokens, sum(call.visual))] * layers if trace is None else _entered(trace)
+        visual, dense = sum(call.visual), sum(call.dense.visual)
+        lengths, of_layers = tuple(length for length, _ in entered), tuple(number for _, number in entered)
+        read = call.tokens if trace is None else trace.input_tokens.layout.total
+        return cls(len(call.visual), of_layers, lengths, visual, dense, read + dense - visual)
+
+
 def visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
     """Counts the visual tokens of a vision-language model on a batch of prompts, and what they cost.
 
@@ -72,38 +123,33 @@ def visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
         ValueError: for inputs without images.
     """
     host = get_pruning(model).host
-    composite = find_composite(host)
-    language = None if composite is None else composite.language_cost(host)
+    meter = CostMeter(model)
+    language = meter.language
     if language is None:
         raise TypeError(
             f"a {type(host).__name__} has no language model that reads visual tokens: use vltprune.count_macs"
         )
     with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
         model(**inputs, logits_to_keep=1)
-    prompts = next((call for trace in traces for call in trace.decode_stats if call.visual), None)
-    if prompts is None or prompts.dense is None:
+    counts = PromptCounts.from_traces(traces, language.layers)
+    if counts is None:
         raise ValueError("these inputs have no images: give pixel_values, as the model's processor makes them")
-    number, dropped = len(prompts.visual), sum(prompts.dense.visual) - sum(prompts.visual)
-    trace = next((trace for trace in traces if trace.tower == "language"), None)
-    entered = [(prompts.tokens, sum(prompts.visual))] * language.layers if trace is None else _entered(trace)
-    whole, mean = entered[0][0] + dropped, sum(tokens for tokens, _ in entered) / len(entered)
-    cost, each = CostMeter(model)(traces), language.token + language.word
+    cost = meter(traces)
 
     def macs(towers: Mapping[str, Tensor], prefill: float, cached: float, rows: int) -> dict[str, float]:
         spent = {tower: float(one.sum()) for tower, one in towers.items()}
         projector = language.row * rows
         prefill += spent.pop("language", 0.0) - projector
-        # each new token attends to itself too
-        decode = each * number + language.pair * (cached + number)
+        decode = language.decode(counts.prompts, cached)
         return {"tower": sum(spent.values()) + projector, "prefill": prefill, "decode": decode}
 
     return VisualTokens(
-        tuple(visual / number for _, visual in entered),
-        sum(prompts.dense.visual) / number,
-        macs(cost.towers, cost.decoder_total, mean, sum(prompts.visual)),
-        macs(cost.dense, cost.dense_decoder, whole, sum(prompts.dense.visual)),
-        round(language.cache_bytes * mean),
-        language.cache_bytes * whole,
+        tuple(number / counts.prompts for number in counts.layers),
+        counts.dense / counts.prompts,
+        macs(cost.towers, cost.decoder_total, counts.cached, counts.visual),
+        macs(cost.dense, cost.dense_decoder, counts.dense_length, counts.dense),
+        round(language.cache_bytes * counts.cached),
+        language.cache_bytes * counts.dense_length,
     )
 
 

@@ -271,6 +271,20 @@ class LanguageCost:
     layers: int
     row: float = 0.0
 
+    def decode(self, prompts: int, cached: float, tokens: int = 1) -> float:
+        """MACs of tokens that are generated behind prompts; each attends to itself too.
+
+        Args:
+            prompts: The number of prompts.
+            cached: Tokens of all prompts in the cache, mean over layers.
+            tokens: How many tokens are generated behind each prompt.
+
+        Returns:
+            The sum over prompts.
+        """
+        pairs = tokens * cached + prompts * tokens * (tokens + 1) / 2
+        return (self.token + self.word) * prompts * tokens + self.pair * pairs
+
 
 class Composite(ABC):
     """Names the towers of a model that has several, and assembles the model of pruned ones."""

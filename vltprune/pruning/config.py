@@ -20,6 +20,8 @@ from .stage import PRUNER_KINDS, Place, Stage
 # arguments of public functions that a config does not have, for whom its own names would be a wrong suggestion
 _ELSEWHERE = {
     "reduction": "vltprune.prune and vltprune.calibrate",
+    "visual_tokens": "vltprune.prune and vltprune.calibrate",
+    "decode": "vltprune.calibrate",
     "data": "vltprune.prune",
     "batches": "vltprune.calibrate",
     "tolerance": "vltprune.calibrate",

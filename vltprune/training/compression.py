@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..cost.calibration import check_targets
+from ..cost.targets import check_targets
 from ..data import fingerprint, shards
 from ..evaluation.tasks import Options, Task, tasks
 from ..io import checkpoint
