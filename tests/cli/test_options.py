@@ -165,6 +165,7 @@ WRONG = [
     ([*COMPRESS, "--config", "PHOTOS"], "--config", "is a folder"),
     ([*COMPRESS, "--task", "nvlr"], "--task", "choose from"),
     ([*COMPRESS, "--preset", "madtq"], "--preset", "did you mean madtp"),
+    ([*PRUNE, "--preset", "sparsevlm(tokens=5)"], "--preset", "counts are published for 192, 128, 96, 64"),
     ([*COMPRESS, "--reduction", "1"], "--reduction", SHARE),
     ([*COMPRESS, "--reduction", "half"], "--reduction", SHARE),
     ([*COMPRESS, "--reduction", "image=0.5,text=2"], "--reduction", SHARE),

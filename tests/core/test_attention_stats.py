@@ -19,7 +19,7 @@ from whole_maps import FAR, HEAD_DIM, HEADS, SCALE, TIGHT, Apart, heads, naive, 
 from vltprune import AttentionStats, Layout, Stat, attend, attend_with_stats
 from vltprune.core import attention, attention_stats
 from vltprune.core.attention_stats import attention_from_queries
-from vltprune.core.modality import with_modality
+from vltprune.core.modality import RATER, with_modality
 
 EVERY = reduce(or_, Stat) & ~Stat.FROM_QUERY
 # of the map and of each token's own; SUMMARY_WIDE and FROM_QUERY have tests of their own
@@ -29,7 +29,8 @@ EVERY_ONE = [stat for stat in Stat if stat in EVERY and stat is not Stat.SUMMARY
 def packed(*settings):
     """Random tokens of a text and an image, each at places that are drawn; an instance may have one of them alone."""
     tokens = strategies.packed(*settings)
-    return with_modality(tokens, torch.rand(tokens.layout.total, generator=generator(9)) < 0.5)
+    drawn = torch.rand(tokens.layout.total, generator=generator(9))
+    return with_modality(tokens, drawn < 0.5).with_column(RATER, drawn > 0.7)
 
 
 @pytest.fixture(params=["padded", "rows", "short rows"], autouse=True)
@@ -40,7 +41,7 @@ def path(request, monkeypatch):
     monkeypatch.setattr(attention_stats, "_ROWS", 2 if request.param == "short rows" else 128)
 
 
-def written_out(stat, p, k, v, free, speaks, kind):
+def written_out(stat, p, k, v, free, speaks, kind, rates):
     """A statistic of one instance from its map p [heads, n, n]."""
     every = {
         Stat.SUMMARY: lambda: p[:, speaks].squeeze(1).t(),
@@ -55,6 +56,7 @@ def written_out(stat, p, k, v, free, speaks, kind):
         Stat.LAST: lambda: p[:, -1].t(),
         Stat.PAGERANK: lambda: (p.matrix_power(30).mean(1) ** 2).mean(0).sqrt(),
         Stat.FROM_TEXT: lambda: p.mean(0)[kind == 0].sum(0) / max(int((kind == 0).sum()), 1),
+        Stat.FROM_RATERS: lambda: p.mean(0)[rates].sum(0) / max(int(rates.sum()), 1),
     }
     return every[stat]()
 
@@ -67,7 +69,8 @@ def test_statistics(drawn, protect, causal, seed):
     out, stats = attend_with_stats(q, k, v, tokens, SCALE, EVERY, **room)
 
     maps = whole_maps(q, k, layout, layout, causal=causal, bias=bias, apart=apart)
-    columns = (t.split(layout.lengths) for t in (k, v, tokens.free, tokens.summary, tokens.columns["modality"]))
+    marks = (tokens.free, tokens.summary, tokens.columns["modality"], tokens.columns[RATER])
+    columns = (t.split(layout.lengths) for t in (k, v, *marks))
     instances = list(zip(maps, *columns, strict=True))
     assert_close(out, naive(q, k, v, layout, layout, causal=causal, bias=bias, apart=apart), **TIGHT)
     for stat in EVERY_ONE:
@@ -136,10 +139,8 @@ def test_large_instances_in_single_precision():
     stats = attend_with_stats(q, k, v, tokens, SCALE, EVERY)[1]
     exact = attend_with_stats(q.double(), k.double(), v.double(), tokens, SCALE, EVERY)[1]
     maps = whole_maps(q.double(), k.double(), layout, layout)
-    columns = (
-        t.split(layout.lengths)
-        for t in (k.double(), v.double(), tokens.free, tokens.summary, tokens.columns["modality"])
-    )
+    marks = (tokens.free, tokens.summary, tokens.columns["modality"], tokens.columns[RATER])
+    columns = (t.split(layout.lengths) for t in (k.double(), v.double(), *marks))
     instances = list(zip(maps, *columns, strict=True))
     for stat in EVERY_ONE:
         expected = torch.cat([written_out(stat, *instance) for instance in instances])
@@ -258,6 +259,28 @@ def test_text(drawn, protect, half, seed):
         assert_close(run(text, k, tokens, bias, torch.float16).double(), found, rtol=1e-4, atol=1e-6)
 
 
+@given(heads(), st.booleans(), st.booleans(), seeds)
+def test_statistics_without_the_output_are_those_beside_it(drawn, causal, with_map, seed):
+    layout, q, k, v, bias, apart = drawn
+    tokens = packed(layout, 2, 0.2, True, causal, 1.0, generator(seed))
+    room = {"causal": causal, "key_bias": bias, "pairs": apart and apart.pairs}
+    needs = EVERY if with_map else EVERY & ~EVERY.with_output
+    alone = attention_stats.attention_stats(q, k, v, tokens, SCALE, needs, **room)
+    _, beside = attend_with_stats(q, k, v, tokens, SCALE, needs, **room)
+    assert alone.requested == beside.requested and alone.values.keys() == beside.values.keys()
+    assert all(torch.equal(alone[stat], beside[stat]) for stat in alone.values)
+
+
+def test_the_last_token_is_the_one_that_a_column_marks():
+    layout, g = Layout((4, 3)), generator(1)
+    q, k = (torch.randn(7, HEADS, HEAD_DIM, generator=g) for _ in range(2))
+    tokens = packed(layout, 2, 0.2, True, True, 1.0, generator(0))
+    marked = tokens.with_column("last", torch.tensor([0, 1, 0, 0, 0, 0, 1]).bool())
+    found = attend_with_stats(q, k, k, marked, SCALE, Stat.LAST, causal=True)[1][Stat.LAST]
+    maps = list(whole_maps(q, k, layout, layout, causal=True))
+    assert_close(found, torch.cat([maps[0][:, 1].t(), maps[1][:, 2].t()]), rtol=1e-5, atol=1e-6)
+
+
 def test_text_has_gradients_and_is_needed():
     tokens, g = packed(Layout((4, 3)), 2, 0.2, True, False, 1.0, generator(0)), generator(1)
     k, text = (torch.randn(n, HEADS, HEAD_DIM, generator=g, dtype=torch.float64, requires_grad=True) for n in (7, 2))
@@ -274,6 +297,7 @@ def test_macs_are_those_of_rows_and_of_steps():
     assert (Stat.SUMMARY | Stat.LAST).macs(12, 64) == (2 * 12 * 64, 0, 0)
     assert (Stat.SUMMARY_WIDE | Stat.PAGERANK).macs(12, 64) == (12 * 64, 30 * 12, 0)
     assert (Stat.FROM_TEXT | Stat.VALUE).macs(12, 64) == (0, 0, 12 * 64)
+    assert (Stat.FROM_TEXT | Stat.FROM_RATERS).macs(12, 64) == (0, 0, 2 * 12 * 64)
     assert (Stat.FROM_QUERY | Stat.VALUE).macs(12, 64) == (12 * 64, 0, 0)
 
 
@@ -295,6 +319,8 @@ def test_attention_from_a_text_needs_tokens_of_both_modalities():
     q = torch.randn(5, HEADS, HEAD_DIM)
     with pytest.raises(LookupError, match="of one modality"):
         attend_with_stats(q, q, q, tokens, SCALE, Stat.FROM_TEXT)
+    with pytest.raises(LookupError, match="no column 'rater'"):
+        attend_with_stats(q, q, q, tokens, SCALE, Stat.FROM_RATERS)
 
 
 @pytest.mark.parametrize("needs", [Stat.NONE, Stat.RECEIVED | Stat.COLUMN | Stat.DIAGONAL | Stat.PAGERANK])

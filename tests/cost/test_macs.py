@@ -78,6 +78,16 @@ def test_statistics_cost_what_their_products_take(monkeypatch):
     assert vp.count_macs(vp.prune(dense, config), images).total - plain == 2 * 192 * entering
 
 
+@pytest.mark.parametrize(
+    ("scorer", "reducer"),
+    [("self_attention", "drop"), ("key_norm", "drop"), ("key_norm", "fuse"), ("equal", "drop")],
+)
+def test_pruners_before_a_block_cost_what_they_read_of_it(scorer, reducer):
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=256, depth=4).eval()
+    config = vp.preset("evit").replace(scorer=scorer, reducer=reducer, keep="ratio(0.5)", at=(1, 3), place="before")
+    assert_counts(dense, vp.prune(dense, config), torch.randn(2, 3, 256, 256))
+
+
 @pytest.mark.parametrize("exchanged", ["mlp", "mlp.fc2"])
 def test_blocks_that_are_not_alike_are_counted_each(exchanged):
     dense = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4).eval()

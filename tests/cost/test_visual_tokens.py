@@ -93,6 +93,7 @@ AVERAGES = {
     "between the towers": ({}, 5),
     "counts of each image": ({"preset": "random", "keep": "random_ratio(mean=0.5, half_width=0.3)", "at": None}, 8),
     "in a layer": ({"preset": "random", "at": {"language": (0,)}, "keep": "ratio"}, 14),
+    "parts of several layers": ({"preset": "sparsevlm"}, 11),
     "sums of similar scores": ({"preset": "fastervlm", "keep": "top_p"}, 10),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 
 import torch
@@ -157,12 +158,16 @@ def masked(model, gone):
 
 
 def gone(trace, valid):
-    """Which tokens of a prompt were pruned before each layer, from what a pruned model collected: [batch, length] bool each."""
-    layers = [torch.zeros_like(valid)]
-    for layer in trace.layers[:-1]:
+    """Which tokens of a prompt each layer does not read, from what a pruned model collected: [batch, length] bool each."""
+    layers, instance, position = [], trace.input_tokens.layout.instance, trace.input_tokens.position
+    for layer in trace.layers:
+        for step in layer.steps:
+            if step.place == "before" and step.reduction is not None:
+                instance, position = step.layout.instance, position[step.reduction.index]
         stays = torch.zeros_like(valid)
-        stays[layer.layout.instance, layer.position] = True
+        stays[instance, position] = True
         layers.append(valid & ~stays)
+        instance, position = layer.layout.instance, layer.position
     return layers
 
 
@@ -171,3 +176,22 @@ def dense(model, call):
     deep = {} if "Qwen3VL" in type(model).__name__ else {"visual_pos_masks": None, "deepstack_visual_embeds": None}
     named = {name: value for name, value in call.items() if name not in deep}
     return model(**named, use_cache=False).last_hidden_state
+
+
+def dense_logits(case, inputs, sequences, gone):
+    """A vision-language model's logits of each new token, all at once, with the keys hidden that a pruned one dropped."""
+    ids, new = sequences[:, :-1], sequences.shape[1] - 1 - inputs["input_ids"].shape[1]
+    more = torch.ones(len(ids), new, dtype=torch.int64)
+    positions = case.positions(inputs)
+    last = positions[..., -1:] + 1 + torch.arange(new)
+    whole = {**inputs, "input_ids": ids, "attention_mask": torch.cat([inputs["attention_mask"], more], 1)}
+    whole["position_ids"] = torch.cat([positions, last], -1)
+    if case.types is not None:
+        # PaliGemma's tokens of type 0 see each other, and what it writes sees backward
+        written = more * ("PaliGemma" in type(case.model).__name__)
+        whole[case.types] = torch.cat([inputs[case.types], written], 1)
+    model = copy.deepcopy(case.model)
+    model.set_attn_implementation("eager")
+    language = model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
+    with masked(language, gone):
+        return model(**whole, use_cache=False).logits[:, -new - 1 :]

@@ -62,6 +62,37 @@ def test_dropping_is_masking_in_the_prompt_and_eight_steps_behind_it(name, sizes
         assert (out.last_hidden_state[:, -1] - wanted[:, -1]).abs().max() < TIGHT
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2_window", "qwen3_vl", "gemma3"])
+@torch.no_grad()
+def test_what_leaves_before_a_layer_is_masked_in_it_and_not_in_its_cache(name):
+    model, call = lm.language_model(name), called(name)
+    parts = {"keep": "ratio(ratio=0.6)", "scorer": "last_attention", "place": "before"}
+    pruned = pruned_model(name, at=(0, 2), **parts)
+    out, valid, gone = read(pruned, call)
+    assert gone[0].any() and (gone[2] & ~gone[1]).any() and len({int(one.sum()) for one in gone[2]}) > 1
+    held = [int((valid & ~one).sum(1).max()) for one in gone]
+    assert [layer.keys.shape[2] for layer in out.cache.layers] == held
+    with lm.masked(model, gone):
+        wanted = lm.dense(model, call)
+    assert (out.last_hidden_state - wanted)[valid & ~gone[3]].abs().max() < TIGHT
+    for x in steps((3, 1), (3, 2), (3, 1)):
+        call = lm.continued(call, x)
+        out = pruned(**lm.only_new(call, x.shape[1]), cache=out.cache, use_cache=True)
+        with lm.masked(model, gone):
+            wanted = lm.dense(model, call)
+        assert (out.last_hidden_state - wanted[:, -x.shape[1] :]).abs().max() < TIGHT
+
+
+@torch.no_grad()
+def test_what_is_merged_before_a_layer_is_what_is_merged_behind_the_former():
+    call, equal = called("llama"), {"scorer": "equal", "reducer": "merge(by='content')", "keep": "ratio(ratio=0.5)"}
+    before, behind = (
+        pruned_model("llama", at=(at,), place=place, **equal)(**call).last_hidden_state
+        for at, place in ((2, "before"), (1, "block"))
+    )
+    torch.testing.assert_close(before, behind, rtol=0, atol=TIGHT)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2_window", "gemma3"])
 @torch.no_grad()
 def test_counts_per_instance_and_turns_of_several_tokens(name):

@@ -22,25 +22,6 @@ def pruned_vlm(case, **parts):
     return case.pruned("random", **{**PARTS, "at": {"language": (0,)}, **parts})
 
 
-def dense_logits(case, inputs, sequences, gone):
-    """The dense model's logits of each new token, all at once, with the keys hidden that a pruned one dropped."""
-    ids, new = sequences[:, :-1], sequences.shape[1] - 1 - inputs["input_ids"].shape[1]
-    more = torch.ones(len(ids), new, dtype=torch.int64)
-    positions = case.positions(inputs)
-    last = positions[..., -1:] + 1 + torch.arange(new)
-    whole = {**inputs, "input_ids": ids, "attention_mask": torch.cat([inputs["attention_mask"], more], 1)}
-    whole["position_ids"] = torch.cat([positions, last], -1)
-    if case.types is not None:
-        # PaliGemma's tokens of type 0 see each other, and what it writes sees backward
-        written = more * ("PaliGemma" in type(case.model).__name__)
-        whole[case.types] = torch.cat([inputs[case.types], written], 1)
-    model = copy.deepcopy(case.model)
-    model.set_attn_implementation("eager")
-    language = model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
-    with lm.masked(language, gone):
-        return model(**whole, use_cache=False).logits[:, -new - 1 :]
-
-
 @pytest.mark.parametrize("name", VLMS)
 @torch.no_grad()
 def test_dropping_is_masking_under_generate(name):
@@ -54,7 +35,7 @@ def test_dropping_is_masking_under_generate(name):
         (trace,) = (trace for trace in traces if trace.tower == "language")
         gone = lm.gone(trace, inputs["attention_mask"].bool())
         assert not (gone[1] & (inputs["input_ids"] != 110)).any()
-        want = dense_logits(case, inputs, got.sequences, gone)
+        want = lm.dense_logits(case, inputs, got.sequences, gone)
         assert (torch.stack(got.logits, 1) - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)
     assert gone[1].any() and len({len(one) for one in trace.layers[0].position.split(trace.lengths[0])}) > 1
 
@@ -92,7 +73,7 @@ def test_two_turns_on_one_cache(name):
     if case.types is not None:
         second[case.types] = (second["input_ids"] == 110).long()
     got = pruned.generate(**second, **WORDS, cache=got.cache)
-    want = dense_logits(case, second, got.sequences, gone)
+    want = lm.dense_logits(case, second, got.sequences, gone)
     assert (torch.stack(got.logits, 1) - want).abs().max() < 1e-5 * want.abs().max().clamp(min=1)
 
 
@@ -233,3 +214,42 @@ def test_pooling_has_the_grid_of_the_images(name):
     two = {(1, 2), (3, 2)} if name == "qwen2.5" else {(row, column) for row in (1, 3, 5, 7) for column in (1, 3)}
     got = [{tuple(place) for place in part.tolist()} for part in visual.split(trace.output_tokens.available.lengths)]
     assert got == [one, two]
+
+
+@torch.no_grad()
+def test_macs_of_pruners_before_a_layer():
+    torch.manual_seed(1)
+    case = make("llava")
+    inputs, parts = case.prompts((3, 4), (2, 3, 5)), {**PARTS, "keep": "ratio(ratio=0.5)", "at": {"language": (1,)}}
+    linear, mlp, pair, words = 48 * 144, 3 * 48 * 64, 96, 2 * 48 * 120
+    whole, left = (23, 42), (15, 26)
+    first = (linear + mlp) * sum(whole) + pair * sum(n * n for n in whole)
+    second = (linear + mlp) * sum(left) + pair * sum(n * n for n in left)
+    # keys of all tokens are read, and queries and values are computed with them; `equal` reads none
+    for scorer, read in (("key_norm", 48 * 96 * (sum(whole) - sum(left))), ("equal", 0)):
+        found = vp.visual_tokens(case.pruned("random", **{**parts, "place": "before", "scorer": scorer}), inputs)
+        assert found.layers == (24, 12)
+        assert found.macs["prefill"] == pytest.approx(first + second + words + read)
+
+
+@torch.no_grad()
+def test_labels_say_which_token_ends_the_instruction():
+    torch.manual_seed(1)
+    case = make("llava")
+    inputs = case.prompts((3, 7), (2, 6))
+    model = copy.deepcopy(case.model)
+    model.set_attn_implementation("eager")
+    maps = model(**inputs, output_attentions=True).attentions[1].mean(1)
+    pruned = case.pruned("pyramiddrop", at={"language": 1}, keep="count(count=4)")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -3:] = inputs["input_ids"][:, -3:]
+    rows = {-1: {}, -4: {"labels": labels}}
+    found = {}
+    for row, given in rows.items():
+        with vp.collect() as traces:
+            pruned(**inputs, **given)
+        layer = traces[-1].layers[1]
+        found[row] = layer.position[~layer.protected].tolist()
+        wanted = maps[:, row].masked_fill(inputs["input_ids"] != 110, -1).topk(4).indices.sort().values
+        assert found[row] == wanted.flatten().tolist()
+    assert found[-1] != found[-4]

@@ -56,25 +56,65 @@ def test_fastv_keeps_the_half_that_the_last_token_attends_to_in_the_second_layer
     assert kept[1] == kept[2] == kept[3] == best(maps[1][-1], IMAGE, 8)
 
 
-def test_pyramiddrop_halves_three_times_by_the_last_token():
+def test_pyramiddrop_halves_three_times_before_a_layer_by_what_its_last_token_would_attend_to():
     kept, maps = run("pyramiddrop", 8, 16)
     assert [len(one) for one in kept] == [16, 16, 8, 8, 4, 4, 2, 2]
     assert kept[2] == best(maps[2][-1], IMAGE, 8)
     assert all(set(later) <= set(earlier) for earlier, later in itertools.pairwise(kept))
+    with vp.collect() as traces:
+        vp.prune(llama(8), "pyramiddrop")(**prompt(16))
+    assert [layout.total - BEFORE - BEHIND for layout in traces[0].entered] == [16, 16, 8, 8, 4, 4, 2, 2]
 
 
-@pytest.mark.parametrize(("layers", "last"), [(8, 3), (5, 2), (2, 0)])
-def test_vtw_withdraws_all_visual_tokens_before_the_middle(layers, last):
+@pytest.mark.parametrize(("layers", "middle"), [(8, 4), (5, 2), (2, 1)])
+def test_vtw_withdraws_all_visual_tokens_before_the_middle(layers, middle):
     kept, _ = run("vtw", layers, 16)
-    assert [len(one) for one in kept] == [16] * last + [0] * (layers - last)
+    assert [len(one) for one in kept] == [16] * middle + [0] * (layers - middle)
 
 
-def test_sparsevlm_keeps_its_published_numbers_and_means_of_clusters():
-    kept, maps = run("sparsevlm", 32, 576)
-    assert [len(kept[depth]) for depth in (1, 2, 5, 6, 14, 15, 31)] == [576, 309, 309, 204, 204, 113, 113]
-    text = [*range(BEFORE), *range(BEFORE + 576, BEFORE + 576 + BEHIND)]
-    rated = maps[2][text].mean(0)
-    assert set(best(rated, range(BEFORE, BEFORE + 576), 300)) <= set(kept[2])
+SPARSE = {192: (309, 204, 113), 128: (312, 117, 39), 96: (249, 55, 27), 64: (82, 32, 18)}
+
+
+@pytest.mark.parametrize("tokens", SPARSE)
+def test_sparsevlm_keeps_its_published_numbers_and_means_of_clusters(tokens):
+    kept, maps = run(f"sparsevlm({tokens})", 32, 576)
+    assert tuple(len(kept[depth]) for depth in (2, 6, 15)) == SPARSE[tokens]
+    assert [len(kept[depth]) for depth in (1, 5, 14, 31)] == [576, *SPARSE[tokens]]
+    x, image = prompt(576)["inputs_embeds"][0], range(BEFORE, BEFORE + 576)
+    text = range(image.stop, image.stop + BEHIND)
+    alike = (x[image.start : image.stop] @ x[text.start :].T).softmax(1).mean(0)
+    raters = [place for place, one in zip(text, alike, strict=True) if one > alike.mean()]
+    assert 0 < len(raters) < BEHIND
+    published = {192: 300, 128: 303, 96: 238, 64: 66}[tokens]
+    assert set(best(maps[2][raters].mean(0), image, published)) <= set(kept[2])
+
+
+def test_sparsevlm_keeps_the_same_parts_of_other_numbers_of_tokens():
+    kept, _ = run("sparsevlm", 16, 288)
+    assert all(abs(len(kept[depth]) - n / 2) < 2 for depth, n in zip((1, 3, 7), SPARSE[192], strict=True))
+    kept, _ = run("sparsevlm", 16, 2)
+    assert len(kept[-1]) == 2
+    with pytest.raises(
+        ValueError, match=r"published for 192, 128, 96, 64\. For another .*calibrate\(.*visual_tokens=100\)"
+    ):
+        vp.preset("sparsevlm(tokens=100)")
+    with pytest.raises(TypeError, match="preset 'sparsevlm' takes no argument 'budget'"):
+        vp.preset("sparsevlm(budget=96)")
+    with pytest.raises(TypeError, match="preset 'fastv' takes no arguments"):
+        vp.preset("fastv(0.5)")
+    assert vp.preset("sparsevlm(96)") == vp.preset("sparsevlm(tokens=96)") != vp.preset("sparsevlm")
+
+
+def test_all_text_rates_where_no_token_of_it_is_above_the_mean():
+    call = prompt(16)
+    call["inputs_embeds"][0, BEFORE + 16 :] = call["inputs_embeds"][0, -1].clone()
+    with torch.no_grad(), vp.collect() as traces:
+        vp.prune(llama(4), "random", scorer="text_attention(raters=True)", at={"language": 1})(**call)
+    assert traces[0].input_tokens.columns["rater"].nonzero().flatten().tolist() == [19, 20, 21, 22]
+    call["visual_pos_masks"][:, 3:] = True  # a prompt that ends with its image
+    with torch.no_grad(), vp.collect() as traces:
+        vp.prune(llama(4), "random", scorer="text_attention(raters=True)", at={"language": 1})(**call)
+    assert set(traces[0].input_tokens.columns["rater"].nonzero().flatten().tolist()) <= {0, 1, 2}
 
 
 @pytest.mark.parametrize("preset", ["random", "pooling", "attention"])

@@ -92,7 +92,7 @@ def test_what_is_there_in_no_part_is_as_if_gone(data):
     kept = tokens.select(~gone)
 
     # the last token may be gone itself, and there is no text beside
-    every = reduce(or_, Stat) & ~Stat.LAST & ~Stat.FROM_TEXT
+    every = reduce(or_, Stat) & ~Stat.LAST & ~Stat.FROM_TEXT & ~Stat.FROM_RATERS
     text = torch.randn(layout.batch, 2, 4)
     out, stats = attend_with_stats(q, k, v, faded, 0.5, every, key_bias=faded.bias, text=text)
     fewer, right = attend_with_stats(q[~gone], k[~gone], v[~gone], kept, 0.5, every, text=text)

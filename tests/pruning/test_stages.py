@@ -70,6 +70,52 @@ def test_behind_a_block_the_block_itself_costs_what_it_did(place):
     assert not trace.layers[-1].steps[0].inside
 
 
+@pytest.mark.parametrize("reducer", ["drop", "fuse", "merge(by='content')"])
+def test_before_a_block_is_behind_the_former_for_parts_that_read_contents_alone(reducer):
+    parts = {"scorer": "distinct", "reducer": reducer}
+    before, out_before = lengths(config(**parts, place="before", at=2))
+    behind, out_behind = lengths(config(**parts, place="block", at=1))
+    assert torch.equal(before.output_tokens.position, behind.output_tokens.position)
+    assert [layout.lengths for layout in before.entered] == [layout.lengths for layout in behind.entered]
+    assert_close(out_before, out_behind)
+
+
+@pytest.mark.parametrize("scorer", ["mean_cls_attention", "self_attention", "cls_attention", "key_norm"])
+def test_before_a_block_its_own_attention_decides(scorer):
+    before, _ = lengths(config(scorer=scorer, place="before"))
+    inside, _ = lengths(config(scorer=scorer))
+    assert torch.equal(before.layers[1].position, inside.layers[1].position)
+    assert before.entered[1].lengths == (10, 10, 10) and inside.entered[1].lengths == (entered(inside),) * 3
+
+
+def test_three_places_of_one_block():
+    three = config(keep="count(count=12)", place="before")
+    more = [
+        Stage("mean_cls_attention", f"count(count={n})", at=1, place=place)
+        for n, place in ((9, "attention"), (4, "block"))
+    ]
+    trace, _ = lengths(three.replace(then=more))
+    assert [(step.place, step.lengths[0]) for step in trace.layers[1].steps] == [
+        ("before", 13),
+        ("attention", 10),
+        ("block", 5),
+    ]
+    model = vp.prune(VIT.model, three.replace(then=more))
+    assert [pruner.keeper.count for pruner in model.pruners_at(1)] == [12, 9, 4]
+
+
+def test_before_a_block_attention_and_what_follows_cost_less():
+    n, dim = entered(lengths(config())[0]), VIT.model.embed_dim
+    cost, dense = (
+        vp.count_macs(vp.prune(VIT.model, one), *IMAGES)
+        for one in (config(place="before"), config(keep="ratio(ratio=1.0)"))
+    )
+    saved = dense.towers["image"][2, 0] - cost.towers["image"][2, 0]
+    mlp = VIT.model.blocks[1].mlp.fc1.out_features
+    # all but queries, keys and values of all tokens, and one row of the map
+    assert saved == (dim * dim + 2 * dim * mlp) * (n - 10) + 2 * dim * (n * n - 100) - dim * n
+
+
 def test_the_output_of_a_class_token_is_that_of_the_dense_model():
     """Pruned behind the last block, a tower that reads its class token gives what it gave."""
     _, out = lengths(config(place="output", at=None))

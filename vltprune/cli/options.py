@@ -12,7 +12,8 @@ import torch
 
 from ..pruning.config import PruneConfig
 from ..pruning.part import Part
-from ..registry import nearest, presets
+from ..pruning.presets import preset as preset_of
+from ..registry import nearest
 from ..utils.devices import check_device
 
 _MOST_THREADS = 1024
@@ -178,10 +179,10 @@ def depths(text: str) -> object:
 
 
 def preset(text: str) -> str:
-    """A registered preset."""
+    """A registered preset, with arguments where it takes some."""
     try:
-        presets[text]
-    except LookupError as error:
+        preset_of(text)
+    except (LookupError, TypeError, ValueError) as error:
         raise _Wrong(str(error)) from None
     return text
 

@@ -43,7 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--place",
         choices=get_args(Place),
-        help="between attention and MLP of these blocks, behind them, or behind the tower (default: the preset's)",
+        help="before these blocks, between their attention and MLP, behind them, or behind the tower (default: the preset's)",
     )
 
 

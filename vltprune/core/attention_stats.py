@@ -17,7 +17,7 @@ from .attention import Pairs, attend, bias_per_instance, by_head, capped, own_bi
 from .kernels import column_stats
 from .kernels.native import attention_kernel
 from .layout import Layout
-from .modality import is_of
+from .modality import is_of, rater_marks
 from .statistics import PAGERANK_STEPS, AttentionStats, Stat
 from .tokens import PackedTokens
 
@@ -79,13 +79,9 @@ def attend_with_stats(
 
     Raises:
         ValueError: for SUMMARY or SUMMARY_WIDE where the tokens have no summary token, and for FROM_QUERY without `text`.
-        LookupError: for FROM_TEXT where the tokens are of one modality.
+        LookupError: for FROM_TEXT where the tokens are of one modality, and for FROM_RATERS where none are marked.
     """
-    if needs.of_summary and tokens.summary is None:
-        raise ValueError(f"{needs.of_summary} needs a summary token, and these tokens have none")
-    if Stat.FROM_QUERY in needs and text is None:
-        raise ValueError(f"{Stat.FROM_QUERY} is the attention of a text, and there is none: give its queries as text=")
-
+    _check_needs(needs, tokens, text)
     rules, values, out = _Logits(scale, causal, key_bias, pairs, dropout, softcap), {}, None
     of_map = needs.of_map | (needs & Stat.SUMMARY if tokens.protected_lead else Stat.NONE)
     native = None if _is_beyond_native(tokens, rules, of_map) else attention_kernel(q, k, v)
@@ -107,13 +103,70 @@ def attend_with_stats(
             counts = _query_weights(tokens, query)
             values = column_stats.column_statistics(q, k, tokens.layout, scale, needs.of_map, *counts, causal=causal)
         rows = needs & ~Stat.SUMMARY if Stat.SUMMARY in values else needs
-        values |= _rows_of_the_map(query, keys, tokens, rules, rows)
-        if Stat.FROM_TEXT in needs:
-            values[Stat.FROM_TEXT] = _from_queries(query, keys, tokens, is_of(tokens, "text"), rules)
-        if Stat.FROM_QUERY in needs and text is not None:
-            values[Stat.FROM_QUERY] = _text_row(precision.single(text), keys, tokens, rules)
-        values |= _per_token(keys, precision.single(v), out, needs)
+        values |= _beside_output(query, keys, v, tokens, rules, rows, text)
+        if Stat.CONTEXT in needs:
+            values[Stat.CONTEXT] = torch.linalg.vector_norm(precision.single(out), dim=-1)
     return out, AttentionStats(needs, values)
+
+
+def attention_stats(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: PackedTokens,
+    scale: float,
+    needs: Stat,
+    *,
+    causal: bool = False,
+    key_bias: Tensor | None = None,
+    pairs: Pairs | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    text: Tensor | None = None,
+) -> AttentionStats:
+    """The statistics of self-attention alone, for who decides before attention runs on what is left.
+
+    Attention is computed only where a statistic comes with its output (`Stat.with_output`).
+
+    Args:
+        q, k, v, tokens, scale, needs: as in `attend_with_stats`.
+        causal, key_bias, pairs, dropout, softcap, text: as in `attend_with_stats`.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError, LookupError: as `attend_with_stats`.
+    """
+    rules = _Logits(scale, causal, key_bias, pairs, dropout, softcap)
+    if needs.with_output:
+        return attend_with_stats(q, k, v, tokens, needs=needs, text=text, **vars(rules))[1]
+    _check_needs(needs, tokens, text)
+    with precision.without_autocast(q.device):
+        query, keys = precision.single(q), precision.single(k)
+        return AttentionStats(needs, _beside_output(query, keys, v, tokens, rules, needs, text))
+
+
+def _check_needs(needs: Stat, tokens: PackedTokens, text: Tensor | None) -> None:
+    """ValueError for statistics of tokens that are not there."""
+    if needs.of_summary and tokens.summary is None:
+        raise ValueError(f"{needs.of_summary} needs a summary token, and these tokens have none")
+    if Stat.FROM_QUERY in needs and text is None:
+        raise ValueError(f"{Stat.FROM_QUERY} is the attention of a text, and there is none: give its queries as text=")
+
+
+def _beside_output(
+    q: Tensor, k: Tensor, v: Tensor, tokens: PackedTokens, rules: _Logits, needs: Stat, text: Tensor | None
+) -> dict[Stat, Tensor]:
+    """The statistics in `needs` that are computed beside attention, of q and k in single precision at least."""
+    values = _rows_of_the_map(q, k, tokens, rules, needs)
+    if Stat.FROM_TEXT in needs:
+        values[Stat.FROM_TEXT] = _from_queries(q, k, tokens, is_of(tokens, "text"), rules)
+    if Stat.FROM_RATERS in needs:
+        values[Stat.FROM_RATERS] = _from_queries(q, k, tokens, rater_marks(tokens), rules)
+    if Stat.FROM_QUERY in needs and text is not None:
+        values[Stat.FROM_QUERY] = _text_row(precision.single(text), k, tokens, rules)
+    return values | _per_token(k, precision.single(v), needs)
 
 
 def attention_from_queries(
@@ -166,11 +219,9 @@ def _from_queries(q: Tensor, k: Tensor, tokens: PackedTokens, queries: Tensor, r
     return torch.cat(received)
 
 
-def _per_token(k: Tensor, v: Tensor, out: Tensor, needs: Stat) -> dict[Stat, Tensor]:
-    """The statistics in `needs` of each token's own key, value and output."""
+def _per_token(k: Tensor, v: Tensor, needs: Stat) -> dict[Stat, Tensor]:
+    """The statistics in `needs` of each token's own key and value."""
     values = {}
-    if Stat.CONTEXT in needs:
-        values[Stat.CONTEXT] = torch.linalg.vector_norm(precision.single(out), dim=-1)
     if Stat.KEY in needs:
         values[Stat.KEY] = k.mean(1)
     if Stat.KEY_NORM in needs:
@@ -192,7 +243,7 @@ def _rows_of_the_map(q: Tensor, k: Tensor, tokens: PackedTokens, rules: _Logits,
         row = _row(wide_q, wide_k, tokens.summary_row, layout, _as_one_head(rules, wide_q))
         values[Stat.SUMMARY_WIDE] = row.squeeze(1)
     if Stat.LAST in needs:
-        values[Stat.LAST] = _row(q, k, layout.offsets[1:].long() - 1, layout, rules)
+        values[Stat.LAST] = _row(q, k, tokens.last_row, layout, rules)
     return values
 
 

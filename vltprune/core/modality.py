@@ -11,6 +11,7 @@ from torch import Tensor
 from .tokens import PackedTokens
 
 COLUMN = "modality"
+RATER = "rater"  # the column that marks text tokens whose attention rates those of the image
 Modality = Literal["text", "image"]
 _NUMBERS = {modality: number for number, modality in enumerate(get_args(Modality))}
 
@@ -46,6 +47,25 @@ def is_of(tokens: PackedTokens, modality: Modality) -> Tensor:
             f"these tokens are of one modality: they have no column {COLUMN!r} that tells {modality} apart"
         )
     return tokens.columns[COLUMN] == _NUMBERS[modality]
+
+
+def rater_marks(tokens: PackedTokens) -> Tensor:
+    """Which text tokens rate those of the image.
+
+    Args:
+        tokens: tokens of a tower of both modalities.
+
+    Returns:
+        The mask, [total] bool.
+
+    Raises:
+        LookupError: for tokens without marks.
+    """
+    if RATER not in tokens.columns:
+        raise LookupError(
+            f"these tokens have no column {RATER!r}, which marks raters: a tower whose parts read them adds it"
+        )
+    return tokens.columns[RATER]
 
 
 def text_counts(column: Tensor | None, lengths: Sequence[int]) -> Tensor | float:

@@ -33,7 +33,8 @@ class Stat(enum.Flag):
         KEY_NORM: [total], the L1 norm of the keys of all heads.
         SUMMARY_WIDE: [total], attention of the summary token with all heads as a single one (LLaVA-PruMerge, Shang et al.,
             arXiv 2403.15388): softmax(q k^T / sqrt(heads * head_dim)). Pair biases are averaged over heads.
-        LAST: [total, heads], attention that the last token of each instance pays to each token.
+        LAST: [total, heads], attention that the last token of each instance pays to each token; where a column "last" marks
+            another, that one pays.
         PAGERANK: [total], importance on the graph of attention (Zero-TPrune, Wang et al., arXiv 2305.17328, algorithm 1):
             s <- A^T s per head, 30 times from s = 1 / n, and the root mean square over heads. It sums to about one. A
             causal map sends everything to the first token. It keeps the maps of one instance at a time, heads * n^2 numbers.
@@ -41,6 +42,7 @@ class Stat(enum.Flag):
             the mean over heads and over these tokens. Only where a text and an image are one sequence.
         FROM_QUERY: [total, heads], attention that a text query pays to each unprotected token. The block's own query projection
             makes a query of the text (TRIPS, Jiang et al., arXiv 2403.07883).
+        FROM_RATERS: [total], FROM_TEXT of those text tokens alone that the column "rater" marks (SparseVLM, arXiv 2410.04417).
     """
 
     NONE = 0
@@ -58,11 +60,17 @@ class Stat(enum.Flag):
     PAGERANK = enum.auto()
     FROM_TEXT = enum.auto()
     FROM_QUERY = enum.auto()
+    FROM_RATERS = enum.auto()
 
     @property
     def of_map(self) -> Stat:
         """Those of these statistics that need the whole attention map."""
         return self & _OF_MAP
+
+    @property
+    def with_output(self) -> Stat:
+        """Those of these statistics that come with attention's output, and cost what it costs."""
+        return self & (_OF_MAP | Stat.CONTEXT)
 
     @property
     def of_summary(self) -> Stat:
@@ -72,7 +80,7 @@ class Stat(enum.Flag):
     @property
     def of_text(self) -> Stat:
         """Those of these statistics that need text and image tokens in one sequence."""
-        return self & Stat.FROM_TEXT
+        return self & (Stat.FROM_TEXT | Stat.FROM_RATERS)
 
     def macs(self, heads: int, head_dim: int) -> tuple[int, int, int]:
         """MACs of these statistics beyond those of attention.
@@ -84,7 +92,7 @@ class Stat(enum.Flag):
         |---|---|---|---|
         | SUMMARY, SUMMARY_WIDE, LAST, FROM_QUERY, each | heads * head_dim | 0 | 0 |
         | PAGERANK | 0 | 30 * heads | 0 |
-        | FROM_TEXT | 0 | 0 | heads * head_dim |
+        | FROM_TEXT; FROM_RATERS, at most; each | 0 | 0 | heads * head_dim |
         | all others | 0 | 0 | 0 |
 
         What makes a query of the text, one token's query projection an instance, is counted apart.
@@ -99,7 +107,8 @@ class Stat(enum.Flag):
         width = heads * head_dim
         rows = sum(stat in self for stat in (Stat.SUMMARY, Stat.SUMMARY_WIDE, Stat.LAST, Stat.FROM_QUERY))
         pair = PAGERANK_STEPS * heads if Stat.PAGERANK in self else 0
-        return rows * width, pair, width if Stat.FROM_TEXT in self else 0
+        texts = sum(stat in self for stat in (Stat.FROM_TEXT, Stat.FROM_RATERS))
+        return rows * width, pair, texts * width
 
 
 _OF_MAP = Stat.RECEIVED | Stat.COLUMN | Stat.DIAGONAL | Stat.PAGERANK

@@ -15,6 +15,7 @@ from .checks import is_traced
 from .layout import Layout
 
 MASKED = 1e-9  # the probability to stay of a token that is masked: for 0, whose logarithm has no gradient
+LAST = "last"  # the column that marks the token of each instance that asks, where it is not the last one
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,13 @@ class PackedTokens:
         if self.summary is None:
             raise ValueError("these tokens have no summary token: pack them with summary=, or average them")
         return self.layout.starts if self.protected_lead else self._first_row(self.summary)
+
+    @property
+    def last_row(self) -> Tensor:
+        """[batch] int64: the row of each instance's last token, or of the one that the column "last" [total] bool marks."""
+        if LAST in self.columns:
+            return self._first_row(self.columns[LAST])
+        return self.layout.offsets[1:].long() - 1
 
     def summaries(self) -> Tensor:
         """The contents of each instance's summary token.

@@ -156,6 +156,7 @@ class BlockMeter:
         memory: Memory | None,
         layer: LayerTrace,
         pairs: Tensor | None = None,
+        looked: Tensor | None = None,
     ) -> Tensor:
         """MACs of the pruned block, its pruners' own scoring included.
 
@@ -164,38 +165,74 @@ class BlockMeter:
             text: [batch], how many of them are of a text, where text and image are one sequence. 0 elsewhere.
             memory: what the block cross-attends to. None for none.
             layer: the block's trace, for what its pruners computed and left, and where.
-            pairs: as in `dense`, of the tokens that enter the block.
+            pairs: as in `dense`, of the tokens that attention reads.
+            looked: as in `dense`, of the tokens that enter the block, before which pruners may stand.
 
         Returns:
             The MACs of each instance, [batch].
         """
-        macs, width, pairs = self.macs, self.macs.width, before**2 if pairs is None else pairs
+        macs, width = self.macs, self.macs.width
         left = [step_tokens(step, before.device) for step in layer.steps]
-        inner = next((n for n, step in zip(reversed(left), reversed(layer.steps), strict=True) if step.inside), before)
-        projected = inner if layer.reduced_early else before
-        block = macs.qkv * before + 2 * width * pairs + macs.project * projected + macs.after_attention(inner, memory)
+        # of attention, and of what follows it
+        outer = next((n for n, step in _backward(left, layer) if step.place == "before"), before)
+        inner = next((n for n, step in _backward(left, layer) if step.place == "attention"), outer)
+        pairs = outer**2 if pairs is None else pairs
+        projected = inner if layer.reduced_early else outer
+        block = macs.qkv * outer + 2 * width * pairs + macs.project * projected + macs.after_attention(inner, memory)
 
-        acted = [pruner.needs for pruner, step in zip(self.pruners, layer.steps, strict=False) if not step.is_idle]
-        needs = functools.reduce(operator.or_, acted, Stat.NONE)
-        token, pair, text_pair = needs.macs(macs.heads, macs.head_dim)
-        block = block + (token * macs.rows + text_pair * text) * before + pair * pairs
-        if Stat.FROM_QUERY in needs:
-            # the text passes the projections as one token more
-            block = block + macs.qkv
+        acted = [
+            (step.place == "before", pruner.needs)
+            for pruner, step in zip(self.pruners, layer.steps, strict=False)
+            if not step.is_idle
+        ]
+        read, needs = (
+            functools.reduce(operator.or_, (needs for is_before, needs in acted if is_before is one), Stat.NONE)
+            for one in (True, False)
+        )
+        block = block + self._statistics(needs, outer, text, pairs)
+        if read:
+            block = block + self._looking(read, before, outer, text, layer, looked)
         former = None
         for pruner, step, entered, leaves in zip(self.pruners, layer.steps, [before, *left], left, strict=False):
             if step.is_idle:
                 continue
             # a pruner at the same place as the one before reads its guidance, unless that one changed the tokens
-            guide = (
-                self.guide if former is None or former.inside != step.inside or former.reduction is not None else 0.0
-            )
+            guide = self.guide if former is None or former.place != step.place or former.reduction is not None else 0.0
             block = block + guide * entered + pruner.macs(entered, leaves)
             if step.reduction is not None and step.reduction.merged is not None:
                 summed = self.channels + (width * macs.rows if step.inside and layer.reduced_early else 0)
                 block = block + summed * (entered + _terms(step.reduction))
             former = step
         return block
+
+    def _statistics(self, needs: Stat, tokens: Tensor, text: Tensor | float, pairs: Tensor) -> Tensor:
+        """MACs [batch] of statistics of so many tokens and pairs of rows, beyond those of attention."""
+        token, pair, text_pair = needs.macs(self.macs.heads, self.macs.head_dim)
+        # a text query passes the projections as one token more
+        query = self.macs.qkv if Stat.FROM_QUERY in needs else 0.0
+        return (token * self.macs.rows + text_pair * text) * tokens + pair * pairs + query
+
+    def _looking(
+        self,
+        needs: Stat,
+        before: Tensor,
+        outer: Tensor,
+        text: Tensor | float,
+        layer: LayerTrace,
+        pairs: Tensor | None,
+    ) -> Tensor:
+        """MACs [batch] of what pruners before the block read of all tokens: queries and keys, which those that stay keep."""
+        plans = [step.reduction for step in layer.steps if step.place == "before" and step.reduction is not None]
+        again = layer.regions is not None or any(plan.merged is not None for plan in plans)
+        pairs = before**2 if pairs is None else pairs
+        looking = self._statistics(needs, before, text, pairs)
+        looking = looking + self.macs.qkv * (before if again and plans else before - outer)
+        return looking + 2 * self.macs.width * pairs if needs.with_output else looking
+
+
+def _backward(left: Sequence[Tensor], layer: LayerTrace) -> Iterator[tuple[Tensor, PruneStep]]:
+    """The pruners of a block from the last to the first, and how many tokens of each instance they left."""
+    return zip(reversed(left), reversed(layer.steps), strict=True)
 
 
 def _terms(plan: Reduction) -> Tensor | int:

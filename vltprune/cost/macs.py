@@ -25,11 +25,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core import precision
 from ..core.layout import Layout
+from ..core.modality import RATER
+from ..core.regions import Regions
 from ..hosts.base import LanguageCost
 from ..hosts.find import find_composite
 from ..hosts.linear_maps import measure_macs
-from ..layers import AlignmentGuide, set_query
+from ..layers import AlignmentGuide, rater_macs, set_query
 from ..pruning.model import get_pruning
 from ..pruning.tower import Tower
 from ..pruning.trace import PruneTrace, collect
@@ -164,19 +167,19 @@ class _TowerMeter:
 
     def count(self, trace: PruneTrace) -> Tensor:
         """MACs [depths + 2, batch] of the pruned tower."""
-        first, entered = trace.input_tokens, trace.input_tokens.layout
+        first, former = trace.input_tokens, trace.input_tokens.layout
         # a language model may get visual tokens that are there in part
-        before = token_counts(entered) if first.keep_prob is None else first.expected
+        before = token_counts(former) if first.keep_prob is None else first.expected
         rows = [self._embedding_macs(trace) + self._guide]
-        steps = zip(self.blocks, trace.layers, trace.block_inputs, trace.text_counts, strict=True)
-        for block, layer, block_input, text in steps:
+        if RATER in trace.input_tokens.columns:
+            rows = [rows[0] + precision.float_tensor(rater_macs(trace.input_tokens), before.device)]
+        inputs = zip(trace.block_inputs, trace.text_counts, trace.entered, strict=True)
+        for block, layer, (block_input, text, entered) in zip(self.blocks, trace.layers, inputs, strict=True):
             memory = Memory.from_block_input(block_input, len(before))
-            pairs = None
-            if layer.regions is not None:
-                # tokens that are there in part are so in all regions alike
-                pairs = layer.regions.pairs(entered) * (before / token_counts(entered).clamp(min=1)) ** 2
-            rows.append(block.pruned(before, text, memory, layer, pairs))
-            entered = layer.layout
+            read = next((step_tokens(s, before.device) for s in reversed(layer.steps) if s.place == "before"), before)
+            pairs, looked = _pairs(layer.regions, entered, read), _pairs(layer.looked, former, before)
+            rows.append(block.pruned(before, text, memory, layer, pairs, looked))
+            former = layer.layout
             before = step_tokens(layer.steps[-1], before.device) if layer.steps else before
         return torch.stack([*rows, self._head_macs(before)])
 
@@ -206,6 +209,11 @@ class _TowerMeter:
     def _head_macs(self, lengths: Tensor) -> Tensor:
         each, token = self._head
         return each + token * lengths
+
+
+def _pairs(regions: Regions | None, layout: Layout, expected: Tensor) -> Tensor | None:
+    """Pairs of rows that attend to each other, [batch]: tokens that are there in part are so in all regions alike."""
+    return None if regions is None else regions.pairs(layout) * (expected / token_counts(layout).clamp(min=1)) ** 2
 
 
 def _guide_macs(guide: AlignmentGuide, trace: PruneTrace) -> tuple[float, float]:

@@ -155,6 +155,6 @@ def visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
 
 def _entered(trace: PruneTrace) -> list[tuple[int, int]]:
     """Tokens that entered each layer of a pruned language model, and the visual ones among them, of all prompts."""
-    totals = [trace.input_tokens.layout.total, *(layer.layout.total for layer in trace.layers[:-1])]
+    totals = [layout.total for layout in trace.entered]
     texts = (int(torch.as_tensor(text).sum()) for text in trace.text_counts)
     return [(total, total - text) for total, text in zip(totals, texts, strict=True)]

@@ -151,6 +151,18 @@ class Host(ABC):
         """
         return None
 
+    # most hosts have no cache
+    def store(self, block: nn.Module, tokens: PackedTokens, k: Tensor, v: Tensor, block_input: Any) -> None:  # noqa: B027
+        """Keep the keys and values that attention of a block reads, where the call has a cache.
+
+        Args:
+            block: The block.
+            tokens: The tokens that they are of.
+            k: Keys [total, heads, head_dim].
+            v: Values [total, heads, head_dim].
+            block_input: What `embed` returned for this block.
+        """
+
     @abstractmethod
     def scale(self, block: nn.Module) -> float:
         """The factor of the dot products."""

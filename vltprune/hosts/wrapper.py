@@ -49,6 +49,9 @@ class WrapperHost(Host):
     def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
         return self.inner.qkv(block, tokens, block_input)
 
+    def store(self, block: nn.Module, tokens: PackedTokens, k: Tensor, v: Tensor, block_input: Any) -> None:
+        self.inner.store(block, tokens, k, v, block_input)
+
     def scale(self, block: nn.Module) -> float:
         return self.inner.scale(block)
 

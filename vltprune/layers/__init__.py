@@ -7,8 +7,9 @@ from .guides.query import current_query, query, set_query
 from .guides.text import TextEmbedding, TextGuide, TextQuery, check_batch
 from .keepers.adaptive import Distortion, Threshold
 from .keepers.base import KeepRatioPredictor, Knob, Outliers, RandomRatio
-from .keepers.fixed import All, Count, Counts, FixedKeeper, Ratio, Remove
+from .keepers.fixed import All, Count, Counts, FixedKeeper, Ratio, Remove, Share
 from .keepers.trained import Above, RisingThreshold, SampledRatio
+from .raters import rater_macs, with_raters
 from .reducers.adding import Add
 from .reducers.base import Drop, Fuse, TokenReducer
 from .reducers.merging import Merge, Tofu
@@ -131,4 +132,7 @@ __all__ = [
     "WideClsAttention",
     "Windows",
     "with_grid",
+    "with_raters",
+    "rater_macs",
+    "Share",
 ]

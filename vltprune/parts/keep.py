@@ -2,7 +2,7 @@
 
 from ..layers.keepers.adaptive import Distortion, Entropy, Learned, Threshold, TopP
 from ..layers.keepers.base import Outliers, RandomRatio
-from ..layers.keepers.fixed import All, Count, Counts, Ratio, Remove
+from ..layers.keepers.fixed import All, Count, Counts, Ratio, Remove, Share
 from ..layers.keepers.trained import Above, FittedThreshold, RisingThreshold, SampledRatio
 from .typed import typed_part
 
@@ -20,5 +20,6 @@ ratio = typed_part(Ratio)
 remove = typed_part(Remove)
 rising_threshold = typed_part(RisingThreshold)
 sampled_ratio = typed_part(SampledRatio)
+share = typed_part(Share)
 threshold = typed_part(Threshold)
 top_p = typed_part(TopP)

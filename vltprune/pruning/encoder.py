@@ -1,4 +1,4 @@
-"""PrunedEncoder: a tower that its host runs block by block, with pruners between attention and the rest of a block."""
+"""PrunedEncoder: a tower that its host runs block by block, with pruners before, in and behind its blocks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.attention import PairMask, attend
-from ..core.attention_stats import attend_with_stats
+from ..core.attention_stats import attend_with_stats, attention_stats
 from ..core.checks import is_recorded
 from ..core.modality import COLUMN
+from ..core.regions import Regions
 from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..hosts.base import Host
-from ..layers import AlignmentGuide, BoundGuide, Guidance, check_batch, with_grid
+from ..layers import AlignmentGuide, BoundGuide, Guidance, check_batch, with_grid, with_raters
 from ..utils.wrappers import is_sharded
 from .config import PruneConfig
 from .ddp import reach_weights
 from .pruner import PruneDecision, Pruner, UntrainedGuideWarning, build_like
+from .stage import Place
 from .state_dict import fqn_modifiers, use_dense_names
 from .tower import Tower, pruned_depths, pruner_key
 from .trace import LayerTrace, PruneStep, PruneTrace, active_collectors
@@ -177,7 +179,7 @@ class PrunedEncoder(Tower):
         tokens, block_inputs = self.adapter.embed(self.host, *inputs)
         if guide is not None:
             check_batch(guide, tokens, self.tower)
-        tokens = self._with_grid(tokens, inputs)
+        tokens = self._with_columns(tokens, inputs)
         # once: gradient checkpointing runs blocks again when nobody collects any more
         collecting = active_collectors()
         query = None if guide is None else guide.query
@@ -214,14 +216,17 @@ class PrunedEncoder(Tower):
         guide: BoundGuide | None,
     ) -> tuple[PackedTokens, LayerTrace]:
         adapter, inside, behind = self.adapter, self.pruners_at(depth, "attention"), self.pruners_at(depth, "block")
-        q, k, v = adapter.qkv(block, tokens, block_input)
+        entered, outer, steps, guidance, qkv, looked = tokens, [], (), None, None, None
+        if "before" in self.places:
+            looked = adapter.regions(block, tokens, block_input)
+            outer, guidance, qkv = self._decide_before(depth, block, tokens, block_input, guide, looked)
+            tokens, steps = apply_decisions(outer, tokens, "before")
+        q, k, v = qkv or adapter.qkv(block, tokens, block_input)
+        adapter.store(block, tokens, k, v, block_input)
         regions = adapter.regions(block, tokens, block_input)
         rows = tokens if regions is None else regions.rows_of(tokens)
-        pairs = adapter.pair_bias(block, tokens, block_input)
-        causal = adapter.causal(self.host) and not isinstance(pairs, PairMask)
-        options: dict[str, Any] = {"causal": causal, "dropout": adapter.attention_dropout(block), "pairs": pairs}
-        options |= {"key_bias": rows.bias, "softcap": adapter.softcap(block)}
         scale, relate, needs = adapter.scale(block), None, self._needs((*inside, *behind), tokens)
+        options = self._attention_options(block, tokens, rows, block_input, needs, guide)
 
         if needs is None:
             context, stats = attend(q, k, v, rows.layout, scale, **options), AttentionStats()
@@ -229,39 +234,38 @@ class PrunedEncoder(Tower):
                 # for whoever reads it, such as the alignment loss with the other tower
                 relate = partial(guide, tokens)
         else:
-            if Stat.FROM_QUERY in needs and guide is not None and guide.text is not None:
-                # as a token of its own, by the block's own norm and query projection
-                text = PackedTokens.pack(guide.text[:, None].to(tokens.x.dtype))
-                options["text"] = adapter.qkv(block, text, block_input)[0]
             context, stats = attend_with_stats(q, k, v, rows, scale, needs, **options)
         if regions is not None:
             # a token of several rows has their mean
             context, stats = regions.gather(context), stats.mapped(lambda values: regions.gather(values).mean(1))
-        entered = tokens
-        decisions, guidance = self._decide(inside, tokens, stats, guide)
+        decisions, inner_guidance = self._decide(inside, tokens, stats, guide)
+        guidance = inner_guidance if guidance is None else guidance
+        if not outer:
+            entered, outer = tokens, decisions
 
         # an affine map commutes with averaging: reducing first, the output projection runs on what stays
         plans = [decision.plan for decision in decisions if decision.plan is not None]
         early = bool(plans) and all(plan.is_affine for plan in plans) and adapter.projects_affinely(block)
         if early:
-            tokens, steps = apply_decisions(decisions, tokens)
+            tokens, inner_steps = apply_decisions(decisions, tokens)
             for plan in plans:
                 context = plan.values(context)
             tokens = adapter.project(block, tokens, context)
         else:
-            tokens, steps = apply_decisions(decisions, adapter.project(block, tokens, context))
+            tokens, inner_steps = apply_decisions(decisions, adapter.project(block, tokens, context))
+        steps += inner_steps
         tokens = adapter.feed_forward(block, tokens, block_input)
 
         if behind:
             for decision in decisions:
                 stats = decision.carry(stats)
             others, behind_guidance = self._decide(behind, tokens, stats, guide)
-            entered, decisions = (entered, decisions) if decisions else (tokens, others)
+            entered, outer = (entered, outer) if outer else (tokens, others)
             guidance = behind_guidance if guidance is None else guidance
-            tokens, others_steps = apply_decisions(others, tokens, inside=False)
+            tokens, others_steps = apply_decisions(others, tokens, "block")
             steps += others_steps
         relate = relate if guidance is None else lambda: guidance
-        scores = decisions[0].scores if decisions and torch.is_grad_enabled() else None
+        scores = outer[0].scores if outer and torch.is_grad_enabled() else None
         scored = None if scores is None else (entered, scores)
         expected = steps[-1].expected if steps else None if tokens.keep_prob is None else tokens.expected
         modality, position = tokens.columns.get(COLUMN), tokens.position
@@ -276,8 +280,59 @@ class PrunedEncoder(Tower):
             scored,
             modality=modality,
             regions=regions,
+            looked=looked,
         )
         return tokens, trace
+
+    def _decide_before(
+        self,
+        depth: int,
+        block: nn.Module,
+        tokens: PackedTokens,
+        block_input: object,
+        guide: BoundGuide | None,
+        regions: Regions | None,
+    ) -> tuple[list[PruneDecision], Guidance | None, tuple[Tensor, ...] | None]:
+        """The decisions of the pruners before a block, by its own queries and keys, and the guidance of the first.
+
+        The third is query, key and value of the tokens that they leave; None where these are still to be computed.
+        """
+        pruners, qkv, stats = self.pruners_at(depth, "before"), None, AttentionStats()
+        needs = self._needs(pruners, tokens)
+        if needs:
+            qkv = self.adapter.qkv(block, tokens, block_input)
+            rows = tokens if regions is None else regions.rows_of(tokens)
+            options = self._attention_options(block, tokens, rows, block_input, needs, guide)
+            stats = attention_stats(*qkv, rows, self.adapter.scale(block), needs, **options)
+            if regions is not None:
+                stats = stats.mapped(lambda values: regions.gather(values).mean(1))
+        decisions, guidance = self._decide(pruners, tokens, stats, guide)
+        for plan in (decision.plan for decision in decisions if decision.plan is not None):
+            # those of a token that stays are what they were; those of a sum are not the sum of its sources'
+            again = regions is not None or plan.merged is not None
+            qkv = None if qkv is None or again else tuple(map(plan.values, qkv))
+        return decisions, guidance, qkv
+
+    def _attention_options(
+        self,
+        block: nn.Module,
+        tokens: PackedTokens,
+        rows: PackedTokens,
+        block_input: object,
+        needs: Stat | None,
+        guide: BoundGuide | None,
+    ) -> dict[str, Any]:
+        """What attention of a block is called with, besides queries, keys and values of the rows that its tokens are."""
+        adapter = self.adapter
+        pairs = adapter.pair_bias(block, tokens, block_input)
+        causal = adapter.causal(self.host) and not isinstance(pairs, PairMask)
+        options: dict[str, Any] = {"causal": causal, "dropout": adapter.attention_dropout(block), "pairs": pairs}
+        options |= {"key_bias": rows.bias, "softcap": adapter.softcap(block)}
+        if needs is not None and Stat.FROM_QUERY in needs and guide is not None and guide.text is not None:
+            # as a token of its own, by the block's own norm and query projection
+            text = PackedTokens.pack(guide.text[:, None].to(tokens.x.dtype))
+            options["text"] = adapter.qkv(block, text, block_input)[0]
+        return options
 
     def _needs(self, pruners: Sequence[Pruner], tokens: PackedTokens) -> Stat | None:
         """The statistics that the pruners of a block read of the tokens that enter it. None where all of them are idle."""
@@ -320,10 +375,12 @@ class PrunedEncoder(Tower):
         spec = pruner.scorer.spec
         return int(not (spec.has_summary or spec.modalities) or self.adapter.pools_unprotected(self.host))
 
-    def _with_grid(self, tokens: PackedTokens, inputs: tuple[Any, ...]) -> PackedTokens:
-        """The tokens with the grid of their patches, where a scorer or a selector reads it."""
-        pruners = self.pruners.values()
-        if not any(isinstance(pruner, Pruner) and pruner.reads_grid for pruner in pruners):
+    def _with_columns(self, tokens: PackedTokens, inputs: tuple[Any, ...]) -> PackedTokens:
+        """The tokens with the grid of their patches, and with marks on raters, where a part reads them."""
+        pruners = [pruner for pruner in self.pruners.values() if isinstance(pruner, Pruner)]
+        if any(Stat.FROM_RATERS in pruner.needs for pruner in pruners):
+            tokens = with_raters(tokens)
+        if not any(pruner.reads_grid for pruner in pruners):
             return tokens
         is_image = isinstance(inputs[0], Tensor) and inputs[0].dim() >= 4
         return with_grid(tokens, tuple(inputs[0].shape[-2:]) if is_image else None)
@@ -340,14 +397,14 @@ class PrunedEncoder(Tower):
 
 
 def apply_decisions(
-    decisions: Iterable[PruneDecision], tokens: PackedTokens, inside: bool = True
+    decisions: Iterable[PruneDecision], tokens: PackedTokens, place: Place = "attention"
 ) -> tuple[PackedTokens, tuple[PruneStep, ...]]:
     """Applies decisions, one after the other.
 
     Args:
         decisions: the decisions.
         tokens: the tokens that the first one is of.
-        inside: whether they stand between attention and MLP.
+        place: where in a block they stand.
 
     Returns:
         The tokens that they leave, and the record of each.
@@ -356,5 +413,5 @@ def apply_decisions(
     for decision in decisions:
         tokens = decision.apply(tokens)
         expected = None if tokens.keep_prob is None else tokens.expected
-        steps.append(PruneStep(tokens.layout, decision.plan, expected, inside, decision.is_idle))
+        steps.append(PruneStep(tokens.layout, decision.plan, expected, place, decision.is_idle))
     return tokens, tuple(steps)

@@ -12,7 +12,7 @@ from ..utils.frozen import FrozenDict, thawed
 from .depths import Depths, block_indices, freeze_depths
 from .part import KINDS, Part
 
-Place = Literal["attention", "block", "output"]
+Place = Literal["before", "attention", "block", "output"]
 
 # the tower that is pruned only where a stage names it: depths and parts for encoders do not fit a language model
 NAMED_ALONE = "language"
@@ -36,8 +36,9 @@ class Stage:
             is every block; empty depths prune nowhere. A mapping from tower ("image", "text") gives each tower its own depths.
             Towers that it does not name are not pruned. A language model ("language") is pruned only where it is named.
         selector: which ones stay; by default those of largest score.
-        place: "attention", between a block's attention and its MLP; "block", behind the block; "output", behind the last block
-            of every tower, before its head, where `at` must be None or name towers alone, {"image": None}.
+        place: "before", before a block, by the block's own queries and keys; "attention", between its attention and its MLP;
+            "block", behind it; "output", behind the last block of every tower, before its head, where `at` must be None or
+            name towers alone, {"image": None}.
         modality: "text" or "image": the tokens to prune where a text and an image are one sequence, as in ViLT; all others
             stay. A keeper then counts these tokens alone. None prunes tokens of any modality.
 

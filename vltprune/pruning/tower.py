@@ -9,6 +9,9 @@ from ..layers import AlignmentGuide
 from .pruner import Pruner
 from .stage import Place
 
+# in the order in which they prune; the output of a tower is behind its last block
+_IN_A_BLOCK: tuple[Place, ...] = ("before", "attention", "block")
+
 
 class Tower(nn.Module):
     """A tower with pruners at some of its depths.
@@ -34,18 +37,19 @@ class Tower(nn.Module):
 
         Args:
             depth: the index of the block.
-            place: "attention", or "block" for those behind the block, those of the tower's output included. None for both.
+            place: "before" for those before the block, "attention", or "block" for those behind it, those of the tower's output
+                included. None for all.
 
         Returns:
             The pruners; none where nothing is pruned.
         """
         if place is None:
-            return [*self.pruners_at(depth, "attention"), *self.pruners_at(depth, "block")]
+            return [pruner for one in _IN_A_BLOCK for pruner in self.pruners_at(depth, one)]
         found = []
         for number, where in enumerate(self.places):
             key = pruner_key(depth, number)
             pruner = self.pruners[key] if key in self.pruners else None  # noqa: SIM401 (ModuleDict has no get)
-            if isinstance(pruner, Pruner) and (where == "attention") == (place == "attention"):
+            if isinstance(pruner, Pruner) and (where if where != "output" else "block") == place:
                 found.append(pruner)
         return found
 

@@ -20,7 +20,7 @@ from ..core.tokens import PackedTokens
 from ..layers import Guidance, Reduction
 from ..utils.lazy import lazy
 from .decode_stats import DecodeStats
-from .stage import NAMED_ALONE
+from .stage import NAMED_ALONE, Place
 from .tower import Tower
 
 
@@ -32,20 +32,25 @@ class PruneStep:
         layout: how many tokens each instance had behind it.
         reduction: the plan that was applied. None where all tokens stayed.
         expected: [batch], the expected number of tokens behind it in soft training. None otherwise.
-        inside: whether it stood between attention and MLP, and not behind the block.
+        place: "before" the block, between "attention" and MLP, or behind the "block".
         is_idle: whether it kept all tokens whatever they hold, so that inference computes nothing.
     """
 
     layout: Layout
     reduction: Reduction | None
     expected: Tensor | None
-    inside: bool
+    place: Place
     is_idle: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """How many tokens each instance had behind it."""
         return self.layout.lengths
+
+    @property
+    def inside(self) -> bool:
+        """Whether it stood between attention and MLP."""
+        return self.place == "attention"
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class LayerTrace:
         tokens: the tokens that left the block, in `collect(tokens=True)`. None otherwise.
         modality: [total] int64, the modality of the tokens that left the block, where text and image are one sequence. None
             elsewhere.
-        regions: within what the tokens that entered the block attended to each other. None for whole instances.
+        regions: within what the tokens attended to each other that attention of the block read. None for whole instances.
+        looked: the same of the tokens that entered the block, where pruners before it read its attention.
     """
 
     position: Tensor
@@ -78,6 +84,7 @@ class LayerTrace:
     tokens: PackedTokens | None = None
     modality: Tensor | None = None
     regions: Regions | None = None
+    looked: Regions | None = None
 
     @property
     def identity(self) -> Tensor:
@@ -133,6 +140,15 @@ class PruneTrace:
     def lengths(self) -> tuple[tuple[int, ...], ...]:
         """Tokens that left each block, per instance, protected ones included: lengths[depth][instance]."""
         return tuple(step.lengths for step in self.layers)
+
+    @property
+    def entered(self) -> tuple[Layout, ...]:
+        """The tokens that attention of each block read, per instance: those that pruners before the block left."""
+        former = [self.input_tokens.layout, *(layer.layout for layer in self.layers[:-1])]
+        return tuple(
+            next((step.layout for step in reversed(layer.steps) if step.place == "before"), layout)
+            for layer, layout in zip(self.layers, former, strict=True)
+        )
 
     @property
     def text_counts(self) -> list[Tensor | float]:

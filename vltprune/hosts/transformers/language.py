@@ -34,7 +34,15 @@ from ...registry import hosts
 from ..ops import by_tiles
 from .base import PreNormHost, PrunedTransformer
 from .language_cache import adopt
-from .language_masks import given_mask, real_tokens, visible_keys, visual_rows, with_keep_prob, with_prompt_grid
+from .language_masks import (
+    given_mask,
+    real_tokens,
+    visible_keys,
+    visual_rows,
+    with_end_of_instruction,
+    with_keep_prob,
+    with_prompt_grid,
+)
 from .modernbert import window_bias
 
 
@@ -192,6 +200,7 @@ class LanguageHost(PreNormHost):
             masks = {kind: mask if mask is not None and mask.ndim == 3 else None for kind, mask in masks.items()}
         tokens = with_keep_prob(with_modality(tokens, ~tokens.protected), length, seen)
         tokens = with_prompt_grid(tokens, length, seen)
+        tokens = with_end_of_instruction(tokens, length, seen)
 
         features, row = deepstack_visual_embeds or [], None
         if features and visual_pos_masks is not None:
@@ -231,11 +240,15 @@ class LanguageHost(PreNormHost):
 
     def qkv(self, block: Any, tokens: PackedTokens, block_input: LanguageInput) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._rotated_qkv(block, tokens, block_input)
-        cache, depth = block_input.cache, self.attn(block).layer_idx
-        if cache is not None and cache.get_seq_length(depth) == 0:
-            _store(cache, depth, k, v, tokens, block_input)
         groups = q.shape[1] // k.shape[1]
         return (q, k, v) if groups == 1 else (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+
+    def store(self, block: Any, tokens: PackedTokens, k: Tensor, v: Tensor, block_input: LanguageInput) -> None:
+        cache, attn = block_input.cache, self.attn(block)
+        if cache is not None and cache.get_seq_length(attn.layer_idx) == 0:
+            # one of each group of equal heads
+            k, v = (heads[:, :: attn.num_key_value_groups] for heads in (k, v))
+            _store(cache, attn.layer_idx, k, v, tokens, block_input)
 
     def _rotated_qkv(
         self, block: Any, tokens: PackedTokens, block_input: LanguageInput

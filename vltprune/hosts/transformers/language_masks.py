@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...core.tokens import PackedTokens
+from ...core.tokens import LAST, PackedTokens
 from ...layers.grid import COLUMN as GRID
 from .vlm.prompt import current_visual_tokens
 
@@ -153,3 +153,21 @@ def with_prompt_grid(tokens: PackedTokens, length: int, seen: int) -> PackedToke
         return tokens
     row = tokens.layout.instance * length + tokens.position
     return tokens.with_column(GRID, current.grid.to(tokens.x.device).flatten(1).index_select(1, row).T)
+
+
+def with_end_of_instruction(tokens: PackedTokens, length: int, seen: int) -> PackedTokens:
+    """The tokens of a prompt with a mark on the one that ends the instruction, where labels say which that is.
+
+    Args:
+        tokens: The tokens of the call.
+        length: Tokens of each row in this call.
+        seen: Tokens of each row in the cache.
+
+    Returns:
+        The same tokens; they are unchanged where the last one ends the instruction.
+    """
+    current = current_visual_tokens()
+    if current is None or current.last is None or seen:
+        return tokens
+    row = tokens.layout.instance * length + tokens.position
+    return tokens.with_column(LAST, current.last.to(tokens.x.device).flatten().index_select(0, row))

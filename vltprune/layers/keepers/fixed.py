@@ -76,6 +76,39 @@ class Ratio(FixedKeeper):
         return self.ratio**self._decay_factor
 
 
+@keepers.register("share")
+class Share(FixedKeeper):
+    """Keeps a share of every instance's tokens, ceil(share^power * n): for published schedules, whose layers differ.
+
+    A budget sets the power of all layers alike, so that their shares rise and fall together. 1 is the schedule itself.
+
+    Args:
+        spec: the block.
+        share: in [0, 1].
+        power: at least 0.
+
+    Raises:
+        ValueError: for arguments outside their range.
+    """
+
+    knob = Knob("power", 1 / 64, 64.0, log=True, larger_keeps_more=False)
+
+    def __init__(self, spec: BlockSpec, share: float = 0.5, power: float = 1.0):
+        super().__init__(spec)
+        if not 0 <= share <= 1 or not 0 <= power < math.inf:
+            raise ValueError(
+                f"share(share={share}, power={power}): the share must lie in 0 .. 1, and the power be 0 or more and finite"
+            )
+        self.share, self.power = share, power
+
+    def kept(self, available: int) -> int:
+        return keep_count(available, self.share**self.power)
+
+    def forward(self, scores: Tensor, tokens: PackedTokens, guidance: Guidance | None) -> Tensor:
+        # as tensors, as in `ratio`
+        return keep_count(tokens.available.sizes, self.share**self.power)
+
+
 @keepers.register("all")
 class All(FixedKeeper):
     """Keeps all tokens: a stage that only leaves scores for later ones. Replacing parts of a config leaves such a stage."""

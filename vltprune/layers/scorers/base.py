@@ -109,12 +109,23 @@ class TextAttention(TokenScorer):
 
     For single-stream transformers such as ViLT, where text and image are one sequence: s_j = mean_h mean_i A[h, i, j] over
     the text tokens i, its class token included and padding left out. Stages with `modality="image"` prune image tokens by it.
+
+    With raters, the text tokens i are those that resemble the image (SparseVLM, arXiv 2410.04417, section 3.2; `with_raters`).
+
+    Args:
+        spec: the block.
+        raters: whether text tokens alone count that resemble the image more than the mean text token does.
     """
 
     needs = Stat.FROM_TEXT
 
+    def __init__(self, spec: BlockSpec, raters: bool = False):
+        super().__init__(spec)
+        self.raters = raters
+        self.needs = Stat.FROM_RATERS if raters else Stat.FROM_TEXT
+
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
-        return stats[Stat.FROM_TEXT]
+        return stats[self.needs]
 
 
 @scorers.register("alignment")

@@ -15,6 +15,7 @@ from ..algorithms.clustering import density_peaks
 from ..algorithms.similarity import order_by_score, positions, ranks
 from ..block_spec import BlockSpec
 from ..features import By, FeatureSelector
+from ..keepers.base import keep_count
 from .base import Selection, TokenSelector, padded_selection
 
 
@@ -62,26 +63,31 @@ class Clusters(FeatureSelector):
         spec: the block.
         number: how many of `counts` are centers, at least 0; all of them where `counts` are fewer.
         by: what is compared: "content", the block's input, or "key", the mean of its keys over heads.
+        part: the part of `counts` that are centers besides, in [0, 1], rounded up.
 
     Raises:
-        ValueError: for a negative number, and for other features.
+        ValueError: for a negative number, a part outside its range, and other features.
     """
 
     matches = True
 
-    def __init__(self, spec: BlockSpec, number: int = 8, by: By = "content"):
+    def __init__(self, spec: BlockSpec, number: int = 8, by: By = "content", part: float = 0.0):
         super().__init__(spec, by)
         if number < 0:
             raise ValueError(f"clusters(number={number}) must be 0 or more: the clusters that tokens form that go")
-        self.number = number
+        if not 0 <= part <= 1:
+            raise ValueError(
+                f"clusters(part={part}) must lie in [0, 1]: the part of the counts that are centers besides"
+            )
+        self.number, self.part = number, part
 
     def forward(self, tokens: PackedTokens, scores: Tensor, counts: Tensor, stats: AttentionStats) -> Selection:
         features, candidates = self.padded_features(tokens, stats)
         counts = torch.minimum(counts, candidates.sum(1))
-        centers = counts.clamp(max=self.number)
+        centers = torch.minimum(counts, self.number + keep_count(counts, self.part))
         rank = ranks(order_by_score(segments.pad(scores.detach(), tokens.layout), candidates))
         best = candidates & (rank < (counts - centers)[:, None])
-        if not self.number:
+        if not self.number and not self.part:
             return padded_selection(tokens, best)
         is_center, match = density_peaks(features, candidates & ~best, centers)
         return padded_selection(tokens, best | is_center, match)

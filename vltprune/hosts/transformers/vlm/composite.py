@@ -23,7 +23,7 @@ from ...graft import with_descendant
 from ...soft import refuse_soft_tokens
 from ..saving import with_pruning_saved
 from .language_cost import measure_language, report_prompts
-from .prompt import ShortPrompt, VisualTokens, text_positions
+from .prompt import ShortPrompt, VisualTokens, last_before_answer, text_positions
 from .pruned import PrunedVlm, pruned_copy
 
 # names of a model's pixels, by modality
@@ -215,13 +215,17 @@ class VlmComposite(Composite):
                 short["mm_encoder_outputs"][modality] = output
         is_visual = prompt.gather(visual)
         last = generating or named.get("logits_to_keep") == 1
+        is_token, labels = prompt.gather(mask) != 0, short.get("labels")
         kept = VisualTokens(
-            is_visual & prompt.gather(free), prompt.index, *(prompt.gather(weight, 1) for weight in weights)
+            is_visual & prompt.gather(free),
+            prompt.index,
+            *(prompt.gather(weight, 1) for weight in weights),
+            last=None if labels is None else last_before_answer(labels, is_token & ~is_visual),
         )
         grid = self._grid(model, named["input_ids"], rows)
         kept = kept if grid is None else replace(kept, grid=prompt.gather(grid, -1))
         has_trace = self.language_tower(model, kept) is not None
-        report_prompts((prompt.gather(mask) != 0, is_visual), (mask != 0, visual), last, has_trace, kept.expected)
+        report_prompts((is_token, is_visual), (mask != 0, visual), last, has_trace, kept.expected)
         return short, kept
 
     def _grid(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> Tensor | None:

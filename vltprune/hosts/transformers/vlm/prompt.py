@@ -26,6 +26,8 @@ class VisualTokens:
         counted_prob: [batch, length], the same with the gradients of the cost. None where `keep_prob` is.
         grid: [2, batch, length] int64, row and column of visual tokens, the images of a prompt below each other. None where
             they are no grid.
+        last: [batch, length] bool, where there are labels: the last text token before the answer, one of each prompt. None
+            without labels.
     """
 
     is_visual: Tensor
@@ -33,6 +35,7 @@ class VisualTokens:
     keep_prob: Tensor | None = None
     counted_prob: Tensor | None = None
     grid: Tensor | None = None
+    last: Tensor | None = None
 
     @property
     def expected(self) -> Tensor | None:
@@ -132,3 +135,20 @@ def text_positions(attention_mask: Tensor, counts_padding: bool) -> Tensor:
     if counts_padding:
         return torch.arange(attention_mask.shape[1], device=attention_mask.device).expand(attention_mask.shape)
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def last_before_answer(labels: Tensor, is_text: Tensor) -> Tensor:
+    """The last text token before the first label of each prompt; its last one where none is before it.
+
+    Args:
+        labels: [batch, length] int64, -100 for tokens without a label.
+        is_text: [batch, length] bool, false for visual tokens and padding.
+
+    Returns:
+        [batch, length] bool, one true in each row.
+    """
+    place = torch.arange(labels.shape[1], device=labels.device)
+    first = torch.where(labels != -100, place, labels.shape[1]).amin(1, keepdim=True)
+    text = torch.where(is_text, place, -1)
+    before = text.masked_fill(place >= first, -1).amax(1, keepdim=True)
+    return place == torch.where(before < 0, text.amax(1, keepdim=True), before)

@@ -71,7 +71,7 @@ class PrunedRows(PrunedEncoder):
     ) -> tuple[PackedTokens, LayerTrace]:
         _, stats = block_input
         decisions, guidance = self._decide(self.pruners_at(depth), tokens, stats, guide)
-        tokens, steps = apply_decisions(decisions, tokens, inside=False)
+        tokens, steps = apply_decisions(decisions, tokens, "block")
         relate = None if guidance is None else lambda: guidance
         return tokens, LayerTrace(tokens.position, tokens.protected, tokens.layout, steps, False, relate)
 
