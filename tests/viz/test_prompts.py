@@ -53,6 +53,17 @@ def test_tokens_that_leave_inside_it_are_read_by_the_layers_before(dense):
     assert counts.tolist() == [128 - 18, 0, 0, 11, 0, 0, 7]
 
 
+@pytest.mark.parametrize("preset", ["fastv", "pyramiddrop", "vtw"])
+def test_as_many_are_read_by_each_layer_as_enter_it(dense, preset):
+    pruned, inputs = vp.prune(dense, preset), statement_inputs([PAIR.images], PAIR.sentences[0])
+    with torch.no_grad(), vp.collect() as traces:
+        pruned(**inputs)
+    reads, depth = layers_read(traces)
+    everything = np.concatenate(reads)
+    entered = [int((everything > layer).sum()) for layer in range(depth)]
+    assert entered == list(vp.visual_tokens(pruned, inputs).layers)
+
+
 def test_generating_is_drawn_as_one_call(dense):
     reads, _ = layers_read(traced(dense, generate=True, **BOTH))
     np.testing.assert_array_equal(reads, layers_read(traced(dense, **BOTH))[0])

@@ -49,11 +49,14 @@ def layers_read(traces: Sequence[PruneTrace]) -> tuple[list[np.ndarray], int]:
         raise ValueError(
             f"{len(reads)} images gave other visual tokens than the prompt has, {len(visual)}: draw one prompt at a time"
         )
-    depth = torch.ones_like(visual)
-    for layer in language.layers[:-1]:
-        depth += torch.isin(visual, layer.position[layer.layout.instance == 0])
-    counts = iter(depth.tolist())
-    return [np.array([next(counts) if stays else 0 for stays in read]) for read in reads], len(language.layers)
+    counts, there = torch.zeros_like(visual), torch.ones_like(visual, dtype=torch.bool)
+    for layer in language.layers:
+        stays = torch.isin(visual, layer.position[layer.layout.instance == 0])
+        # who leaves before a layer is not read by it
+        counts += stays if any(step.place == "before" for step in layer.steps) else there
+        there = stays
+    number = iter(counts.tolist())
+    return [np.array([next(number) if kept else 0 for kept in read]) for read in reads], len(language.layers)
 
 
 def shaded(image: Image.Image, read: np.ndarray, depth: int) -> Image.Image:
