@@ -1,0 +1,42 @@
+"""The oracle's table says what ran and what was refused, and tells a model that computes something else."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "vlm_oracle.py"))
+SOME = {
+    "in the image tower": {"evit": {"at": {"image": 0}}},
+    "between tower and language model": {"visionzip": {}, "divprune": {}},
+    "before a layer": {"pyramiddrop": {}},
+}
+
+
+@torch.no_grad()
+def test_a_row_for_each_model_and_a_reason_for_each_refusal():
+    found = [*SCRIPT["results"](["llava", "gemma3"], SOME)]
+    ran = [one for one in found if one.deviation is not None]
+    assert len(found) == 8 and len(ran) == 6 and max(one.deviation for one in ran) < 1e-5
+    lines = SCRIPT["tables"](found).splitlines()
+    assert lines[0] == f"| model | {' | '.join(SOME)} |"
+    assert lines[2].startswith("| llava | ") and "refused" not in lines[2]
+    assert lines[3].startswith("| gemma3 | refused | ") and "(1, 1 refused)" in lines[3]
+    assert lines[-1].startswith("| visionzip, between tower and language model | gemma3 | scorer=")
+    assert lines[-2].startswith(
+        "| evit, in the image tower | gemma3 | it prunes inside the image tower, and a model of this class"
+    )
+    assert lines[-2].endswith("behind its projector alone |")
+
+
+@pytest.mark.parametrize(("place", "preset"), [("in the image tower", "evit"), ("before a layer", "pyramiddrop")])
+@torch.no_grad()
+def test_a_model_that_computes_something_else_is_far_off(place, preset, monkeypatch):
+    inside = SCRIPT["results"].__globals__
+    monkeypatch.setitem(inside, "placed", lambda whole, short, kept: whole)
+    monkeypatch.setattr(inside["lm"], "gone", lambda trace, valid: [torch.zeros_like(valid)] * 2)
+    (found,) = SCRIPT["results"](["llava"], {place: {preset: SOME[place][preset]}})
+    assert found.deviation > 1e-3
