@@ -18,6 +18,9 @@ over the dense model in eager PyTorch, with its fused attention. "own" is that o
     madtp-threshold  the same with MADTP's own counts
     madtp-frozen     madtp with its mean count at each layer (vltprune.freeze)
     PRESET           any preset as it is
+
+The engines "training", "training-soft" and "training-recomputed" run a step, forward and backward: with tokens that stay or go
+as in evaluation, softly as in the first half of `vltprune compress`, or with blocks that are computed again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Engines that run a model: PyTorch, finished for inference or not, with compiled kernels or not; ONNX Runtime; OpenVINO."""
+"""Engines that run a model: PyTorch, finished or not, with compiled kernels or not; ONNX Runtime; OpenVINO; a training step."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 import vltprune as vp
 from vltprune.core.kernels import native
+from vltprune.pruning.pruner import Pruner
 
 Run = Callable[..., object]
 
@@ -91,6 +94,33 @@ def _openvino(model: nn.Module, inputs: Inputs, folder: Path, any_batch: bool = 
     return lambda *given: request.infer([one.numpy() for one in given])
 
 
+# standard deviations of the scores: where `compress` is in the middle of its soft half, from 0.5 down to 0.01
+_SOFT_TEMPERATURE = 0.07
+
+
+def _training(model: nn.Module, inputs: Inputs, folder: Path, soft: float = 0.0, recomputed: bool = False) -> Run:
+    """Forward and backward of a mean square; tokens stay or go as in evaluation, or softly at a temperature."""
+    model = copy.deepcopy(model).train().requires_grad_(True)
+    pruners = [module for module in model.modules() if isinstance(module, Pruner)]
+    for pruner in pruners:
+        pruner.soft_temperature = soft
+    if recomputed:
+        recompute = getattr(model, "set_grad_checkpointing", None)
+        if recompute is None:
+            raise Skipped("this model cannot compute blocks again")
+        recompute()
+
+    def step(*given: torch.Tensor) -> None:
+        model(*given).square().mean().backward()
+        model.zero_grad()
+
+    try:
+        step(*inputs)
+    except (RuntimeError, ValueError) as error:
+        raise Skipped(str(error)) from None
+    return step
+
+
 ENGINES: dict[str, Callable[..., Run]] = {
     "eager": _eager,
     "finished": _finished,
@@ -98,6 +128,9 @@ ENGINES: dict[str, Callable[..., Run]] = {
     "finished-kernels": _finished_kernels,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "training": _training,
+    "training-soft": partial(_training, soft=_SOFT_TEMPERATURE),
+    "training-recomputed": partial(_training, recomputed=True),
 }
 EXPORTED = ("onnxruntime", "openvino")
 

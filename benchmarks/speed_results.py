@@ -49,6 +49,9 @@ _ENGINES = {
     "finished-kernels": "finished, kernels",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
+    "training": "training",
+    "training-soft": "training, soft",
+    "training-recomputed": "training, recomputed",
 }
 
 
@@ -79,15 +82,36 @@ def realized(cells: Sequence[dict[str, Any]], engine: str = "eager") -> str:
 
 def engines(cells: Sequence[dict[str, Any]]) -> str:
     """Markdown: the speed-up by the clock over the dense model in eager PyTorch, of each engine; rows across."""
-    names = [name for name in _MODELS if any(c["name"] == name and c["engine"] != "eager" for c in cells)]
+    others = _served(_ENGINES)[1:]
+    names = [name for name in _MODELS if any(c["name"] == name and c["engine"] in others for c in cells)]
     rows = ("dense", "limit", "evit", "madtp", "madtp-frozen")
     lines = [["", "engine", "dense", *(_ROWS[row] for row in rows[1:])]]
     for name in names:
-        for engine in _ENGINES:
+        for engine in _served(_ENGINES):
             mine = [cell for cell in cells if (cell["name"], cell["engine"]) == (name, engine)]
             if mine:
                 columns = [_numbers(mine, name, row, "speedup", (0.5, 0.8)) for row in rows]
                 lines.append([_MODELS[name], _ENGINES[engine], *columns])
+    return _markdown(lines)
+
+
+def _served(engines: Iterable[str]) -> list[str]:
+    return [engine for engine in engines if not engine.startswith("training")]
+
+
+def steps(cells: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the speed-up by the clock of a training step over that of the dense model; rows across."""
+    mine = [cell for cell in cells if cell["engine"].startswith("training")]
+    rows = [row for row in ("dense", *_ROWS) if any(cell["row"] == row for cell in mine)]
+    lines = [["", "step", *(_ROWS.get(row, row) for row in rows)]]
+    for name in _present(mine, _MODELS):
+        wanted = (name, "training", "dense")
+        (dense,) = (c["milliseconds"] for c in mine if (c["name"], c["engine"], c["row"]) == wanted)
+        here = [cell | {"faster": dense / cell["milliseconds"]} for cell in mine if cell["name"] == name]
+        for engine in dict.fromkeys(cell["engine"] for cell in here):
+            of_engine = [cell for cell in here if cell["engine"] == engine]
+            columns = [_numbers(of_engine, name, row, "faster", (0.0, 0.5, 0.8)) for row in rows]
+            lines.append([_MODELS[name], _ENGINES[engine], *columns])
     return _markdown(lines)
 
 
@@ -150,7 +174,7 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     cells, rows = (json.loads(file.read_text()) if file.exists() else [] for file in (CELLS, SERVE))
     shares = (realized(cells, engine) for engine in ("eager", "kernels", "onnxruntime", "openvino"))
-    for table in (*shares, engines(cells), memory(cells), served(rows)):
+    for table in (*shares, engines(cells), steps(cells), memory(cells), served(rows)):
         print(table, end="\n\n")
 
 

@@ -278,6 +278,38 @@ def test_the_page_has_the_tables_that_the_script_prints(scripts, capsys):
     assert tables and all(f"\n\n{table}\n" in page for table in tables)
 
 
+@pytest.mark.parametrize("engine", ["training", "training-soft", "training-recomputed"])
+@pytest.mark.parametrize("preset", [None, "madtp"])
+def test_a_training_step_leaves_the_model_as_it_was(scripts, tmp_path, engine, preset):
+    dense = scripts.rows.subject("test_vit", 2, img_size=64)
+    model = dense.model if preset is None else vp.prune(dense.model, preset, guide="codebook(anchors=8)")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scripts.engines.start(engine, model, dense.inputs, tmp_path)(*dense.inputs)
+    assert not model.training and all(one.grad is None for one in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_soft_training_is_left_out_where_a_keeper_has_fixed_counts(scripts, tmp_path):
+    dense = scripts.rows.subject("test_vit", 2, img_size=64)
+    with pytest.raises(scripts.rows.Skipped, match="soft"):
+        scripts.engines.start("training-soft", scripts.rows.build("evit", dense, 0.3).model, dense.inputs, tmp_path)
+
+
+def test_steps_are_over_that_of_the_dense_model(scripts):
+    cell = {"name": "bert, batch 32", "row": "dense", "reduction": 0.0, "milliseconds": 100.0, "memory_mib": None}
+    cells = [
+        cell | {"engine": "training"},
+        cell | {"engine": "training-recomputed", "milliseconds": 125.0},
+        cell | {"engine": "training", "row": "madtp", "reduction": 0.5, "milliseconds": 50.0},
+        cell | {"engine": "eager", "milliseconds": 20.0},
+    ]
+    _, _, *rows = scripts.results.steps(cells).splitlines()
+    assert rows == [
+        "| BERT base, B32 | training | 1.00 | 2.00 |",
+        "| BERT base, B32 | training, recomputed | 0.80 |  |",
+    ]
+
+
 def test_memory_is_tabled_where_it_was_measured(scripts):
     cell = {"name": "bert, batch 32", "engine": "eager", "reduction": 0.5, "speedup": 2.0, "memory_mib": None}
     cells = [

@@ -299,3 +299,24 @@ def test_outliers(batch, multiplier):
 
 def test_grid_windows():
     assert sampling.grid_windows(3, 5, 2).view(3, 5).tolist() == [[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5]]
+
+
+@pytest.mark.parametrize("choose", [choosing.max_min, choosing.dpp, choosing.pivots])
+def test_a_recorded_graph_chooses_among_as_many_tokens_as_there_are(choose):
+    """Of texts the number depends on data: a graph has as many rounds as there can be."""
+
+    class Chosen(torch.nn.Module):
+        def forward(self, x, is_token):
+            x = x[is_token][None]
+            torch._check(x.shape[1] > 0)
+            candidates = torch.ones(1, x.shape[1], dtype=torch.bool)
+            scores = () if choose is choosing.max_min else (x.sum(2),)
+            return choose(x, candidates, torch.full((1,), 4), *scores)
+
+    x = torch.randn(12, 5)
+    program = torch.export.export(Chosen(), (x, torch.arange(12) < 9), strict=False).module()
+    for tokens in (12, 7, 3):
+        is_token = torch.arange(12) < tokens
+        found = program(x, is_token)
+        assert torch.equal(found, Chosen()(x, is_token))
+        assert int(found.sum()) == min(4, tokens)

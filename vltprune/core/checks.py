@@ -65,3 +65,21 @@ def is_traced() -> bool:
 def is_recorded() -> bool:
     """Whether torch.jit.trace, torch.compile or torch.export records a graph, in which no decision can read a tensor."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def bound(number: int, most: int = 1024) -> int:
+    """A number of rounds that a recorded graph can have: the number, or the least one that it cannot exceed.
+
+    Args:
+        number: a size or a count. While torch.export records a graph, it may depend on data.
+        most: where to stop looking.
+
+    Returns:
+        It, as an integer. Where nothing bounds it, torch's own error is raised.
+    """
+    if isinstance(number, int):
+        return number
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    known = next((one for one in range(most + 1) if statically_known_true(number <= one)), None)
+    return int(number) if known is None else known

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core import precision
-from ...core.checks import is_recorded
+from ...core.checks import bound, is_recorded
 from .similarity import cosine, decides, first_best, order_by_score, order_by_similarity, positions, ranks, scaled, unit
 
 _INFINITY = float("inf")
@@ -37,7 +37,7 @@ def max_min(features: Tensor, candidates: Tensor, counts: Tensor, most: int | No
     itself = torch.eye(candidates.shape[1], dtype=torch.bool, device=candidates.device)
     margin = distance.masked_fill(itself | ~candidates[:, None, :], _INFINITY)
     margin = margin.amin(2) if candidates.shape[1] else margin.sum(2)
-    for step in range(most_of(candidates, counts, most)):
+    for step in range(bound(most_of(candidates, counts, most))):
         chosen = _choose(margin, candidates & ~keep)
         keep = _add(keep, chosen, candidates, counts, step)
         reached = distance.gather(1, chosen[..., None].expand(-1, -1, distance.shape[2])).squeeze(1)
@@ -69,7 +69,7 @@ def dpp(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, mo
         `keep`, [batch, n] bool.
     """
     keep = torch.zeros_like(candidates)
-    choices = most_of(candidates, counts, most)
+    choices = bound(most_of(candidates, counts, most))
     if not choices:
         return keep
     dtype = precision.widest_float(candidates.device)
@@ -165,14 +165,18 @@ def pivots(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor,
         `keep`, [batch, n] bool.
     """
     counts = torch.minimum(counts, candidates.sum(1))[:, None]
-    number = min(number, candidates.shape[1])
+    last = candidates.shape[1] - 1
+    if isinstance(last, int):
+        number = min(number, last + 1)
     of_each = counts.clamp(max=number)
     order = order_by_score(scores, candidates)
     keep = candidates & (ranks(order) < of_each)
     x = unit(features, candidates)
     others = counts - of_each
     for n in range(number):
-        pivot = x.gather(1, order[:, n, None, None].expand(-1, -1, x.shape[2]))
+        # a recorded graph has all rounds, and instances may have fewer tokens
+        at = order.gather(1, torch.full_like(counts, n).clamp(max=last))
+        pivot = x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
         left = candidates & ~keep
         rank = ranks(order_by_similarity(-(x @ pivot.mT).squeeze(2), left))
         wanted = others // of_each.clamp(min=1) + (n < others % of_each.clamp(min=1))
