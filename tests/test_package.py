@@ -133,3 +133,12 @@ def _exists(name):
         else:
             return not inspect.isclass(thing)
     return True
+
+
+def test_an_installed_package_has_all_files():
+    """Weights, sources of kernels, marks: what pyproject.toml names covers every file that is no module."""
+    project = (ROOT.parent / "pyproject.toml").read_text()
+    patterns = re.search(r"package-data\]\nvltprune = \[(.*)\]", project)[1].replace('"', "").split(", ")
+    named = {file for pattern in patterns for file in ROOT.glob(pattern) if file.is_file()}
+    there = {file for file in ROOT.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert there and there == named
