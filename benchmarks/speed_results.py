@@ -175,7 +175,8 @@ def main() -> None:
     cells, rows = (json.loads(file.read_text()) if file.exists() else [] for file in (CELLS, SERVE))
     shares = (realized(cells, engine) for engine in ("eager", "kernels", "onnxruntime", "openvino"))
     for table in (*shares, engines(cells), steps(cells), memory(cells), served(rows)):
-        print(table, end="\n\n")
+        if table.count("\n") > 1:
+            print(table, end="\n\n")
 
 
 if __name__ == "__main__":
