@@ -33,23 +33,24 @@ def window_order(visual, grid):
     return (order[:, None] * 4 + torch.arange(4)).flatten()
 
 
-def seen(trace, depth):
-    """[patches] bool: those that a block of the pruned tower attended to."""
+def seen(trace, depth, before=False):
+    """[patches] bool: those that a block of the pruned tower attended to, which may have lost some before it."""
     layout = trace.input_tokens.layout
     there = torch.ones(layout.total, dtype=torch.bool)
-    if depth:
-        layer = trace.layers[depth - 1]
+    if depth or before:
+        layer = trace.layers[depth if before else depth - 1]
         there = torch.zeros_like(there).index_fill(0, layout.starts[layer.layout.instance] + layer.position, True)
     return there.repeat_interleave(4)
 
 
 @contextlib.contextmanager
-def masking(case, traces, monkeypatch):
+def masking(case, traces, monkeypatch, before=False):
     """The blocks of the dense tower hide what the pruned tower had dropped before them, in its calls one after the other."""
     visual, module = case.model.model.visual, sys.modules[type(case.model).__module__]
     eager, depths = module.eager_attention_forward, {block.attn: n for n, block in enumerate(visual.blocks)}
     calls = [
-        [seen(trace, depth)[window_order(visual, trace.inputs[1])] for depth in range(len(depths))] for trace in traces
+        [seen(trace, depth, before)[window_order(visual, trace.inputs[1])] for depth in range(len(depths))]
+        for trace in traces
     ]
     state = {"call": -1, "depth": -1, "from": 0}
 
@@ -72,7 +73,7 @@ def masking(case, traces, monkeypatch):
         monkeypatch.setattr(module, "eager_attention_forward", eager)
 
 
-@pytest.mark.parametrize("place", ["attention", "block"])
+@pytest.mark.parametrize("place", ["before", "attention", "block"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_dropping_is_masking(name, place, monkeypatch):
@@ -82,7 +83,7 @@ def test_dropping_is_masking(name, place, monkeypatch):
         with vp.collect() as traces:
             got = pruned.generate(**inputs, **STEPS)
         hidden = {"attention_mask": case.visible(inputs, traces[0]), "position_ids": case.positions(inputs)}
-        with masking(case, traces[:1], monkeypatch):
+        with masking(case, traces[:1], monkeypatch, place == "before"):
             want = case.model.generate(**inputs | hidden, **STEPS)
         assert torch.equal(got.sequences, want.sequences)
         same(got.logits, want.logits)
