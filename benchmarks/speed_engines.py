@@ -110,9 +110,11 @@ def _training(model: nn.Module, inputs: Inputs, folder: Path, soft: float = 0.0,
             raise Skipped("this model cannot compute blocks again")
         recompute()
 
-    def step(*given: torch.Tensor) -> None:
-        model(*given).square().mean().backward()
+    def step(*given: torch.Tensor) -> torch.Tensor:
+        out = model(*given)
+        out.square().mean().backward()
         model.zero_grad()
+        return out.detach()
 
     try:
         step(*inputs)

@@ -59,6 +59,7 @@ WRONG = [
     ([*PREDICT, "--output", "FILE/below"], "--output", "a file is in its way"),
     ([*PREDICT, "--pretrained", "nowhere.pth"], "nowhere.pth", "give a folder with model.safetensors"),
     (["chat", "blip_nlvr_tiny", "nowhere.png", "a circle"], "nowhere.png", "there is no "),
+    ([*CHAT, "--picture", "read.txt"], "--picture", "write an image file"),
     ([*CHAT, "--max-new-tokens", "0"], "--max-new-tokens", WHOLE),
     ([*CHAT, "--processor", "nowhere"], "--processor", "there is no folder"),
     (["list", "--import", "no_such_module"], "no_such_module", "cannot import no_such_module: ModuleNotFoundError"),
