@@ -27,6 +27,8 @@ def test_info_of_the_tasks_of_blip(capsys, task):
 def test_info_of_a_dense_model_takes_its_arguments(capsys):
     assert cli.main(["info", "vit_tiny_patch16_224", "img_size=64", "depth=2"]) == 0
     out = capsys.readouterr().out
+    assert out.startswith("vit_tiny_patch16_224: vit_tiny_patch16_224 of timm, ")
+    assert "append a preset to prune it, as in vit_tiny_patch16_224_" in out
     assert "2 layers, width 192, 3 heads, a summary token" in out
     assert "pruned" not in out.replace("pruners", "")
 
@@ -102,7 +104,8 @@ def test_macs_of_models_of_transformers(kind, instance, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "fewer" in out and f"instance ({instance})" in out
     assert cli.main(["info", folder]) == 0
-    assert "2 layers, width 32, 2 heads" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith(f"{folder}: a ") and "2 layers, width 32, 2 heads" in out
 
 
 def test_models_of_transformers_read_sentences_of_the_length_asked_for(tmp_path, capsys, fails):

@@ -18,7 +18,6 @@ from whole_maps import FAR, HEAD_DIM, HEADS, SCALE, TIGHT, Apart, heads, naive, 
 
 from vltprune import AttentionStats, Layout, Stat, attend, attend_with_stats
 from vltprune.core import attention, attention_stats
-from vltprune.core.attention_stats import attention_from_queries
 from vltprune.core.modality import RATER, with_modality
 
 EVERY = reduce(or_, Stat) & ~Stat.FROM_QUERY
@@ -98,6 +97,12 @@ def test_summary_wide(drawn, causal, seed):
         assert_close(stats[stat], torch.cat(rows).reshape(stats[stat].shape), **TIGHT)
 
 
+def from_chosen(q, k, tokens, chosen, **rules):
+    marked = tokens.with_column(RATER, chosen)
+    stats = attention_stats.attention_stats(q, k, k, marked, SCALE, Stat.FROM_RATERS, **rules)
+    return stats[Stat.FROM_RATERS]
+
+
 @given(heads(), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), seeds)
 def test_attention_from_chosen_queries(drawn, share, causal, seed):
     layout, q, k, _, bias, apart = drawn
@@ -112,7 +117,7 @@ def test_attention_from_chosen_queries(drawn, share, causal, seed):
         expected = [
             w @ p.mean(0) / max(w.sum(), 1e-300) for p, w in zip(maps, weight.split(layout.lengths), strict=True)
         ]
-        received = attention_from_queries(q, k, dataclasses.replace(tokens, keep_prob=soft), chosen, SCALE, **room)
+        received = from_chosen(q, k, dataclasses.replace(tokens, keep_prob=soft), chosen, **room)
         assert_close(received, torch.cat(expected), **TIGHT)
 
 
@@ -122,7 +127,7 @@ def test_attention_from_chosen_queries_has_gradients_and_is_in_single_precision(
     q, k = (torch.randn(8, HEADS, HEAD_DIM, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def run(q, k):
-        return attention_from_queries(q, k, tokens, chosen, SCALE, causal=True)
+        return from_chosen(q, k, tokens, chosen, causal=True)
 
     assert torch.autograd.gradcheck(run, (q, k), fast_mode=True)
     half = [t.detach().to(torch.bfloat16) for t in (q, k)]

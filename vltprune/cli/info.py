@@ -50,14 +50,10 @@ def run(args: argparse.Namespace) -> None:
     dense = not is_pruned(model)
     pruned = model if is_pruned(model) else keep_all(model)
     host = pruned.pruning.host
-    name = original_recipe(host).backbone
-    of = "transformers" if not name else ModelName.parse(name).library
-    print(f"{args.model}: {name or type(host).__name__} of {of}, {_millions(host)} parameters")
+    title, hint = _title(host)
+    print(f"{args.model}: {title}, {_millions(host)} parameters")
     if dense:
-        print(
-            "dense: "
-            + (f"append a preset to prune it, as in {name}_{parts.PRESET}" if name else "vltprune.prune prunes it")
-        )
+        print(f"dense: {hint}")
     else:
         _print_parts(pruned)
     cost = count_macs(pruned, *example.instance_for(host))
@@ -66,6 +62,15 @@ def run(args: argparse.Namespace) -> None:
             _print_tower(tower, encoder, cost, dense)
     print()
     macs.print_cost(cost, host, dense)
+
+
+def _title(host: nn.Module) -> tuple[str, str]:
+    """What a dense model is, and how to prune it."""
+    backbone = original_recipe(host).backbone
+    if not backbone:
+        return f"a {type(host).__name__}", "vltprune.prune prunes it"
+    name = ModelName.parse(backbone)
+    return f"{name.backbone} of {name.library}", f"append a preset to prune it, as in {name.backbone}_{parts.PRESET}"
 
 
 def _print_parts(model: PrunedModel) -> None:

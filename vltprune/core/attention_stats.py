@@ -32,9 +32,9 @@ class _Logits:
     """How attention weights are made from dot products: scale, causal mask, biases, dropout, soft cap."""
 
     scale: float
-    causal: bool
-    key_bias: Tensor | None
-    pairs: Pairs | None
+    causal: bool = False
+    key_bias: Tensor | None = None
+    pairs: Pairs | None = None
     dropout: float = 0.0
     softcap: float | None = None
 
@@ -169,43 +169,12 @@ def _beside_output(
     return values | _per_token(k, precision.single(v), needs)
 
 
-def attention_from_queries(
-    q: Tensor,
-    k: Tensor,
-    tokens: PackedTokens,
-    queries: Tensor,
-    scale: float,
-    *,
-    causal: bool = False,
-    key_bias: Tensor | None = None,
-    pairs: Pairs | None = None,
-) -> Tensor:
-    """Attention that each token receives from chosen queries of its instance: the mean over heads and over these queries.
-
-    In soft training a query counts as much as its `keep_prob`. Rows are computed in blocks, for the chosen queries alone:
-    heads * head_dim MACs for each pair of a chosen query and a key.
-
-    Args:
-        q: queries, [total, heads, head_dim].
-        k: keys, [total, heads, head_dim].
-        tokens: the tokens, for their layout and their `keep_prob`.
-        queries: [total] bool, true for the queries to read, any number in an instance.
-        scale: the factor of the dot products.
-        causal: as in `attend`.
-        key_bias: as in `attend`.
-        pairs: as in `attend`.
-
-    Returns:
-        The mean attention, [total], in single precision at least. It sums to one in each instance with a chosen query, and
-        is zero in the others.
-    """
-    with precision.without_autocast(q.device):  # which would take the products of statistics in half again
-        rules = _Logits(scale, causal, key_bias, pairs)
-        return _from_queries(precision.single(q), precision.single(k), tokens, queries, rules)
-
-
 def _from_queries(q: Tensor, k: Tensor, tokens: PackedTokens, queries: Tensor, rules: _Logits) -> Tensor:
-    """[total]: the attention that `attention_from_queries` returns, of q and k in single precision at least."""
+    """[total]: attention that each token receives from chosen queries [total] bool of its instance, mean over heads and these.
+
+    It sums to one in each instance with a chosen query, and is zero in the others. In soft training a query counts as much as
+    its `keep_prob`. Rows are computed in blocks, for the chosen queries alone; q and k are in single precision at least.
+    """
     layout, received = tokens.layout, []
     index, counts = queries.nonzero().squeeze(1), segments.count(queries, layout).tolist()
     _, present = _query_weights(tokens, q)

@@ -143,17 +143,12 @@ class NlvrObjective(Objective):
         return Loss(F.cross_entropy(logits, labels, reduction="sum"), _count(len(labeled), images), logits)
 
 
-class PromptedNlvrObjective(Objective):
+class PromptedNlvrObjective(NlvrObjective):
     """Cross-entropy of the answer behind the prompt, a word and the end, of one of a record's sentences.
 
     Args:
         task, model, seed: as of `Objective`.
     """
-
-    images_per_text = 2
-
-    def check(self, record: Statement) -> None:
-        self.task.tokenizer.encode([record.sentence, *(sentence for sentence, _ in record.more)])
 
     def forward(self, model: Any, records: Sequence[Statement], images: Tensor, step: int) -> Loss:
         chosen = [self.choose_text(record, ((record.sentence, record.label), *record.more), step) for record in records]
