@@ -106,12 +106,12 @@ def samples(numbers: list[int]) -> dict[str, Tensor]:
     return {"pixel_values": images(len(numbers), max(numbers)) * there[..., None, None, None]}
 
 
-def llava(implementation: str = "sdpa", tower: str = "clip", **options: Any) -> Vlm:
+def llava(implementation: str = "sdpa", tower: str = "clip", text: Any = None, **options: Any) -> Vlm:
     config = hf.CLIPVisionConfig(**TOWER) if tower == "clip" else hf.SiglipVisionConfig(**TOWER, vision_use_head=False)
     strategy = {"vision_feature_select_strategy": "default" if tower == "clip" else "full", **options}
     config = hf.LlavaConfig(
         vision_config=config,
-        text_config=hf.LlamaConfig(**LLAMA),
+        text_config=hf.LlamaConfig(**LLAMA) if text is None else text,
         image_token_index=IMAGE_ID,
         image_seq_length=16,
         **strategy,
@@ -174,15 +174,15 @@ def smolvlm(kind: str = "SmolVLM") -> Vlm:
     return Vlm(model, 4, 0, samples)
 
 
-def paligemma() -> Vlm:
+def paligemma(**options: Any) -> Vlm:
     vision = {**TOWER, "projection_dim": 48, "vision_use_head": False}
-    text = {**LLAMA, "model_type": "gemma", "head_dim": 12}
+    text = {**LLAMA, "model_type": "gemma", "head_dim": 12, **options}
     config = hf.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, projection_dim=48)
     return Vlm(ready(hf.PaliGemmaForConditionalGeneration(config)), 16, 0, pixels, "token_type_ids")
 
 
-def gemma3() -> Vlm:
-    text = {**LLAMA, "head_dim": 12, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+def gemma3(window: int = 64) -> Vlm:
+    text = {**LLAMA, "head_dim": 12, "sliding_window": window, "layer_types": ["sliding_attention", "full_attention"]}
     vision = {**TOWER, "vision_use_head": False}
     config = hf.Gemma3Config(vision_config=vision, text_config=text, image_token_index=IMAGE_ID, mm_tokens_per_image=4)
     return Vlm(ready(hf.Gemma3ForConditionalGeneration(config)), 4, 0, pixels, "token_type_ids")

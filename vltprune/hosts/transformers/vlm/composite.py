@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -23,8 +24,9 @@ from ...graft import with_descendant
 from ...soft import refuse_soft_tokens
 from ..saving import with_pruning_saved
 from .language_cost import measure_language, report_prompts
-from .prompt import ShortPrompt, VisualTokens, last_before_answer, text_positions
+from .prompt import PromptIndex, ShortPrompt, VisualTokens, last_before_answer, text_positions
 from .pruned import PrunedVlm, pruned_copy
+from .windows import cached_index, with_whole_windows
 
 # names of a model's pixels, by modality
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -56,7 +58,12 @@ class VlmComposite(Composite):
 
     Args:
         places: The name of each tower -> its dotted name in the model.
+
+    Attributes:
+        is_block_exempt: Whether tokens of a prompt that see each other both ways do so across sliding windows.
     """
+
+    is_block_exempt: ClassVar[bool] = False
 
     def __init__(self, places: Mapping[str, str]):
         self.places = places
@@ -135,21 +142,26 @@ class VlmComposite(Composite):
         is_soft = visual is not None and visual.keep_prob is not None
         return encoder if is_soft or (aligns and visual is not None) else None
 
-    def runnable(self, model: PrunedVlm, visual: VisualTokens | None) -> Any:
-        """The model as its dense class, with the language model that `language_tower` says.
+    def runnable(self, model: PrunedVlm, visual: VisualTokens | None, cache: Cache | None = None) -> Any:
+        """The model as its dense class, with the language model that `language_tower` says and windows of the whole prompts.
 
         Args:
             model: The pruned model.
             visual: The visual tokens of the prompt; None for a text.
+            cache: The key-value cache of the call; None for none.
 
         Returns:
             What takes the inputs that `shorten` returns.
         """
         view, encoder = model.as_dense(), self.language_tower(model, visual)
-        if encoder is None or len(encoder.pruners):
-            return view
-        encoder.training = model.training  # no child of the model, whose modes it has
-        return with_descendant(view, self.places["language"], encoder)
+        language = inside = model.get_submodule(self.places["language"])
+        if encoder is not None and not len(encoder.pruners):
+            encoder.training = model.training  # no child of the model, whose modes it has
+            language = encoder
+        index = cached_index(cache) if visual is None else visual.prompt
+        if index is not None:
+            language = with_whole_windows(language, model.config, index, self.is_block_exempt)
+        return view if language is inside else with_descendant(view, self.places["language"], language)
 
     def check_weighs(self, model: PrunedVlm, tokens: PackedTokens) -> None:
         """Check that the language model can weigh tokens.
@@ -218,7 +230,7 @@ class VlmComposite(Composite):
         is_token, labels = prompt.gather(mask) != 0, short.get("labels")
         kept = VisualTokens(
             is_visual & prompt.gather(free),
-            prompt.index,
+            PromptIndex(prompt.index, stays.shape[1]),
             *(prompt.gather(weight, 1) for weight in weights),
             last=None if labels is None else last_before_answer(labels, is_token & ~is_visual),
         )

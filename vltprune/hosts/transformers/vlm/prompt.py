@@ -16,12 +16,43 @@ PER_TOKEN = {"input_ids": 0, "attention_mask": 0, "labels": -100, "token_type_id
 
 
 @dataclass(frozen=True)
+class PromptIndex:
+    """Where the tokens of short prompts stand in the whole ones.
+
+    Attributes:
+        index: [batch, short] int64, the index of each token in the prompt before it was shortened; any index at padding.
+        length: Tokens of a whole prompt, padding included.
+    """
+
+    index: Tensor
+    length: int
+
+    def whole_length(self, total: int) -> int:
+        """How long `total` tokens, the short prompt and those behind it, are with the tokens that are gone."""
+        return self.length + max(total - self.index.shape[1], 0)
+
+    def until(self, batch: int, total: int) -> Tensor:
+        """The index of the first tokens, the short prompt and those behind it.
+
+        Args:
+            batch: The number of rows: a multiple of the prompts, where beams repeat these.
+            total: How many tokens of each row.
+
+        Returns:
+            [batch, total] int64.
+        """
+        index = self.index.repeat_interleave(batch // len(self.index), 0)
+        behind = torch.arange(self.length, self.whole_length(total), device=index.device)
+        return torch.cat([index, behind.expand(batch, -1)], 1)[:, :total]
+
+
+@dataclass(frozen=True)
 class VisualTokens:
     """Which tokens of the prompt that a language model reads are visual.
 
     Attributes:
         is_visual: [batch, length] bool; false for rows that end a line of an image.
-        position: [batch, length] int64, the index of each token in the prompt before it was shortened.
+        prompt: Where the tokens stand in the prompt before it was shortened.
         keep_prob: [batch, length], the probability that each token stays, in soft training; 1 of text. None for 1.
         counted_prob: [batch, length], the same with the gradients of the cost. None where `keep_prob` is.
         grid: [2, batch, length] int64, row and column of visual tokens, the images of a prompt below each other. None where
@@ -31,7 +62,7 @@ class VisualTokens:
     """
 
     is_visual: Tensor
-    position: Tensor
+    prompt: PromptIndex
     keep_prob: Tensor | None = None
     counted_prob: Tensor | None = None
     grid: Tensor | None = None

@@ -25,7 +25,7 @@ class Shortens(Protocol):
 
     def look(self, model: PrunedVlm, given: dict[str, Any]) -> Mapping[str, Any]: ...
 
-    def runnable(self, model: PrunedVlm, visual: VisualTokens | None) -> Any: ...
+    def runnable(self, model: PrunedVlm, visual: VisualTokens | None, cache: Any = None) -> Any: ...
 
 
 class PrunedVlm(nn.Module):
@@ -68,7 +68,7 @@ class PrunedVlm(nn.Module):
             # a cache does not know that tokens are there in part
             short["use_cache"] = False
         with visual_tokens(visual):
-            return self.composite.runnable(self, visual).forward(**short)
+            return self.composite.runnable(self, visual, short.get("cache")).forward(**short)
 
     def get_image_features(self, *args: Any, **named: Any) -> Any:
         """The visual tokens that stay, as the dense model's `get_image_features` returns all of them.
@@ -121,7 +121,8 @@ class PrunedVlm(nn.Module):
         if visual is not None:
             self._check_repeats(short, generation_config, named)
         with visual_tokens(visual):
-            out = self.as_dense().generate(generation_config=generation_config, **short)
+            model = self.composite.runnable(self, visual, short.get("cache"))
+            out = model.generate(generation_config=generation_config, **short)
         if visual is None or prompt is None:
             return out
         return _behind(prompt, short["input_ids"].shape[1], out)

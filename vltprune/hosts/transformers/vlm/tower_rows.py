@@ -206,9 +206,10 @@ class PooledComposite(RowsComposite):
 
 @hosts.register("transformers.models.paligemma.modeling_paligemma.PaliGemmaForConditionalGeneration")
 class PaliGemmaComposite(RowsComposite):
-    """Composite of PaliGemma, whose positions begin with 1."""
+    """Composite of PaliGemma, whose positions begin with 1. All of a prompt sees all of it, also across windows."""
 
     host = TowerRowsHost
+    is_block_exempt = True
 
     def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
         # in `generate` it adds the one by itself
