@@ -4,7 +4,8 @@
 
 A run starts from the packaged weights and trains 200 steps of 32 pairs, a statement each, taught by the dense model. A run
 that was stopped goes on from WORK. At its end a row goes to results/llava_tiny.json, beside those of `llava_tiny.py`: MACs are
-those of `fastervlm` there. Visual tokens are as many as are left at that cost, for a run prunes inside the image tower.
+those of `fastervlm` there. At --place output visual tokens then are as many, too. Inside the image tower (blocks) or in the
+language model (layers) they are as many as are left at that cost.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ REDUCTION = {
     25: 0.391,
     12.5: 0.448,
 }  # of the MACs of tower and prompt, that `fastervlm` saves, by share of visual tokens
-AT = (1, 2, 3)  # blocks of the image tower, which runs five
+PLACES: dict[str, dict[str, Any]] = {
+    "output": {"place": "output", "at": None},
+    "blocks": {"at": {"image": (1, 2, 3)}},  # of five that run
+    "layers": {"at": {"language": (1,)}},  # of six
+}
 
 
 def config_of(args: argparse.Namespace) -> CompressConfig:
@@ -38,14 +43,14 @@ def config_of(args: argparse.Namespace) -> CompressConfig:
         data=f"synthetic:train:{args.drawn}",
         val="synthetic:val:128",
         preset=args.preset,
-        parts={"at": {"image": AT}, **({"guide": "codebook(anchors=32)"} if args.preset == "madtp" else {})},
+        parts=PLACES[args.place] | ({"guide": "codebook(anchors=32)"} if args.preset == "madtp" else {}),
         reduction=REDUCTION[args.share],
         steps=args.steps,
         batch_size=32,
         lr=args.rate,
         ramp=0.3,
         distill=1.0,
-        saliency=0.0,
+        saliency=args.saliency,
         workers=0,
         checkpoint_every=50,
         seed=args.seed,
@@ -57,6 +62,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--share", type=float, choices=llava_tiny.SHARES, default=25, help="of visual tokens, in %%")
     parser.add_argument("--preset", default="madtp")
+    parser.add_argument("--place", choices=PLACES, default="output")
+    parser.add_argument("--saliency", type=float, default=0.0, help="weight of teaching the scores (%(default)s)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(
         "--drawn", type=int, default=16_000, help="pairs, which the steps' are taken from (%(default)s)"
@@ -66,10 +73,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    done = compress(config_of(args), args.work / f"{args.preset}_{args.share:g}_{args.seed}", device="cpu")
+    where = f"{args.preset} {args.place}" + (", scores taught" if args.saliency else "")
+    folder = f"{where} {args.share:g} {args.steps} {args.seed}".replace(" ", "_").replace(",", "")
+    done = compress(config_of(args), args.work / folder, device="cpu")
     assert done is not None
     models: dict[str, Any] = {llava_tiny.DENSE: vp.create_model("llava_tiny", pretrained=True)}
-    name = f"{args.preset} trained {args.steps} steps, {args.share:g} %"
+    name = f"{where}, trained {args.steps} steps, {args.share:g} %"
     row = llava_tiny.measure(name, models | {name: done.model}, llava_tiny.statement_batches("test", 1200), turns=5)
     print(json.dumps(row))
     variants.record(llava_tiny.RESULTS, ("name",), row)

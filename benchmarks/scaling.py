@@ -49,8 +49,9 @@ def main() -> None:
     if options.record:
         name = f"{options.model}, {options.engine}"
         speed_results.publish(speed_results.SCALING, name, rows)
-        published = json.loads(speed_results.SCALING.read_text())
-        speed_results.CHART.write_text(chart([row for row in published if row["name"] == name]))
+        if options.engine == "eager":
+            published = json.loads(speed_results.SCALING.read_text())
+            speed_results.CHART.write_text(chart([row for row in published if row["name"] == name]))
     if options.output:
         cell = {"options": vars(options), "machine": clock.machine(), "rows": rows}
         Path(options.output).write_text(json.dumps(cell, indent=1) + "\n")
@@ -67,7 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--spreads", type=float, nargs="+", default=[0.0, 0.25, 0.5])
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.8])
-    parser.add_argument("--engine", default="eager", choices=("eager", "finished"))
+    parser.add_argument("--engine", default="eager", choices=("eager", "finished", "kernels"))
     parser.add_argument(
         "--most", type=float, default=320.0, help="GMACs of a dense call, above which a cell is left out"
     )
@@ -81,7 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--record",
         action="store_true",
-        help="also add the rows to benchmarks/results/speed_scaling.json, and draw docs/speed.svg",
+        help="also add the rows to benchmarks/results/speed_scaling.json, and draw docs/speed.svg of those of eager PyTorch",
     )
     return parser.parse_args()
 
@@ -166,16 +167,16 @@ def measured(options: argparse.Namespace, tokens: int, batch: int, spread: float
 
 def chart(rows: Sequence[dict[str, Any]]) -> str:
     """An SVG: the speed-up over tokens with a line a batch, a panel a reduction, then what is realized over the spread."""
-    panels = []
+    panels, batches = [], sorted({row["batch"] for row in rows})
     for reduction in sorted({row["reduction"] for row in rows}):
         usual = [row for row in rows if row["spread"] == _USUAL and row["reduction"] == reduction]
-        title = f"{reduction:.0%} fewer MACs: speed-up by the clock over tokens of an image"
-        panels.append(_panel(title, usual, "tokens", "speedup"))
+        title = f"{100 * reduction:.0f} % fewer MACs: speed-up by the clock over tokens of an image"
+        panels.append(_panel(title, usual, batches, "tokens", "speedup"))
     fewest = min(row["tokens"] for row in rows)
     most = max(row["reduction"] for row in rows)
     several = [row for row in rows if (row["tokens"], row["reduction"]) == (fewest, most) and row["batch"] > 1]
-    title = f"{most:.0%} fewer MACs, {fewest} tokens: share of the saving in MACs that is realized, over the spread of ratios"
-    panels.append(_panel(title, several, "spread", "realized"))
+    title = f"{100 * most:.0f} % fewer MACs, {fewest} tokens: realized share of the saving over the spread of ratios"
+    panels.append(_panel(title, several, batches, "spread", "realized"))
     height = (_HEAD + _TALL) * len(panels)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDE} {height}" font-family="sans-serif" font-size="11">'
@@ -186,13 +187,14 @@ def chart(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _panel(title: str, rows: Sequence[dict[str, Any]], across: str, up: str) -> str:
-    batches = sorted({row["batch"] for row in rows})
+def _panel(title: str, rows: Sequence[dict[str, Any]], batches: Sequence[int], across: str, up: str) -> str:
     parts = [f'<text x="8" y="16" font-weight="bold">{title}</text>']
     lines = []
     for index, batch in enumerate(batches):
         color = charts.series_color(index)
         points = sorted((row[across], row[up]) for row in rows if row["batch"] == batch)
+        if not points:
+            continue
         lines.append(charts.Line(points, color, mark=charts.series_mark(index)))
         parts.append(f'<text x="{8 + 90 * index}" y="34" fill="{color}">batch {batch}</text>')
     axes = _axis(across, (row[across] for row in rows)), charts.Axis.from_values((row[up] for row in rows), zero=True)
@@ -204,7 +206,7 @@ def _axis(name: str, values: Iterable[float]) -> charts.Axis:
     """The horizontal axis, labeled at what was measured; tokens on a logarithmic scale."""
     held = sorted(set(values))
     low, high = (held[0], held[-1]) if len(held) > 1 else (held[0] / 2, held[0] * 2 or 1)
-    return charts.Axis(low, high, {value: f"{value:g}" for value in held}, log=name == "tokens")
+    return charts.Axis(low, high, {value: f"{value:,g}" for value in held}, log=name == "tokens")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,22 @@ def memory(cells: Sequence[dict[str, Any]]) -> str:
     return _markdown(lines)
 
 
+def scaled(rows: Sequence[dict[str, Any]], spread: float = 0.25) -> str:
+    """Markdown: engines and batches down, tokens of an image across; the speed-up over the dense model.
+
+    A cell has the reductions in ascending order. One spread of counts; others are in the chart.
+    """
+    mine = [row for row in rows if row["spread"] == spread]
+    tokens = sorted({row["tokens"] for row in mine})
+    lines = [["engine", "batch", *(f"{count:,} tokens" for count in tokens)]]
+    for name in _names(mine):
+        for batch in sorted({row["batch"] for row in mine if row["name"] == name}):
+            here = [row | {"row": row["tokens"]} for row in mine if row["batch"] == batch]
+            columns = [_numbers(here, name, count, "speedup", (0.5, 0.8)) for count in tokens]
+            lines.append([_ENGINES[name.rpartition(", ")[2]], str(batch), *columns])
+    return _markdown(lines)
+
+
 def served(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a table for each model and largest batch, with systems down and loads across.
 
@@ -153,7 +169,7 @@ def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _numbers(
-    cells: Sequence[dict[str, Any]], name: str, row: str, what: str, reductions: Sequence[float], digits: int = 2
+    cells: Sequence[dict[str, Any]], name: str, row: str | int, what: str, reductions: Sequence[float], digits: int = 2
 ) -> str:
     """The values of a row, "0.98 / 0.95"; its speed-up for what is realized of no saving."""
     mine = {cell["reduction"]: cell for cell in cells if (cell["name"], cell["row"]) == (name, row)}
@@ -172,9 +188,9 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    cells, rows = (json.loads(file.read_text()) if file.exists() else [] for file in (CELLS, SERVE))
+    cells, sizes, rows = (json.loads(file.read_text()) if file.exists() else [] for file in (CELLS, SCALING, SERVE))
     shares = (realized(cells, engine) for engine in ("eager", "kernels", "onnxruntime", "openvino"))
-    for table in (*shares, engines(cells), steps(cells), memory(cells), served(rows)):
+    for table in (*shares, engines(cells), scaled(sizes), steps(cells), memory(cells), served(rows)):
         if table.count("\n") > 1:
             print(table, end="\n\n")
 
