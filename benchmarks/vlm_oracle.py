@@ -2,14 +2,16 @@
 
     python benchmarks/vlm_oracle.py > benchmarks/results/vlm_oracle.md
 
-It runs for two minutes on one core. Models are those of the tests: tiny and random, two layers of language model. Each preset
-prunes a batch of three prompts, with one image, two and none, and generates four tokens. The dense model gets the same prompts
-with the tokens hidden that the pruned one dropped, in each layer. A cell is the largest difference of logits, relative to the
-largest logit, and the number of presets that ran; expected are rounding errors, below 1e-5. Behind it are refusals, each
-with its reason.
+It runs for a minute on one core. Models are those of the tests: tiny and random, two layers of language model. Those named
+"window" have sliding windows that are shorter than the prompts. Each preset prunes a batch of three prompts, with one image,
+two and none, and generates four tokens. Prompts of models with a Q-Former have one image each, or one video. The dense model
+gets the same prompts with the tokens hidden that the pruned one dropped, in each layer. A cell is the largest difference of
+logits, relative to the largest logit, and the number of presets that ran; expected are rounding errors, below 1e-5. Behind it
+are refusals, each with its reason.
 
 Image tokens that are merged, or that a pruned tower computed, are given to the dense language model as they are: what is
-compared is all that follows. In the language model tokens are dropped alone: there is no dense model of one that merges them.
+compared is all that follows. In BLIP-2 and its kin the Q-Former follows: tokens are hidden from it, and given to it. In the
+language model tokens are dropped alone: there is no dense model of one that merges them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ import vltprune as vp
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "hosts")]
 import language_models as lm  # noqa: E402
-from small_vlms import IMAGE_ID, STEPS, VLMS, Vlm, make  # noqa: E402
+import small_qformers  # noqa: E402
+import small_vlms  # noqa: E402
+from small_qformers import WithQFormer  # noqa: E402
+from small_vlms import IMAGE_ID, STEPS, Vlm  # noqa: E402
+
+VLMS = [*small_vlms.VLMS, *small_vlms.WINDOWED]
+MODELS = [*VLMS, *small_qformers.SPEAKING]
 
 PROMPTS = ((3, 4), (2, 3, 5), (4,))
 # in place of words that begin and end an image, which a text may not have
@@ -50,13 +58,40 @@ TOKENS = (
     "dart",
     "scissor",
 )
+# trips, which needs a text besides the prompt, is left out
+BLOCKS = (
+    "algm",
+    "asvit",
+    "ats",
+    "avit",
+    "diffrate",
+    "dynamicvit",
+    "ltp",
+    "madtp",
+    "madtp_decay",
+    "mctf",
+    "powerbert",
+    "pumer",
+    "tofu",
+    "tome",
+)
+# by default these would keep all of an image's six visual tokens, or of its sixteen
+LESS = {
+    "attention": "distortion(error=0.3)",
+    "crossget": "ratio(ratio=0.6)",
+    "dymu": "fitted_threshold(threshold=0.4)",
+    "flowcut": "entropy(count=6)",
+    "pitome": "ratio(ratio=0.6)",
+    "zero_tprune": "ratio(ratio=0.6)",
+}
 
 # place -> names of presets, with what `prune` is called with besides
 PLACES: dict[str, dict[str, dict[str, Any]]] = {
     "in the image tower": {
         "random": {**COUNTS, "at": {"image": 0}},
         "evit": {"at": {"image": 0}},
-        "flowcut": {},
+        **{preset: {} for preset in BLOCKS},
+        **{preset: {"keep": keep} for preset, keep in LESS.items()},
     },
     "between tower and language model": {
         **{preset: {} for preset in TOKENS},
@@ -94,18 +129,19 @@ def results(models: Iterable[str], places: Mapping[str, Mapping[str, dict[str, A
     """Runs all presets at all places of models.
 
     Args:
-        models: names of the tests' models.
+        models: names of MODELS.
         places: as PLACES.
 
     Yields:
         One Result for each, in order.
     """
     for model in models:
-        case = make(model)
+        case: Any = (small_vlms if model in VLMS else small_qformers).make(model)
         torch.manual_seed(1)
-        inputs = case.prompts(*PROMPTS)
+        inputs = case.prompts(*PROMPTS) if model in VLMS else case.prompts()
         for place, presets in places.items():
             compare = image_deviation if place in list(PLACES)[:2] else language_deviation
+            compare = compare if model in VLMS else qformer_deviation
             for preset, parts in presets.items():
                 try:
                     pruned = case.pruned(**{"preset": preset, **parts})
@@ -181,6 +217,28 @@ def language_deviation(case: Vlm, pruned: Any, inputs: dict[str, Tensor]) -> flo
     return apart(torch.stack(got.logits, 1), lm.dense_logits(case, inputs, got.sequences, gone))
 
 
+def qformer_deviation(case: WithQFormer, pruned: Any, inputs: dict[str, Tensor]) -> float:
+    """How far a model with a Q-Former is from the dense one, whose Q-Former reads what the pruned image tower left.
+
+    Args:
+        case: the dense model.
+        pruned: the pruned one.
+        inputs: prompts with an image or a video each.
+
+    Returns:
+        The largest difference of logits, relative to the largest.
+    """
+    features = []
+    hook = pruned.qformer.register_forward_pre_hook(
+        lambda qformer, args, named: features.append(named["encoder_hidden_states"]), with_kwargs=True
+    )
+    with hook, vp.collect() as traces:
+        got = pruned.generate(**inputs, **HOW)
+    with case.masked(traces[0], features[0]):
+        want = case.model.generate(**inputs, **HOW)
+    return apart(torch.stack(got.logits, 1), torch.stack(want.logits, 1))
+
+
 def apart(got: Tensor, want: Tensor) -> float:
     """The largest difference, relative to the largest number; infinite entries, of words that are ruled out, do not count."""
     there = got.isfinite() & want.isfinite()
@@ -222,6 +280,7 @@ def shortened(reason: str) -> str:
     """An error's reason without what to write instead, and without the name of the model's class."""
     reason = re.sub(r"\b\w+ForConditionalGeneration\b", "model of this class", reason)
     reason = re.sub(r"^place='\w+' prunes", "it prunes", reason)
+    reason = re.sub(r"^at=\{.*?\} names", "it names", reason)
     return re.split(r": (?:write|choose|prune)", reason)[0].replace("|", "/")
 
 
@@ -230,7 +289,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", vp.UntrainedGuideWarning)
     with torch.no_grad():
-        print(tables([*results(VLMS)]))
+        print(tables([*results(MODELS)]))
 
 
 if __name__ == "__main__":

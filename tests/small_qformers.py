@@ -64,14 +64,22 @@ class WithQFormer:
         return vp.prune(self.model, preset, **parts)
 
     @contextlib.contextmanager
-    def masked(self, trace: vp.PruneTrace) -> Iterator[None]:
-        """Within the `with` block, the Q-Former of the dense model does not see what a pruned tower dropped behind itself."""
+    def masked(self, trace: vp.PruneTrace, features: Tensor | None = None) -> Iterator[None]:
+        """Within the `with` block, the Q-Former of the dense model does not see what a pruned tower dropped behind itself.
+
+        With the `features` [batch, tokens, dim] that the pruned tower made of what stays, it sees these.
+        """
         tokens = trace.output_tokens
         kept = torch.zeros(tokens.layout.batch, 1 + PATCHES, dtype=torch.int64)
-        kept[tokens.layout.instance, tokens.position] = 1
+        instance = tokens.layout.instance
+        kept[instance, tokens.position] = 1
 
         def mask(qformer: Any, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**named, "encoder_attention_mask": kept}
+            named = {**named, "encoder_attention_mask": kept}
+            if features is not None:
+                named["encoder_hidden_states"] = named["encoder_hidden_states"].clone()
+                named["encoder_hidden_states"][instance, tokens.position] = features[instance, tokens.layout.slot]
+            return args, named
 
         with self.model.qformer.register_forward_pre_hook(mask, with_kwargs=True):
             yield

@@ -233,10 +233,19 @@ VLMS: dict[str, Callable[[], Vlm]] = {
     "llava-next": llava_next,
     "llava-onevision": llava_onevision,
 }
+QWEN2_WINDOW = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+# language models with sliding windows that are shorter than prompts
+WINDOWED: dict[str, Callable[[], Vlm]] = {
+    "gemma3 window": functools.partial(gemma3, 7),
+    "mistral window": lambda: llava(text=hf.MistralConfig(**LLAMA, sliding_window=12)),
+    "mistral window eager": lambda: llava("eager", text=hf.MistralConfig(**LLAMA, sliding_window=12)),
+    "qwen2 window": lambda: llava(text=hf.Qwen2Config(**LLAMA, **QWEN2_WINDOW)),
+    "paligemma2 window": functools.partial(paligemma, model_type="gemma2", sliding_window=9),
+}
 
 
 @functools.cache
 def make(name: str) -> Vlm:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return VLMS[name]()
+        return (VLMS | WINDOWED)[name]()

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import language_models as lm
 import pytest
 import torch
 import transformers as hf
-from small_vlms import IMAGE_ID, LLAMA, STEPS, gemma3, llava, paligemma
+from small_vlms import IMAGE_ID, LLAMA, STEPS, WINDOWED, llava, make
 from test_vlm import BATCH, check_dropping_is_masking, same
 from test_vlm_generate import KEEP, masked
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vltprune as vp
-
-QWEN = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
-MODELS = {
-    "gemma3": functools.partial(gemma3, 7),
-    "mistral": lambda: llava(text=hf.MistralConfig(**LLAMA, sliding_window=12)),
-    "mistral eager": lambda: llava("eager", text=hf.MistralConfig(**LLAMA, sliding_window=12)),
-    "qwen2": lambda: llava(text=hf.Qwen2Config(**LLAMA, **QWEN)),
-    # PaliGemma 2, whose prompts are read both ways
-    "gemma2": lambda: paligemma(model_type="gemma2", sliding_window=9),
-}
-
-
-@functools.cache
-def make(name):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return MODELS[name]()
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +21,7 @@ def seeded():
     torch.manual_seed(1)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WINDOWED)
 @torch.no_grad()
 def test_dropping_is_masking(name):
     case = make(name)
@@ -51,7 +33,7 @@ def test_dropping_is_masking(name):
 
 @torch.no_grad()
 def test_dropping_inside_the_tower_is_masking():
-    case = make("mistral")
+    case = make("mistral window")
     pruned = case.pruned("divprune", place="block", at=(1,), keep="ratio(ratio=0.5)")
     inputs = case.prompts(*BATCH)
     with vp.collect() as traces:
@@ -73,7 +55,7 @@ def test_dropping_inside_the_tower_is_masking():
     same(got.logits, want.logits)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["gemma3 window", "mistral window", "paligemma2 window"])
 @torch.no_grad()
 def test_layers_of_the_language_model_drop_too(name):
     case = make(name)
@@ -93,7 +75,7 @@ def test_layers_of_the_language_model_drop_too(name):
     assert gone[1].sum() > gone[0].sum() > 0
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["gemma3 window", "mistral window"])
 @pytest.mark.parametrize(
     "how",
     [
@@ -116,7 +98,7 @@ def test_strategies(name, how):
     same(*(result.logits for result in results))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["gemma3 window", "mistral window"])
 @torch.no_grad()
 def test_decoding_by_hand(name):
     case = make(name)
@@ -134,7 +116,7 @@ def test_decoding_by_hand(name):
     same(tuple(logits), want.logits)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WINDOWED)
 @torch.no_grad()
 def test_two_turns_on_one_cache(name):
     case = make(name)
@@ -145,14 +127,14 @@ def test_two_turns_on_one_cache(name):
     second["attention_mask"] = torch.ones_like(second["input_ids"])
     if case.types is not None:
         # what follows the first prompt sees backward, in PaliGemma type 1
-        behind = torch.full((1, 8 + 3), int(name == "gemma2"))
+        behind = torch.full((1, 8 + 3), int(name == "paligemma2 window"))
         second[case.types] = torch.cat([first[case.types], behind], 1)
     want = case.model.generate(**masked(case, pruned, second), **STEPS)
     got = pruned.generate(**second, **STEPS, cache=start.cache)
     same(got.logits, want.logits)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["gemma3 window", "mistral window"])
 def test_loss_and_gradients(name):
     case = make(name)
     pruned, inputs = case.pruned(keep="count(count=2)"), case.prompts(*BATCH)
@@ -175,7 +157,7 @@ def test_loss_and_gradients(name):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max().clamp(min=1)))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["gemma3 window", "mistral window"])
 def test_the_host_has_the_windows_of_the_dense_code(name):
     case = make(name)
     pruned = case.pruned("madtp", place="output", scorer="column_attention", keep="count(count=2)")
@@ -195,8 +177,8 @@ def test_the_host_has_the_windows_of_the_dense_code(name):
 
 @torch.no_grad()
 def test_attention_that_cannot_hide_pairs_is_refused():
-    model = copy.deepcopy(make("mistral").model)
-    pruned, inputs = vp.prune(model, "divprune", keep="count(count=2)"), make("mistral").prompts((3, 4))
+    model = copy.deepcopy(make("mistral window").model)
+    pruned, inputs = vp.prune(model, "divprune", keep="count(count=2)"), make("mistral window").prompts((3, 4))
     model.set_attn_implementation({"text_config": "flex_attention"})
     with pytest.raises(ValueError, match=r"flex_attention counts the sliding window of 12 .* the whole prompt has 23"):
         pruned(**inputs)
