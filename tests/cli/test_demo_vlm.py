@@ -25,7 +25,7 @@ def test_it_prints_a_table_and_draws_what_was_read(tmp_path, monkeypatch, capsys
     dense, half, quarter = (results["models"][name] for name in (MODELS[0], *MODELS[2:4]))
     assert [one["visual_tokens"] for one in (dense, half, quarter)] == [128, 64, 32]
     assert dense["tower"] == pytest.approx(half["tower"], rel=0.05) and dense["prefill"] > half["prefill"]
-    assert dense["first_token_relative_to_dense"] == 1 and dense["next_token_relative_to_dense"] == 1
+    assert dense["first_token_speedup"] == 1 and dense["later_token_speedup"] == 1
     # two of six layers read all, and four the half
     assert results["models"]["fastv"]["visual_tokens"] == pytest.approx((2 * 128 + 4 * 64) / 6)
     with Image.open(tmp_path / "new" / "vlm.png") as image:

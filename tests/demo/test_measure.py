@@ -9,7 +9,7 @@ from torch import nn
 
 import vltprune as vp
 from vltprune.data import SyntheticPairs
-from vltprune.demo.measure import ModelResult, evaluate_models, generate_batches, relative_time, time_models
+from vltprune.demo.measure import ModelResult, evaluate_models, generate_batches, speedup, time_models
 
 
 def test_pairs_are_drawn_in_order_and_each_once():
@@ -68,4 +68,4 @@ def test_models_are_timed_in_rotation_and_the_first_round_is_discarded():
     seconds = time_models(models, generate_batches("val", 3, batch_size=2), ticks.append)
     assert asked == [("a", 2), ("b", 2), ("b", 2), ("a", 2), ("a", 1), ("b", 1)]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2} and ticks == [1] * 4
-    assert relative_time([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
+    assert speedup([1.0, 3.0, 4.0], [2.0, 9.0, 4.0]) == 2.0

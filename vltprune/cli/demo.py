@@ -15,7 +15,7 @@ from torch import nn
 from ..cost.calibration import calibrate
 from ..demo import report
 from ..demo.examples import Example, select_examples
-from ..demo.measure import ModelResult, evaluate_models, generate_batches, relative_time, time_models
+from ..demo.measure import ModelResult, evaluate_models, generate_batches, speedup, time_models
 from ..evaluation.results_log import write_json
 from ..models.factory import create_model
 from ..pruning.model import PrunedModel, check_pruned
@@ -160,5 +160,5 @@ def _numbers(result: ModelResult, dense: ModelResult) -> dict[str, object]:
         "padding": result.padding,
         "tokens_kept": {tower: list(tokens) for tower, tokens in result.kept.items()},
         "seconds_per_batch": statistics.median(result.seconds),
-        "time_relative_to_dense": relative_time(result.seconds, dense.seconds),
+        "speedup": speedup(result.seconds, dense.seconds),
     }

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data import SyntheticPairs
 from ..data.llava import llava_processor, statement_inputs
-from ..demo.measure import relative_time
+from ..demo.measure import speedup
 from ..demo.vlm import VlmResult, evaluate_models, placed, statement_batches, time_models
 from ..evaluation.results_log import write_json
 from ..models.factory import create_model
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "threads": torch.get_num_threads(),
         "device": args.device,
-        "models": {name: asdict(result) | _times(seconds, name) for name, result in results.items()},
+        "models": {name: asdict(result) | _speedups(seconds, name) for name, result in results.items()},
     }
     write_json(folder / "vlm.json", numbers)
     print(f"\nwrote {folder / 'vlm.png'} and {folder / 'vlm.json'}")
@@ -102,25 +102,24 @@ def draw_example(models: Mapping[str, Any], seed: int = 0) -> Image.Image:
 
 
 def _rows(results: Mapping[str, VlmResult], seconds: Mapping[str, list[tuple[float, float]]]) -> list[list[str]]:
-    rows = [["model", "accuracy", "visual tokens", "MMACs", "saved", "time to answer", "of a next token"]]
+    rows = [["model", "accuracy", "visual tokens", "MMACs", "saved", "speed-up, first token", "later tokens"]]
     dense = results[_DENSE]
     for name, result in results.items():
         macs, whole = result.tower + result.prefill, dense.tower + dense.prefill
-        times = (f"{time:.2f} x" for time in _times(seconds, name).values())
+        speedups = (f"{factor:.2f} x" for factor in _speedups(seconds, name).values())
         cells = [
             f"{result.accuracy:.1%}",
             f"{result.visual_tokens:.0f}",
             f"{macs / 1e6:.0f}",
             f"{1 - macs / whole:.1%}",
         ]
-        rows.append([name, *cells, *times])
+        rows.append([name, *cells, *speedups])
     return rows
 
 
-def _times(seconds: Mapping[str, list[tuple[float, float]]], name: str) -> dict[str, float]:
-    """Times relative to the dense model's."""
-    first, following = (
-        relative_time([turn[part] for turn in seconds[name]], [turn[part] for turn in seconds[_DENSE]])
-        for part in (0, 1)
+def _speedups(seconds: Mapping[str, list[tuple[float, float]]], name: str) -> dict[str, float]:
+    """How many times as fast as the dense model."""
+    first, later = (
+        speedup([turn[part] for turn in seconds[name]], [turn[part] for turn in seconds[_DENSE]]) for part in (0, 1)
     )
-    return {"first_token_relative_to_dense": first, "next_token_relative_to_dense": following}
+    return {"first_token_speedup": first, "later_token_speedup": later}

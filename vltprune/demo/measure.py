@@ -266,17 +266,17 @@ def _synchronize(on: Tensor) -> None:
         torch.cuda.synchronize(on.device)
 
 
-def relative_time(seconds: Sequence[float], dense: Sequence[float]) -> float:
-    """A model's time relative to the dense model's: the median over batches of the ratio on one batch.
+def speedup(seconds: Sequence[float], dense: Sequence[float]) -> float:
+    """How many times as fast as the dense model a model is: the median over batches of the ratio on one batch.
 
     Args:
         seconds: The model's seconds, one for each batch.
         dense: The dense model's seconds on the same batches.
 
     Returns:
-        The median ratio; below 1 for a faster model.
+        The median ratio; above 1 for a faster model.
 
     Raises:
         ValueError: For different numbers of batches, and for none.
     """
-    return statistics.median(a / b for a, b in zip(seconds, dense, strict=True))
+    return statistics.median(b / a for a, b in zip(seconds, dense, strict=True))

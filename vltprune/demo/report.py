@@ -7,7 +7,7 @@ from html import escape
 
 from ..viz import charts, html
 from .examples import Example
-from .measure import ModelResult, relative_time
+from .measure import ModelResult, speedup
 
 TRAINING_NOTE = (
     "MADTP's weights were trained with pruning, for 2,000 steps at 70 % and 7,900 at 80 %; random pruning was not trained.\n"
@@ -40,7 +40,7 @@ _COLUMNS = {
     "Tokens that only pad a sentence are not counted; the dense model spends {padding:.3f} G on them.",
     "MACs saved": "Share of the dense model's multiply-accumulates that were saved.",
     "image tokens kept": "Mean share of the image tokens that leave a layer, then their number after layer 1, 2, ...",
-    "time": "Median time of a batch, relative to the dense model on the same batch, on this machine ({threads}).",
+    "speed-up": "How many times as fast as the dense model, median over batches, on this machine ({threads}).",
 }
 _NOT_SHOWN = (
     "An equally trained random baseline: see the sentence above. The rows show what the shipped weights do, not what MADTP "
@@ -109,15 +109,15 @@ def table(results: Mapping[str, ModelResult], dense: str) -> list[list[str]]:
 
     Args:
         results: The results by the models' names, in the order of the rows.
-        dense: The dense model's name, for relative times.
+        dense: The dense model's name, for speed-ups.
 
     Returns:
         The cells of each row: a header, then a row a model.
     """
-    rows = [["model", "accuracy", "GMACs/sentence", "MACs saved", "image tokens kept, layer by layer", "time"]]
+    rows = [["model", "accuracy", "GMACs/sentence", "MACs saved", "image tokens kept, layer by layer", "speed-up"]]
     for name, result in results.items():
         tokens = " ".join(f"{n:.0f}" for n in result.kept["image"][1:])
-        seconds = f"{relative_time(result.seconds, results[dense].seconds):.2f} x" if result.seconds else "-"
+        faster = f"{speedup(result.seconds, results[dense].seconds):.2f} x" if result.seconds else "-"
         rows.append(
             [
                 name,
@@ -125,7 +125,7 @@ def table(results: Mapping[str, ModelResult], dense: str) -> list[list[str]]:
                 f"{result.macs / 1e9:.3f}",
                 f"{result.macs_saved:.1%}",
                 f"{result.kept_ratio:4.0%}: {tokens}",
-                seconds,
+                faster,
             ]
         )
     return rows
