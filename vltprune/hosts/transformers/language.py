@@ -34,15 +34,7 @@ from ...registry import hosts
 from ..ops import by_tiles
 from .base import PreNormHost, PrunedTransformer
 from .language_cache import adopt
-from .language_masks import (
-    given_mask,
-    real_tokens,
-    visible_keys,
-    visual_rows,
-    with_end_of_instruction,
-    with_keep_prob,
-    with_prompt_grid,
-)
+from .language_masks import given_mask, real_tokens, visible_keys, visual_rows, with_prompt_values
 from .modernbert import window_bias
 
 
@@ -198,20 +190,16 @@ class LanguageHost(PreNormHost):
         else:
             tokens = PackedTokens.pack(x, real_tokens(masks), protected=~visual)
             masks = {kind: mask if mask is not None and mask.ndim == 3 else None for kind, mask in masks.items()}
-        tokens = with_keep_prob(with_modality(tokens, ~tokens.protected), length, seen)
-        tokens = with_prompt_grid(tokens, length, seen)
-        tokens = with_end_of_instruction(tokens, length, seen)
-
-        features, row = deepstack_visual_embeds or [], None
-        if features and visual_pos_masks is not None:
-            flat = visual_pos_masks.to(x.device).flatten()
-            row = torch.where(flat, flat.cumsum(0) - 1, -1)
+        tokens = with_prompt_values(with_modality(tokens, ~tokens.protected), length, seen)
         calls = [
             LanguageInput(tables[kind], length, seen, cache, window, masks[kind])
             for kind, window in zip(kinds, windows, strict=True)
         ]
-        for depth, one in enumerate(features):
-            calls[depth] = replace(calls[depth], features=one.to(x), feature_row=row)
+        if deepstack_visual_embeds and visual_pos_masks is not None:
+            flat = visual_pos_masks.to(x.device).flatten()
+            row = torch.where(flat, flat.cumsum(0) - 1, -1)
+            for depth, features in enumerate(deepstack_visual_embeds):
+                calls[depth] = replace(calls[depth], features=features.to(x), feature_row=row)
         return tokens, tuple(calls)
 
     def window(self, tower: Any, depth: int) -> int | None:

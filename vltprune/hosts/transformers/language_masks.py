@@ -116,8 +116,10 @@ def visible_keys(
     return visible[None] if mask is None else visible & mask[:, None].to(device)
 
 
-def with_keep_prob(tokens: PackedTokens, length: int, seen: int) -> PackedTokens:
-    """The tokens of a prompt with their probabilities to stay, where soft training gives a language model tokens in part.
+def with_prompt_values(tokens: PackedTokens, length: int, seen: int) -> PackedTokens:
+    """The tokens of a prompt with what the vision-language model around knows of each.
+
+    These are probabilities to stay, in soft training, the grid of patches, and a mark on the token that ends the instruction.
 
     Args:
         tokens: The tokens of the call.
@@ -125,49 +127,18 @@ def with_keep_prob(tokens: PackedTokens, length: int, seen: int) -> PackedTokens
         seen: Tokens of each row in the cache.
 
     Returns:
-        The same tokens; they are unchanged outside of soft training.
+        The same tokens; they are unchanged where nothing is known, and behind a prompt.
     """
     current = current_visual_tokens()
-    if current is None or current.keep_prob is None or current.counted_prob is None or seen:
+    if current is None or seen:
         return tokens
     row = tokens.layout.instance * length + tokens.position
-    keep_prob, counted_prob = (
-        prob.to(tokens.x.device).flatten().index_select(0, row) for prob in (current.keep_prob, current.counted_prob)
-    )
-    return tokens.with_keep_prob(keep_prob, counted_prob)
 
+    def column(values: Tensor) -> Tensor:
+        return values.to(row.device).flatten(-2).index_select(-1, row)
 
-def with_prompt_grid(tokens: PackedTokens, length: int, seen: int) -> PackedTokens:
-    """The tokens of a prompt with the grid of their patches, where the vision-language model around knows it.
-
-    Args:
-        tokens: The tokens of the call.
-        length: Tokens of each row in this call.
-        seen: Tokens of each row in the cache.
-
-    Returns:
-        The same tokens; they are unchanged elsewhere.
-    """
-    current = current_visual_tokens()
-    if current is None or current.grid is None or seen or current.grid.shape[1:] != (tokens.layout.batch, length):
-        return tokens
-    row = tokens.layout.instance * length + tokens.position
-    return tokens.with_column(GRID, current.grid.to(tokens.x.device).flatten(1).index_select(1, row).T)
-
-
-def with_end_of_instruction(tokens: PackedTokens, length: int, seen: int) -> PackedTokens:
-    """The tokens of a prompt with a mark on the one that ends the instruction, where labels say which that is.
-
-    Args:
-        tokens: The tokens of the call.
-        length: Tokens of each row in this call.
-        seen: Tokens of each row in the cache.
-
-    Returns:
-        The same tokens; they are unchanged where the last one ends the instruction.
-    """
-    current = current_visual_tokens()
-    if current is None or current.last is None or seen:
-        return tokens
-    row = tokens.layout.instance * length + tokens.position
-    return tokens.with_column(LAST, current.last.to(tokens.x.device).flatten().index_select(0, row))
+    if current.keep_prob is not None and current.counted_prob is not None:
+        tokens = tokens.with_keep_prob(column(current.keep_prob), column(current.counted_prob))
+    if current.grid is not None and current.grid.shape[1:] == (tokens.layout.batch, length):
+        tokens = tokens.with_column(GRID, column(current.grid).T)
+    return tokens if current.last is None else tokens.with_column(LAST, column(current.last))
