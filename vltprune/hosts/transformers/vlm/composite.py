@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
 
 from ....core.tokens import PackedTokens
 from ....pruning.decode_stats import DecodeStats
@@ -26,31 +24,11 @@ from ..saving import with_pruning_saved
 from .language_cost import measure_language, report_prompts
 from .prompt import PromptIndex, ShortPrompt, VisualTokens, last_before_answer, text_positions
 from .pruned import PrunedVlm, pruned_copy
+from .visual_rows import VisualRows, behind_cache
 from .windows import cached_index, with_whole_windows
 
 # names of a model's pixels, by modality
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
-
-
-@dataclass(frozen=True)
-class VisualRows:
-    """The rows of visual tokens that enter the language model, of all images of a call.
-
-    Attributes:
-        output: What stays, as the dense model takes it in `mm_encoder_outputs`.
-        kept: [rows] bool, which rows stay of those that the dense model has, image after image.
-        protected: [rows] bool, which of these end a line of an image, so that no layer prunes them. None for none.
-        keep_prob: [kept rows], the probability that each of those that stay does, in soft training. None for 1.
-        counted_prob: [kept rows], the same with the gradients of the cost. None where `keep_prob` is.
-        grid: [rows, 2] int64, row and column of each of all rows, images below each other. None where they are no grid.
-    """
-
-    output: ModelOutput
-    kept: Tensor
-    protected: Tensor | None = None
-    keep_prob: Tensor | None = None
-    counted_prob: Tensor | None = None
-    grid: Tensor | None = None
 
 
 class VlmComposite(Composite):
@@ -219,26 +197,30 @@ class VlmComposite(Composite):
         prompt = ShortPrompt.from_mask(stays, bool((mask[:, -1] == 0).any()), extra)
         short = prompt.inputs({**named, "attention_mask": mask}, self.pad_id(model))
         short["position_ids"] = prompt.gather(positions)
-        short["mm_encoder_outputs"] = {}
-        for modality, found in rows.items():
-            places = short["input_ids"] == self.token_id(model, modality)
-            output = _behind_cache(found.output, places, past) if past else found.output
-            if len(output["pooler_output"]):
-                short["mm_encoder_outputs"][modality] = output
-        is_visual = prompt.gather(visual)
+        short["mm_encoder_outputs"] = self._features(model, short["input_ids"], rows, past)
+        is_visual, grid = prompt.gather(visual), self._grid(model, named["input_ids"], rows)
         last = generating or named.get("logits_to_keep") == 1
         is_token, labels = prompt.gather(mask) != 0, short.get("labels")
         kept = VisualTokens(
             is_visual & prompt.gather(free),
             PromptIndex(prompt.index, stays.shape[1]),
             *(prompt.gather(weight, 1) for weight in weights),
+            grid=None if grid is None else prompt.gather(grid, -1),
             last=None if labels is None else last_before_answer(labels, is_token & ~is_visual),
         )
-        grid = self._grid(model, named["input_ids"], rows)
-        kept = kept if grid is None else replace(kept, grid=prompt.gather(grid, -1))
         has_trace = self.language_tower(model, kept) is not None
         report_prompts((is_token, is_visual), (mask != 0, visual), last, has_trace, kept.expected)
         return short, kept
+
+    def _features(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows], past: int) -> dict[str, Any]:
+        """The features of the placeholders in short prompts [batch, short], by modality; none of `past` tokens in a cache."""
+        features = {}
+        for modality, found in rows.items():
+            places = ids == self.token_id(model, modality)
+            output = behind_cache(found.output, places, past) if past else found.output
+            if len(output["pooler_output"]):
+                features[modality] = output
+        return features
 
     def _grid(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> Tensor | None:
         """Row and column of visual tokens of prompts [2, batch, length], -1 of text; None for no grid, or nobody to read it."""
@@ -278,7 +260,11 @@ class VlmComposite(Composite):
         free = stays
         for modality, found in rows.items():
             places = ids == self.token_id(model, modality)
-            _check_count(int(places.sum()), found.kept.shape[0], modality)
+            if places.sum() != found.kept.shape[0]:
+                raise ValueError(
+                    f"the prompts have {int(places.sum())} placeholders of {modality}s, and the {modality}s give "
+                    f"{found.kept.shape[0]} visual tokens: prepare both in one call of this model's processor"
+                )
             stays, visual = stays.masked_scatter(places, found.kept.to(ids.device)), visual | places
             if found.protected is not None:
                 free = free.masked_scatter(places, ~found.protected.to(ids.device))
@@ -356,60 +342,3 @@ def _mask(model: Any, named: Mapping[str, Any], generating: bool) -> Tensor:
     pad, end = config.pad_token_id, config.eos_token_id
     ends = end if isinstance(end, list) else [end]
     return (ids != pad).long() if generating and pad is not None and pad not in ends else torch.ones_like(ids)
-
-
-def _check_count(places: int, rows: int, modality: str) -> None:
-    if places != rows:
-        raise ValueError(
-            f"the prompts have {places} placeholders of {modality}s, and the {modality}s give {rows} visual tokens: prepare "
-            "both in one call of this model's processor"
-        )
-
-
-def _behind_cache(output: ModelOutput, places: Tensor, past: int) -> ModelOutput:
-    """The features of the placeholders [batch, short] that are not among the `past` tokens of a cache."""
-    new = torch.arange(places.shape[1], device=places.device) >= past
-    mask = new.expand(places.shape)[places]
-
-    def rest(features: Any) -> Any:
-        lengths = [len(one) for one in features] if isinstance(features, (list, tuple)) else None
-        if lengths is None:
-            left = features.flatten(0, 1)[mask][None]
-            return left if left.numel() else []
-        pairs = zip(features, mask.split(lengths), strict=True)
-        return [one[stays] for one, stays in pairs if stays.any()]
-
-    output["pooler_output"] = rest(output["pooler_output"])
-    if output.get("deepstack_features") is not None:
-        output["deepstack_features"] = [rest(level) for level in output["deepstack_features"]]
-    return output
-
-
-def square_grid(images: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Row and column of the patches of equal images, one image below the other.
-
-    Args:
-        images: How many images there are.
-        height: Rows of each.
-        width: Columns of each.
-        device: Of the result.
-
-    Returns:
-        [images * height * width, 2] int64.
-    """
-    return torch.cartesian_prod(torch.arange(images * height, device=device), torch.arange(width, device=device))
-
-
-def split_rows(features: Tensor, lengths: Sequence[int]) -> BaseModelOutputWithPooling:
-    """Split features by image, as the dense model takes them.
-
-    Args:
-        features: [rows, dim], image after image.
-        lengths: Rows of each image.
-
-    Returns:
-        An output whose `pooler_output` is the list of images.
-    """
-    output: Any = BaseModelOutputWithPooling(pooler_output=None)
-    output.pooler_output = list(features.split(list(lengths)))
-    return output

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ....registry import hosts
 from ...base import Host
 from ...find import find_host
 from ...linear_maps import measure_macs
 from ..base import ImageHost
-from .composite import VisualRows, VlmComposite, split_rows, square_grid
+from .composite import VlmComposite
+from .visual_rows import VisualRows, split_by_image, square_grid
 
 
 @hosts.register("transformers.models.llava.modeling_llava.LlavaForConditionalGeneration")
@@ -63,7 +65,7 @@ class LlavaComposite(VlmComposite):
         kept = torch.zeros(pixels.shape[0] * per_image, dtype=torch.bool, device=tokens.x.device)
         kept[tokens.layout.instance * per_image + tokens.position - first] = True
         features = model.model.multi_modal_projector(tokens.x)
-        output = split_rows(features, tokens.layout.lengths)
+        output = split_by_image(BaseModelOutputWithPooling, features, tokens.layout.lengths)
         # a class token is no patch
         grid = square_grid(len(pixels), height, width, kept.device) if per_image == height * width else None
         return {"image": VisualRows(output, kept, None, tokens.keep_prob, tokens.counted_prob, grid)}

@@ -10,8 +10,8 @@ from torch import nn
 from ....registry import hosts
 from ...base import Host
 from ...find import find_host
-from .composite import VisualRows
 from .rows import RowsComposite
+from .visual_rows import VisualRows, split_by_image
 
 
 @hosts.register("transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLForConditionalGeneration")
@@ -29,11 +29,9 @@ class QwenComposite(RowsComposite):
         encoder = model.base_model.visual
         tokens, calls = encoder.encode(*inputs)
         self.check_weighs(model, tokens)
-        output, lengths = encoder.adapter.head(encoder.host, tokens, calls), list(tokens.layout.lengths)
-        short: Any = type(output)()
-        short["pooler_output"] = list(output.pooler_output.split(lengths))
-        if "deepstack_features" in output:
-            short["deepstack_features"] = [list(level.split(lengths)) for level in output.deepstack_features]
+        output = encoder.adapter.head(encoder.host, tokens, calls)
+        levels = getattr(output, "deepstack_features", None)
+        short = split_by_image(type(output), output.pooler_output, tokens.layout.lengths, levels)
         attention = calls[0].attention
         kept = torch.zeros(attention.tables.shape[1], dtype=torch.bool, device=tokens.x.device)
         kept[attention.row(tokens)] = True

@@ -24,7 +24,8 @@ from ....pruning.encoder import PrunedEncoder, apply_decisions
 from ....pruning.pruner import Pruner
 from ....pruning.trace import LayerTrace
 from ...base import Host
-from .composite import PIXELS, VisualRows, VlmComposite, square_grid
+from .composite import PIXELS, VlmComposite
+from .visual_rows import VisualRows, split_by_image, square_grid
 
 # the column of the features that later layers of the language model add to visual tokens
 _LEVELS = "deepstack"
@@ -269,12 +270,8 @@ def _rows(model: nn.Module, output: Any) -> tuple[Tensor, list[int], Tensor | No
 
 def _output(output: Any, tokens: PackedTokens) -> ModelOutput:
     """What stays, in the form in which the dense model gave all: a list of images, or one tensor."""
-    lengths = list(tokens.layout.lengths)
-    short: Any = type(output)()
-    short["pooler_output"] = list(tokens.x.split(lengths))
+    levels = tokens.columns[_LEVELS].unbind(1) if _LEVELS in tokens.columns else None
+    short = split_by_image(type(output), tokens.x, tokens.layout.lengths, levels)
     if isinstance(output.pooler_output, Tensor):
         short["pooler_output"] = tokens.unpack()[0] if tokens.layout.is_uniform else tokens.x[None]
-    if _LEVELS in tokens.columns:
-        levels = tokens.columns[_LEVELS].unbind(1)
-        short["deepstack_features"] = [list(level.split(lengths)) for level in levels]
     return short

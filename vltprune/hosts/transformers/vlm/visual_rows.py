@@ -1,0 +1,96 @@
+"""Rows of visual tokens that enter a language model, and the features that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass(frozen=True)
+class VisualRows:
+    """The rows of visual tokens that enter the language model, of all images of a call.
+
+    Attributes:
+        output: What stays, as the dense model takes it in `mm_encoder_outputs`.
+        kept: [rows] bool, which rows stay of those that the dense model has, image after image.
+        protected: [rows] bool, which of these end a line of an image, so that no layer prunes them. None for none.
+        keep_prob: [kept rows], the probability that each of those that stay does, in soft training. None for 1.
+        counted_prob: [kept rows], the same with the gradients of the cost. None where `keep_prob` is.
+        grid: [rows, 2] int64, row and column of each of all rows, images below each other. None where they are no grid.
+    """
+
+    output: ModelOutput
+    kept: Tensor
+    protected: Tensor | None = None
+    keep_prob: Tensor | None = None
+    counted_prob: Tensor | None = None
+    grid: Tensor | None = None
+
+
+def behind_cache(output: ModelOutput, places: Tensor, past: int) -> ModelOutput:
+    """Leaves out the features of tokens that a cache holds.
+
+    Args:
+        output: The features of all placeholders.
+        places: [batch, short] bool, the placeholders in the short prompts.
+        past: Tokens of each prompt in the cache.
+
+    Returns:
+        The same output, with the features of the other placeholders.
+    """
+    new = torch.arange(places.shape[1], device=places.device) >= past
+    mask = new.expand(places.shape)[places]
+
+    def rest(features: Any) -> Any:
+        lengths = [len(one) for one in features] if isinstance(features, (list, tuple)) else None
+        if lengths is None:
+            left = features.flatten(0, 1)[mask][None]
+            return left if left.numel() else []
+        pairs = zip(features, mask.split(lengths), strict=True)
+        return [one[stays] for one, stays in pairs if stays.any()]
+
+    output["pooler_output"] = rest(output["pooler_output"])
+    if output.get("deepstack_features") is not None:
+        output["deepstack_features"] = [rest(level) for level in output["deepstack_features"]]
+    return output
+
+
+def square_grid(images: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Row and column of the patches of equal images, one image below the other.
+
+    Args:
+        images: How many images there are.
+        height: Rows of each.
+        width: Columns of each.
+        device: Of the result.
+
+    Returns:
+        [images * height * width, 2] int64.
+    """
+    return torch.cartesian_prod(torch.arange(images * height, device=device), torch.arange(width, device=device))
+
+
+def split_by_image(
+    kind: type[ModelOutput], features: Tensor, lengths: Sequence[int], levels: Sequence[Tensor] | None = None
+) -> Any:
+    """Split features by image, as the dense model takes them.
+
+    Args:
+        kind: The class of the dense model's own output.
+        features: [rows, dim], image after image.
+        lengths: Rows of each image.
+        levels: The features of deeper levels, [rows, dim] each. None for none.
+
+    Returns:
+        An output whose `pooler_output` is the list of images; `deepstack_features`, where there are levels, has one of each.
+    """
+    output: Any = kind()
+    output["pooler_output"] = list(features.split(list(lengths)))
+    if levels is not None:
+        output["deepstack_features"] = [list(level.split(list(lengths))) for level in levels]
+    return output
