@@ -27,7 +27,7 @@ FLOORS = (
     "parts",
     "checks",
     "hosts.base",
-    "pruning.tower pruning.trace pruning.losses pruning.encoder pruning.model pruning.current_config",
+    "pruning.tower pruning.trace pruning.losses pruning.block_attention pruning.encoder pruning.model pruning.current_config",
     "io",
     "hosts",
     "pruning.prune",

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import vltprune as vp
 from vltprune import BlockSpec, PruneConfig, Pruner
-from vltprune.pruning import encoder
+from vltprune.pruning import block_attention
 
 FUSE = PruneConfig(scorer="cls_attention", keep="ratio(ratio=0.5)", reducer="fuse")
 
@@ -136,8 +136,8 @@ def test_a_tower_that_is_pruned_nowhere_is_aligned_all_the_same(monkeypatch):
 
 def test_attention_computes_what_the_parts_need_and_no_more(monkeypatch):
     needs = []
-    plain = encoder.attend_with_stats
-    monkeypatch.setattr(encoder, "attend_with_stats", lambda *a, **k: needs.append(a[5]) or plain(*a, **k))
+    plain = block_attention.attend_with_stats
+    monkeypatch.setattr(block_attention, "attend_with_stats", lambda *a, **k: needs.append(a[5]) or plain(*a, **k))
     for scorer in SCORERS:
         model = vp.prune(small("vit").model, FUSE.replace(scorer=scorer, guide=guide_for(scorer), at=(1,)))
         inputs = images(1)

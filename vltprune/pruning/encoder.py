@@ -15,16 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.attention import PairMask, attend
-from ..core.attention_stats import attend_with_stats, attention_stats
 from ..core.checks import is_recorded
 from ..core.modality import COLUMN
-from ..core.regions import Regions
 from ..core.statistics import AttentionStats, Stat
 from ..core.tokens import PackedTokens
 from ..hosts.base import Host
 from ..layers import AlignmentGuide, BoundGuide, Guidance, check_batch, with_grid, with_raters
 from ..utils.wrappers import is_sharded
+from .block_attention import BlockAttention
 from .config import PruneConfig
 from .ddp import reach_weights
 from .pruner import PruneDecision, Pruner, UntrainedGuideWarning, build_like
@@ -216,123 +214,87 @@ class PrunedEncoder(Tower):
         guide: BoundGuide | None,
     ) -> tuple[PackedTokens, LayerTrace]:
         adapter, inside, behind = self.adapter, self.pruners_at(depth, "attention"), self.pruners_at(depth, "block")
-        entered, outer, steps, guidance, qkv, looked = tokens, [], (), None, None, None
+        qkv = relate = guidance = scored = looked = None
+        steps: tuple[PruneStep, ...] = ()
         if "before" in self.places:
-            looked = adapter.regions(block, tokens, block_input)
-            outer, guidance, qkv = self._decide_before(depth, block, tokens, block_input, guide, looked)
-            tokens, steps = apply_decisions(outer, tokens, "before")
+            attention = self._attention(block, tokens, block_input, guide)
+            decisions, guidance, qkv = self._decide_before(depth, attention, guide)
+            looked, scored = attention.regions, _scored(tokens, decisions)
+            tokens, steps = apply_decisions(decisions, tokens, "before")
+        attention = self._attention(block, tokens, block_input, guide)
         q, k, v = qkv or adapter.qkv(block, tokens, block_input)
         adapter.store(block, tokens, k, v, block_input)
-        regions = adapter.regions(block, tokens, block_input)
-        rows = tokens if regions is None else regions.rows_of(tokens)
-        scale, relate, needs = adapter.scale(block), None, self._needs((*inside, *behind), tokens)
-        options = self._attention_options(block, tokens, rows, block_input, needs, guide)
+        needs = self._needs((*inside, *behind), tokens)
+        context, stats = attention.attend(q, k, v, needs)
+        if needs is None and guide is not None and (inside or behind or (not self.pruners and torch.is_grad_enabled())):
+            # for whoever reads it, such as the alignment loss with the other tower
+            relate = partial(guide, tokens)
 
-        if needs is None:
-            context, stats = attend(q, k, v, rows.layout, scale, **options), AttentionStats()
-            if guide is not None and (inside or behind or (not self.pruners and torch.is_grad_enabled())):
-                # for whoever reads it, such as the alignment loss with the other tower
-                relate = partial(guide, tokens)
-        else:
-            context, stats = attend_with_stats(q, k, v, rows, scale, needs, **options)
-        if regions is not None:
-            # a token of several rows has their mean
-            context, stats = regions.gather(context), stats.mapped(lambda values: regions.gather(values).mean(1))
-        decisions, inner_guidance = self._decide(inside, tokens, stats, guide)
-        guidance = inner_guidance if guidance is None else guidance
-        if not outer:
-            entered, outer = tokens, decisions
-
-        # an affine map commutes with averaging: reducing first, the output projection runs on what stays
-        plans = [decision.plan for decision in decisions if decision.plan is not None]
-        early = bool(plans) and all(plan.is_affine for plan in plans) and adapter.projects_affinely(block)
-        if early:
-            tokens, inner_steps = apply_decisions(decisions, tokens)
-            for plan in plans:
-                context = plan.values(context)
-            tokens = adapter.project(block, tokens, context)
-        else:
-            tokens, inner_steps = apply_decisions(decisions, adapter.project(block, tokens, context))
+        decisions, found = self._decide(inside, tokens, stats, guide)
+        guidance, scored = guidance or found, scored or _scored(tokens, decisions)
+        tokens, inner_steps, early = self._project(block, tokens, context, decisions)
         steps += inner_steps
         tokens = adapter.feed_forward(block, tokens, block_input)
-
         if behind:
             for decision in decisions:
                 stats = decision.carry(stats)
-            others, behind_guidance = self._decide(behind, tokens, stats, guide)
-            entered, outer = (entered, outer) if outer else (tokens, others)
-            guidance = behind_guidance if guidance is None else guidance
-            tokens, others_steps = apply_decisions(others, tokens, "block")
-            steps += others_steps
-        relate = relate if guidance is None else lambda: guidance
-        scores = outer[0].scores if outer and torch.is_grad_enabled() else None
-        scored = None if scores is None else (entered, scores)
-        expected = steps[-1].expected if steps else None if tokens.keep_prob is None else tokens.expected
-        modality, position = tokens.columns.get(COLUMN), tokens.position
+            decisions, found = self._decide(behind, tokens, stats, guide)
+            guidance, scored = guidance or found, scored or _scored(tokens, decisions)
+            tokens, outer_steps = apply_decisions(decisions, tokens, "block")
+            steps += outer_steps
         trace = LayerTrace(
-            position,
+            tokens.position,
             tokens.protected,
             tokens.layout,
             steps,
             early,
-            relate,
-            expected,
+            relate if guidance is None else lambda: guidance,
+            steps[-1].expected if steps else None if tokens.keep_prob is None else tokens.expected,
             scored,
-            modality=modality,
-            regions=regions,
+            modality=tokens.columns.get(COLUMN),
+            regions=attention.regions,
             looked=looked,
         )
         return tokens, trace
 
+    def _attention(
+        self, block: nn.Module, tokens: PackedTokens, block_input: object, guide: BoundGuide | None
+    ) -> BlockAttention:
+        regions, text = self.adapter.regions(block, tokens, block_input), None if guide is None else guide.text
+        return BlockAttention(self.adapter, self.host, block, tokens, block_input, regions, text)
+
     def _decide_before(
-        self,
-        depth: int,
-        block: nn.Module,
-        tokens: PackedTokens,
-        block_input: object,
-        guide: BoundGuide | None,
-        regions: Regions | None,
+        self, depth: int, attention: BlockAttention, guide: BoundGuide | None
     ) -> tuple[list[PruneDecision], Guidance | None, tuple[Tensor, ...] | None]:
         """The decisions of the pruners before a block, by its own queries and keys, and the guidance of the first.
 
         The third is query, key and value of the tokens that they leave; None where these are still to be computed.
         """
-        pruners, qkv, stats = self.pruners_at(depth, "before"), None, AttentionStats()
+        pruners, tokens, qkv, stats = self.pruners_at(depth, "before"), attention.tokens, None, AttentionStats()
         needs = self._needs(pruners, tokens)
         if needs:
-            qkv = self.adapter.qkv(block, tokens, block_input)
-            rows = tokens if regions is None else regions.rows_of(tokens)
-            options = self._attention_options(block, tokens, rows, block_input, needs, guide)
-            stats = attention_stats(*qkv, rows, self.adapter.scale(block), needs, **options)
-            if regions is not None:
-                stats = stats.mapped(lambda values: regions.gather(values).mean(1))
+            qkv = self.adapter.qkv(attention.block, tokens, attention.block_input)
+            stats = attention.statistics(*qkv, needs)
         decisions, guidance = self._decide(pruners, tokens, stats, guide)
         for plan in (decision.plan for decision in decisions if decision.plan is not None):
             # those of a token that stays are what they were; those of a sum are not the sum of its sources'
-            again = regions is not None or plan.merged is not None
+            again = attention.regions is not None or plan.merged is not None
             qkv = None if qkv is None or again else tuple(map(plan.values, qkv))
         return decisions, guidance, qkv
 
-    def _attention_options(
-        self,
-        block: nn.Module,
-        tokens: PackedTokens,
-        rows: PackedTokens,
-        block_input: object,
-        needs: Stat | None,
-        guide: BoundGuide | None,
-    ) -> dict[str, Any]:
-        """What attention of a block is called with, besides queries, keys and values of the rows that its tokens are."""
-        adapter = self.adapter
-        pairs = adapter.pair_bias(block, tokens, block_input)
-        causal = adapter.causal(self.host) and not isinstance(pairs, PairMask)
-        options: dict[str, Any] = {"causal": causal, "dropout": adapter.attention_dropout(block), "pairs": pairs}
-        options |= {"key_bias": rows.bias, "softcap": adapter.softcap(block)}
-        if needs is not None and Stat.FROM_QUERY in needs and guide is not None and guide.text is not None:
-            # as a token of its own, by the block's own norm and query projection
-            text = PackedTokens.pack(guide.text[:, None].to(tokens.x.dtype))
-            options["text"] = adapter.qkv(block, text, block_input)[0]
-        return options
+    def _project(
+        self, block: nn.Module, tokens: PackedTokens, context: Tensor, decisions: Sequence[PruneDecision]
+    ) -> tuple[PackedTokens, tuple[PruneStep, ...], bool]:
+        """The tokens that decisions leave, the record of each, and whether the output projection ran on those alone."""
+        plans = [decision.plan for decision in decisions if decision.plan is not None]
+        # an affine map commutes with averaging: reducing first, the output projection runs on what stays
+        early = bool(plans) and all(plan.is_affine for plan in plans) and self.adapter.projects_affinely(block)
+        if not early:
+            return *apply_decisions(decisions, self.adapter.project(block, tokens, context)), False
+        tokens, steps = apply_decisions(decisions, tokens)
+        for plan in plans:
+            context = plan.values(context)
+        return self.adapter.project(block, tokens, context), steps, True
 
     def _needs(self, pruners: Sequence[Pruner], tokens: PackedTokens) -> Stat | None:
         """The statistics that the pruners of a block read of the tokens that enter it. None where all of them are idle."""
@@ -415,3 +377,9 @@ def apply_decisions(
         expected = None if tokens.keep_prob is None else tokens.expected
         steps.append(PruneStep(tokens.layout, decision.plan, expected, place, decision.is_idle))
     return tokens, tuple(steps)
+
+
+def _scored(tokens: PackedTokens, decisions: Sequence[PruneDecision]) -> tuple[PackedTokens, Tensor] | None:
+    """Tokens with the scores of the first decision, for losses. None for no decision, and without gradients."""
+    scores = decisions[0].scores if decisions and torch.is_grad_enabled() else None
+    return None if scores is None else (tokens, scores)
