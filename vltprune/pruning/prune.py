@@ -37,17 +37,7 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
         LookupError: for a preset or part that is not registered.
         ValueError: for a tower that the model lacks, and for parts that need what a tower lacks.
     """
-    if unwrapped(model) is not model:
-        raise TypeError(
-            f"a {type(model).__name__} wraps a {type(unwrapped(model)).__name__}: prune that one, and wrap what `prune` "
-            "returns (vltprune.unwrapped(model) is the model itself)"
-        )
-    if is_pruned(model):
-        raise TypeError("this model is pruned already: prune its dense host, prune(model.host, ...)")
-    if hasattr(model, "finished"):
-        raise TypeError(
-            "this model is finished for inference: prune the model that it was made from, and finish the result"
-        )
+    _check_dense(model)
     config = presets.preset(preset) if isinstance(preset, str) else preset
     if not isinstance(config, PruneConfig):
         raise TypeError(
@@ -84,6 +74,21 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     result = pruned[next(iter(pruned))] if composite is None else _assemble(model, composite, pruned, guide)
     object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
     return check_pruned(result)
+
+
+def _check_dense(model: nn.Module) -> None:
+    """TypeError for a model that is wrapped, pruned or finished."""
+    if unwrapped(model) is not model:
+        raise TypeError(
+            f"a {type(model).__name__} wraps a {type(unwrapped(model)).__name__}: prune that one, and wrap what `prune` "
+            "returns (vltprune.unwrapped(model) is the model itself)"
+        )
+    if is_pruned(model):
+        raise TypeError("this model is pruned already: prune its dense host, prune(model.host, ...)")
+    if hasattr(model, "finished"):
+        raise TypeError(
+            "this model is finished for inference: prune the model that it was made from, and finish the result"
+        )
 
 
 def _related(config: PruneConfig, specs: Mapping[str, BlockSpec]) -> dict[str, BlockSpec]:
