@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..cost.savings import Calibration
 from ..cost.targets import check_targets
 from ..data import Loader, Record, shards
 from ..data.images import list_images
-from ..data.records import R
+from ..data.records import with_one_text
 from ..evaluation import tasks
 from ..hosts.find import find_composite
 from ..io.checkpoint import CONFIG, WEIGHTS, save
@@ -193,7 +192,7 @@ def record_batches(
         ValueError: Where no record can be read.
     """
     device = next(model.parameters()).device
-    records = [_with_one_text(record) for record in records]
+    records = [with_one_text(record) for record in records]
     readable = [record for record in records if _is_readable(task, record)]
     loader = Loader(readable, common.input_transform(model), batch_size)
     batches: list[tuple[int, Batch]] = []
@@ -233,11 +232,6 @@ def _is_readable(task: tasks.Task[Any], record: Record) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _with_one_text(record: R) -> R:
-    """A record with the first of its captions: an image and one text are what an instance costs."""
-    return replace(record, captions=record.captions[:1]) if hasattr(record, "captions") else record
 
 
 def _print_towers(found: Calibration, model: PrunedModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar, overload
 
@@ -119,6 +119,11 @@ class Captioned(Record):
 
 
 R = TypeVar("R", bound=Record)
+
+
+def with_one_text(record: R) -> R:
+    """A record with the first of its captions: an image and one text are what an instance costs."""
+    return replace(record, captions=record.captions[:1]) if hasattr(record, "captions") else record
 
 
 @dataclass(frozen=True)

@@ -90,3 +90,7 @@ class FeatureSelector(TokenSelector):
     def width(self) -> int:
         """The width of a token's features."""
         return feature_width(self.spec, self.by)
+
+    def macs(self, before: Tensor, after: Tensor) -> Tensor | float:
+        # of each token with each, unless overridden
+        return self.width * before**2

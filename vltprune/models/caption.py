@@ -21,18 +21,13 @@ class BlipCaption(nn.Module):
     Captions come as a tokenizer gives them, [CLS] ... [SEP]. The model puts `bos_id` in the place of the first token.
 
     Args:
-        image_size: Side of the images, in pixels.
-        patch_size: Side of a patch, in pixels.
-        vision_width: Width of the image tower.
-        vision_depth: Blocks of the image tower.
-        vision_heads: Attention heads of the image tower.
+        image_size, patch_size, vision_width, vision_depth, vision_heads, drop_path: As in `Blip`.
         text_width: Width of the decoder.
         text_depth: Layers of the decoder.
         text_heads: Attention heads of the decoder.
         vocab_size: Number of token ids.
         max_positions: Longest caption, in tokens.
         dropout: Dropout probability of the decoder.
-        drop_path: Stochastic depth of the image tower's last block.
         prompt: Token ids that every caption begins with; the default is "a picture of" in BERT's vocabulary.
         bos_id: Token that begins a caption.
         eos_id: Token that ends a caption.

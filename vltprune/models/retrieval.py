@@ -21,18 +21,8 @@ class BlipRetrieval(nn.Module):
     sentence is matched with an image.
 
     Args:
-        image_size: Side of the images, in pixels.
-        patch_size: Side of a patch, in pixels.
-        vision_width: Width of the image tower.
-        vision_depth: Blocks of the image tower.
-        vision_heads: Attention heads of the image tower.
-        text_width: Width of the text tower.
-        text_depth: Layers of the text tower.
-        text_heads: Attention heads of the text tower.
-        vocab_size: Number of token ids.
-        max_positions: Longest sentence, in tokens.
-        dropout: Dropout probability of the text tower.
-        drop_path: Stochastic depth of the image tower's last block.
+        image_size, patch_size, vision_width, vision_depth, vision_heads, drop_path: As in `Blip`.
+        text_width, text_depth, text_heads, vocab_size, max_positions, dropout: As in `Blip`.
         embed_dim: Width of the features.
         temperature: Initial temperature of the contrast, a parameter.
         enc_id: Token that begins a sentence which cross-attends to an image.

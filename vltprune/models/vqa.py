@@ -23,18 +23,13 @@ class BlipVqa(nn.Module):
     first token and `bos_id` in that of an answer's.
 
     Args:
-        image_size: Side of the images, in pixels.
-        patch_size: Side of a patch, in pixels.
-        vision_width: Width of the image tower.
-        vision_depth: Blocks of the image tower.
-        vision_heads: Attention heads of the image tower.
+        image_size, patch_size, vision_width, vision_depth, vision_heads, drop_path: As in `Blip`.
         text_width: Width of encoder and decoder.
         text_depth: Layers of encoder and decoder, each.
         text_heads: Attention heads of encoder and decoder.
         vocab_size: Number of token ids.
         max_positions: Longest question or answer, in tokens.
         dropout: Dropout probability of encoder and decoder.
-        drop_path: Stochastic depth of the image tower's last block.
         bos_id: Token that begins an answer.
         enc_id: Token that begins a question.
         eos_id: Token that ends an answer.

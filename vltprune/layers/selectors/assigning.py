@@ -48,9 +48,6 @@ class Dominant(FeatureSelector):
         _, match = matching.nearest(features, candidates & ~dominant, targets)
         return padded_selection(tokens, dominant | targets, match)
 
-    def macs(self, before: Tensor, after: Tensor) -> Tensor:
-        return self.width * before**2
-
 
 @selectors.register("clusters")
 class Clusters(FeatureSelector):
@@ -91,9 +88,6 @@ class Clusters(FeatureSelector):
             return padded_selection(tokens, best)
         is_center, match = density_peaks(features, candidates & ~best, centers)
         return padded_selection(tokens, best | is_center, match)
-
-    def macs(self, before: Tensor, after: Tensor) -> Tensor:
-        return self.width * before**2
 
 
 @selectors.register("evenly")

@@ -36,9 +36,6 @@ class MaxMin(FeatureSelector):
         keep = choosing.max_min(*self.padded_features(tokens, stats), counts, most=largest(kept))
         return padded_selection(tokens, keep)
 
-    def macs(self, before: Tensor, after: Tensor) -> Tensor:
-        return self.width * before**2
-
 
 @selectors.register("dpp")
 class Dpp(FeatureSelector):
@@ -92,9 +89,6 @@ class Deduplicate(FeatureSelector):
         padded = segments.pad(scores.detach(), tokens.layout)
         keep = choosing.deduplicate(*self.padded_features(tokens, stats), counts, padded, self.important, largest(kept))
         return padded_selection(tokens, keep)
-
-    def macs(self, before: Tensor, after: Tensor) -> Tensor:
-        return self.width * before**2
 
 
 @selectors.register("pivots")
@@ -154,6 +148,3 @@ class UnlikeImportant(FeatureSelector):
         left = removed - goes.sum(1)
         goes = goes | (candidates & ~others & (rank >= (total - goes.sum(1) - left)[:, None]))
         return padded_selection(tokens, candidates & ~goes)
-
-    def macs(self, before: Tensor, after: Tensor) -> Tensor:
-        return self.width * before**2

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...data.records import with_one_text
 from ...evaluation.tasks import Task
 
 
@@ -36,7 +36,7 @@ def calibration_batches(
     """
     batches: list[Callable[..., Any]] = []
     for start in range(0, len(records), batch_size):
-        batch = [_with_one_text(record) for record in records[start : start + batch_size]]
+        batch = [with_one_text(record) for record in records[start : start + batch_size]]
         loaded = [(record, _load(task, record, prepare)) for record in batch]
         usable = [(record, images) for record, images in loaded if images is not None]
         if not usable:
@@ -55,8 +55,3 @@ def _load(task: Task[Any], record: Any, prepare: Callable[[Any], Tensor]) -> Ten
         return record.load_tensor(prepare)
     except (OSError, ValueError):
         return None
-
-
-def _with_one_text(record: Any) -> Any:
-    """A record with the first of its captions: an image and one text are what an instance costs."""
-    return replace(record, captions=record.captions[:1]) if hasattr(record, "captions") else record
