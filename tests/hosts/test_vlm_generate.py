@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers as hf
-from small_vlms import IMAGE_ID, STEPS, make
+from small_vlms import IMAGE_ID, STEPS, VLMS, make
 from test_vlm import BATCH, same
 
 import vltprune as vp
@@ -150,6 +150,79 @@ def test_bad_input(change, message):
     inputs = {key: value for key, value in (case.prompts((3, 4)) | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         case.pruned().generate(**inputs, **STEPS)
+
+
+def spoiled(case, inputs):
+    """Inputs of another model's processor, or of a damaged batch, each with what is said of it."""
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    place = int((ids[0] == IMAGE_ID).nonzero()[0])
+    wrong = {
+        "more": torch.cat([ids, torch.full((1, 2), IMAGE_ID)], 1),
+        "fewer": ids.clone(),
+        "none": torch.full_like(ids, 5),
+    }
+    wrong["fewer"][0, place] = 7
+    for changed in wrong.values():
+        types = {} if case.types is None else {case.types: (changed == IMAGE_ID).long()}
+        count = int((changed == IMAGE_ID).sum())
+        message = f"{count} placeholders of images, and the images give {case.rows} visual tokens"
+        yield {"input_ids": changed, "attention_mask": torch.ones_like(changed), **types}, message
+    yield {"pixel_values": pixels.clone().index_fill(0, torch.tensor([0]), torch.nan)}, "holds NaN or infinity"
+    # another image is not of the same size, has other dimensions
+    shapes = [(1, 3, 40, 40), (1, 2, 3, 40, 40), (7, 96)]
+    for shape in shapes:
+        yield {"pixel_values": torch.zeros(shape)}, "pixel_values (must be|are)|and the pixels are"
+    for name in inputs.keys() - {"input_ids", "attention_mask", "pixel_values", case.types}:
+        yield {name: None}, f"pixel_values is given without {name}"
+
+
+@pytest.mark.parametrize("name", VLMS)
+@torch.no_grad()
+def test_bad_input_of_each_model(name):
+    case = make(name)
+    inputs = case.prompts((3, 4))
+    places = {"preset": "divprune"}, {"preset": "random", "at": {"language": (0,)}, "keep": "ratio(ratio=0.5)"}
+    for pruned in (case.pruned(**place) for place in places):
+        for change, message in spoiled(case, inputs):
+            given = {key: value for key, value in (inputs | change).items() if value is not None}
+            for call in (pruned, pruned.generate):
+                with pytest.raises(ValueError, match=message):
+                    call(**given)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2.5", "qwen3"])
+@torch.no_grad()
+def test_placeholders_of_an_image_stand_in_a_row(name):
+    case = make(name)
+    inputs, pruned = case.prompts((3, 4, 5)), case.pruned()
+    # one image is torn in two; two images have nothing between them
+    for start, end, shift in ((3, 10, 4), (9, 19, -4)):
+        ids = inputs["input_ids"].clone()
+        ids[0, start:end] = ids[0, start:end].roll(shift)
+        given = inputs | {"input_ids": ids, case.types: (ids == IMAGE_ID).long()}
+        for call in (pruned, pruned.generate):
+            with pytest.raises(
+                ValueError, match=r"rows of \[.*\] placeholders of images, and the images give \[6, 6\]"
+            ):
+                call(**given)
+    other = inputs | {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 6, 6]])}
+    with pytest.raises(ValueError, match="60 patches"):
+        pruned(**other)
+    odd = inputs | {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 3, 8]])}
+    with pytest.raises(ValueError, match="multiples of 2"):
+        pruned(**odd)
+
+
+@pytest.mark.parametrize("name", ["llava-next", "llava-onevision"])
+@torch.no_grad()
+def test_tiles_of_an_image_are_those_of_its_size(name):
+    case = make(name)
+    inputs, pruned = case.prompts((3, 4)), case.pruned()
+    pixels, want = inputs["pixel_values"], pruned(**inputs).logits
+    same(pruned(**inputs | {"pixel_values": pixels[0]}).logits, want)
+    for wrong in (pixels[:, :2], pixels[0, :1], torch.cat([pixels, pixels])):
+        with pytest.raises(ValueError, match=r"have \[3\] tiles, and pixel_values are"):
+            pruned(**inputs | {"pixel_values": wrong})
 
 
 def test_decoding_by_hand_needs_positions():

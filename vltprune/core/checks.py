@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def check_images(images: Tensor, channels: int | None, size: tuple[int, int] | None, name: str = "images") -> None:
+def check_images(
+    images: Tensor,
+    channels: int | None,
+    size: tuple[int, int] | None,
+    name: str = "images",
+    leading: Sequence[str] = ("batch",),
+) -> None:
     """Checks a batch of images.
 
     Args:
-        images: [batch, channels, height, width].
+        images: [batch, channels, height, width]; with further dimensions where `leading` names them.
         channels: the channels that a model takes. None for any.
         size: height and width in pixels that a model takes. None for any.
         name: the argument's name, for the error.
+        leading: the names of the dimensions before the channels.
 
     Raises:
         ValueError: for another shape, for an empty batch, and for NaN or infinity.
     """
-    wanted = f"[batch, {channels or 'channels'}, {', '.join(map(str, size or ('height', 'width')))}]"
+    wanted = f"[{', '.join(map(str, (*leading, channels or 'channels', *(size or ('height', 'width')))))}]"
     if (
-        images.dim() != 4
-        or (channels is not None and images.shape[1] != channels)
-        or (size and tuple(images.shape[2:]) != size)
+        images.dim() != len(leading) + 3
+        or (channels is not None and images.shape[-3] != channels)
+        or (size and tuple(images.shape[-2:]) != size)
     ):
         raise ValueError(
             f"{name} must be {wanted}, got {list(images.shape)}: resize them, or build the model for that size"
         )
     if images.shape[0] == 0:
         raise ValueError(f"{name} is an empty batch: {list(images.shape)}; give at least one image")
+    check_finite(images, name)
+
+
+def check_finite(values: Tensor, name: str) -> None:
+    """Checks that a batch holds no NaN and no infinity. What records a graph passes.
+
+    Args:
+        values: [batch, ...].
+        name: the argument's name, for the error.
+
+    Raises:
+        ValueError: for NaN or infinity.
+    """
     # one pass: a sum of finite numbers may overflow, but one with NaN or infinity is never finite
-    if not is_recorded() and not images.sum().isfinite() and not images.isfinite().all():
-        bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
+    if not is_recorded() and not values.sum().isfinite() and not values.isfinite().all():
+        bad = int((~values.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ValueError(f"{name}[{bad}] holds NaN or infinity: check how it was loaded and normalized")
 
 

@@ -27,6 +27,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from ...core.checks import check_finite
 from ...core.layout import Layout
 from ...core.regions import Regions
 from ...core.statistics import Stat
@@ -285,7 +286,7 @@ def _numbered(ends: Tensor, patches: int) -> Tensor:
 
 
 def _check_patches(tower: Any, patches: Tensor, grid_thw: Tensor) -> None:
-    """ValueError for patches that are not those of a grid."""
+    """ValueError for patches that are not those of a grid, or not finite."""
     if grid_thw.dim() != 2 or grid_thw.shape[-1] != 3 or len(grid_thw) == 0:
         raise ValueError(f"grid_thw must be [images, 3], frames, rows and columns, got {list(grid_thw.shape)}")
     number = int(grid_thw.prod(-1).sum())
@@ -298,3 +299,4 @@ def _check_patches(tower: Any, patches: Tensor, grid_thw: Tensor) -> None:
         raise ValueError(
             f"rows and columns of grid_thw must be multiples of {tower.spatial_merge_size}, got {grid_thw.tolist()}"
         )
+    check_finite(patches, "pixels")

@@ -180,11 +180,14 @@ class VlmComposite(Composite):
         if not any(pixels in named for pixels in PIXELS.values()):
             return named, None
         mask = _mask(model, named, generating)
+        looked = dict(named)
+        rows = self.look(model, looked)
+        stays, visual, free = self._stays(model, named["input_ids"], rows)
         positions = named.get("position_ids")
         if positions is None:
+            # behind the count of placeholders, on which models fail here
             positions = self.positions(model, named, mask, generating)
-        rows = self.look(model, named)
-        stays, visual, free = self._stays(model, named["input_ids"], rows)
+        named = looked
         weights = self._weights(model, named["input_ids"], rows)
         if weights and "cache" in named:
             raise ValueError(

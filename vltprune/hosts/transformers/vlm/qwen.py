@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ....registry import hosts
 from ...base import Host
 from ...find import find_host
+from .composite import PIXELS
 from .rows import RowsComposite
 from .visual_rows import VisualRows, split_by_image
 
@@ -24,6 +27,15 @@ class QwenComposite(RowsComposite):
 
     def image_tower(self, model: Any) -> tuple[nn.Module, Host]:
         return model.base_model.visual, find_host(model.base_model.visual)
+
+    def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
+        for modality in PIXELS:
+            grid = given.get(f"{modality}_grid_thw")
+            if grid is not None:
+                sizes = grid.prod(-1) // model.config.vision_config.spatial_merge_size**2
+                places = (given["input_ids"] == self.token_id(model, modality)) & (mask != 0)
+                _check_runs(places, sizes.tolist(), modality)
+        return super().positions(model, given, mask, generating)
 
     def _prune(self, model: Any, modality: str, names: tuple[str, ...], *inputs: Any) -> VisualRows:
         encoder = model.base_model.visual
@@ -42,3 +54,18 @@ class QwenComposite(RowsComposite):
             inputs[1].prod(-1) // encoder.host.spatial_merge_size**2
         )
         return VisualRows(short, kept, None, tokens.keep_prob, tokens.counted_prob, calls[0].grid + above)
+
+
+def _check_runs(places: Tensor, sizes: list[int], modality: str) -> None:
+    """ValueError where an image does not have its placeholders in a row; frames of a video may stand apart.
+
+    `places` [batch, length] bool, true at placeholders; `sizes`, the visual tokens of each image.
+    """
+    # where it changes, once at each end of a row
+    ends = nn.functional.pad(places, (1, 1)).int().flatten().diff().nonzero().flatten()
+    runs = (ends[1::2] - ends[::2]).tolist()
+    if runs != sizes and (modality == "image" or not {*accumulate(sizes)} <= {*accumulate(runs)}):
+        raise ValueError(
+            f"the prompts have rows of {runs} placeholders of {modality}s, and the {modality}s give {sizes} visual tokens: "
+            "prepare both in one call of this model's processor"
+        )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ....core.checks import check_finite
 from ....core.layout import Layout
 from ....core.statistics import AttentionStats, Stat
 from ....core.tokens import PackedTokens
@@ -116,6 +117,19 @@ class RowsHost(Host):
         """
         raise TypeError(f"no host computes the attention of a {type(tower).__name__}'s image tower")
 
+    def check_pixels(self, tower: Any, modality: str, inputs: Mapping[str, Any]) -> None:
+        """Check images before anything runs. Where their shape is not known, only that they are finite.
+
+        Args:
+            tower: The dense model.
+            modality: "image" or "video".
+            inputs: What image tower and projector read.
+
+        Raises:
+            ValueError: For images that the model cannot take.
+        """
+        check_finite(inputs[PIXELS[modality]], PIXELS[modality])
+
     def blocks(self, tower: Any) -> Sequence[nn.Module]:
         # parts get the dtype and the device of what visual tokens stand between
         return (tower.get_input_embeddings(),)
@@ -129,6 +143,7 @@ class RowsHost(Host):
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
         # what belongs to no token, the form of the output, goes where a block's other input does
         inputs, stats = dict(zip(names, values, strict=True)), AttentionStats()
+        self.check_pixels(tower, modality, inputs)
         if needs:
             output, stats = self.attention(tower, modality, needs, **inputs)
         else:
@@ -195,7 +210,15 @@ class RowsComposite(VlmComposite):
             call = getattr(model.base_model, f"get_{modality}_features", None)
             if pixels not in given or call is None:
                 continue
-            names = tuple(name for name in inspect.signature(call).parameters if name in given)
+            takes = inspect.signature(call).parameters
+            for name, parameter in takes.items():
+                # Qwen's default of its grid is None, which it cannot take
+                needed = parameter.default is inspect.Parameter.empty or name.endswith("_grid_thw")
+                if needed and name not in given and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+                    raise ValueError(
+                        f"{pixels} is given without {name}: give both, as this model's processor makes them"
+                    )
+            names = tuple(name for name in takes if name in given)
             found[modality] = self._prune(model, modality, names, *(given[name] for name in names))
             read |= set(names)
         for name in read:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from ....core.checks import check_images
 from ....core.statistics import AttentionStats, Stat
 from ....layers import BlockSpec
 from ....registry import hosts
 from ...find import find_host
 from ...graft import with_descendant
 from ..base import ImageHost
+from .composite import PIXELS
 from .observed import Observer, observed
 from .rows import RowsComposite, RowsHost
 
@@ -48,6 +50,28 @@ class TowerRowsHost(RowsHost):
         text, vision = tower.config.get_text_config(), tower.config.vision_config
         has_summary = self.vision(tower).prefix > 0
         return BlockSpec(name, depth, 1, text.hidden_size, vision.num_attention_heads, has_summary)
+
+    def check_pixels(self, tower: Any, modality: str, inputs: Mapping[str, Any]) -> None:
+        config, name = tower.config.vision_config, PIXELS[modality]
+        side, unit = config.image_size, self.unit(tower)
+        size = (side, side) if isinstance(side, int) else tuple(side)
+        pixels = inputs[name]
+        leading = self.leading(pixels.dim()) if modality == "image" else ("videos", "frames")
+        check_images(pixels, getattr(config, "num_channels", 3), None if unit else size, name, leading)
+        height, width = pixels.shape[-2:]
+        if unit and (height != width or height % unit):
+            raise ValueError(
+                f"{name} must be squares with sides of a multiple of {unit} pixels, got {height} x {width}: prepare them "
+                "with this model's processor"
+            )
+
+    def leading(self, dims: int) -> tuple[str, ...]:
+        """The names of the dimensions of images before the channels, where pixels have so many in all."""
+        return ("images",)
+
+    def unit(self, tower: Any) -> int | None:
+        """What sides of images are multiples of, in pixels; None for a model of one size."""
+        return None
 
     def vision(self, tower: Any) -> VisionTower:
         """Where the image tower is, and its attention. TypeError for a tower that is not known."""
@@ -92,6 +116,22 @@ class TiledRowsHost(TowerRowsHost):
 
     is_square = False
 
+    def leading(self, dims: int) -> tuple[str, ...]:
+        # those of all images may be in a row
+        return ("tiles",) if dims == 4 else ("images", "tiles")
+
+    def check_pixels(self, tower: Any, modality: str, inputs: Mapping[str, Any]) -> None:
+        super().check_pixels(tower, modality, inputs)
+        if modality == "image":
+            tiles, shape = self._tiles(tower, inputs), inputs["pixel_values"].shape
+            # images with fewer tiles than others are padded
+            fits = shape[0] == sum(tiles) if len(shape) == 4 else shape[0] == len(tiles) and shape[1] >= max(tiles)
+            if not fits:
+                raise ValueError(
+                    f"images of image_sizes have {tiles} tiles, and pixel_values are {list(shape)}: prepare both in one call "
+                    "of this model's processor"
+                )
+
     def rows(self, tower: Any, modality: str, patches: Tensor, inputs: dict[str, Any]) -> Tensor:
         base, newline = tower.base_model, patches.new_zeros(patches.shape[-1])
         if modality == "video":
@@ -104,7 +144,7 @@ class TiledRowsHost(TowerRowsHost):
                 options[name] = inputs.get(name) or getattr(tower.config, name)
         return torch.cat(base.pack_image_features(tiles, **options)[0])
 
-    def _tiles(self, tower: Any, inputs: dict[str, Any]) -> list[int]:
+    def _tiles(self, tower: Any, inputs: Mapping[str, Any]) -> list[int]:
         """How many tiles each image has."""
         options = {
             "grid_pinpoints": tower.config.image_grid_pinpoints,
@@ -131,6 +171,10 @@ class PooledRowsHost(TowerRowsHost):
 class ShuffledRowsHost(TowerRowsHost):
     """Host of the visual tokens of InternVL, squares of patches side by side."""
 
+    def unit(self, tower: Any) -> int:
+        patch = tower.config.vision_config.patch_size
+        return round((patch if isinstance(patch, int) else patch[0]) / tower.config.downsample_ratio)
+
     def vision(self, tower: Any) -> VisionTower:
         return VisionTower("vision_tower", "encoder.layer", "attention", 1)
 
@@ -145,6 +189,12 @@ class ConnectedRowsHost(TowerRowsHost):
     """Host of the visual tokens of Idefics3 and SmolVLM, squares of patches side by side, all tiles of a prompt together."""
 
     is_square = False
+
+    def leading(self, dims: int) -> tuple[str, ...]:
+        return ("prompts", "images")
+
+    def unit(self, tower: Any) -> int:
+        return tower.config.vision_config.patch_size * tower.config.scale_factor
 
     def vision(self, tower: Any) -> VisionTower:
         return VisionTower("vision_model", "encoder.layers", "self_attn", 0)
