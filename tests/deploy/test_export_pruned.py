@@ -15,6 +15,8 @@ from torch.export import Dim
 import vltprune as vp
 from vltprune.deploy import graph
 from vltprune.deploy.engines import ENGINES
+from vltprune.layers.algorithms import choosing
+from vltprune.layers.scorers.base import hash_integers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -134,6 +136,9 @@ class Operators(torch.nn.Module):
             "a small number": (x * 0 + 1e-8) * 1e8 - 1e-9,
             "logarithm": torch.nn.functional.logsigmoid(50 * x),
             "sum of exponentials": torch.logaddexp(100 * x, 50 * x - 99),
+            "shift": x.long() >> 1,
+            "lower bits of a hash": hash_integers((99 * x).long(), 3) & 0xFFFF,
+            "upper bits of a hash": hash_integers((99 * x).long(), 3) >> 16,
         }
 
 
@@ -147,6 +152,24 @@ def test_operators_compute_what_they_do_in_torch(form, tmp_path):
     engine.write(exported, file, ["x"], [*wanted])
     for found, (name, one) in zip(engine.run(file, [{"x": others}])[0], wanted.items(), strict=True):
         assert torch.allclose(found.to(one.dtype), one, atol=1e-7, rtol=1e-6), name
+
+
+class Deduplicates(torch.nn.Module):
+    """Which 3 of the tokens [1, n, 3] that a mask [1, n] has `deduplicate` keeps."""
+
+    def forward(self, x, mask):
+        x = x[mask][None]
+        torch._check(x.shape[1] >= 2)
+        counts, candidates = torch.tensor([3]), torch.ones_like(x[..., 0], dtype=torch.bool)
+        return {"keep": choosing.deduplicate(x, candidates, counts, x[..., 0])}
+
+
+def test_tokens_of_any_number_are_compared_round_after_round():
+    x, masks = torch.randn(1, 6, 3), [torch.arange(6)[None] < length for length in (5, 6, 4, 3)]
+    exported = torch.export.export(Deduplicates(), (x, masks[0])).module()
+    for mask in masks:
+        keep = exported(x, mask)["keep"]
+        assert keep.sum() == 3 and torch.equal(keep, Deduplicates()(x, mask)["keep"])
 
 
 @pytest.mark.slow

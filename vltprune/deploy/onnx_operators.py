@@ -20,6 +20,7 @@ def operators() -> dict[Callable[..., object], Callable[..., object]]:
         aten.log_sigmoid.default: _log_sigmoid,
         aten.logaddexp.default: _logaddexp,
         aten.where.self: _where,
+        aten.__rshift__.Scalar: _right_shift,
     }
 
 
@@ -107,6 +108,13 @@ def _where(condition: Any, self: Any, other: Any) -> Any:
     if str(self.dtype) != "BOOL":
         return op.Where(condition, self, other)
     return op.Or(op.And(condition, self), op.And(op.Not(condition), other))
+
+
+def _right_shift(self: Any, other: int) -> Any:
+    """x >> n of integers: OpenVINO divides them in single precision, which is exact for 24 bits once the last n are zero."""
+    op = _onnx()
+    unit = op.CastLike(op.Constant(value_int=1 << other), self)
+    return op.Div(op.BitwiseAnd(self, op.Neg(unit)), unit)
 
 
 def _onnx() -> Any:

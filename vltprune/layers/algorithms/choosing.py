@@ -135,14 +135,15 @@ def deduplicate(
     goal, length = (counts - by_score)[:, None], (total - by_score)[:, None]
 
     similarity = cosine(features, candidates)
-    # the sequence begins behind those that stay by score
-    sequence = order.gather(1, (positions(order) + by_score[:, None]) % n)
-    longest, most = n, most_of(candidates, counts, most)
+    longest, most = bound(n), bound(most_of(candidates, counts, most))
+    # the sequence begins behind those that stay by score; behind its length it repeats the last one
+    place = torch.arange(longest, device=order.device) + by_score[:, None]
+    sequence = order.gather(1, place.clamp(max=n - 1))
     while longest > 0 and not precision.surely_none(length > goal):
         sequence, length = _thin(similarity, sequence[:, : max(longest, most)], length, goal)
         # of those that are not yet as short as they should be
         longest -= min(8, -(-longest // 2))
-    stays = torch.zeros_like(candidates).scatter(1, sequence, positions(sequence) < length)
+    stays = torch.zeros_like(rank).scatter_add(1, sequence, (positions(sequence) < length).long()) > 0
     return candidates & (stays | (rank < by_score[:, None]))
 
 

@@ -248,7 +248,8 @@ def hash_integers(a: Integers, b: Integers | int) -> Integers:
     Returns:
         The hash, in 0 .. 2^31 - 1, an integer or a tensor as `a` is.
     """
-    h = (a * 0x9E3779B1 + b * 0x85EBCA77 + 0x165667B1) & 0x7FFFFFFF
+    # engines such as OpenVINO have integers of 32 bits: products may wrap around, but constants must fit
+    h = (a * 0x1E3779B1 + ((b * 0x05EBCA77 + 0x165667B1) & 0x7FFFFFFF)) & 0x7FFFFFFF
     for multiplier in (0x2C1B3C6D, 0x297A2D39):
         h = ((h ^ (h >> 15)) * multiplier) & 0x7FFFFFFF
     return h ^ (h >> 14)
