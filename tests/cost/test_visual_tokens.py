@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 from small_models import BLIP
 from small_vlms import make
 
@@ -70,6 +71,16 @@ def test_counts_are_means_over_prompts():
     case = make("llava")
     found = vp.visual_tokens(case.pruned(keep="count(count=3)"), case.prompts((3, 4), (2, 3, 5), (4,)))
     assert found.layers == (3.0, 3.0) and found.dense == 16.0
+
+
+def test_inputs_as_a_processor_returns_them():
+    case = make("llava")
+    pruned, inputs = case.pruned(keep="count(count=4)"), case.prompts((3, 4))
+    want = vp.count_macs(pruned, **inputs)
+    batch = transformers.BatchEncoding(inputs)
+    for cost in (vp.count_macs(pruned, inputs), vp.count_macs(pruned, batch, logits_to_keep=0)):
+        assert (cost.total, cost.dense_total) == (want.total, want.dense_total)
+    assert vp.visual_tokens(pruned, inputs | {"labels": inputs["input_ids"]}) == vp.visual_tokens(pruned, batch)
 
 
 def test_calibrating_reaches_a_cost_of_the_whole_model():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_models import images
 from small_qformers import MODELS, PATCHES, QUERIES, SPEAKING, make, matching
-from small_vlms import STEPS
+from small_vlms import IMAGE_ID, STEPS
 from test_vlm import PRESETS, same
 
 import vltprune as vp
@@ -283,6 +283,32 @@ def test_bad_images(change, message):
     inputs = case.prompts() | change
     with pytest.raises(ValueError, match=message):
         case.pruned("evit")(**inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "eager" not in name])
+@torch.no_grad()
+def test_placeholders_are_queries_of_the_images(name):
+    case = make(name)
+    inputs, pruned = case.prompts(), case.pruned("evit")
+    kind, calls = "video" if case.frames > 1 else "image", [pruned, *([pruned.generate] if name in SPEAKING else [])]
+    fewer = inputs["input_ids"].clone()
+    fewer[0, fewer[0] == IMAGE_ID] = 5
+    queries = 3 * QUERIES * case.frames
+    for change, numbers in (
+        ({"pixel_values": inputs["pixel_values"][:2]}, (queries, queries * 2 // 3)),
+        ({"input_ids": fewer}, (queries * 2 // 3, queries)),
+    ):
+        given = inputs | change
+        for call in calls:
+            with pytest.raises(
+                ValueError,
+                match=f"have {numbers[0]} placeholders of {kind}s, and the {kind}s give {numbers[1]} visual",
+            ):
+                call(**given)
+    if name in SPEAKING:
+        named = {key: value for key, value in inputs.items() if key != "pixel_values"}
+        got, want = pruned.generate(inputs["pixel_values"], **named, **STEPS), pruned.generate(**inputs, **STEPS)
+        assert torch.equal(got.sequences, want.sequences)
 
 
 def test_what_is_refused():

@@ -143,6 +143,7 @@ def test_copies_and_files(name, tmp_path):
         ({"attention_mask": torch.ones(1, 1, 23, 23)}, "attention_mask must be"),
         ({"vision_feature_layer": -1}, "vision_feature_layer"),
         ({"assistant_model": object()}, "assistant_model"),
+        ({"pixel_values_images": torch.zeros(1, 3, 32, 32)}, "does not take pixel_values_images"),
     ],
 )
 def test_bad_input(change, message):
@@ -211,6 +212,31 @@ def test_placeholders_of_an_image_stand_in_a_row(name):
     odd = inputs | {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 3, 8]])}
     with pytest.raises(ValueError, match="multiples of 2"):
         pruned(**odd)
+
+
+@torch.no_grad()
+def test_drafts_of_the_prompt_need_caches_of_one_length():
+    case = make("llava")
+    inputs, how = case.prompts((8, 9)), {"do_sample": False, "max_new_tokens": 6, "prompt_lookup_num_tokens": 2}
+    pruned = case.pruned(keep="count(count=2)")
+    assert torch.equal(
+        pruned.generate(**inputs, **how), pruned.generate(**inputs, **how | {"prompt_lookup_num_tokens": None})
+    )
+    layers = case.pruned("random", keep="ratio(ratio=0.5)", at={"language": (0,)})
+    with pytest.raises(ValueError, match="caches of different lengths: leave it out, or prune before"):
+        layers.generate(**inputs, **how)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3", "internvl"])
+@torch.no_grad()
+def test_the_model_inside_takes_no_images(name):
+    case = make(name)
+    inputs, pruned = case.prompts((3, 4)), case.pruned()
+    with pytest.raises(ValueError, match=r"call the whole model, model\(\*\*inputs\)"):
+        pruned.model(**inputs)
+    words = case.prompts((3,))
+    same(pruned.model(**words).last_hidden_state, case.model.model(**words).last_hidden_state)
+    assert case.model.model(**inputs).last_hidden_state.shape[1] == inputs["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("name", ["llava-next", "llava-onevision"])

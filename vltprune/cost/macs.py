@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def count_macs(model: nn.Module, *inputs: object, **named: object) -> Cost:
 
     Args:
         model: a pruned model.
-        *inputs: as the model takes them, on its device.
+        *inputs: as the model takes them, on its device. A mapping alone is all of them by name, as processors return it.
         **named: likewise, by name.
 
     Returns:
@@ -71,6 +71,8 @@ def count_macs(model: nn.Module, *inputs: object, **named: object) -> Cost:
     Raises:
         TypeError: for a dense model.
     """
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        inputs, named = (), {**inputs[0], **named}
     with _ONE_AT_A_TIME:
         with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
             model(*inputs, **named)

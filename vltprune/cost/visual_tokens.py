@@ -113,7 +113,7 @@ def visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
 
     Args:
         model: a pruned vision-language model with a language model.
-        inputs: what its processor makes of images and prompts, on the model's device.
+        inputs: what its processor makes of images and prompts, on the model's device. Labels are left out.
 
     Returns:
         Tokens and MACs, pruned and dense.
@@ -130,7 +130,8 @@ def visual_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> VisualTokens:
             f"a {type(host).__name__} has no language model that reads visual tokens: use vltprune.count_macs"
         )
     with evaluating(model), torch.no_grad(), collect(threads=False) as traces:
-        model(**inputs, logits_to_keep=1)
+        # a loss would need the logits of all tokens
+        model(**{name: value for name, value in inputs.items() if name != "labels"}, logits_to_keep=1)
     counts = PromptCounts.from_traces(traces, language.layers)
     if counts is None:
         raise ValueError("these inputs have no images: give pixel_values, as the model's processor makes them")

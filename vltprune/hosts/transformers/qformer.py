@@ -6,10 +6,12 @@ queries of them as of all tokens. So the language model runs as it is, and `forw
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.blip_2.modeling_blip_2 import Blip2Attention, Blip2EncoderLayer
@@ -28,6 +30,7 @@ from ..soft import refuse_soft_tokens
 from .base import TransformersComposite
 from .blip import BlipVisionHost, occupied
 from .qformer_cost import PartCost, PartStats, add_hooks, measure_parts
+from .vlm.visual_rows import check_count
 
 # what stands behind the image tower
 _BEHIND = ("qformer", "language_projection", "language_model", "vision_projection", "text_projection", "itm_head")
@@ -93,11 +96,37 @@ class QFormerComposite(TransformersComposite):
                 model = with_submodule(model, name, copy_modules(model.get_submodule(name)))
         model.get_submodule("qformer").register_forward_pre_hook(_hide_padding, with_kwargs=True)
         add_hooks(model)
-        return super().assemble(model, towers)
+        model = super().assemble(model, towers)
+        if hasattr(model, "language_model"):
+            model.register_forward_pre_hook(_check_forward, with_kwargs=True)
+            # it calls no `forward`
+            object.__setattr__(model, "generate", partial(_generate, model))
+        return model
 
     def decoder_macs(self, model: nn.Module, decoded: Iterable[DecodeStats], memory: int) -> float:
         self._costs = self._costs or measure_parts(model)
         return sum(self._costs[call.part].macs(call, memory) for call in decoded if isinstance(call, PartStats))
+
+
+def _check_forward(model: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Hook before a model with a language model: ValueError for placeholders that do not fit the images."""
+    _check_prompts(model, **inspect.signature(model.forward).bind_partial(*args, **named).arguments)
+
+
+def _generate(model: Any, *args: Any, **named: Any) -> Any:
+    """The dense class' `generate`. ValueError for placeholders that do not fit the images."""
+    generate = partial(type(model).generate, model)
+    _check_prompts(model, **inspect.signature(generate).bind_partial(*args, **named).arguments)
+    return generate(*args, **named)
+
+
+def _check_prompts(
+    model: Any, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, **rest: Any
+) -> None:
+    config, modality = model.config, "video" if hasattr(model.config, "video_token_id") else "image"
+    if pixel_values is not None and input_ids is not None:
+        places = int((input_ids == getattr(config, f"{modality}_token_id")).sum())
+        check_count(places, config.num_query_tokens * pixel_values.shape[:-3].numel(), modality)
 
 
 def _hide_padding(qformer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

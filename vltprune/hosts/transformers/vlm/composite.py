@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -24,7 +25,7 @@ from ..saving import with_pruning_saved
 from .language_cost import measure_language, report_prompts
 from .prompt import PromptIndex, ShortPrompt, VisualTokens, last_before_answer, text_positions
 from .pruned import PrunedVlm, pruned_copy
-from .visual_rows import VisualRows, behind_cache
+from .visual_rows import VisualRows, behind_cache, check_count
 from .windows import cached_index, with_whole_windows
 
 # names of a model's pixels, by modality
@@ -100,6 +101,9 @@ class VlmComposite(Composite):
             # a language model that no stage prunes stays the dense one: stock caches and kernels
             if not (tower == "language" and isinstance(new, PrunedEncoder) and not len(new.pruners)):
                 model = with_descendant(model, self.places[tower], new)
+        base: Any = model.base_model
+        if base is not model:
+            base.register_forward_pre_hook(_refuse_pixels, with_kwargs=True)
         return with_pruning_saved(pruned_copy(model, self))
 
     def language_tower(self, model: PrunedVlm, visual: VisualTokens | None) -> PrunedEncoder | None:
@@ -263,11 +267,7 @@ class VlmComposite(Composite):
         free = stays
         for modality, found in rows.items():
             places = ids == self.token_id(model, modality)
-            if places.sum() != found.kept.shape[0]:
-                raise ValueError(
-                    f"the prompts have {int(places.sum())} placeholders of {modality}s, and the {modality}s give "
-                    f"{found.kept.shape[0]} visual tokens: prepare both in one call of this model's processor"
-                )
+            check_count(int(places.sum()), found.kept.shape[0], modality)
             stays, visual = stays.masked_scatter(places, found.kept.to(ids.device)), visual | places
             if found.protected is not None:
                 free = free.masked_scatter(places, ~found.protected.to(ids.device))
@@ -308,6 +308,14 @@ class VlmComposite(Composite):
         """ValueError for inputs that cannot be pruned, or not pruned right."""
         if "mm_encoder_outputs" in named:
             raise ValueError("mm_encoder_outputs holds features that are not pruned: give the images, pixel_values=...")
+        unknown = next(
+            (name for name in named if name.startswith("pixel_values") and name not in PIXELS.values()), None
+        )
+        if unknown is not None:
+            raise ValueError(
+                f"a pruned {type(model).__name__} does not take {unknown}: what is pruned are images given as pixel_values and "
+                "videos given as pixel_values_videos; give those alone, or run the dense model"
+            )
         pixels = [name for name in PIXELS.values() if name in named]
         ids = named.get("input_ids")
         if pixels and ids is None:
@@ -334,6 +342,17 @@ class VlmComposite(Composite):
                     raise ValueError(
                         f"the prompt has {places} placeholders of {modality}s and no {name}: give the {modality}s{again}"
                     )
+
+
+def _refuse_pixels(base: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Hook before the model inside a pruned one, which has no images to look at unless it is called by itself."""
+    if args:
+        named = {**inspect.signature(base.forward).bind_partial(*args).arguments, **named}
+    if any(named.get(pixels) is not None for pixels in PIXELS.values()):
+        raise ValueError(
+            f"a {type(base).__name__} inside a pruned model does not prune by itself: call the whole model, model(**inputs), "
+            "with logits_to_keep=1 where no logits are asked for"
+        )
 
 
 def _mask(model: Any, named: Mapping[str, Any], generating: bool) -> Tensor:

@@ -114,6 +114,13 @@ class PrunedVlm(nn.Module):
             raise ValueError(
                 "assistant_model= drafts with a model that reads the whole prompt, and this one reads a part: leave it out"
             )
+        language = get_pruning(self).towers.get("language")
+        looks_up = self._setting("prompt_lookup_num_tokens", generation_config, named)
+        if looks_up and language is not None and len(language.pruners):
+            raise ValueError(
+                "prompt_lookup_num_tokens= takes drafts out of the cache again, and layers that drop tokens have caches of "
+                "different lengths: leave it out, or prune before the language model, place='output'"
+            )
         prompt = named.get("input_ids")
         if prompt is not None:
             named |= self._new_lengths(prompt.shape[1], generation_config, named)

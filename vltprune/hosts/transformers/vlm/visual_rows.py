@@ -94,3 +94,21 @@ def split_by_image(
     if levels is not None:
         output["deepstack_features"] = [list(level.split(list(lengths))) for level in levels]
     return output
+
+
+def check_count(places: int, rows: int, modality: str) -> None:
+    """Check that prompts have a placeholder for each visual token.
+
+    Args:
+        places: How many placeholders there are in all prompts.
+        rows: How many visual tokens there are of all images or videos.
+        modality: "image" or "video".
+
+    Raises:
+        ValueError: For more or fewer.
+    """
+    if places != rows:
+        raise ValueError(
+            f"the prompts have {places} placeholders of {modality}s, and the {modality}s give {rows} visual tokens: prepare "
+            "both in one call of this model's processor"
+        )
