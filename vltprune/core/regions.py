@@ -23,11 +23,13 @@ class Regions:
         layout: the rows of each region.
         rows: how many rows of attention a token is, such as the patches that become one visual token.
         order: [total] int64, the tokens region after region. None where that is the order in which they are.
+        bias: [rows of all], what is added to the logits of each row as a key, region after region. None for nothing.
     """
 
     layout: Layout
     rows: int = 1
     order: Tensor | None = None
+    bias: Tensor | None = None
 
     @lazy
     def _inverse(self) -> Tensor:

@@ -73,13 +73,20 @@ class BlockAttention:
         regions = self.regions
         return stats if regions is None else stats.mapped(lambda values: regions.gather(values).mean(1))
 
+    def _key_bias(self, rows: PackedTokens) -> Tensor | None:
+        """What is added to the logits of each key: for tokens that are there in part, and for rows that none attends to."""
+        regions = None if self.regions is None else self.regions.bias
+        if regions is None or rows.bias is None:
+            return rows.bias if regions is None else regions
+        return rows.bias + regions
+
     def _options(self, rows: PackedTokens, needs: Stat | None) -> dict[str, Any]:
         """What attention is called with besides queries, keys and values."""
         host, block = self.host, self.block
         pairs = host.pair_bias(block, self.tokens, self.block_input)
         causal = host.causal(self.tower) and not isinstance(pairs, PairMask)
         options: dict[str, Any] = {"causal": causal, "dropout": host.attention_dropout(block), "pairs": pairs}
-        options |= {"key_bias": rows.bias, "softcap": host.softcap(block)}
+        options |= {"key_bias": self._key_bias(rows), "softcap": host.softcap(block)}
         if needs is not None and Stat.FROM_QUERY in needs and self.text is not None:
             # as a token of its own, by the block's own norm and query projection
             text = PackedTokens.pack(self.text[:, None].to(self.tokens.x.dtype))

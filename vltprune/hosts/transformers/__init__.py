@@ -10,7 +10,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < _OLDEST:
         "can: pip install 'vltprune[hf]'"
     )
 
-from . import blip, clip, dino, heads, language, modernbert, qformer, qwen_vision, text, vilt, vit, vlm  # noqa: E402
+from . import blip, clip, dino, heads, language, modernbert, patch_groups, qformer, qwen_vision, text, vilt, vit, vlm  # noqa: E402
 from .vlm import generic_composite  # noqa: E402
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "heads",
     "language",
     "modernbert",
+    "patch_groups",
     "qformer",
     "qwen_vision",
     "text",

@@ -30,7 +30,7 @@ from ..soft import padded_bias
 from .base import ImageHost, PreNormHost, TextHost, TransformersComposite
 
 
-class _BlocksHost(PreNormHost):
+class ClipBlocksHost(PreNormHost):
     """The pre-norm blocks that all these towers have."""
 
     layers = "encoder.layers"
@@ -45,7 +45,7 @@ class _BlocksHost(PreNormHost):
 
 
 @hosts.register("transformers.models.clip.modeling_clip.CLIPVisionModel")
-class ClipVisionHost(_BlocksHost, ImageHost):
+class ClipVisionHost(ClipBlocksHost, ImageHost):
     """Host of CLIP's image tower. As in transformers, the last hidden state is not normed, and the pooled class token is."""
 
     def embed(
@@ -62,7 +62,7 @@ class ClipVisionHost(_BlocksHost, ImageHost):
 
 
 @hosts.register("transformers.models.siglip.modeling_siglip.SiglipVisionModel")
-class SiglipVisionHost(_BlocksHost, ImageHost):
+class SiglipVisionHost(ClipBlocksHost, ImageHost):
     """Host of SigLIP's image tower, which has no class token and pools the kept tokens by attention."""
 
     has_summary = False
@@ -97,7 +97,7 @@ class Siglip2VisionHost(SiglipVisionHost):
         return inputs[0].shape[1]
 
 
-class _ClipLikeTextHost(_BlocksHost, TextHost):
+class _ClipLikeTextHost(ClipBlocksHost, TextHost):
     """Host of a text tower. All tokens that the mask shows enter, those behind the pooled one too."""
 
     def head(self, tower: Any, tokens: PackedTokens, block_inputs: tuple[object, ...]) -> BaseModelOutputWithPooling:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention, Qwen2_5_VLVisionBlock
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -30,87 +29,13 @@ from transformers.vision_utils import (
 from ...core.checks import check_finite
 from ...core.layout import Layout
 from ...core.regions import Regions
-from ...core.statistics import Stat
 from ...core.tokens import PackedTokens
 from ...layers.block_spec import BlockSpec
 from ...layers.grid import COLUMN as GRID
-from ...pruning.config import PruneConfig
-from ...pruning.pruner import Pruner
 from ...registry import hosts
 from ..ops import by_tiles, is_affine
-from .base import PrunedTransformer, TransformersHost
-
-
-class PatchAttention:
-    """What attention needs in the blocks of one kind, in one call: regions and rotary tables of the tokens that are left.
-
-    Args:
-        tables: Cosine and sine of all patches of the call, [2, visual tokens, patches, head_dim].
-        starts: [images] int64, the first visual token of each image or video.
-        region: [visual tokens] int64, the region in which each attends, larger from image to image. None for whole images.
-        is_ordered: Whether the tokens of a region follow each other.
-    """
-
-    def __init__(self, tables: Tensor, starts: Tensor, region: Tensor | None, is_ordered: bool = True):
-        self.tables, self.starts, self.region, self.is_ordered = tables, starts, region, is_ordered
-        self._last: tuple[Tensor, tuple[Regions, Tensor]] | None = None
-
-    def row(self, tokens: PackedTokens) -> Tensor:
-        """[total] int64: the place of each token among all visual tokens of the call."""
-        return self.starts[tokens.layout.instance] + tokens.position
-
-    def of(self, tokens: PackedTokens) -> tuple[Regions, Tensor]:
-        """The regions of tokens, and cosine and sine of their patches, region after region, [2, patches of all, head_dim]."""
-        # computed anew where tokens went
-        if self._last is None or self._last[0] is not tokens.position:
-            self._last = tokens.position, self._regions(tokens)
-        return self._last[1]
-
-    def _regions(self, tokens: PackedTokens) -> tuple[Regions, Tensor]:
-        patches, row, order = self.tables.shape[2], self.row(tokens), None
-        layout = tokens.layout.map(lambda length: length * patches)
-        if self.region is not None:
-            region = self.region[row]
-            if not self.is_ordered:
-                order = region.argsort(stable=True)
-                region, row = region[order], row[order]
-            lengths = region.unique_consecutive(return_counts=True)[1].tolist()
-            layout = Layout([length * patches for length in lengths], row.device)
-        return Regions(layout, patches, order), self.tables.index_select(1, row).flatten(1, 2)
-
-
-@dataclass(frozen=True)
-class VisionInput:
-    """What one call gives to one block besides its tokens.
-
-    Attributes:
-        attention: Regions and rotary tables, of all blocks of the same kind.
-        grid: [visual tokens, 2] int64, row and column of each in its image or video.
-        level: Which level of deeper features the block's output is (DeepStack, arXiv 2406.04334); None for none.
-    """
-
-    attention: PatchAttention
-    grid: Tensor
-    level: int | None = None
-
-
-class PrunedQwenVision(PrunedTransformer):
-    """A pruned image tower of Qwen-VL.
-
-    Args:
-        host, adapter, config, guide, tower, composite: As in `PrunedEncoder`.
-    """
-
-    def build_pruners(self, config: PruneConfig) -> nn.ModuleDict:
-        pruners = super().build_pruners(config)
-        for pruner in pruners.values():
-            if isinstance(pruner, Pruner) and Stat.FROM_QUERY in pruner.needs:
-                raise ValueError(
-                    f"a part reads the attention of a text query ({Stat.FROM_QUERY}), and a token of a "
-                    f"{type(self.host).__name__} is several patches, of which no text is one: choose another scorer, such as "
-                    "'column_attention'"
-                )
-        return pruners
+from .base import TransformersHost
+from .patch_groups import PatchAttention, PatchInput, PrunedPatchGroups
 
 
 class QwenVisionHost(TransformersHost):
@@ -123,7 +48,7 @@ class QwenVisionHost(TransformersHost):
     loses them too, and a merged token has those of the token where it stands.
     """
 
-    pruned_class = PrunedQwenVision
+    pruned_class = PrunedPatchGroups
     layers = "blocks"
     attention = "attn"
     dropout = "attention_dropout"
@@ -134,14 +59,16 @@ class QwenVisionHost(TransformersHost):
         Qwen3VLVisionBlock: (Qwen3VLVisionAttention,),
     }
 
+    def group_size(self, tower: Any) -> int:
+        """How many patches a token is."""
+        return tower.spatial_merge_size**2
+
     def spec(self, tower: Any, depth: int, name: str) -> BlockSpec:
-        blocks, patches = self.blocks(tower), tower.spatial_merge_size**2
+        blocks, patches = self.blocks(tower), self.group_size(tower)
         attn = self.attn(blocks[depth])
         return BlockSpec(name, depth, len(blocks), patches * attn.dim, attn.num_heads, has_summary=False)
 
-    def embed(
-        self, tower: Any, hidden_states: Tensor, grid_thw: Tensor
-    ) -> tuple[PackedTokens, tuple[VisionInput, ...]]:
+    def embed(self, tower: Any, hidden_states: Tensor, grid_thw: Tensor) -> tuple[PackedTokens, tuple[PatchInput, ...]]:
         merge = tower.spatial_merge_size
         patches = merge**2
         _check_patches(tower, hidden_states, grid_thw)
@@ -158,11 +85,11 @@ class QwenVisionHost(TransformersHost):
         tokens = PackedTokens(x.reshape(layout.total, -1), layout, layout.slot, nothing, number_protected=0)
 
         frames = _numbered(get_vision_cu_seqlens(grid_thw), patches) if bool((grid_thw[:, 0] > 1).any()) else None
-        whole = PatchAttention(tables, layout.starts, frames)
+        whole = PatchAttention(patches, layout.starts, frames, tables=tables)
         attention = self.attention_of_blocks(tower, grid_thw, whole)
         levels = getattr(tower, "deepstack_visual_indexes", ())
         calls = (
-            VisionInput(one, grid, levels.index(depth) if depth in levels else None)
+            PatchInput(one, grid, levels.index(depth) if depth in levels else None)
             for depth, one in enumerate(attention)
         )
         return tokens.with_column(GRID, grid), tuple(calls)
@@ -193,11 +120,12 @@ class QwenVisionHost(TransformersHost):
         """
         return [whole] * len(self.blocks(tower))
 
-    def regions(self, block: Any, tokens: PackedTokens, block_input: VisionInput) -> Regions:
+    def regions(self, block: Any, tokens: PackedTokens, block_input: PatchInput) -> Regions:
         return block_input.attention.of(tokens)[0]
 
-    def qkv(self, block: Any, tokens: PackedTokens, block_input: VisionInput) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: Any, tokens: PackedTokens, block_input: PatchInput) -> tuple[Tensor, Tensor, Tensor]:
         attn, (regions, tables) = self.attn(block), block_input.attention.of(tokens)
+        assert tables is not None
         x = tokens.x if regions.order is None else tokens.x.index_select(0, regions.order)
         x = attn.qkv(block.norm1(x.reshape(-1, attn.dim)))
         q, k, v = x.unflatten(-1, (3, attn.num_heads, -1)).unbind(1)
@@ -213,7 +141,7 @@ class QwenVisionHost(TransformersHost):
     def projects_affinely(self, block: Any) -> bool:
         return is_affine(self.attn(block).proj)
 
-    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: VisionInput) -> PackedTokens:
+    def feed_forward(self, block: Any, tokens: PackedTokens, block_input: PatchInput) -> PackedTokens:
         x = tokens.x.reshape(-1, self.attn(block).dim)
         x = x + by_tiles(lambda rows: block.mlp(block.norm2(rows)), x)
         tokens = tokens.with_x(x.view_as(tokens.x))
@@ -221,7 +149,7 @@ class QwenVisionHost(TransformersHost):
         return tokens if block_input.level is None else tokens.with_column(_level(block_input.level), tokens.x)
 
     def head(
-        self, tower: Any, tokens: PackedTokens, block_inputs: tuple[VisionInput, ...]
+        self, tower: Any, tokens: PackedTokens, block_inputs: tuple[PatchInput, ...]
     ) -> BaseModelOutputWithPooling:
         width = self.attn(self.blocks(tower)[0]).dim
         x = tokens.x.reshape(-1, width)
@@ -252,9 +180,9 @@ class Qwen2_5VisionHost(QwenVisionHost):
         order, ends = get_vision_window_index(
             grid_thw, spatial_merge_size=merge, window_size=tower.window_size, patch_size=tower.patch_size
         )
-        order = order.to(whole.tables.device)
+        order = order.to(whole.starts.device)
         region = torch.empty_like(order).index_copy_(0, order, _numbered(ends.to(order.device), merge**2))
-        windowed = PatchAttention(whole.tables, whole.starts, region, is_ordered=False)
+        windowed = PatchAttention(merge**2, whole.starts, region, False, whole.tables)
         return [whole if depth in tower.fullatt_block_indexes else windowed for depth in range(len(self.blocks(tower)))]
 
 

@@ -45,7 +45,7 @@ class QwenComposite(RowsComposite):
         levels = getattr(output, "deepstack_features", None)
         short = split_by_image(type(output), output.pooler_output, tokens.layout.lengths, levels)
         attention = calls[0].attention
-        kept = torch.zeros(attention.tables.shape[1], dtype=torch.bool, device=tokens.x.device)
+        kept = torch.zeros(len(calls[0].grid), dtype=torch.bool, device=tokens.x.device)
         kept[attention.row(tokens)] = True
         # images below each other
         heights = inputs[1][:, 0] * inputs[1][:, 1] // encoder.host.spatial_merge_size

@@ -252,15 +252,3 @@ class PooledComposite(RowsComposite):
     """Composite of Gemma 3."""
 
     host = PooledRowsHost
-
-
-@hosts.register("transformers.models.paligemma.modeling_paligemma.PaliGemmaForConditionalGeneration")
-class PaliGemmaComposite(RowsComposite):
-    """Composite of PaliGemma, whose positions begin with 1. All of a prompt sees all of it, also across windows."""
-
-    host = TowerRowsHost
-    is_block_exempt = True
-
-    def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
-        # in `generate` it adds the one by itself
-        return super().positions(model, given, mask, generating) + int(not generating)

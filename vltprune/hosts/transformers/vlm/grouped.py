@@ -1,0 +1,98 @@
+"""Composites of models that join square groups of patches to visual tokens: pruned inside the image tower, or behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+
+from ....registry import hosts
+from ...base import Host
+from ...linear_maps import measure_macs
+from ..patch_groups import PatchGroupsHost
+from .rows import RowsComposite
+from .visual_rows import VisualRows, split_by_image, square_grid
+
+
+class GroupedComposite(RowsComposite):
+    """Composite of a model whose projector reads a square group of patches for each visual token.
+
+    To the projector, each group that stays is an image of its own, of one visual token.
+
+    Attributes:
+        tower_type: The type of the image tower.
+        tower_host: The class of its host.
+        is_joined: Whether the dense model has the visual tokens of all images in one tensor, not in a list.
+    """
+
+    image = "vision_tower"
+    tower_type: ClassVar[type[PreTrainedModel]] = SiglipVisionModel
+    tower_host: ClassVar[type[PatchGroupsHost]] = PatchGroupsHost
+    is_joined: ClassVar[bool] = True
+
+    def side(self, model: Any) -> int:
+        """How many patches a side of a group has.
+
+        Args:
+            model: The dense model.
+        """
+        return 1
+
+    def features(self, model: Any, patches: Tensor) -> Tensor:
+        """Run the projector.
+
+        Args:
+            model: The model, dense or pruned.
+            patches: The patches of each group, row by row, [groups, patches, dim].
+
+        Returns:
+            The visual tokens, [groups, dim].
+        """
+        return model.base_model.multi_modal_projector(patches).flatten(0, 1)
+
+    def image_tower(self, model: Any) -> tuple[nn.Module, Host]:
+        tower: Any = model.base_model.get_submodule(self.image)
+        if type(tower) is not self.tower_type:
+            raise TypeError(
+                f"cannot prune a {type(model).__name__} whose image tower is a {type(tower).__name__}, that of a "
+                f"{self.tower_type.__name__} can be"
+            )
+        host = self.tower_host(self.side(model))
+        host.check(tower)
+        return tower, host
+
+    def projector_macs(self, model: Any) -> float:
+        weight = next(model.base_model.get_submodule(self.image).parameters())
+        patches = weight.new_zeros(1, self.side(model) ** 2, model.config.vision_config.hidden_size)
+        return measure_macs(self.features, model, patches)
+
+    def _prune(self, model: Any, modality: str, names: tuple[str, ...], *inputs: Any) -> VisualRows:
+        encoder = model.base_model.get_submodule(self.image)
+        tokens, calls = encoder.encode(*inputs)
+        self.check_weighs(model, tokens)
+        features = self.features(model, encoder.adapter.head(encoder.host, tokens, calls).last_hidden_state)
+        kept = torch.zeros(len(calls[0].grid), dtype=torch.bool, device=features.device)
+        kept[calls[0].attention.row(tokens)] = True
+        output = split_by_image(BaseModelOutputWithPooling, features, tokens.layout.lengths)
+        if self.is_joined:
+            uniform = tokens.layout.is_uniform
+            output.pooler_output = features.unflatten(0, (tokens.layout.batch, -1)) if uniform else features[None]
+        width = int(calls[0].grid[:, 1].amax()) + 1
+        grid = square_grid(1, len(kept) // width, width, kept.device)
+        return VisualRows(output, kept, None, tokens.keep_prob, tokens.counted_prob, grid)
+
+
+@hosts.register("transformers.models.paligemma.modeling_paligemma.PaliGemmaForConditionalGeneration")
+class PaliGemmaComposite(GroupedComposite):
+    """Composite of PaliGemma, whose positions begin with 1. All of a prompt sees all of it, also across windows."""
+
+    is_block_exempt = True
+
+    def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
+        # in `generate` it adds the one by itself
+        return super().positions(model, given, mask, generating) + int(not generating)
