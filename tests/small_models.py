@@ -135,5 +135,11 @@ NAMES = ("vit", "text", "blip", "nlvr")
 
 # those of language models name their tower
 OF_LANGUAGE = tuple(name for name in vp.presets.names() if "language" in (vp.preset(name).to_dict()["at"] or ()))
-PRESETS = tuple(name for name in vp.presets.names() if name not in OF_LANGUAGE and not vp.preset(name).needs_modalities)
 SCORERS = tuple(name for name in vp.scorers.names() if not getattr(vp.scorers[name], "needs", vp.Stat.NONE).of_text)
+
+
+def _takes_any_modality(config: vp.PruneConfig) -> bool:
+    return all(stage.modality is None and stage.part("scorer").name in SCORERS for stage in config.stages)
+
+
+PRESETS = tuple(name for name in vp.presets.names() if name not in OF_LANGUAGE and _takes_any_modality(vp.preset(name)))

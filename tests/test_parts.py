@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from registered import registered
 
 import vltprune as vp
 from vltprune.pruning.part import KINDS
@@ -88,7 +89,7 @@ def test_a_part_of_ones_own_is_typed_in_the_same_way():
 
     with pytest.raises(LookupError, match="is not registered"):
         vp.typed_part(Half)
-    with vp.keepers.temporarily(half=Half):
+    with registered(vp.keepers, half=Half):
         assert vp.typed_part(Half)(0.5) == vp.Part("half", {"factor": 0.5})
 
 

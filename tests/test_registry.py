@@ -64,8 +64,6 @@ def test_makers_without_a_name_of_their_own(fruits, maker):
 def test_what_cannot_be_called_makes_nothing(fruits, maker):
     with pytest.raises(TypeError, match="fruit 'fig' must be a class or function"):
         fruits.register("fig")(maker)
-    with pytest.raises(TypeError, match="fruit 'fig' must be a class or function"), fruits.temporarily(fig=maker):
-        pass
     assert "fig" not in fruits
 
 
@@ -89,54 +87,18 @@ def test_unknown_names_are_answered_with_the_nearest(fruits, name, text):
         fruits[name]
 
 
-def test_temporarily(fruits):
-    with pytest.raises(ZeroDivisionError), fruits.temporarily(apple=int, fig=int) as inside:
-        assert inside["apple"] is inside["fig"] is int
-        raise ZeroDivisionError
-    assert fruits["apple"] is str
-    assert fruits.names() == ["apple", "apricot", "banana"]
+def test_threads_register_at_once(fruits):
+    start = threading.Barrier(8)
 
+    def work(i):
+        start.wait()
+        for j in range(50):
+            fruits.register(f"stays_{i}_{j}")(int)
+            assert fruits.names(f"stays_{i}_*")
 
-class TestTemporarily:
-    def test_what_is_registered_meanwhile_stays(self, fruits):
-        with fruits.temporarily(apple=int, fig=int):
-            fruits.register("cherry")(float)
-            with pytest.raises(ValueError, match="fruit 'fig' is already int"):
-                fruits.register("fig")(str)
-        assert fruits.names() == ["apple", "apricot", "banana", "cherry"]
-        assert (fruits["cherry"], fruits["apple"]) == (float, str)
-
-    def test_blocks_nest(self, fruits):
-        with fruits.temporarily(apple=int):
-            with fruits.temporarily(apple=float, fig=float):
-                assert fruits["apple"] is float
-            assert fruits["apple"] is int and "fig" not in fruits
-        assert fruits["apple"] is str
-
-    def test_blocks_that_overlap(self, fruits):
-        """As in two threads: the first to begin is the first to end."""
-        one, two = fruits.temporarily(apple=int), fruits.temporarily(apple=float)
-        one.__enter__()
-        two.__enter__()
-        one.__exit__(None, None, None)
-        assert fruits["apple"] is float
-        two.__exit__(None, None, None)
-        assert fruits["apple"] is str
-
-    def test_threads_do_not_lose_names(self, fruits):
-        start = threading.Barrier(8)
-
-        def work(i):
-            start.wait()
-            for j in range(50):
-                with fruits.temporarily(**{f"temporary_{i}": int}):
-                    assert fruits[f"temporary_{i}"] is int
-                    fruits.register(f"stays_{i}_{j}")(int)
-
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(work, range(8)))
-        assert len(fruits.names("stays_*")) == 400
-        assert fruits.names("temporary_*") == []
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(fruits.names("stays_*")) == 400
 
 
 def maker(spec, size, shape="round"):

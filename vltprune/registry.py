@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import fnmatch
 import functools
 import inspect
 import keyword
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from .utils.importing import load_plugins, missing_plugins
@@ -33,7 +32,6 @@ class Registry:
     def __init__(self, kind: str):
         self.kind = kind
         self._makers: dict[str, Maker] = {}
-        self._temporary: tuple[dict[str, Maker], ...] = ()  # the last one wins
         self._lock = threading.Lock()
 
     def register(self, name: str) -> Callable[[M], M]:
@@ -49,14 +47,18 @@ class Registry:
             ValueError: for a name that is taken, or that is no identifier.
             TypeError: for a maker that cannot be called.
         """
-        self._check_name(name)
+        if not isinstance(name, str):
+            raise TypeError(f"register takes the {self.kind}'s name: write register('name') above it, not {name!r}")
+        if not all(word.isidentifier() and not keyword.iskeyword(word) for word in name.split(".")):
+            raise ValueError(f"{self.kind} name {name!r} must be an identifier, such as 'my_{self.kind}'")
 
         def add(maker: M) -> M:
-            self._check_maker(name, maker)
+            if not callable(maker):
+                raise TypeError(f"{self.kind} {name!r} must be a class or function that makes one, not {maker!r}")
             with self._lock:
-                if name in self._all():
+                if name in self._makers:
                     raise ValueError(
-                        f"{self.kind} {name!r} is already {_described(self._all()[name])}: choose another name"
+                        f"{self.kind} {name!r} is already {_described(self._makers[name])}: choose another name"
                     )
                 self._makers[name] = maker
             return maker
@@ -65,63 +67,25 @@ class Registry:
 
     def __getitem__(self, name: str) -> Maker:
         if name not in self:
-            raise LookupError(f"there is no {self.kind} {name!r}{nearest(str(name), self._all())}{missing_plugins()}")
-        return self._all()[name]
+            raise LookupError(
+                f"there is no {self.kind} {name!r}{nearest(str(name), self._makers.copy())}{missing_plugins()}"
+            )
+        return self._makers[name]
 
     def __contains__(self, name: object) -> bool:
-        if name in self._all():
+        if name in self._makers:
             return True
         load_plugins()
-        return name in self._all()
+        return name in self._makers
 
     def name_of(self, maker: object) -> str | None:
         """The first registered name of a maker, None for one that is not registered. It loads no plugins."""
-        return next((name for name, other in self._all().items() if other is maker), None)
+        return next((name for name, other in self._makers.copy().items() if other is maker), None)
 
     def names(self, pattern: str = "*") -> list[str]:
         """The registered names that match a shell pattern, sorted."""
         load_plugins()
-        return sorted(fnmatch.filter(self._all(), pattern))
-
-    @contextlib.contextmanager
-    def temporarily(self, **makers: Maker) -> Iterator[Registry]:
-        """Registers makers within the `with` block, in every thread, in place of others of these names.
-
-        What `register` adds within the block stays registered. Blocks may overlap: the one that was entered last wins.
-
-        Args:
-            **makers: the makers by name.
-
-        Yields:
-            The registry.
-
-        Raises:
-            ValueError: for a name that is no identifier.
-            TypeError: for a maker that cannot be called.
-        """
-        for name, maker in makers.items():
-            self._check_name(name)
-            self._check_maker(name, maker)
-        with self._lock:
-            self._temporary = (*self._temporary, makers)
-        try:
-            yield self
-        finally:
-            with self._lock:
-                self._temporary = tuple(others for others in self._temporary if others is not makers)
-
-    def _all(self) -> dict[str, Maker]:
-        return {name: maker for makers in (self._makers, *self._temporary) for name, maker in makers.copy().items()}
-
-    def _check_name(self, name: object) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"register takes the {self.kind}'s name: write register('name') above it, not {name!r}")
-        if not all(word.isidentifier() and not keyword.iskeyword(word) for word in name.split(".")):
-            raise ValueError(f"{self.kind} name {name!r} must be an identifier, such as 'my_{self.kind}'")
-
-    def _check_maker(self, name: str, maker: object) -> None:
-        if not callable(maker):
-            raise TypeError(f"{self.kind} {name!r} must be a class or function that makes one, not {maker!r}")
+        return sorted(fnmatch.filter(self._makers.copy(), pattern))
 
 
 guides = Registry("guide")
@@ -165,7 +129,7 @@ def parameters(maker: Callable[..., object]) -> tuple[inspect.Parameter, ...]:
         return _parameters.__wrapped__(maker)
 
 
-@functools.lru_cache(maxsize=128)  # bounded: temporary makers come and go
+@functools.lru_cache(maxsize=128)  # bounded: makers come and go
 def _parameters(maker: Callable[..., object]) -> tuple[inspect.Parameter, ...]:
     return tuple(inspect.signature(maker).parameters.values())
 

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from registered import registered
 from strategies import arguments, case_settings
 
 from vltprune import KeepRatioPredictor, Stat, TokenReducer, TokenScorer
@@ -70,5 +71,5 @@ MINE = {"scorer": KeyLength, "keeper": Half, "selector": Worst, "reducer": Wrapp
 @pytest.mark.parametrize("kind", KINDS)
 def test_registering_is_enough(kind):
     """A part registered here goes through the very test above, arguments of its own included."""
-    with KINDS[kind].registry.temporarily(mine=MINE[kind]):
+    with registered(KINDS[kind].registry, mine=MINE[kind]):
         test_registered_parts(kind=kind, name="mine")

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from registered import registered
 
 import vltprune as vp
 from vltprune.cli import main as cli
@@ -119,7 +120,7 @@ def test_a_task_is_told_whether_to_be_strict(tmp_path):
         def load_records(data, images, strict):
             return tasks.Nlvr.load_records(data, images, strict)
 
-    with tasks.tasks.temporarily(own=Own):
+    with registered(tasks.tasks, own=Own):
         assert cli.main(prune("blip_nlvr_tiny_attention", "synthetic:train:8", tmp_path / "out", "--task", "own")) == 0
 
 

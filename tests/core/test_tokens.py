@@ -119,12 +119,10 @@ def test_of(case, seed):
 
 
 @given(cases(), seeds)
-def test_read_and_at(case, seed):
+def test_the_first_of_a_mask(case, seed):
     tokens, g = case.tokens, generator(seed)
     slots = [int(torch.randint(0, n, (), generator=g)) for n in tokens.layout.lengths]
     rows = tokens.layout.offsets[:-1].long() + torch.tensor(slots)
-    assert torch.equal(tokens.at_position(tokens.position[rows]), tokens.x[rows])
-
     mark = torch.zeros(tokens.layout.total, dtype=torch.bool)
     mark[rows] = True
     later = mark | ((tokens.layout.slot > torch.tensor(slots)[tokens.layout.instance]) & (tokens.x[:, 0] > 0))

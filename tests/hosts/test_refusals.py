@@ -39,15 +39,15 @@ def message(model) -> str:
     return str(refusal.value)
 
 
-def test_a_subclass_that_changes_nothing_is_told_how_to_be_registered():
+def test_a_subclass_that_changes_nothing_is_told_how_to_be_registered(monkeypatch):
     text = message(Same(**SIZES))
     assert len(text) < 400
     write = text.partition("write ")[2].partition(". Supported")[0]
-    with vp.hosts.temporarily():
-        exec(write, {"vltprune": vp})  # what the message says to write
-        pruned = vp.prune(Same(**SIZES).eval(), "random", keep="ratio(ratio=1.0)")
-        images = torch.randn(2, 3, 32, 32)
-        same(pruned(images), pruned.host(images))
+    monkeypatch.setattr(vp.hosts, "_makers", {**vp.hosts._makers})  # registers it for this test alone
+    exec(write, {"vltprune": vp})  # what the message says to write
+    pruned = vp.prune(Same(**SIZES).eval(), "random", keep="ratio(ratio=1.0)")
+    images = torch.randn(2, 3, 32, 32)
+    same(pruned(images), pruned.host(images))
 
 
 def test_a_subclass_that_changes_something_is_told_what():

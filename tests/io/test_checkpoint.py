@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from registered import registered
 from safetensors.torch import load_file, save_file
 from small_models import PRESETS, asked
 
@@ -164,7 +165,7 @@ def test_somebody_s_own_part_says_what_to_import(tmp_path, module, only, where):
         """A keeper of one's own."""
 
     Mine.__module__ = module
-    with vp.keepers.temporarily(mine=Mine):
+    with registered(vp.keepers, mine=Mine):
         stages = vp.preset("evit").stages + (vp.Stage("random", "ratio", at=1),)
         first, later = (dataclasses.replace(stage, keep="mine(ratio=0.4)") for stage in stages)
         config = vp.preset("evit").with_stages((first, stages[1]) if where == "first" else (stages[0], later))

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import transformers
+from registered import registered
 from timm.models.vision_transformer import VisionTransformer
 
 import vltprune as vp
@@ -30,7 +31,7 @@ class Own(VisionTransformer):
 @pytest.fixture(autouse=True)
 def pruned_as_timms():
     """A host for the class, as its owner registers it."""
-    with vp.hosts.temporarily(**{f"{Own.__module__}.{Own.__qualname__}": VisionTransformerHost}):
+    with registered(vp.hosts, **{f"{Own.__module__}.{Own.__qualname__}": VisionTransformerHost}):
         yield
 
 

@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from registered import registered
 from small_models import SCORERS, guide_for, small
 from torch import nn
 
@@ -62,7 +63,7 @@ def test_a_part_of_ones_own_shows_its_arguments():
         def forward(self, tokens, stats, guidance):
             return self.weight * tokens.x.norm(dim=-1)
 
-    with vp.scorers.temporarily(weighted=Weighted, half=lambda spec: Weighted(spec, 0.5)):
+    with registered(vp.scorers, weighted=Weighted, half=lambda spec: Weighted(spec, 0.5)):
         for scorer, weight in (("weighted(0.25)", 0.25), ("half", 0.5)):
             pruned = vp.prune(small("vit").model, "random", scorer=scorer)
             assert f"Weighted(weight={weight}, label='mine')" in repr(pruned)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from registered import registered
 from small_models import small
 from torch.testing import assert_close
 
@@ -133,7 +134,7 @@ def test_a_column_travels_to_a_later_layer():
         def forward(self, tokens, stats, guidance):
             return tokens.columns["seen"]
 
-    with vp.scorers.temporarily(remembering=Remembers, recalling=Recalls):
+    with registered(vp.scorers, remembering=Remembers, recalling=Recalls):
         two = PruneConfig("remembering", "count(count=9)", at=0, then=[Stage("recalling", "count(count=4)", at=2)])
         trace, _ = lengths(two)
         one = PruneConfig("remembering", "count(count=4)", at=0)

@@ -7,6 +7,7 @@ from math import exp, sqrt
 import pytest
 import torch
 from published import KINDS, check, images, vit
+from registered import registered
 from small_models import soften
 from torch.testing import assert_close
 
@@ -114,7 +115,7 @@ def test_dynamicvit_keeps_a_ratio_by_its_networks(kind, patches):
         count = -(-7 * len(free) // 10)
         return block.kept(sorted(free, key=lambda j: -scores[j])[:count])
 
-    with vp.scorers.temporarily(kept_predictor=Kept):
+    with registered(vp.scorers, kept_predictor=Kept):
         check("dynamicvit", decide, kind, patches, "block", scorer="kept_predictor")
 
 

@@ -35,7 +35,7 @@ _SETTINGS = {
 
 def by_command(settings: CompressConfig, output: Path) -> None:
     """Compress by the command, in two processes that torchrun might have started: they meet where its variables say."""
-    settings.to_file(output.with_suffix(".json"))
+    output.with_suffix(".json").write_text(json.dumps(settings.to_dict()))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which torchrun keeps for them
     start_processes(_command, (store.port, output), nprocs=2, start_method="forkserver")
 

@@ -265,8 +265,7 @@ def attend_by_head(
         scale: the factor of the dot products.
         causal: whether query i sees the keys up to i only.
         bias: what is added to the logits, broadcastable to [batch, heads, n, m]. None for nothing.
-        dropout: as in `attend`.
-        softcap: as in `attend`.
+        dropout, softcap: as in `attend`.
 
     Returns:
         The context of each query, [batch, heads, n, head_dim].

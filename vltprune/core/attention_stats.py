@@ -67,9 +67,7 @@ def attend_with_stats(
         tokens: the tokens, for their layout, the unprotected ones and the summary token.
         scale: the factor of the dot products.
         needs: the statistics to compute.
-        causal: as in `attend`.
-        key_bias: as in `attend`.
-        pairs: as in `attend`.
+        causal, key_bias, pairs: as in `attend`.
         dropout: as in `attend`. Statistics are of the weights before dropout.
         softcap: as in `attend`.
         text: the query of each instance's text, [batch, heads, head_dim], for FROM_QUERY. None for none.
@@ -129,8 +127,7 @@ def attention_stats(
     Attention is computed only where a statistic comes with its output (`Stat.with_output`).
 
     Args:
-        q, k, v, tokens, scale, needs: as in `attend_with_stats`.
-        causal, key_bias, pairs, dropout, softcap, text: as in `attend_with_stats`.
+        q, k, v, tokens, scale, needs, causal, key_bias, pairs, dropout, softcap, text: as in `attend_with_stats`.
 
     Returns:
         The statistics.

@@ -91,9 +91,7 @@ def sparsemax(values: Tensor, layout: Layout, where: Tensor) -> Tensor:
     """Sparsemax over the tokens of each instance (Martins and Astudillo, arXiv 1602.02068, algorithm 1).
 
     Args:
-        values: logits, [total, ...].
-        layout: their instances.
-        where: [total] bool, the tokens that take part. The others get zero.
+        values, layout, where: as in `softmax`.
 
     Returns:
         The weights, [total, ...].

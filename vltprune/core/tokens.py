@@ -337,17 +337,6 @@ class PackedTokens:
         """
         return self.x.index_select(0, self.summary_row)
 
-    def at_position(self, position: Tensor) -> Tensor:
-        """The contents of the token of each instance at a position of the original sequence.
-
-        Args:
-            position: [batch] int64. The token there must not have been pruned.
-
-        Returns:
-            The contents, [batch, dim].
-        """
-        return self.first_where(self.position == self.layout.spread(position))
-
 
 def _exported_rows(valid: Tensor) -> tuple[Layout, Tensor]:
     """The layout and the rows of the valid tokens of one instance, whose number is a size of torch.export."""

@@ -134,8 +134,7 @@ def check_language(meter: CostMeter, visual_tokens: float | None, decode: int) -
 
     Args:
         meter: the model's CostMeter.
-        visual_tokens: as in `calibrate`.
-        decode: as in `calibrate`.
+        visual_tokens, decode: as in `calibrate`.
 
     Raises:
         TypeError: for a model without a language model that reads an image tower's tokens.

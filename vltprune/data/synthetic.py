@@ -48,18 +48,6 @@ class SyntheticPair:
     object_map: np.ndarray
     scenes: tuple[Scene, Scene]
 
-    def attribute_maps(self) -> np.ndarray:
-        """Shape, color and size at each pixel.
-
-        Returns:
-            uint8 [3, 2, 96, 96], 0 on the background, else 1 + the index into SHAPES, COLORS or SIZES.
-        """
-        tables = np.zeros((2, 3, max(map(len, self.scenes)) + 1), np.uint8)
-        for side, scene in enumerate(self.scenes):
-            for index, item in enumerate(scene, start=1):
-                tables[side, :, index] = np.array(item[:3]) + 1
-        return np.stack([tables[side][:, self.object_map[side]] for side in range(2)], axis=1)
-
 
 class SyntheticPairs:
     """The image pairs of a split of synthetic NLVR, generated on access (some milliseconds each)."""

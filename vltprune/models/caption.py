@@ -89,9 +89,7 @@ class BlipCaption(nn.Module):
         """Cross-entropy with smoothed labels: the mean over all tokens but the prompt's and padding.
 
         Args:
-            images: As in `forward`.
-            input_ids: As in `forward`.
-            attention_mask: As in `forward`.
+            images, input_ids, attention_mask: As in `forward`.
             label_smoothing: Share of the target's probability that all tokens get, 0 .. 1.
 
         Returns:

@@ -82,8 +82,7 @@ def has_random_weights(model: str, pretrained: bool | str | Path | None = None) 
     """Whether `resolve_model` would build a model with random weights.
 
     Args:
-        model: As in `resolve_model`.
-        pretrained: As in `resolve_model`.
+        model, pretrained: As in `resolve_model`.
 
     Returns:
         True for `pretrained=False`, and for a name without a tag where `pretrained` is None; never for a saved model.

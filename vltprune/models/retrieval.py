@@ -107,8 +107,7 @@ class BlipRetrieval(nn.Module):
 
         Args:
             images: [batch, 3, H, W].
-            input_ids: As in `match`.
-            attention_mask: As in `match`.
+            input_ids, attention_mask: As in `match`.
 
         Returns:
             Logits [sentences, 2], as `match`.

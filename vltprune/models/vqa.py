@@ -97,9 +97,7 @@ class BlipVqa(nn.Module):
         """Predict each next token of given answers.
 
         Args:
-            images: As in `encode_questions`.
-            input_ids: As in `encode_questions`.
-            attention_mask: As in `encode_questions`.
+            images, input_ids, attention_mask: As in `encode_questions`.
             answer_ids: Token ids of the answers [answers, length].
             answer_mask: [answers, length], nonzero where a token is real; None for everywhere.
             question: Index of the question that each answers, [answers] int64; None for equally many consecutive answers
@@ -129,12 +127,8 @@ class BlipVqa(nn.Module):
         """Weighted cross-entropy of the answers with smoothed labels: summed over tokens and answers, the mean over questions.
 
         Args:
-            images: As in `encode_questions`.
-            input_ids: As in `encode_questions`.
-            attention_mask: As in `encode_questions`.
-            answer_ids: As in `forward`.
-            answer_mask: As in `forward`.
-            question: As in `forward`.
+            images, input_ids, attention_mask: As in `encode_questions`.
+            answer_ids, answer_mask, question: As in `forward`.
             weight: How often each answer was given, as a share of its question's, [answers]; None for 1.
             label_smoothing: Share of the target's probability that all tokens get, 0 .. 1.
 
@@ -165,9 +159,7 @@ class BlipVqa(nn.Module):
         smoothed labels; with `label_smoothing=0` a score is the log-likelihood.
 
         Args:
-            images: As in `encode_questions`.
-            input_ids: As in `encode_questions`.
-            attention_mask: As in `encode_questions`.
+            images, input_ids, attention_mask: As in `encode_questions`.
             answer_ids: Token ids of the answers [answers, length], one list for all questions.
             answer_mask: [answers, length], nonzero where a token is real; None for everywhere.
             k: Answers to score in full.
@@ -214,9 +206,7 @@ class BlipVqa(nn.Module):
         """Generate answers. The defaults are BLIP's.
 
         Args:
-            images: As in `encode_questions`.
-            input_ids: As in `encode_questions`.
-            attention_mask: As in `encode_questions`.
+            images, input_ids, attention_mask: As in `encode_questions`.
             strategy: `GreedySearch()`, `BeamSearch(num_beams)` or `NucleusSampling(top_p)`, of `vltprune.models.generation`.
             min_length: Fewest tokens before the end token, start token included.
             max_length: Most tokens, start token included.

@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 from typing_extensions import Unpack
 
 from ..core.modality import Modality
-from ..core.statistics import Stat
 from ..registry import bind, nearest
 from .depths import Depths
 from .part import KINDS, Part
@@ -120,13 +119,6 @@ class PruneConfig(Stage):
             ValueError: for depths that the tower does not have.
         """
         return tuple(sorted({depth for stage in self.stages for depth in stage.depths(tower, depths)}))
-
-    @property
-    def needs_modalities(self) -> bool:
-        """Whether it prunes single-stream transformers alone, where text and image tokens are in one sequence."""
-        makers = (KINDS[kind][0][part.name] for kind in PRUNER_KINDS for part in self.parts(kind))
-        reads_text = any(getattr(maker, "needs", Stat.NONE).of_text for maker in makers)
-        return reads_text or any(stage.modality is not None for stage in self.stages)
 
     def replace(self, **changes: Unpack[Parts]) -> PruneConfig:
         """Makes a config with other parts or depths: config.replace(keep="ratio(0.5)", guide=None).

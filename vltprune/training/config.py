@@ -12,7 +12,6 @@ from typing import Any, Literal
 import yaml
 
 from ..data import shards
-from ..evaluation.results_log import write_json
 from ..evaluation.tasks.matching import K_TEST
 from ..models.wordpiece import BERT
 from ..pruning.config import PruneConfig
@@ -298,10 +297,6 @@ class CompressConfig:
             LookupError: there is no such task, preset or part.
         """
         return cls.from_dict({**load_fields(file), **changes})
-
-    def to_file(self, file: str | Path) -> None:
-        """Writes the config as JSON, which is YAML too."""
-        write_json(Path(file), self.to_dict())
 
 
 def load_fields(file: str | Path) -> dict[str, Any]:

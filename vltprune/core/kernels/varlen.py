@@ -53,13 +53,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, keys: Layout, scale:
     """Attention within each instance by one call of the kernel, where `applies` says so.
 
     Args:
-        q: queries, [total, heads, head_dim].
-        k: keys, [key total, heads, head_dim].
-        v: values, [key total, heads, head_dim].
-        layout: the instances of the queries.
-        keys: the instances of the keys.
+        q, k, v, layout, keys, causal: as in `applies`.
         scale: the factor of the dot products.
-        causal: whether a token attends to itself and earlier tokens only.
 
     Returns:
         The context of each query, [total, heads, head_dim].

@@ -82,8 +82,7 @@ def bipartite_in_order(
         candidates: [batch, n] bool.
         before: [batch] int64, the number of protected tokens before the first candidate.
         place: [batch, n] int64, the place of each candidate among those of its instance, from 0 on.
-        r: as in `bipartite`.
-        least_similarity: as in `bipartite`.
+        r, least_similarity: as in `bipartite`.
         within: the absolute tolerance within which similarities tie.
 
     Returns:
