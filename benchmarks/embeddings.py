@@ -26,9 +26,9 @@ def nearest(embeddings: Tensor, count: int) -> Tensor:
     return similarity.fill_diagonal_(-1).topk(count).indices
 
 
-def shared_neighbors(dense: Tensor, pruned: Tensor, count: int = 10) -> Tensor:
-    """[inputs]: the share of each input's nearest that stay among its nearest."""
-    before, after = nearest(dense, count), nearest(pruned, count)
+def shared_neighbors(dense: Tensor, pruned: Tensor) -> Tensor:
+    """[inputs]: the share of each input's ten nearest that stay among its nearest."""
+    before, after = nearest(dense, 10), nearest(pruned, 10)
     return (before[:, :, None] == after[:, None]).any(-1).float().mean(-1)
 
 

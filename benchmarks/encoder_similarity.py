@@ -180,8 +180,8 @@ def compared(subject: Subject, model: nn.Module, dense: Tensor) -> dict[str, flo
     return row if subject.owners is None else {**row, "recall": hits(pruned, subject.owners).mean().item()}
 
 
-def relative_time(subject: Subject, model: nn.Module, repeats: int = 5) -> float:
-    """Pruned over dense on the largest measured batch, median of runs that alternate."""
+def relative_time(subject: Subject, model: nn.Module) -> float:
+    """Pruned over dense on the largest measured batch, median of five runs that alternate."""
     batch = max(subject.batches, key=len)
 
     def seconds(each: nn.Module) -> float:
@@ -190,7 +190,7 @@ def relative_time(subject: Subject, model: nn.Module, repeats: int = 5) -> float
         return time.perf_counter() - start
 
     seconds(subject.dense), seconds(model)  # the first runs are slower
-    pairs = [(seconds(subject.dense), seconds(model)) for _ in range(repeats)]
+    pairs = [(seconds(subject.dense), seconds(model)) for _ in range(5)]
     return statistics.median(pruned / dense for dense, pruned in pairs)
 
 

@@ -80,6 +80,7 @@ class Registry:
 
     def name_of(self, maker: object) -> str | None:
         """The first registered name of a maker, None for one that is not registered. It loads no plugins."""
+        # a copy: other threads may register meanwhile
         return next((name for name, other in self._makers.copy().items() if other is maker), None)
 
     def names(self, pattern: str = "*") -> list[str]:

@@ -58,9 +58,9 @@ class Example:
 
 
 def examples(
-    name: str, task: Any, model: nn.Module, records: Sequence[Any], record_rows: Sequence[Rows], count: int = 6
+    name: str, task: Any, model: nn.Module, records: Sequence[Any], record_rows: Sequence[Rows]
 ) -> list[Example]:
-    """The first records that every model answered, however they were answered.
+    """The first six records that every model answered, however they were answered.
 
     Args:
         name: The task's name.
@@ -68,10 +68,9 @@ def examples(
         model: The pruned model, with the knob at which to show what it keeps.
         records: The records of the evaluations.
         record_rows: For each model, the rows of its evaluation, one a record.
-        count: How many records.
 
     Returns:
-        The examples, in the order of the records; fewer than `count` where fewer were answered.
+        The examples, in the order of the records; fewer where fewer were answered.
 
     Raises:
         OSError: An image cannot be decoded. What the model raises is passed on.
@@ -79,7 +78,7 @@ def examples(
     describe_record, describe_rows = _TASKS[name]
     by_index = {record.index: record for record in records}
     rows = [{row["index"]: row for row in evaluation if "skipped" not in row} for evaluation in record_rows]
-    first = [index for index in by_index if all(index in evaluation for evaluation in rows)][:count]
+    first = [index for index in by_index if all(index in evaluation for evaluation in rows)][:6]
     predictions = [
         describe_rows(by_index, [*evaluation.values()], [evaluation[index] for index in first]) for evaluation in rows
     ]
