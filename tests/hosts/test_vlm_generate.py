@@ -265,24 +265,3 @@ def test_decoding_by_hand_needs_positions():
     want = case.model(**hidden | {"attention_mask": mask, "position_ids": torch.arange(length + 1)[None]})
     got = pruned(**following, position_ids=torch.tensor([[length]]))
     same(got.logits[:, -1], want.logits[:, -1])
-
-
-# peft reads the old name of an attribute of transformers
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_trainer_and_adapters(tmp_path):
-    peft = pytest.importorskip("peft")
-    case = make.__wrapped__("llava")
-    rows = [case.prompts((3, 4)) for _ in range(2)]
-    for row in rows:
-        row["labels"] = row["input_ids"].masked_fill(row["input_ids"] == IMAGE_ID, -100)
-    pruned = case.pruned(keep="count(count=3)")
-    options = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
-    before = case.model.lm_head.weight.clone()
-    collate = lambda given: {key: torch.cat([row[key] for row in given]) for key in given[0]}  # noqa: E731
-    trainer = hf.Trainer(pruned, hf.TrainingArguments(str(tmp_path), **options), collate, rows)
-    assert trainer.train().training_loss > 0 and not torch.equal(case.model.lm_head.weight, before)
-    adapted = peft.get_peft_model(pruned, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    adapted(**collate(rows)).loss.backward()
-    gradients = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
-    assert gradients and all("lora" in name for name in gradients)
-    assert adapted.generate(**case.prompts((3, 4)), max_new_tokens=3).shape == (1, 26)

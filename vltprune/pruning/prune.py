@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ..hosts.base import Composite, Host
 from ..hosts.find import find_composite, find_host
+from ..hosts.graft import check_forward
 from ..layers import AlignmentGuide, BlockSpec, TokenProjection
 from ..registry import guides
 from ..utils.wrappers import unwrapped
@@ -33,7 +34,8 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
         The pruned model, which has `.pruning` and `.host`.
 
     Raises:
-        TypeError: for a model that is wrapped, already pruned or without a host, and for `preset` of another type.
+        TypeError: for a model that is wrapped, already pruned or without a host, for one whose forward was replaced, as by
+            hooks of accelerate, and for `preset` of another type.
         LookupError: for a preset or part that is not registered.
         ValueError: for a tower that the model lacks, and for parts that need what a tower lacks.
     """
@@ -51,6 +53,7 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     else:
         towers = composite.towers(model)
     _check_towers(config, tuple(towers), lambda name: "" if composite is None else composite.why_without(model, name))
+    _check_forwards(model, towers, config)
 
     specs = {name: host.spec(tower, 0, name) for name, (tower, host) in towers.items()}
     projections = _projections(towers, {} if composite is None else composite.projections(model))
@@ -136,6 +139,17 @@ def build_guide(config: PruneConfig, specs: Mapping[str, BlockSpec], model: nn.M
         return None
     part = config.part("guide")
     return build_like(model, guides[part.name], specs, **part.args)
+
+
+def _check_forwards(model: nn.Module, towers: Mapping[str, tuple[nn.Module, Host]], config: PruneConfig) -> None:
+    """TypeError where hooks or wrappers replaced the forward of a model, tower or block, which no pruned model calls."""
+    check_forward(model)
+    for name, (tower, host) in towers.items():
+        blocks = host.blocks(tower)
+        # a language model that no stage prunes runs as it is
+        if name != NAMED_ALONE or config.depths(name, len(blocks)):
+            for module in (tower, *blocks):
+                check_forward(module)
 
 
 def _check_towers(config: PruneConfig, towers: tuple[str, ...], why: Callable[[str], str]) -> None:

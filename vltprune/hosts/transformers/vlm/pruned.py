@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MethodType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 from ....pruning.model import get_pruning
 from .prompt import VisualTokens, visual_tokens
 
+# what wrappers, hooks and `compile` set on a model itself, bound to it: its calls
+_CALLS = ("forward", "generate", "_compiled_call_impl")
 _LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 
 
@@ -44,9 +49,13 @@ class PrunedVlm(nn.Module):
     composite: Any
 
     def as_dense(self) -> Any:
-        """This model, with all it has, seen as its dense class: its `forward` and `generate` take what is pruned already."""
-        view = self.dense_class.__new__(self.dense_class)
-        view.__dict__ = self.__dict__
+        """This model, with all it has, seen as its dense class: its `forward` and `generate` take what is pruned already.
+
+        They are those of the class, whatever was set on this model itself.
+        """
+        view, own = self.dense_class.__new__(self.dense_class), vars(self)
+        is_wrapped = any(name in own for name in _CALLS)
+        view.__dict__ = {name: value for name, value in own.items() if name not in _CALLS} if is_wrapped else own
         return view
 
     def forward(self, *args: Any, **named: Any) -> Any:
@@ -62,7 +71,11 @@ class PrunedVlm(nn.Module):
         Raises:
             ValueError: For inputs that do not fit the model or each other.
         """
-        given = _bound(self.forward, *args, **named)
+        owner, model = _generating.get()
+        if owner is self:
+            # `generate` has pruned, and calls what wraps this method
+            return self.dense_class.forward(model, *args, **named)
+        given = _bound(MethodType(self.dense_class.forward, self), *args, **named)
         short, visual = self.composite.shorten(self, given)
         if visual is not None and visual.keep_prob is not None:
             # a cache does not know that tokens are there in part
@@ -129,7 +142,8 @@ class PrunedVlm(nn.Module):
             self._check_repeats(short, generation_config, named)
         with visual_tokens(visual):
             model = self.composite.runnable(self, visual, short.get("cache"))
-            out = model.generate(generation_config=generation_config, **short)
+            with _through_wrappers(self, model):
+                out = model.generate(generation_config=generation_config, **short)
         if visual is None or prompt is None:
             return out
         return _behind(prompt, short["input_ids"].shape[1], out)
@@ -168,6 +182,27 @@ class PrunedVlm(nn.Module):
             )
 
 
+_generating: ContextVar[tuple[PrunedVlm | None, Any]] = ContextVar("generating", default=(None, None))
+
+
+@contextmanager
+def _through_wrappers(pruned: PrunedVlm, model: nn.Module) -> Iterator[None]:
+    """Have each step of `model.generate` call what wraps the `forward` of a pruned model: autocast, hooks, what is compiled.
+
+    Args:
+        pruned: The pruned model, to which wrappers are bound.
+        model: It as its dense class. Within the `with` block, `pruned.forward` runs it.
+    """
+    wrappers = {name: value for name, value in vars(pruned).items() if name in _CALLS and name != "generate"}
+    if wrappers:
+        vars(model).update(wrappers)
+    token = _generating.set((pruned, model))
+    try:
+        yield
+    finally:
+        _generating.reset(token)
+
+
 def _bound(call: Callable[..., Any], *args: Any, **named: Any) -> dict[str, Any]:
     """The arguments of a call by name."""
     bound = inspect.signature(call).bind(*args, **named).arguments
@@ -193,6 +228,9 @@ def pruned_class(dense: type[nn.Module]) -> type[PrunedVlm]:
     def forward(self: PrunedVlm, *args: Any, **named: Any) -> Any:
         return PrunedVlm.forward(self, *args, **named)
 
+    # accelerate's `unwrap_model` would go on to what is wrapped, the dense forward
+    del forward.__wrapped__
+    vars(forward)["__signature__"] = inspect.signature(dense.forward)
     body: dict[str, Any] = {"dense_class": dense, "forward": forward}
     body |= {"__module__": dense.__module__, "__reduce_ex__": _reduce}
     if hasattr(dense, "get_video_features"):
@@ -209,7 +247,15 @@ def pruned_copy(model: nn.Module, composite: Shortens) -> PrunedVlm:
 
     Returns:
         The pruned model.
+
+    Raises:
+        TypeError: For a `generate` that was set on the model itself: it would run the dense model.
     """
+    if "generate" in vars(model):
+        raise TypeError(
+            f"the generate of this {type(model).__name__} was replaced on the object itself, bound to it: write "
+            "`del model.generate`, prune, and replace that of the pruned model"
+        )
     cls = pruned_class(type(model))
     pruned = cls.__new__(cls)
     pruned.__dict__ = {**model.__dict__, "composite": composite}
