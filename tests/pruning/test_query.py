@@ -35,10 +35,10 @@ class TestContext:
         seen = []
         assert current_query() is None
         with vp.query(torch.ones(2, 5)):
-            assert current_query().shape == (2, 1, 5)
+            assert current_query().embedding.shape == (2, 1, 5)
             with vp.query(torch.zeros(2, 3, 5)):
-                assert current_query().shape == (2, 3, 5)
-            assert torch.equal(current_query(), torch.ones(2, 1, 5))
+                assert current_query().embedding.shape == (2, 3, 5)
+            assert torch.equal(current_query().embedding, torch.ones(2, 1, 5))
             thread = threading.Thread(target=lambda: seen.append(current_query()))
             thread.start()
             thread.join()

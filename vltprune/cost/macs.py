@@ -110,7 +110,7 @@ class CostMeter:
         entered = None
         for trace in traces:
             looks = tuple(map(is_memory, trace.block_inputs))  # a block costs more where it is called with a memory
-            kind = (trace.tower, looks, None if trace.query is None else trace.query.shape[1])
+            kind = (trace.tower, looks, None if trace.query is None else trace.query.shape[1], trace.project is None)
             if kind not in self._towers:
                 self._towers[kind] = _TowerMeter(trace)
             meter = self._towers[kind]
@@ -220,7 +220,7 @@ def _pairs(regions: Regions | None, layout: Layout, expected: Tensor) -> Tensor 
 
 def _guide_macs(guide: AlignmentGuide, trace: PruneTrace) -> tuple[float, float]:
     """MACs of a guide per instance, of its text, and per token. What weights cost once a call is of no instance."""
-    with set_query(None if trace.query is None else torch.zeros_like(trace.query[:1])):
+    with set_query(None if trace.query is None else torch.zeros_like(trace.query[:1]), trace.project):
         if guide.queried and trace.query is None:
             # all tokens are alike
             return 0.0, 0.0

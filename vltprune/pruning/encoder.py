@@ -175,13 +175,14 @@ class PrunedEncoder(Tower):
         inputs = self.adapter.bind_arguments(self.host, *inputs, **named)
         guide = self._bind_guide()
         tokens, block_inputs = self.adapter.embed(self.host, *inputs)
-        if guide is not None:
-            check_batch(guide, tokens, self.tower)
+        guide = self._fit_guide(guide, tokens, block_inputs)
         tokens = self._with_columns(tokens, inputs)
         # once: gradient checkpointing runs blocks again when nobody collects any more
         collecting = active_collectors()
-        query = None if guide is None else guide.query
-        traces = [PruneTrace(self.tower, self, tokens, inputs, block_inputs, query=query) for _ in collecting]
+        query, project = (None, None) if guide is None else (guide.query, guide.project)
+        traces = [
+            PruneTrace(self.tower, self, tokens, inputs, block_inputs, query=query, project=project) for _ in collecting
+        ]
         recompute = self.training and torch.is_grad_enabled() and self.adapter.gradient_checkpointing(self.host)
         run = partial(checkpoint, self._block, use_reentrant=False) if recompute else self._block
         for depth, block in enumerate(self.adapter.blocks(self.host)):
@@ -204,6 +205,14 @@ class PrunedEncoder(Tower):
         if self.guide is None or (self.guide.queried and not self.pruners):
             return None
         return self.guide.bind(self.tower)
+
+    def _fit_guide(
+        self, guide: BoundGuide | None, tokens: PackedTokens, block_inputs: tuple[Any, ...]
+    ) -> BoundGuide | None:
+        """The guide of the tokens and block inputs that `embed` returned. ValueError for texts of another batch."""
+        if guide is not None:
+            check_batch(guide, tokens, self.tower)
+        return guide
 
     def _block(
         self,

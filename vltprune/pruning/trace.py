@@ -123,7 +123,9 @@ class PruneTrace:
         layers: one LayerTrace per block.
         decode_stats: what decoders that attend to the tower's output did afterwards, in order.
         output_tokens: the tokens that left the last block, before the host's final norm. None while the tower runs.
-        query: the text that `vltprune.query` gave, [batch, segments, dim]. None where the tower reads none.
+        query: the text that `vltprune.query` gave, or that of each image's prompt, [batch, segments, dim]. None where the tower
+            reads none.
+        project: what mapped contents of tokens into the query's space, where the guide itself did not. None elsewhere.
     """
 
     tower: str
@@ -135,6 +137,7 @@ class PruneTrace:
     decode_stats: list[DecodeStats] = field(default_factory=list)
     output_tokens: PackedTokens | None = None
     query: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:

@@ -205,8 +205,20 @@ class PatchGroupsHost(ClipBlocksHost, ImageHost):
     def head(
         self, tower: Any, tokens: PackedTokens, block_inputs: tuple[PatchInput, ...]
     ) -> BaseModelOutputWithPooling:
-        x = getattr(tower, self.norm)(self.patches(tokens).x)
-        return BaseModelOutputWithPooling(last_hidden_state=x.unflatten(0, (-1, self.side**2)))
+        return BaseModelOutputWithPooling(last_hidden_state=self.normed(tower, tokens.x))
+
+    def normed(self, tower: Any, x: Tensor) -> Tensor:
+        """Run the final norm.
+
+        Args:
+            tower: The dense tower.
+            x: Contents of visual tokens, their patches side by side.
+
+        Returns:
+            [visual tokens, patches, dim].
+        """
+        patches = x.reshape(len(x) * self.side**2, -1)
+        return getattr(tower, self.norm)(patches).unflatten(0, (-1, self.side**2))
 
 
 def side_by_side(patches: Tensor, side: int) -> Tensor:

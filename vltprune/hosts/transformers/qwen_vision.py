@@ -148,6 +148,18 @@ class QwenVisionHost(TransformersHost):
         # joined in `head`, where the fewest are left
         return tokens if block_input.level is None else tokens.with_column(_level(block_input.level), tokens.x)
 
+    def merge(self, tower: Any, x: Tensor) -> Tensor:
+        """Join the patches of visual tokens, as the language model reads them.
+
+        Args:
+            tower: The dense tower.
+            x: Contents of visual tokens, their patches side by side.
+
+        Returns:
+            [visual tokens, dim of the language model].
+        """
+        return tower.merger(x.reshape(-1, self.attn(self.blocks(tower)[0]).dim))
+
     def head(
         self, tower: Any, tokens: PackedTokens, block_inputs: tuple[PatchInput, ...]
     ) -> BaseModelOutputWithPooling:

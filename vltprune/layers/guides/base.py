@@ -29,12 +29,15 @@ class Guidance:
         tokens: the tokens, x [total, dim of the tower].
         attend: "softmax" or "sparsemax", which turns logits into weights over the tokens of an instance.
         map: maps contents [total, dim of the tower] into the anchors' space [total, anchor dim]. None for the identity.
+        of_prompt: whether the anchors are words as a language model embeds them, and tokens are compared with them as it reads
+            both.
     """
 
     affinity: Tensor
     tokens: PackedTokens
     attend: Literal["softmax", "sparsemax"] = "softmax"
     map: Callable[[Tensor], Tensor] | None = None
+    of_prompt: bool = False
 
     def attention(self, temperature: float, among: Tensor | None = None) -> Tensor:
         """Attention weights of each anchor over tokens of each instance.
@@ -96,11 +99,13 @@ class BoundGuide:
         relate: computes the guidance of a block's tokens.
         query: the text that the tokens are compared with, [batch, segments, dim]. None without one.
         text: the text in the tower's space, [batch, dim of the tower], for `Stat.FROM_QUERY`. None where it does not enter it.
+        project: what maps contents of tokens into the query's space, where the guide itself does not, as `Query` has it.
     """
 
     relate: Callable[[PackedTokens], Guidance]
     query: Tensor | None = None
     text: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, tokens: PackedTokens) -> Guidance:
         return self.relate(tokens)

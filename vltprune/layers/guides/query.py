@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 from torch import Tensor
 
-_current: ContextVar[Tensor | None] = ContextVar("query", default=None)
+
+@dataclass(frozen=True)
+class Query:
+    """A text that tokens are compared with.
+
+    Attributes:
+        embedding: [batch, segments, dim], the text of each instance.
+        project: maps contents of tokens, [total, dim of the tower], into the text's space, where that is the one of a language
+            model that reads both. None where a guide has to map them.
+    """
+
+    embedding: Tensor
+    project: Callable[[Tensor], Tensor] | None = None
+
+
+_current: ContextVar[Query | None] = ContextVar("query", default=None)
 
 
 @contextlib.contextmanager
@@ -16,7 +32,8 @@ def query(embedding: Tensor) -> Iterator[None]:
     """Compares the tokens of pruned image towers that run within the `with` block with a text.
 
     Presets whose guide is `text_query` or `text_embedding` read it; others do not. It holds in the thread that enters the
-    block. A query inside another one takes its place.
+    block. A query inside another one takes its place. In a vision-language model with a language model it takes the place of
+    the prompt's own text.
 
         with vltprune.query(model.encode_text(texts)):
             features = model.encode_image(images)
@@ -47,19 +64,20 @@ def query(embedding: Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def set_query(embedding: Tensor | None) -> Iterator[None]:
+def set_query(embedding: Tensor | None, project: Callable[[Tensor], Tensor] | None = None) -> Iterator[None]:
     """Sets the query within the `with` block, unchecked.
 
     Args:
         embedding: [batch, segments, dim]. None for no query, whatever is set outside.
+        project: as `Query` has it.
     """
-    token = _current.set(embedding)
+    token = _current.set(None if embedding is None else Query(embedding, project))
     try:
         yield
     finally:
         _current.reset(token)
 
 
-def current_query() -> Tensor | None:
-    """The query that holds in this thread, [batch, segments, dim]. None outside of `query`."""
+def current_query() -> Query | None:
+    """The query that holds in this thread. None outside of `query`."""
     return _current.get()

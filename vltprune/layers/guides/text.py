@@ -1,8 +1,8 @@
-"""Guides by a text: the affinity of an image's tokens to the text that `vltprune.query` gives."""
+"""Guides by a text: the affinity of an image's tokens to the text that `vltprune.query` gives, or to their prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from ...core.tokens import PackedTokens
 from ...registry import guides
 from ..block_spec import BlockSpec
 from .base import AlignmentGuide, BoundGuide, Guidance, TokenProjection, linear_map
-from .query import current_query
+from .query import Query, current_query
 
 _EPS = 1e-6
 
@@ -84,19 +84,18 @@ class TextGuide(AlignmentGuide):
         check_batch(bound, tokens, tower)
         return bound(tokens)
 
-    def read_query(self, tower: str) -> Tensor | None:
+    def read_query(self, tower: str) -> Query | None:
         """The query for one call of a tower.
 
         Args:
             tower: the tower's name.
 
         Returns:
-            The query, [batch, segments, dim]. None for a tower that is not compared with it, and where there is none and none
-            is required.
+            The query. None for a tower that is not compared with it, and where there is none and none is required.
 
         Raises:
-            ValueError: for a query that is missing or has another width, and under torch.jit.trace and torch.export, which
-                would keep this example's query for every other call.
+            ValueError: for a query that is missing, and under torch.jit.trace and torch.export, which would keep this example's
+                query for every other call.
         """
         query = current_query()
         if tower not in self.towers or (query is None and not self.required):
@@ -107,11 +106,15 @@ class TextGuide(AlignmentGuide):
                 "given: run it inside `with vltprune.query(embedding):`, where embedding [batch, dim] holds the text of each "
                 f"image, such as model.encode_text(texts); dim is {self.query_dim}"
             )
-        if is_traced() or torch.compiler.is_exporting():
+        if query.project is None and (is_traced() or torch.compiler.is_exporting()):
             raise ValueError(
                 f"guide={self._name!r}: a trace would keep this example's query for every other call; run the model without "
                 "tracing or exporting it"
             )
+        return query
+
+    def of_own_width(self, query: Tensor) -> Tensor:
+        """A query [batch, segments, dim] that the guide's own maps take. ValueError for another width."""
         if query.shape[-1] != self.query_dim:
             raise ValueError(
                 f"the query is {query.shape[-1]} wide, and guide={self._name!r} of this model takes {self.query_dim}: prune it "
@@ -178,8 +181,9 @@ class TextQuery(TextGuide):
         query = self.read_query(tower)
         if query is None:
             return BoundGuide(_all_alike)
-        projected = self.maps[tower](_like(query, self.maps[tower]))
-        return BoundGuide(partial(_guidance, projected), query, projected.mean(1))
+        text = self.of_own_width(query.embedding)
+        projected = self.maps[tower](_like(text, self.maps[tower]))
+        return BoundGuide(partial(_guidance, projected), text, projected.mean(1))
 
 
 @guides.register("text_embedding")
@@ -187,7 +191,8 @@ class TextEmbedding(TextGuide):
     """Compares tokens with a text in the space of the text's embedding, by cosine: CDPruner (arXiv 2506.10967).
 
     A norm and a linear layer map tokens into that space. They begin as copies of the tower's own final norm and projection,
-    where the host knows them (CLIP). Elsewhere the layer begins as the identity between equal widths, else random.
+    where the host knows them (CLIP). Elsewhere the layer begins as the identity between equal widths, else random. The text of
+    a prompt is compared with tokens as the language model reads both, behind its projector, and not by these layers.
 
     Args:
         specs: one BlockSpec per tower name.
@@ -224,12 +229,18 @@ class TextEmbedding(TextGuide):
         query = self.read_query(tower)
         if query is None:
             return BoundGuide(_all_alike)
-        return BoundGuide(partial(self._guidance, query, tower=tower), query)
+        project, text = query.project, query.embedding
+        if project is None:
+            text = self.of_own_width(text)
+        relate = partial(self._guidance, text, project or partial(self.map, tower=tower), project is not None)
+        return BoundGuide(relate, text, project=project)
 
-    def _guidance(self, query: Tensor, tokens: PackedTokens, tower: str) -> Guidance:
-        mapped = self.map(tokens.x, tower)
-        affinity = _cosines(mapped, query, tokens)
-        return Guidance(affinity, tokens, map=lambda x: mapped)
+    def _guidance(
+        self, text: Tensor, project: Callable[[Tensor], Tensor], of_prompt: bool, tokens: PackedTokens
+    ) -> Guidance:
+        mapped = project(tokens.x)
+        affinity = _cosines(mapped, text, tokens)
+        return Guidance(affinity, tokens, map=lambda x: mapped, of_prompt=of_prompt)
 
 
 def _guidance(query: Tensor, tokens: PackedTokens) -> Guidance:

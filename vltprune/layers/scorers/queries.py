@@ -29,11 +29,12 @@ class QueryAttention(TokenScorer):
 class QueryRelevance(TokenScorer):
     """Relevance of a token to a text: the mean over its segments of their affinity to the token.
 
-    With `guide="text_embedding"` and `negate=True` it is CDPruner's (arXiv 2506.10967): r_i = -mean_m cos(patch_i, text_m).
+    With `guide="text_embedding"` and `negate=True` it is CDPruner's (arXiv 2506.10967): r_i = -mean_m cos(patch_i, text_m) in
+    CLIP's space, where patches that a text names are the least similar, and mean_m cos(token_i, word_m) in a language model's.
 
     Args:
         spec: the block.
-        negate: whether the sign is changed, so that the least similar tokens stay.
+        negate: whether the sign is changed, so that the least similar tokens stay. The text of a prompt is compared as it is.
     """
 
     guided = True
@@ -45,4 +46,4 @@ class QueryRelevance(TokenScorer):
     def forward(self, tokens: PackedTokens, stats: AttentionStats, guidance: Guidance | None) -> Tensor:
         assert guidance is not None
         relevance = guidance.affinity.mean(-1)
-        return -relevance if self.negate else relevance
+        return -relevance if self.negate and not guidance.of_prompt else relevance

@@ -50,12 +50,16 @@ def divprune() -> PruneConfig:
 def cdpruner() -> PruneConfig:
     """CDPruner (arXiv 2506.10967): diverse patches that are relevant to a text, by greedy MAP of a determinantal point process.
 
-    The kernel is the cosine of patches times the relevance of both: minus the mean cosine of a patch's embedding to those of
-    the text. The text is what `vltprune.query` gives; without one all patches are equally relevant.
+    The kernel is the cosine of patches times the relevance of both. In CLIP that is minus the mean cosine of a patch's
+    embedding to those of the text that `vltprune.query` gives. In a vision-language model with a language model it is the mean
+    cosine of a token behind the projector to the embeddings of its prompt's words, with no change of sign, which the authors
+    saw in CLIP alone; `vltprune.query` takes the prompt's place. Without a text all patches are equally relevant.
 
-    **Departs**: relevance is scaled within an image, not over the batch. Similarity of patches is of the tokens behind the
-    last block, the paper's is of projected ones. Where the chosen patches span all others, the rest is chosen by score and not
-    by rounding. Towers whose host knows no projection to the text's space (`text_embedding`) have to learn one.
+    **Departs**: in LLaVA the paper reads CLIP's text encoder, which the model does not hold; this reads the prompt. All of a
+    prompt's words count, those of a chat template too. Relevance is scaled within an image, not over the batch. Similarity of
+    patches is of the tokens behind the last block, the paper's is of projected ones. Where the chosen patches span all others,
+    the rest is chosen by score and not by rounding. Other towers whose host knows no projection to the text's space
+    (`text_embedding`) have to learn one.
     """
     return PruneConfig(
         scorer="query_relevance(negate=True)",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ....core.tokens import PackedTokens
+from ....layers import current_query
 from ....pruning.decode_stats import DecodeStats
 from ....pruning.encoder import PrunedEncoder
 from ....pruning.model import get_pruning
@@ -25,6 +26,7 @@ from ..saving import with_pruning_saved
 from .language_cost import measure_language, report_prompts
 from .prompt import PromptIndex, ShortPrompt, VisualTokens, last_before_answer, text_positions
 from .pruned import PrunedVlm, pruned_copy
+from .texts import PromptTexts, read_texts
 from .visual_rows import VisualRows, behind_cache, check_count
 from .windows import cached_index, with_whole_windows
 
@@ -184,7 +186,8 @@ class VlmComposite(Composite):
         if not any(pixels in named for pixels in PIXELS.values()):
             return named, None
         mask = _mask(model, named, generating)
-        looked = dict(named)
+        # the mask says which of the prompt is text
+        looked: dict[str, Any] = {**named, "attention_mask": mask}
         rows = self.look(model, looked)
         stays, visual, free = self._stays(model, named["input_ids"], rows)
         positions = named.get("position_ids")
@@ -272,6 +275,25 @@ class VlmComposite(Composite):
             if found.protected is not None:
                 free = free.masked_scatter(places, ~found.protected.to(ids.device))
         return stays, visual, free
+
+    def texts(self, model: PrunedVlm, given: Mapping[str, Any], modality: str) -> PromptTexts | None:
+        """The texts of the prompts of a call, where parts compare visual tokens with a text and the caller gave none.
+
+        Args:
+            model: The pruned model.
+            given: All inputs of the call.
+            modality: "image" or "video".
+        """
+        pruning = get_pruning(model)
+        reads = pruning.guide is not None and pruning.guide.queried and bool(pruning.towers["image"].pruners)
+        if not reads or "input_ids" not in given or current_query() is not None:
+            return None
+        ids = {name: getattr(model.config, f"{name}_token_id", None) for name in PIXELS}
+        places = {name: one for name, one in ids.items() if one is not None} | {
+            modality: self.token_id(model, modality)
+        }
+        embed: Any = pruning.host.get_input_embeddings
+        return read_texts(embed(), given, places, modality)
 
     def language_cost(self, model: nn.Module) -> LanguageCost:
         if self._cost is None:

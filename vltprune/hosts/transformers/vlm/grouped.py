@@ -16,6 +16,7 @@ from ...base import Host
 from ...linear_maps import measure_macs
 from ..patch_groups import PatchGroupsHost
 from .rows import RowsComposite
+from .texts import PromptTexts, compared
 from .visual_rows import VisualRows, split_by_image, square_grid
 
 
@@ -71,9 +72,13 @@ class GroupedComposite(RowsComposite):
         patches = weight.new_zeros(1, self.side(model) ** 2, model.config.vision_config.hidden_size)
         return measure_macs(self.features, model, patches)
 
-    def _prune(self, model: Any, modality: str, names: tuple[str, ...], *inputs: Any) -> VisualRows:
-        encoder = model.base_model.get_submodule(self.image)
-        tokens, calls = encoder.encode(*inputs)
+    def _prune(
+        self, model: Any, modality: str, texts: PromptTexts | None, names: tuple[str, ...], *inputs: Any
+    ) -> VisualRows:
+        encoder, images = model.base_model.get_submodule(self.image), len(inputs[0])
+        lengths = [] if texts is None else [len(texts.prompt) // max(images, 1)] * images
+        with compared(texts, lengths, lambda x: self.features(model, encoder.adapter.normed(encoder.host, x))):
+            tokens, calls = encoder.encode(*inputs)
         self.check_weighs(model, tokens)
         features = self.features(model, encoder.adapter.head(encoder.host, tokens, calls).last_hidden_state)
         kept = torch.zeros(len(calls[0].grid), dtype=torch.bool, device=features.device)

@@ -14,6 +14,7 @@ from ...find import find_host
 from ...linear_maps import measure_macs
 from ..base import ImageHost
 from .composite import VlmComposite
+from .texts import compared
 from .visual_rows import VisualRows, split_by_image, square_grid
 
 
@@ -52,20 +53,20 @@ class LlavaComposite(VlmComposite):
                 raise ValueError(f"{name}={given[name]!r}: a pruned model runs with its configuration's, set it there")
             given.pop(name, None)
         pixels = given.pop("pixel_values")
-        encoder = model.model.vision_tower
-        tokens, _ = encoder.encode(pixel_values=pixels)
-        self.check_weighs(model, tokens)
+        encoder, projector = model.model.vision_tower, model.model.multi_modal_projector
         side = model.config.vision_config.patch_size
         # positions count the class token, which the projector reads under the strategy "full" alone
         first = int(model.config.vision_feature_select_strategy == "default")
         height, width = (pixels.shape[axis] // side for axis in (-2, -1))
         per_image = height * width + encoder.adapter.prefix(encoder.host) - first
+        with compared(self.texts(model, given, "image"), [per_image] * len(pixels), projector):
+            tokens, _ = encoder.encode(pixel_values=pixels)
+        self.check_weighs(model, tokens)
         if first:
             tokens = tokens.select(tokens.position >= first)
         kept = torch.zeros(pixels.shape[0] * per_image, dtype=torch.bool, device=tokens.x.device)
         kept[tokens.layout.instance * per_image + tokens.position - first] = True
-        features = model.model.multi_modal_projector(tokens.x)
-        output = split_by_image(BaseModelOutputWithPooling, features, tokens.layout.lengths)
+        output = split_by_image(BaseModelOutputWithPooling, projector(tokens.x), tokens.layout.lengths)
         # a class token is no patch
         grid = square_grid(len(pixels), height, width, kept.device) if per_image == height * width else None
         return {"image": VisualRows(output, kept, None, tokens.keep_prob, tokens.counted_prob, grid)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from ...base import Host
 from ...find import find_host
 from .composite import PIXELS
 from .rows import RowsComposite
+from .texts import PromptTexts, compared
 from .visual_rows import VisualRows, split_by_image
 
 
@@ -37,22 +39,25 @@ class QwenComposite(RowsComposite):
                 _check_runs(places, sizes.tolist(), modality)
         return super().positions(model, given, mask, generating)
 
-    def _prune(self, model: Any, modality: str, names: tuple[str, ...], *inputs: Any) -> VisualRows:
+    def _prune(
+        self, model: Any, modality: str, texts: PromptTexts | None, names: tuple[str, ...], *inputs: Any
+    ) -> VisualRows:
         encoder = model.base_model.visual
-        tokens, calls = encoder.encode(*inputs)
+        tower, host = encoder.host, encoder.adapter
+        sizes = inputs[1].prod(-1) // tower.spatial_merge_size**2
+        with compared(texts, sizes, partial(host.merge, tower)):
+            tokens, calls = encoder.encode(*inputs)
         self.check_weighs(model, tokens)
-        output = encoder.adapter.head(encoder.host, tokens, calls)
+        output = host.head(tower, tokens, calls)
         levels = getattr(output, "deepstack_features", None)
         short = split_by_image(type(output), output.pooler_output, tokens.layout.lengths, levels)
         attention = calls[0].attention
         kept = torch.zeros(len(calls[0].grid), dtype=torch.bool, device=tokens.x.device)
         kept[attention.row(tokens)] = True
         # images below each other
-        heights = inputs[1][:, 0] * inputs[1][:, 1] // encoder.host.spatial_merge_size
+        heights = inputs[1][:, 0] * inputs[1][:, 1] // tower.spatial_merge_size
         above = torch.zeros_like(calls[0].grid)
-        above[:, 0] = (heights.cumsum(0) - heights).repeat_interleave(
-            inputs[1].prod(-1) // encoder.host.spatial_merge_size**2
-        )
+        above[:, 0] = (heights.cumsum(0) - heights).repeat_interleave(sizes)
         return VisualRows(short, kept, None, tokens.keep_prob, tokens.counted_prob, calls[0].grid + above)
 
 

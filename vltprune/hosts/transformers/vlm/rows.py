@@ -26,6 +26,7 @@ from ....pruning.pruner import Pruner
 from ....pruning.trace import LayerTrace
 from ...base import Host
 from .composite import PIXELS, VlmComposite
+from .texts import PromptTexts, compared
 from .visual_rows import VisualRows, split_by_image, square_grid
 
 # the column of the features that later layers of the language model add to visual tokens
@@ -68,10 +69,23 @@ class PrunedRows(PrunedEncoder):
                 )
         return pruners
 
+    def _bind_guide(self) -> BoundGuide | None:
+        # which text an image has is known once it is known how many visual tokens it has
+        return None
+
+    def _fit_guide(
+        self, guide: BoundGuide | None, tokens: PackedTokens, block_inputs: tuple[Any, ...]
+    ) -> BoundGuide | None:
+        ((_, _, texts),) = block_inputs
+        # the tokens are in the language model's space already
+        with compared(texts, tokens.layout.lengths, lambda x: x):
+            guide = super()._bind_guide()
+        return super()._fit_guide(guide, tokens, block_inputs)
+
     def _block(
         self, depth: int, block: nn.Module, tokens: PackedTokens, block_input: Any, guide: BoundGuide | None
     ) -> tuple[PackedTokens, LayerTrace]:
-        _, stats = block_input
+        _, stats, _ = block_input
         decisions, guidance = self._decide(self.pruners_at(depth), tokens, stats, guide)
         tokens, steps = apply_decisions(decisions, tokens, "block")
         relate = None if guidance is None else lambda: guidance
@@ -139,7 +153,13 @@ class RowsHost(Host):
         return BlockSpec(name, depth, 1, text.hidden_size, text.num_attention_heads, has_summary=False)
 
     def embed(
-        self, tower: Any, modality: str, needs: Stat, names: Sequence[str], *values: Any
+        self,
+        tower: Any,
+        modality: str,
+        needs: Stat,
+        texts: PromptTexts | None,
+        names: Sequence[str],
+        *values: Any,
     ) -> tuple[PackedTokens, tuple[Any, ...]]:
         # what belongs to no token, the form of the output, goes where a block's other input does
         inputs, stats = dict(zip(names, values, strict=True)), AttentionStats()
@@ -157,7 +177,7 @@ class RowsHost(Host):
         if self.is_square:
             side = math.isqrt(layout.longest)
             tokens = tokens.with_column(GRID, square_grid(1, side, side, rows.device).repeat(layout.batch, 1))
-        return tokens if levels is None else tokens.with_column(_LEVELS, levels), ((output, stats),)
+        return tokens if levels is None else tokens.with_column(_LEVELS, levels), ((output, stats, texts),)
 
     def qkv(self, block: nn.Module, tokens: PackedTokens, block_input: Any) -> tuple[Tensor, Tensor, Tensor]:
         # no heads: visual tokens behind a projector do not attend to each other, which costs nothing
@@ -219,7 +239,8 @@ class RowsComposite(VlmComposite):
                         f"{pixels} is given without {name}: give both, as this model's processor makes them"
                     )
             names = tuple(name for name in takes if name in given)
-            found[modality] = self._prune(model, modality, names, *(given[name] for name in names))
+            texts = self.texts(model, given, modality)
+            found[modality] = self._prune(model, modality, texts, names, *(given[name] for name in names))
             read |= set(names)
         for name in read:
             del given[name]
@@ -239,10 +260,12 @@ class RowsComposite(VlmComposite):
                 return positions
         return super().positions(model, given, mask, generating)
 
-    def _prune(self, model: Any, modality: str, names: tuple[str, ...], *inputs: Any) -> VisualRows:
+    def _prune(
+        self, model: Any, modality: str, texts: PromptTexts | None, names: tuple[str, ...], *inputs: Any
+    ) -> VisualRows:
         """The rows that stay of those that the dense model computes of images or videos."""
         encoder = model.base_model.visual_rows
-        tokens, ((output, _),) = encoder.encode(modality, encoder.needs, names, *inputs)
+        tokens, ((output, *_),) = encoder.encode(modality, encoder.needs, texts, names, *inputs)
         self.check_weighs(model, tokens)
         dense = Layout([len(one) for one in output.pooler_output], tokens.x.device)
         kept, protected = torch.zeros(2, dense.total, dtype=torch.bool, device=tokens.x.device)
