@@ -126,6 +126,19 @@ def test_wrong_requests(vit, tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_text_that_may_be_missing_is_not_in_the_file(tmp_path):
+    parts = {"keep": "count(count=3)", "selector": "top", "place": "block", "at": 1}
+    model, x = vp.prune(small("vit").model, "cdpruner", **parts), images(2)
+    with vp.query(torch.randn(2, model.pruning.guide.query_dim)):
+        with pytest.raises(ValueError, match=r"export outside of `with vltprune\.query\(\.\.\.\)`"):
+            vp.export(model, tmp_path / "a.pt2", x)
+        with_text = model(x)
+    written = vp.export(model, tmp_path / "a.pt2", x)
+    (found,) = torch.export.load(written.file).module()(x)
+    assert torch.allclose(found, model(x), atol=1e-5)
+    assert not torch.allclose(found, with_text, atol=1e-2)
+
+
 def test_counts_per_instance_need_batch_1(tmp_path):
     with pytest.raises(ValueError, match=r"batch=4: this model keeps .* vltprune.freeze\(model, batches\).model"):
         vp.export(vp.prune(small("vit").model, "attention"), tmp_path / "a.pt2", images(4), batch=4)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..cost.inputs import Batch
 from ..layers import AlignmentGuide
+from ..layers.guides.query import current_query
 from ..utils.modes import evaluating
 from ..utils.wrappers import unwrapped
 from .engines import ENGINES, Engine, find_format
@@ -128,15 +129,21 @@ def export(
 
 
 def _check_model(model: nn.Module) -> None:
-    """ValueError for a model on a device, in half precision, or that reads the text of a query."""
+    """ValueError for a model on a device or in half precision, and for one that needs or is given the text of a query."""
     for weight in model.parameters():
         if weight.device.type != "cpu" or (weight.is_floating_point() and weight.dtype != torch.float32):
             kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
             raise ValueError(f"this model is {kind}: export it on the CPU in single precision, model.cpu().float()")
-    if any(isinstance(module, AlignmentGuide) and module.queried for module in model.modules()):
+    guides = [module for module in model.modules() if isinstance(module, AlignmentGuide) and module.queried]
+    if any(getattr(guide, "required", True) for guide in guides):
         raise ValueError(
             "this model's guide reads the text of vltprune.query, which an exported file could not be given: prune with "
             "another guide and scorer"
+        )
+    if guides and current_query() is not None:
+        raise ValueError(
+            "this model's guide reads the text of vltprune.query, which an exported file could not be given: export outside "
+            "of `with vltprune.query(...)`; the file computes what the model does without a text"
         )
 
 

@@ -87,8 +87,9 @@ def dpp(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, mo
         chosen = _choose(torch.where(spanned, filled, gain), candidates & ~keep, relative=True)
         keep = _add(keep, chosen, candidates, counts, step)
         row = (x @ x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2])).mT).squeeze(2)
-        previous = factor[:, :step]
-        at = previous.gather(2, chosen[:, None].expand(-1, step, -1))
+        # later rows are zero: exporters mistake slices that are empty or grow
+        previous = factor if torch.compiler.is_exporting() else factor[:, :step]
+        at = previous.gather(2, chosen[:, None].expand(-1, previous.shape[1], -1))
         row = row - (at * previous).sum(1)
         # a spanned token changes nothing
         pivot = gain.masked_fill(spanned, _INFINITY).gather(1, chosen).sqrt()
