@@ -19,19 +19,19 @@ SOME = {
 
 @torch.no_grad()
 def test_a_row_for_each_model_and_a_reason_for_each_refusal():
-    found = [*SCRIPT["results"](["llava", "gemma3", "blip2 t5"], SOME)]
+    found = [*SCRIPT["results"](["llava", "llava-onevision", "blip2 t5"], SOME)]
     ran = [one for one in found if one.deviation is not None]
     assert len(found) == 12 and len(ran) == 9 and max(one.deviation for one in ran) < 1e-5
     lines = SCRIPT["tables"](found).splitlines()
     assert lines[0] == f"| model | {' | '.join(SOME)} |"
     assert lines[2].startswith("| llava | ") and "refused" not in lines[2]
-    assert lines[3].startswith("| gemma3 | refused | ") and "(1, 1 refused)" in lines[3]
+    assert lines[3].startswith("| llava-onevision | refused | ") and "(1, 1 refused)" in lines[3]
     assert lines[4].startswith("| blip2 t5 | ") and lines[4].endswith(" | refused |")
     assert lines[-3].startswith(
-        "| evit, in the image tower | gemma3 | it prunes inside the image tower, and a model of this class"
+        "| evit, in the image tower | llava-onevision | it prunes inside the image tower, and a model of this class"
     )
     assert lines[-3].endswith("behind its projector alone |")
-    assert lines[-2].startswith("| visionzip, between tower and language model | gemma3 | scorer=")
+    assert lines[-2].startswith("| visionzip, between tower and language model | llava-onevision | scorer=")
     assert lines[-1].startswith("| pyramiddrop, before a layer | blip2 t5 | it names the tower 'language'; ")
 
 

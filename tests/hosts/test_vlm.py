@@ -94,7 +94,7 @@ def test_a_count_is_what_enters_the_language_model(preset):
 )
 def test_what_pruning_behind_a_projector_refuses(parts, message):
     with pytest.raises(ValueError, match=message):
-        make("gemma3").pruned(**parts)
+        make("llava-onevision").pruned(**parts)
 
 
 def test_a_model_with_a_generate_of_its_own_is_refused():

@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.idefics3.modeling_idefics3 import Idefics3EncoderLayer, Idefics3VisionAttention
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoderLayer, SmolVLMVisionAttention
 
+from ...core.checks import check_images
 from ...core.layout import Layout
 from ...core.regions import Regions
 from ...core.statistics import Stat
@@ -19,6 +22,7 @@ from ...layers.block_spec import BlockSpec
 from ...layers.grid import COLUMN as GRID
 from ...pruning.config import PruneConfig
 from ...pruning.pruner import Pruner
+from ..base import Host
 from .base import ImageHost, PrunedTransformer
 from .clip import ClipBlocksHost
 
@@ -219,6 +223,52 @@ class PatchGroupsHost(ClipBlocksHost, ImageHost):
         """
         patches = x.reshape(len(x) * self.side**2, -1)
         return getattr(tower, self.norm)(patches).unflatten(0, (-1, self.side**2))
+
+
+class TilesHost(PatchGroupsHost):
+    """Host of the image towers of Idefics3 and SmolVLM. All tiles of a prompt are one instance, each of which attends alone.
+
+    Images may have any size that is a square of groups. Patches of padding are there as in the dense tower, and hidden.
+    """
+
+    known: ClassVar = {
+        Idefics3EncoderLayer: (Idefics3VisionAttention,),
+        SmolVLMEncoderLayer: (SmolVLMVisionAttention,),
+    }
+
+    def bind_arguments(self, tower: Any, *inputs: Any, **named: Any) -> tuple[Any, ...]:
+        # those of the whole model, which drops empty tiles before its tower
+        return Host.bind_arguments(self, tower, *inputs, **named)
+
+    def embed(
+        self, tower: Any, pixel_values: Tensor, pixel_attention_mask: Tensor | None = None
+    ) -> tuple[PackedTokens, tuple[PatchInput, ...]]:
+        """Embed the tiles of prompts.
+
+        Args:
+            tower: The dense tower.
+            pixel_values: [prompts, tiles, channels, H, W]. Tiles of zeros are padding.
+            pixel_attention_mask: [prompts, tiles, H, W], nonzero where a pixel is no padding. None for everywhere.
+
+        Returns:
+            As for any tower.
+        """
+        check_images(pixel_values, tower.config.num_channels, None, "pixel_values", ("prompts", "images"))
+        patch, (height, width) = tower.patch_size, pixel_values.shape[-2:]
+        if height != width or height % (patch * self.side):
+            raise ValueError(
+                f"pixel_values must be squares with sides of a multiple of {patch * self.side} pixels, got {height} x {width}: "
+                "prepare them with this model's processor"
+            )
+        is_tile = (pixel_values != 0).flatten(2).any(-1)
+        images = pixel_values[is_tile].to(tower.dtype)
+        there = torch.ones(len(images), height // patch, width // patch, dtype=torch.bool, device=images.device)
+        if pixel_attention_mask is not None:
+            cells = pixel_attention_mask[is_tile].unfold(1, patch, patch).unfold(2, patch, patch)
+            there = (cells != 0).any(-1).any(-1)
+        x = tower.embeddings(pixel_values=images, patch_attention_mask=there)
+        hidden = None if bool(there.all()) else ~there.flatten(1)
+        return self.group(tower, x, is_tile.sum(1).tolist(), hidden)
 
 
 def side_by_side(patches: Tensor, side: int) -> Tensor:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 from ....registry import hosts
 from ...base import Host
+from ...graft import shallow_copy
 from ...linear_maps import measure_macs
-from ..patch_groups import PatchGroupsHost
+from ..patch_groups import PatchGroupsHost, TilesHost
 from .rows import RowsComposite
 from .texts import PromptTexts, compared
 from .visual_rows import VisualRows, split_by_image, square_grid
@@ -26,13 +29,13 @@ class GroupedComposite(RowsComposite):
     To the projector, each group that stays is an image of its own, of one visual token.
 
     Attributes:
-        tower_type: The type of the image tower.
+        tower_types: Types that the image tower may have.
         tower_host: The class of its host.
         is_joined: Whether the dense model has the visual tokens of all images in one tensor, not in a list.
     """
 
     image = "vision_tower"
-    tower_type: ClassVar[type[PreTrainedModel]] = SiglipVisionModel
+    tower_types: ClassVar[tuple[type[PreTrainedModel], ...]] = (SiglipVisionModel,)
     tower_host: ClassVar[type[PatchGroupsHost]] = PatchGroupsHost
     is_joined: ClassVar[bool] = True
 
@@ -58,10 +61,10 @@ class GroupedComposite(RowsComposite):
 
     def image_tower(self, model: Any) -> tuple[nn.Module, Host]:
         tower: Any = model.base_model.get_submodule(self.image)
-        if type(tower) is not self.tower_type:
+        if type(tower) not in self.tower_types:
+            known = " or ".join(one.__name__ for one in self.tower_types)
             raise TypeError(
-                f"cannot prune a {type(model).__name__} whose image tower is a {type(tower).__name__}, that of a "
-                f"{self.tower_type.__name__} can be"
+                f"cannot prune a {type(model).__name__} whose image tower is a {type(tower).__name__}, those of {known} can be"
             )
         host = self.tower_host(self.side(model))
         host.check(tower)
@@ -101,3 +104,33 @@ class PaliGemmaComposite(GroupedComposite):
     def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
         # in `generate` it adds the one by itself
         return super().positions(model, given, mask, generating) + int(not generating)
+
+
+@hosts.register("transformers.models.idefics3.modeling_idefics3.Idefics3ForConditionalGeneration")
+@hosts.register("transformers.models.smolvlm.modeling_smolvlm.SmolVLMForConditionalGeneration")
+class ConnectedComposite(GroupedComposite):
+    """Composite of Idefics3 and SmolVLM. A count is of all tiles of a prompt."""
+
+    image = "vision_model"
+    tower_types = (Idefics3VisionTransformer, SmolVLMVisionTransformer)
+    tower_host = TilesHost
+    is_joined = False
+
+    def side(self, model: Any) -> int:
+        return model.config.scale_factor
+
+    def features(self, model: Any, patches: Tensor) -> Tensor:
+        return model.base_model.connector(patches).flatten(0, 1)
+
+
+@hosts.register("transformers.models.gemma3.modeling_gemma3.Gemma3ForConditionalGeneration")
+class PooledComposite(GroupedComposite):
+    """Composite of Gemma 3, whose visual tokens are means of groups."""
+
+    def side(self, model: Any) -> int:
+        return model.base_model.multi_modal_projector.kernel_size
+
+    def features(self, model: Any, patches: Tensor) -> Tensor:
+        projector: Any = shallow_copy(model.base_model.multi_modal_projector)
+        projector.patches_per_image = self.side(model)
+        return projector(patches).flatten(0, 1)

@@ -158,16 +158,6 @@ class TiledRowsHost(TowerRowsHost):
         ]
 
 
-class PooledRowsHost(TowerRowsHost):
-    """Host of the visual tokens of Gemma 3, means of square windows of patches."""
-
-    def rows(self, tower: Any, modality: str, patches: Tensor, inputs: dict[str, Any]) -> Tensor:
-        projector = tower.base_model.multi_modal_projector
-        side = projector.patches_per_image
-        pooled: Tensor = projector.avg_pool(patches.mT.unflatten(2, (side, side)))
-        return pooled.flatten(2).mT.flatten(0, 1)
-
-
 class ShuffledRowsHost(TowerRowsHost):
     """Host of the visual tokens of InternVL, squares of patches side by side."""
 
@@ -183,26 +173,6 @@ class ShuffledRowsHost(TowerRowsHost):
         grid = patches.contiguous().unflatten(1, (side, side))
         shuffled = tower.base_model.pixel_shuffle(grid, scale_factor=tower.config.downsample_ratio)
         return _mean_of_joined(shuffled.flatten(0, 2), patches.shape[2])
-
-
-class ConnectedRowsHost(TowerRowsHost):
-    """Host of the visual tokens of Idefics3 and SmolVLM, squares of patches side by side, all tiles of a prompt together."""
-
-    is_square = False
-
-    def leading(self, dims: int) -> tuple[str, ...]:
-        return ("prompts", "images")
-
-    def unit(self, tower: Any) -> int:
-        return tower.config.vision_config.patch_size * tower.config.scale_factor
-
-    def vision(self, tower: Any) -> VisionTower:
-        return VisionTower("vision_model", "encoder.layers", "self_attn", 0)
-
-    def rows(self, tower: Any, modality: str, patches: Tensor, inputs: dict[str, Any]) -> Tensor:
-        connector = tower.base_model.connector
-        shuffled = connector.pixel_shuffle(patches.contiguous(), connector.scale_factor)
-        return _mean_of_joined(shuffled.flatten(0, 1), patches.shape[2])
 
 
 def _mean_of_joined(joined: Tensor, channels: int) -> Tensor:
@@ -231,24 +201,9 @@ class ShuffledComposite(RowsComposite):
     host = ShuffledRowsHost
 
 
-@hosts.register("transformers.models.idefics3.modeling_idefics3.Idefics3ForConditionalGeneration")
-@hosts.register("transformers.models.smolvlm.modeling_smolvlm.SmolVLMForConditionalGeneration")
-class ConnectedComposite(RowsComposite):
-    """Composite of Idefics3 and SmolVLM."""
-
-    host = ConnectedRowsHost
-
-
 @hosts.register("transformers.models.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration")
 @hosts.register("transformers.models.llava_onevision.modeling_llava_onevision.LlavaOnevisionForConditionalGeneration")
 class TiledComposite(RowsComposite):
     """Composite of LLaVA-NeXT and LLaVA-OneVision."""
 
     host = TiledRowsHost
-
-
-@hosts.register("transformers.models.gemma3.modeling_gemma3.Gemma3ForConditionalGeneration")
-class PooledComposite(RowsComposite):
-    """Composite of Gemma 3."""
-
-    host = PooledRowsHost
