@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from types import MethodType
 
 import pytest
 import torch
@@ -109,6 +110,8 @@ def test_copies_of_modules_run_what_they_hold():
     assert calls == [changed] and pair(x).shape == (4, 2) and calls[1:] == [pair]
     accelerate.hooks.remove_hook_from_module(pair)
     same(with_submodule(pair, "second", new)(x), want)
+    pair.forward = MethodType(lambda self, x: -self.second(self.first(x)), pair)
+    same(with_submodule(pair, "second", new)(x), -want)
     for other in (Pair().forward, wrapped(pair.forward)):
         pair.forward = other
         with pytest.raises(TypeError, match="forward of this Pair was replaced"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -97,7 +98,7 @@ def shallow_copy(model: M) -> M:
         model: The module; it stays as it is.
 
     Returns:
-        The copy. Hooks of accelerate are bound to it.
+        The copy. Hooks of accelerate are bound to it, and so is a method that was set on the module itself.
 
     Raises:
         TypeError: For another forward that was set on the module itself: it would run the original.
@@ -111,6 +112,10 @@ def shallow_copy(model: M) -> M:
     }
     forward = own_forward(model)
     if forward is None:
+        return out
+    if isinstance(forward, MethodType) and forward.__self__ is model:
+        # a function that takes the module, as libraries of kernels set it on norms
+        vars(out)["forward"] = MethodType(forward.__func__, out)
         return out
     is_hook = isinstance(forward, functools.partial) and forward.args == (model,) and not forward.keywords
     if not (is_hook and _is_of_class(vars(model).get("_old_forward"), model)):
