@@ -311,6 +311,12 @@ def test_placeholders_are_queries_of_the_images(name):
         assert torch.equal(got.sequences, want.sequences)
 
 
+def test_a_pruned_model_with_a_language_model_is_one_graph(tmp_path):
+    case = make("blip2 opt")
+    pruned, inputs = case.pruned("random", keep="count(count=4)"), case.prompts()
+    assert vp.export(pruned, tmp_path / "a.pt2", inputs).inputs[0].shape == (None, 3, 32, 32)
+
+
 def test_what_is_refused():
     case = make("instruct llama")
     with pytest.raises(ValueError, match=f"reads the {QUERIES} queries of the Q-Former"):
