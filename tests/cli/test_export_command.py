@@ -78,3 +78,16 @@ def test_what_a_model_does_not_have_is_refused(vit, photos, tmp_path, fails):
     assert "is one tower: leave --tower out" in fails("export", vit, "--tower", "image", *output)
     assert "--data fixes counts per instance" in fails("export", vit, "--data", str(photos), *output)
     assert "has image, text" in fails("export", "blip_nlvr_tiny", "--tower", "audio", *output)
+
+
+def test_of_a_vision_language_model_the_image_tower_is_written(tmp_path, fails, capsys):
+    output = ["--output", str(tmp_path / "a.pt2")]
+    for arguments in ([], ["--tower", "language"]):
+        message = fails("export", "llava_tiny", *arguments, *output)
+        assert (
+            "which is exported dense and with batch=1 alone: write vltprune.export(model.model.vision_tower, path, images)"
+            in message
+        )
+        assert "--tower image" in message
+    assert cli.main(["export", "llava_tiny_random", "--tower", "image", *output]) == 0
+    assert "pixel_values: float32 [any, 3, 96, 96]" in capsys.readouterr().out

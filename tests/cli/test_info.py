@@ -66,11 +66,19 @@ def test_macs_agrees_with_the_library(capsys):
         (["blip_caption_tiny_random"], "decoder      dense"),
         (["blip_vqa_tiny"], "(an image, a question and an answer of 5 tokens)"),
         (["clip_vit_s_32_alt_random", "--tokens", "20"], "text tower"),
+        (["llava_tiny", "--tokens", "9"], "(a sentence and an image)"),
+        (["llava_tiny_random"], "decoder      dense"),
     ],
 )
 def test_macs_of_composites(arguments, wanted, capsys):
     assert cli.main(["macs", *arguments]) == 0
     assert wanted in capsys.readouterr().out
+
+
+def test_a_vision_language_model(capsys):
+    assert cli.main(["info", "llava_tiny"]) == 0
+    out = capsys.readouterr().out
+    assert "image tower: 5 layers" in out and "(a sentence and an image)" in out and "decoder      dense" in out
 
 
 def test_macs_refusals(fails):

@@ -120,6 +120,10 @@ def test_wrong_requests(vit, tmp_path, monkeypatch):
         vp.export(nn.Linear(3, 3).bfloat16(), tmp_path / "a.pt2", torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"reads the text of vltprune\.query"):
         vp.export(vp.prune(small("vit").model, "trips"), tmp_path / "a.pt2", x)
+    with pytest.raises(
+        ValueError, match=r"LlavaFor.* has a language model .*: write vltprune\.export\(model\.model\.vision_tower"
+    ):
+        vp.export(vp.create_model("llava_tiny"), tmp_path / "a.onnx", torch.zeros(1, 3, 96, 96))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"onnx, onnxscript, onnxruntime: pip install 'vltprune\[export\]'"):
         vp.export(vit, tmp_path / "a.onnx", x)

@@ -44,7 +44,7 @@ def instance(host: Any, tokens: int | None = None) -> tuple[Tensor, ...]:
 
     Raises:
         ValueError: for a sentence that the model does not read, or that is too long for it; for a model of transformers
-            that takes more than images and a sentence.
+            that takes more than images and a sentence, and is not LLaVA.
     """
     generator = torch.Generator().manual_seed(0)
     if type(host).__module__.startswith("transformers."):
@@ -97,12 +97,24 @@ def _transformers(host: Any, tokens: int | None, generator: torch.Generator) -> 
         named["input_ids"] = torch.randint(1, text.vocab_size, (1, length), generator=generator)
     elif tokens is not None:
         raise ValueError(f"--tokens: a {type(host).__name__} reads no sentence: leave the option out")
-    if set(takes[: len(named)]) != set(named) or hasattr(host.config, "image_token_id"):
+    if type(host).__name__ == "LlavaForConditionalGeneration":
+        named["input_ids"] = _with_image(host, named["input_ids"], named["pixel_values"])
+    elif set(takes[: len(named)]) != set(named) or hasattr(host.config, "image_token_id"):
         raise ValueError(
             f"a {type(host).__name__} takes more than an image and a sentence, and no example of it is known: give one in "
-            "Python, as vltprune.count_macs(model, **inputs) or vltprune.export(model, path, inputs)"
+            "Python, as vltprune.count_macs(model, **inputs)"
         )
     return tuple(named[name] for name in takes[: len(named)])
+
+
+def _with_image(host: Any, words: Tensor, images: Tensor) -> Tensor:
+    """A prompt of LLaVA [1, length]: the placeholders of an image, and words behind them, [1, words]."""
+    like = next(host.parameters())
+    with torch.no_grad():
+        rows = len(host.get_image_features(images.to(like)).pooler_output[0])
+    image = host.config.image_token_id
+    # no word is one of them
+    return torch.cat([torch.full((1, rows), image), words.masked_fill(words == image, image - 1)], 1)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--quantile {args.quantile:g} is over the images of --data DIR: give them, or leave it out")
     common.use_threads(args.threads)
     model = common.load_model(args.model, args.pretrained, warn_if_dense=True)
-    method, inputs = _example(args, model)
+    model, method, inputs = _example(args, model)
     if files is not None:
         model = _frozen(args, model, files)
     print(export(model, file, inputs, form, batch=args.batch, method=method))
@@ -97,14 +97,21 @@ def _output(args: argparse.Namespace) -> tuple[Path, str]:
     return file, form
 
 
-def _example(args: argparse.Namespace, model: nn.Module) -> tuple[str | None, tuple[Tensor, ...]]:
-    """The method to export and an example of its inputs, of noise. ValueError for a tower that the model lacks."""
+def _example(args: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, str | None, tuple[Tensor, ...]]:
+    """The model or tower to export, its method, and an example of inputs, of noise. ValueError for a tower that it lacks."""
     host: Any = dense_model(model)
     composite = find_composite(host)
     towers = [] if composite is None else [*composite.towers(host)]
     if args.tower is not None and args.tower not in towers:
         has = f"has {', '.join(towers)}" if towers else "is one tower: leave --tower out"
         raise ValueError(f"--tower {args.tower}: {args.model} {has}")
+    alone = None if composite is None else composite.exported_alone(host)
+    if alone is not None and args.tower in alone:
+        name = alone[args.tower]
+        return model.get_submodule(name), None, example.instance_for(host.get_submodule(name))
+    if alone is not None and (args.batch != 1 or is_pruned(model)):
+        # which `export` refuses, and says what there is
+        return model, None, ()
     try:
         inputs = example.instance_for(host)
     except (AttributeError, LookupError):
@@ -112,14 +119,14 @@ def _example(args: argparse.Namespace, model: nn.Module) -> tuple[str | None, tu
             f"no example of inputs is known for {args.model}: give some in Python, vltprune.export(model, path, inputs)"
         ) from None
     if args.tower is None:
-        return None, inputs
+        return model, None, inputs
     named = [name.format(args.tower) for name in _METHODS]
     method = next((name for name in named if callable(getattr(model, name, None))), None)
     if method is None:
         raise ValueError(f"--tower {args.tower}: {args.model} has none of the methods {', '.join(named)}: leave it out")
     images, *texts = inputs
     # of a model that reads several images at once, each is one input of the tower
-    return method, (images.reshape(-1, *images.shape[-3:]),) if args.tower == "image" else tuple(texts[:1])
+    return model, method, (images.reshape(-1, *images.shape[-3:]),) if args.tower == "image" else tuple(texts[:1])
 
 
 def _frozen(args: argparse.Namespace, model: nn.Module, files: Sequence[Path]) -> nn.Module:

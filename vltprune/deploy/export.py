@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cost.inputs import Batch
+from ..hosts.find import find_composite
 from ..layers import AlignmentGuide
 from ..layers.guides.query import current_query
+from ..pruning.model import dense_model, is_pruned
 from ..utils.modes import evaluating
 from ..utils.wrappers import unwrapped
 from .engines import ENGINES, Engine, find_format
@@ -89,7 +91,8 @@ def export(
     Raises:
         ExportError: for a model that torch.export or the engine's exporter cannot take, and for a file that does not agree with
             the model to 1e-4.
-        ValueError: for a format that does not fit the suffix, and for inputs or a batch that the model cannot be exported with.
+        ValueError: for a vision-language model that is pruned or is to take any batch, for a format that does not fit the
+            suffix, and for inputs or a batch that the model cannot be exported with.
         TypeError: for inputs that the model does not take, and for a model of `finish`.
         ImportError: for packages that are missing.
         OSError: where the file cannot be written.
@@ -100,7 +103,7 @@ def export(
     engine.check_installed()
     model = unwrapped(model)
     check_unfinished(model, "export the model that it was made from; the engine lays out weights by itself")
-    _check_model(model)
+    _check_model(model, batch)
     if batch is not None and batch < 1:
         raise ValueError(f"batch={batch} must be 1 or more: the number of instances of a call, or None for any")
     call = Call(model, inputs, method)
@@ -128,8 +131,22 @@ def export(
     return ExportedModel(path, files, form, taken, given, difference, len(batches))
 
 
-def _check_model(model: nn.Module) -> None:
-    """ValueError for a model on a device or in half precision, and for one that needs or is given the text of a query."""
+def _check_model(model: nn.Module, batch: int | None) -> None:
+    """ValueError for a model on a device or in half precision, and for one that needs or is given the text of a query.
+
+    And for a vision-language model, unless it is dense and takes one instance.
+    """
+    composite = find_composite(dense_model(model))
+    alone = None if composite is None else composite.exported_alone(dense_model(model))
+    if alone is not None and (batch != 1 or is_pruned(model)):
+        ways = [
+            f"vltprune.export(model.{place}, path, images), on the command line --tower {tower}"
+            for tower, place in alone.items()
+        ]
+        raise ValueError(
+            f"a {type(model).__name__} has a language model that writes text, which is exported dense and with batch=1 alone: "
+            f"write {' or '.join(ways) or 'vltprune.export(tower, path, images) for the image tower of the dense model'}"
+        )
     for weight in model.parameters():
         if weight.device.type != "cpu" or (weight.is_floating_point() and weight.dtype != torch.float32):
             kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"

@@ -334,6 +334,17 @@ class Composite(ABC):
         """
         return ""
 
+    def exported_alone(self, model: nn.Module) -> Mapping[str, str] | None:
+        """The towers that are exported where a model as a whole is not, or only dense and with one instance.
+
+        Args:
+            model: The dense model.
+
+        Returns:
+            The dotted name of each such tower in the model, by the name of the tower; None for a model that is exported whole.
+        """
+        return None
+
     def projections(self, model: nn.Module) -> dict[str, TokenProjection]:
         """What maps tokens to embeddings that the towers share, by tower, where modules outside of the towers do."""
         return {}

@@ -98,6 +98,9 @@ class VlmComposite(Composite):
             reason = "whose recurrent layers keep what they have read of tokens that go"
         return f". Its language model is a {type(language).__name__}, {reason}: prune before it, with place='output'"
 
+    def exported_alone(self, model: nn.Module) -> dict[str, str]:
+        return {}
+
     def assemble(self, model: nn.Module, towers: Mapping[str, nn.Module]) -> nn.Module:
         for tower, new in towers.items():
             # a language model that no stage prunes stays the dense one: stock caches and kernels

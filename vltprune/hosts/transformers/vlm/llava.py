@@ -42,6 +42,9 @@ class LlavaComposite(VlmComposite):
             raise ValueError(f"vision_feature_layer={layer}: the image tower has {depths} blocks, and one must run")
         return tower, host
 
+    def exported_alone(self, model: nn.Module) -> dict[str, str]:
+        return {"image": self.places["image"]}
+
     def projector_macs(self, model: Any) -> float:
         weight = next(model.model.multi_modal_projector.parameters())
         row = torch.zeros(1, model.config.vision_config.hidden_size, dtype=weight.dtype, device=weight.device)
