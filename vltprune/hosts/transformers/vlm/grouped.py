@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +59,15 @@ class GroupedComposite(RowsComposite):
         """
         return model.base_model.multi_modal_projector(patches).flatten(0, 1)
 
+    def sizes(self, texts: PromptTexts, instances: int) -> Sequence[int] | Tensor:
+        """Visual tokens of each instance before pruning: of images, which have equally many.
+
+        Args:
+            texts: The texts of the prompts, and of which prompt each placeholder is.
+            instances: How many there are.
+        """
+        return [len(texts.prompt) // max(instances, 1)] * instances
+
     def image_tower(self, model: Any) -> tuple[nn.Module, Host]:
         tower: Any = model.base_model.get_submodule(self.image)
         if type(tower) not in self.tower_types:
@@ -78,8 +87,8 @@ class GroupedComposite(RowsComposite):
     def _prune(
         self, model: Any, modality: str, texts: PromptTexts | None, names: tuple[str, ...], *inputs: Any
     ) -> VisualRows:
-        encoder, images = model.base_model.get_submodule(self.image), len(inputs[0])
-        lengths = [] if texts is None else [len(texts.prompt) // max(images, 1)] * images
+        encoder = model.base_model.get_submodule(self.image)
+        lengths: Sequence[int] | Tensor = () if texts is None else self.sizes(texts, len(inputs[0]))
         with compared(texts, lengths, lambda x: self.features(model, encoder.adapter.normed(encoder.host, x))):
             tokens, calls = encoder.encode(*inputs)
         self.check_weighs(model, tokens)
@@ -121,6 +130,10 @@ class ConnectedComposite(GroupedComposite):
 
     def features(self, model: Any, patches: Tensor) -> Tensor:
         return model.base_model.connector(patches).flatten(0, 1)
+
+    def sizes(self, texts: PromptTexts, instances: int) -> Tensor:
+        # an instance is a prompt, with as many images as it has
+        return texts.prompt.bincount(minlength=instances)
 
 
 @hosts.register("transformers.models.gemma3.modeling_gemma3.Gemma3ForConditionalGeneration")
