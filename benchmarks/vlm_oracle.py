@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import vltprune as vp
+from vltprune.layers.guides.text import TextGuide
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "hosts")]
@@ -168,11 +169,13 @@ def image_deviation(case: Vlm, pruned: Any, inputs: dict[str, Tensor]) -> float:
     pixels = {name: inputs[name] for name in case.draw([1]).keys() & inputs.keys()}
     kept = visible[inputs["input_ids"] == IMAGE_ID].bool()
     features = case.model.base_model.get_image_features(**pixels, return_dict=True)
-    left = pruned.get_image_features(**pixels)
-    features["pooler_output"] = placed(features["pooler_output"], left["pooler_output"], kept)
-    if features.get("deepstack_features") is not None:
-        levels = zip(features["deepstack_features"], left["deepstack_features"], strict=True)
-        features["deepstack_features"] = [placed(whole, short, kept) for whole, short in levels]
+    # parts that compare with a prompt keep other tokens without one; such presets drop, which leaves features as they are
+    if not any(isinstance(guide, TextGuide) for guide in pruned.modules()):
+        left = pruned.get_image_features(**pixels)
+        features["pooler_output"] = placed(features["pooler_output"], left["pooler_output"], kept)
+        if features.get("deepstack_features") is not None:
+            levels = zip(features["deepstack_features"], left["deepstack_features"], strict=True)
+            features["deepstack_features"] = [placed(whole, short, kept) for whole, short in levels]
     others = {name: value for name, value in inputs.items() if name not in pixels}
     hidden = {**others, "attention_mask": visible, "position_ids": positions, "mm_encoder_outputs": {"image": features}}
     want = case.model.generate(**hidden, **HOW)

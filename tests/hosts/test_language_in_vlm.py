@@ -97,7 +97,7 @@ def test_ways_of_generating():
     ):
         with pytest.raises((ValueError, ImportError), match=message):
             pruned.generate(**inputs, **WORDS, **option)
-    with pytest.raises(ValueError, match="Assisted decoding requires a cache that can be cropped"):
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens= takes drafts out of the cache again"):
         pruned.generate(**case.prompts((3, 4)), **WORDS, prompt_lookup_num_tokens=2)
 
 

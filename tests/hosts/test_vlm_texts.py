@@ -52,6 +52,29 @@ def test_the_words_of_a_prompt_are_compared_behind_the_projector(name):
     assert kept(pruned, inputs) == [prefix + one for one in nearest(case, inputs)]
 
 
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "paligemma", "qwen3"])
+@torch.no_grad()
+def test_a_batch_keeps_of_each_prompt_what_it_keeps_alone(name):
+    case = make(name)
+    inputs, pruned = case.prompts((2, 3, 5), (3, 4), (6,)), case.pruned("cdpruner", **NEAREST)
+    by_prompt = name in ("smolvlm", "idefics3")
+    per_image = len(inputs["pixel_values"]) // 3
+    alone, images = [], 0
+    for row, number in enumerate((2, 1)):
+        rows = slice(images * per_image, (images + number) * per_image)
+        one = {
+            key: value[row : row + 1, :number] if by_prompt and key == "pixel_values" else value[row : row + 1]
+            for key, value in inputs.items()
+        }
+        if not by_prompt:
+            one |= {"pixel_values": inputs["pixel_values"][rows]}
+            one |= {key: value[images : images + number] for key, value in inputs.items() if key == "image_grid_thw"}
+        images += number
+        alone += kept(pruned, one)
+    # a text has an instance without tokens where an instance is a prompt
+    assert [one for one in kept(pruned, inputs) if one] == alone
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen3", "llava-next"])
 @torch.no_grad()
 def test_prompts_with_one_image_keep_other_tokens_of_it(name):
