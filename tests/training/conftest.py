@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-state = pytest.importorskip("accelerate.state", reason="training needs accelerate: pip install 'vltprune[train]'")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps one precision a process: that of a trainer that an earlier test built is forgotten."""
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    state.AcceleratorState._reset_state(reset_partial_state=True)
+pytest.importorskip("accelerate", reason="training needs accelerate: pip install 'vltprune[train]'")
 
 
 @pytest.fixture
