@@ -70,28 +70,6 @@ def test_beams_of_prompts_with_different_counts():
 
 
 @pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_several_turns_on_one_cache(name):
-    case = make(name)
-    pruned = case.pruned(keep="count(count=2)")
-    first = case.prompts((3, 4))
-    start = pruned.generate(**first, **STEPS)
-    more, answer = case.prompts((0, 5)), start.sequences[:, first["input_ids"].shape[1] :]
-    inputs = {"input_ids": torch.cat([start.sequences, more["input_ids"]], 1)}
-    for key, value in more.items():
-        if key in ("attention_mask", case.types):
-            inputs[key] = torch.cat([first[key], torch.full_like(answer, int(key == "attention_mask")), value], 1)
-        elif key != "input_ids":
-            inputs[key] = torch.cat([first[key], value])
-    want = pruned.generate(**inputs, **STEPS)
-    got = pruned.generate(**inputs, past_key_values=start.cache, **STEPS)
-    same(got.logits, want.logits)
-    without = {key: value for key, value in inputs.items() if key not in more or key in ("input_ids", "attention_mask")}
-    with pytest.raises(ValueError, match="those of earlier turns again"):
-        pruned.generate(**without, cache=start.cache, **STEPS)
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_the_loss_is_of_the_tokens_that_stay(name):
     case = make(name)
     pruned, inputs = case.pruned(keep=KEEP), case.prompts(*BATCH)
@@ -251,17 +229,17 @@ def test_tiles_of_an_image_are_those_of_its_size(name):
             pruned(**inputs | {"pixel_values": wrong})
 
 
-def test_decoding_by_hand_needs_positions():
+@torch.no_grad()
+def test_decoding_by_hand():
     case = make("llava")
     pruned, inputs = case.pruned(), case.prompts((3, 4))
     start = pruned(**inputs, use_cache=True)
     following = {"input_ids": torch.tensor([[7]]), "cache": start.cache}
-    with pytest.raises(ValueError, match="position_ids"):
-        pruned(**following)
     length = inputs["input_ids"].shape[1]
     hidden = masked(case, pruned, inputs)
     mask = torch.cat([hidden.pop("attention_mask"), torch.ones(1, 1, dtype=torch.int64)], 1)
     hidden["input_ids"] = torch.cat([inputs["input_ids"], following["input_ids"]], 1)
     want = case.model(**hidden | {"attention_mask": mask, "position_ids": torch.arange(length + 1)[None]})
-    got = pruned(**following, position_ids=torch.tensor([[length]]))
-    same(got.logits[:, -1], want.logits[:, -1])
+    for given in ({}, {"position_ids": torch.tensor([[length]])}):
+        got = pruned(**following | given | {"cache": copy.deepcopy(start.cache)})
+        same(got.logits[:, -1], want.logits[:, -1])

@@ -11,7 +11,7 @@ from small_models import soften
 from small_vlms import IMAGE_ID, LLAMA, QWEN_IDS, QWEN_TOWER, ROPE, make
 
 import vltprune as vp
-from vltprune.hosts.transformers.vlm.prompt import PromptIndex, VisualTokens, visual_tokens
+from vltprune.hosts.transformers.vlm.prompt import VisualTokens, visual_tokens
 
 PLACES = {
     "tower": {"at": {"image": (0, 1)}},
@@ -92,9 +92,7 @@ def test_a_weight_is_a_bias_of_the_keys(name):
     dense.set_attn_implementation("eager")
     x = torch.randn(*is_visual.shape, 48)
     for prob in (part, gone):
-        with visual_tokens(
-            VisualTokens(is_visual, PromptIndex(torch.arange(is_visual.shape[1])[None], is_visual.shape[1]), prob, prob)
-        ):
+        with visual_tokens(VisualTokens(is_visual, prob, prob)):
             got = encoder(inputs_embeds=x, attention_mask=inputs["attention_mask"], use_cache=False).last_hidden_state
         causal = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
         bias = (causal + prob.log()[:, None])[:, None]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ....core.tokens import PackedTokens
 from ....layers import current_query
@@ -24,14 +24,30 @@ from ...graft import with_descendant
 from ...soft import refuse_soft_tokens
 from ..saving import with_pruning_saved
 from .language_cost import measure_language, report_prompts
-from .prompt import PromptIndex, ShortPrompt, VisualTokens, last_before_answer, text_positions
+from .prompt import ShortPrompt, VisualTokens, last_before_answer, text_positions
 from .pruned import PrunedVlm, pruned_copy
 from .texts import PromptTexts, read_texts
-from .visual_rows import VisualRows, behind_cache, check_count
-from .windows import cached_index, with_whole_windows
+from .turns import CachedPrompt, Turn, memory_of, recall
+from .visual_rows import VisualRows, check_count
+from .windows import with_whole_windows
 
 # names of a model's pixels, by modality
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass(frozen=True)
+class ShortCall:
+    """A call with pruned visual tokens.
+
+    Attributes:
+        inputs: The inputs of the dense model.
+        visual: Which of its tokens are visual; None for a call without images.
+        cached: What its cache will remember; None where there are no tokens.
+    """
+
+    inputs: dict[str, Any]
+    visual: VisualTokens | None
+    cached: CachedPrompt | None
 
 
 class VlmComposite(Composite):
@@ -42,12 +58,16 @@ class VlmComposite(Composite):
 
     Attributes:
         is_block_exempt: Whether tokens of a prompt that see each other both ways do so across sliding windows.
+        first_position: The position of a prompt's first token in `forward`; in `generate` it is 0.
+        key: Tells caches of this pruned model from others.
     """
 
     is_block_exempt: ClassVar[bool] = False
+    first_position: ClassVar[int] = 0
 
     def __init__(self, places: Mapping[str, str]):
         self.places = places
+        self.key = uuid.uuid4().hex
         self._cost: LanguageCost | None = None
 
     @abstractmethod
@@ -78,7 +98,7 @@ class VlmComposite(Composite):
         Returns:
             [batch, length] int64, or [axes, batch, length].
         """
-        return text_positions(mask, counts_padding=not generating)
+        return text_positions(mask, counts_padding=not generating) + (0 if generating else self.first_position)
 
     def towers(self, model: nn.Module) -> dict[str, tuple[nn.Module, Host]]:
         found = {"image": self.image_tower(model)}
@@ -129,25 +149,23 @@ class VlmComposite(Composite):
         is_soft = visual is not None and visual.keep_prob is not None
         return encoder if is_soft or (aligns and visual is not None) else None
 
-    def runnable(self, model: PrunedVlm, visual: VisualTokens | None, cache: Cache | None = None) -> Any:
+    def runnable(self, model: PrunedVlm, call: ShortCall) -> Any:
         """The model as its dense class, with the language model that `language_tower` says and windows of the whole prompts.
 
         Args:
             model: The pruned model.
-            visual: The visual tokens of the prompt; None for a text.
-            cache: The key-value cache of the call; None for none.
+            call: What `shorten` returned.
 
         Returns:
-            What takes the inputs that `shorten` returns.
+            What takes its inputs.
         """
-        view, encoder = model.as_dense(), self.language_tower(model, visual)
+        view, encoder = model.as_dense(), self.language_tower(model, call.visual)
         language = inside = model.get_submodule(self.places["language"])
         if encoder is not None and not len(encoder.pruners):
             encoder.training = model.training  # no child of the model, whose modes it has
             language = encoder
-        index = cached_index(cache) if visual is None else visual.prompt
-        if index is not None:
-            language = with_whole_windows(language, model.config, index, self.is_block_exempt)
+        if call.cached is not None and not call.cached.prompt.is_whole:
+            language = with_whole_windows(language, model.config, call.cached.prompt, self.is_block_exempt)
         return view if language is inside else with_descendant(view, self.places["language"], language)
 
     def check_weighs(self, model: PrunedVlm, tokens: PackedTokens) -> None:
@@ -166,74 +184,142 @@ class VlmComposite(Composite):
             )
 
     def shorten(
-        self, model: PrunedVlm, given: Mapping[str, Any], generating: bool = False
-    ) -> tuple[dict[str, Any], VisualTokens | None]:
-        """Prune the visual tokens of a call.
+        self, model: PrunedVlm, given: Mapping[str, Any], generating: bool = False, repeats: int = 1
+    ) -> ShortCall:
+        """Prune the visual tokens of a call. The tokens that a cache holds are not pruned again, and their images not read.
 
         Args:
             model: The pruned model.
             given: Inputs of `forward` or `generate` by name.
             generating: Whether it is `generate`.
+            repeats: How many times that repeats each prompt.
 
         Returns:
-            The inputs of the dense model, and which of its tokens are visual; None for a call without images.
+            The call of the dense model.
 
         Raises:
-            ValueError: For images and prompts that do not fit each other.
+            ValueError: For images and prompts that do not fit each other, and for caches that another model filled.
         """
         named = {name: value for name, value in given.items() if value is not None}
         if "past_key_values" in named:
             named["cache"] = named.pop("past_key_values")
-        past = named["cache"].get_seq_length() if "cache" in named else 0
-        self._check(model, named, past, generating)
-        if not any(pixels in named for pixels in PIXELS.values()):
-            return named, None
-        mask = _mask(model, named, generating)
+        has_images = any(pixels in named for pixels in PIXELS.values())
+        turn = self._turn(model, named, generating, repeats)
+        read = named if turn is None else turn.inputs
+        self._check(model, read, turn is not None)
+        if turn is None and not has_images:
+            return ShortCall(named, None, self._cached_text(model, named, generating))
+        mask = _mask(model, read, generating)
         # the mask says which of the prompt is text
-        looked: dict[str, Any] = {**named, "attention_mask": mask}
-        rows = self.look(model, looked)
-        stays, visual, free = self._stays(model, named["input_ids"], rows)
-        positions = named.get("position_ids")
-        if positions is None:
-            # behind the count of placeholders, on which models fail here
-            positions = self.positions(model, named, mask, generating)
-        named = looked
-        weights = self._weights(model, named["input_ids"], rows)
+        rest: dict[str, Any] = {**read, "attention_mask": mask}
+        rows = self.look(model, rest) if has_images else {}
+        all_again = turn is not None and self._fits_whole(model, rows, turn)
+        if turn is not None and all_again:
+            rows = self._of_new(model, rows, turn)
+        ids = read.get("input_ids", mask)  # a text may come as embeddings
+        stays, visual, free = self._stays(model, ids, rows)
+        weights = self._weights(model, ids, rows)
         if weights and "cache" in named:
             raise ValueError(
                 "a cache cannot hold tokens that soft training keeps in part: give the prompt without a cache"
             )
+        positions = self._positions(model, read, mask, generating, turn, all_again)
         if not stays.all():
             stays = stays & (mask != 0)
         # transformers drops a mask without padding, and would then take gaps of positions for ends of sequences
         extra = int(generating and named.get("use_cache") is False)
-        prompt = ShortPrompt.from_mask(stays, bool((mask[:, -1] == 0).any()), extra)
-        short = prompt.inputs({**named, "attention_mask": mask}, self.pad_id(model))
+        prompt = ShortPrompt.from_mask(stays, bool((mask[:, -1] == 0).any()), extra, in_place=turn is not None)
+        short = prompt.inputs({**rest, "attention_mask": mask}, self.pad_id(model))
         short["position_ids"] = prompt.gather(positions)
-        short["mm_encoder_outputs"] = self._features(model, short["input_ids"], rows, past)
-        is_visual, grid = prompt.gather(visual), self._grid(model, named["input_ids"], rows)
-        last = generating or named.get("logits_to_keep") == 1
-        is_token, labels = prompt.gather(mask) != 0, short.get("labels")
-        kept = VisualTokens(
-            is_visual & prompt.gather(free),
-            PromptIndex(prompt.index, stays.shape[1]),
-            *(prompt.gather(weight, 1) for weight in weights),
-            grid=None if grid is None else prompt.gather(grid, -1),
-            last=None if labels is None else last_before_answer(labels, is_token & ~is_visual),
-        )
-        has_trace = self.language_tower(model, kept) is not None
-        report_prompts((is_token, is_visual), (mask != 0, visual), last, has_trace, kept.expected)
-        return short, kept
+        cached = memory_of(self.key, prompt, positions - (0 if generating else self.first_position), turn)
+        is_token, is_visual = prompt.gather(mask) != 0, prompt.gather(visual)
+        kept = None
+        if has_images:
+            short["mm_encoder_outputs"] = {
+                modality: found.output for modality, found in rows.items() if len(found.output["pooler_output"])
+            }
+            grid, labels = self._grid(model, ids, rows), short.get("labels")
+            kept = VisualTokens(
+                is_visual & prompt.gather(free),
+                *(prompt.gather(weight, 1) for weight in weights),
+                grid=None if grid is None else prompt.gather(grid, -1),
+                last=None if labels is None else last_before_answer(labels, is_token & ~is_visual),
+            )
+            last = generating or named.get("logits_to_keep") == 1
+            # behind a prompt a host reports nothing
+            has_trace = turn is None and self.language_tower(model, kept) is not None
+            before = None if turn is None else turn.counts()
+            report_prompts((is_token, is_visual), (mask != 0, visual), last, has_trace, kept.expected, before)
+        if turn is not None:
+            placeholders = [self.token_id(model, modality) for modality in self.modalities(model)]
+            short = {**turn.joined(short, self.pad_id(model), placeholders), "cache": named["cache"]}
+        return ShortCall(short, kept, cached)
 
-    def _features(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows], past: int) -> dict[str, Any]:
-        """The features of the placeholders in short prompts [batch, short], by modality; none of `past` tokens in a cache."""
-        features = {}
-        for modality, found in rows.items():
-            places = ids == self.token_id(model, modality)
-            output = behind_cache(found.output, places, past) if past else found.output
-            if len(output["pooler_output"]):
-                features[modality] = output
-        return features
+    def _turn(self, model: PrunedVlm, named: Mapping[str, Any], generating: bool, repeats: int) -> Turn | None:
+        """A call on a filled cache, split; None for another. ValueError for one that cannot be."""
+        past = int(named["cache"].get_seq_length()) if "cache" in named else 0
+        if not past:
+            return None
+        name = "input_ids" if generating or "input_ids" in named else "inputs_embeds"
+        if name not in named:
+            raise ValueError(f"the cache holds {past} tokens, and {name} is missing: give the tokens of the prompt")
+        mask = named.get("attention_mask")
+        _check_mask(mask)
+        found = recall(named["cache"], self.key, len(named[name]), repeats)
+        if mask is None and generating:
+            mask = _mask(model, named, generating)
+        return Turn.from_call(found, past, named, mask, generating)
+
+    def _fits_whole(self, model: PrunedVlm, rows: Mapping[str, VisualRows], turn: Turn) -> bool:
+        """Whether images are those of the whole prompts, and not of the new tokens alone."""
+
+        def fits(ids: Tensor) -> bool:
+            return all((ids == self.token_id(model, one)).sum() == len(found.kept) for one, found in rows.items())
+
+        return turn.is_whole and not fits(turn.inputs["input_ids"]) and fits(turn.given["input_ids"])
+
+    def _of_new(self, model: PrunedVlm, rows: Mapping[str, VisualRows], turn: Turn) -> dict[str, VisualRows]:
+        """The rows of new tokens, of those of the whole prompts."""
+        ids = turn.given["input_ids"]
+        return {one: found.select(turn.is_new(ids == self.token_id(model, one))) for one, found in rows.items()}
+
+    def _positions(
+        self,
+        model: PrunedVlm,
+        read: Mapping[str, Any],
+        mask: Tensor,
+        generating: bool,
+        turn: Turn | None,
+        all_again: bool,
+    ) -> Tensor:
+        """The positions of the tokens that a call reads, [batch, length] or [axes, batch, length]."""
+        positions = read.get("position_ids")
+        if positions is not None:
+            positions = positions[..., -mask.shape[1] :]
+            return positions.expand(*positions.shape[:-2], *mask.shape)
+        if turn is None:
+            return self.positions(model, read, mask, generating)
+        if all_again:
+            return self.positions(model, turn.given, turn.mask, generating)[..., -turn.new :]
+        return self.positions(model, read, mask, generating) + turn.start[:, None]
+
+    def _cached_text(self, model: PrunedVlm, named: Mapping[str, Any], generating: bool) -> CachedPrompt | None:
+        """What a cache remembers of prompts without images."""
+        tokens, mask = named.get("input_ids", named.get("inputs_embeds")), named.get("attention_mask")
+        if tokens is None:
+            return None
+        every = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if mask is None and "input_ids" in named:
+            mask = _mask(model, named, generating)
+        if mask is None or getattr(mask, "shape", None) != every.shape:
+            mask = every
+        positions = named.get("position_ids")
+        if positions is None:
+            positions = text_positions(mask, counts_padding=not generating)
+        elif not generating:
+            positions = positions - self.first_position
+        positions = positions.expand(*positions.shape[:-2], *every.shape)
+        return memory_of(self.key, ShortPrompt.from_mask(every), positions)
 
     def _grid(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> Tensor | None:
         """Row and column of visual tokens of prompts [2, batch, length], -1 of text; None for no grid, or nobody to read it."""
@@ -324,12 +410,16 @@ class VlmComposite(Composite):
         """
         return getattr(model.config, f"{modality}_token_id")
 
+    def modalities(self, model: Any) -> list[str]:
+        """The modalities that have placeholders."""
+        return [name for name in PIXELS if getattr(model.config, f"{name}_token_id", None) is not None]
+
     def pad_id(self, model: Any) -> int:
         """An id for padding: any that is no placeholder."""
         pad = model.config.get_text_config().pad_token_id
         return 0 if pad is None or pad < 0 else pad
 
-    def _check(self, model: PrunedVlm, named: Mapping[str, Any], past: int, generating: bool) -> None:
+    def _check(self, model: PrunedVlm, named: Mapping[str, Any], has_cache: bool) -> None:
         """ValueError for inputs that cannot be pruned, or not pruned right."""
         if "mm_encoder_outputs" in named:
             raise ValueError("mm_encoder_outputs holds features that are not pruned: give the images, pixel_values=...")
@@ -347,25 +437,16 @@ class VlmComposite(Composite):
             raise ValueError(
                 f"{pixels[0]} is given without input_ids: give the prompt as token ids, with its placeholders"
             )
-        mask = named.get("attention_mask")
-        if pixels and mask is not None and mask.dim() != 2:
-            raise ValueError(f"attention_mask must be [batch, length] where images are pruned, got {list(mask.shape)}")
-        if past and not generating and "position_ids" not in named:
-            raise ValueError(
-                f"the cache holds {past} tokens of prompts that may have been shortened: call generate, or give position_ids, "
-                "that go on from those of the whole prompt"
-            )
-        for modality, name in PIXELS.items():
-            if (
-                name not in named
-                and ids is not None
-                and getattr(model.config, f"{modality}_token_id", None) is not None
-            ):
+        if pixels:
+            _check_mask(named.get("attention_mask"))
+        for modality in self.modalities(model):
+            name = PIXELS[modality]
+            if name not in named and ids is not None:
                 places = int((ids == self.token_id(model, modality)).sum())
                 if places:
-                    again = "; with a cache, those of earlier turns again" if past else ""
+                    what = "behind what the cache holds the prompt" if has_cache else "the prompt"
                     raise ValueError(
-                        f"the prompt has {places} placeholders of {modality}s and no {name}: give the {modality}s{again}"
+                        f"{what} has {places} placeholders of {modality}s and no {name}: give the {modality}s"
                     )
 
 
@@ -378,6 +459,12 @@ def _refuse_pixels(base: Any, args: tuple[Any, ...], named: dict[str, Any]) -> N
             f"a {type(base).__name__} inside a pruned model does not prune by itself: call the whole model, model(**inputs), "
             "with logits_to_keep=1 where no logits are asked for"
         )
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        form = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(f"attention_mask must be [batch, length] where images are pruned, got {form}")
 
 
 def _mask(model: Any, named: Mapping[str, Any], generating: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -109,10 +109,7 @@ class PaliGemmaComposite(GroupedComposite):
     """Composite of PaliGemma, whose positions begin with 1. All of a prompt sees all of it, also across windows."""
 
     is_block_exempt = True
-
-    def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
-        # in `generate` it adds the one by itself
-        return super().positions(model, given, mask, generating) + int(not generating)
+    first_position = 1  # in `generate` it adds the one by itself
 
 
 @hosts.register("transformers.models.idefics3.modeling_idefics3.Idefics3ForConditionalGeneration")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ def report_prompts(
     last: bool,
     has_trace: bool,
     expected: Tensor | None = None,
+    before: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> None:
     """Report to whoever collects what a language model computes, and what it would on the whole prompts.
 
@@ -31,20 +33,25 @@ def report_prompts(
         last: Whether the logits of the last token of each prompt alone are computed.
         has_trace: Whether the language model has a trace of its own for the short prompts, as where its host runs it.
         expected: The expected number of visual tokens in soft training, a scalar; None outside of it.
+        before: How many tokens a cache holds of each prompt, and how many it would of the whole ones. None for no cache.
     """
     if not active_collectors():
         return
-    stats, dense = _stats(*short, last), _stats(*whole, last)
+    stats, dense = (
+        _stats(*which, last, None if before is None else before[i]) for i, which in enumerate((short, whole))
+    )
     if has_trace:
         dense = replace(dense, tokens=dense.tokens - stats.tokens, pairs=dense.pairs - stats.pairs)
         stats = replace(stats, tokens=0, pairs=0)
     report_decode_stats(replace(stats, dense=dense, expected_visual=expected))
 
 
-def _stats(is_token: Tensor, is_visual: Tensor, last: bool) -> DecodeStats:
+def _stats(is_token: Tensor, is_visual: Tensor, last: bool, before: Sequence[int] | None) -> DecodeStats:
     lengths = is_token.sum(1).tolist()
     visual = (is_visual & is_token).sum(1).tolist()
     tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
+    if before is not None:
+        pairs += sum(length * held for length, held in zip(lengths, before, strict=True))
     return DecodeStats(tokens, len(lengths) if last else tokens, pairs, visual=tuple(visual))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 # inputs of one value per token, [batch, length], with what they hold at padding; the id of padding is the tokenizer's
 PER_TOKEN = {"input_ids": 0, "attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+TYPES = {"token_type_ids", "mm_token_type_ids"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,13 @@ class PromptIndex:
 
     index: Tensor
     length: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no token is gone."""
+        if self.index.shape[1] != self.length:
+            return False
+        return bool((self.index == torch.arange(self.length, device=self.index.device)).all())
 
     def whole_length(self, total: int) -> int:
         """How long `total` tokens, the short prompt and those behind it, are with the tokens that are gone."""
@@ -52,7 +60,6 @@ class VisualTokens:
 
     Attributes:
         is_visual: [batch, length] bool; false for rows that end a line of an image.
-        prompt: Where the tokens stand in the prompt before it was shortened.
         keep_prob: [batch, length], the probability that each token stays, in soft training; 1 of text. None for 1.
         counted_prob: [batch, length], the same with the gradients of the cost. None where `keep_prob` is.
         grid: [2, batch, length] int64, row and column of visual tokens, the images of a prompt below each other. None where
@@ -62,7 +69,6 @@ class VisualTokens:
     """
 
     is_visual: Tensor
-    prompt: PromptIndex
     keep_prob: Tensor | None = None
     counted_prob: Tensor | None = None
     grid: Tensor | None = None
@@ -105,13 +111,14 @@ class ShortPrompt:
     valid: Tensor
 
     @classmethod
-    def from_mask(cls, stays: Tensor, pads_right: bool = False, extra: int = 0) -> ShortPrompt:
+    def from_mask(cls, stays: Tensor, pads_right: bool = False, extra: int = 0, in_place: bool = False) -> ShortPrompt:
         """Take the tokens where a mask is true.
 
         Args:
             stays: [batch, length] bool.
             pads_right: Whether padding is behind the tokens, not before them.
             extra: How many places of padding more than needed there are.
+            in_place: Whether padding stands where tokens are gone, so that none get further apart. Else it is at one end.
 
         Returns:
             The short prompts.
@@ -120,6 +127,7 @@ class ShortPrompt:
         key = (~stays if pads_right else stays).int()
         index = key.argsort(dim=1, stable=True)
         index = index[:, :short] if pads_right else index[:, stays.shape[1] - short :]
+        index = index.sort(1).values if in_place else index
         return cls(index, stays.gather(1, index))
 
     def gather(self, values: Tensor, fill: float = 0) -> Tensor:
@@ -147,6 +155,9 @@ class ShortPrompt:
         """
         fills = {**PER_TOKEN, "input_ids": pad_id}
         short = {name: self.gather(given[name], fill) for name, fill in fills.items() if given.get(name) is not None}
+        for name in TYPES & short.keys():
+            # padding within an image would part it in two
+            short[name] = given[name].gather(1, self.index)
         if "labels" in short:
             # padding must not be asked for the first token of a prompt
             short["labels"] = short["labels"].masked_fill(self.valid & (self.valid.cumsum(-1) == 1), -100)

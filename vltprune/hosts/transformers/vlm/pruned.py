@@ -14,23 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from ....pruning.model import get_pruning
-from .prompt import VisualTokens, visual_tokens
+from .prompt import visual_tokens
+from .turns import remember
 
 # what wrappers, hooks and `compile` set on a model itself, bound to it: its calls
 _CALLS = ("forward", "generate", "_compiled_call_impl")
 _LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
+_REPEATS = ("num_beams", "num_return_sequences")
 
 
 class Shortens(Protocol):
     """What prunes the inputs of a call: a `VlmComposite`."""
 
     def shorten(
-        self, model: PrunedVlm, given: Mapping[str, Any], generating: bool = False
-    ) -> tuple[dict[str, Any], VisualTokens | None]: ...
+        self, model: PrunedVlm, given: Mapping[str, Any], generating: bool = False, repeats: int = 1
+    ) -> Any: ...
 
     def look(self, model: PrunedVlm, given: dict[str, Any]) -> Mapping[str, Any]: ...
 
-    def runnable(self, model: PrunedVlm, visual: VisualTokens | None, cache: Any = None) -> Any: ...
+    def runnable(self, model: PrunedVlm, call: Any) -> Any: ...
 
 
 class PrunedVlm(nn.Module):
@@ -76,12 +78,15 @@ class PrunedVlm(nn.Module):
             # `generate` has pruned, and calls what wraps this method
             return self.dense_class.forward(model, *args, **named)
         given = _bound(MethodType(self.dense_class.forward, self), *args, **named)
-        short, visual = self.composite.shorten(self, given)
-        if visual is not None and visual.keep_prob is not None:
+        call = self.composite.shorten(self, given)
+        short = call.inputs
+        if call.visual is not None and call.visual.keep_prob is not None:
             # a cache does not know that tokens are there in part
             short["use_cache"] = False
-        with visual_tokens(visual):
-            return self.composite.runnable(self, visual, short.get("cache")).forward(**short)
+        with visual_tokens(call.visual):
+            out = self.composite.runnable(self, call).forward(**short)
+        remember(call.cached, short.get("cache"), out)
+        return out
 
     def get_image_features(self, *args: Any, **named: Any) -> Any:
         """The visual tokens that stay, as the dense model's `get_image_features` returns all of them.
@@ -137,16 +142,18 @@ class PrunedVlm(nn.Module):
         prompt = named.get("input_ids")
         if prompt is not None:
             named |= self._new_lengths(prompt.shape[1], generation_config, named)
-        short, visual = self.composite.shorten(self, named, generating=True)
-        if visual is not None:
-            self._check_repeats(short, generation_config, named)
-        with visual_tokens(visual):
-            model = self.composite.runnable(self, visual, short.get("cache"))
+        beams, samples = (self._setting(name, generation_config, named) or 1 for name in _REPEATS)
+        call = self.composite.shorten(self, named, generating=True, repeats=max(beams, samples))
+        short = call.inputs
+        if max(beams, samples) > 1:
+            self._check_repeats(short)
+        with visual_tokens(call.visual):
+            model = self.composite.runnable(self, call)
             with _through_wrappers(self, model):
                 out = model.generate(generation_config=generation_config, **short)
-        if visual is None or prompt is None:
-            return out
-        return _behind(prompt, short["input_ids"].shape[1], out)
+        # a search with beams leaves its last beams in the cache, and not those that it returns
+        remember(call.cached if beams == 1 else None, short.get("cache"), out)
+        return out if prompt is None else _behind(prompt, short["input_ids"].shape[1], out)
 
     def _refuse_soft(self, method: str) -> None:
         """ValueError in soft training, for a method that takes each token for whole."""
@@ -170,12 +177,11 @@ class PrunedVlm(nn.Module):
         values = (named.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name, None))
         return next((value for value in values if value is not None), None)
 
-    def _check_repeats(self, short: dict[str, Any], generation_config: Any, named: dict[str, Any]) -> None:
+    def _check_repeats(self, short: Mapping[str, Any]) -> None:
         """ValueError where transformers would repeat the features of one prompt for another."""
-        counts = (self._setting(name, generation_config, named) or 1 for name in ("num_beams", "num_return_sequences"))
-        outputs = [output["pooler_output"] for output in short["mm_encoder_outputs"].values()]
+        outputs = [output["pooler_output"] for output in short.get("mm_encoder_outputs", {}).values()]
         joined = any(isinstance(features, Tensor) and len(features) == 1 for features in outputs)
-        if max(counts) > 1 and joined and len(short["input_ids"]) > 1:
+        if joined and len(short["input_ids"]) > 1:
             raise ValueError(
                 f"a {type(self).__name__} cannot repeat prompts whose images keep different numbers of tokens: generate from "
                 "one prompt at a time, keep a fixed number, keep='count(...)', or leave num_beams and num_return_sequences out"

@@ -248,6 +248,8 @@ class RowsComposite(VlmComposite):
 
     def positions(self, model: Any, given: Mapping[str, Any], mask: Tensor, generating: bool) -> Tensor:
         named = {**given, "attention_mask": mask}
+        if "input_ids" not in given:
+            return super().positions(model, given, mask, generating)
         if generating:
             named.pop("cache", None)
             return model._prepare_position_ids_for_generation(given["input_ids"], named)

@@ -31,33 +31,30 @@ class VisualRows:
     counted_prob: Tensor | None = None
     grid: Tensor | None = None
 
+    def select(self, chosen: Tensor) -> VisualRows:
+        """Some of all rows, outside of soft training.
 
-def behind_cache(output: ModelOutput, places: Tensor, past: int) -> ModelOutput:
-    """Leaves out the features of tokens that a cache holds.
+        Args:
+            chosen: [rows] bool.
 
-    Args:
-        output: The features of all placeholders.
-        places: [batch, short] bool, the placeholders in the short prompts.
-        past: Tokens of each prompt in the cache.
+        Returns:
+            These rows.
+        """
+        stays = chosen[self.kept]
 
-    Returns:
-        The same output, with the features of the other placeholders.
-    """
-    new = torch.arange(places.shape[1], device=places.device) >= past
-    mask = new.expand(places.shape)[places]
+        def of(features: Any) -> Any:
+            if isinstance(features, Tensor):
+                left = features.flatten(0, 1)[stays][None]
+                return left if left.numel() else []
+            pairs = zip(features, stays.split([len(one) for one in features]), strict=True)
+            return [one[which] for one, which in pairs if which.any()]
 
-    def rest(features: Any) -> Any:
-        lengths = [len(one) for one in features] if isinstance(features, (list, tuple)) else None
-        if lengths is None:
-            left = features.flatten(0, 1)[mask][None]
-            return left if left.numel() else []
-        pairs = zip(features, mask.split(lengths), strict=True)
-        return [one[stays] for one, stays in pairs if stays.any()]
-
-    output["pooler_output"] = rest(output["pooler_output"])
-    if output.get("deepstack_features") is not None:
-        output["deepstack_features"] = [rest(level) for level in output["deepstack_features"]]
-    return output
+        output: Any = type(self.output)()
+        output["pooler_output"] = of(self.output["pooler_output"])
+        if self.output.get("deepstack_features") is not None:
+            output["deepstack_features"] = [of(level) for level in self.output["deepstack_features"]]
+        protected, grid = (None if one is None else one[chosen] for one in (self.protected, self.grid))
+        return VisualRows(output, self.kept[chosen], protected, grid=grid)
 
 
 def square_grid(images: int, height: int, width: int, device: torch.device) -> Tensor:

@@ -18,11 +18,6 @@ M = TypeVar("M", bound=nn.Module)
 _SLIDING = "sliding_attention"
 
 
-def cached_index(cache: Cache | None) -> PromptIndex | None:
-    """Where the tokens of a cache stand in the whole prompts, where a copy that `with_whole_windows` made filled it."""
-    return getattr(cache, "prompt_index", None) if cache is not None and cache.get_seq_length() else None
-
-
 def with_whole_windows(language: M, config: Any, index: PromptIndex, is_block_exempt: bool) -> M:
     """Copy a language model so that its windows count the tokens of the whole prompts, those that are gone too.
 
@@ -35,7 +30,7 @@ def with_whole_windows(language: M, config: Any, index: PromptIndex, is_block_ex
         is_block_exempt: Whether tokens of a prompt that see each other both ways do so across windows.
 
     Returns:
-        The copy, whose caches know `index`; `language` itself where no layer has a window.
+        The copy; `language` itself where no layer has a window.
     """
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
@@ -45,13 +40,8 @@ def with_whole_windows(language: M, config: Any, index: PromptIndex, is_block_ex
     def give_masks(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**named, "attention_mask": _masks(text, window, index, is_block_exempt, **named)}
 
-    def mark_cache(module: nn.Module, args: Any, output: Any) -> None:
-        if getattr(output, "cache", None) is not None:
-            output.cache.prompt_index = index
-
     out = shallow_copy(language)
     out.register_forward_pre_hook(give_masks, with_kwargs=True)
-    out.register_forward_hook(mark_cache)
     return out
 
 
