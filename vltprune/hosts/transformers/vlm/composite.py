@@ -49,6 +49,11 @@ class ShortCall:
     visual: VisualTokens | None
     cached: CachedPrompt | None
 
+    @property
+    def is_short(self) -> bool:
+        """Whether tokens are gone, of this call or of those that a cache holds."""
+        return self.cached is not None and not self.cached.prompt.is_whole
+
 
 class VlmComposite(Composite):
     """Composite of an image tower and a language model. The latter is pruned where `at` names it, and needs a host only there.
@@ -164,7 +169,7 @@ class VlmComposite(Composite):
         if encoder is not None and not len(encoder.pruners):
             encoder.training = model.training  # no child of the model, whose modes it has
             language = encoder
-        if call.cached is not None and not call.cached.prompt.is_whole:
+        if call.cached is not None and call.is_short:
             language = with_whole_windows(language, model.config, call.cached.prompt, self.is_block_exempt)
         return view if language is inside else with_descendant(view, self.places["language"], language)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ....pruning.model import get_pruning
 from .prompt import visual_tokens
 from .turns import remember
+from .whole_prompt import WholeLogits, WholePrompt, WholeStreamer, whole_prompt, with_whole_prompts
 
 # what wrappers, hooks and `compile` set on a model itself, bound to it: its calls
 _CALLS = ("forward", "generate", "_compiled_call_impl")
@@ -68,7 +69,8 @@ class PrunedVlm(nn.Module):
             **named: As in the dense model; those that are one value per token are of the whole prompt.
 
         Returns:
-            What the dense model returns; logits and loss are of the tokens that stay.
+            What the dense model returns. The loss is of the tokens that stay. Logits are of the whole prompt: where a token is
+            gone stand those of the last one that is left before it. All else that is one row per token is of those that stay.
 
         Raises:
             ValueError: For inputs that do not fit the model or each other.
@@ -83,10 +85,19 @@ class PrunedVlm(nn.Module):
         if call.visual is not None and call.visual.keep_prob is not None:
             # a cache does not know that tokens are there in part
             short["use_cache"] = False
+        whole = _whole_logits(call, given)
+        config: Any = self.config
+        is_tuple = whole is not None and not _first(given.get("return_dict"), config.return_dict)
+        if whole is not None:
+            short["logits_to_keep"] = whole.number
+        if is_tuple:
+            short["return_dict"] = True
         with visual_tokens(call.visual):
             out = self.composite.runnable(self, call).forward(**short)
         remember(call.cached, short.get("cache"), out)
-        return out
+        if whole is not None:
+            out.logits = whole.expand(out.logits)
+        return out.to_tuple() if is_tuple else out
 
     def get_image_features(self, *args: Any, **named: Any) -> Any:
         """The visual tokens that stay, as the dense model's `get_image_features` returns all of them.
@@ -144,16 +155,27 @@ class PrunedVlm(nn.Module):
             named |= self._new_lengths(prompt.shape[1], generation_config, named)
         beams, samples = (self._setting(name, generation_config, named) or 1 for name in _REPEATS)
         call = self.composite.shorten(self, named, generating=True, repeats=max(beams, samples))
-        short = call.inputs
+        short, whole = call.inputs, None
         if max(beams, samples) > 1:
             self._check_repeats(short)
-        with visual_tokens(call.visual):
-            model = self.composite.runnable(self, call)
+        if prompt is not None and not torch.equal(prompt, short["input_ids"]):
+            whole = WholePrompt.from_short(
+                prompt, short["input_ids"].shape[1], call.cached.prompt, call.cached.is_token
+            )
+            if short.get("streamer") is not None:
+                short["streamer"] = WholeStreamer(short["streamer"], whole)
+        with visual_tokens(call.visual), whole_prompt(whole):
+            model = with_whole_prompts(self.composite.runnable(self, call))
             with _through_wrappers(self, model):
                 out = model.generate(generation_config=generation_config, **short)
         # a search with beams leaves its last beams in the cache, and not those that it returns
         remember(call.cached if beams == 1 else None, short.get("cache"), out)
-        return out if prompt is None else _behind(prompt, short["input_ids"].shape[1], out)
+        if whole is None:
+            return out
+        if isinstance(out, Tensor):
+            return whole.extend(out)
+        out.sequences = whole.extend(out.sequences)
+        return out
 
     def _refuse_soft(self, method: str) -> None:
         """ValueError in soft training, for a method that takes each token for whole."""
@@ -175,7 +197,7 @@ class PrunedVlm(nn.Module):
     def _setting(self, name: str, generation_config: Any, named: dict[str, Any]) -> Any:
         """A setting of `generate`: an argument, else that of the configuration given, else of the model's own."""
         values = (named.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name, None))
-        return next((value for value in values if value is not None), None)
+        return _first(*values)
 
     def _check_repeats(self, short: Mapping[str, Any]) -> None:
         """ValueError where transformers would repeat the features of one prompt for another."""
@@ -216,14 +238,18 @@ def _bound(call: Callable[..., Any], *args: Any, **named: Any) -> dict[str, Any]
     return {**bound, **further}
 
 
-def _behind(prompt: Tensor, short: int, out: Any) -> Any:
-    """What `generate` returned, with the prompt [batch, length] in place of its first `short` tokens."""
-    ids: Tensor = out if isinstance(out, Tensor) else out.sequences
-    whole = torch.cat([prompt.repeat_interleave(ids.shape[0] // prompt.shape[0], 0).to(ids.device), ids[:, short:]], 1)
-    if isinstance(out, Tensor):
-        return whole
-    out.sequences = whole
-    return out
+def _first(*values: Any) -> Any:
+    """The first of values that is not None; None if all are."""
+    return next((value for value in values if value is not None), None)
+
+
+def _whole_logits(call: Any, given: Mapping[str, Any]) -> WholeLogits | None:
+    """Where the logits of a shortened call stand in the prompts that were given; None where they are those already."""
+    if not call.is_short:
+        return None
+    length, short = (_first(of.get("input_ids"), of.get("inputs_embeds")).shape[1] for of in (given, call.inputs))
+    keep = call.inputs.get("logits_to_keep", 0)
+    return WholeLogits.from_prompt(call.cached.prompt, call.cached.is_token[:, -short:], length, keep)
 
 
 @functools.cache
