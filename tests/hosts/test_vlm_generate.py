@@ -122,6 +122,10 @@ def test_copies_and_files(name, tmp_path):
         ({"vision_feature_layer": -1}, "vision_feature_layer"),
         ({"assistant_model": object()}, "assistant_model"),
         ({"pixel_values_images": torch.zeros(1, 3, 32, 32)}, "does not take pixel_values_images"),
+        (
+            {"pixel_values_videos": torch.zeros(1, 3, 32, 32)},
+            "no placeholders of videos: leave pixel_values_videos out",
+        ),
     ],
 )
 def test_bad_input(change, message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -23,16 +22,15 @@ from ...find import lookup_host
 from ...graft import with_descendant
 from ...soft import refuse_soft_tokens
 from ..saving import with_pruning_saved
+from .call_inputs import PIXELS, check_inputs, check_mask, mask_of, refuse_pixels
 from .language_cost import measure_language, report_prompts
+from .placed_rows import PlacedRows
 from .prompt import ShortPrompt, VisualTokens, last_before_answer, text_positions
 from .pruned import PrunedVlm, pruned_copy
 from .texts import PromptTexts, read_texts
 from .turns import CachedPrompt, Turn, memory_of, recall
-from .visual_rows import VisualRows, check_count
+from .visual_rows import VisualRows
 from .windows import with_whole_windows
-
-# names of a model's pixels, by modality
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ class VlmComposite(Composite):
                 model = with_descendant(model, self.places[tower], new)
         base: Any = model.base_model
         if base is not model:
-            base.register_forward_pre_hook(_refuse_pixels, with_kwargs=True)
+            base.register_forward_pre_hook(refuse_pixels, with_kwargs=True)
         return with_pruning_saved(pruned_copy(model, self))
 
     def language_tower(self, model: PrunedVlm, visual: VisualTokens | None) -> PrunedEncoder | None:
@@ -211,10 +209,11 @@ class VlmComposite(Composite):
         has_images = any(pixels in named for pixels in PIXELS.values())
         turn = self._turn(model, named, generating, repeats)
         read = named if turn is None else turn.inputs
-        self._check(model, read, turn is not None)
+        placeholders = self.placeholders(model)
+        check_inputs(type(model).__name__, read, placeholders, turn is not None)
         if turn is None and not has_images:
             return ShortCall(named, None, self._cached_text(model, named, generating))
-        mask = _mask(model, read, generating)
+        mask = mask_of(model, read, generating)
         # the mask says which of the prompt is text
         rest: dict[str, Any] = {**read, "attention_mask": mask}
         rows = self.look(model, rest) if has_images else {}
@@ -222,43 +221,50 @@ class VlmComposite(Composite):
         if turn is not None and all_again:
             rows = self._of_new(model, rows, turn)
         ids = read.get("input_ids", mask)  # a text may come as embeddings
-        stays, visual, free = self._stays(model, ids, rows)
-        weights = self._weights(model, ids, rows)
-        if weights and "cache" in named:
-            raise ValueError(
-                "a cache cannot hold tokens that soft training keeps in part: give the prompt without a cache"
-            )
+        placed = PlacedRows.from_ids(ids, rows, placeholders)
         positions = self._positions(model, read, mask, generating, turn, all_again)
+        stays = placed.is_kept()
         if not stays.all():
             stays = stays & (mask != 0)
         # transformers drops a mask without padding, and would then take gaps of positions for ends of sequences
         extra = int(generating and named.get("use_cache") is False)
         prompt = ShortPrompt.from_mask(stays, bool((mask[:, -1] == 0).any()), extra, in_place=turn is not None)
-        short = prompt.inputs({**rest, "attention_mask": mask}, self.pad_id(model))
+        short = prompt.inputs(rest, self.pad_id(model))
         short["position_ids"] = prompt.gather(positions)
         cached = memory_of(self.key, prompt, positions - (0 if generating else self.first_position), turn)
-        is_token, is_visual = prompt.gather(mask) != 0, prompt.gather(visual)
         kept = None
         if has_images:
-            short["mm_encoder_outputs"] = {
-                modality: found.output for modality, found in rows.items() if len(found.output["pooler_output"])
-            }
-            grid, labels = self._grid(model, ids, rows), short.get("labels")
-            kept = VisualTokens(
-                is_visual & prompt.gather(free),
-                *(prompt.gather(weight, 1) for weight in weights),
-                grid=None if grid is None else prompt.gather(grid, -1),
-                last=None if labels is None else last_before_answer(labels, is_token & ~is_visual),
-            )
+            kept = self._kept(model, prompt, placed, mask, short)
+            if kept.keep_prob is not None and "cache" in named:
+                raise ValueError(
+                    "a cache cannot hold tokens that soft training keeps in part: give the prompt without a cache"
+                )
             last = generating or named.get("logits_to_keep") == 1
             # behind a prompt a host reports nothing
             has_trace = turn is None and self.language_tower(model, kept) is not None
             before = None if turn is None else turn.counts()
-            report_prompts((is_token, is_visual), (mask != 0, visual), last, has_trace, kept.expected, before)
+            seen = prompt.gather(mask) != 0, prompt.gather(placed.is_visual())
+            report_prompts(seen, (mask != 0, placed.is_visual()), last, has_trace, kept.expected, before)
         if turn is not None:
-            placeholders = [self.token_id(model, modality) for modality in self.modalities(model)]
-            short = {**turn.joined(short, self.pad_id(model), placeholders), "cache": named["cache"]}
+            short = {**turn.joined(short, self.pad_id(model), list(placeholders.values())), "cache": named["cache"]}
         return ShortCall(short, kept, cached)
+
+    def _kept(
+        self, model: PrunedVlm, prompt: ShortPrompt, placed: PlacedRows, mask: Tensor, short: dict[str, Any]
+    ) -> VisualTokens:
+        """Which tokens of a short prompt are visual. Their features are added to its inputs."""
+        short["mm_encoder_outputs"] = {
+            modality: found.output for modality, found in placed.rows.items() if len(found.output["pooler_output"])
+        }
+        is_visual = prompt.gather(placed.is_visual())
+        grid, labels = placed.grid() if self._reads_grid(model) else None, short.get("labels")
+        is_text = (prompt.gather(mask) != 0) & ~is_visual
+        return VisualTokens(
+            is_visual & prompt.gather(placed.is_free()),
+            *(prompt.gather(weight, 1) for weight in placed.weights()),
+            grid=None if grid is None else prompt.gather(grid, -1),
+            last=None if labels is None else last_before_answer(labels, is_text),
+        )
 
     def _turn(self, model: PrunedVlm, named: Mapping[str, Any], generating: bool, repeats: int) -> Turn | None:
         """A call on a filled cache, split; None for another. ValueError for one that cannot be."""
@@ -269,24 +275,26 @@ class VlmComposite(Composite):
         if name not in named:
             raise ValueError(f"the cache holds {past} tokens, and {name} is missing: give the tokens of the prompt")
         mask = named.get("attention_mask")
-        _check_mask(mask)
+        check_mask(mask)
         found = recall(named["cache"], self.key, len(named[name]), repeats)
         if mask is None and generating:
-            mask = _mask(model, named, generating)
+            mask = mask_of(model, named, generating)
         return Turn.from_call(found, past, named, mask, generating)
 
     def _fits_whole(self, model: PrunedVlm, rows: Mapping[str, VisualRows], turn: Turn) -> bool:
         """Whether images are those of the whole prompts, and not of the new tokens alone."""
 
+        placeholders = self.placeholders(model)
+
         def fits(ids: Tensor) -> bool:
-            return all((ids == self.token_id(model, one)).sum() == len(found.kept) for one, found in rows.items())
+            return all((ids == placeholders[one]).sum() == len(found.kept) for one, found in rows.items())
 
         return turn.is_whole and not fits(turn.inputs["input_ids"]) and fits(turn.given["input_ids"])
 
     def _of_new(self, model: PrunedVlm, rows: Mapping[str, VisualRows], turn: Turn) -> dict[str, VisualRows]:
         """The rows of new tokens, of those of the whole prompts."""
-        ids = turn.given["input_ids"]
-        return {one: found.select(turn.is_new(ids == self.token_id(model, one))) for one, found in rows.items()}
+        ids, placeholders = turn.given["input_ids"], self.placeholders(model)
+        return {one: found.select(turn.is_new(ids == placeholders[one])) for one, found in rows.items()}
 
     def _positions(
         self,
@@ -315,7 +323,7 @@ class VlmComposite(Composite):
             return None
         every = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if mask is None and "input_ids" in named:
-            mask = _mask(model, named, generating)
+            mask = mask_of(model, named, generating)
         if mask is None or getattr(mask, "shape", None) != every.shape:
             mask = every
         positions = named.get("position_ids")
@@ -326,49 +334,10 @@ class VlmComposite(Composite):
         positions = positions.expand(*positions.shape[:-2], *every.shape)
         return memory_of(self.key, ShortPrompt.from_mask(every), positions)
 
-    def _grid(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> Tensor | None:
-        """Row and column of visual tokens of prompts [2, batch, length], -1 of text; None for no grid, or nobody to read it."""
+    def _reads_grid(self, model: PrunedVlm) -> bool:
+        """Whether layers of the language model ask where visual tokens stand in their images."""
         language = get_pruning(model).towers.get("language")
-        if language is None or not any(getattr(pruner, "reads_grid", False) for pruner in language.pruners.values()):
-            return None
-        row, column, below = torch.full_like(ids, -1), torch.full_like(ids, -1), 0
-        for modality, found in rows.items():
-            if found.grid is None:
-                return None
-            places, grid = ids == self.token_id(model, modality), found.grid.to(ids)
-            row, column = row.masked_scatter(places, grid[:, 0] + below), column.masked_scatter(places, grid[:, 1])
-            below += int(grid[:, 0].amax()) + 1
-        for one in row:
-            # the images of a prompt alone
-            one[one >= 0] = one[one >= 0].unique(return_inverse=True)[1]
-        return torch.stack([row, column])
-
-    def _weights(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> tuple[Tensor, ...]:
-        """The probability that each token of prompts [batch, length] stays, for the loss and for the cost; none for 1."""
-        if all(found.keep_prob is None for found in rows.values()):
-            return ()
-        weights = []
-        for name in ("keep_prob", "counted_prob"):
-            weight = torch.ones(ids.shape, device=ids.device)
-            for modality, found in rows.items():
-                one, is_place = getattr(found, name), ids == self.token_id(model, modality)
-                if one is not None:
-                    kept = torch.zeros_like(is_place).masked_scatter(is_place, found.kept.to(ids.device))
-                    weight = weight.masked_scatter(kept, one.to(weight))
-            weights.append(weight)
-        return tuple(weights)
-
-    def _stays(self, model: PrunedVlm, ids: Tensor, rows: Mapping[str, VisualRows]) -> tuple[Tensor, Tensor, Tensor]:
-        """Which tokens of prompts [batch, length] stay, are visual, and end no line of an image, [batch, length] bool each."""
-        stays, visual = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        free = stays
-        for modality, found in rows.items():
-            places = ids == self.token_id(model, modality)
-            check_count(int(places.sum()), found.kept.shape[0], modality)
-            stays, visual = stays.masked_scatter(places, found.kept.to(ids.device)), visual | places
-            if found.protected is not None:
-                free = free.masked_scatter(places, ~found.protected.to(ids.device))
-        return stays, visual, free
+        return language is not None and any(getattr(one, "reads_grid", False) for one in language.pruners.values())
 
     def texts(self, model: PrunedVlm, given: Mapping[str, Any], modality: str) -> PromptTexts | None:
         """The texts of the prompts of a call, where parts compare visual tokens with a text and the caller gave none.
@@ -382,12 +351,8 @@ class VlmComposite(Composite):
         reads = pruning.guide is not None and pruning.guide.queried and bool(pruning.towers["image"].pruners)
         if not reads or "input_ids" not in given or current_query() is not None:
             return None
-        ids = {name: getattr(model.config, f"{name}_token_id", None) for name in PIXELS}
-        places = {name: one for name, one in ids.items() if one is not None} | {
-            modality: self.token_id(model, modality)
-        }
         embed: Any = pruning.host.get_input_embeddings
-        return read_texts(embed(), given, places, modality)
+        return read_texts(embed(), given, self.placeholders(model), modality)
 
     def language_cost(self, model: nn.Module) -> LanguageCost:
         if self._cost is None:
@@ -406,78 +371,16 @@ class VlmComposite(Composite):
             for call in decoded
         )
 
-    def token_id(self, model: Any, modality: str) -> int:
-        """The id of the placeholder of a modality.
+    def placeholders(self, model: Any) -> dict[str, int]:
+        """The ids of placeholders, by modality.
 
         Args:
             model: The model, dense or pruned.
-            modality: "image" or "video".
         """
-        return getattr(model.config, f"{modality}_token_id")
-
-    def modalities(self, model: Any) -> list[str]:
-        """The modalities that have placeholders."""
-        return [name for name in PIXELS if getattr(model.config, f"{name}_token_id", None) is not None]
+        ids = {modality: getattr(model.config, f"{modality}_token_id", None) for modality in PIXELS}
+        return {modality: one for modality, one in ids.items() if one is not None}
 
     def pad_id(self, model: Any) -> int:
         """An id for padding: any that is no placeholder."""
         pad = model.config.get_text_config().pad_token_id
         return 0 if pad is None or pad < 0 else pad
-
-    def _check(self, model: PrunedVlm, named: Mapping[str, Any], has_cache: bool) -> None:
-        """ValueError for inputs that cannot be pruned, or not pruned right."""
-        if "mm_encoder_outputs" in named:
-            raise ValueError("mm_encoder_outputs holds features that are not pruned: give the images, pixel_values=...")
-        unknown = next(
-            (name for name in named if name.startswith("pixel_values") and name not in PIXELS.values()), None
-        )
-        if unknown is not None:
-            raise ValueError(
-                f"a pruned {type(model).__name__} does not take {unknown}: what is pruned are images given as pixel_values and "
-                "videos given as pixel_values_videos; give those alone, or run the dense model"
-            )
-        pixels = [name for name in PIXELS.values() if name in named]
-        ids = named.get("input_ids")
-        if pixels and ids is None:
-            raise ValueError(
-                f"{pixels[0]} is given without input_ids: give the prompt as token ids, with its placeholders"
-            )
-        if pixels:
-            _check_mask(named.get("attention_mask"))
-        for modality in self.modalities(model):
-            name = PIXELS[modality]
-            if name not in named and ids is not None:
-                places = int((ids == self.token_id(model, modality)).sum())
-                if places:
-                    what = "behind what the cache holds the prompt" if has_cache else "the prompt"
-                    raise ValueError(
-                        f"{what} has {places} placeholders of {modality}s and no {name}: give the {modality}s"
-                    )
-
-
-def _refuse_pixels(base: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Hook before the model inside a pruned one, which has no images to look at unless it is called by itself."""
-    if args:
-        named = {**inspect.signature(base.forward).bind_partial(*args).arguments, **named}
-    if any(named.get(pixels) is not None for pixels in PIXELS.values()):
-        raise ValueError(
-            f"a {type(base).__name__} inside a pruned model does not prune by itself: call the whole model, model(**inputs), "
-            "with logits_to_keep=1 where no logits are asked for"
-        )
-
-
-def _check_mask(mask: Any) -> None:
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        form = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise ValueError(f"attention_mask must be [batch, length] where images are pruned, got {form}")
-
-
-def _mask(model: Any, named: Mapping[str, Any], generating: bool) -> Tensor:
-    """The attention mask of the prompt [batch, length]; where none is given, as transformers infers it."""
-    mask, ids = named.get("attention_mask"), named["input_ids"]
-    if mask is not None:
-        return mask
-    config = model.generation_config
-    pad, end = config.pad_token_id, config.eos_token_id
-    ends = end if isinstance(end, list) else [end]
-    return (ids != pad).long() if generating and pad is not None and pad not in ends else torch.ones_like(ids)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ....registry import hosts
 from ...base import Host
 from ...find import find_host
-from .composite import PIXELS
+from .call_inputs import PIXELS
 from .rows import RowsComposite
 from .texts import PromptTexts, compared
 from .visual_rows import VisualRows, split_by_image
@@ -35,7 +35,7 @@ class QwenComposite(RowsComposite):
             grid = given.get(f"{modality}_grid_thw")
             if grid is not None:
                 sizes = grid.prod(-1) // model.config.vision_config.spatial_merge_size**2
-                places = (given["input_ids"] == self.token_id(model, modality)) & (mask != 0)
+                places = (given["input_ids"] == self.placeholders(model)[modality]) & (mask != 0)
                 _check_runs(places, sizes.tolist(), modality)
         return super().positions(model, given, mask, generating)
 

@@ -25,7 +25,8 @@ from ....pruning.encoder import PrunedEncoder, apply_decisions
 from ....pruning.pruner import Pruner
 from ....pruning.trace import LayerTrace
 from ...base import Host
-from .composite import PIXELS, VlmComposite
+from .call_inputs import PIXELS
+from .composite import VlmComposite
 from .texts import PromptTexts, compared
 from .visual_rows import VisualRows, split_by_image, square_grid
 

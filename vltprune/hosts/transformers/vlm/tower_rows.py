@@ -18,7 +18,7 @@ from ....registry import hosts
 from ...find import find_host
 from ...graft import with_descendant
 from ..base import ImageHost
-from .composite import PIXELS
+from .call_inputs import PIXELS
 from .observed import Observer, observed
 from .rows import RowsComposite, RowsHost
 
