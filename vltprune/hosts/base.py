@@ -322,6 +322,10 @@ class Composite(ABC):
             The copy.
         """
 
+    def inside(self) -> Composite:
+        """The composite that prunes blocks of the image tower, where this one prunes behind it; else this one."""
+        return self
+
     def why_without(self, model: nn.Module, tower: str) -> str:
         """Say why a model has no tower of a name.
 

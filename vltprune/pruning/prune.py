@@ -46,7 +46,7 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
             f"preset={preset!r}: give the name of a preset or a PruneConfig, such as PruneConfig.from_dict of a dictionary"
         )
     config = config.replace(**parts) if parts else config
-    composite = find_composite(model)
+    composite = composite_for(model, config)
     if composite is None:
         host = find_host(model)
         towers = {host.tower: (model, host)}
@@ -77,6 +77,22 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     result = pruned[next(iter(pruned))] if composite is None else _assemble(model, composite, pruned, guide)
     object.__setattr__(result, "pruning", Pruning(config, model, guide, pruned))
     return check_pruned(result)
+
+
+def composite_for(model: nn.Module, config: PruneConfig) -> Composite | None:
+    """Finds the composite of a model that prunes where a config says.
+
+    Args:
+        model: the dense model.
+        config: what it is pruned with.
+
+    Returns:
+        The composite; None for a model of one tower.
+    """
+    composite = find_composite(model)
+    if composite is None or not any(one.place != "output" and one.names("image") for one in config.stages):
+        return composite
+    return composite.inside()
 
 
 def _check_dense(model: nn.Module) -> None:

@@ -147,15 +147,16 @@ class Stage:
         Raises:
             ValueError: for depths that the tower does not have.
         """
-        at: Any = self.at
-        if tower == NAMED_ALONE and not isinstance(at, Mapping):
+        if not self.names(tower):
             return ()
         if self.place == "output":
-            is_pruned = tower in at if isinstance(at, Mapping) else True
-            return (depths - 1,) if is_pruned else ()
-        if not isinstance(at, Mapping):
-            return block_indices(at, tower, depths)
-        return block_indices(at[tower], tower, depths) if tower in at else ()
+            return (depths - 1,)
+        at: Any = self.at
+        return block_indices(at[tower] if isinstance(at, Mapping) else at, tower, depths)
+
+    def names(self, tower: str) -> bool:
+        """Whether it prunes a tower, inside or behind it."""
+        return tower in self.at if isinstance(self.at, Mapping) else tower != NAMED_ALONE
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the stage to plain data that json can write.

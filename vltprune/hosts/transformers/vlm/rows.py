@@ -52,7 +52,7 @@ class PrunedRows(PrunedEncoder):
     def build_pruners(self, config: PruneConfig) -> nn.ModuleDict:
         model = type(self.host).__name__
         for stage in config.stages:
-            if stage.place != "output" and stage.depths(self.tower, 1):
+            if stage.place != "output" and stage.names(self.tower):
                 raise ValueError(
                     f"place={stage.place!r} prunes inside the image tower, and a {model} is pruned behind its projector alone: "
                     "write place='output' (and leave `at` out), or prune layers of the language "
