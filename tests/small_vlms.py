@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,22 @@ class Vlm:
     def positions(self, inputs: dict[str, Tensor]) -> Tensor:
         """The positions of the whole prompt, as `generate` of the dense model counts them."""
         return self.model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+
+
+class TiledVlm(Vlm):
+    """One whose image tower sees three tiles of each image, of 16 patches each."""
+
+    def visible(self, inputs: dict[str, Tensor], trace: vp.PruneTrace) -> Tensor:
+        if trace.input_tokens.layout.batch != 3 * len(inputs["image_sizes"]):
+            return super().visible(inputs, trace)
+        patches = torch.zeros(trace.input_tokens.layout.batch, trace.input_tokens.layout.longest, 1)
+        patches[trace.output_tokens.layout.instance, trace.output_tokens.position] = 1
+        options = {"image_sizes": inputs["image_sizes"], "image_newline": torch.ones(1)}
+        for name in ("vision_feature_select_strategy", "vision_aspect_ratio"):
+            if name in inspect.signature(self.model.base_model.pack_image_features).parameters:
+                options[name] = getattr(self.model.config, name)
+        rows = torch.cat(self.model.base_model.pack_image_features(patches[:, -16:].split(3), **options)[0])
+        return inputs["attention_mask"].masked_scatter(inputs["input_ids"] == IMAGE_ID, rows[:, 0].long())
 
 
 def ready(model: Any) -> Any:
@@ -201,7 +218,7 @@ def llava_next() -> Vlm:
         image_token_index=IMAGE_ID,
         image_grid_pinpoints=[[32, 64], [64, 32]],
     )
-    return Vlm(ready(hf.LlavaNextForConditionalGeneration(config)), 16 + 4 * 9, 0, tiles)
+    return TiledVlm(ready(hf.LlavaNextForConditionalGeneration(config)), 16 + 4 * 9, 0, tiles)
 
 
 def llava_onevision() -> Vlm:
@@ -213,7 +230,7 @@ def llava_onevision() -> Vlm:
         image_grid_pinpoints=[[32, 64], [64, 32]],
         vision_feature_layer=-1,
     )
-    return Vlm(ready(hf.LlavaOnevisionForConditionalGeneration(config)), 16 + 4 * 9, 0, tiles)
+    return TiledVlm(ready(hf.LlavaOnevisionForConditionalGeneration(config)), 16 + 4 * 9, 0, tiles)
 
 
 VLMS: dict[str, Callable[[], Vlm]] = {

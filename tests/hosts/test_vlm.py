@@ -88,7 +88,6 @@ def test_a_count_is_what_enters_the_language_model(preset):
     ("parts", "message"),
     [
         ({"preset": "fastervlm"}, "reads attention of the image tower|reads the attention of a summary token"),
-        ({"preset": "divprune", "place": "block"}, "place='output'"),
         ({"preset": "divprune", "at": {"text": None}}, "names the tower 'text'"),
     ],
 )
@@ -114,6 +113,8 @@ def test_attention_of_an_image_tower_that_is_not_known():
         model = hf.AyaVisionForConditionalGeneration(config)
     with pytest.raises(ValueError, match="choose parts that read contents"):
         vp.prune(model, "dart")
+    with pytest.raises(ValueError, match="pruned behind its projector alone: write place='output'"):
+        vp.prune(model, "divprune", place="block", at={"image": (1,)})
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen2.5", "qwen3"])

@@ -123,7 +123,7 @@ class TiledRowsHost(TowerRowsHost):
     def check_pixels(self, tower: Any, modality: str, inputs: Mapping[str, Any]) -> None:
         super().check_pixels(tower, modality, inputs)
         if modality == "image":
-            tiles, shape = self._tiles(tower, inputs), inputs["pixel_values"].shape
+            tiles, shape = self.tiles(tower, inputs), inputs["pixel_values"].shape
             # images with fewer tiles than others are padded
             fits = shape[0] == sum(tiles) if len(shape) == 4 else shape[0] == len(tiles) and shape[1] >= max(tiles)
             if not fits:
@@ -133,19 +133,42 @@ class TiledRowsHost(TowerRowsHost):
                 )
 
     def rows(self, tower: Any, modality: str, patches: Tensor, inputs: dict[str, Any]) -> Tensor:
-        base, newline = tower.base_model, patches.new_zeros(patches.shape[-1])
+        newline = patches.new_zeros(patches.shape[-1])
         if modality == "video":
-            videos = base.apply_pooling(patches).unflatten(0, (len(inputs["pixel_values_videos"]), -1)).flatten(1, 2)
+            videos = (
+                tower.base_model.apply_pooling(patches)
+                .unflatten(0, (len(inputs["pixel_values_videos"]), -1))
+                .flatten(1, 2)
+            )
             return torch.cat([videos, newline.expand(len(videos), 1, -1)], 1).flatten(0, 1)
-        tiles = patches.split(self._tiles(tower, inputs))
+        return torch.cat(self.packed(tower, patches, inputs, newline))
+
+    def packed(self, tower: Any, patches: Tensor, inputs: Mapping[str, Any], newline: Tensor) -> list[Tensor]:
+        """Place values of the patches of images as the dense model places their features.
+
+        Args:
+            tower: The dense model.
+            patches: [tiles, patches, channels].
+            inputs: What tower and projector read.
+            newline: [channels], the values of newlines.
+
+        Returns:
+            Of each image [rows, channels].
+        """
+        base, tiles = tower.base_model, patches.split(self.tiles(tower, inputs))
         options = {"image_sizes": inputs["image_sizes"], "image_newline": newline}
         for name in ("vision_feature_select_strategy", "vision_aspect_ratio"):
             if name in inspect.signature(base.pack_image_features).parameters:
                 options[name] = inputs.get(name) or getattr(tower.config, name)
-        return torch.cat(base.pack_image_features(tiles, **options)[0])
+        return base.pack_image_features(tiles, **options)[0]
 
-    def _tiles(self, tower: Any, inputs: Mapping[str, Any]) -> list[int]:
-        """How many tiles each image has."""
+    def tiles(self, tower: Any, inputs: Mapping[str, Any]) -> list[int]:
+        """How many tiles each image has.
+
+        Args:
+            tower: The dense model.
+            inputs: What tower and projector read.
+        """
         options = {
             "grid_pinpoints": tower.config.image_grid_pinpoints,
             "patch_size": tower.config.vision_config.image_size,
@@ -199,11 +222,3 @@ class ShuffledComposite(RowsComposite):
     """Composite of InternVL."""
 
     host = ShuffledRowsHost
-
-
-@hosts.register("transformers.models.llava_next.modeling_llava_next.LlavaNextForConditionalGeneration")
-@hosts.register("transformers.models.llava_onevision.modeling_llava_onevision.LlavaOnevisionForConditionalGeneration")
-class TiledComposite(RowsComposite):
-    """Composite of LLaVA-NeXT and LLaVA-OneVision."""
-
-    host = TiledRowsHost
