@@ -55,7 +55,12 @@ def test_a_hard_sigmoid_decides_as_evaluation_does(place, keep):
 
 @pytest.mark.parametrize(
     ("name", "parts"),
-    [("qwen2.5", {"at": {"image": (0, 1)}}), ("gemma3", PLACES["output"]), ("llava-next", PLACES["output"])],
+    [
+        ("qwen2.5", {"at": {"image": (0, 1)}}),
+        ("gemma3", PLACES["output"]),
+        ("llava-next", PLACES["output"]),
+        ("llava-next", {"at": {"image": (0, 1)}}),
+    ],
 )
 def test_a_hard_sigmoid_decides_as_evaluation_does_in_other_models(name, parts):
     model, inputs = pruned_copy(name, **parts), make(name).prompts(*PROMPTS)
