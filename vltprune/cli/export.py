@@ -14,8 +14,8 @@ from ..deploy.engines import ENGINES, find_format
 from ..deploy.export import export
 from ..deploy.freeze import freeze
 from ..deploy.graph import is_adaptive
-from ..hosts.find import find_composite
 from ..pruning.model import check_pruned, dense_model, is_pruned
+from ..pruning.prune import composite_of
 from . import common, example, options, prune
 
 # how the libraries call the method that embeds what a tower reads
@@ -100,7 +100,7 @@ def _output(args: argparse.Namespace) -> tuple[Path, str]:
 def _example(args: argparse.Namespace, model: nn.Module) -> tuple[nn.Module, str | None, tuple[Tensor, ...]]:
     """The model or tower to export, its method, and an example of inputs, of noise. ValueError for a tower that it lacks."""
     host: Any = dense_model(model)
-    composite = find_composite(host)
+    composite = composite_of(model)
     towers = [] if composite is None else [*composite.towers(host)]
     if args.tower is not None and args.tower not in towers:
         has = f"has {', '.join(towers)}" if towers else "is one tower: leave --tower out"

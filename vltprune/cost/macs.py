@@ -33,7 +33,7 @@ from ..hosts.base import LanguageCost
 from ..hosts.linear_maps import measure_macs
 from ..layers import AlignmentGuide, rater_macs, set_query
 from ..pruning.model import get_pruning
-from ..pruning.prune import composite_for
+from ..pruning.prune import composite_of
 from ..pruning.tower import Tower
 from ..pruning.trace import PruneTrace, collect
 from ..utils.modes import evaluating
@@ -90,9 +90,8 @@ class CostMeter:
     """
 
     def __init__(self, model: nn.Module):
-        pruning = get_pruning(model)
-        self.host = pruning.host
-        self.composite = composite_for(self.host, pruning.config)
+        self.host = get_pruning(model).host
+        self.composite = composite_of(model)
         self.head = self.composite.head_macs(self.host) if self.composite is not None else 0.0
         self._towers: dict[tuple[object, ...], _TowerMeter] = {}
 

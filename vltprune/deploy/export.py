@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cost.inputs import Batch
-from ..hosts.find import find_composite
 from ..layers import AlignmentGuide
 from ..layers.guides.query import current_query
 from ..pruning.model import dense_model, is_pruned
+from ..pruning.prune import composite_of
 from ..utils.modes import evaluating
 from ..utils.wrappers import unwrapped
 from .engines import ENGINES, Engine, find_format
@@ -136,7 +136,7 @@ def _check_model(model: nn.Module, batch: int | None) -> None:
 
     And for a vision-language model, unless it is dense and takes one instance.
     """
-    composite = find_composite(dense_model(model))
+    composite = composite_of(model)
     alone = None if composite is None else composite.exported_alone(dense_model(model))
     if alone is not None and (batch != 1 or is_pruned(model)):
         ways = [

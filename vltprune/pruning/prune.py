@@ -17,7 +17,7 @@ from ..utils.wrappers import unwrapped
 from . import presets
 from .config import Parts, PruneConfig
 from .encoder import PrunedEncoder, Pruning
-from .model import PrunedModel, check_pruned, is_pruned
+from .model import PrunedModel, check_pruned, find_pruning, is_pruned
 from .pruner import build_like
 from .stage import NAMED_ALONE
 
@@ -46,7 +46,7 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
             f"preset={preset!r}: give the name of a preset or a PruneConfig, such as PruneConfig.from_dict of a dictionary"
         )
     config = config.replace(**parts) if parts else config
-    composite = composite_for(model, config)
+    composite = _composite_for(model, config)
     if composite is None:
         host = find_host(model)
         towers = {host.tower: (model, host)}
@@ -79,16 +79,21 @@ def prune_towers(model: nn.Module, preset: PruneConfig | str, **parts: Unpack[Pa
     return check_pruned(result)
 
 
-def composite_for(model: nn.Module, config: PruneConfig) -> Composite | None:
-    """Finds the composite of a model that prunes where a config says.
+def composite_of(model: nn.Module) -> Composite | None:
+    """Finds the composite that a model is pruned by, or would be behind its image tower.
 
     Args:
-        model: the dense model.
-        config: what it is pruned with.
+        model: the model, dense or pruned, wrapped or not.
 
     Returns:
         The composite; None for a model of one tower.
     """
+    pruning = find_pruning(model)
+    return find_composite(unwrapped(model)) if pruning is None else _composite_for(pruning.host, pruning.config)
+
+
+def _composite_for(model: nn.Module, config: PruneConfig) -> Composite | None:
+    """The composite of a dense model that prunes where a config says; None for a model of one tower."""
     composite = find_composite(model)
     if composite is None or not any(one.place != "output" and one.names("image") for one in config.stages):
         return composite
