@@ -89,7 +89,7 @@ def _openvino(model: nn.Module, inputs: Inputs, folder: Path, any_batch: bool = 
     }
     # by itself OpenVINO computes in bfloat16 where the processor can
     options["INFERENCE_PRECISION_HINT"] = "f32"
-    compiled = openvino.Core().compile_model(_exported(model, inputs, folder, any_batch), "CPU", options)
+    compiled = openvino.Core().compile_model(_exported(model, inputs, folder, any_batch, "xml"), "CPU", options)
     request = compiled.create_infer_request()
     return lambda *given: request.infer([one.numpy() for one in given])
 
@@ -143,9 +143,9 @@ def _need(*packages: str) -> None:
         raise Skipped(f"{', '.join(missing)} is not installed")
 
 
-def _exported(model: nn.Module, inputs: Inputs, folder: Path, any_batch: bool) -> Path:
-    """The model as an ONNX file for this batch, or for any, which engines share."""
-    path = folder / f"{id(model)}{'-any' * any_batch}.onnx"
+def _exported(model: nn.Module, inputs: Inputs, folder: Path, any_batch: bool, suffix: str = "onnx") -> Path:
+    """The model as a file for this batch, or for any, which the engine was found to compute as PyTorch does."""
+    path = folder / f"{id(model)}{'-any' * any_batch}.{suffix}"
     if not path.exists():
         try:
             vp.export(model, path, inputs, batch=None if any_batch else len(inputs[0]))

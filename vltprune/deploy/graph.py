@@ -165,7 +165,8 @@ def cannot_export(model: nn.Module, error: Exception, tool: str) -> ExportError:
         error: what was raised.
         tool: what raised it, for readers.
     """
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Exception from")]
+    reason = next(iter(lines), type(error).__name__)
     if is_adaptive(model):
         advice = (
             f"its counts depend on what the tokens hold, in a way that {tool} cannot take. Fix them first, "
@@ -176,6 +177,8 @@ def cannot_export(model: nn.Module, error: Exception, tool: str) -> ExportError:
             f"{tool} cannot take it. Where texts have lengths of their own, write batch=1, or leave the attention mask out and "
             "give texts of one length; export one tower alone by method='encode_image'"
         )
+        if tool == "OpenVINO":
+            advice += "; or write a file for ONNX Runtime, format='onnx'"
     return ExportError(f"cannot export this {type(model).__name__}: {advice} ({reason})")
 
 
