@@ -250,6 +250,15 @@ VLMS: dict[str, Callable[[], Vlm]] = {
     "llava-next": llava_next,
     "llava-onevision": llava_onevision,
 }
+# presets and parts that run inside towers whose patches become visual tokens in groups
+INSIDE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("tome", {}),
+    ("divprune", {"place": "block", "at": (0,)}),
+    ("hiprune", {}),
+    ("random", {"scorer": "column_attention", "reducer": "fuse", "at": (0, 1)}),
+    ("madtp", {"scorer": "alignment", "at": (1,)}),
+    ("pooling", {}),
+)
 QWEN2_WINDOW = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
 # language models with sliding windows that are shorter than prompts
 WINDOWED: dict[str, Callable[[], Vlm]] = {

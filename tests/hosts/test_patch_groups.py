@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_vlms import STEPS, make
+from small_vlms import INSIDE, STEPS, make
 from test_vlm import BATCH, same
 
 import vltprune as vp
@@ -144,18 +144,14 @@ def test_macs_are_those_that_a_counter_sees(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("preset", "parts"),
+    ("name", "preset", "parts"),
     [
-        ("tome", {}),
-        ("divprune", {"place": "block", "at": (0,)}),
-        ("hiprune", {}),
-        ("random", {"scorer": "column_attention", "reducer": "fuse", "at": (0, 1)}),
-        ("madtp", {"scorer": "alignment", "at": (1,)}),
-        ("pooling", {}),
+        *(("smolvlm", preset, parts) for preset, parts in INSIDE),
+        # the others share its code: a part that merges, and one that reads attention
+        *((name, preset, parts) for name in MODELS if name != "smolvlm" for preset, parts in (INSIDE[0], INSIDE[3])),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*untrained noise")
-@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_presets_run_inside(name, preset, parts):
     case = make(name)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from small_vlms import IMAGE_ID, STEPS, make
+from small_vlms import IMAGE_ID, INSIDE, STEPS, make
 from test_vlm import BATCH, same
 
 import vltprune as vp
@@ -160,17 +160,7 @@ def test_counts_are_of_visual_tokens():
     assert found.macs["tower"] < 0.6 * found.dense_macs["tower"]
 
 
-@pytest.mark.parametrize(
-    ("preset", "parts"),
-    [
-        ("tome", {}),
-        ("divprune", {"place": "block", "at": (0,)}),
-        ("hiprune", {}),
-        ("random", {"scorer": "column_attention", "reducer": "fuse", "at": (0, 1)}),
-        ("madtp", {"scorer": "alignment", "at": (1,)}),
-        ("pooling", {}),
-    ],
-)
+@pytest.mark.parametrize(("preset", "parts"), INSIDE)
 @pytest.mark.filterwarnings("ignore:.*untrained noise")
 @torch.no_grad()
 def test_presets_run_inside(preset, parts):
