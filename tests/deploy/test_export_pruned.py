@@ -13,9 +13,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.export import Dim
 
 import vltprune as vp
+from vltprune.core.tokens import PackedTokens
 from vltprune.deploy import graph
 from vltprune.deploy.engines import ENGINES
+from vltprune.layers import BlockSpec
 from vltprune.layers.algorithms import choosing
+from vltprune.layers.keepers.base import RandomRatio
 from vltprune.layers.scorers.base import hash_integers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -152,6 +155,27 @@ def test_operators_compute_what_they_do_in_torch(form, tmp_path):
     engine.write(exported, file, ["x"], [*wanted])
     for found, (name, one) in zip(engine.run(file, [{"x": others}])[0], wanted.items(), strict=True):
         assert torch.allclose(found.to(one.dtype), one, atol=1e-7, rtol=1e-6), name
+
+
+class RandomCounts(torch.nn.Module):
+    """How many tokens of each instance [batch, 16, 8] `random_ratio` keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.keeper = RandomRatio(BlockSpec("image", 0, 1, 8, 2, has_summary=False), mean=0.5, half_width=0.5)
+
+    def forward(self, x):
+        tokens = PackedTokens.pack(x)
+        return {"counts": self.keeper(tokens.x[:, 0], tokens, None)}
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_random_ratios_are_drawn_as_in_torch(form, tmp_path):
+    x, engine = torch.randn(8, 16, 8), ENGINES[form]
+    wanted, file = RandomCounts()(x)["counts"], tmp_path / f"a{ENGINES[form].suffix}"
+    assert len(wanted.unique()) > 3
+    engine.write(torch.export.export(RandomCounts(), (x,)), file, ["x"], ["counts"])
+    assert engine.run(file, [{"x": x}])[0][0].tolist() == wanted.tolist()
 
 
 class Deduplicates(torch.nn.Module):

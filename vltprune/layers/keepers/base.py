@@ -228,7 +228,9 @@ class RandomRatio(KeepRatioPredictor):
         places = self._farthest(tokens)
         if is_recorded() or places.device.type != "cpu":
             number = torch.arange(places.shape[1], device=places.device)
-            drawn = self._drawn(hash_integers(places, number).sum(1))
+            # added one by one: OpenVINO's sum over a dimension ends at the largest integer of 32 bits, additions wrap around
+            added = sum(hash_integers(places, number).unbind(1), places.new_zeros(()))
+            drawn = self._drawn(added)
             return keep_count(tokens.available.sizes, self._ratio((drawn >> 8).float()).clamp(0, 1))
         # a few numbers an instance, which Python computes in a fraction of the time of as many operations
         drawn = [self._drawn(sum(map(hash_integers, row, range(_DIRECTIONS)))) for row in places.tolist()]
