@@ -23,7 +23,7 @@ from ..pruning.model import dense_model, is_pruned
 from ..pruning.prune import prune_towers
 from ..pruning.trace import PruneTrace, collect
 from ..utils.files import replacing
-from ..viz.prompts import draw_prompt
+from ..viz.prompts import draw_prompt, seen_images
 from . import common, options, parts
 
 TINY = "llava_tiny"
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     print(answer)
     _print_tokens(traces)
     if args.picture is not None:
-        picture = draw_prompt(_seen(args.images, inputs, processor), traces, args.question, answer)
+        picture = draw_prompt(_seen(args.images, inputs, processor, traces), traces, args.question, answer)
         with replacing(args.picture) as part:
             picture.save(part)
         print(f"wrote {args.picture}")
@@ -163,11 +163,12 @@ def _check_picture(file: str) -> None:
     common.output_folder(path.parent)
 
 
-def _seen(paths: Sequence[str], inputs: Mapping[str, Tensor], processor: Any) -> list[Image.Image]:
-    """The images as the processor crops them; as they are where the model gets patches or tiles of them."""
-    pixels, prepared = inputs["pixel_values"].float().cpu(), processor.image_processor
-    if pixels.ndim != 4 or len(pixels) != len(paths):
+def _seen(
+    paths: Sequence[str], inputs: Mapping[str, Tensor], processor: Any, traces: Sequence[PruneTrace]
+) -> list[Image.Image]:
+    """The images as the processor crops them, or their tiles; as they are where the model puts tiles together."""
+    image = next(trace for trace in traces if trace.tower == "image")
+    is_whole = "image_sizes" in inputs and image.input_tokens.layout.batch == len(paths)
+    if is_whole or inputs["pixel_values"].ndim < 4:
         return [load_image(path) for path in paths]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (prepared.image_mean, prepared.image_std))
-    shown = (255 * (pixels * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-    return [Image.fromarray(one.numpy()) for one in shown]
+    return seen_images(inputs, processor)

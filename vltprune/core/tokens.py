@@ -15,6 +15,7 @@ from .checks import is_traced
 from .layout import Layout
 
 MASKED = 1e-9  # the probability to stay of a token that is masked: for 0, whose logarithm has no gradient
+SOURCE = "source"  # the column of a language model that says which token of the image tower each visual token is
 LAST = "last"  # the column that marks the token of each instance that asks, where it is not the last one
 
 

@@ -1,5 +1,5 @@
 """Visualization: images of kept tokens, SVG charts, and HTML reports."""
 
-from .prompts import draw_prompt
+from .prompts import draw_prompt, seen_images
 
-__all__ = ["draw_prompt"]
+__all__ = ["draw_prompt", "seen_images"]

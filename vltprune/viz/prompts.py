@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
-from ..core.modality import is_of
 from ..pruning.trace import PruneTrace
-from .kept_tokens import INK, PAPER, TINT, contact_sheet, font, grid
+from .kept_tokens import INK, PAPER, TINT, contact_sheet, font, grid, stack_strips
+from .visual_reads import View, layers_read
 
 _MARGIN, _LINE, _BOX = 8, 20, 12  # pixels: around text, from line to line, and of a key of the legend
-
-
-def layers_read(traces: Sequence[PruneTrace]) -> tuple[list[np.ndarray], int]:
-    """How many layers of the language model read each visual token of one prompt.
-
-    A token that others were merged into counts as it stands; those others were not read.
-
-    Args:
-        traces: Of one call, `forward` or `generate`, on one prompt, as `collect` gives them.
-
-    Returns:
-        For each image int64 [visual tokens], in their order, 0 for a token that did not enter the language model. And how many
-        layers read a token that stayed to the end: 1 where the language model prunes nothing.
-
-    Raises:
-        ValueError: If the traces are of several prompts, or of no image.
-    """
-    by_tower = {trace.tower: trace for trace in traces}
-    if "image" not in by_tower:
-        raise ValueError("there is no trace of an image tower: call a pruned model on images within vltprune.collect()")
-    image, language = by_tower["image"], by_tower.get("language")
-    assert image.output_tokens is not None
-    entered, left = image.input_tokens, image.output_tokens
-    reads = []
-    for index in range(entered.layout.batch):
-        patches = entered.position[(entered.layout.instance == index) & entered.free]
-        reads.append(torch.isin(patches, left.position[left.layout.instance == index]).long().cpu().numpy())
-    if language is None:
-        return reads, 1
-
-    tokens = language.input_tokens
-    visual = tokens.position[(tokens.layout.instance == 0) & is_of(tokens, "image")]
-    if sum(int(read.sum()) for read in reads) != len(visual):
-        raise ValueError(
-            f"{len(reads)} images gave other visual tokens than the prompt has, {len(visual)}: draw one prompt at a time"
-        )
-    counts, there = torch.zeros_like(visual), torch.ones_like(visual, dtype=torch.bool)
-    for layer in language.layers:
-        stays = torch.isin(visual, layer.position[layer.layout.instance == 0])
-        # who leaves before a layer is not read by it
-        counts += stays if any(step.place == "before" for step in layer.steps) else there
-        there = stays
-    number = iter(counts.tolist())
-    return [np.array([next(number) if kept else 0 for kept in read]) for read in reads], len(language.layers)
 
 
 def shaded(image: Image.Image, read: np.ndarray, depth: int) -> Image.Image:
@@ -64,7 +22,7 @@ def shaded(image: Image.Image, read: np.ndarray, depth: int) -> Image.Image:
 
     Args:
         image: The image that the visual tokens tile.
-        read: [visual tokens], how many layers read each, row by row; the more, the lighter.
+        read: How many layers read each visual token, [rows, columns], or [visual tokens] row by row; the more, the lighter.
         depth: How many layers there are.
 
     Returns:
@@ -73,7 +31,8 @@ def shaded(image: Image.Image, read: np.ndarray, depth: int) -> Image.Image:
     Raises:
         ValueError: If the visual tokens do not tile the image.
     """
-    cells = Image.fromarray(read.reshape(grid(len(read), *image.size)).astype(np.uint8))
+    shape = read.shape if read.ndim == 2 else grid(len(read), *image.size)
+    cells = Image.fromarray(read.reshape(shape).astype(np.uint8))
     layers = np.asarray(cells.resize(image.size, Image.Resampling.NEAREST), np.float32)[..., None]
     pixels = np.asarray(image.convert("RGB"), np.float32)
     gray = pixels.mean(-1, keepdims=True)
@@ -88,23 +47,30 @@ def _tint(share: np.ndarray | float) -> np.ndarray:
 
 
 def draw_prompt(
-    images: Sequence[Image.Image], traces: Sequence[PruneTrace], prompt: str, answer: str = "", side: int = 288
+    images: Sequence[Image.Image] | Sequence[Sequence[Image.Image]],
+    traces: Sequence[PruneTrace],
+    prompt: str | Sequence[str],
+    answer: str | Sequence[str] = "",
+    side: int = 288,
 ) -> Image.Image:
     """Draw what a pruned vision-language model read of its images, with the prompt above and the answer below.
 
+    LLaVA-NeXT and LLaVA-OneVision, pruned behind the projector, put the tiles of an image together: give the image, which is
+    drawn twice, as tiles and scaled down. Where an image is cut into tiles elsewhere, give the tiles, as `seen_images` does.
+
     Args:
-        images: The prompt's images, in their order, as the model's processor crops them; of any size.
-        traces: Of one call on one prompt, as `collect` gives them.
-        prompt: The prompt, as people read it.
-        answer: What the model said; none is left out.
+        images: The prompt's images, in their order, as the model's processor crops them; of any size. Of a batch of prompts
+            a list for each.
+        traces: Of one call, as `collect` gives them.
+        prompt: The prompt, as people read it; of a batch a list.
+        answer: What the model said; none is left out. Of a batch a list.
         side: Longer side of each drawn image, in pixels.
 
     Returns:
-        An RGB image.
+        An RGB image, prompts one below the other.
 
     Raises:
-        ValueError: If traces and images do not fit each other, or if visual tokens do not tile an image: those of several tiles
-            of an image do not.
+        ValueError: If traces and images do not fit each other, if visual tokens do not tile an image, and for videos.
 
     Example:
         >>> import vltprune as vp
@@ -119,26 +85,74 @@ def draw_prompt(
         >>> draw_prompt([Image.fromarray(image) for image in pair.images], traces, pair.sentences[0]).size
         (594, 360)
     """
-    reads, depth = layers_read(traces)
-    if len(images) != len(reads):
-        raise ValueError(f"{len(images)} images are given, and the traces are of {len(reads)}: give those of the call")
-    cells = []
-    for image, read in zip(images, reads, strict=True):
-        scale = side / max(image.size)
-        size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
-        picture = shaded(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), read, depth)
-        cells.append(
-            (picture, f"{int((read > 0).sum())} of {len(read)} tokens enter, {int((read == depth).sum())} stay")
+    views, depth = layers_read(traces)
+    alone = isinstance(prompt, str)
+    groups: Any = [images] if alone else images
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    answers = [answer] * len(prompts) if isinstance(answer, str) else answer
+    if not len(groups) == len(prompts) == len(answers):
+        raise ValueError(
+            f"{len(prompts)} prompts with {len(groups)} lists of images and {len(answers)} answers: give one of each for every "
+            "prompt"
         )
-    sheet = contact_sheet(cells, 4)
-    return _with_text(sheet, prompt, answer, _keys(reads, depth))
+    given = sum(map(len, groups))
+    if given != len(views):
+        raise ValueError(
+            f"{given} images are given, and the model saw {len(views)}: give these, the images of the call in order, and where "
+            "it cuts them into tiles vltprune.viz.seen_images(inputs, processor)"
+        )
+    following = iter(views)
+    drawn = []
+    for group, asked, said in zip(groups, prompts, answers, strict=True):
+        pairs = [(image, view) for image in group for view in next(following)]
+        if pairs:
+            sheet = contact_sheet([_cell(image, view, depth, side) for image, view in pairs], 4)
+        else:
+            sheet = Image.new("RGB", (2 * side, 1), PAPER)
+        drawn.append(_with_text(sheet, asked, said, _keys([view.read for _, view in pairs], depth)))
+    return drawn[0] if alone else stack_strips(drawn, legend=False)
+
+
+def _cell(image: Image.Image, view: View, depth: int, side: int) -> tuple[Image.Image, str]:
+    """A view of an image, and what to write below it."""
+    scale, read = side / max(image.size), view.read
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+    picture = shaded(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), read, depth)
+    label = f"{int((read > 0).sum())} of {read.size} tokens enter, {int((read == depth).sum())} stay"
+    return picture, f"{view.title}: {label}" if view.title else label
+
+
+def seen_images(inputs: Mapping[str, Any], processor: Any) -> list[Image.Image]:
+    """The images that a model sees: cropped, or cut into tiles, in the order of its visual tokens.
+
+    Args:
+        inputs: What a processor of transformers made of images and prompts.
+        processor: The processor.
+
+    Returns:
+        The images of `pixel_values`; tiles of padding are left out.
+
+    Raises:
+        ValueError: For inputs without `pixel_values`, or with patches in their place, as Qwen-VL has them.
+    """
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or pixels.dim() not in (4, 5):
+        found = "missing" if pixels is None else f"{list(pixels.shape)}, which are no images"
+        raise ValueError(f"pixel_values are {found}: draw over the images that you gave the processor")
+    if pixels.dim() == 5:
+        pixels = pixels.flatten(0, 1)
+        pixels = pixels[(pixels != 0).flatten(1).any(1)]
+    prepared = processor.image_processor
+    mean, std = (torch.tensor(values)[:, None, None] for values in (prepared.image_mean, prepared.image_std))
+    shown = (255 * (pixels.float().cpu() * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    return [Image.fromarray(one.numpy()) for one in shown]
 
 
 def _keys(reads: Sequence[np.ndarray], depth: int) -> list[tuple[tuple[int, ...], str]]:
     """The legend: a color and what it means, for what there is."""
     unread = any((read == 0).any() for read in reads)
     keys: list[tuple[tuple[int, ...], str]] = [((22, 24, 28), "black: not read")] if unread else []
-    layers = sorted({int(read) for each in reads for read in each if 0 < read < depth})
+    layers = sorted({int(read) for each in reads for read in each.flat if 0 < read < depth})
     for layer in layers:
         color = (0.25 * 128 + _tint(layer / depth)).astype(int).clip(0, 255)
         keys.append((tuple(color.tolist()), f"{'teal: ' if layer == layers[0] else ''}left behind layer {layer}"))

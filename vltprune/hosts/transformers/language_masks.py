@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...core.tokens import LAST, PackedTokens
+from ...core.tokens import LAST, SOURCE, PackedTokens
 from ...layers.grid import COLUMN as GRID
 from .vlm.prompt import current_visual_tokens
 
@@ -119,7 +119,8 @@ def visible_keys(
 def with_prompt_values(tokens: PackedTokens, length: int, seen: int) -> PackedTokens:
     """The tokens of a prompt with what the vision-language model around knows of each.
 
-    These are probabilities to stay, in soft training, the grid of patches, and a mark on the token that ends the instruction.
+    These are probabilities to stay, in soft training, the grid of patches, which token of the image tower each is, and a mark
+    on the token that ends the instruction.
 
     Args:
         tokens: The tokens of the call.
@@ -141,4 +142,8 @@ def with_prompt_values(tokens: PackedTokens, length: int, seen: int) -> PackedTo
         tokens = tokens.with_keep_prob(column(current.keep_prob), column(current.counted_prob))
     if current.grid is not None and current.grid.shape[1:] == (tokens.layout.batch, length):
         tokens = tokens.with_column(GRID, column(current.grid).T)
+    if current.source is not None:
+        # beams repeat prompts
+        repeats = tokens.layout.batch // len(current.source)
+        tokens = tokens.with_column(SOURCE, column(current.source.repeat_interleave(repeats, 0)))
     return tokens if current.last is None else tokens.with_column(LAST, column(current.last))

@@ -259,11 +259,13 @@ class VlmComposite(Composite):
         is_visual = prompt.gather(placed.is_visual())
         grid, labels = placed.grid() if self._reads_grid(model) else None, short.get("labels")
         is_text = (prompt.gather(mask) != 0) & ~is_visual
+        source = placed.source()
         return VisualTokens(
             is_visual & prompt.gather(placed.is_free()),
             *(prompt.gather(weight, 1) for weight in placed.weights()),
             grid=None if grid is None else prompt.gather(grid, -1),
             last=None if labels is None else last_before_answer(labels, is_text),
+            source=None if source is None else prompt.gather(source, -1),
         )
 
     def _turn(self, model: PrunedVlm, named: Mapping[str, Any], generating: bool, repeats: int) -> Turn | None:

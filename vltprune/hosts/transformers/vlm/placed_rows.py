@@ -79,6 +79,16 @@ class PlacedRows:
             weights.append(weight)
         return tuple(weights)
 
+    def source(self) -> Tensor | None:
+        """Which token of the image tower each token is, [batch, length], -1 for none; None where they are in its order."""
+        found = {modality: rows.source for modality, rows in self.rows.items() if rows.source is not None}
+        if not found:
+            return None
+        source = torch.full_like(self.ids, -1)
+        for modality, rows in found.items():
+            source = source.masked_scatter(self.places[modality], rows.to(self.ids))
+        return source
+
     def grid(self) -> Tensor | None:
         """Row and column of visual tokens [2, batch, length], -1 of text, images below each other; None for no grid."""
         row, column, below = torch.full_like(self.ids, -1), torch.full_like(self.ids, -1), 0

@@ -66,6 +66,8 @@ class VisualTokens:
             they are no grid.
         last: [batch, length] bool, where there are labels: the last text token before the answer, one of each prompt. None
             without labels.
+        source: [batch, length] int64, which token of the image tower each is, -1 for none. None where visual tokens are in the
+            tower's order.
     """
 
     is_visual: Tensor
@@ -73,6 +75,7 @@ class VisualTokens:
     counted_prob: Tensor | None = None
     grid: Tensor | None = None
     last: Tensor | None = None
+    source: Tensor | None = None
 
     @property
     def expected(self) -> Tensor | None:

@@ -73,11 +73,17 @@ class TiledTowerComposite(LlavaComposite):
         tokens, features = self.patches(model, pixels, query)
         row = tokens.layout.instance * per_tile + tokens.position
         number[row] = torch.arange(len(row)).to(number) + _GONE + 1
-        return {"image": _rows(model, place(number), tokens, features)}
+        # a class token that is no row stands before the patches of a tile
+        first = self.first(model)
+        origin = tokens.layout.instance * (per_tile + first) + tokens.position + first
+        return {"image": _rows(model, place(number), tokens, features, origin)}
 
 
-def _rows(model: Any, numbers: list[Tensor], tokens: PackedTokens, features: Tensor) -> VisualRows:
-    """The rows of images, of numbers of their tokens and these squared [rows, 2]. ValueError for rows of several tokens."""
+def _rows(model: Any, numbers: list[Tensor], tokens: PackedTokens, features: Tensor, place: Tensor) -> VisualRows:
+    """The rows of images, of numbers of their tokens and these squared [rows, 2], and of where tokens stood in the tower.
+
+    ValueError for rows of several tokens.
+    """
     number, square = torch.cat(numbers).unbind(-1)
     if not torch.equal(number.square(), square):
         raise ValueError(
@@ -87,7 +93,8 @@ def _rows(model: Any, numbers: list[Tensor], tokens: PackedTokens, features: Ten
         )
     kept, protected = number != _GONE, number == _NEWLINE
     # a newline is the first of what rows are taken from
-    source = (number[kept] - _GONE).clamp(min=0).long()
+    index = (number - _GONE).clamp(min=0).long()
+    source = index[kept]
     newline = model.base_model.image_newline.to(features)[None]
     output = split_by_image(
         BaseModelOutputWithPooling,
@@ -98,4 +105,5 @@ def _rows(model: Any, numbers: list[Tensor], tokens: PackedTokens, features: Ten
         None if one is None else torch.cat([one.new_ones(1), one])[source]
         for one in (tokens.keep_prob, tokens.counted_prob)
     )
-    return VisualRows(output, kept, protected, *weights)
+    origin = torch.cat([place.new_full((1,), -1), place])[index]
+    return VisualRows(output, kept, protected, *weights, source=origin)

@@ -22,6 +22,8 @@ class VisualRows:
         keep_prob: [kept rows], the probability that each of those that stay does, in soft training. None for 1.
         counted_prob: [kept rows], the same with the gradients of the cost. None where `keep_prob` is.
         grid: [rows, 2] int64, row and column of each of all rows, images below each other. None where they are no grid.
+        source: [rows] int64, which token of the image tower each of all rows is, -1 where it is none or gone. None where rows
+            are in the tower's order.
     """
 
     output: ModelOutput
@@ -30,6 +32,7 @@ class VisualRows:
     keep_prob: Tensor | None = None
     counted_prob: Tensor | None = None
     grid: Tensor | None = None
+    source: Tensor | None = None
 
     def select(self, chosen: Tensor) -> VisualRows:
         """Some of all rows, outside of soft training.
@@ -53,8 +56,9 @@ class VisualRows:
         output["pooler_output"] = of(self.output["pooler_output"])
         if self.output.get("deepstack_features") is not None:
             output["deepstack_features"] = [of(level) for level in self.output["deepstack_features"]]
-        protected, grid = (None if one is None else one[chosen] for one in (self.protected, self.grid))
-        return VisualRows(output, self.kept[chosen], protected, grid=grid)
+        columns = (self.protected, self.grid, self.source)
+        protected, grid, source = (None if one is None else one[chosen] for one in columns)
+        return VisualRows(output, self.kept[chosen], protected, grid=grid, source=source)
 
 
 def square_grid(images: int, height: int, width: int, device: torch.device) -> Tensor:
