@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -88,6 +89,14 @@ class Vlm:
     def positions(self, inputs: dict[str, Tensor]) -> Tensor:
         """The positions of the whole prompt, as `generate` of the dense model counts them."""
         return self.model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+
+
+class ShuffledVlm(Vlm):
+    """One whose image tower has a class token, which no token behind its projector is."""
+
+    def visible(self, inputs: dict[str, Tensor], trace: vp.PruneTrace) -> Tensor:
+        first = trace.input_tokens.layout.longest - self.rows
+        return dataclasses.replace(Vlm(**vars(self)), first=first).visible(inputs, trace)
 
 
 class TiledVlm(Vlm):
@@ -179,7 +188,7 @@ def internvl() -> Vlm:
     text = {**LLAMA, "model_type": "qwen2"}
     config = hf.InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID, image_seq_length=4)
     model = ready(hf.InternVLForConditionalGeneration(config))
-    return Vlm(model, 4, 0, pixels)
+    return ShuffledVlm(model, 4, 0, pixels)
 
 
 def smolvlm(kind: str = "SmolVLM") -> Vlm:

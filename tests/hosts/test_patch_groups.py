@@ -8,14 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-from small_vlms import INSIDE, STEPS, make
+import transformers as hf
+from small_vlms import IMAGE_ID, INSIDE, LLAMA, STEPS, TOWER, make, ready
 from test_vlm import BATCH, same
 
 import vltprune as vp
 from vltprune.core import attention
 from vltprune.hosts.linear_maps import measure_macs
 
-MODELS = ("paligemma", "smolvlm", "idefics3", "gemma3")
+MODELS = ("paligemma", "smolvlm", "idefics3", "gemma3", "internvl")
 KEEP = "random_ratio(mean=0.5, half_width=0.4)"
 
 
@@ -36,8 +37,10 @@ def seen(trace, depth, before=False):
     if depth or before:
         layer = trace.layers[depth if before else depth - 1]
         there = torch.zeros_like(there).index_fill(0, layout.starts[layer.layout.instance] + layer.position, True)
-    line = 4 // host.side
-    return there.view(-1, line, line).repeat_interleave(host.side, 1).repeat_interleave(host.side, 2).flatten(1)
+    line, prefix = 4 // host.side, host.prefix(trace.encoder.host)
+    first, groups = there.view(-1, prefix + line**2).tensor_split([prefix], 1)
+    patches = groups.unflatten(1, (line, line)).repeat_interleave(host.side, 1).repeat_interleave(host.side, 2)
+    return torch.cat([first, patches.flatten(1)], 1)
 
 
 @contextlib.contextmanager
@@ -159,3 +162,36 @@ def test_presets_run_inside(name, preset, parts):
     with vp.collect() as traces:
         logits = case.pruned(preset, keep="ratio(ratio=0.4)", **parts)(**inputs).logits
     assert logits.isfinite().all() and sum(traces[0].lengths[-1]) < traces[0].input_tokens.layout.total
+
+
+@torch.no_grad()
+def test_options_of_internvl():
+    vision = {**TOWER, "image_size": [32, 32], "patch_size": [8, 8], "use_qk_norm": True, "norm_type": "rms_norm"}
+    config = hf.InternVLConfig(
+        vision_config={**vision, "use_mean_pooling": False, "attention_bias": True},
+        text_config={**LLAMA, "model_type": "qwen2"},
+        image_token_id=IMAGE_ID,
+    )
+    model = ready(hf.InternVLForConditionalGeneration(config))
+    keep_all = vp.prune(model, "random", at=(0, 2), place="block", keep="ratio(ratio=1.0)")
+    # of another size too, whose positions are interpolated
+    for pixels in (torch.randn(2, 3, 32, 32), torch.randn(1, 3, 48, 48)):
+        same(keep_all.get_image_features(pixels).pooler_output, model.get_image_features(pixels).pooler_output)
+    with pytest.raises(ValueError, match="must be squares with sides of a multiple of 16 pixels, got 40 x 40"):
+        keep_all.get_image_features(torch.randn(1, 3, 40, 40))
+    with pytest.raises(ValueError, match="reads the attention of a summary token"):
+        vp.prune(model, "evit", at=(0,))
+    model.config.vision_feature_layer = -2
+    with pytest.raises(ValueError, match=r"vision_feature_layer=-2: .*place='output' with at=None"):
+        vp.prune(model, "random", at=(0,), place="block")
+
+
+@torch.no_grad()
+def test_the_class_token_of_internvl_stays():
+    case = make("internvl")
+    pruned, inputs = case.pruned("random", at=(0,), place="block", keep="count(count=2)"), case.prompts((3, 4, 2))
+    with vp.collect() as traces:
+        pruned(**inputs)
+    tokens = traces[0].output_tokens
+    assert list(tokens.layout.lengths) == [3, 3] and tokens.position[tokens.layout.starts].tolist() == [0, 0]
+    assert vp.visual_tokens(pruned, inputs).average == 4.0

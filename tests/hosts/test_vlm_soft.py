@@ -60,6 +60,7 @@ def test_a_hard_sigmoid_decides_as_evaluation_does(place, keep):
         ("gemma3", PLACES["output"]),
         ("llava-next", PLACES["output"]),
         ("llava-next", {"at": {"image": (0, 1)}}),
+        ("internvl", {"at": {"image": (0, 1)}}),
     ],
 )
 def test_a_hard_sigmoid_decides_as_evaluation_does_in_other_models(name, parts):

@@ -194,8 +194,11 @@ class _TowerMeter:
         blocks = zip(self.blocks, adapter.blocks(self.encoder.host), trace.block_inputs, strict=True)
         for meter, block, block_input in blocks:
             regions = adapter.regions(block, tokens, block_input)
-            pairs = None if regions is None else regions.pairs(tokens.layout)
-            rows.append(meter.dense(lengths, Memory.from_block_input(block_input, len(lengths), image), pairs))
+            pairs, count = None if regions is None else regions.pairs(tokens.layout), lengths
+            if regions is not None and adapter.copies:
+                count = lengths - adapter.copies / regions.rows
+                pairs = (count * regions.rows) ** 2
+            rows.append(meter.dense(count, Memory.from_block_input(block_input, len(lengths), image), pairs))
         return torch.stack([*rows, self._head_macs(lengths)])
 
     def _embedding_macs(self, trace: PruneTrace) -> Tensor:

@@ -31,10 +31,13 @@ class Host(ABC):
         tower: Name of the tower where it is a model by itself: "image", "text", or "fusion" for both in one sequence.
         pruned_class: A subclass of PrunedEncoder with the attributes that the library expects of such a tower; None for
             PrunedEncoder itself.
+        copies: How many rows of attention of an instance are copies of others that the dense tower does not have; 0 where a
+            token is one row.
     """
 
     tower: str = "image"
     pruned_class: ClassVar[type[nn.Module] | None] = None
+    copies: int = 0
 
     @classmethod
     def from_module(cls, module: nn.Module) -> Host:
@@ -322,8 +325,12 @@ class Composite(ABC):
             The copy.
         """
 
-    def inside(self) -> Composite:
-        """The composite that prunes blocks of the image tower, where this one prunes behind it; else this one."""
+    def inside(self, model: nn.Module) -> Composite:
+        """The composite that prunes blocks of the image tower, where this one prunes behind it; else this one.
+
+        Args:
+            model: The dense model.
+        """
         return self
 
     def why_without(self, model: nn.Module, tower: str) -> str:

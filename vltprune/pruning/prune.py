@@ -97,7 +97,7 @@ def _composite_for(model: nn.Module, config: PruneConfig) -> Composite | None:
     composite = find_composite(model)
     if composite is None or not any(one.place != "output" and one.names("image") for one in config.stages):
         return composite
-    return composite.inside()
+    return composite.inside(model)
 
 
 def _check_dense(model: nn.Module) -> None:

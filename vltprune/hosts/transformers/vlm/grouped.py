@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
+from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
@@ -18,8 +19,10 @@ from ...base import Host
 from ...graft import shallow_copy
 from ...linear_maps import measure_macs
 from ..patch_groups import PatchGroupsHost, TilesHost
+from ..shuffled import ShuffledHost
 from .rows import RowsComposite
 from .texts import PromptTexts, compared
+from .tower_rows import ShuffledRowsHost
 from .visual_rows import VisualRows, split_by_image, square_grid
 
 
@@ -92,9 +95,12 @@ class GroupedComposite(RowsComposite):
         with compared(texts, lengths, lambda x: self.features(model, encoder.adapter.normed(encoder.host, x))):
             tokens, calls = encoder.encode(*inputs)
         self.check_weighs(model, tokens)
+        prefix, batch = encoder.adapter.prefix(encoder.host), tokens.layout.batch
+        if prefix:
+            tokens = tokens.select(tokens.position >= prefix)
         features = self.features(model, encoder.adapter.head(encoder.host, tokens, calls).last_hidden_state)
-        kept = torch.zeros(len(calls[0].grid), dtype=torch.bool, device=features.device)
-        kept[calls[0].attention.row(tokens)] = True
+        kept = torch.zeros(len(calls[0].grid) - prefix * batch, dtype=torch.bool, device=features.device)
+        kept[calls[0].attention.row(tokens) - prefix * (tokens.layout.instance + 1)] = True
         output = split_by_image(BaseModelOutputWithPooling, features, tokens.layout.lengths)
         if self.is_joined:
             uniform = tokens.layout.is_uniform
@@ -131,6 +137,40 @@ class ConnectedComposite(GroupedComposite):
     def sizes(self, texts: PromptTexts, instances: int) -> Tensor:
         # an instance is a prompt, with as many images as it has
         return texts.prompt.bincount(minlength=instances)
+
+
+class ShuffledTowerComposite(GroupedComposite):
+    """Composite of InternVL, pruned inside the image tower. Behind it `ShuffledComposite` prunes."""
+
+    tower_types = (InternVLVisionModel,)
+    tower_host = ShuffledHost
+
+    def side(self, model: Any) -> int:
+        return round(1 / model.config.downsample_ratio)
+
+    def features(self, model: Any, patches: Tensor) -> Tensor:
+        images = patches.unflatten(1, (self.side(model), -1))
+        shuffled = model.base_model.pixel_shuffle(images, scale_factor=model.config.downsample_ratio)
+        return model.base_model.multi_modal_projector(shuffled.flatten(1, 2)).flatten(0, 1)
+
+    def image_tower(self, model: Any) -> tuple[nn.Module, Host]:
+        layer = model.config.vision_feature_layer
+        if layer != -1:
+            raise ValueError(
+                f"vision_feature_layer={layer}: the image tower is pruned inside where the projector reads its last block, -1: "
+                "prune behind the projector, place='output' with at=None"
+            )
+        return super().image_tower(model)
+
+
+@hosts.register("transformers.models.internvl.modeling_internvl.InternVLForConditionalGeneration")
+class ShuffledComposite(RowsComposite):
+    """Composite of InternVL, pruned behind the projector."""
+
+    host = ShuffledRowsHost
+
+    def inside(self, model: Any) -> ShuffledTowerComposite:
+        return ShuffledTowerComposite(model)
 
 
 @hosts.register("transformers.models.gemma3.modeling_gemma3.Gemma3ForConditionalGeneration")

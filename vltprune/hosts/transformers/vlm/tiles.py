@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ....core.tokens import PackedTokens
@@ -28,7 +28,7 @@ class TiledComposite(RowsComposite):
 
     host = TiledRowsHost
 
-    def inside(self) -> TiledTowerComposite:
+    def inside(self, model: nn.Module) -> TiledTowerComposite:
         return TiledTowerComposite()
 
 

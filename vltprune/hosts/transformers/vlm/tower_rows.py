@@ -14,13 +14,12 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from ....core.checks import check_images
 from ....core.statistics import AttentionStats, Stat
 from ....layers import BlockSpec
-from ....registry import hosts
 from ...find import find_host
 from ...graft import with_descendant
 from ..base import ImageHost
 from .call_inputs import PIXELS
 from .observed import Observer, observed
-from .rows import RowsComposite, RowsHost
+from .rows import RowsHost
 
 
 @dataclass(frozen=True)
@@ -215,10 +214,3 @@ def _last_block(tower: Any, depths: int, inputs: Mapping[str, Any]) -> int:
             f"is none of the {depths}, or several: choose parts that read contents, as the preset divprune does"
         )
     return depth
-
-
-@hosts.register("transformers.models.internvl.modeling_internvl.InternVLForConditionalGeneration")
-class ShuffledComposite(RowsComposite):
-    """Composite of InternVL."""
-
-    host = ShuffledRowsHost
