@@ -142,7 +142,8 @@ def with_prompt_values(tokens: PackedTokens, length: int, seen: int) -> PackedTo
         tokens = tokens.with_keep_prob(column(current.keep_prob), column(current.counted_prob))
     if current.grid is not None and current.grid.shape[1:] == (tokens.layout.batch, length):
         tokens = tokens.with_column(GRID, column(current.grid).T)
-    if current.source is not None:
+    # a call without images, as classifier-free guidance makes one, has none of these tokens
+    if current.source is not None and current.source.shape[1] == length:
         # beams repeat prompts
         repeats = tokens.layout.batch // len(current.source)
         tokens = tokens.with_column(SOURCE, column(current.source.repeat_interleave(repeats, 0)))
