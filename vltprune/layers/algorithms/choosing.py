@@ -37,9 +37,10 @@ def max_min(features: Tensor, candidates: Tensor, counts: Tensor, most: int | No
     itself = torch.eye(candidates.shape[1], dtype=torch.bool, device=candidates.device)
     margin = distance.masked_fill(itself | ~candidates[:, None, :], _INFINITY)
     margin = margin.amin(2) if candidates.shape[1] else margin.sum(2)
-    for step in range(bound(most_of(candidates, counts, most))):
-        chosen = _choose(margin, candidates & ~keep)
-        keep = _add(keep, chosen, candidates, counts, step)
+    choices, counts, others = bound(most_of(candidates, counts, most)), _found(candidates, counts), ~candidates
+    for step in range(choices):
+        chosen = _choose(margin, others | keep)
+        keep = _add(keep, chosen, counts, step)
         reached = distance.gather(1, chosen[..., None].expand(-1, -1, distance.shape[2])).squeeze(1)
         margin = reached if step == 0 else torch.minimum(margin, reached)
     return keep
@@ -82,10 +83,11 @@ def dpp(features: Tensor, candidates: Tensor, counts: Tensor, scores: Tensor, mo
     filled = -1.0 - ranks(order_by_score(scores, candidates)).to(dtype)
     gain = x.square().sum(2)
     factor = x.new_zeros(x.shape[0], choices, x.shape[1])
+    counts, others = _found(candidates, counts), ~candidates
     for step in range(choices):
         spanned = gain <= spanned_below
-        chosen = _choose(torch.where(spanned, filled, gain), candidates & ~keep, relative=True)
-        keep = _add(keep, chosen, candidates, counts, step)
+        chosen = _choose(torch.where(spanned, filled, gain), others | keep, relative=True)
+        keep = _add(keep, chosen, counts, step)
         row = (x @ x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2])).mT).squeeze(2)
         # later rows are zero: exporters mistake slices that are empty or grow
         previous = factor if torch.compiler.is_exporting() else factor[:, :step]
@@ -231,17 +233,22 @@ def most_of(candidates: Tensor, counts: Tensor, most: int | None) -> int:
     return n if most is None else min(max(most, 0), n)
 
 
-def _choose(values: Tensor, left: Tensor, relative: bool = False) -> Tensor:
-    """The slot of the largest value of those left, [batch, 1] int64; `relative` tolerances are for values of any scale."""
-    values = values.masked_fill(~left, -_INFINITY)
+def _choose(values: Tensor, taken: Tensor, relative: bool = False) -> Tensor:
+    """The slot of the largest value, [batch, 1] int64, but for those taken; `relative` tolerances are for any scale."""
+    values = values.masked_fill(taken, -_INFINITY)
     if not relative:
-        return first_best(values)[1][:, None]
+        return first_best(values)[1].unsqueeze(1)
     within = precision.ROUNDING * values.amax(1, keepdim=True).abs()
     # infinity where none is left
-    return first_best(values, within.nan_to_num(posinf=0.0))[1][:, None]
+    return first_best(values, within.nan_to_num(posinf=0.0))[1].unsqueeze(1)
 
 
-def _add(keep: Tensor, chosen: Tensor, candidates: Tensor, counts: Tensor, step: int) -> Tensor:
-    """`keep` with the chosen slots [batch, 1], in instances that have a candidate left and want another."""
-    wanted = (step < counts) & (step < candidates.sum(1))
-    return keep.scatter(1, chosen, keep.gather(1, chosen) | wanted[:, None])
+def _found(candidates: Tensor, counts: Tensor) -> Tensor:
+    """[batch, 1] int64: how many are chosen, where there are as many candidates."""
+    # once: in a graph that is recorded each choice is written out
+    return torch.minimum(counts, candidates.sum(1)).unsqueeze(1)
+
+
+def _add(keep: Tensor, chosen: Tensor, counts: Tensor, step: int) -> Tensor:
+    """`keep` with the chosen slots [batch, 1], in instances that want another, of [batch, 1] counts."""
+    return keep.scatter(1, chosen, keep.gather(1, chosen) | (step < counts))
