@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import small_vlms
 import torch
 from PIL import Image
 
 import vltprune as vp
+from vltprune.cli.chat import _seen
 from vltprune.cli.main import main
 from vltprune.data import SyntheticPairs
 from vltprune.data.llava import llava_processor
@@ -111,3 +113,17 @@ def test_what_cannot_be_asked_is_refused(dense, images, tmp_path, capsys, argume
     names = {"MODEL": str(tmp_path), "LEFT": images[0], "RIGHT": images[1]}
     assert main(["chat", *(names.get(argument, argument) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_tiles_are_drawn_but_where_the_model_puts_them_together(images):
+    class Processor:
+        class image_processor:
+            image_mean, image_std = [0.5] * 3, [0.5] * 3
+
+    case = small_vlms.make("llava-next")
+    for place, at, sizes in (("output", None, [(96, 96)]), ("block", (0,), [(32, 32)] * 3)):
+        inputs = case.prompts((3, 4))
+        with vp.collect() as traces:
+            case.pruned("random", place=place, at=at)(**inputs)
+        assert [image.size for image in _seen(images[:1], inputs, Processor(), traces)] == sizes
