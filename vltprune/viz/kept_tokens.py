@@ -202,5 +202,5 @@ def contact_sheet(cells: Sequence[tuple[Image.Image, str]], across: int) -> Imag
         left = _GAP + index % across * (width + _GAP)
         top = index // across * (height + _LABEL + _GAP) + _GAP
         sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
-        pen.text((left + width / 2, top + height + 2), label, INK, font(11), anchor="ma")
+        pen.text((left + width / 2, top + height + 2), label, INK, font(12), anchor="ma")
     return sheet
