@@ -28,6 +28,7 @@ _MODELS = {
     "vit_base_patch16_224, batch 1": "ViT-B 224 px, B1",
     "deit_small_patch16_224, batch 1": "DeiT-S 224 px, B1",
     "bert, batch 32": "BERT base, B32",
+    "bert, batch 1": "BERT base, B1",
     "ViT-B-16, batch 8": "CLIP B/16, B8",
     "blip_nlvr_base, batch 1": "BLIP NLVR base, B1",
     "blip_nlvr_base, batch 4": "BLIP NLVR base, B4",
