@@ -44,8 +44,8 @@ def seen(trace, depth, before=False):
 
 
 @contextlib.contextmanager
-def masking(case, trace, monkeypatch, before=False):
-    """The blocks of the dense tower hide what the pruned tower had dropped before them."""
+def masking(case, trace, monkeypatch, before=False, seen=seen):
+    """The blocks of the dense tower hide what the pruned tower had dropped before them, which `seen` says."""
     tower = tower_of(case.model)
     module = sys.modules[type(tower).__module__]
     eager = module.eager_attention_forward

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-
 import pytest
 import torch
 from small_vlms import IMAGE_ID, STEPS, make
+from test_patch_groups import masking
 from test_vlm import BATCH, same
 
 import vltprune as vp
@@ -44,37 +42,13 @@ def prompts(case, sizes):
     }
 
 
-def there(trace, depth):
-    """[tiles, tokens] bool: those that a block of the tower attends to, or, behind the last, that stay."""
-    layout = trace.input_tokens.layout
+def there(trace, depth, before=False):
+    """[tiles, tokens] bool: those that a block of the tower attends to. The last block of some is not read, and has any."""
+    layout, depth = trace.input_tokens.layout, min(depth, len(trace.layers))
     kept = torch.zeros(layout.total, dtype=torch.bool)
     left = trace.layers[depth - 1] if depth else trace.input_tokens
     kept[layout.starts[left.layout.instance] + left.position] = True
     return kept.view(layout.batch, -1)
-
-
-@contextlib.contextmanager
-def masking(case, trace, monkeypatch):
-    """The blocks of the dense tower hide what the pruned tower had dropped before them."""
-    tower = case.model.base_model.vision_tower
-    module = sys.modules[type(tower).__module__]
-    eager = module.eager_attention_forward
-    depths = {attn: depth for depth, attn in enumerate(one for one in tower.modules() if hasattr(one, "q_proj"))}
-
-    def hiding(attn, query, key, value, attention_mask=None, **named):
-        depth = min(depths[attn], len(trace.layers))  # the last block of some is not read
-        bias = torch.zeros(len(query), 1, 1, query.shape[2]).masked_fill(
-            ~there(trace, depth)[:, None, None], torch.finfo(torch.float32).min
-        )
-        return eager(attn, query, key, value, bias, **named)
-
-    monkeypatch.setattr(module, "eager_attention_forward", hiding)
-    tower.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        tower.set_attn_implementation("sdpa")
-        monkeypatch.setattr(module, "eager_attention_forward", eager)
 
 
 SIZES = {
@@ -94,7 +68,7 @@ def test_dropping_is_masking(name, sizes, monkeypatch):
         got = pruned.generate(**inputs, **STEPS)
     mask = case.visible(inputs, traces[0])
     given = inputs | {"attention_mask": mask, "position_ids": case.positions(inputs)}
-    with masking(case, traces[0], monkeypatch):
+    with masking(case, traces[0], monkeypatch, seen=there):
         want = case.model.generate(**given, **STEPS)
     assert torch.equal(got.sequences, want.sequences)
     same(got.logits, want.logits)
