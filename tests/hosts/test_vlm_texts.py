@@ -52,11 +52,17 @@ def test_the_words_of_a_prompt_are_compared_behind_the_projector(name):
     assert kept(pruned, inputs) == [prefix + one for one in nearest(case, inputs)]
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "paligemma", "qwen3"])
+INSIDE = {"place": "block", "at": {"image": (1,)}}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("smolvlm", {}), ("idefics3", {}), ("paligemma", {}), ("qwen3", {}), ("internvl", INSIDE), ("gemma3", INSIDE)],
+)
 @torch.no_grad()
-def test_a_batch_keeps_of_each_prompt_what_it_keeps_alone(name):
+def test_a_batch_keeps_of_each_prompt_what_it_keeps_alone(name, place):
     case = make(name)
-    inputs, pruned = case.prompts((2, 3, 5), (3, 4), (6,)), case.pruned("cdpruner", **NEAREST)
+    inputs, pruned = case.prompts((2, 3, 5), (3, 4), (6,)), case.pruned("cdpruner", **NEAREST | place)
     by_prompt = name in ("smolvlm", "idefics3")
     per_image = len(inputs["pixel_values"]) // 3
     alone, images = [], 0
