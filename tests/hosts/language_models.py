@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from typing import Any
 
 import torch
 from transformers import (
@@ -29,6 +30,8 @@ from transformers import (
     Qwen3VLTextConfig,
     Qwen3VLTextModel,
 )
+
+import vltprune as vp
 
 LAYERS = 4
 DIM = 32
@@ -195,3 +198,10 @@ def dense_logits(case, inputs, sequences, gone):
     language = model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
     with masked(language, gone):
         return model(**whole, use_cache=False).logits[:, -new - 1 :]
+
+
+def pruned_twice(case: Any, keep: str) -> Any:
+    """The case's model, pruned between its image tower and its language model, and in the first layer of that."""
+    parts = {"scorer": "key_norm", "reducer": "drop", "keep": keep}
+    config = vp.PruneConfig(**parts | {"scorer": "equal"}, place="output", then=[vp.Stage(**parts, at={"language": 0})])
+    return vp.prune(case.model, config)

@@ -83,9 +83,7 @@ def test_one_prompt_with_and_without_images(name, prompts, further):
 @torch.no_grad()
 def test_layers_of_the_language_model_drop_too(name):
     case = make(name)
-    parts = {"scorer": "key_norm", "reducer": "drop", "keep": KEEP}
-    config = vp.PruneConfig(**parts | {"scorer": "equal"}, place="output", then=[vp.Stage(**parts, at={"language": 0})])
-    pruned = vp.prune(case.model, config)
+    pruned = lm.pruned_twice(case, KEEP)
     first, more = case.prompts((3, 2, 4)), case.prompts((0, 2, 5))
     start, traces = traced(pruned, **first)
     entered = case.visible(first, traces[0]).bool()

@@ -59,9 +59,7 @@ def test_dropping_inside_the_tower_is_masking():
 @torch.no_grad()
 def test_layers_of_the_language_model_drop_too(name):
     case = make(name)
-    parts = {"scorer": "key_norm", "reducer": "drop", "keep": KEEP}
-    config = vp.PruneConfig(**parts | {"scorer": "equal"}, place="output", then=[vp.Stage(**parts, at={"language": 0})])
-    pruned = vp.prune(case.model, config)
+    pruned = lm.pruned_twice(case, KEEP)
     for prompts in (((3, 4),), BATCH):
         inputs = case.prompts(*prompts)
         with vp.collect() as traces:
