@@ -30,6 +30,7 @@ _MODELS = {
     "bert, batch 32": "BERT base, B32",
     "bert, batch 1": "BERT base, B1",
     "ViT-B-16, batch 8": "CLIP B/16, B8",
+    "ViT-B-16, batch 1": "CLIP B/16, B1",
     "blip_nlvr_base, batch 1": "BLIP NLVR base, B1",
     "blip_nlvr_base, batch 4": "BLIP NLVR base, B4",
 }
@@ -43,6 +44,7 @@ _ROWS = {
     "madtp-threshold": "`madtp`, its own counts",
     "madtp-frozen": "`madtp`, frozen",
 }
+_REDUCTIONS = (0.5, 0.8)  # the shares of the MACs that the tables have
 _ENGINES = {
     "eager": "eager",
     "kernels": "eager, kernels",
@@ -77,7 +79,7 @@ def realized(cells: Sequence[dict[str, Any]], engine: str = "eager") -> str:
     rows = [row for row in _ROWS if any(cell["row"] == row for cell in mine)]
     lines = [["", *(_ROWS[row] for row in rows)]]
     for name in _present(mine, _MODELS):
-        lines.append([_MODELS[name], *(_numbers(mine, name, row, "realized", (0.5, 0.8)) for row in rows)])
+        lines.append([_MODELS[name], *(_numbers(mine, name, row, "realized") for row in rows)])
     return _markdown(lines)
 
 
@@ -91,7 +93,7 @@ def engines(cells: Sequence[dict[str, Any]]) -> str:
         for engine in _served(_ENGINES):
             mine = [cell for cell in cells if (cell["name"], cell["engine"]) == (name, engine)]
             if mine:
-                columns = [_numbers(mine, name, row, "speedup", (0.5, 0.8)) for row in rows]
+                columns = [_numbers(mine, name, row, "speedup") for row in rows]
                 lines.append([_MODELS[name], _ENGINES[engine], *columns])
     return _markdown(lines)
 
@@ -111,7 +113,7 @@ def steps(cells: Sequence[dict[str, Any]]) -> str:
         here = [cell | {"faster": dense / cell["milliseconds"]} for cell in mine if cell["name"] == name]
         for engine in dict.fromkeys(cell["engine"] for cell in here):
             of_engine = [cell for cell in here if cell["engine"] == engine]
-            columns = [_numbers(of_engine, name, row, "faster", (0.0, 0.5, 0.8)) for row in rows]
+            columns = [_numbers(of_engine, name, row, "faster") for row in rows]
             lines.append([_MODELS[name], _ENGINES[engine], *columns])
     return _markdown(lines)
 
@@ -124,7 +126,7 @@ def memory(cells: Sequence[dict[str, Any]]) -> str:
     for name in _present(mine, _MODELS):
         for engine in dict.fromkeys(cell["engine"] for cell in mine if cell["name"] == name):
             here = [cell for cell in mine if cell["engine"] == engine]
-            columns = [_numbers(here, name, row, "memory_mib", (0.0, 0.5, 0.8), digits=0) for row in rows]
+            columns = [_numbers(here, name, row, "memory_mib", digits=0) for row in rows]
             lines.append([_MODELS[name], _ENGINES[engine], *columns])
     return _markdown(lines)
 
@@ -140,7 +142,7 @@ def scaled(rows: Sequence[dict[str, Any]], spread: float = 0.25) -> str:
     for name in _names(mine):
         for batch in sorted({row["batch"] for row in mine if row["name"] == name}):
             here = [row | {"row": row["tokens"]} for row in mine if row["batch"] == batch]
-            columns = [_numbers(here, name, count, "speedup", (0.5, 0.8)) for count in tokens]
+            columns = [_numbers(here, name, count, "speedup") for count in tokens]
             lines.append([_ENGINES[name.rpartition(", ")[2]], str(batch), *columns])
     return _markdown(lines)
 
@@ -169,14 +171,13 @@ def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["name"] for row in rows))
 
 
-def _numbers(
-    cells: Sequence[dict[str, Any]], name: str, row: str | int, what: str, reductions: Sequence[float], digits: int = 2
-) -> str:
-    """The values of a row, "0.98 / 0.95"; its speed-up for what is realized of no saving."""
+def _numbers(cells: Sequence[dict[str, Any]], name: str, row: str | int, what: str, digits: int = 2) -> str:
+    """The values of a row, "0.98 / 0.95", a dash for one that is missing; the speed-up for what is realized of no saving."""
     mine = {cell["reduction"]: cell for cell in cells if (cell["name"], cell["row"]) == (name, row)}
-    if 0.0 in mine and 0.0 not in reductions:
-        return f"{mine[0.0]['speedup']:.2f}"
-    return " / ".join(f"{mine[reduction][what]:.{digits}f}" for reduction in reductions if reduction in mine)
+    if 0.0 in mine:
+        return f"{mine[0.0]['own_speedup' if what == 'realized' else what]:.{digits}f}"
+    values = (f"{mine[share][what]:.{digits}f}" if share in mine else "-" for share in _REDUCTIONS)
+    return " / ".join(values) if mine else ""
 
 
 def _present(cells: Sequence[dict[str, Any]], order: Iterable[str]) -> list[str]:

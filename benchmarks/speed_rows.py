@@ -69,7 +69,8 @@ def subject(name: str, batch: int, device: str = "cpu", **options: Any) -> Subje
 
     Args:
         name: "bert" for the BERT base of transformers, on texts of 32 to 128 tokens; otherwise as `vltprune.create_model`
-            takes it. CLIP gets texts of 8 to 77 tokens, BLIP NLVR two images and a sentence of 18 tokens.
+            takes it. CLIP gets texts of 8 to 77 tokens, BLIP NLVR two images and a sentence of 18 tokens
+            without a mask.
         batch: instances.
         device: where both lie.
         **options: of the backbone, such as `img_size`.
@@ -94,7 +95,7 @@ def _by_name(name: str, batch: int, options: dict[str, Any]) -> tuple[nn.Module,
     model = vp.create_model(name, **options)
     if name.startswith("blip_nlvr"):
         images = torch.randn(batch, 2, 3, *model.visual.patch_embed.img_size)
-        return model, (images, torch.randint(1, len(model.text.word.weight), (batch, 18)), torch.ones(batch, 18).long())
+        return model, (images, torch.randint(1, len(model.text.word.weight), (batch, 18)))
     if isinstance(getattr(model, "visual", None), nn.Module):
         length, end = model.context_length, model.vocab_size - 1
         texts = torch.randint(1, end, (batch, length))

@@ -295,6 +295,13 @@ def test_random_ratio_of_width_zero_is_ratio():
         ("ratio", {"ratio": 1.5}, r"ratio\(ratio=1.5\) must lie in 0 .. 1"),
         ("ratio", {"ratio": float("nan")}, "must lie in 0 .. 1"),
         ("count", {"count": -1}, r"count\(count=-1\) must be 0 or more"),
+        ("counts", {"counts": (4, -1)}, r"counts=\(4, -1\)\) must be whole numbers of 0 or more"),
+        (
+            "counts",
+            {"counts": 8},
+            r"counts\(counts=8\) .*: write counts\(\(64, 32, 32\)\), or count\(32\) for the same",
+        ),
+        ("counts", {"counts": "8"}, r"counts\(counts='8'\) must be whole numbers"),
         ("remove", {"r": -1.0}, r"remove\(r=-1.0\) must be 0 or more and finite"),
         ("random_ratio", {"mean": 2.0}, "both must lie in 0 .. 1"),
         ("random_ratio", {"half_width": -0.1}, "both must lie in 0 .. 1"),

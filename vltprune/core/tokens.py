@@ -278,8 +278,9 @@ class PackedTokens:
             return None if column is None else column.index_select(0, index)
 
         def lead(marks: Tensor) -> Tensor:
-            # an instance begins with the same tokens as before
-            if not (self.protected_lead and layout.is_uniform and self.layout.is_uniform):
+            # an instance begins with the same tokens as before; OpenVINO loses a slice of a slice whose ends depend on data
+            known = layout.is_uniform and self.layout.is_uniform and isinstance(layout.longest, int)
+            if not (self.protected_lead and known):
                 return marks.index_select(0, index)
             return marks.view(self.layout.batch, -1)[:, : layout.longest].flatten()
 

@@ -177,13 +177,17 @@ class Counts(FixedKeeper):
         counts: the number of unprotected tokens behind each block, the first block first. Further blocks keep all.
 
     Raises:
-        ValueError: for a negative count.
+        ValueError: for a negative count, and for what is no sequence.
     """
 
     def __init__(self, spec: BlockSpec, counts: Sequence[int] = ()):
         super().__init__(spec)
-        if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
-            raise ValueError(f"counts(counts={tuple(counts)}) must be whole numbers of 0 or more: tokens kept by block")
+        listed = not isinstance(counts, str) and isinstance(counts, Sequence)
+        if not listed or any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in counts):
+            raise ValueError(
+                f"counts(counts={counts!r}) must be whole numbers of 0 or more, the tokens kept by block: write "
+                "counts((64, 32, 32)), or count(32) for the same number at every block"
+            )
         self.counts = tuple(counts)
 
     def kept(self, available: int) -> int:
