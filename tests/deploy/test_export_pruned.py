@@ -60,8 +60,6 @@ CALLS = {
 }
 # whose texts end where their ids say, and are exported at batch 1
 ONE_BY_ONE = ("clip text",)
-# of which OpenVINO computes something else with any batch; the check in `export` finds that
-DIFFERS_IN_OPENVINO = (("bert", "dymu"),)
 # that cannot be exported, because they need the text of `vltprune.query`, or be frozen: they keep fewer tokens than counts say
 NEVER_FIXED = ("ats", "pooling", "scissor", "trips")
 
@@ -217,7 +215,7 @@ def test_every_preset_with_fixed_counts_runs_everywhere(name, preset, tmp_path):
         # anew for each format: the ONNX exporter takes a program whose sizes depend on data only once
         trace = functools.partial(graph.trace, call, call.tensors, any_batch=not one_by_one)
         found = {"pt2": [trace().module()(batch) for batch in batches]}
-    for form in ("onnx",) if (name, preset) in DIFFERS_IN_OPENVINO else ("onnx", "openvino"):
+    for form in ("onnx", "openvino"):
         engine, file = ENGINES[form], tmp_path / f"a{ENGINES[form].suffix}"
         engine.write(trace(), file, call.names, [*wanted[0]])
         found[form] = engine.run(file, [{call.names[0]: batch} for batch in batches])

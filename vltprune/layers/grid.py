@@ -87,5 +87,5 @@ def first_of_window(tokens: PackedTokens, size: int) -> tuple[Tensor, Tensor]:
     position = segments.pad(tokens.position, layout)
     own = torch.arange(layout.longest, device=position.device).expand_as(position)
     together = (window[:, :, None] == window[:, None, :]) & candidates[:, None, :]
-    first = position[:, None].masked_fill(~together, torch.iinfo(torch.int64).max).argmin(2)
+    first = position[:, None].masked_fill(~together, segments.BEYOND).argmin(2)
     return candidates, torch.where(candidates, first, own)

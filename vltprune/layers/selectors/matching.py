@@ -20,8 +20,6 @@ from ..features import By, FeatureSelector
 from ..grid import first_of_window
 from .base import Selection, padded_selection
 
-_LAST = torch.iinfo(torch.int64).max
-
 
 def in_sequence(tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
     """The order in which ToMe's block would get the tokens: that of the column "bipartite_order", or of the positions.
@@ -36,13 +34,13 @@ def in_sequence(tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
     layout = tokens.layout
     candidates, protected = segments.pad(tokens.free, layout), segments.pad(tokens.protected, layout)
     position = segments.pad(tokens.position, layout)
-    first, slot = position.masked_fill(~candidates, _LAST).min(1, keepdim=True)
+    first, slot = position.masked_fill(~candidates, segments.BEYOND).min(1, keepdim=True)
     is_before = protected & (position < first)
     if COLUMN in tokens.columns:
         modality = segments.pad(tokens.columns[COLUMN], layout)
         is_before &= modality == modality.gather(1, slot)
     order = segments.pad(tokens.columns.get("bipartite_order", tokens.position), layout)
-    place = ranks(order.masked_fill(~candidates, _LAST).argsort(dim=1, stable=True))
+    place = ranks(order.masked_fill(~candidates, segments.BEYOND).argsort(dim=1, stable=True))
     return candidates, is_before.sum(1), place
 
 
