@@ -12,9 +12,6 @@ from torch import Tensor
 from . import precision
 from .layout import Layout
 
-# behind every position and window; OpenVINO takes whole numbers through single precision, where 2**31 - 1 turns negative
-BEYOND = 2**30
-
 
 def pad(values: Tensor, layout: Layout, fill: float = 0.0) -> Tensor:
     """Pads values per token to the longest instance.

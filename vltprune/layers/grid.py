@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core import segments
 from ..core.tokens import PackedTokens
+from .algorithms.similarity import put_last
 
 COLUMN = "grid"
 
@@ -87,5 +88,5 @@ def first_of_window(tokens: PackedTokens, size: int) -> tuple[Tensor, Tensor]:
     position = segments.pad(tokens.position, layout)
     own = torch.arange(layout.longest, device=position.device).expand_as(position)
     together = (window[:, :, None] == window[:, None, :]) & candidates[:, None, :]
-    first = position[:, None].masked_fill(~together, segments.BEYOND).argmin(2)
+    first = put_last(position[:, None], together).argmin(2)
     return candidates, torch.where(candidates, first, own)

@@ -21,7 +21,7 @@ from ..ops import by_tiles, is_affine
 from .base import PreNormHost
 
 # the column of the first word, where no image has patches
-_FAR = 2**29
+_FAR = 2**32
 
 
 @hosts.register("transformers.models.vilt.modeling_vilt.ViltModel")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core import precision, segments
+from ...core import precision
 from .choosing import most_of, part_of
-from .similarity import ROUNDING, decides, order_by_score, positions, ranks
+from .similarity import ROUNDING, decides, order_by_score, positions, put_last, ranks
 
 _INFINITY = float("inf")
 
@@ -94,7 +94,7 @@ def windows(
     counts = torch.minimum(counts, candidates.sum(1))
     order = order_by_score(scores if local_scores is None else local_scores, candidates)
     # by window, and within it by score; others last
-    order = order.gather(1, ids.masked_fill(~candidates, segments.BEYOND).gather(1, order).argsort(dim=1, stable=True))
+    order = order.gather(1, put_last(ids, candidates).gather(1, order).argsort(dim=1, stable=True))
     window, is_candidate = ids.gather(1, order), candidates.gather(1, order)
     begins = torch.ones_like(is_candidate)
     begins[:, 1:] = (window[:, 1:] != window[:, :-1]) | (is_candidate[:, 1:] != is_candidate[:, :-1])

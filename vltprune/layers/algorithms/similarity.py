@@ -133,6 +133,21 @@ def scaled(scores: Tensor, candidates: Tensor) -> Tensor:
     return ((equal - low) / width).masked_fill(~candidates, 0.0)
 
 
+def put_last(values: Tensor, counted: Tensor) -> Tensor:
+    """Whole numbers, with one above the largest of the row in place of those that do not count.
+
+    The largest integer of 64 bits would be negative in OpenVINO, which has 32.
+
+    Args:
+        values: [..., n] int64.
+        counted: bool, of a shape that broadcasts with `values`.
+
+    Returns:
+        Values of the broadcast shape.
+    """
+    return torch.where(counted, values, values.amax(-1, keepdim=True) + 1)
+
+
 def ranks(order: Tensor) -> Tensor:
     """The inverse of an order: the rank of each slot, [batch, n] int64 -> [batch, n] int64."""
     return torch.empty_like(order).scatter_(1, order, positions(order).expand_as(order))

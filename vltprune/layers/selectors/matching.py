@@ -14,7 +14,7 @@ from ...core.statistics import AttentionStats
 from ...core.tokens import PackedTokens
 from ...registry import selectors
 from ..algorithms import matching
-from ..algorithms.similarity import NEAR, order_by_score, ranks, scaled
+from ..algorithms.similarity import NEAR, order_by_score, put_last, ranks, scaled
 from ..block_spec import BlockSpec
 from ..features import By, FeatureSelector
 from ..grid import first_of_window
@@ -34,13 +34,13 @@ def in_sequence(tokens: PackedTokens) -> tuple[Tensor, Tensor, Tensor]:
     layout = tokens.layout
     candidates, protected = segments.pad(tokens.free, layout), segments.pad(tokens.protected, layout)
     position = segments.pad(tokens.position, layout)
-    first, slot = position.masked_fill(~candidates, segments.BEYOND).min(1, keepdim=True)
+    first, slot = put_last(position, candidates).min(1, keepdim=True)
     is_before = protected & (position < first)
     if COLUMN in tokens.columns:
         modality = segments.pad(tokens.columns[COLUMN], layout)
         is_before &= modality == modality.gather(1, slot)
     order = segments.pad(tokens.columns.get("bipartite_order", tokens.position), layout)
-    place = ranks(order.masked_fill(~candidates, segments.BEYOND).argsort(dim=1, stable=True))
+    place = ranks(put_last(order, candidates).argsort(dim=1, stable=True))
     return candidates, is_before.sum(1), place
 
 
